@@ -1,0 +1,363 @@
+"""The oracle, its numpy half: which pairs a program allows, straight from its nodes.
+
+Every scalar is an int64 or bool array that broadcasts to [batch, heads, rows, k_len]; a set is such an
+array of booleans. Dense and slow on purpose: this file and `runtime.reference` define what a program
+means, so they share nothing with the simplifier, the tiles or the generated code.
+
+Where the language leaves numpy a choice, this is what it is: `clamp(x, low, high)` is
+min(max(x, low), high); `bit_length(x)` counts the bits of max(x, 0); `is_power_of_two(x)` is false
+below 1; an unguarded division by zero gives 0; every index is clamped to its dimension.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import reduce
+from math import ceil
+from typing import Any, TypeAlias, assert_never
+
+import numpy as np
+import numpy.typing as npt
+
+from attndsl.program import (
+    Arg,
+    Axis,
+    Binary,
+    Blocks,
+    Call,
+    CallShape,
+    Choose,
+    Coarse,
+    Coarsen,
+    Compare,
+    Complement,
+    Const,
+    Dim,
+    If,
+    Inter,
+    Logic,
+    Minus,
+    On,
+    Permuted,
+    Place,
+    Program,
+    Read,
+    Scalar,
+    Set,
+    Table,
+    Unary,
+    Union,
+    Var,
+    Where,
+    children,
+)
+
+Array: TypeAlias = npt.NDArray[Any]
+Operator: TypeAlias = Unary | Binary | Compare | Logic | Call
+
+COMPARE: dict[str, Callable[[Any, Any], Any]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+INT_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "//": operator.floordiv,
+    "%": operator.mod,
+}
+
+
+def mask(
+    program: Program, shape: CallShape, inputs: Mapping[str, Array] = {}, args: Mapping[str, int] = {}
+) -> npt.NDArray[np.bool_]:
+    """Which pairs the program allows in a call.
+
+    >>> from attndsl.program import Branch, Compare, Var
+    >>> causal = Program("causal", Branch(Where(Compare("<=", Var("k"), Var("q")))))
+    >>> mask(causal, CallShape(1, 1, 1, rows=2, k_len=3, dim=8, v_dim=8)).astype(int)
+    array([[[[1, 1, 0],
+             [1, 1, 1]]]])
+
+    Args:
+        program: what to evaluate; its scores play no part.
+        shape: sizes of the call.
+        inputs: the int and bool inputs, each of its declared shape (an axis of size 1 broadcasts).
+        args: the runtime ints.
+
+    Returns:
+        bool [batch, heads, rows, k_len]. Rows at negative positions are empty.
+
+    Raises:
+        ValueError: an input that the pattern reads is missing, or one has another shape than declared.
+    """
+    check_inputs(program, shape, {name: array.shape for name, array in inputs.items()})
+    full = (shape.batch, shape.heads, shape.rows, shape.k_len)
+    if 0 in full:
+        return np.zeros(full, np.bool_)
+    call = Evaluator.of_call(program, shape, inputs, args)
+    inside = call.members(program.branch.pattern) & (call.variables["q"] >= 0)
+    return np.array(np.broadcast_to(inside, full))
+
+
+def evaluate(
+    e: Scalar,
+    program: Program,
+    shape: CallShape,
+    inputs: Mapping[str, Array] = {},
+    args: Mapping[str, int] = {},
+) -> Array:
+    """Value of an int or bool scalar of the program, broadcastable to [batch, heads, rows, k_len]."""
+    return Evaluator.of_call(program, shape, inputs, args).scalar(e)
+
+
+def check_inputs(program: Program, shape: CallShape, given: Mapping[str, Sequence[int]]) -> None:
+    """Raise ValueError unless each given input has its declared shape, up to axes of size 1."""
+    for decl in program.inputs:
+        if decl.name not in given:
+            continue
+        sizes = tuple(given[decl.name])
+        expected = tuple(dim_size(dim, program, shape) for dim in decl.dims)
+        if len(sizes) != len(expected) or any(n not in (1, m) for n, m in zip(sizes, expected, strict=True)):
+            raise ValueError(f"input `{decl.name}` has shape {sizes}, and this call needs {expected}")
+
+
+def dim_size(dim: Dim, program: Program, shape: CallShape) -> int:
+    """Size of a declared dimension in a call."""
+    match dim.axis:
+        case Axis.B:
+            return shape.batch
+        case Axis.H:
+            return shape.heads
+        case Axis.G:
+            return shape.kv_heads
+        case Axis.Q if dim.block == 1:
+            return shape.rows
+        case Axis.Q:
+            return -(-shape.q_len(program) // dim.block)
+        case Axis.K:
+            return -(-shape.k_len // dim.block)
+        case Axis.D:
+            return shape.dim
+        case Axis.DV:
+            return shape.v_dim
+        case Axis.CONST:
+            return dim.size
+        case _ as never:
+            assert_never(never)
+
+
+def index_origin(dim: Dim, program: Program, shape: CallShape) -> int:
+    """The index that stands for entry 0 of a dimension: a `q` dimension holds the rows of the call."""
+    return shape.first_position(program) if dim.axis is Axis.Q and dim.block == 1 else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluator:
+    """Scalars and sets of a program at given positions.
+
+    `variables` holds b, h, g, q, k as int64 arrays that broadcast to [batch, heads, rows, k_len] and
+    the sizes as 0-d arrays. Expressions are graphs, so values are kept per node (`memo`, by identity:
+    the program keeps its nodes alive, and a node has one value per evaluator).
+    """
+
+    program: Program
+    shape: CallShape
+    inputs: Mapping[str, Array]
+    args: Mapping[str, int]
+    variables: Mapping[str, Array]
+    memo: dict[int, Array] = field(default_factory=dict)
+
+    @classmethod
+    def of_call(
+        cls, program: Program, shape: CallShape, inputs: Mapping[str, Array], args: Mapping[str, int]
+    ) -> Evaluator:
+        """Evaluator at every position of a call."""
+        h = np.arange(shape.heads).reshape(1, -1, 1, 1)
+        variables = {
+            "b": np.arange(shape.batch).reshape(-1, 1, 1, 1),
+            "h": h,
+            "g": h // (shape.heads // shape.kv_heads),
+            "q": np.arange(shape.rows).reshape(1, 1, -1, 1) + shape.first_position(program),
+            "k": np.arange(shape.k_len).reshape(1, 1, 1, -1),
+        }
+        sizes = {
+            "Nq": shape.q_len(program),
+            "Nk": shape.k_len,
+            "H": shape.heads,
+            "G": shape.kv_heads,
+            "D": shape.dim,
+            "Dv": shape.v_dim,
+        }
+        variables |= {name: np.asarray(size, np.int64) for name, size in sizes.items()}
+        return cls(program, shape, inputs, args, variables)
+
+    def at(self, q_pos: Array, k_pos: Array, q_len: Array, k_len: Array) -> Evaluator:
+        """The same program with q, k, Nq and Nk replaced."""
+        replaced = {"q": q_pos, "k": k_pos, "Nq": q_len, "Nk": k_len}
+        return replace(self, variables={**self.variables, **replaced}, memo={})
+
+    # -------------------------------------------------------------------------------- scalars
+
+    def scalar(self, e: Scalar) -> Array:
+        """Value of an int or bool scalar."""
+        if id(e) not in self.memo:
+            self.memo[id(e)] = self._scalar(e)
+        return self.memo[id(e)]
+
+    def _scalar(self, e: Scalar) -> Array:
+        match e:
+            case Const(value=value):
+                return np.asarray(value)
+            case Var(name=name):
+                return self.variables[name]
+            case Arg(name=name):
+                return np.asarray(self.args[name], np.int64)
+            case Table(name=name, index=index):
+                table = self.program.table(name)
+                values = np.asarray(table.values).reshape(table.shape)
+                return self._entry(values, table.dims, index)
+            case Read(input=name, index=index):
+                return self._entry(self._input(name), self.program.input(name).dims, index)
+            case If(cond=cond, then=then, other=other):
+                return np.where(self.scalar(cond), self.scalar(then), self.scalar(other))
+            case Unary() | Binary() | Compare() | Logic() | Call():
+                return apply(e, [self.scalar(child) for child in children(e)])
+            case _ as never:
+                assert_never(never)
+
+    def _input(self, name: str) -> Array:
+        if name not in self.inputs:
+            raise ValueError(f"input `{name}` is missing")
+        return self.inputs[name]
+
+    def _entry(self, values: Array, dims: Sequence[Dim], index: Sequence[Scalar]) -> Array:
+        place = []
+        for dim, size, e in zip(dims, values.shape, index, strict=True):
+            row = self.scalar(e) - index_origin(dim, self.program, self.shape)
+            place.append(np.clip(row, 0, size - 1))
+        if 0 in values.shape:
+            # An axis without entries belongs to a call without pairs: nothing reads what stands here.
+            return np.zeros(np.broadcast_shapes(*(i.shape for i in place)), values.dtype)
+        entry: Array = np.asarray(values[tuple(place)])
+        return entry if entry.dtype == np.bool_ else entry.astype(np.int64)
+
+    # ----------------------------------------------------------------------------------- sets
+
+    def members(self, pattern: Set) -> Array:
+        """Which tuples (b, h, q, k) are in a set: bool, broadcastable to [batch, heads, rows, k_len]."""
+        match pattern:
+            case Where(cond=cond):
+                return self.scalar(cond)
+            case Union(parts=parts):
+                return reduce(np.logical_or, map(self.members, parts))
+            case Inter(parts=parts):
+                return reduce(np.logical_and, map(self.members, parts))
+            case Minus(left=left, right=right):
+                return self.members(left) & ~self.members(right)
+            case Complement(operand=operand):
+                return ~self.members(operand)
+            case Choose(cond=cond, then=then, other=other):
+                return np.where(self.scalar(cond), self.members(then), self.members(other))
+            case On(operand=operand, place=place):
+                return self._placed(place).members(operand)
+            case Coarsen():
+                return self._coarsened(pattern)
+            case _ as never:
+                assert_never(never)
+
+    def _placed(self, place: Place) -> Evaluator:
+        q_pos, k_pos, q_len, k_len = (self.variables[name] for name in ("q", "k", "Nq", "Nk"))
+        match place:
+            case Blocks(size=size):
+                return self.at(q_pos // size, k_pos // size, -(-q_len // size), -(-k_len // size))
+            case Permuted(input=name, lead=lead):
+                values = self._input(name)
+                head = [np.clip(self.scalar(e), 0, n - 1) for e, n in zip(lead, values.shape[:-1], strict=True)]
+                q_new, k_new = (
+                    values[(*head, np.clip(x, 0, values.shape[-1] - 1))].astype(np.int64) for x in (q_pos, k_pos)
+                )
+                return self.at(q_new, k_new, q_len, k_len)
+            case _ as never:
+                assert_never(never)
+
+    def _coarsened(self, e: Coarsen) -> Array:
+        q_len, k_len = int(self.variables["Nq"]), int(self.variables["Nk"])
+        everywhere = self.at(
+            np.arange(q_len).reshape(1, 1, -1, 1),
+            np.arange(k_len).reshape(1, 1, 1, -1),
+            self.variables["Nq"],
+            self.variables["Nk"],
+        )
+        inside = everywhere.members(e.operand)
+        inside = np.broadcast_to(inside, np.broadcast_shapes(inside.shape, (1, 1, q_len, k_len)))
+        count = _block_sums(inside, e.block_q, e.block_k)
+        total = _block_sums(np.ones((1, 1, q_len, k_len), np.bool_), e.block_q, e.block_k)
+        match e.mode:
+            case Coarse.ANY:
+                chosen = count > 0
+            case Coarse.ALL:
+                chosen = count == total
+            case Coarse.FRACTION:
+                # The decimal as written, so that 0.07 of 100 pairs is 7 of them, not a rounding above.
+                share = Fraction(repr(e.fraction))
+                needed = [ceil(share * n) for n in total.flatten().tolist()]
+                chosen = count >= np.asarray(needed, np.int64).reshape(total.shape)
+            case _ as never:
+                assert_never(never)
+        b, h = (self.variables[n] if size > 1 else 0 for n, size in zip("bh", chosen.shape[:2], strict=True))
+        q_block = np.clip(self.variables["q"] // e.block_q, 0, chosen.shape[2] - 1)
+        k_block = np.clip(self.variables["k"] // e.block_k, 0, chosen.shape[3] - 1)
+        found: Array = chosen[b, h, q_block, k_block]
+        return found
+
+
+def _block_sums(inside: Array, block_q: int, block_k: int) -> npt.NDArray[np.int64]:
+    """How many entries of each block of the last two axes are true."""
+    rows = np.add.reduceat(inside, range(0, inside.shape[2], block_q), axis=2, dtype=np.int64)
+    return np.add.reduceat(rows, range(0, inside.shape[3], block_k), axis=3, dtype=np.int64)
+
+
+def apply(e: Operator, operands: Sequence[Array]) -> Array:
+    """Value of one int or bool operator on the values of its operands."""
+    match e:
+        case Unary(op=op):
+            return -operands[0] if op == "-" else ~operands[0]
+        case Binary(op=op):
+            # A guard may stand before a division by zero: both sides are evaluated, so it must not fail.
+            with np.errstate(divide="ignore"):
+                return np.asarray(INT_ARITHMETIC[op](*operands))
+        case Compare(op=op):
+            return np.asarray(COMPARE[op](*operands))
+        case Logic(op=op):
+            return np.asarray(reduce(np.logical_and if op == "and" else np.logical_or, operands))
+        case Call(function=function):
+            return _call(function, operands)
+        case _ as never:
+            assert_never(never)
+
+
+def _call(function: str, operands: Sequence[Array]) -> Array:
+    match function, operands:
+        case "min", _:
+            return np.asarray(reduce(np.minimum, operands))
+        case "max", _:
+            return np.asarray(reduce(np.maximum, operands))
+        case "abs", [x]:
+            return np.asarray(np.abs(x))
+        case "clamp", [x, low, high]:
+            return np.asarray(np.minimum(np.maximum(x, low), high))
+        case "bit_length", [x]:
+            # Exact up to 63 bits, which a logarithm in float64 is not.
+            return np.asarray(sum(((x >> bit) > 0).astype(np.int64) for bit in range(63)))
+        case "is_power_of_two", [x]:
+            return np.asarray((x > 0) & ((x & (x - 1)) == 0))
+        case _:
+            raise ValueError(f"`{function}` has no integer value")

@@ -1,0 +1,496 @@
+"""The typed program: what an attention means, every name resolved and every parameter bound.
+
+    scalar  e ::= Const v | Var x | Arg x | Table t[e*] | Read input[e*]
+                | Unary op e | Binary op e e | Compare op e e | Logic op e* | If e e e | Call f e*
+    set     P ::= Where e | Union P* | Inter P* | Minus P P | Complement P | Choose e P P
+                | On P place | Coarsen P
+    place     ::= Blocks B | Permuted input
+    branch    ::= attend P { scale e  score e  sink e  weights e }
+    program   ::= inputs, arguments, tables, branch
+
+`grammar.lower` makes it, the oracle (`attndsl.oracle`, `runtime.reference`) says what it means, and
+the compiler (`relation`, `tiles`, `plan`) turns it into kernels. Substituted `where` bindings make
+expressions a graph with shared nodes; the front end bounds their expanded size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TypeAlias, assert_never
+
+from attndsl.diagnostics import Source, Span
+
+
+class Type(Enum):
+    """Type of a scalar."""
+
+    INT = "int"
+    FLOAT = "float"
+    BOOL = "bool"
+
+
+# ---------------------------------------------------------------------------------------- scalars
+
+# The names a pattern may read: q and k are token positions, h the query head, g its KV head, b the
+# batch entry, s the scaled dot product of the pair, Nq and Nk one past the last position.
+BUILTINS = frozenset({"q", "k", "b", "h", "g", "s", "Nq", "Nk", "H", "G", "D", "Dv"})
+# Names that only the compiler introduces: the tile indices, and the position of the first row of a call.
+TILE_NAMES = frozenset({"q_tile", "k_tile", "start"})
+
+ARITHMETIC = frozenset({"+", "-", "*", "//", "%", "/"})
+COMPARISONS = frozenset({"<", "<=", ">", ">=", "==", "!="})
+# name -> number of arguments (None: one or more); the float functions follow in FLOAT_CALLS
+INT_CALLS: dict[str, int | None] = {"min": None, "max": None, "abs": 1, "clamp": 3, "bit_length": 1}
+BOOL_CALLS: dict[str, int | None] = {"is_power_of_two": 1}
+FLOAT_CALLS: dict[str, int | None] = {
+    "exp": 1, "exp2": 1, "log": 1, "sqrt": 1, "tanh": 1, "sigmoid": 1, "softcap": 2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Const:
+    value: int | float | bool
+
+    @property
+    def type(self) -> Type:
+        if isinstance(self.value, bool):
+            return Type.BOOL
+        return Type.INT if isinstance(self.value, int) else Type.FLOAT
+
+
+@dataclass(frozen=True, slots=True)
+class Var:
+    """One of `BUILTINS` (or of `TILE_NAMES`, in what the compiler derives)."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        assert self.name in BUILTINS or self.name in TILE_NAMES, self.name
+
+    @property
+    def type(self) -> Type:
+        return Type.FLOAT if self.name == "s" else Type.INT
+
+
+@dataclass(frozen=True, slots=True)
+class Arg:
+    """A `runtime int` parameter: an argument of the kernel."""
+
+    name: str
+
+    @property
+    def type(self) -> Type:
+        return Type.INT
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """An entry of a compile-time table (`Program.tables`); every index is clamped to its dimension."""
+
+    name: str
+    index: tuple[Scalar, ...]
+    type: Type
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """An entry of an input, one index per declared dimension; every index is clamped to its dimension.
+
+    The index of a `q` dimension is a query position; the tensor holds the rows of the call, so its
+    row is the position less (Nk - rows), or the position itself under `align start`.
+    """
+
+    input: str
+    index: tuple[Scalar, ...]
+    type: Type
+
+
+@dataclass(frozen=True, slots=True)
+class Unary:
+    """`-` on a number, `not` on a boolean."""
+
+    op: str
+    operand: Scalar
+
+    @property
+    def type(self) -> Type:
+        return self.operand.type
+
+
+@dataclass(frozen=True, slots=True)
+class Binary:
+    """`+ - *` on numbers, `/` (always float), `//` and `%` on ints, rounding towards minus infinity."""
+
+    op: str
+    left: Scalar
+    right: Scalar
+    type: Type = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        assert self.op in ARITHMETIC, self.op
+        isfloat = self.op == "/" or Type.FLOAT in (self.left.type, self.right.type)
+        object.__setattr__(self, "type", Type.FLOAT if isfloat else Type.INT)
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    op: str
+    left: Scalar
+    right: Scalar
+
+    def __post_init__(self) -> None:
+        assert self.op in COMPARISONS, self.op
+
+    @property
+    def type(self) -> Type:
+        return Type.BOOL
+
+
+@dataclass(frozen=True, slots=True)
+class Logic:
+    """`and`, `or` of two or more booleans."""
+
+    op: str
+    operands: tuple[Scalar, ...]
+
+    @property
+    def type(self) -> Type:
+        return Type.BOOL
+
+
+@dataclass(frozen=True, slots=True)
+class If:
+    cond: Scalar
+    then: Scalar
+    other: Scalar
+    type: Type = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        types = (self.then.type, self.other.type)
+        object.__setattr__(self, "type", Type.FLOAT if Type.FLOAT in types else types[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A function of `INT_CALLS` (float if an argument is), `BOOL_CALLS` or `FLOAT_CALLS`."""
+
+    function: str
+    args: tuple[Scalar, ...]
+    type: Type = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.function in BOOL_CALLS:
+            type = Type.BOOL
+        elif self.function in FLOAT_CALLS or any(a.type is Type.FLOAT for a in self.args):
+            type = Type.FLOAT
+        else:
+            type = Type.INT
+        object.__setattr__(self, "type", type)
+
+
+Scalar: TypeAlias = Const | Var | Arg | Table | Read | Unary | Binary | Compare | Logic | If | Call
+
+
+def children(e: Scalar) -> tuple[Scalar, ...]:
+    """The direct operands of a scalar."""
+    match e:
+        case Const() | Var() | Arg():
+            return ()
+        case Table(index=index) | Read(index=index):
+            return index
+        case Unary(operand=x):
+            return (x,)
+        case Binary(left=a, right=b) | Compare(left=a, right=b):
+            return (a, b)
+        case Logic(operands=xs) | Call(args=xs):
+            return xs
+        case If(cond=c, then=a, other=b):
+            return (c, a, b)
+
+
+def walk(e: Scalar) -> Iterator[Scalar]:
+    """Every distinct node under a scalar (shared nodes once), the scalar itself first."""
+    seen: set[int] = set()
+    stack: list[Scalar] = [e]
+    while stack:
+        node = stack.pop()
+        if id(node) not in seen:
+            seen.add(id(node))
+            yield node
+            stack.extend(children(node))
+
+
+def reads(e: Scalar, *names: str) -> bool:
+    """Whether the scalar reads one of these variables anywhere."""
+    return any(isinstance(x, Var) and x.name in names for x in walk(e))
+
+
+# ------------------------------------------------------------------------------------------- sets
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """The pairs that satisfy a boolean: a set comprehension."""
+
+    cond: Scalar
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Union:
+    parts: tuple[Set, ...]
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Inter:
+    parts: tuple[Set, ...]
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Minus:
+    left: Set
+    right: Set
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Complement:
+    operand: Set
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Choose:
+    """`if c then P else Q`: `({c} & P) | (~{c} & Q)`."""
+
+    cond: Scalar
+    then: Set
+    other: Set
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Coordinate x // size."""
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Permuted:
+    """Coordinate input[..., x] of an int input whose last dimension is k; `lead` holds its other indices.
+
+    Inside, Nq and Nk stay what they are (the input is taken for a permutation of the tokens).
+    """
+
+    input: str
+    lead: tuple[Scalar, ...]
+
+
+Place: TypeAlias = Blocks | Permuted
+
+
+@dataclass(frozen=True, slots=True)
+class On:
+    """(q, k) is in it when (place(q), place(k)) is in the operand; inside, Nq and Nk are one past the
+    last coordinate."""
+
+    operand: Set
+    place: Place
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+class Coarse(Enum):
+    ANY = "any"
+    ALL = "all"
+    FRACTION = "fraction"
+
+
+@dataclass(frozen=True, slots=True)
+class Coarsen:
+    """Block pairs of which any, all, or at least a fraction of the existing position pairs are in the operand.
+
+    Existing positions are 0 <= q < Nq, 0 <= k < Nk, whatever rows the call holds.
+    """
+
+    operand: Set
+    block_q: int
+    block_k: int
+    mode: Coarse
+    fraction: float = 1.0
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+Set: TypeAlias = Where | Union | Inter | Minus | Complement | Choose | On | Coarsen
+
+
+# --------------------------------------------------------------------------------------- programs
+
+
+class Axis(Enum):
+    """What a dimension of an input ranges over."""
+
+    B = "b"
+    H = "h"
+    G = "g"
+    Q = "q"  # rows of the call; with block > 1, blocks of absolute query positions
+    K = "k"  # absolute tokens; with block > 1, blocks of them
+    D = "D"
+    DV = "Dv"
+    CONST = "const"
+
+
+@dataclass(frozen=True, slots=True)
+class Dim:
+    """A dimension of an input: `q/64` is Dim(Axis.Q, block=64), `3` is Dim(Axis.CONST, size=3)."""
+
+    axis: Axis
+    block: int = 1
+    size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class InputDecl:
+    """`input name : type[dims] learnable sorted`."""
+
+    name: str
+    type: Type
+    dims: tuple[Dim, ...]
+    learnable: bool = False
+    sorted: bool = False
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class TableDecl:
+    """A compile-time table; `values` is flat, row-major; a dimension declared `h` or `g`
+    is checked against the heads of a call."""
+
+    name: str
+    type: Type
+    dims: tuple[Dim, ...]
+    shape: tuple[int, ...]
+    values: tuple[int | float | bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One softmax (or one weighted sum) over a pattern.
+
+    `scale` multiplies q . k (None: 1/sqrt(D)); `score` maps s to the logit (None: s itself); `sink` adds
+    e**sink to the denominator; `weights` replaces the softmax.
+    """
+
+    pattern: Set
+    scale: Scalar | None = None
+    score: Scalar | None = None
+    sink: Scalar | None = None
+    weights: Scalar | None = None
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A whole attention. Equality and hash ignore spans, so equal programs share kernels."""
+
+    name: str
+    branch: Branch
+    inputs: tuple[InputDecl, ...] = ()
+    args: tuple[str, ...] = ()
+    tables: tuple[TableDecl, ...] = ()
+    align_start: bool = False
+    source: Source | None = field(default=None, compare=False, repr=False)
+
+    def input(self, name: str) -> InputDecl:
+        return next(decl for decl in self.inputs if decl.name == name)
+
+    def table(self, name: str) -> TableDecl:
+        return next(decl for decl in self.tables if decl.name == name)
+
+
+def scalars(pattern: Set) -> Iterator[Scalar]:
+    """The scalars written directly in a set expression (conditions, and the indices of its places)."""
+    match pattern:
+        case Where(cond=c):
+            yield c
+        case Union(parts=parts) | Inter(parts=parts):
+            for part in parts:
+                yield from scalars(part)
+        case Minus(left=a, right=b):
+            yield from scalars(a)
+            yield from scalars(b)
+        case Complement(operand=p) | Coarsen(operand=p):
+            yield from scalars(p)
+        case Choose(cond=c, then=a, other=b):
+            yield c
+            yield from scalars(a)
+            yield from scalars(b)
+        case On(operand=p, place=place):
+            yield from scalars(p)
+            if isinstance(place, Permuted):
+                yield from place.lead
+
+
+@dataclass(frozen=True, slots=True)
+class CallShape:
+    """Sizes of one call: q [batch, heads, rows, dim], k [batch, kv_heads, k_len, dim], v [..., v_dim]."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    rows: int
+    k_len: int
+    dim: int
+    v_dim: int
+
+    def first_position(self, program: Program) -> int:
+        """Query position of row 0."""
+        return 0 if program.align_start else self.k_len - self.rows
+
+    def q_len(self, program: Program) -> int:
+        """Nq: one past the last query position."""
+        return self.rows if program.align_start else self.k_len
+
+
+def rebuild(e: Scalar, step: Callable[[Scalar], Scalar], memo: dict[int, Scalar] | None = None) -> Scalar:
+    """The scalar with `step` applied to every node, operands first; shared nodes stay shared."""
+    memo = {} if memo is None else memo
+    if id(e) in memo:
+        return memo[id(e)]
+
+    def inner(x: Scalar) -> Scalar:
+        return rebuild(x, step, memo)
+
+    result: Scalar
+    match e:
+        case Const() | Var() | Arg():
+            result = e
+        case Table(name=name, index=index, type=type):
+            result = Table(name, tuple(map(inner, index)), type)
+        case Read(input=name, index=index, type=type):
+            result = Read(name, tuple(map(inner, index)), type)
+        case Unary(op=op, operand=x):
+            result = Unary(op, inner(x))
+        case Binary(op=op, left=a, right=b):
+            result = Binary(op, inner(a), inner(b))
+        case Compare(op=op, left=a, right=b):
+            result = Compare(op, inner(a), inner(b))
+        case Logic(op=op, operands=xs):
+            result = Logic(op, tuple(map(inner, xs)))
+        case If(cond=c, then=a, other=b):
+            result = If(inner(c), inner(a), inner(b))
+        case Call(function=f, args=xs):
+            result = Call(f, tuple(map(inner, xs)))
+        case _:
+            assert_never(e)
+    memo[id(e)] = step(result)
+    return memo[id(e)]
+
+
+def substitute(e: Scalar, values: Mapping[str, Scalar]) -> Scalar:
+    """The scalar with variables replaced by other scalars."""
+    return rebuild(e, lambda x: values.get(x.name, x) if isinstance(x, Var) else x)

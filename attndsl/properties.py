@@ -1,0 +1,32 @@
+"""Facts about a program that hold for every length."""
+
+from __future__ import annotations
+
+import functools
+
+from attndsl.program import Program, reads, scalars
+from attndsl.relation import Lowering, TooHard, bounded
+
+
+@functools.lru_cache(maxsize=256)
+def reads_positions(program: Program) -> bool:
+    """Whether the meaning of a pair depends on where its query stands."""
+    branch = program.branch
+    parts = (branch.scale, branch.score, branch.sink, branch.weights)
+    return any(reads(e, "q", "Nq") for e in (*scalars(branch.pattern), *(e for e in parts if e is not None)))
+
+
+@functools.lru_cache(maxsize=256)
+def within_causal(program: Program) -> bool:
+    """Whether no row sees a later token, whatever the data; False if that is not decided within the effort bound."""
+    lowering = Lowering(program)
+    try:
+        pairs = lowering.relation(program.branch.pattern).pairs
+        return bounded(lowering.ctx, lambda: bool(pairs.is_subset(lowering.set("{ [q, k] : k <= q }"))))
+    except TooHard:
+        return False
+
+
+def takes_more_rows_than_keys(program: Program) -> bool:
+    """Whether a call may have more rows than keys: their positions do not matter, or see nothing below 0."""
+    return program.align_start or not reads_positions(program) or within_causal(program)

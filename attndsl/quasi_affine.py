@@ -1,0 +1,102 @@
+"""isl's quasi-affine expressions as scalars, and sets of integers as conditions."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+
+import islpy as isl
+
+from attndsl.program import Binary, Call, Compare, Const, If, Logic, Scalar, Type, Unary, Var
+
+_BINARY = {
+    isl.ast_expr_op_type.add: "+",
+    isl.ast_expr_op_type.sub: "-",
+    isl.ast_expr_op_type.mul: "*",
+    isl.ast_expr_op_type.div: "//",
+    isl.ast_expr_op_type.fdiv_q: "//",
+    isl.ast_expr_op_type.pdiv_q: "//",
+    isl.ast_expr_op_type.pdiv_r: "%",
+    isl.ast_expr_op_type.zdiv_r: "%",
+}
+_COMPARE = {
+    isl.ast_expr_op_type.eq: "==",
+    isl.ast_expr_op_type.le: "<=",
+    isl.ast_expr_op_type.lt: "<",
+    isl.ast_expr_op_type.ge: ">=",
+    isl.ast_expr_op_type.gt: ">",
+}
+_LOGIC = {
+    isl.ast_expr_op_type.and_: "and",
+    isl.ast_expr_op_type.and_then: "and",
+    isl.ast_expr_op_type.or_: "or",
+    isl.ast_expr_op_type.or_else: "or",
+}
+_HOLDS = {"==": operator.eq, "<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt}
+_EXTREMA = {isl.ast_expr_op_type.min: "min", isl.ast_expr_op_type.max: "max"}
+
+
+def to_scalar(expr: isl.AstExpr, names: Mapping[str, Scalar]) -> Scalar:
+    """An isl expression as a scalar; `names` says what its identifiers stand for."""
+    match expr.get_type():
+        case isl.ast_expr_type.id:
+            return names[expr.get_id().get_name()]
+        case isl.ast_expr_type.int:
+            return Const(int(expr.get_val().to_python()))
+        case _:
+            pass
+    op = expr.get_op_type()
+    args = tuple(to_scalar(expr.get_op_arg(i), names) for i in range(expr.get_op_n_arg()))
+    if op in _BINARY:
+        return Binary(_BINARY[op], *args)
+    if op in _COMPARE:
+        return _truth(Compare(_COMPARE[op], *args))
+    if op in _LOGIC:
+        return Logic(_LOGIC[op], args)
+    if op in _EXTREMA:
+        return Call(_EXTREMA[op], args)
+    match op:
+        case isl.ast_expr_op_type.minus:
+            return Unary("-", *args)
+        case isl.ast_expr_op_type.cond | isl.ast_expr_op_type.select:
+            return If(*args)
+        case _:
+            raise AssertionError(f"unexpected isl expression: {expr.to_C_str()}")
+
+
+def dims_to_params(pairs: isl.Set, *dims: str) -> isl.Set:
+    """A set of tuples as a set of parameters, its dimensions named."""
+    for name in dims:
+        position = pairs.dim(isl.dim_type.param)
+        pairs = pairs.insert_dims(isl.dim_type.param, position, 1)
+        pairs = pairs.set_dim_name(isl.dim_type.param, position, name)
+        pairs = pairs.equate(isl.dim_type.param, position, isl.dim_type.set, 0)
+        pairs = pairs.project_out(isl.dim_type.set, 0, 1)
+    return pairs.params()
+
+
+def condition(pairs: isl.Set, context: isl.Set, names: Mapping[str, Scalar]) -> Scalar:
+    """A set { [q, k] } as a condition on q and k, simplified under what the context says of the parameters.
+
+    `names` says what its parameters other than Nq and Nk stand for; a boolean is 0 or 1 in the set and a
+    condition in the result.
+    """
+    # Keys are not negative; what rows that do not exist would see does not matter.
+    existing = isl.Set.read_from_str(pairs.get_ctx(), "[q, k, Nq, Nk] -> { : 0 <= k and q < Nq }")
+    build = isl.AstBuild.from_context(existing.intersect(context))
+    known: dict[str, Scalar] = {name: Var(name) for name in ("q", "k", "Nq", "Nk")}
+    found = to_scalar(build.expr_from_set(dims_to_params(pairs, "q", "k")), known | dict(names))
+    return Const(bool(found.value)) if isinstance(found, Const) else found
+
+
+def _truth(e: Scalar) -> Scalar:
+    """A comparison of a boolean with 0 or 1 as the boolean itself."""
+    match e:
+        case Compare(op=op, left=x, right=Const(value=bound)) if x.type is Type.BOOL:
+            true_at_1 = _HOLDS[op](1, bound)
+            true_at_0 = _HOLDS[op](0, bound)
+            if true_at_0 == true_at_1:
+                return Const(true_at_0)
+            return x if true_at_1 else Unary("not", x)
+        case _:
+            return e

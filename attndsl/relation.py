@@ -1,0 +1,521 @@
+"""Patterns as integer relations: the exact, static part of a program, with lengths still symbolic.
+
+A pattern becomes an islpy set { [q, k] } whose parameters are
+
+- `Nq`, `Nk`, and one parameter per *uniform* scalar: whatever does not read q or k and is not affine
+  in them (the head, an input of b or h, a runtime argument, a product of two of these), and
+- one 0/1 parameter per *data atom*: a condition on q or k that integer sets cannot hold (`ids[q] == ids[k]`).
+  A data atom may differ from pair to pair, so before pairs are projected to tiles it is projected out:
+  the tiles to visit are those where some value of it allows a pair, the full ones where every value does.
+
+islpy is imported here, in `tiles` and in `compare`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import TypeVar, assert_never
+
+import islpy as isl
+
+from attndsl.diagnostics import Span
+from attndsl.program import (
+    Arg, Binary, Blocks, Call, Choose, Coarse, Coarsen, Compare, Complement, Const, If, Inter, Logic, Minus, On,
+    Permuted, Program, Read, Scalar, Set, Table, Type, Unary, Union, Var, Where, reads, substitute,
+)  # fmt: skip
+from attndsl.quasi_affine import condition
+
+# Elementary isl operations allowed to one step of lowering: about 0.1 s.
+EFFORT = 200_000
+# A table or a power is expanded into at most so many cases.
+MAX_CASES = 256
+# Positions are below 2**POSITION_BITS.
+POSITION_BITS = 31
+
+_Result = TypeVar("_Result")
+
+
+class NotAffine(Exception):
+    """The scalar is not quasi-affine in q, k and the uniform scalars."""
+
+
+class TooHard(Exception):
+    """A step passed its effort bound."""
+
+
+class Unsupported(Exception):
+    """The pattern says something that the compiler cannot yet lower: what, and where."""
+
+    def __init__(self, what: str, span: Span | None) -> None:
+        super().__init__(what)
+        self.what, self.span = what, span
+
+
+def bounded(ctx: isl.Context, step: Callable[[], _Result], effort: int = EFFORT) -> _Result:
+    """The result of a step, or `TooHard` once it takes more than `effort` elementary operations."""
+    ctx.reset_operations()
+    ctx.set_max_operations(effort)
+    try:
+        return step()
+    except isl.Error as e:
+        if "maximal number of operations" not in str(e):
+            raise
+        raise TooHard from e
+    finally:
+        ctx.set_max_operations(0)
+        ctx.reset_operations()
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """A pattern's pairs.
+
+    `pairs`: { [q, k] } for 0 <= k < Nk and any q (rows that do not exist are of no interest). `uniform` and
+    `atoms`: what each further parameter stands for. `context`: what is known of the parameters.
+    `keys_bounded`: the pattern by itself keeps the keys of existing rows below Nk.
+    `notes`: conditions that were made data because they were too hard to hold exactly.
+    """
+
+    pairs: isl.Set
+    uniform: dict[str, Scalar]
+    atoms: dict[str, Scalar]
+    context: isl.Set
+    keys_bounded: bool
+    notes: tuple[str, ...] = ()
+
+    def project_atoms(self, pairs: isl.Set) -> isl.Set:
+        """{ [q, k] } that are in `pairs` for some value of the data atoms."""
+        for name in self.atoms:
+            pairs = _project_param(pairs, name)
+        return pairs
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """The coordinates in which a set is read: q, k and the lengths as affine functions and as scalars."""
+
+    q: isl.PwAff
+    k: isl.PwAff
+    q_len: isl.PwAff
+    k_len: isl.PwAff
+    names: dict[str, Scalar] = field(default_factory=dict)
+
+    def name(self, variable: str) -> Scalar:
+        return self.names.get(variable, Var(variable))
+
+
+def build_relation(program: Program, heads: tuple[int, int] | None = None, anchor: str = "q") -> Relation:
+    """The relation of a program's pattern; `heads` = (H, G) where they are known, else they stay symbolic.
+
+    `anchor`, q or k, is the position in whose terms quotients are written where there is a choice.
+    """
+    return Lowering(program, heads, anchor).relation(program.branch.pattern)
+
+
+class Lowering:
+    """Lowers the sets of one program. One isl context, one table of uniform scalars and data atoms."""
+
+    def __init__(self, program: Program, heads: tuple[int, int] | None = None, anchor: str = "q") -> None:
+        self.program, self.heads, self.anchor = program, heads, anchor
+        self.ctx = isl.Context()
+        self.uniform: dict[str, Scalar] = {}
+        self.atoms: dict[str, Scalar] = {}
+        self.notes: list[str] = []
+        self._names: dict[Scalar, str] = {}
+        self.space = self.set("{ [q, k] }").get_space()
+        self.here = _Place(
+            q=self.aff("{ [q, k] -> [q] }"),
+            k=self.aff("{ [q, k] -> [k] }"),
+            q_len=self.aff("[Nq] -> { [q, k] -> [Nq] }"),
+            k_len=self.aff("[Nk] -> { [q, k] -> [Nk] }"),
+        )
+
+    def set(self, text: str) -> isl.Set:
+        return isl.Set.read_from_str(self.ctx, text)
+
+    def aff(self, text: str) -> isl.PwAff:
+        return isl.PwAff.read_from_str(self.ctx, text)
+
+    def relation(self, pattern: Set) -> Relation:
+        written = self.lower(pattern, self.here)
+        existing = self.set("[Nk] -> { [q, k] : 0 <= k < Nk }")
+        pairs = written.intersect(existing)
+        rows = self.set("[Nq] -> { [q, k] : q < Nq }")
+        context = self.context()
+        if not self.program.align_start:
+            # One length: queries end where keys do.
+            context = context.intersect(self.set("[Nq, Nk] -> { : Nq = Nk }"))
+            pairs = _project_param(pairs.intersect_params(context), "Nq")
+        # Rows end with the keys or, under `align start`, with Nq: what only longer sequences could hold goes.
+        longest = self.set(f"{{ [q, k] : q <= {1 << POSITION_BITS} }}")
+        pairs = pairs.intersect(longest).gist(longest).gist_params(context)
+        keys_bounded = written.intersect(rows).intersect_params(context).is_subset(self.set("[Nk] -> { [q, k] : k < Nk }"))
+        pairs = pairs.coalesce()
+        uniform = {name: e for name, e in self.uniform.items() if self._involves(pairs, name)}
+        atoms = {name: e for name, e in self.atoms.items() if self._involves(pairs, name)}
+        return Relation(pairs, uniform, atoms, context, bool(keys_bounded), tuple(self.notes))
+
+    def _involves(self, pairs: isl.Set, name: str) -> bool:
+        position = pairs.find_dim_by_name(isl.dim_type.param, name)
+        return position >= 0 and bool(pairs.involves_dims(isl.dim_type.param, position, 1))
+
+    def context(self) -> isl.Set:
+        """What is known of the parameters: lengths are positive, booleans 0 or 1, table entries in their range."""
+        longest = 1 << POSITION_BITS
+        context = self.set(f"[Nq, Nk] -> {{ : 1 <= Nq <= {longest} and 1 <= Nk <= {longest} }}")
+        for name, scalar in [*self.uniform.items(), *self.atoms.items()]:
+            low, high = self._range(scalar)
+            if low is not None:
+                context = context.intersect(self.set(f"[{name}] -> {{ : {name} >= {low} }}"))
+            if high is not None:
+                context = context.intersect(self.set(f"[{name}] -> {{ : {name} <= {high} }}"))
+        return context
+
+    def _range(self, scalar: Scalar) -> tuple[int | None, int | None]:
+        if scalar.type is Type.BOOL:
+            return 0, 1
+        match scalar:
+            case Table(name=name):
+                values = [int(v) for v in self.program.table(name).values]
+                return (min(values), max(values)) if values else (None, None)
+            case Var(name="h" | "g" | "b"):
+                heads = {"h": self.heads and self.heads[0] - 1, "g": self.heads and self.heads[1] - 1}
+                return 0, heads.get(scalar.name)
+            case Var(name="H" | "G" | "D" | "Dv"):
+                return 1, None
+            case _:
+                return None, None
+
+    # ------------------------------------------------------------------------------------- sets
+
+    def lower(self, pattern: Set, place: _Place) -> isl.Set:
+        """The pairs of a set read at a place; a part that is too hard becomes a data atom."""
+        match pattern:
+            case Where(cond=cond):
+                step = lambda: self.holds(cond, place)  # noqa: E731
+            case Union(parts=parts):
+                lowered = [self.lower(p, place) for p in parts]
+                step = lambda: _fold(lowered, isl.Set.union)  # noqa: E731
+            case Inter(parts=parts):
+                lowered = [self.lower(p, place) for p in parts]
+                step = lambda: _fold(lowered, isl.Set.intersect)  # noqa: E731
+            case Minus(left=left, right=right):
+                a, b = self.lower(left, place), self.lower(right, place)
+                step = lambda: a.subtract(b)  # noqa: E731
+            case Complement(operand=operand):
+                a = self.lower(operand, place)
+                step = lambda: a.complement()  # noqa: E731
+            case Choose(cond=cond, then=then, other=other):
+                a, b = self.lower(then, place), self.lower(other, place)
+                step = lambda: _choose(self.holds(cond, place), a, b)  # noqa: E731
+            case On(operand=operand, place=Blocks(size=size)):
+                return self.lower(operand, self._blocks(place, size))
+            case On(operand=operand, place=Permuted() as permuted):
+                return self._atom(self.predicate(operand, self._permuted(place, permuted)), self.here)
+            case Coarsen(operand=operand):
+                inner = self.lower(operand, self.here)
+                step = lambda: self._coarsen(pattern, inner, place)  # noqa: E731
+            case _:
+                assert_never(pattern)
+        try:
+            return bounded(self.ctx, lambda: step().coalesce())
+        except TooHard:
+            self.notes.append("too hard for exact sets within the effort bound: masked pair by pair")
+            return self._atom(self.predicate(pattern, place), self.here)
+
+    def _blocks(self, place: _Place, size: int) -> _Place:
+        def divided(x: isl.PwAff) -> isl.PwAff:
+            return x.scale_down_val(isl.Val.int_from_si(self.ctx, size)).floor()
+
+        def quotient(x: Scalar) -> Scalar:
+            return Binary("//", x, Const(size))
+
+        def count(x: Scalar) -> Scalar:
+            return Binary("+", quotient(Binary("-", x, Const(1))), Const(1))
+
+        one = isl.Val.int_from_si(self.ctx, 1)
+        minus_one = isl.Val.int_from_si(self.ctx, -1)
+        return _Place(
+            divided(place.q), divided(place.k),
+            divided(place.q_len.add_constant_val(minus_one)).add_constant_val(one),
+            divided(place.k_len.add_constant_val(minus_one)).add_constant_val(one),
+            {
+                "q": quotient(place.name("q")), "k": quotient(place.name("k")),
+                "Nq": count(place.name("Nq")), "Nk": count(place.name("Nk")),
+            },
+        )  # fmt: skip
+
+    def _permuted(self, place: _Place, permuted: Permuted) -> _Place:
+        def entry(x: Scalar) -> Scalar:
+            return Read(permuted.input, (*permuted.lead, x), Type.INT)
+
+        return replace(place, names=place.names | {"q": entry(place.name("q")), "k": entry(place.name("k"))})
+
+    def _coarsen(self, pattern: Coarsen, inner: isl.Set, place: _Place) -> isl.Set:
+        """Block pairs of which any or all existing position pairs are in `inner`, the operand's pairs."""
+        if any(self._involves(inner, name) for name in self.atoms):
+            raise Unsupported("coarsen of a pattern that depends on data", pattern.span)
+        existing = self.set("[Nq, Nk] -> { [q, k] : 0 <= q < Nq and 0 <= k < Nk }")
+        same_block = isl.Map.read_from_str(
+            self.ctx,
+            f"{{ [q, k] -> [x, y] : {pattern.block_q}*floor(q/{pattern.block_q}) <= x "
+            f"< {pattern.block_q}*floor(q/{pattern.block_q}) + {pattern.block_q} and "
+            f"{pattern.block_k}*floor(k/{pattern.block_k}) <= y < {pattern.block_k}*floor(k/{pattern.block_k}) + {pattern.block_k} }}",
+        )
+        match pattern.mode:
+            case Coarse.ANY:
+                coarse = inner.intersect(existing).apply(same_block)
+            case Coarse.ALL:
+                missing = existing.subtract(inner).apply(same_block)
+                coarse = existing.apply(same_block).subtract(missing)
+            case Coarse.FRACTION:
+                raise Unsupported("coarsen by a fraction", pattern.span)
+            case _:
+                assert_never(pattern.mode)
+        coarse = coarse.coalesce()
+        if not place.names:
+            return coarse
+        # Read at another place: pull back along (q, k), and let its lengths be the place's.
+        coarse = _rename_param(_rename_param(coarse, "Nq", "Nq_inner"), "Nk", "Nk_inner")
+        at = isl.MultiPwAff.from_pw_aff_list(
+            isl.Space.alloc(self.ctx, 0, 2, 2).set_dim_name(isl.dim_type.in_, 0, "q").set_dim_name(isl.dim_type.in_, 1, "k"),
+            isl.PwAffList.from_pw_aff(place.q).add(place.k),
+        )
+        coarse = coarse.preimage_multi_pw_aff(at)
+        for name, length in (("Nq_inner", place.q_len), ("Nk_inner", place.k_len)):
+            coarse = coarse.intersect(self.aff(f"[{name}] -> {{ [q, k] -> [{name}] }}").eq_set(length))
+            coarse = _project_param(coarse, name)
+        return coarse
+
+    def without_redundant(self, cond: Scalar) -> Scalar:
+        """The condition less those of its conjuncts that the others imply for existing pairs."""
+        if not isinstance(cond, Logic) or cond.op != "and":
+            return cond
+        existing = self.set("[Nq, Nk] -> { [q, k] : q < Nq and 0 <= k < Nk }").intersect_params(self.context())
+        kept = list(cond.operands)
+        sets = {x: self.holds(x, self.here) for x in kept}
+        for x in cond.operands:
+            others = [sets[y] for y in kept if y != x]
+            if others and _fold([existing, *others], isl.Set.intersect).is_subset(sets[x]):
+                kept.remove(x)
+        return kept[0] if len(kept) == 1 else Logic("and", tuple(kept))
+
+    # ------------------------------------------------------------------------------- conditions
+
+    def holds(self, cond: Scalar, place: _Place) -> isl.Set:
+        """The pairs for which a boolean holds. What is not affine becomes an atom, as small as possible."""
+        match cond:
+            case Const(value=value):
+                return isl.Set.universe(self.space) if value else isl.Set.empty(self.space)
+            case Unary(op="not", operand=operand):
+                return self.holds(operand, place).complement()
+            case Logic(op="and", operands=operands):
+                return _fold([self.holds(x, place) for x in operands], isl.Set.intersect)
+            case Logic(operands=operands):
+                return _fold([self.holds(x, place) for x in operands], isl.Set.union)
+            case If(cond=c, then=then, other=other):
+                return _choose(self.holds(c, place), self.holds(then, place), self.holds(other, place))
+            case Compare(op=op, left=left, right=right):
+                try:
+                    return self._compare(op, left, right, place)
+                except NotAffine:
+                    return self._atom(cond, place)
+            case Call(function="is_power_of_two", args=(x,)):
+                try:
+                    value = self.affine(x, place)
+                except NotAffine:
+                    return self._atom(cond, place)
+                powers = " or ".join(f"x = {1 << i}" for i in range(POSITION_BITS))
+                return self.set(f"{{ [x] : {powers} }}").preimage_multi_pw_aff(isl.MultiPwAff.from_pw_aff(value))
+            case Read() | Table():
+                return self._atom(cond, place)
+            case Var() | Arg() | Binary() | Call():
+                raise AssertionError(f"not a boolean: {cond}")
+            case _:
+                assert_never(cond)
+
+    def _compare(self, op: str, left: Scalar, right: Scalar, place: _Place) -> isl.Set:
+        if op == "==":
+            # x // m == y // m as m * (x // m) <= y < m * (x // m) + m, with the quotient of the anchor's side, so
+            # that the other position's values are an interval whose ends isl writes in terms of the anchor.
+            match left, right:
+                case Binary(op="//", left=x, right=Const(value=int(m))), Binary(op="//", left=y, right=Const(value=int(n))) if m == n:
+                    quotient, other = (left, y) if reads(left, self.anchor) else (right, x)
+                    base = self.affine(quotient, place).scale_val(isl.Val.int_from_si(self.ctx, m))
+                    value = self.affine(other, place)
+                    return base.le_set(value).intersect(
+                        value.lt_set(base.add_constant_val(isl.Val.int_from_si(self.ctx, m)))
+                    )
+                case _:
+                    pass
+        a, b = self.affine(left, place), self.affine(right, place)
+        match op:
+            case "==":
+                return a.eq_set(b)
+            case "!=":
+                return a.ne_set(b)
+            case "<":
+                return a.lt_set(b)
+            case "<=":
+                return a.le_set(b)
+            case ">":
+                return a.gt_set(b)
+            case _:
+                return a.ge_set(b)
+
+    # ---------------------------------------------------------------------------------- numbers
+
+    def affine(self, e: Scalar, place: _Place) -> isl.PwAff:
+        """The integer scalar as a piecewise quasi-affine function of q, k and the parameters."""
+        try:
+            return self._affine(e, place)
+        except NotAffine:
+            placed = substitute(e, place.names)
+            if e.type is Type.FLOAT or reads(placed, "q", "k"):
+                raise
+            return self._parameter(placed)
+
+    def _affine(self, e: Scalar, place: _Place) -> isl.PwAff:
+        val = lambda n: isl.Val.int_from_si(self.ctx, n)  # noqa: E731
+        match e:
+            case Const(value=bool()):
+                raise AssertionError("a boolean is no number")
+            case Const(value=int(value)):
+                return isl.PwAff.val_on_domain(isl.Set.universe(self.space), val(value))
+            case Var(name="q" | "k") if isinstance(place.name(e.name), Read):
+                raise NotAffine("a position read from an input")
+            case Var(name="q"):
+                return place.q
+            case Var(name="k"):
+                return place.k
+            case Var(name="Nq"):
+                return place.q_len
+            case Var(name="Nk"):
+                return place.k_len
+            case Var(name="H" | "G") if self.heads:
+                return self._affine(Const(self.heads[e.name == "G"]), place)
+            case Var(name="g") if self.heads:
+                ratio = Const(self.heads[0] // self.heads[1])
+                return self._affine(Binary("//", Var("h"), ratio), place)
+            case Var() | Arg():
+                return self._parameter(e)
+            case Unary(operand=x):
+                return self.affine(x, place).neg()
+            case Binary(op="+", left=a, right=b):
+                return self.affine(a, place).add(self.affine(b, place))
+            case Binary(op="-", left=a, right=b):
+                return self.affine(a, place).sub(self.affine(b, place))
+            case Binary(op="*", left=a, right=b):
+                x, y = self.affine(a, place), self.affine(b, place)
+                if not (x.is_cst() or y.is_cst()):
+                    raise NotAffine("a product of two variables")
+                return x.mul(y)
+            case Binary(op="//" | "%", left=a, right=b):
+                divisor = self.affine(b, place)
+                if not divisor.is_cst():
+                    raise NotAffine("a divisor that is not constant")
+                m = divisor.max_val()
+                dividend = self.affine(a, place)
+                return dividend.scale_down_val(m).floor() if e.op == "//" else dividend.mod_val(m)
+            case If(cond=c, then=a, other=b):
+                chosen = self.holds(c, place)
+                return (
+                    self.affine(a, place).intersect_domain(chosen)
+                    .union_add(self.affine(b, place).intersect_domain(chosen.complement()))
+                )  # fmt: skip
+            case Call(function="min", args=args):
+                return _fold([self.affine(x, place) for x in args], isl.PwAff.min)
+            case Call(function="max", args=args):
+                return _fold([self.affine(x, place) for x in args], isl.PwAff.max)
+            case Call(function="abs", args=(x,)):
+                value = self.affine(x, place)
+                return value.max(value.neg())
+            case Call(function="clamp", args=(x, low, high)):
+                return self.affine(x, place).max(self.affine(low, place)).min(self.affine(high, place))
+            case Call(function="bit_length", args=(x,)):
+                value = self.affine(x, place)
+                bits = "; ".join(
+                    f"[x] -> [{i}] : {1 << (i - 1)} <= x < {1 << i}" for i in range(1, POSITION_BITS + 1)
+                )
+                table = self.aff(f"{{ [x] -> [0] : x <= 0; {bits} }}")
+                return table.pullback_multi_pw_aff(isl.MultiPwAff.from_pw_aff(value))
+            case Table(name=name, index=(index,)) if reads(substitute(index, place.names), "q", "k"):
+                values = self.program.table(name).values
+                if len(values) > MAX_CASES:
+                    raise NotAffine(f"a table of more than {MAX_CASES} entries, indexed by q or k")
+                last = len(values) - 1
+                inner = [f"[x] -> [{int(v)}] : x = {i}" for i, v in enumerate(values) if 0 < i < last]
+                ends = [f"[x] -> [{int(values[0])}] : x <= 0"]
+                if last:
+                    ends.append(f"[x] -> [{int(values[last])}] : x >= {last}")
+                table = self.aff("{ " + "; ".join(ends + inner) + " }")
+                return table.pullback_multi_pw_aff(isl.MultiPwAff.from_pw_aff(self.affine(index, place)))
+            case _:
+                raise NotAffine(type(e).__name__)
+
+    def _parameter(self, scalar: Scalar) -> isl.PwAff:
+        name = self._name(scalar, self.uniform, "u")
+        return self.aff(f"[{name}] -> {{ [q, k] -> [{name}] }}")
+
+    # ------------------------------------------------------------------------------------ atoms
+
+    def _atom(self, cond: Scalar, place: _Place) -> isl.Set:
+        """The pairs where a boolean parameter, standing for a condition, is true."""
+        placed = substitute(cond, place.names)
+        table, prefix = (self.atoms, "d") if reads(placed, "q", "k") else (self.uniform, "u")
+        name = self._name(placed, table, prefix)
+        return self.set(f"[{name}] -> {{ [q, k] : {name} = 1 }}")
+
+    def predicate(self, pattern: Set, place: _Place | None = None) -> Scalar:
+        """The pattern as one condition on q and k, written as its author wrote it."""
+        place = place or self.here
+        match pattern:
+            case Where(cond=cond):
+                return substitute(cond, place.names)
+            case Union(parts=parts):
+                return Logic("or", tuple(self.predicate(p, place) for p in parts))
+            case Inter(parts=parts):
+                return Logic("and", tuple(self.predicate(p, place) for p in parts))
+            case Minus(left=left, right=right):
+                return Logic("and", (self.predicate(left, place), Unary("not", self.predicate(right, place))))
+            case Complement(operand=operand):
+                return Unary("not", self.predicate(operand, place))
+            case Choose(cond=cond, then=then, other=other):
+                chosen = substitute(cond, place.names)
+                return If(chosen, self.predicate(then, place), self.predicate(other, place))
+            case On(operand=operand, place=Blocks(size=size)):
+                return self.predicate(operand, self._blocks(place, size))
+            case On(operand=operand, place=Permuted() as permuted):
+                return self.predicate(operand, self._permuted(place, permuted))
+            case Coarsen():
+                inner = self.lower(pattern.operand, self.here)
+                coarse = condition(self._coarsen(pattern, inner, self.here), self.context(), self.uniform)
+                return substitute(coarse, place.names)
+            case _:
+                assert_never(pattern)
+
+    def _name(self, scalar: Scalar, table: dict[str, Scalar], prefix: str) -> str:
+        if scalar not in self._names:
+            self._names[scalar] = f"{prefix}{len(table)}"
+            table[self._names[scalar]] = scalar
+        return self._names[scalar]
+
+
+def _fold(items: list[_Result], combine: Callable[[_Result, _Result], _Result]) -> _Result:
+    return reduce(combine, items)
+
+
+def _choose(chosen: isl.Set, then: isl.Set, other: isl.Set) -> isl.Set:
+    return chosen.intersect(then).union(chosen.complement().intersect(other))
+
+
+def _project_param(pairs: isl.Set, name: str) -> isl.Set:
+    position = pairs.find_dim_by_name(isl.dim_type.param, name)
+    return pairs.project_out(isl.dim_type.param, position, 1) if position >= 0 else pairs
+
+
+def _rename_param(pairs: isl.Set, old: str, new: str) -> isl.Set:
+    position = pairs.find_dim_by_name(isl.dim_type.param, old)
+    return pairs.set_dim_name(isl.dim_type.param, position, new) if position >= 0 else pairs

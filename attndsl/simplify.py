@@ -1,0 +1,133 @@
+"""Scalars made smaller: known sizes put in, constants folded, neutral operands dropped."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+
+from attndsl.program import Binary, Call, Compare, Const, If, Logic, Scalar, Type, Unary, Var, rebuild
+
+_COMPARE = {
+    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
+}  # fmt: skip
+_FLIPPED = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
+
+
+def specialise(e: Scalar, sizes: Mapping[str, int]) -> Scalar:
+    """The scalar with H, G, D, Dv (those in `sizes`) replaced by their values, then folded."""
+
+    def step(x: Scalar) -> Scalar:
+        return Const(sizes[x.name]) if isinstance(x, Var) and x.name in sizes else _fold(x)
+
+    return rebuild(e, step)
+
+
+def fold(e: Scalar) -> Scalar:
+    """The scalar with constants folded; its value is the same for every value of its variables."""
+    return rebuild(e, _fold)
+
+
+def negated(e: Scalar) -> Scalar:
+    """The boolean's negation, pushed inwards to comparisons."""
+    match e:
+        case Const(value=value):
+            return Const(not value)
+        case Unary(op="not", operand=x):
+            return x
+        case Compare(op=op, left=a, right=b) if Type.FLOAT not in (a.type, b.type):
+            return Compare(_FLIPPED[op], a, b)
+        case Logic(op=op, operands=xs):
+            return Logic("or" if op == "and" else "and", tuple(negated(x) for x in xs))
+        case _:
+            return Unary("not", e)
+
+
+def _fold(e: Scalar) -> Scalar:
+    match e:
+        case Unary(op="not", operand=x):
+            return negated(x)
+        case Unary(op="-", operand=Const(value=v)):
+            return Const(-v)
+        case Binary(op=op, left=Const(value=a), right=Const(value=b)):
+            return _arithmetic(e, op, a, b)
+        case Binary(op="+" | "-", left=x, right=Const(value=0)) if x.type is e.type:
+            return x
+        case Binary(op="+", left=Const(value=0), right=x) if x.type is e.type:
+            return x
+        # Ends of runs: constants gather on the right.
+        case Binary(op="+", left=Binary(op="+", left=x, right=Const(value=int(a))), right=Const(value=int(b))):
+            return _plus(x, a + b)
+        case Binary(op="+", left=Binary(op="-", left=x, right=Const(value=int(a))), right=Const(value=int(b))):
+            return _plus(x, b - a)
+        case Binary(op="-", left=Binary(op="+", left=x, right=Const(value=int(a))), right=Const(value=int(b))):
+            return _plus(x, a - b)
+        case Binary(op="-", left=Binary(op="-", left=x, right=Const(value=int(a))), right=Const(value=int(b))):
+            return _plus(x, -a - b)
+        case Binary(op="*" | "//", left=x, right=Const(value=1)) if x.type is e.type:
+            return x
+        case Binary(op="*", left=Const(value=1), right=x) if x.type is e.type:
+            return x
+        case Compare(op=op, left=Const(value=a), right=Const(value=b)):
+            return Const(bool(_COMPARE[op](a, b)))
+        case Logic(op=op, operands=xs):
+            return _logic(op, xs)
+        case If(cond=Const(value=c), then=a, other=b):
+            chosen = a if c else b
+            return chosen if chosen.type is e.type else Binary("+", chosen, Const(0.0))
+        case If(cond=c, then=a, other=b) if e.type is Type.BOOL:
+            return _logic("or", (_logic("and", (c, a)), _logic("and", (negated(c), b))))
+        case If(then=a, other=b) if a == b:
+            return a
+        case Call(function="min" | "max" as name, args=xs) if e.type is Type.INT:
+            return _extremum(name, xs)
+        case _:
+            return e
+
+
+def _arithmetic(e: Scalar, op: str, a: float, b: float) -> Scalar:
+    match op:
+        case "+":
+            return Const(a + b)
+        case "-":
+            return Const(a - b)
+        case "*":
+            return Const(a * b)
+        case "/" if b != 0:
+            return Const(a / b)
+        case "//" if b != 0:
+            return Const(math.floor(a // b))
+        case "%" if b != 0:
+            return Const(a % b)
+        case _:
+            return e
+
+
+def _plus(x: Scalar, constant: int) -> Scalar:
+    if constant == 0:
+        return x
+    return Binary("+", x, Const(constant)) if constant > 0 else Binary("-", x, Const(-constant))
+
+
+def _logic(op: str, operands: tuple[Scalar, ...]) -> Scalar:
+    """Nested and-s and or-s flattened, repeated and neutral operands dropped."""
+    absorbing = Const(op == "or")
+    kept: list[Scalar] = []
+    for x in operands:
+        for y in x.operands if isinstance(x, Logic) and x.op == op else (x,):
+            if y == absorbing:
+                return absorbing
+            if not isinstance(y, Const) and y not in kept:
+                kept.append(y)
+    if not kept:
+        return Const(op == "and")
+    return kept[0] if len(kept) == 1 else Logic(op, tuple(kept))
+
+
+def _extremum(name: str, args: tuple[Scalar, ...]) -> Scalar:
+    flat = [y for x in args for y in (x.args if isinstance(x, Call) and x.function == name else (x,))]
+    values = [x.value for x in flat if isinstance(x, Const)]
+    rest = list(dict.fromkeys(x for x in flat if not isinstance(x, Const)))
+    if values:
+        rest.append(Const(min(values) if name == "min" else max(values)))
+    return rest[0] if len(rest) == 1 else Call(name, tuple(rest))

@@ -1,0 +1,292 @@
+"""The block graph in closed form: which key tiles a query tile visits, as runs that hold for every length.
+
+For a query tile the visited key tiles are a few disjoint *runs* `first, first + step, …` (`count` of them), whose
+ends are quasi-affine in the tile's index, the lengths and the uniform scalars. A run is *full* (every pair of
+its tiles is allowed: no mask) or *partial*. The transpose gives, for a key tile, the query tiles that visit it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import islpy as isl
+
+from attndsl.program import Binary, Call, Const, If, Logic, Scalar, Unary, Var
+from attndsl.quasi_affine import to_scalar
+from attndsl.simplify import fold
+from attndsl.relation import EFFORT, Relation, TooHard, bounded
+
+# Elementary isl operations allowed to the tiles of one side of one pattern.
+SCAN_EFFORT = 2 * EFFORT
+# … and to writing one piece of it as an interval.
+PIECE_EFFORT = EFFORT // 10
+
+
+class TileKind(Enum):
+    FULL = "full"
+    PARTIAL = "partial"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The tiles first, first + step, …, `count` of them (none where `count` is not positive)."""
+
+    first: Scalar
+    count: Scalar
+    step: int
+    kind: TileKind
+
+
+@dataclass(frozen=True, slots=True)
+class TileRuns:
+    """The disjoint runs of one tile: of key tiles for query tile `q_tile`, or of query tiles for key tile `k_tile`."""
+
+    full: tuple[Run, ...]
+    partial: tuple[Run, ...]
+
+
+class Side(Enum):
+    """Which tiles a kernel owns, one per program; its loops run over the other side's."""
+
+    QUERY = "q_tile"
+    KEY = "k_tile"
+
+
+def tile_runs(relation: Relation, block_q: int, block_k: int, side: Side, align_start: bool = False) -> TileRuns:
+    """Closed-form runs for one side's tiles.
+
+    Query tile t holds the rows [t * block_q, (t + 1) * block_q) of a call, whose positions start at Nk - rows
+    (0 under `align start`); key tile t holds keys [t * block_k, (t + 1) * block_k).
+    """
+    return _Tiler(relation, block_q, block_k, side, align_start).runs()
+
+
+class _Tiler:
+    def __init__(self, relation: Relation, block_q: int, block_k: int, side: Side, align_start: bool) -> None:
+        self.relation, self.side = relation, side
+        self.block_q, self.block_k = block_q, block_k
+        self.align_start = align_start
+        self.ctx = relation.pairs.get_ctx()
+        # `start` is the position of row 0. Rows are always below Nq.
+        start, length = ("0", "Nq") if align_start else ("start", "Nk")
+        self.tiles = self._map(
+            f"[start] -> {{ [q, k] -> [x, y] : {block_q} x <= q - {start} < {block_q} x + {block_q} and "
+            f"{block_k} y <= k < {block_k} y + {block_k} }}"
+        )
+        self.existing = self._set(
+            f"[Nq, Nk, start] -> {{ [x, y] : x >= 0 and {block_q} x + {start} < {length} and "
+            f"y >= 0 and {block_k} y < Nk and Nk >= 1 and Nq >= 1 }}"
+        ).intersect_params(relation.context)
+        # A full key tile has all its keys below Nk; a full query tile (transposed) has no such duty, since the
+        # rows that do not exist are zero where the kernel reads them.
+        self.reach = self._set("{ [q, k] : k >= 0 }")
+
+    def _set(self, text: str) -> isl.Set:
+        return isl.Set.read_from_str(self.ctx, text)
+
+    def _map(self, text: str) -> isl.Map:
+        return isl.Map.read_from_str(self.ctx, text)
+
+    def runs(self) -> TileRuns:
+        touched = self._touched()
+        nothing = isl.Set.empty(touched.get_space())
+        attempts = (
+            lambda: self._scan(*self._split(touched)),
+            # Past the effort bound every visited tile is partial: slower, never different.
+            lambda: self._scan(nothing, touched),
+        )
+        for attempt in attempts:
+            try:
+                return bounded(self.ctx, attempt, SCAN_EFFORT)
+            except TooHard:
+                continue
+        return self._scan(nothing, self.existing)
+
+    def _split(self, touched: isl.Set) -> tuple[isl.Set, isl.Set]:
+        """The full tiles, and the partial ones."""
+        missing = self.reach.subtract(self.relation.pairs)
+        holes = self.relation.project_atoms(missing).apply(self.tiles).coalesce()
+        full = self._existing(touched.subtract(holes))
+        return full, self._existing(touched.subtract(full))
+
+    def _existing(self, tiles: isl.Set) -> isl.Set:
+        """The tiles that exist, written as plainly as that allows."""
+        return tiles.coalesce().gist(self.existing).intersect(self.existing).coalesce()
+
+    def _touched(self) -> isl.Set:
+        try:
+            return bounded(
+                self.ctx,
+                lambda: self._existing(self.relation.project_atoms(self.relation.pairs).apply(self.tiles)),
+            )
+        except TooHard:
+            return self.existing
+
+    # -------------------------------------------------------------------------------------- runs
+
+    def _scan(self, full: isl.Set, partial: isl.Set) -> TileRuns:
+        """The runs of both kinds: interval by interval, or where tiles are no intervals as isl's loops over them."""
+        own, other = (0, 1) if self.side is Side.QUERY else (1, 0)
+        context = self._own_tile(self.existing, own, other).params()
+        whole = isl.Set.from_params(context).add_dims(isl.dim_type.set, 1)
+        lines = {
+            kind: self._intervals(self._own_tile(tiles, own, other)).gist(whole)
+            for kind, tiles in ((TileKind.FULL, full), (TileKind.PARTIAL, partial))
+        }
+        runs = {kind: self._interval_runs(line, kind, context) for kind, line in lines.items()}
+        if runs[TileKind.FULL] is None or runs[TileKind.PARTIAL] is None:
+            return self._loops(lines, context)
+        return TileRuns(tuple(runs[TileKind.FULL]), tuple(runs[TileKind.PARTIAL]))
+
+    def _interval_runs(self, line: isl.Set, kind: TileKind, context: isl.Set) -> list[Run] | None:
+        """A run for each disjoint piece of a line of tiles, or None if some piece is no interval."""
+        build = isl.AstBuild.from_context(context)
+        runs = []
+        for basic in line.make_disjoint().get_basic_sets():
+            piece = isl.Set.from_basic_set(basic)
+            if piece.intersect_params(context).is_empty():
+                continue
+            if basic.dim(isl.dim_type.div) and not self._is_interval(piece):
+                return None
+            first = self._scalar(build.expr_from_pw_aff(piece.dim_min(0)))
+            last = self._scalar(build.expr_from_pw_aff(piece.dim_max(0)))
+            guard = fold(self._scalar(build.expr_from_set(piece.params().gist(context))))
+            count = Binary("+", Binary("-", last, first), Const(1))
+            runs.append(Run(first, count if guard == Const(1) else If(guard, count, Const(0)), 1, kind))
+        return runs
+
+    def _loops(self, lines: dict[TileKind, isl.Set], context: isl.Set) -> TileRuns:
+        """Let isl write the loops over both kinds in order of the tile index, and read runs off them."""
+        statements = isl.UnionSet.empty(isl.Space.params_alloc(self.ctx, 0))
+        for kind, line in lines.items():
+            statements = statements.union(isl.UnionSet.from_set(line.set_tuple_name(kind.value)))
+        schedule = isl.UnionMap.read_from_str(self.ctx, "{ full[t] -> [t]; partial[t] -> [t] }")
+        build = isl.AstBuild.from_context(context)
+        build = build.set_options(isl.UnionMap.read_from_str(self.ctx, "{ [t] -> separate[0] }"))
+        node = build.node_from_schedule_map(schedule.intersect_domain(statements))
+        scan = _Scan(self._scalar, self._other_tiles())
+        scan.collect(node)
+        return TileRuns(
+            full=tuple(run for run in scan.found if run.kind is TileKind.FULL),
+            partial=tuple(run for run in scan.found if run.kind is TileKind.PARTIAL),
+        )
+
+    def _other_tiles(self) -> Scalar:
+        """The number of tiles on the other side."""
+        if self.side is Side.QUERY:
+            return _tiles(Var("Nk"), self.block_k)
+        return _tiles(Var("Nq") if self.align_start else Binary("-", Var("Nk"), Var("start")), self.block_q)
+
+    def _own_tile(self, tiles: isl.Set, own: int, other: int) -> isl.Set:
+        """{ [x, y] } as the line of the other side's tiles, the own tile a parameter."""
+        position = tiles.dim(isl.dim_type.param)
+        tiles = tiles.insert_dims(isl.dim_type.param, position, 1)
+        tiles = tiles.set_dim_name(isl.dim_type.param, position, self.side.value)
+        tiles = tiles.equate(isl.dim_type.param, position, isl.dim_type.set, own)
+        return tiles.project_out(isl.dim_type.set, own, 1).coalesce()
+
+    def _intervals(self, line: isl.Set) -> isl.Set:
+        """The same set, its intervals written with ends in terms of the own tile."""
+        pieces = isl.Set.empty(line.get_space())
+        for basic in line.make_disjoint().get_basic_sets():
+            piece = isl.Set.from_basic_set(basic)
+            # Without quotients a piece is an interval already.
+            if basic.dim(isl.dim_type.div) and self._is_interval(piece):
+                piece = self._hull(piece)
+            pieces = pieces.union(piece)
+        return pieces.coalesce()
+
+    def _is_interval(self, piece: isl.Set) -> bool:
+        limit = self.ctx.get_max_operations()
+        try:
+            return bounded(self.ctx, lambda: bool(self._hull(piece).is_subset(piece)), PIECE_EFFORT)
+        except TooHard:
+            return False
+        finally:
+            self.ctx.set_max_operations(limit)
+
+    def _hull(self, piece: isl.Set) -> isl.Set:
+        tile = isl.PwAff.var_on_domain(isl.LocalSpace.from_space(piece.get_space()), isl.dim_type.set, 0)
+        low = piece.dim_min(0).insert_domain(piece.get_space())
+        high = piece.dim_max(0).insert_domain(piece.get_space())
+        return tile.ge_set(low).intersect(tile.le_set(high))
+
+    def _scalar(self, expr: isl.AstExpr) -> Scalar:
+        names: dict[str, Scalar] = {name: Var(name) for name in ("Nq", "Nk", "q_tile", "k_tile", "start")}
+        return to_scalar(expr, names | self.relation.uniform)
+
+
+
+class _Scan:
+    """Reads runs off isl's loops.
+
+    What isl executes comes in increasing order of the tile index, so its loops are disjoint. A condition left
+    inside a loop is dropped: the range becomes a partial run, whose mask decides. Since a range so widened
+    may reach into its neighbours, it is clipped to the tiles after those already passed (`cursor`), and what
+    follows it is clipped likewise.
+    """
+
+    def __init__(self, scalar: Callable[[isl.AstExpr], Scalar], tiles: Scalar) -> None:
+        self.scalar, self.tiles = scalar, tiles
+        self.found: list[Run] = []
+        self.cursor: Scalar = Const(0)
+        self.widened = False
+
+    def collect(self, node: isl.AstNode, guard: Scalar = Const(True)) -> None:
+        match node.get_type():
+            case isl.ast_node_type.block:
+                children = node.block_get_children()
+                for i in range(children.n_ast_node()):
+                    self.collect(children.get_at(i), guard)
+            case isl.ast_node_type.if_:
+                cond, before = self.scalar(node.if_get_cond()), self.cursor
+                self.collect(node.if_get_then_node(), _both(guard, cond))
+                after_then, self.cursor = self.cursor, before
+                if node.if_has_else_node():
+                    self.collect(node.if_get_else_node(), _both(guard, Unary("not", cond)))
+                self.cursor = If(cond, after_then, self.cursor)
+            case isl.ast_node_type.for_:
+                self._loop(node, guard)
+            case isl.ast_node_type.user:
+                tile = self.scalar(node.user_get_expr().get_op_arg(1))
+                self._add(tile, Binary("+", tile, Const(1)), 1, _kind(node), guard)
+            case _:
+                raise AssertionError(node.to_C_str())
+
+    def _loop(self, node: isl.AstNode, guard: Scalar) -> None:
+        first, cond, body = self.scalar(node.for_get_init()), node.for_get_cond(), node.for_get_body()
+        end = self.scalar(cond.get_op_arg(1))
+        if cond.get_op_type() != isl.ast_expr_op_type.lt:
+            end = Binary("+", end, Const(1))
+        if body.get_type() == isl.ast_node_type.user:
+            self._add(first, end, int(node.for_get_inc().get_val().to_python()), _kind(body), guard)
+        else:
+            self.widened = True
+            self._add(first, Call("min", (end, self.tiles)), 1, TileKind.PARTIAL, guard)
+
+    def _add(self, first: Scalar, end: Scalar, step: int, kind: TileKind, guard: Scalar) -> None:
+        if self.widened:
+            skipped: Scalar = Call("max", (Binary("-", self.cursor, first), Const(0)))
+            if step > 1:
+                skipped = Binary("*", Binary("//", Binary("+", skipped, Const(step - 1)), Const(step)), Const(step))
+            first = Binary("+", first, skipped)
+        length: Scalar = Binary("-", end, first)
+        if step > 1:
+            length = Binary("//", Binary("+", length, Const(step - 1)), Const(step))
+        count: Scalar = Call("max", (length, Const(0)))
+        self.found.append(Run(first, count if guard == Const(True) else If(guard, count, Const(0)), step, kind))
+        self.cursor = Call("max", (self.cursor, end))
+
+
+def _kind(node: isl.AstNode) -> TileKind:
+    return TileKind(node.user_get_expr().get_op_arg(0).get_id().get_name())
+
+
+def _tiles(length: Scalar, block: int) -> Scalar:
+    return Binary("//", Binary("+", length, Const(block - 1)), Const(block))
+
+
+def _both(a: Scalar, b: Scalar) -> Scalar:
+    return b if a == Const(True) else Logic("and", (a, b))

@@ -1,0 +1,115 @@
+"""`python -m benchmarks forward|backward|cpu|overhead|compile`: ours and every installed peer side by side."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import peers
+from benchmarks.compile_time import PATTERN, run_compile
+from benchmarks.overhead import run_overhead
+from benchmarks.report import Report, heading, render, timing_table
+from benchmarks.rows import CPU_ROWS, GPU_ROWS, Sizes, select
+from benchmarks.tables import run_table
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; sizes left out take the command's defaults."""
+    top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    top.add_argument("command", choices=("forward", "backward", "cpu", "overhead", "compile"))
+    top.add_argument("--rows", help="comma-separated rows of benchmarks/rows.py")
+    top.add_argument("--peers", help="comma-separated peers; `none` for ours alone")
+    top.add_argument("--batch", type=int, default=1)
+    top.add_argument("--heads", type=int)
+    top.add_argument("--n", type=int, help="tokens")
+    top.add_argument("--dim", type=int)
+    top.add_argument("--dtype", choices=tuple(DTYPES))
+    top.add_argument("--out", type=Path, help="write the results here as JSON, after every row")
+    top.add_argument("--md", action="store_true", help="print Markdown")
+    top.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further row is started")
+    top.add_argument("--site", type=Path, help="folder with unpacked flash-attn-4 packages, for this process only")
+    top.add_argument("--flex", action="store_true", help="cpu: also FlexAttention, which needs a C++ compiler")
+    top.add_argument("--pattern", default=PATTERN, help="compile: the program that is compiled")
+    top.add_argument("--backward", action="store_true", help="compile: to the first gradients")
+    return top
+
+
+def sizes_of(options: argparse.Namespace) -> Sizes:
+    cpu = options.command == "cpu"
+    heads, n, dim, dtype = (8, 8192, 64, "fp32") if cpu else (16, 16384, 128, "bf16")
+    return Sizes(
+        options.batch,
+        options.heads or heads,
+        options.n or n,
+        options.dim or dim,
+        DTYPES[options.dtype or dtype],
+        torch.device("cpu" if cpu else "cuda"),
+    )
+
+
+def peers_of(options: argparse.Namespace) -> tuple[peers.Peer, ...]:
+    """The peers of a table.
+
+    Raises KeyError, naming the peers there are, for one that does not exist.
+    """
+    cpu_peers = (*peers.CPU_PEERS, peers.CPU_FLEX) if options.flex else peers.CPU_PEERS
+    known = {peer.name: peer for peer in (cpu_peers if options.command == "cpu" else peers.GPU_PEERS)}
+    if options.peers is None:
+        return tuple(known.values())
+    names = [] if options.peers == "none" else options.peers.split(",")
+    if missing := [name for name in names if name not in known]:
+        raise KeyError(f"no peer called {', '.join(missing)}; there are {', '.join(known)}")
+    return tuple(known[name] for name in names)
+
+
+def timing(options: argparse.Namespace, command: str) -> str:
+    default = CPU_ROWS if options.command == "cpu" else GPU_ROWS
+    report = run_table(
+        select(options.rows, default),
+        peers_of(options),
+        sizes_of(options),
+        backward=options.command == "backward",
+        command=command,
+        out=options.out,
+        budget_s=options.budget,
+    )
+    notes = "\n\n\\* plain causal attention: another function, shown as the cost of leaving the pattern out"
+    text = f"{heading(report)}\n\n{render(timing_table(report), options.md)}"
+    return text + notes if options.command == "cpu" else text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser().parse_args(given)
+    if options.site is not None:
+        peers.add_site(options.site)
+    command = "python -m benchmarks " + shlex.join(given)
+    if options.command in ("forward", "backward") and not torch.cuda.is_available():
+        print("this table needs a GPU; `python -m benchmarks cpu` does not", file=sys.stderr)
+        return 2
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    match options.command:
+        case "overhead":
+            table = run_overhead(device)
+            print(f"{heading(Report(command, f'B=1 H=2 N=64 D=64 on {device.type}'))}\n\n{render(table, options.md)}")
+        case "compile":
+            table = run_compile(options.pattern, device, options.backward)
+            print(f"{heading(Report(command, f'{options.pattern} on {device.type}'))}\n\n{render(table, options.md)}")
+        case _:
+            try:
+                print(timing(options, command))
+            except KeyError as error:
+                print(error.args[0], file=sys.stderr)
+                return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""The CPU lowering: blocked PyTorch over the same plan, cost following the pattern's area.
+
+For each query tile the visited keys are gathered (full tiles first) and attended in a few large products.
+Heads and batch entries go together unless the runs depend on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from attndsl.plan import ForwardPlan
+from attndsl.program import Arg, Axis, Dim, Read, Scalar, Table, Type, Var, reads
+
+from attndsl.codegen.header import header
+from attndsl.codegen.lines import Lines
+from attndsl.codegen.prelude_helpers import prelude
+from attndsl.codegen.scalars import PYTHON, TORCH, Level, Names, Printer
+
+# Keys attended in one product: bounds the scores held at once.
+CHUNK = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class TensorLeaves:
+    """Leaves as tensors that broadcast over [batch, kv_heads, group, rows, keys]."""
+
+    plan: ForwardPlan
+
+    def __call__(self, e: Scalar, printer: Printer) -> str:
+        match e:
+            case Var(name="q"):
+                return "q_pos"
+            case Var(name="k"):
+                return "k_pos"
+            case Var(name="Nq"):
+                return "rows" if self.plan.program.align_start else "k_len"
+            case Var(name="Nk"):
+                return "k_len"
+            case Var(name="b" | "h" | "g" as name):
+                return f"{name}_index"
+            case Var(name=name):
+                return name
+            case Arg(name=name):
+                return f"arg_{name}"
+            case Table(name=name, index=index):
+                table = self.plan.program.table(name)
+                return f"{name}_table[{self._indices(index, table.dims, f'{name}_table', printer)}]"
+            case Read(input=name, index=index):
+                decl = self.plan.program.input(name)
+                tensor = f"{name}_input"
+                if not index:
+                    text = tensor
+                else:
+                    text = f"{tensor}[{self._indices(index, decl.dims, tensor, printer)}]"
+                return f"{text}.to(compute)" if decl.type is Type.FLOAT else text
+            case _:
+                raise AssertionError(f"not a leaf: {e}")
+
+    def _indices(self, index: tuple[Scalar, ...], dims: tuple[Dim, ...], tensor: str, printer: Printer) -> str:
+        found = []
+        for i, (e, dim) in enumerate(zip(index, dims, strict=True)):
+            text = printer.text(e, Level.SUM)
+            if dim.axis is Axis.Q and dim.block == 1:
+                text = f"{text} - start"
+            printer.helpers.add("clamp")
+            found.append(f"clamp({text}, 0, {tensor}.shape[{i}] - 1)")
+        return ", ".join(found)
+
+
+@dataclass(frozen=True, slots=True)
+class NumberLeaves:
+    """Leaves as Python numbers, for the runs of one tile of one head."""
+
+    plan: ForwardPlan
+
+    def __call__(self, e: Scalar, printer: Printer) -> str:
+        match e:
+            case Var(name="Nq"):
+                return "rows" if self.plan.program.align_start else "k_len"
+            case Var(name="Nk"):
+                return "k_len"
+            case Var(name=name):
+                return name
+            case Arg(name=name):
+                return f"arg_{name}"
+            case Table(name=name, index=index):
+                return self._item(f"{name}_table", index, printer)
+            case Read(input=name, index=index):
+                return self._item(f"{name}_input", index, printer)
+            case _:
+                raise AssertionError(f"not a leaf: {e}")
+
+    def _item(self, tensor: str, index: tuple[Scalar, ...], printer: Printer) -> str:
+        at = [f"min(max({printer.text(e)}, 0), {tensor}.shape[{i}] - 1)" for i, e in enumerate(index)]
+        return f"{tensor}[{', '.join(at)}].item()" if at else f"{tensor}.item()"
+
+
+class TileLoop:
+    """What the forward and backward functions share: the loop over query tiles, and a tile's scores."""
+
+    def __init__(self, plan: ForwardPlan) -> None:
+        self.plan = plan
+        self.lines = Lines(indent=1)
+        self.helpers: set[str] = {"key_spans", "chunks", "gather", "positions"}
+        self.numbers = Printer(PYTHON, Names(NumberLeaves(plan)), self.helpers)
+        self.tensors = Printer(TORCH, Names(TensorLeaves(plan)), self.helpers)
+        run_scalars = [x for run in plan.runs.full + plan.runs.partial for x in (run.first, run.count)]
+        self.per_batch = any(reads(x, "b") for x in run_scalars)
+        self.per_head = any(reads(x, "h", "g") for x in run_scalars)
+
+    def parameters(self) -> list[str]:
+        """Names of what the function takes after its tensors: scale, lengths, inputs, tables, arguments."""
+        plan = self.plan
+        return (
+            [f"{decl.name}_input" for decl in plan.inputs]
+            + [f"{table.name}_table" for table in plan.tables]
+            + [f"arg_{name}" for name in plan.args]
+        )
+
+    def file(self, function: str, signature: str, title: str) -> str:
+        body = self.lines.text()
+        helpers = prelude("torch_prelude.py", self.helpers)
+        return (
+            header(self.plan, title) + "import math\n\nimport torch\n\n\n" + helpers + "\n\n\n"
+            f"def {function}({signature}):\n" + body
+        )  # fmt: skip
+
+    def prologue(self) -> None:
+        plan, lines = self.plan, self.lines
+        lines.add(
+            f"block_q, block_k = {plan.tiling.block_q}, {plan.tiling.block_k}",
+            "batch, kv_heads, group, rows, _ = q.shape",
+            "k_len = k.shape[-2]",
+            "start = 0" if plan.program.align_start else "start = k_len - rows",
+            "compute = torch.float64 if q.dtype == torch.float64 else torch.float32",
+            "all_b = torch.arange(batch).view(-1, 1, 1, 1, 1)",
+            "all_h = torch.arange(kv_heads * group).view(1, kv_heads, group, 1, 1)",
+        )
+        if plan.scale is not None:
+            lines.add(f"scale = {self.tensors.text(plan.scale)}")
+
+    @contextmanager
+    def tiles(self) -> Iterator[None]:
+        """Loops over heads (where the runs need it) and query tiles; inside, `at` selects the rows of a tile."""
+        lines = self.lines
+        with lines.block("for b in range(batch):" if self.per_batch else "for b in [slice(None)]:"):
+            lines.add("at_b = slice(b, b + 1)" if self.per_batch else "at_b = b")
+            with lines.block("for h in range(kv_heads * group):" if self.per_head else "for h in [slice(None)]:"):
+                if self.per_head:
+                    lines.add("g = h // group", "at_g, at_r = slice(g, g + 1), slice(h % group, h % group + 1)")
+                else:
+                    lines.add("at_g, at_r = slice(None), slice(None)")
+                lines.add(
+                    "b_index, h_index = all_b[at_b], all_h[:, at_g, at_r]",
+                    "g_index = h_index // group",
+                )
+                with lines.block("for q_tile in range(-(-rows // block_q)):"):
+                    lines.add(
+                        "low, high = q_tile * block_q, min((q_tile + 1) * block_q, rows)",
+                        "at = (at_b, at_g, at_r, slice(low, high))",
+                        "q_pos = torch.arange(start + low, start + high).view(-1, 1)",
+                    )
+                    self._spans()
+                    yield
+
+    def _spans(self) -> None:
+        runs, lines = self.plan.runs, self.lines
+        where = self.plan.program.branch.span
+        lines.add(f"# The keys that these rows visit{f'  [{where}]' if where else ''}")
+        self.numbers.names.known.clear()
+        self.numbers.share(lines, [x for run in runs.full + runs.partial for x in (run.first, run.count)], "tile_")
+        for label, found in (("full", runs.full), ("partial", runs.partial)):
+            if not found:
+                lines.add(f"{label}_spans = []")
+                continue
+            lines.add(f"{label}_runs = [")
+            lines.add(*(f"    ({self._number(run.first)}, {self._number(run.count)}, {run.step})," for run in found))
+            lines.add("]", f"{label}_spans = key_spans({label}_runs, block_k, k_len)")
+
+    def _number(self, e: Scalar) -> str:
+        return self.numbers.text(e)
+
+    @contextmanager
+    def chunk(self) -> Iterator[Printer]:
+        """A loop over portions of the visited keys; inside, `keys`, `values` and `scores`, scale * q . k.
+
+        Yields a printer for expressions in the loop.
+        """
+        plan, lines = self.plan, self.lines
+        with lines.block(f"for full, partial in chunks(full_spans, partial_spans, {CHUNK}):"):
+            printer = self.tensors.within(self.tensors.names.inner())
+            lines.add(
+                "spans = full + partial",
+                "keys = gather(k[at_b, at_g], spans).to(compute)",
+                "values = gather(v[at_b, at_g], spans).to(compute)",
+                "scores = (queries.flatten(2, 3) @ keys.mT).unflatten(2, queries.shape[2:4]) * scale",
+            )
+            if any(reads(e, "k") for e in (plan.score, plan.weights) if e is not None):
+                lines.add("k_pos = positions(spans)")
+            yield printer
+
+    def mask(self, target: str, value: str) -> None:
+        """Put `value` in place of pairs that are not allowed: only among the keys of partial tiles, which come last."""
+        if self.plan.mask is not None:
+            with self.lines.block("if partial:"):
+                self.lines.add(
+                    "k_pos = positions(partial)",
+                    f"allowed = torch.as_tensor({self.tensors.text(self.plan.mask)})",
+                    f"{target}[..., -k_pos.shape[0] :].masked_fill_(~allowed, {value})",
+                )
+
+
+def forward_source(plan: ForwardPlan) -> str:
+    """Text of a Python file whose `attention_forward` writes `out` and `lse` (both preset by the caller)."""
+    loop = TileLoop(plan)
+    lines = loop.lines
+    lines.add(
+        '"""Attend q [batch, kv_heads, group, rows, D] to k, v [batch, kv_heads, keys, D].',
+        "",
+        "    Writes out [batch, kv_heads, group, rows, Dv] and lse [batch, kv_heads, group, rows].",
+        '    """',
+    )
+    loop.prologue()
+    softmax = plan.weights is None
+    with loop.tiles():
+        lines.add("queries = q[at].to(compute)")
+        lines.add("acc = torch.zeros(*queries.shape[:-1], v.shape[-1], dtype=compute)")
+        if softmax:
+            lines.add(
+                "row_max = torch.full(queries.shape[:-1], -torch.finfo(compute).max, dtype=compute)",
+                "row_sum = torch.zeros(queries.shape[:-1], dtype=compute)",
+            )
+        with loop.chunk() as printer:
+            printer.names.known[Var("s")] = "scores"
+            if plan.weights is not None:
+                lines.add(f"weights = {printer.text(plan.weights)} + torch.zeros_like(scores)")
+                loop.mask("weights", "0.0")
+            else:
+                if plan.score is not None:
+                    lines.add(f"scores = {printer.text(plan.score)} + torch.zeros_like(scores)")
+                loop.mask("scores", "-math.inf")
+                lines.add(
+                    "new_max = torch.maximum(row_max, scores.amax(-1))",
+                    "weights = torch.exp(scores - new_max[..., None])",
+                    "decay = torch.exp(row_max - new_max)",
+                    "row_sum = row_sum * decay + weights.sum(-1)",
+                    "row_max = new_max",
+                    "acc *= decay[..., None]",
+                )
+            lines.add("acc += (weights.flatten(2, 3) @ values).unflatten(2, queries.shape[2:4])")
+        if plan.sink is not None:
+            lines.add(
+                f"sink = ({loop.tensors.text(plan.sink)} + torch.zeros_like(acc[..., :1]))[..., 0]",
+                "final_max = torch.maximum(row_max, sink)",
+                "decay = torch.exp(row_max - final_max)",
+                "row_sum = row_sum * decay + torch.exp(sink - final_max)",
+                "row_max = final_max",
+                "acc *= decay[..., None]",
+            )
+        if softmax:
+            lines.add(
+                "acc /= torch.where(row_sum == 0, 1, row_sum)[..., None]",
+                "lse[at] = torch.where(row_sum == 0, -math.inf, row_max + torch.log(row_sum)).to(lse.dtype)",
+            )
+        lines.add("out[at] = acc.to(out.dtype)")
+    signature = ", ".join(["q", "k", "v", "out", "lse", "scale", *loop.parameters()])
+    return loop.file("attention_forward", signature, "forward, blocked PyTorch")

@@ -1,0 +1,19 @@
+"""The comment at the head of a generated file: what it was generated from."""
+
+from __future__ import annotations
+
+from attndsl.plan import ForwardPlan
+
+
+def header(plan: ForwardPlan, title: str) -> str:
+    spec, tiling = plan.spec, plan.tiling
+    lines = [f"attndsl: {plan.program.name}, {title}", ""]
+    if plan.program.source is not None:
+        lines += [f"    {line}".rstrip() for line in plan.program.source.text.strip().splitlines()] + [""]
+    lines += [
+        f"heads {spec.heads}, key heads {spec.kv_heads}, head dimension {spec.dim} (values {spec.v_dim}), "
+        f"{spec.dtype.value}, {spec.target}",
+        f"query tiles of {tiling.block_q}, key tiles of {tiling.block_k}, {tiling.warps} warps, {tiling.stages} stages; "
+        f"{len(plan.runs.full)} full and {len(plan.runs.partial)} partial runs",
+    ]
+    return "\n".join(f"# {line}".rstrip() for line in lines) + "\n\n"

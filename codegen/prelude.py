@@ -1,0 +1,59 @@
+"""Device functions that generated kernels call. Read as text: a kernel's file holds the ones it uses."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def floor_div(x, d):
+    """x // d for d > 0, rounding down (Triton's own rounds towards zero)."""
+    return x // d - tl.where(x % d < 0, 1, 0)
+
+
+@triton.jit
+def floor_mod(x, d):
+    """x % d for d > 0, in [0, d)."""
+    r = x % d
+    return tl.where(r < 0, r + d, r)
+
+
+@triton.jit
+def clamp(x, low, high):
+    return tl.minimum(tl.maximum(x, low), high)
+
+
+@triton.jit
+def is_power_of_two(x):
+    return (x > 0) & ((x & (x - 1)) == 0)
+
+
+@triton.jit
+def bit_length(x):
+    """Number of bits of x, 0 where x is not positive."""
+    x = tl.maximum(x, 0)
+    bits = tl.where(x > 0, 1, 0)
+    for step in tl.static_range(5):
+        shift: tl.constexpr = 16 >> step
+        high = x >= (1 << shift)
+        bits += tl.where(high, shift, 0)
+        x = tl.where(high, x >> shift, x)
+    return bits
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent, accurate to float32 (near 0 by a polynomial: Cephes)."""
+    z = x * x
+    p = -5.70498872745e-3
+    p = p * z + 2.06390887954e-2
+    p = p * z - 5.37397155531e-2
+    p = p * z + 1.33314422036e-1
+    p = p * z - 3.33332819422e-1
+    near = p * z * x + x
+    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def softcap(x, cap):
+    return cap * tanh(x / cap)

@@ -1,0 +1,228 @@
+"""Scalars as source text: one printer, three dialects.
+
+The printer writes an expression with as few parentheses as its precedence allows. `Names` gives leaves their
+text and holds what already has a name, so that a value is computed once: outside the loops where it reads
+neither keys nor scores, and once per tile where several expressions share it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import assert_never
+
+from attndsl.program import (
+    Arg, Binary, Call, Compare, Const, If, Logic, Read, Scalar, Table, Unary, Var, children, reads, walk,
+)  # fmt: skip
+
+from attndsl.codegen.lines import Lines
+
+
+class Level(IntEnum):
+    """Precedence of a printed expression, loosest first."""
+
+    COND = 0
+    OR = 1
+    AND = 2
+    NOT = 3
+    COMPARE = 4
+    BIT_OR = 5
+    BIT_AND = 6
+    SHIFT = 7
+    SUM = 8
+    TERM = 9
+    UNARY = 10
+    ATOM = 11
+
+
+Printed = tuple[str, Level]
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How functions and logic are spelled.
+
+    `functions`: spelling of `Call`s. `bitwise`: booleans are tensors, joined by `& | ~`. `select`: the function that
+    chooses by a condition, None for Python's own conditional. `floor`: names of the helpers for `//` and `%`
+    where the operators round towards zero, None where they round down.
+    """
+
+    functions: Mapping[str, str]
+    bitwise: bool
+    select: str | None
+    floor: tuple[str, str] | None
+    infinity: str
+
+
+TRITON = Dialect(
+    functions={
+        "min": "tl.minimum", "max": "tl.maximum", "abs": "tl.abs", "clamp": "clamp", "bit_length": "bit_length",
+        "is_power_of_two": "is_power_of_two", "exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "sqrt": "tl.sqrt",
+        "tanh": "tanh", "sigmoid": "tl.sigmoid", "softcap": "softcap",
+    },
+    bitwise=True, select="tl.where", floor=("floor_div", "floor_mod"), infinity='float("inf")',
+)  # fmt: skip
+TORCH = Dialect(
+    functions={
+        "min": "minimum", "max": "maximum", "abs": "torch.abs", "clamp": "clamp", "bit_length": "bit_length",
+        "is_power_of_two": "is_power_of_two", "exp": "torch.exp", "exp2": "torch.exp2", "log": "torch.log",
+        "sqrt": "torch.sqrt", "tanh": "torch.tanh", "sigmoid": "torch.sigmoid", "softcap": "softcap",
+    },
+    bitwise=True, select="where", floor=None, infinity="math.inf",
+)  # fmt: skip
+PYTHON = Dialect(
+    functions={"min": "min", "max": "max", "abs": "abs", "clamp": "clamp", "bit_length": "bit_length",
+               "is_power_of_two": "is_power_of_two"},
+    bitwise=False, select=None, floor=None, infinity="math.inf",
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class Names:
+    """Text of leaves, and names of values computed so far."""
+
+    leaf: Callable[[Scalar, Printer], str]
+    known: dict[Scalar, str] = field(default_factory=dict)
+
+    def inner(self) -> Names:
+        """A scope inside this one: what is named there is forgotten after it."""
+        return Names(self.leaf, dict(self.known))
+
+
+@dataclass(frozen=True, slots=True)
+class Printer:
+    """Prints scalars in a dialect; `helpers` collects the prelude functions that the text calls."""
+
+    dialect: Dialect
+    names: Names
+    helpers: set[str] = field(default_factory=set)
+
+    def text(self, e: Scalar, level: Level = Level.COND) -> str:
+        """The expression's text, in parentheses if it binds more loosely than `level`."""
+        text, own = self._print(e)
+        return text if own >= level else f"({text})"
+
+    def within(self, names: Names) -> Printer:
+        return Printer(self.dialect, names, self.helpers)
+
+    def _print(self, e: Scalar) -> Printed:
+        if e in self.names.known:
+            return self.names.known[e], Level.ATOM
+        match e:
+            case Const(value=value):
+                return self._constant(value)
+            case Var() | Arg() | Table() | Read():
+                return self.names.leaf(e, self), Level.ATOM
+            case Unary(op="not", operand=x):
+                if self.dialect.bitwise:
+                    return f"~{self.text(x, Level.UNARY)}", Level.UNARY
+                return f"not {self.text(x, Level.NOT)}", Level.NOT
+            case Unary(operand=x):
+                return f"-{self.text(x, Level.UNARY)}", Level.UNARY
+            case Binary(op=op, left=a, right=b):
+                return self._binary(op, a, b)
+            case Compare(op=op, left=a, right=b):
+                return f"{self.text(a, Level.BIT_OR)} {op} {self.text(b, Level.BIT_OR)}", Level.COMPARE
+            case Logic(op=op, operands=xs):
+                sign, level = self._joint(op)
+                return f" {sign} ".join(self.text(x, Level(level + 1)) for x in xs), level
+            case If(cond=c, then=a, other=b):
+                if self.dialect.select is None:
+                    then, cond = self.text(a, Level.OR), self.text(c, Level.OR)
+                    return f"{then} if {cond} else {self.text(b)}", Level.COND
+                self.helpers.add(self.dialect.select)
+                return f"{self.dialect.select}({self.text(c)}, {self.text(a)}, {self.text(b)})", Level.ATOM
+            case Call(function=f, args=args):
+                return self._call(f, args), Level.ATOM
+            case _:
+                assert_never(e)
+
+    def _constant(self, value: int | float | bool) -> Printed:
+        if isinstance(value, float) and value in (float("inf"), float("-inf")):
+            sign = "-" if value < 0 else ""
+            return f"{sign}{self.dialect.infinity}", Level.UNARY
+        return repr(value), Level.ATOM if isinstance(value, bool) or value >= 0 else Level.UNARY
+
+    def _joint(self, op: str) -> tuple[str, Level]:
+        if self.dialect.bitwise:
+            return ("&", Level.BIT_AND) if op == "and" else ("|", Level.BIT_OR)
+        return (op, Level.AND) if op == "and" else (op, Level.OR)
+
+    def _binary(self, op: str, a: Scalar, b: Scalar) -> Printed:
+        match op:
+            case "+" | "-":
+                return f"{self.text(a, Level.SUM)} {op} {self.text(b, Level.TERM)}", Level.SUM
+            case "//" | "%" if self.dialect.floor is not None:
+                return self._floored(op, a, b)
+            case _:
+                return f"{self.text(a, Level.TERM)} {op} {self.text(b, Level.UNARY)}", Level.TERM
+
+    def _floored(self, op: str, a: Scalar, b: Scalar) -> Printed:
+        """Division that rounds down where the operators do not: shifts and masks for powers of two, else a helper."""
+        assert self.dialect.floor is not None
+        if isinstance(b, Const) and int(b.value) & (int(b.value) - 1) == 0:
+            if op == "%":
+                return f"{self.text(a, Level.TERM)} & {int(b.value) - 1}", Level.BIT_AND
+            return f"{self.text(a, Level.TERM)} >> {int(b.value).bit_length() - 1}", Level.SHIFT
+        name = self.dialect.floor[op == "%"]
+        self.helpers.add(name)
+        return f"{name}({self.text(a)}, {self.text(b)})", Level.ATOM
+
+    def _call(self, function: str, args: tuple[Scalar, ...]) -> str:
+        name = self.dialect.functions[function]
+        self.helpers.add(name)
+        texts = [self.text(x) for x in args]
+        if name in ("tl.minimum", "tl.maximum", "minimum", "maximum"):
+            # These take two.
+            joined = texts[0]
+            for text in texts[1:]:
+                joined = f"{name}({joined}, {text})"
+            return joined
+        return f"{name}({', '.join(texts)})"
+
+    # ------------------------------------------------------------------------------------ naming
+
+    def name(self, lines: Lines, e: Scalar, name: str) -> str:
+        """Compute a value into a local of this name, unless it is a leaf or has a name already."""
+        if e in self.names.known:
+            return self.names.known[e]
+        text, level = self._print(e)
+        if isinstance(e, Const) or (isinstance(e, Var) and level is Level.ATOM):
+            return text
+        lines.add(f"{name} = {text}")
+        self.names.known[e] = name
+        return name
+
+    def hoist(self, lines: Lines, roots: list[Scalar], inside: tuple[str, ...], prefix: str) -> None:
+        """Name, in the present scope, the largest parts of `roots` that are worth it and do not read `inside`."""
+        for root in roots:
+            for part in _independent(root, inside):
+                if part not in self.names.known and _is_work(part):
+                    self.name(lines, part, f"{prefix}{len(self.names.known)}")
+
+    def share(self, lines: Lines, roots: list[Scalar], prefix: str) -> None:
+        """Name what occurs more than once in `roots` and is worth a name, innermost first."""
+        uses: Counter[Scalar] = Counter()
+        order: dict[Scalar, None] = {}
+        for root in roots:
+            for e in walk(root):
+                order[e] = None
+                uses.update(children(e))
+        for e in reversed(order):
+            if uses[e] > 1 and e not in self.names.known and _is_work(e):
+                self.name(lines, e, f"{prefix}{len(self.names.known)}")
+
+
+def _independent(e: Scalar, inside: tuple[str, ...]) -> list[Scalar]:
+    if not reads(e, *inside):
+        return [e]
+    return [part for x in children(e) for part in _independent(x, inside)]
+
+
+def _is_work(e: Scalar) -> bool:
+    """Whether a value is worth a name: it reads memory, divides, or is put together from several operations."""
+    nodes = list(walk(e))
+    heavy = any(isinstance(x, Read | Table) or (isinstance(x, Binary) and x.op in ("//", "%")) for x in nodes)
+    return heavy or sum(not isinstance(x, Const | Var | Arg) for x in nodes) >= 2

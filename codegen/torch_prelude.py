@@ -1,0 +1,77 @@
+"""Functions that generated CPU code calls. Read as text: a generated file holds the ones it uses."""
+
+import torch
+
+
+def where(cond, then, other):
+    """Elementwise choice; numbers become tensors."""
+    return torch.where(torch.as_tensor(cond), torch.as_tensor(then), torch.as_tensor(other))
+
+
+def minimum(a, b):
+    return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
+
+
+def maximum(a, b):
+    return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
+
+
+def clamp(x, low, high):
+    return minimum(maximum(x, low), high)
+
+
+def is_power_of_two(x):
+    return (x > 0) & ((x & (x - 1)) == 0)
+
+
+def bit_length(x):
+    """Number of bits of x, 0 where x is not positive."""
+    x = torch.as_tensor(x)
+    return sum((x >= (1 << i)).to(torch.int64) for i in range(31))
+
+
+def softcap(x, cap):
+    return cap * torch.tanh(x / cap)
+
+
+def key_spans(runs, block, k_len):
+    """Runs of tiles (first, count, step) as ranges of keys, neighbours joined."""
+    spans = []
+    for first, count, step in runs:
+        tiles = [(first, first + count)] if step == 1 else [(t, t + 1) for t in range(first, first + count * step, step)]
+        spans += [(low * block, min(high * block, k_len)) for low, high in tiles if low < high]
+    joined = []
+    for low, high in sorted(spans):
+        if joined and joined[-1][1] == low:
+            joined[-1] = (joined[-1][0], high)
+        else:
+            joined.append((low, high))
+    return joined
+
+
+def chunks(full, partial, size):
+    """Spans in portions of at most `size` keys: (full spans, partial spans) each."""
+    portion, room = ([], []), size
+    for kind, spans in enumerate((full, partial)):
+        for low, high in spans:
+            while low < high:
+                end = min(high, low + room)
+                portion[kind].append((low, end))
+                room -= end - low
+                low = end
+                if room == 0:
+                    yield portion
+                    portion, room = ([], []), size
+    if portion[0] or portion[1]:
+        yield portion
+
+
+def gather(x, spans):
+    """The rows of x [..., tokens, dim] in the spans, without a copy where there is one span."""
+    if len(spans) == 1:
+        return x[..., spans[0][0] : spans[0][1], :]
+    return torch.cat([x[..., low:high, :] for low, high in spans], dim=-2)
+
+
+def positions(spans):
+    return torch.cat([torch.arange(low, high) for low, high in spans])

@@ -1,0 +1,259 @@
+"""Lowers an attention: its clauses in order, then its branches with their modifiers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar, assert_never
+
+from attndsl import syntax as ast
+from attndsl.diagnostics import Span
+from attndsl.grammar import views
+from attndsl.grammar.declare import declare_axes, declare_input, declare_params
+from attndsl.grammar.scalars import number, static_float
+from attndsl.grammar.scope import BranchRef, Context, LevelsRef, PatternRef, PlanRef, Scope, Use
+from attndsl.grammar.selections import selection
+from attndsl.grammar.sets import pattern_set
+from attndsl.grammar.unsupported import Feature, unsupported
+from attndsl.program import Branch, Program, Scalar, Set
+
+M = TypeVar("M", bound=ast.Modifier)
+
+
+@dataclass(frozen=True, slots=True)
+class _Modifiers:
+    """What the modifiers of one level say; `softmax` tells a plain `softmax` from none."""
+
+    scale: Scalar | None = None
+    score: Scalar | None = None
+    sink: Scalar | None = None
+    weights: Scalar | None = None
+    softmax: bool = False
+
+
+def lower_bare(
+    name: str,
+    body: ast.Expr,
+    params: tuple[ast.Param, ...],
+    values: Mapping[str, object],
+    ctx: Context,
+    at: Span,
+    *,
+    assume: bool = False,
+) -> Program | None:
+    """A pattern as a whole program: one branch, scale 1/sqrt(D), softmax."""
+    scope = Scope(ctx.scope)
+    # The pattern itself is being expanded, so a call of its own name is recursion.
+    bound = ctx.scope.find(name)
+    calls = ((id(bound.decl), name),) if isinstance(bound, PatternRef) and bound.decl.body is body else ()
+    inner = replace(ctx, scope=scope, calls=calls)
+    args, tables = declare_params(params, values, inner, at, assume=assume)
+    pattern = pattern_set(body, inner)
+    if pattern is None:
+        return None
+    return Program(name, Branch(pattern, span=body.span), tuple(ctx.maker.inputs.values()), args, tables)
+
+
+def lower_attention(
+    node: ast.Attention, values: Mapping[str, object], ctx: Context, *, broken: bool, assume: bool = False
+) -> Program | None:
+    """The program of an attention; None if a mistake in it was reported."""
+    scope = Scope(ctx.scope)
+    ctx = ctx.under(scope)
+    args, tables = declare_params(node.params, values, ctx, node.name_span, assume=assume)
+    _once(node.clauses, (ast.Axes, ast.Align, ast.Packed, ast.Lengths, ast.Output), ctx)
+    aligned = _align(node, ctx)
+    ctx = replace(ctx, align_start=aligned)
+    # Inputs, patterns and axes may be used before they are written.
+    for clause in node.clauses:
+        match clause:
+            case ast.Pattern():
+                scope.declare(clause.name, PatternRef(clause, scope), clause.name_span, ctx.report)
+            case ast.Axes():
+                declare_axes(clause, ctx)
+            case ast.Input():
+                declare_input(clause, ctx)
+            case _:
+                pass
+    shared = [c for c in node.clauses if isinstance(c, ast.Scale | ast.Score | ast.Softmax | ast.Weights | ast.Skip)]
+    outer = _modifiers(tuple(shared), ctx)
+    branches: list[Branch | None] = []
+    for clause in node.clauses:
+        branch = _clause(clause, outer, ctx)
+        if isinstance(clause, ast.Branch):
+            branches.append(branch)
+    if not branches and not broken:
+        ctx.report.error(
+            "A041", f"`{node.name}` attends to nothing", node.name_span, "no `attend`", "add `attend causal`"
+        )
+    _combination(node, ctx)
+    if not branches or branches[0] is None or outer is None:
+        return None
+    return Program(node.name, branches[0], tuple(ctx.maker.inputs.values()), args, tables, aligned)
+
+
+def _once(clauses: tuple[ast.Clause, ...], kinds: tuple[type[ast.Clause], ...], ctx: Context) -> None:
+    for kind in kinds:
+        for again in [clause for clause in clauses if isinstance(clause, kind)][1:]:
+            word = kind.__name__.lower()
+            ctx.report.error("A040", f"`{word}` is given twice", again.span, "again here", "keep one of them")
+
+
+def _align(node: ast.Attention, ctx: Context) -> bool:
+    for clause in node.clauses:
+        if isinstance(clause, ast.Align):
+            if clause.word == "start":
+                return True
+            ctx.report.error(
+                "A043",
+                f"there is no alignment `{clause.word}`",
+                clause.span,
+                "unknown word",
+                "write `align start`, or leave it out",
+            )
+    return False
+
+
+def _clause(clause: ast.Clause, outer: _Modifiers | None, ctx: Context) -> Branch | None:
+    match clause:
+        case ast.Branch():
+            return _branch(clause, outer, ctx)
+        case ast.Plan(name=name, value=value):
+            at = _name_span(clause.span, name)
+            if isinstance(value, ast.Apply) and value.function == "levels":
+                selection(value, replace(ctx, among="a plan"))
+                ctx.scope.declare(name, LevelsRef(), at, ctx.report)
+            else:
+                pattern_set(value, replace(ctx, among="a plan"))
+                ctx.scope.declare(name, PlanRef(), at, ctx.report)
+        case ast.Packed(input=name):
+            if views.segment_input(name, ctx, clause):
+                unsupported(Feature.PACKED, clause.span, ctx)
+        case ast.Lengths(input=name):
+            if views.segment_input(name, ctx, clause):
+                unsupported(Feature.LENGTHS, clause.span, ctx)
+        case ast.Observe(value=value):
+            views.observe(value, ctx)
+        case ast.Input() | ast.Pattern() | ast.Axes() | ast.Align() | ast.Output():
+            pass
+        case ast.Scale() | ast.Score() | ast.Softmax() | ast.Weights() | ast.Skip():
+            pass
+        case _:
+            assert_never(clause)
+    return None
+
+
+def _name_span(span: Span, name: str) -> Span:
+    start = span.source.text.index(name, span.start + 4)
+    return Span(span.source, start, start + len(name))
+
+
+def _branch(node: ast.Branch, outer: _Modifiers | None, ctx: Context) -> Branch | None:
+    raw = [part for part in node.parts if part.over is None and part.queries is None and part.within is None]
+    for extra in raw[1:]:
+        ctx.report.error(
+            "A042", "two parts attend to the raw tokens", extra.span, "a second one", "write `|` between them: `a | b`"
+        )
+    sets: list[Set | None] = []
+    for part in node.parts:
+        sets.append(pattern_set(part.pattern, ctx))
+        views.check_part(part, ctx)
+    own = _modifiers(node.modifiers, ctx)
+    if node.name is not None:
+        at = Span(node.span.source, node.span.start, node.span.start + len(node.name))
+        ctx.scope.declare(node.name, BranchRef(), at, ctx.report)
+    if own is None or outer is None or sets[0] is None:
+        return None
+    return Branch(sets[0], *_effective(own, outer), span=node.span)
+
+
+def _effective(own: _Modifiers, outer: _Modifiers) -> tuple[Scalar | None, Scalar | None, Scalar | None, Scalar | None]:
+    """Scale, score, sink and weights of a branch: the attention's, where the branch has none of its own."""
+    scale = own.scale if own.scale is not None else outer.scale
+    if own.weights is not None:
+        return scale, None, None, own.weights
+    if own.score is not None or own.softmax:
+        score = own.score if own.score is not None else outer.score
+        return scale, score, own.sink if own.softmax else outer.sink, None
+    return scale, outer.score, outer.sink, outer.weights
+
+
+def _modifiers(clauses: tuple[ast.Modifier, ...], ctx: Context) -> _Modifiers | None:
+    """The modifiers of one level; None if a mistake in them was reported."""
+    before = len(ctx.report.errors)
+    _once(clauses, (ast.Scale, ast.Score, ast.Softmax, ast.Weights, ast.Skip), ctx)
+    weights = _first(clauses, ast.Weights)
+    for other in clauses:
+        if weights is not None and isinstance(other, ast.Score | ast.Softmax):
+            word = "score" if isinstance(other, ast.Score) else "softmax"
+            ctx.report.error(
+                "A040", f"`weights` replaces `{word}`", other.span, "both are given", f"leave out `{word}`"
+            )
+    found = _Modifiers(softmax=any(isinstance(c, ast.Softmax) for c in clauses))
+    for clause in clauses:
+        match clause:
+            case ast.Scale(value=value):
+                found = replace(found, scale=number(value, ctx.of(Use.SCALE)))
+            case ast.Score(value=value):
+                found = replace(found, score=number(value, ctx.of(Use.SCORE)))
+            case ast.Weights(value=value):
+                found = replace(found, weights=number(value, ctx.of(Use.WEIGHTS)))
+            case ast.Softmax():
+                found = replace(found, sink=_sink(clause, ctx))
+            case ast.Skip(word=word, value=value):
+                _skip(clause, word, value, ctx)
+            case _:
+                assert_never(clause)
+    return found if len(ctx.report.errors) == before else None
+
+
+def _first(clauses: tuple[ast.Modifier, ...], kind: type[M]) -> M | None:
+    return next((clause for clause in clauses if isinstance(clause, kind)), None)
+
+
+def _sink(clause: ast.Softmax, ctx: Context) -> Scalar | None:
+    word, value = clause.word, clause.value
+    if word is None or value is None:
+        return None
+    if word != "sink":
+        ctx.report.error(
+            "A043", f"`softmax` has no option `{word}`", clause.span, "unknown word", "write `softmax with sink x`"
+        )
+        return None
+    return number(value, ctx.of(Use.SINK))
+
+
+def _skip(clause: ast.Skip, word: str, value: ast.Expr, ctx: Context) -> None:
+    if word != "below":
+        ctx.report.error(
+            "A043", f"`skip` has no option `{word}`", clause.span, "unknown word", "write `skip below 0.0001`"
+        )
+        return
+    bound = static_float(value, ctx, "the bound of `skip`")
+    if bound is None:
+        return
+    if not 0 < bound < 1:
+        ctx.report.error("A012", "the bound of `skip` lies in (0, 1)", value.span, f"this is {bound}", "write `0.0001`")
+        return
+    unsupported(Feature.SKIP, clause.span, ctx)
+
+
+def _combination(node: ast.Attention, ctx: Context) -> None:
+    """Checks `output`, and that several branches have one."""
+    branches = [clause for clause in node.clauses if isinstance(clause, ast.Branch)]
+    output = next((clause for clause in node.clauses if isinstance(clause, ast.Output)), None)
+    if output is None:
+        if len(branches) > 1:
+            ctx.report.error(
+                "A046", "several branches need an `output`", branches[1].span, "a second branch", "add `output a + b`"
+            )
+        return
+    whole = len(branches) == 1 and isinstance(output.value, ast.Name) and output.value.id == branches[0].name
+    if not views.output(output.value, ctx.of(Use.OUTPUT)):
+        if not ctx.report.errors:
+            ctx.report.error(
+                "A046", "`output` names no branch", output.span, "no branch here", "name a branch: `near = attend ...`"
+            )
+        return
+    if not whole:
+        unsupported(Feature.BRANCHES, output.span, ctx)

@@ -1,0 +1,103 @@
+"""The coordinates after `on`."""
+
+from __future__ import annotations
+
+from attndsl import syntax as ast
+from attndsl.grammar.scalars import static_int
+from attndsl.grammar.scope import AxisRef, Context, InputRef, Poison
+from attndsl.grammar.unsupported import Feature, unsupported
+from attndsl.program import Axis, Blocks, InputDecl, Permuted, Place, Scalar, Type, Var
+
+_LEAD = {Axis.B: "b", Axis.H: "h", Axis.G: "g"}
+
+
+def place_of(node: ast.Expr, ctx: Context) -> Place | None:
+    """The place of an expression; None if it is wrong or not supported (reported)."""
+    match node:
+        case ast.Apply(function="blocks", args=[ast.Argument(name=None | "size", value=value)]):
+            size = static_int(value, ctx, "a block size")
+            return None if size is None else Blocks(size)
+        case ast.Apply(function="permuted", args=[ast.Argument(name=None, value=ast.Name() as name)]):
+            return _permuted(name, ctx)
+        case ast.Apply(function="segment", args=[ast.Argument(name=None, value=ast.Name() as name)]):
+            if _permuted(name, ctx) is not None:
+                unsupported(Feature.SEGMENT, node.span, ctx)
+                return Blocks(1)
+            return None
+        case ast.Apply(function="tiles"):
+            tiles(node, ctx)
+            return Blocks(1)
+        case ast.Name(id=name):
+            bound = ctx.scope.find(name)
+            if isinstance(bound, AxisRef):
+                return Blocks(1)
+            if isinstance(bound, Poison):
+                return None
+            if isinstance(bound, InputRef):
+                return _permuted(node, ctx)
+            if bound is None and name not in ("tokens", "q", "k"):
+                ctx.unknown(name, node.span)
+                return None
+        case ast.Group(items=items) if items:
+            good = [_axis(item, ctx) for item in items]
+            return Blocks(1) if all(good) else None
+        case _:
+            pass
+    ctx.report.error(
+        "A045", "this is not a place", node.span, "after `on`", "write `blocks(64)`, an axis, or an int input of tokens"
+    )
+    return None
+
+
+def tiles(node: ast.Apply, ctx: Context) -> bool:
+    """Checks `tiles(a, b)`: one size an axis."""
+    axes = sum(isinstance(ctx.scope.find(name), AxisRef) for name in ctx.scope.names())
+    sizes = [static_int(arg.value, ctx, "a tile size") for arg in node.args]
+    if not axes:
+        ctx.report.error("A045", "`tiles` needs axes", node.span, "there is no grid", "declare it: `axes y, x[64]`")
+        return False
+    if not sizes or len(sizes) > axes:
+        ctx.report.error(
+            "A013", f"`tiles` takes one size for each of {axes} axes", node.span, f"{len(sizes)} given", "add sizes"
+        )
+        return False
+    return None not in sizes
+
+
+def _axis(node: ast.Expr, ctx: Context) -> bool:
+    if isinstance(node, ast.Name) and isinstance(ctx.scope.find(node.id), AxisRef | Poison):
+        return True
+    ctx.report.error("A045", "a tuple of places holds axes", node.span, "not an axis", "declare it: `axes y, x[64]`")
+    return False
+
+
+def _permuted(node: ast.Name, ctx: Context) -> Permuted | None:
+    bound = ctx.scope.find(node.id)
+    if isinstance(bound, Poison):
+        return None
+    if bound is None:
+        ctx.unknown(node.id, node.span)
+        return None
+    if not isinstance(bound, InputRef) or not _places_tokens(bound.decl):
+        ctx.report.error(
+            "A045", f"`{node.id}` does not place tokens", node.span, "after `on`", "declare it: `input pi : int[b, k]`"
+        )
+        return None
+    if ctx.inside == "on":
+        ctx.report.error(
+            "A031",
+            f"`{node.id}` is indexed by positions and may not be read under `on`",
+            node.span,
+            "coordinates here",
+            "write it last: `P on blocks(4) on pi` places by pi first",
+        )
+        return None
+    lead: list[Scalar] = [ctx.maker.keep(Var(_LEAD[dim.axis]), node.span) for dim in bound.decl.dims[:-1]]
+    return Permuted(bound.decl.name, tuple(lead))
+
+
+def _places_tokens(decl: InputDecl) -> bool:
+    if decl.type is not Type.INT or not decl.dims:
+        return False
+    *lead, last = decl.dims
+    return last.axis is Axis.K and last.block == 1 and all(dim.axis in _LEAD for dim in lead)

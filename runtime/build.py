@@ -1,0 +1,88 @@
+"""Compiling generated kernels: Triton ahead of time, for any target, through the cache."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from attndsl.runtime.cache import KernelCache, cache_key
+from attndsl.runtime.load import load_source
+
+# Triton's own settings are global: one compilation changes them at a time.
+_SETTINGS = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSource:
+    """A generated kernel and how to compile it.
+
+    `types`: Triton type of each parameter, in order. `aligned`: parameters that are multiples of so many
+    (bytes for pointers, units for integers).
+    """
+
+    text: str
+    function: str
+    types: tuple[tuple[str, str], ...]
+    aligned: tuple[tuple[str, int], ...]
+    warps: int
+    stages: int
+
+
+def parse_target(target: str) -> GPUTarget:
+    """`cuda:90` or `hip:gfx942` as Triton's target."""
+    backend, _, arch = target.partition(":")
+    if backend == "cuda":
+        return GPUTarget("cuda", int(arch), 32)
+    return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+
+
+def compile_kernel(source: KernelSource, target: str, cache: KernelCache | None = None) -> CompiledKernel:
+    """The kernel compiled for a target; no GPU is needed for that."""
+    module = load_source(source.text, source.function)
+    fn = getattr(module, source.function)
+    if not isinstance(fn, triton.runtime.JITFunction):
+        # TRITON_INTERPRET makes interpreted functions; ahead-of-time compilation needs the other kind.
+        fn = triton.runtime.JITFunction(fn.fn)
+    names = [name for name, _ in source.types]
+    hints = {(names.index(name),): [["tt.divisibility", multiple]] for name, multiple in source.aligned}
+    ast = ASTSource(fn=fn, signature=dict(source.types), constexprs={}, attrs=hints)
+    options = {"num_warps": source.warps, "num_stages": source.stages}
+
+    def build() -> Mapping[str, bytes]:
+        with tempfile.TemporaryDirectory() as directory, _SETTINGS, triton.knobs.cache.scope():
+            triton.knobs.cache.dir = directory
+            compiled = triton.compile(ast, target=parse_target(target), options=options)
+            return {name: Path(path).read_bytes() for name, path in compiled.metadata_group.items()}
+
+    if cache is None:
+        return _restore(ast, build())
+    key = cache_key("triton kernel", source, target, triton.__version__)
+    return _restore(ast, cache.fetch(key, build))
+
+
+def _restore(ast: ASTSource, files: Mapping[str, bytes]) -> CompiledKernel:
+    """A compiled kernel from the files Triton made of it."""
+    with tempfile.TemporaryDirectory(prefix="attndsl-") as directory:
+        group = {}
+        for name, content in files.items():
+            path = Path(directory) / Path(name).name
+            path.write_bytes(content)
+            group[name] = str(path)
+        metadata = next(json.loads(content) for name, content in files.items() if name.endswith(".json"))
+        return CompiledKernel(ast, group, metadata["hash"])
+
+
+def parameters(text: str, function: str) -> list[str]:
+    """Names of a generated kernel's parameters, in order."""
+    fn: Any = getattr(load_source(text, function), function)
+    return list(inspect.signature(fn.fn).parameters)

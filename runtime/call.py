@@ -1,0 +1,119 @@
+"""One call: its sizes, checked against the program, and the kind of kernel it needs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attndsl.diagnostics import PatternError, Span, error
+from attndsl.plan import DType
+from attndsl.program import Axis, CallShape, Dim, Program, Type
+
+_DTYPES = {
+    torch.bfloat16: DType.BFLOAT16, torch.float16: DType.FLOAT16, torch.float32: DType.FLOAT32,
+    torch.float64: DType.FLOAT64,
+}  # fmt: skip
+_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+MAX_DIM = 256
+
+
+def call_shape(q: Tensor, k: Tensor, v: Tensor) -> CallShape:
+    """The sizes of a call. Raises `PatternError` when the tensors do not go together."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise _wrong("A501", f"{name} must have 4 dimensions [batch, heads, tokens, dim], not {list(x.shape)}")
+        if x.dtype not in _DTYPES:
+            raise _wrong("A502", f"{name} is {_dtype(x)}; attention takes bfloat16, float16 or float32 (and float64 on the CPU)")
+        if x.dtype != q.dtype:
+            raise _wrong("A502", f"q is {_dtype(q)} and {name} is {_dtype(x)}", "convert them to one dtype")
+        if x.device != q.device:
+            raise _wrong("A503", f"q is on {q.device} and {name} on {x.device}", "move them to one device")
+    batch, heads, rows, dim = q.shape
+    kv_heads, k_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
+    if k.shape[0] != batch or k.shape[3] != dim or v.shape[:3] != k.shape[:3]:
+        raise _wrong(
+            "A504", f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} do not go together",
+            "q is [B, Hq, Nq, D], k [B, Hkv, Nk, D] and v [B, Hkv, Nk, Dv]",
+        )  # fmt: skip
+    if kv_heads == 0 or heads % kv_heads:
+        raise _wrong("A505", f"{heads} query heads are not a multiple of {kv_heads} key heads")
+    for name, size in (("D", dim), ("Dv", v_dim)):
+        if size % 8 or not 8 <= size <= MAX_DIM:
+            raise _wrong("A506", f"{name} = {size}: head dimensions are multiples of 8 up to {MAX_DIM}", "pad the last dimension with zeros")
+    return CallShape(batch, heads, kv_heads, rows, k_len, dim, v_dim)
+
+
+def check_inputs(program: Program, shape: CallShape, inputs: Sequence[Tensor], device: torch.device) -> None:
+    """Raises `PatternError` where an input's type, device or sizes are not those it was declared with."""
+    for decl, x in zip(program.inputs, inputs, strict=True):
+        name = f"input `{decl.name}`"
+        allowed = {Type.INT: _INTEGERS, Type.BOOL: (torch.bool,), Type.FLOAT: tuple(_DTYPES)}[decl.type]
+        if x.dtype not in allowed:
+            raise _wrong("A511", f"{name} is declared {decl.type.value} and the tensor is {_dtype(x)}", span=decl.span)
+        if x.device != device:
+            raise _wrong("A512", f"{name} is on {x.device} and q on {device}", span=decl.span)
+        sizes = [dim_size(dim, program, shape) for dim in decl.dims]
+        fits = len(sizes) == x.dim() and all(have in (1, want) for have, want in zip(x.shape, sizes, strict=True))
+        if not fits:
+            raise _wrong(
+                "A513", f"{name} has shape {list(x.shape)}; this call needs {sizes}",
+                "a dimension may also have size 1, and is then broadcast", span=decl.span,
+            )  # fmt: skip
+
+
+def check_tables(program: Program, shape: CallShape) -> None:
+    """Raises `PatternError` where a table over heads was compiled for other heads."""
+    heads = {Axis.H: shape.heads, Axis.G: shape.kv_heads}
+    for table in program.tables:
+        for dim, size in zip(table.dims, table.shape, strict=True):
+            if dim.axis in heads and size not in (1, heads[dim.axis]):
+                raise _wrong("A514", f"table `{table.name}` has {size} entries for {dim.axis.value}; this call has {heads[dim.axis]}")
+
+
+def dim_size(dim: Dim, program: Program, shape: CallShape) -> int:
+    """Size of a declared dimension in a call."""
+    match dim.axis:
+        case Axis.B:
+            return shape.batch
+        case Axis.H:
+            return shape.heads
+        case Axis.G:
+            return shape.kv_heads
+        case Axis.Q:
+            return shape.rows if dim.block == 1 else -(-shape.q_len(program) // dim.block)
+        case Axis.K:
+            return -(-shape.k_len // dim.block)
+        case Axis.D:
+            return shape.dim
+        case Axis.DV:
+            return shape.v_dim
+        case Axis.CONST:
+            return dim.size
+
+
+def dtype_of(x: Tensor) -> DType:
+    return _DTYPES[x.dtype]
+
+
+@functools.cache
+def device_target(device: torch.device) -> str:
+    """`cuda:90`, `hip:gfx942` or `cpu`."""
+    if device.type != "cuda":
+        return "cpu"
+    if torch.version.hip is not None:
+        return f"hip:{torch.cuda.get_device_properties(device).gcnArchName.split(':')[0]}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"cuda:{major * 10 + minor}"
+
+
+def _dtype(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def _wrong(code: str, message: str, help: str = "", span: Span | None = None) -> PatternError:
+
+
+    return error(code, message, span, help=help)

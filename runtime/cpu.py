@@ -1,0 +1,54 @@
+"""Running the CPU lowering."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attndsl.plan import ForwardPlan
+
+from attndsl.runtime.call import call_shape
+from attndsl.runtime.engine import default_scale, empty_output, table_tensor
+from attndsl.runtime.load import load_source
+
+
+@dataclass(slots=True)
+class CpuForward:
+    """A generated forward function, with what it takes besides the call's tensors."""
+
+    plan: ForwardPlan
+    source: str
+    _function: Any = field(init=False)
+    _tables: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._function = load_source(self.source, "cpu_forward").attention_forward
+        self._tables = {f"{t.name}_table": table_tensor(t, torch.device("cpu")) for t in self.plan.tables}
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
+    ) -> tuple[Tensor, Tensor]:
+        shape = call_shape(q, k, v)
+        out, lse = empty_output(q, shape)
+        lse.fill_(-math.inf)
+        grouped = (shape.kv_heads, shape.heads // shape.kv_heads)
+        self._function(
+            q.unflatten(1, grouped), k, v, out.unflatten(1, grouped), lse.unflatten(1, grouped),
+            default_scale(shape.dim) if scale is None else scale,
+            **call_values(self.plan, inputs, args), **self._tables,
+        )  # fmt: skip
+        return out, lse
+
+
+def call_values(plan: ForwardPlan, inputs: Sequence[Tensor], args: Sequence[int]) -> dict[str, Any]:
+    """The inputs and arguments that a CPU function reads, by the names of its parameters."""
+    declared = dict(zip((decl.name for decl in plan.program.inputs), inputs, strict=True))
+    given = dict(zip(plan.program.args, args, strict=True))
+    return {f"{decl.name}_input": declared[decl.name] for decl in plan.inputs} | {
+        f"arg_{name}": given[name] for name in plan.args
+    }

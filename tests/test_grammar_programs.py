@@ -1,0 +1,77 @@
+"""The programs of published systems: each loads, or says exactly what is not supported yet."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from attndsl import syntax as ast
+from attndsl.diagnostics import PatternError
+from attndsl.grammar import format_source, load, parse
+
+FOLDER = Path(__file__).parent / "programs"
+
+# Compile-time tables, and what a program needs beside its defaults.
+PARAMS: dict[str, dict[str, object]] = {
+    "moa_formula": {"alpha": [64, -8], "beta": [100, 200]},
+    "longformer": {"w": [32, 64], "d": [1, 2]},
+    "radial": {"width": [64] * 21, "every": [1, 2, 4] * 7},
+    "dilated_heads": {"d": [1, 2, 3, 4]},
+    "proxy_attn": {"n": [4, 8]},
+}
+UNSUPPORTED: dict[str, set[str]] = {
+    "bigbird": {"A912"}, "block_attention": {"A913"}, "stochastic": {"A911"}, "combiner": {"A902"}, "swin": {"A901"},
+    "rmt": {"A901"}, "rmt_sigmoid": {"A901"}, "davit": {"A901"}, "gna": {"A901"}, "radial": {"A901"},
+    "rettention": {"A901", "A911"}, "gated": {"A911"}, "affine_scaled": {"A911"}, "axial": {"A901"},
+    "axial_heads": {"A901"}, "causal_video": {"A901"}, "doc_sinks": {"A913"}, "sta": {"A901"}, "registers": {"A901"},
+    "moba": {"A905"}, "vmoba": {"A901", "A905"}, "nsa": {"A902", "A905", "A911"}, "seer": {"A910", "A905", "A911"},
+    "vsa": {"A901", "A902", "A903", "A905", "A911"}, "hsa": {"A902", "A904", "A905", "A911"}, "psa": {"A902", "A905"},
+    "pisa": {"A902", "A905"}, "quest": {"A905"}, "blasst": {"A909"}, "packed_doc": {"A907"},
+    "snap": {"A906", "A908", "A910", "A911"}, "hyper": {"A911"}, "tide": {"A906"}, "flash_moba": {"A905"},
+    "dsa": {"A906"}, "dma": {"A905"}, "biformer": {"A901", "A905"}, "cca": {"A902"}, "minference_blocks": {"A905"},
+    "minference_vertical_slash": {"A905", "A911"}, "xattention": {"A905"}, "sparge": {"A905"}, "pbs": {"A905"},
+    "hip": {"A906"}, "svg_ear": {"A902", "A905"}, "long_heads": {"A905"}, "proxy_attn": {"A905"}, "dhsa": {"A905"},
+    "select_tokens": {"A905"}, "token_select": {"A905"},
+}  # fmt: skip
+
+
+@cache
+def texts() -> dict[str, str]:
+    """Each program's own text, by its name."""
+    found: dict[str, str] = {}
+    for file in sorted(FOLDER.glob("*.attn")):
+        text = file.read_text("utf-8")
+        for item in parse(text, name=file.name).items:
+            assert not isinstance(item, ast.Input)
+            found[item.name] = text[item.span.start : item.span.end]
+    return found
+
+
+def test_there_are_many() -> None:
+    assert len(texts()) >= 80
+    assert set(UNSUPPORTED) < set(texts())
+
+
+@pytest.mark.parametrize("name", sorted(texts()))
+def test_program(name: str) -> None:
+    params = PARAMS.get(name)
+    if name not in UNSUPPORTED:
+        assert load(texts()[name], name=name, params=params).program.name == name
+        return
+    with pytest.raises(PatternError) as caught:
+        load(texts()[name], name=name, params=params)
+    assert {d.code for d in caught.value.diagnostics if d.code < "A800" or d.code >= "A900"} == UNSUPPORTED[name]
+    assert all(d.span is not None for d in caught.value.diagnostics)
+
+
+@pytest.mark.parametrize("file", ["static.attn", "routing.attn"])
+def test_format(file: str) -> None:
+    text = (FOLDER / file).read_text("utf-8")
+    laid_out = format_source(text, file)
+    assert parse(laid_out) == parse(text)
+    assert format_source(laid_out, file) == laid_out
+    comments = [line.split("#", 1)[1].strip() for line in text.split("\n") if "#" in line]
+    kept = [line.split("#", 1)[1].strip() for line in laid_out.split("\n") if "#" in line]
+    assert kept == comments
