@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from attndsl.diagnostics import PatternWarning, error
-from attndsl.grammar import load, read_source
-from attndsl.program import Program
+# Imported here and not when first used: importing a submodule sets the package's attribute of its name, and
+# `attndsl.compare` is the function below.
+from attndsl.compare import Comparison, Undecided
+from attndsl.compare import compare as compare_programs
+from attndsl.diagnostics import Diagnostic, PatternError, PatternWarning, Source, error
+from attndsl.findings import findings
+from attndsl.grammar import format_source, load, parse, read_source
+from attndsl.program import CallShape, Program
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
+
+    from attndsl.blockgraph import BlockGraph
+    from attndsl.explain import Explanation, Question
+    from attndsl.plan import ForwardPlan
+    from attndsl.runtime.cache import KernelCache
+    from attndsl.runtime.trial import Trial
 
 
 def compile(source: str | os.PathLike[str], *, name: str | None = None, **params: object) -> Attention:
@@ -26,27 +40,69 @@ def compile(source: str | os.PathLike[str], *, name: str | None = None, **params
 
     Raises `PatternError` with every mistake found.
     """
-    path = isinstance(source, os.PathLike) or source.endswith(".attn")
-    text, origin = (source, "<pattern>")
-    if path:
-        found = read_source(source)
-        text, origin = found.text, found.name
-    assert isinstance(text, str)
-    loaded = load(text, name=origin, select=name, params=params)
-    return Attention(loaded.program)
+    attn = load_attention(source, name=name, **params)
+    for warning in attn.warnings:
+        warnings.warn(warning.render(), PatternWarning, stacklevel=2)
+    return attn
+
+
+def load_attention(source: str | os.PathLike[str], *, name: str | None = None, **params: object) -> Attention:
+    """`compile` without its warnings, which are in `Attention.warnings`."""
+    found = source_of(source)
+    loaded = load(found.text, name=found.name, select=name, params=params)
+    return Attention(loaded.program, (*loaded.warnings, *findings(loaded.program)))
+
+
+def source_of(source: str | os.PathLike[str]) -> Source:
+    """The text that `compile` would compile. Raises `PatternError` if a file cannot be read."""
+    if isinstance(source, os.PathLike) or source.endswith(".attn"):
+        return read_source(source)
+    return Source("<pattern>", source)
+
+
+def compare(a: Attention | str | os.PathLike[str], b: Attention | str | os.PathLike[str]) -> Comparison:
+    """How two patterns relate, over all lengths: equal, contains, contained, overlaps or disjoint, with witnesses.
+
+    >>> import attndsl
+    >>> attndsl.compare("causal & window(64)", "causal").verdict.value
+    'contained'
+
+    a, b: attentions, or what `compile` takes. Scores play no part; inputs of one name are the same in both.
+    Raises `PatternError` when the answer is not found within the effort bound, or the two have other positions.
+    """
+    first, second = (x.program if isinstance(x, Attention) else load_attention(x).program for x in (a, b))
+    try:
+        return compare_programs(first, second)
+    except Undecided as given_up:
+        raise error("A540", str(given_up), help="compare simpler patterns, or their masks at some length") from None
+    except ValueError as problem:
+        raise error("A541", str(problem), help="write `align start` in both or in neither") from None
 
 
 class Attention:
-    """A compiled attention. Call it on tensors; everything else looks inside."""
+    """A compiled attention. Call it on tensors; everything else looks inside.
 
-    def __init__(self, program: Program) -> None:
+    Attributes:
+        program: the typed program.
+        warnings: what there is to warn about.
+    """
+
+    def __init__(self, program: Program, warnings: tuple[Diagnostic, ...] = ()) -> None:
         self.program = program
+        self.warnings = warnings
         self._inputs = tuple(decl.name for decl in program.inputs)
         self._forward: Callable[..., Any] | None = None
         self._key = ""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False, backend: str = "auto",
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        return_lse: bool = False,
+        backend: str = "auto",
         **inputs: Any,
     ) -> Any:
         """Attend.
@@ -78,8 +134,6 @@ class Attention:
 
     def _prepare(self) -> None:
         """Import torch and make the operators know the program: once."""
-        import torch
-
         from attndsl.codegen.cpu import forward_source as cpu_forward
         from attndsl.codegen.triton_forward import forward_source as triton_forward
         from attndsl.runtime import ops
@@ -88,7 +142,7 @@ class Attention:
 
         self._key = cache_key("program", self.program)
         ops.register(self._key, Engine(self.program, Generators(triton_forward, cpu_forward)))
-        self._forward = torch.ops.attndsl.forward
+        self._forward = ops.attend
 
     def _check_names(self, given: Mapping[str, object]) -> None:
         """Raises `PatternError` for the first input that is missing, or that the program does not have."""
@@ -115,5 +169,241 @@ class Attention:
         args = {name: inputs[name] for name in self.program.args}
         return reference(self.program, q, k, v, tensors, args, scale, return_lse)
 
+    # -------------------------------------------------------------------------------- inspection
 
-__all__ = ["Attention", "PatternWarning", "compile"]
+    def mask(
+        self, q_len: int, k_len: int, heads: int = 1, kv_heads: int = 1, *, batch: int = 0, **inputs: Any
+    ) -> NDArray[np.bool_]:
+        """Which pairs are allowed, by the oracle: bool numpy [heads, q_len, k_len] of one batch entry.
+
+        >>> import attndsl
+        >>> attndsl.compile("causal & window(2)").mask(3, 3).astype(int)
+        array([[[1, 0, 0],
+                [1, 1, 0],
+                [0, 1, 1]]])
+
+        q_len: rows of the call, the last ones of k_len positions (the first, under `align start`).
+        inputs: what the pattern reads, as tensors or arrays of the declared shapes. batch: which entry of them.
+        Raises `PatternError` when an input is missing or does not fit.
+        """
+        from attndsl import oracle
+
+        arrays, args = self._known(inputs)
+        entries = self._batch(arrays)
+        if not 0 <= batch < entries:
+            raise error("A523", f"there is no batch entry {batch}: the inputs have {entries}", help="count from 0")
+        shape = CallShape(entries, heads, kv_heads, q_len, k_len, 64, 64)
+        return _asked(lambda: oracle.mask(self.program, _checked(shape), arrays, args)[batch])
+
+    def blocks(
+        self,
+        q_len: int,
+        k_len: int,
+        block_q: int = 128,
+        block_k: int = 128,
+        heads: int = 1,
+        kv_heads: int = 1,
+        **inputs: Any,
+    ) -> BlockGraph:
+        """Which tiles of keys each tile of queries visits: counts, density, runs, analyses, pictures.
+
+        >>> import attndsl
+        >>> attndsl.compile("causal & window(256)").blocks(4096, 4096).density
+        0.0908203125
+
+        inputs: those that decide tiles (read at b, h, g, not at q or k) and runtime arguments; others may be left out.
+        """
+        from attndsl.blockgraph import block_graph
+
+        arrays, args = self._known(inputs)
+        shape = CallShape(self._batch(arrays), heads, kv_heads, q_len, k_len, 64, 64)
+        return _asked(lambda: block_graph(self.program, _checked(shape), block_q, block_k, arrays, args))
+
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the kernels that `source` and `assembly` show."""
+        from attndsl.targets import KERNELS
+
+        return KERNELS
+
+    def source(
+        self,
+        kernel: str = "forward",
+        target: str = "sm_90",
+        backend: str = "triton",
+        *,
+        heads: int = 8,
+        kv_heads: int | None = None,
+        dim: int = 128,
+        v_dim: int | None = None,
+        dtype: str = "bfloat16",
+    ) -> str:
+        """The generated source text of a kernel, for dense tensors of these sizes. Needs neither GPU nor torch.
+
+        target: sm_80, sm_86, sm_89, sm_90, sm_100, gfx90a or gfx942; the CPU backend ignores it.
+        backend: "triton" or "cpu".
+        """
+        return self._generate(self._plan(kernel, target, backend, heads, kv_heads, dim, v_dim, dtype))
+
+    def assembly(
+        self,
+        kernel: str = "forward",
+        format: str = "ptx",
+        target: str = "sm_90",
+        backend: str = "triton",
+        *,
+        heads: int = 8,
+        kv_heads: int | None = None,
+        dim: int = 128,
+        v_dim: int | None = None,
+        dtype: str = "bfloat16",
+    ) -> str:
+        """A kernel compiled for a target that need not be there: "ttir", "ttgir", "llir", and "ptx" or "sass" for
+        NVIDIA's, "amdgcn" for AMD's. Other parameters as in `source`.
+        """
+        from attndsl.runtime.assembly import assembly
+
+        plan = self._plan(kernel, target, backend, heads, kv_heads, dim, v_dim, dtype)
+        return assembly(plan, self._generate(plan), format)
+
+    def explain(
+        self,
+        q_len: int,
+        k_len: int | None = None,
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        kv_heads: int | None = None,
+        dim: int = 128,
+        dtype: str = "bfloat16",
+        target: str = "sm_90",
+        backend: str = "triton",
+        row: int | None = None,
+        rates: tuple[float, float] | None = None,
+        stages: bool = False,
+        **inputs: Any,
+    ) -> Explanation:
+        """What was understood, simplified and planned, and what a call should cost. Print it.
+
+        k_len: default q_len. row: the position whose keys are listed (default: three). rates: operations and bytes a
+        second that the device reaches (default: its data sheet's). stages: every stage's own result instead.
+        inputs: those that are known; what depends on the others is said to.
+        """
+        from attndsl import explain
+        from attndsl.targets import make_spec
+
+        spec = make_spec(target, backend, heads, heads if kv_heads is None else kv_heads, dim, None, dtype)
+        arrays, args = self._known(inputs)
+        shape = CallShape(
+            max(batch, self._batch(arrays)), spec.heads, spec.kv_heads, q_len, q_len if k_len is None else k_len,
+            dim, dim,
+        )  # fmt: skip
+        source = self.program.source
+        text = "" if source is None else format_source(source.text, source.name)
+        question = explain.Question(self.program, spec, _checked(shape), text, self.warnings, arrays, args, row, rates)
+        if not stages:
+            return _asked(lambda: explain.explain(question))
+        return explain.stages(question, *self._ends(question))
+
+    def _ends(self, question: Question) -> tuple[str, str]:
+        """The first and the last stage: the syntax tree, and the generated source."""
+        from rich.pretty import pretty_repr
+
+        from attndsl.plan import default_tiling, forward_plan
+
+        source = self.program.source
+        syntax = "" if source is None else pretty_repr(parse(source.text, name=source.name), max_width=100)
+        plan = forward_plan(self.program, question.spec, default_tiling(question.spec))
+        return syntax, self._generate(plan)
+
+    def _plan(
+        self,
+        kernel: str,
+        target: str,
+        backend: str,
+        heads: int,
+        kv_heads: int | None,
+        dim: int,
+        v_dim: int | None,
+        dtype: str,
+    ) -> ForwardPlan:
+        from attndsl.plan import default_tiling, forward_plan
+        from attndsl.targets import check_kernel, make_spec
+
+        check_kernel(kernel)
+        spec = make_spec(target, backend, heads, heads if kv_heads is None else kv_heads, dim, v_dim, dtype)
+        return forward_plan(self.program, spec, default_tiling(spec))
+
+    def _generate(self, plan: ForwardPlan) -> str:
+        from attndsl.codegen import cpu, triton_forward
+
+        return (cpu if plan.spec.target == "cpu" else triton_forward).forward_source(plan)
+
+    def _known(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+        """Inputs as numpy arrays, and runtime arguments. Inputs may be missing: what needs one says so itself."""
+        for name in given:
+            if name not in self._inputs and name not in self.program.args:
+                self._check_names(given)
+        arrays = {name: _array(given[name]) for name in self._inputs if name in given}
+        return arrays, {name: int(given[name]) for name in self.program.args if name in given}
+
+    def _batch(self, arrays: Mapping[str, Any]) -> int:
+        """Batch entries that the inputs have."""
+        from attndsl.program import Axis
+
+        sizes = [
+            size
+            for decl in self.program.inputs
+            if decl.name in arrays
+            for dim, size in zip(decl.dims, arrays[decl.name].shape, strict=False)
+            if dim.axis is Axis.B
+        ]
+        return max(sizes, default=1)
+
+
+# ------------------------------------------------------------------------------- for the command line
+
+
+def measure(attn: Attention, **options: Any) -> Trial:
+    """Runs an attention on random tensors of this machine: see `attndsl.runtime.trial.Options`."""
+    from attndsl.runtime.trial import Options, trial
+
+    return trial(attn, attn.program, Options(**options))
+
+
+def kernel_cache() -> KernelCache:
+    """The cache of compiled kernels that calls use."""
+    from attndsl.runtime.cache import KernelCache
+
+    return KernelCache()
+
+
+def _array(x: Any) -> Any:
+    """A tensor or array-like as a numpy array."""
+    import numpy as np
+
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        x = x.float() if x.is_floating_point() else x
+    return np.asarray(x)
+
+
+def _asked(question: Callable[[], Any]) -> Any:
+    """The answer, or as a diagnostic what the inputs lack."""
+    try:
+        return question()
+    except PatternError:
+        raise
+    except ValueError as problem:
+        raise error("A523", str(problem), help="pass inputs by name, each of its declared shape") from None
+
+
+def _checked(shape: CallShape) -> CallShape:
+    if min(shape.rows, shape.k_len) < 0 or shape.heads < 1 or shape.kv_heads < 1 or shape.heads % shape.kv_heads:
+        sizes = f"{shape.rows} rows, {shape.k_len} keys, {shape.heads} query heads, {shape.kv_heads} key heads"
+        raise error(
+            "A524", f"there is no call with {sizes}", help="lengths are 0 or more, heads a multiple of key heads"
+        )
+    return shape
+
+
+__all__ = ["Attention", "compare", "compile"]

@@ -55,6 +55,8 @@ class Unsupported(Exception):
 
 def bounded(ctx: isl.Context, step: Callable[[], _Result], effort: int = EFFORT) -> _Result:
     """The result of a step, or `TooHard` once it takes more than `effort` elementary operations."""
+    # Inside another bounded step, which goes on under its own bound.
+    outer = ctx.get_max_operations()
     ctx.reset_operations()
     ctx.set_max_operations(effort)
     try:
@@ -64,7 +66,7 @@ def bounded(ctx: isl.Context, step: Callable[[], _Result], effort: int = EFFORT)
             raise
         raise TooHard from e
     finally:
-        ctx.set_max_operations(0)
+        ctx.set_max_operations(outer)
         ctx.reset_operations()
 
 

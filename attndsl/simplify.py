@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Mapping
 
-from attndsl.program import Binary, Call, Compare, Const, If, Logic, Scalar, Type, Unary, Var, rebuild
+from attndsl.program import FLOAT_CALLS, Binary, Call, Compare, Const, If, Logic, Scalar, Type, Unary, Var, rebuild
 
 _COMPARE = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
@@ -79,6 +79,14 @@ def _fold(e: Scalar) -> Scalar:
             return _logic("or", (_logic("and", (c, a)), _logic("and", (negated(c), b))))
         case If(then=a, other=b) if a == b:
             return a
+        case Call(function=name, args=xs) if name in FLOAT_CALLS and all(isinstance(x, Const) for x in xs):
+            return _function(e, name, [float(x.value) for x in xs if isinstance(x, Const)])
+        case Call(function="is_power_of_two", args=(Const(value=int(x)),)):
+            return Const(x > 0 and x & (x - 1) == 0)
+        case Call(function="bit_length", args=(Const(value=int(x)),)):
+            return Const(max(x, 0).bit_length())
+        case Call(function="abs", args=(Const(value=x),)):
+            return Const(abs(x))
         case Call(function="min" | "max" as name, args=xs) if e.type is Type.INT:
             return _extremum(name, xs)
         case _:
@@ -101,6 +109,25 @@ def _arithmetic(e: Scalar, op: str, a: float, b: float) -> Scalar:
             return Const(a % b)
         case _:
             return e
+
+
+def _function(e: Scalar, name: str, values: list[float]) -> Scalar:
+    try:
+        match name, values:
+            case "exp2", [x]:
+                return Const(2.0**x)
+            case "log", [x]:
+                return Const(math.log(x) if x else -math.inf)
+            case "sigmoid", [x]:
+                return Const(1.0 / (1.0 + math.exp(-x)))
+            case "softcap", [x, cap]:
+                return Const(cap * math.tanh(x / cap))
+            case _, [x]:
+                return Const({"exp": math.exp, "sqrt": math.sqrt, "tanh": math.tanh}[name](x))
+            case _:
+                return e
+    except (ArithmeticError, ValueError):
+        return e  # Not a number, or past the largest.
 
 
 def _plus(x: Scalar, constant: int) -> Scalar:

@@ -8,12 +8,13 @@ its tiles is allowed: no mask) or *partial*. The transpose gives, for a key tile
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import islpy as isl
 
-from attndsl.program import Binary, Call, Const, If, Logic, Scalar, Unary, Var
+from attndsl.linear import normalise
+from attndsl.program import Binary, Call, Compare, Const, If, Logic, Scalar, Unary, Var
 from attndsl.quasi_affine import to_scalar
 from attndsl.simplify import fold
 from attndsl.relation import EFFORT, Relation, TooHard, bounded
@@ -22,6 +23,8 @@ from attndsl.relation import EFFORT, Relation, TooHard, bounded
 SCAN_EFFORT = 2 * EFFORT
 # … and to writing one piece of it as an interval.
 PIECE_EFFORT = EFFORT // 10
+# Up to so many pieces are tried for being parts of one interval.
+MAX_JOINED = 6
 
 
 class TileKind(Enum):
@@ -60,7 +63,12 @@ def tile_runs(relation: Relation, block_q: int, block_k: int, side: Side, align_
     Query tile t holds the rows [t * block_q, (t + 1) * block_q) of a call, whose positions start at Nk - rows
     (0 under `align start`); key tile t holds keys [t * block_k, (t + 1) * block_k).
     """
-    return _Tiler(relation, block_q, block_k, side, align_start).runs()
+    runs = _Tiler(relation, block_q, block_k, side, align_start).runs()
+    return TileRuns(tuple(map(_plain, runs.full)), tuple(map(_plain, runs.partial)))
+
+
+def _plain(run: Run) -> Run:
+    return replace(run, first=fold(normalise(run.first)), count=fold(normalise(run.count)))
 
 
 class _Tiler:
@@ -141,21 +149,39 @@ class _Tiler:
         return TileRuns(tuple(runs[TileKind.FULL]), tuple(runs[TileKind.PARTIAL]))
 
     def _interval_runs(self, line: isl.Set, kind: TileKind, context: isl.Set) -> list[Run] | None:
-        """A run for each disjoint piece of a line of tiles, or None if some piece is no interval."""
-        build = isl.AstBuild.from_context(context)
-        runs = []
+        """A run for each disjoint interval of a line of tiles, or None if some piece is no interval."""
+        pieces = []
         for basic in line.make_disjoint().get_basic_sets():
             piece = isl.Set.from_basic_set(basic)
             if piece.intersect_params(context).is_empty():
                 continue
             if basic.dim(isl.dim_type.div) and not self._is_interval(piece):
                 return None
+            pieces.append(piece)
+        build = isl.AstBuild.from_context(context)
+        runs = []
+        for piece in self._joined(pieces):
             first = self._scalar(build.expr_from_pw_aff(piece.dim_min(0)))
             last = self._scalar(build.expr_from_pw_aff(piece.dim_max(0)))
             guard = fold(self._scalar(build.expr_from_set(piece.params().gist(context))))
             count = Binary("+", Binary("-", last, first), Const(1))
             runs.append(Run(first, count if guard == Const(1) else If(guard, count, Const(0)), 1, kind))
         return runs
+
+    def _joined(self, pieces: list[isl.Set]) -> list[isl.Set]:
+        """The pieces, those that always meet joined: fewer runs, and a kernel need not choose among them."""
+        if len(pieces) > MAX_JOINED:
+            return pieces
+        joined: list[isl.Set] = []
+        for piece in pieces:
+            for i, other in enumerate(joined):
+                both = other.union(piece).coalesce()
+                if self._is_interval(both):
+                    joined[i] = both
+                    break
+            else:
+                joined.append(piece)
+        return joined
 
     def _loops(self, lines: dict[TileKind, isl.Set], context: isl.Set) -> TileRuns:
         """Let isl write the loops over both kinds in order of the tile index, and read runs off them."""
@@ -277,7 +303,8 @@ class _Scan:
             length = Binary("//", Binary("+", length, Const(step - 1)), Const(step))
         count: Scalar = Call("max", (length, Const(0)))
         self.found.append(Run(first, count if guard == Const(True) else If(guard, count, Const(0)), step, kind))
-        self.cursor = Call("max", (self.cursor, end))
+        # A run that is empty has passed nothing: its end may lie beyond tiles that follow.
+        self.cursor = If(Compare("<", first, end), Call("max", (self.cursor, end)), self.cursor)
 
 
 def _kind(node: isl.AstNode) -> TileKind:

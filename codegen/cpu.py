@@ -138,8 +138,6 @@ class TileLoop:
             "all_b = torch.arange(batch).view(-1, 1, 1, 1, 1)",
             "all_h = torch.arange(kv_heads * group).view(1, kv_heads, group, 1, 1)",
         )
-        if plan.scale is not None:
-            lines.add(f"scale = {self.tensors.text(plan.scale)}")
 
     @contextmanager
     def tiles(self) -> Iterator[None]:
@@ -156,6 +154,8 @@ class TileLoop:
                     "b_index, h_index = all_b[at_b], all_h[:, at_g, at_r]",
                     "g_index = h_index // group",
                 )
+                if self.plan.scale is not None:
+                    lines.add(f"scale = {self.tensors.text(self.plan.scale)}")
                 with lines.block("for q_tile in range(-(-rows // block_q)):"):
                     lines.add(
                         "low, high = q_tile * block_q, min((q_tile + 1) * block_q, rows)",

@@ -57,8 +57,9 @@ class Leaves:
         for i, (e, dim) in enumerate(zip(index, decl.dims, strict=True)):
             text = self._index(e, dim, f"{name}_size_{i}", printer)
             # All but the last dimension may carry an offset past 2**31.
-            wide = f"({text}).to(tl.int64)" if not text.isidentifier() else f"{text}.to(tl.int64)"
-            terms.append(f"{wide if i < len(index) - 1 else text} * {name}_stride_{i}")
+            if i < len(index) - 1 and not text.isdecimal():
+                text = f"{text}.to(tl.int64)" if text.isidentifier() else f"({text}).to(tl.int64)"
+            terms.append(f"{text} * {name}_stride_{i}")
         load = f"tl.load({name}_ptr + {' + '.join(terms)})" if terms else f"tl.load({name}_ptr)"
         return f"{load}.to(tl.float32)" if decl.type is Type.FLOAT else load
 

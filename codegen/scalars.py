@@ -14,7 +14,8 @@ from enum import IntEnum
 from typing import assert_never
 
 from attndsl.program import (
-    Arg, Binary, Call, Compare, Const, If, Logic, Read, Scalar, Table, Unary, Var, children, reads, walk,
+    FLOAT_CALLS, Arg, Binary, Call, Compare, Const, If, Logic, Read, Scalar, Table, Type, Unary, Var, children, reads,
+    walk,
 )  # fmt: skip
 
 from attndsl.codegen.lines import Lines
@@ -46,7 +47,7 @@ class Dialect:
 
     `functions`: spelling of `Call`s. `bitwise`: booleans are tensors, joined by `& | ~`. `select`: the function that
     chooses by a condition, None for Python's own conditional. `floor`: names of the helpers for `//` and `%`
-    where the operators round towards zero, None where they round down.
+    where the operators round towards zero, None where they round down. `real`: an integer as a float.
     """
 
     functions: Mapping[str, str]
@@ -54,6 +55,7 @@ class Dialect:
     select: str | None
     floor: tuple[str, str] | None
     infinity: str
+    real: str
 
 
 TRITON = Dialect(
@@ -63,6 +65,7 @@ TRITON = Dialect(
         "tanh": "tanh", "sigmoid": "tl.sigmoid", "softcap": "softcap",
     },
     bitwise=True, select="tl.where", floor=("floor_div", "floor_mod"), infinity='float("inf")',
+    real="({}).to(tl.float32)",
 )  # fmt: skip
 TORCH = Dialect(
     functions={
@@ -70,12 +73,12 @@ TORCH = Dialect(
         "is_power_of_two": "is_power_of_two", "exp": "torch.exp", "exp2": "torch.exp2", "log": "torch.log",
         "sqrt": "torch.sqrt", "tanh": "torch.tanh", "sigmoid": "torch.sigmoid", "softcap": "softcap",
     },
-    bitwise=True, select="where", floor=None, infinity="math.inf",
+    bitwise=True, select="where", floor=None, infinity="math.inf", real="real({}, compute)",
 )  # fmt: skip
 PYTHON = Dialect(
     functions={"min": "min", "max": "max", "abs": "abs", "clamp": "clamp", "bit_length": "bit_length",
                "is_power_of_two": "is_power_of_two"},
-    bitwise=False, select=None, floor=None, infinity="math.inf",
+    bitwise=False, select=None, floor=None, infinity="math.inf", real="float({})",
 )  # fmt: skip
 
 
@@ -156,6 +159,8 @@ class Printer:
                 return f"{self.text(a, Level.SUM)} {op} {self.text(b, Level.TERM)}", Level.SUM
             case "//" | "%" if self.dialect.floor is not None:
                 return self._floored(op, a, b)
+            case "/" if Type.FLOAT not in (a.type, b.type):
+                return f"{self._real(a)} / {self.text(b, Level.UNARY)}", Level.TERM
             case _:
                 return f"{self.text(a, Level.TERM)} {op} {self.text(b, Level.UNARY)}", Level.TERM
 
@@ -173,7 +178,7 @@ class Printer:
     def _call(self, function: str, args: tuple[Scalar, ...]) -> str:
         name = self.dialect.functions[function]
         self.helpers.add(name)
-        texts = [self.text(x) for x in args]
+        texts = [self._real(x) if function in FLOAT_CALLS else self.text(x) for x in args]
         if name in ("tl.minimum", "tl.maximum", "minimum", "maximum"):
             # These take two.
             joined = texts[0]
@@ -181,6 +186,15 @@ class Printer:
                 joined = f"{name}({joined}, {text})"
             return joined
         return f"{name}({', '.join(texts)})"
+
+    def _real(self, e: Scalar) -> str:
+        """The scalar as a float: functions of floats take no integers, and what torch makes of one is a float32."""
+        if isinstance(e, Const):
+            return self.text(Const(float(e.value)))
+        if e.type is Type.FLOAT:
+            return self.text(e)
+        self.helpers.add("real")
+        return self.dialect.real.format(self.text(e))
 
     # ------------------------------------------------------------------------------------ naming
 
@@ -199,7 +213,7 @@ class Printer:
         """Name, in the present scope, the largest parts of `roots` that are worth it and do not read `inside`."""
         for root in roots:
             for part in _independent(root, inside):
-                if part not in self.names.known and _is_work(part):
+                if part not in self.names.known and self._is_work(part):
                     self.name(lines, part, f"{prefix}{len(self.names.known)}")
 
     def share(self, lines: Lines, roots: list[Scalar], prefix: str) -> None:
@@ -211,18 +225,28 @@ class Printer:
                 order[e] = None
                 uses.update(children(e))
         for e in reversed(order):
-            if uses[e] > 1 and e not in self.names.known and _is_work(e):
+            if uses[e] > 1 and e not in self.names.known and self._is_work(e):
                 self.name(lines, e, f"{prefix}{len(self.names.known)}")
+
+    def _is_work(self, e: Scalar) -> bool:
+        """Whether a value is worth a name: it reads memory, divides, or takes several operations."""
+        return self._work(e) >= 2
+
+    def _work(self, e: Scalar) -> int:
+        match e:
+            case Const() | Var() | Arg():
+                return 0
+            case _ if e in self.names.known:
+                return 0
+            case Read() | Table():
+                return 2
+            case Binary(op="//" | "%"):
+                return 2
+            case _:
+                return 1 + sum(self._work(x) for x in children(e))
 
 
 def _independent(e: Scalar, inside: tuple[str, ...]) -> list[Scalar]:
     if not reads(e, *inside):
         return [e]
     return [part for x in children(e) for part in _independent(x, inside)]
-
-
-def _is_work(e: Scalar) -> bool:
-    """Whether a value is worth a name: it reads memory, divides, or is put together from several operations."""
-    nodes = list(walk(e))
-    heavy = any(isinstance(x, Read | Table) or (isinstance(x, Binary) and x.op in ("//", "%")) for x in nodes)
-    return heavy or sum(not isinstance(x, Const | Var | Arg) for x in nodes) >= 2

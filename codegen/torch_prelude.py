@@ -3,17 +3,27 @@
 import torch
 
 
+def tensor(x):
+    """Numbers as tensors. A float64 without dimensions does not widen what it is combined with."""
+    return torch.as_tensor(x, dtype=torch.float64) if isinstance(x, float) else torch.as_tensor(x)
+
+
+def real(x, dtype):
+    """An integer as a float."""
+    return torch.as_tensor(x).to(dtype)
+
+
 def where(cond, then, other):
     """Elementwise choice; numbers become tensors."""
-    return torch.where(torch.as_tensor(cond), torch.as_tensor(then), torch.as_tensor(other))
+    return torch.where(torch.as_tensor(cond), tensor(then), tensor(other))
 
 
 def minimum(a, b):
-    return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
+    return torch.minimum(tensor(a), tensor(b))
 
 
 def maximum(a, b):
-    return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
+    return torch.maximum(tensor(a), tensor(b))
 
 
 def clamp(x, low, high):
@@ -21,6 +31,7 @@ def clamp(x, low, high):
 
 
 def is_power_of_two(x):
+    x = torch.as_tensor(x)
     return (x > 0) & ((x & (x - 1)) == 0)
 
 

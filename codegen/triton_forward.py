@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attndsl.plan import DType, ForwardPlan, Loads, Part, head_parts
-from attndsl.program import Const, Scalar, Var
+from attndsl.program import Binary, Const, Scalar, Var
 
 from attndsl.codegen.header import header
 from attndsl.codegen.kernel import Leaves, run_loop, scalar_parameters, used_parameters
@@ -77,12 +77,15 @@ class _Forward:
             f"h = head % {spec.heads}",
             f"g = h // {spec.heads // spec.kv_heads}" if spec.heads != spec.kv_heads else "g = h",
             "start = 0" if plan.program.align_start else "start = k_len - rows",
+            "q_first = start + q_tile * BLOCK_Q",
             "",
             "q_offset = tl.arange(0, BLOCK_Q)",
             "k_offset = tl.arange(0, BLOCK_K)",
             "q_rows = q_tile * BLOCK_Q + q_offset",
             "q_pos = start + q_rows[:, None]",
         )
+        first = Binary("*", Const(tiling.block_q), Var("q_tile"))
+        self.printer.names.known[first if plan.program.align_start else Binary("+", Var("start"), first)] = "q_first"
         lines.add("q_at = q_ptr + b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh")
         lines.add("q_at += (q_tile * BLOCK_Q).to(tl.int64) * stride_qn + q_offset[:, None] * stride_qn")
         for part in self.q_parts:

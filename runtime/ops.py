@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import Library
+from torch.nn import Parameter
 
 from attndsl.diagnostics import error
 from attndsl.program import CallShape
@@ -41,15 +42,34 @@ def engine_of(key: str) -> Engine:
         ) from None  # fmt: skip
 
 
+def attend(
+    key: str, q: Tensor, k: Tensor, v: Tensor, inputs: list[Tensor], args: list[int], scale: float | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Output and lse. Where nothing watches the call (no tracing, no gradients, plain tensors) it skips the dispatcher,
+    which costs several times a launch."""
+    if torch.compiler.is_compiling() or _watched((q, k, v, *inputs)):
+        out: tuple[Tensor, Tensor] = torch.ops.attndsl.forward(key, q, k, v, inputs, args, scale, backend)
+        return out
+    return _forward(key, q, k, v, inputs, args, scale, backend)
+
+
+def _watched(tensors: tuple[Tensor, ...]) -> bool:
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    grad = torch.is_grad_enabled()
+    for x in tensors:
+        if (grad and x.requires_grad) or (type(x) is not Tensor and type(x) is not Parameter):
+            return True
+    return False
+
+
 def _forward(
     key: str, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return engine_of(key).forward(*_dense(q, k, v), inputs, args, scale, backend)
-
-
-def _dense(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The kernels want the last dimension dense; other strides are theirs to handle."""
-    return tuple(x if x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors)
+    # The kernels want the last dimension dense; other strides are theirs to handle.
+    if q.dim() and k.dim() and v.dim() and not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    return engine_of(key).forward(q, k, v, inputs, args, scale, backend)
 
 
 def _forward_fake(

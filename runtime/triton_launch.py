@@ -7,7 +7,7 @@ its grid, its integer arguments. A call then allocates its output and passes poi
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attndsl.plan import DType, ForwardPlan, Loads, Spec, head_parts
+from attndsl.targets import has_tensor_copies
 
 from attndsl.runtime.build import KernelSource, compile_kernel, parameters
 from attndsl.runtime.cache import KernelCache
 from attndsl.runtime.call import call_shape, dim_size
 from attndsl.runtime.engine import default_scale, empty_output, table_tensor
+from attndsl.runtime.launcher import Descriptor, Launcher, Slot
 from attndsl.runtime.load import load_source
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -45,8 +47,7 @@ def shared_cache() -> KernelCache:
 
 def loads_for(spec: Spec, k: Tensor, v: Tensor, aligned: bool) -> Loads:
     """Hardware tensor copies where the device has them and the memory allows it: 16-byte strides and pointers."""
-    backend, _, arch = spec.target.partition(":")
-    if backend != "cuda" or int(arch) < 90 or spec.dtype is DType.FLOAT32 or not aligned:
+    if not aligned or not has_tensor_copies(spec):
         return Loads.POINTER
     for x in (k, v):
         strides = [s for s, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
@@ -55,23 +56,7 @@ def loads_for(spec: Spec, k: Tensor, v: Tensor, aligned: bool) -> Loads:
     return Loads.DESCRIPTOR
 
 
-@dataclass(frozen=True, slots=True)
-class _Slot:
-    """A parameter that differs from call to call: where it stands in (q, k, v, out, lse, scale, *inputs, *args)."""
-
-    index: int
-    type: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Descriptor:
-    """A parameter that is a tensor descriptor of k or v, made anew when the tensor's address changes."""
-
-    index: int
-    block: tuple[int, ...]
-    type: str
-
-
+# Where the values of a call stand in (q, k, v, out, lse, scale, *inputs, *args).
 _OUT, _LSE, _SCALE, _INPUTS = 3, 4, 5, 6
 
 
@@ -84,85 +69,93 @@ class TritonForward:
         self.grid = -(-shape.rows // plan.tiling.block_q) * shape.batch * shape.heads
         self.default_scale = default_scale(shape.dim)
         names = parameters(text, FUNCTION)
-        sources = self._sources(q, k, v, inputs)
-        self._template: list[Any] = [sources[name] for name in names]
-        self._slots = [(i, x.index) for i, x in enumerate(self._template) if isinstance(x, _Slot)]
-        self._descriptors = [(i, x) for i, x in enumerate(self._template) if isinstance(x, _Descriptor)]
+        sources = parameter_sources(plan, q, k, v, inputs)
+        template = [sources[name] for name in names]
         if INTERPRETED:
-            self._launch = getattr(load_source(text, FUNCTION), FUNCTION)[(self.grid,)]
-            return
-        types = tuple((name, _type(name, sources[name])) for name in names)
-        alignments = tuple(self._alignments(names, sources)) if aligned else ()
-        source = KernelSource(text, FUNCTION, types, alignments, plan.tiling.warps, plan.tiling.stages)
-        self._kernel = compile_kernel(source, plan.spec.target, shared_cache())
+            self._launch: Any = _Interpreted(getattr(load_source(text, FUNCTION), FUNCTION)[(self.grid,)], template)
+        elif self.grid:
+            kernel = compile_kernel(kernel_source(plan, text, names, sources, aligned), plan.spec.target, shared_cache())
+            self._launch = Launcher(kernel, self.grid, q.device.index, template)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
     ) -> tuple[Tensor, Tensor]:
         out, lse = empty_output(q, self.shape)
-        if self.grid == 0:
-            return out, lse
-        call = (q, k, v, out, lse, self.default_scale if scale is None else scale, *inputs, *args)
-        values = self._template.copy()
-        for position, index in self._slots:
-            values[position] = call[index]
-        for position, descriptor in self._descriptors:
-            x = call[descriptor.index]
-            values[position] = TensorDescriptor(x, list(x.shape), list(x.stride()), list(descriptor.block))
-        if INTERPRETED:
-            self._launch(*values)
-            return out, lse
-        kernel = self._kernel
-        with torch.cuda.device(q.device):
-            kernel.run(
-                self.grid, 1, 1, torch.cuda.current_stream().cuda_stream, kernel.function, kernel.packed_metadata,
-                None, None, None, *values,
-            )  # fmt: skip
+        if self.grid:
+            self._launch((q, k, v, out, lse, self.default_scale if scale is None else scale, *inputs, *args))
         return out, lse
 
-    # -------------------------------------------------------------------------------- parameters
 
-    def _sources(self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> dict[str, Any]:
-        """What each parameter that a kernel may have is given."""
-        plan, shape = self.plan, self.shape
-        element = f"*{_ELEMENT[plan.spec.dtype]}"
-        found: dict[str, Any] = {
-            "q_ptr": _Slot(0, element), "k_ptr": _Slot(1, element), "v_ptr": _Slot(2, element),
-            "out_ptr": _Slot(_OUT, element), "lse_ptr": _Slot(_LSE, "*fp32"), "scale": _Slot(_SCALE, "fp32"),
-            "rows": shape.rows, "k_len": shape.k_len,
-        }  # fmt: skip
-        out, _ = empty_output(q, shape)
-        for name, x in (("q", q), ("k", k), ("v", v), ("o", out)):
-            found |= {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bhn")}
-        for index, name, dim in ((1, "k", shape.dim), (2, "v", shape.v_dim)):
-            for part in head_parts(dim):
-                block = (1, 1, plan.tiling.block_k, part.size)
-                type = f"tensordesc<{_ELEMENT[plan.spec.dtype]}{list(block)}>"
-                found[f"{name}_desc{part.suffix}"] = _Descriptor(index, block, type)
-        for i, (decl, x) in enumerate(zip(plan.program.inputs, inputs, strict=True)):
-            found[f"{decl.name}_ptr"] = _Slot(_INPUTS + i, _POINTER[x.dtype])
-            for axis, size in enumerate(x.shape):
-                # A dimension of size 1 is broadcast.
-                found[f"{decl.name}_stride_{axis}"] = 0 if size == 1 else x.stride(axis)
-                found[f"{decl.name}_size_{axis}"] = dim_size(decl.dims[axis], plan.program, shape)
-        for table in plan.tables:
-            found[f"{table.name}_table"] = table_tensor(table, q.device)
-        for i, name in enumerate(plan.program.args):
-            found[f"arg_{name}"] = _Slot(_INPUTS + len(inputs) + i, "i32")
-        return found
+@dataclass(frozen=True, slots=True)
+class _Interpreted:
+    """A kernel under Triton's interpreter."""
 
-    def _alignments(self, names: Sequence[str], sources: dict[str, Any]) -> Iterator[tuple[str, int]]:
-        for name in names:
-            if name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr"):
-                yield name, POINTER_ALIGNMENT
-            elif name.startswith("stride_") and sources[name] % STRIDE_ALIGNMENT == 0:
-                yield name, STRIDE_ALIGNMENT
+    launch: Any
+    template: list[Any]
+
+    def __call__(self, call: Sequence[Any]) -> None:
+        def value(x: Any) -> Any:
+            if isinstance(x, Descriptor):
+                return TensorDescriptor(call[x.index], list(x.shape), list(x.strides), list(x.block))
+            return call[x.index] if isinstance(x, Slot) else x
+
+        self.launch(*map(value, self.template))
+
+
+# ------------------------------------------------------------------------------------ parameters
+
+
+def parameter_sources(plan: ForwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> dict[str, Any]:
+    """What each parameter that a kernel may have is given. Only shapes, strides and dtypes are read: meta tensors do."""
+    shape = call_shape(q, k, v)
+    element = f"*{_ELEMENT[plan.spec.dtype]}"
+    found: dict[str, Any] = {
+        "q_ptr": Slot(0, element), "k_ptr": Slot(1, element), "v_ptr": Slot(2, element),
+        "out_ptr": Slot(_OUT, element), "lse_ptr": Slot(_LSE, "*fp32"), "scale": Slot(_SCALE, "fp32"),
+        "rows": shape.rows, "k_len": shape.k_len,
+    }  # fmt: skip
+    out, _ = empty_output(q, shape)
+    for name, x in (("q", q), ("k", k), ("v", v), ("o", out)):
+        found |= {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bhn")}
+    for index, name, x in ((1, "k", k), (2, "v", v)):
+        for part in head_parts(x.shape[3]):
+            block = (1, 1, plan.tiling.block_k, part.size)
+            type = f"tensordesc<{_ELEMENT[plan.spec.dtype]}{list(block)}>"
+            found[f"{name}_desc{part.suffix}"] = Descriptor(index, tuple(x.shape), tuple(x.stride()), block, type)
+    for i, (decl, x) in enumerate(zip(plan.program.inputs, inputs, strict=True)):
+        found[f"{decl.name}_ptr"] = Slot(_INPUTS + i, _POINTER[x.dtype])
+        for axis, size in enumerate(x.shape):
+            # A dimension of size 1 is broadcast.
+            found[f"{decl.name}_stride_{axis}"] = 0 if size == 1 else x.stride(axis)
+            found[f"{decl.name}_size_{axis}"] = dim_size(decl.dims[axis], plan.program, shape)
+    for table in plan.tables:
+        found[f"{table.name}_table"] = table_tensor(table, q.device)
+    for i, name in enumerate(plan.program.args):
+        found[f"arg_{name}"] = Slot(_INPUTS + len(inputs) + i, "i32")
+    return found
+
+
+def kernel_source(
+    plan: ForwardPlan, text: str, names: Sequence[str], sources: Mapping[str, Any], aligned: bool
+) -> KernelSource:
+    """How to compile a kernel whose parameters are `names`."""
+    types = tuple((name, _type(name, sources[name])) for name in names)
+    alignments = tuple(_alignments(names, sources)) if aligned else ()
+    return KernelSource(text, FUNCTION, types, alignments, plan.tiling.warps, plan.tiling.stages)
+
+
+def _alignments(names: Sequence[str], sources: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    for name in names:
+        if name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr"):
+            yield name, POINTER_ALIGNMENT
+        elif name.startswith("stride_") and sources[name] % STRIDE_ALIGNMENT == 0:
+            yield name, STRIDE_ALIGNMENT
 
 
 def _type(name: str, source: Any) -> str:
     """Triton type of a parameter."""
     match source:
-        case _Slot(type=type) | _Descriptor(type=type):
+        case Slot(type=type) | Descriptor(type=type):
             return type
         case Tensor():
             return _POINTER[source.dtype]

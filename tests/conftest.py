@@ -1,6 +1,16 @@
-"""Options that all tests share."""
+"""What all tests share: options, and where Triton kernels run."""
+
+import os
 
 import pytest
+import torch
+from hypothesis import settings
+
+# Without a GPU the kernels are interpreted. Triton decides that when it is imported, so before any test is.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+settings.register_profile("thorough", max_examples=3000, deadline=None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,0 +1,312 @@
+"""What the compiler made of a program: understood, simplified, planned, and what a call should cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attndsl.blockgraph import BlockGraph, block_graph
+from attndsl.diagnostics import Diagnostic
+from attndsl.notation import Level, input_text, program_text, scalar_text, set_text
+from attndsl.pairs import allowed, count_pairs, spans, spans_text, too_dense
+from attndsl.plan import ForwardPlan, Loads, Spec, default_tiling, forward_plan
+from attndsl.program import Binary, Call, CallShape, Const, If, Program, Read, Scalar, substitute, walk
+from attndsl.quasi_affine import condition
+from attndsl.relation import Relation, build_relation
+from attndsl.simplify import fold
+from attndsl.targets import BYTES, RATES
+from attndsl.tiles import Run
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading and the lines under it."""
+
+    title: str
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What `Attention.explain` found. Prints as text; the sections may also be taken one by one."""
+
+    sections: tuple[Section, ...]
+
+    def section(self, title: str) -> Section:
+        """The section of this title; KeyError if there is none."""
+        for section in self.sections:
+            if section.title == title:
+                return section
+        raise KeyError(title)
+
+    def __str__(self) -> str:
+        blocks = ["\n".join([s.title, *(f"  {line}".rstrip() for line in s.lines)]) for s in self.sections]
+        return "\n\n".join(blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What to explain: a program, a kind of call, and what is known besides.
+
+    text: the program in canonical layout. inputs: those that are known, as arrays; args: likewise.
+    rates: operations and bytes a second; by default those of the target's data sheet.
+    """
+
+    program: Program
+    spec: Spec
+    shape: CallShape
+    text: str
+    warnings: tuple[Diagnostic, ...] = ()
+    inputs: Mapping[str, Array] | None = None
+    args: Mapping[str, int] | None = None
+    row: int | None = None
+    rates: tuple[float, float] | None = None
+
+
+def explain(question: Question) -> Explanation:
+    """The explanation, section by section."""
+    plan = forward_plan(question.program, question.spec, default_tiling(question.spec))
+    relation = build_relation(question.program, (question.spec.heads, question.spec.kv_heads))
+    sections = [
+        Section("understood", tuple(_understood(question))),
+        Section("rows", tuple(_rows(question))),
+        Section("simplified", tuple(_simplified(relation))),
+        Section("warnings", tuple(_warnings(question.warnings))),
+        Section("planned", tuple(_planned(plan, Const(question.shape.first_position(question.program))))),
+        Section("cost", tuple(_cost(question, plan))),
+    ]
+    return Explanation(tuple(s for s in sections if s.lines))
+
+
+def stages(question: Question, syntax: str, source: str) -> Explanation:
+    """Every stage's own result: syntax, typed program, relation, runs, plan, source text."""
+    plan = forward_plan(question.program, question.spec, default_tiling(question.spec))
+    relation = build_relation(question.program, (question.spec.heads, question.spec.kv_heads))
+    found = {
+        "syntax": syntax.splitlines(),
+        "typed program": program_text(question.program).splitlines(),
+        "relation": [
+            str(relation.pairs),
+            *(f"{name} stands for {scalar_text(e)}" for name, e in (relation.uniform | relation.atoms).items()),
+        ],
+        "runs": list(_run_lines(plan)),
+        "plan": list(_planned(plan, None)),
+        "source": source.splitlines(),
+    }
+    return Explanation(tuple(Section(title, tuple(lines)) for title, lines in found.items()))
+
+
+# ------------------------------------------------------------------------------------- understood
+
+
+def _understood(question: Question) -> list[str]:
+    program, branch = question.program, question.program.branch
+    lines = [*question.text.strip().splitlines(), ""]
+    for decl in program.inputs:
+        lines.append(f"input {input_text(decl)}")
+    lines += [f"runtime argument {name}" for name in program.args]
+    lines += [f"table {table.name}, shape {list(table.shape)}" for table in program.tables]
+    lines.append(f"pairs (q, k) in {set_text(branch.pattern)}")
+    if program.align_start:
+        lines.append("row i stands at position i (align start)")
+    else:
+        lines.append("row i of a call stands at position i + Nk − rows")
+    scale = "1/√D" if branch.scale is None else scalar_text(branch.scale)
+    lines.append(f"s = {scale} · (q · k)")
+    if branch.weights is not None:
+        lines.append(f"a pair weighs {scalar_text(branch.weights)}; rows are not normalised")
+        return lines
+    if branch.score is not None:
+        lines.append(f"logit {scalar_text(branch.score)}")
+    sink = "" if branch.sink is None else f", with e^({scalar_text(branch.sink)}) added to the denominator"
+    return [*lines, f"softmax over each row{sink}"]
+
+
+def _rows(question: Question) -> list[str]:
+    """The exact keys that sample rows see."""
+    program, shape = question.program, question.shape
+    if missing := _missing(question):
+        return [f"give {missing} to see the keys of sample rows"]
+    if too_dense(program, shape):
+        return ["`coarsen` makes single rows costly to list at this length: ask at a shorter one"]
+    if shape.rows == 0 or shape.k_len == 0:
+        return []
+    start = shape.first_position(program)
+    first, last = max(start, 0), start + shape.rows - 1
+    asked = [question.row] if question.row is not None else sorted({first, min(last, max(first, 700)), last})
+    seen = allowed(
+        program, shape, np.asarray(asked), np.arange(shape.k_len), question.inputs or {}, question.args or {}
+    )
+    lines = []
+    for i, row in enumerate(asked):
+        heads = [spans(seen[0, h, i]) for h in range(shape.heads)]
+        keys = int(seen[0, 0, i].sum())
+        which = "" if len(set(heads)) == 1 else " (head 0; other heads differ)"
+        lines.append(f"row {row}: keys {spans_text(heads[0])}  [{keys} of {shape.k_len}]{which}")
+    return lines
+
+
+def _missing(question: Question) -> str:
+    """What the pattern reads and the question does not give."""
+    given = {**(question.inputs or {}), **(question.args or {})}
+    program = question.program
+    wanted = [*_inputs_read(program), *program.args]
+    return ", ".join(f"`{name}`" for name in wanted if name not in given)
+
+
+def _inputs_read(program: Program) -> list[str]:
+    """The inputs that the pattern reads; those of scores decide no pair."""
+    written = set_text(program.branch.pattern)
+    return [decl.name for decl in program.inputs if f"{decl.name}[" in written or f" on {decl.name}" in written]
+
+
+# ------------------------------------------------------------------------------------- simplified
+
+
+def _simplified(relation: Relation) -> list[str]:
+    lines = []
+    if relation.atoms:
+        lines.append(f"integer relation: {relation.pairs}")
+    else:
+        cond = fold(condition(relation.pairs, relation.context, relation.uniform))
+        lines.append(f"0 <= k < Nk and {scalar_text(cond, Level.NOT)}")
+    if relation.uniform:
+        lines += [
+            f"exact, decided once per head or call: {name} = {scalar_text(e)}" for name, e in relation.uniform.items()
+        ]
+    lines += [
+        f"data, masked pair by pair: {name} = {scalar_text(e)} ({_reason(e)})" for name, e in relation.atoms.items()
+    ]
+    if not relation.atoms:
+        lines.append("every condition is exact: tiles are decided in closed form, for every length")
+    lines += [f"note: {note}" for note in relation.notes]
+    return lines
+
+
+def _reason(e: Scalar) -> str:
+    """Why a condition is data and not part of the integer relation."""
+    found = list(walk(e))
+    if names := [x.input for x in found if isinstance(x, Read)]:
+        return f"reads the input `{names[0]}` at q or k"
+    if any(isinstance(x, Call) and x.function == "bit_length" for x in found):
+        return "a bit length"
+    return "not affine in q and k"
+
+
+def _warnings(warnings: tuple[Diagnostic, ...]) -> list[str]:
+    return [line for warning in warnings for line in warning.render().splitlines()] if warnings else []
+
+
+# ---------------------------------------------------------------------------------------- planned
+
+
+def _planned(plan: ForwardPlan, start: Scalar | None) -> list[str]:
+    spec, tiling = plan.spec, plan.tiling
+    if spec.target == "cpu":
+        backend = "blocked PyTorch, since there is no GPU to compile for"
+    elif spec.loads is Loads.DESCRIPTOR:
+        backend = f"portable Triton for {spec.target}, with hardware tensor copies (TMA) of k and v"
+    else:
+        backend = f"portable Triton for {spec.target}, loading k and v through pointers"
+    warps = "" if spec.target == "cpu" else f", {tiling.warps} warps, {tiling.stages} stages"
+    lines = [
+        f"backend: {backend}",
+        f"tiles of {tiling.block_q} rows x {tiling.block_k} keys{warps} (the default for "
+        f"{spec.dtype.value}, D = {spec.dim}, on this target)",
+        *_run_lines(plan, start),
+    ]
+    if plan.runs.partial:
+        mask = "none: nothing but the ends of the keys" if plan.mask is None else scalar_text(plan.mask)
+        lines.append(f"mask of partial tiles: {mask}")
+    return lines
+
+
+def _run_lines(plan: ForwardPlan, start: Scalar | None = None) -> list[str]:
+    """The runs of a query tile; with `start` put in where the position of row 0 is known."""
+    if not (plan.runs.full or plan.runs.partial):
+        return ["no tile is visited"]
+    first = "start" if start is None else scalar_text(start)
+    lines = [f"query tile q_tile, whose first row stands at {first} + {plan.tiling.block_q} * q_tile, visits"]
+    known = {} if start is None else {"start": start}
+    return lines + [f"  {_run_text(run, known)}" for run in (*plan.runs.full, *plan.runs.partial)]
+
+
+def _run_text(run: Run, known: Mapping[str, Scalar]) -> str:
+    def text(e: Scalar, level: Level = Level.SUM) -> str:
+        return scalar_text(fold(substitute(e, known)), level)
+
+    where, count = "", run.count
+    if isinstance(count, If) and count.other == Const(0):
+        where, count = f", where {text(count.cond, Level.COND)}", count.then
+    step = f", every {run.step}th" if run.step > 1 else ""
+    match count:
+        case Binary(op="+", left=Binary(op="-", left=last, right=first), right=Const(value=1)) if first == run.first:
+            tiles = f"{text(first)} .. {text(last)}"
+        case _:
+            tiles = f"from {text(run.first)}, {text(count)} of them"
+    return f"{run.kind.value:<7} key tiles {tiles}{step}{where}"
+
+
+# ------------------------------------------------------------------------------------------- cost
+
+
+def _cost(question: Question, plan: ForwardPlan) -> list[str]:
+    shape, spec, tiling = question.shape, question.spec, plan.tiling
+    inputs, args = question.inputs or {}, question.args or {}
+    lines = [
+        f"q {[shape.batch, shape.heads, shape.rows, shape.dim]}, k {[shape.batch, shape.kv_heads, shape.k_len, shape.dim]}"
+    ]
+    try:
+        graph = block_graph(question.program, shape, tiling.block_q, tiling.block_k, inputs, args)
+    except ValueError as missing:
+        return [*lines, f"tiles: {missing}"]
+    flops_of_pair = 2 * (spec.dim + spec.v_dim)
+    area = tiling.block_q * tiling.block_k
+    lines.append(
+        f"tiles: {graph.tiles:,} of {graph.classes.size * graph.q_tiles * graph.k_tiles:,} visited "
+        f"({100 * graph.density:.2f} %), {graph.full:,} full and {graph.partial:,} partial"
+    )
+    lines.append(_pairs_line(question, graph, flops_of_pair))
+    flops = graph.tiles * area * flops_of_pair
+    moved = BYTES[spec.dtype] * shape.batch * (
+        shape.rows * shape.heads * (spec.dim + spec.v_dim) + shape.k_len * shape.kv_heads * (spec.dim + spec.v_dim)
+    )  # fmt: skip
+    lines.append(f"work: {_amount(flops)}FLOP in visited tiles; {_amount(moved)}B of q, k, v and output")
+    rates = question.rates or RATES.get(spec.target)
+    if rates is not None:
+        compute, memory = flops / rates[0], moved / rates[1]
+        bound = "computing" if compute >= memory else "memory"
+        lines.append(
+            f"floor: {1e6 * max(compute, memory):,.1f} µs at {rates[0] / 1e12:g} TFLOP/s and {rates[1] / 1e12:g} TB/s "
+            f"({bound} bounds it)"
+        )
+    return lines
+
+
+def _pairs_line(question: Question, graph: BlockGraph, flops_of_pair: int) -> str:
+    shape = question.shape
+    if missing := _missing(question):
+        return f"pairs: depend on {missing}"
+    if too_dense(question.program, shape):
+        return "pairs: not counted at this length (`coarsen`)"
+    count = count_pairs(graph, question.program, question.inputs or {}, question.args or {})
+    everything = shape.batch * shape.heads * shape.rows * shape.k_len
+    share = 100 * count.pairs / max(1, everything)
+    about = "" if count.exact else "about "
+    return (
+        f"pairs: {about}{count.pairs:,} of {everything:,} allowed ({share:.2f} %), "
+        f"{_amount(count.pairs * flops_of_pair)}FLOP"
+    )
+
+
+def _amount(x: float) -> str:
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if x >= factor:
+            return f"{x / factor:.3g} {prefix}"
+    return f"{x:g} "

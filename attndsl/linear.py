@@ -1,0 +1,135 @@
+"""Integer expressions in a normal form: sums of multiples of terms, with like terms gathered.
+
+isl writes ceil(x / 64) as x - (63 x) // 64 and the number of tiles from a to b as b - a + 1. Here whole multiples
+leave quotients, so that no product outgrows 32 bits, and what cancels goes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from attndsl.program import Binary, Call, Compare, Const, If, Logic, Scalar, Type, Unary
+from attndsl.simplify import negated
+
+
+@dataclass(slots=True)
+class _Sum:
+    """constant + the sum of coefficient * term."""
+
+    constant: int = 0
+    terms: dict[Scalar, int] = field(default_factory=dict)
+
+    def add(self, other: _Sum, factor: int = 1) -> None:
+        self.constant += factor * other.constant
+        for term, coefficient in other.terms.items():
+            self.terms[term] = self.terms.get(term, 0) + factor * coefficient
+            if self.terms[term] == 0:
+                del self.terms[term]
+
+
+def normalise(e: Scalar) -> Scalar:
+    """The integer or boolean scalar, its sums and quotients in normal form; its value is unchanged."""
+    return _Normaliser().scalar(e)
+
+
+class _Normaliser:
+    """Normalises expressions whose nodes are shared: each once."""
+
+    def __init__(self) -> None:
+        self.memo: dict[int, Scalar] = {}
+
+    def scalar(self, e: Scalar) -> Scalar:
+        if id(e) not in self.memo:
+            self.memo[id(e)] = self.condition(e) if e.type is Type.BOOL else _write(self.sum(e))
+        return self.memo[id(e)]
+
+    def sum(self, e: Scalar) -> _Sum:
+        match e:
+            case Const(value=int(value)):
+                return _Sum(value)
+            case Unary(op="-", operand=x):
+                found = _Sum()
+                found.add(self.sum(x), -1)
+                return found
+            case Binary(op="+" | "-" as op, left=a, right=b):
+                found = self.sum(a)
+                found.add(self.sum(b), 1 if op == "+" else -1)
+                return found
+            case Binary(op="*", left=a, right=b):
+                x, y = self.sum(a), self.sum(b)
+                if x.terms and y.terms:
+                    return _Sum(0, {Binary("*", _write(x), _write(y)): 1})
+                if x.terms:
+                    x, y = y, x
+                found = _Sum()
+                found.add(y, x.constant)
+                return found
+            case Binary(op="//", left=a, right=Const(value=int(n))):
+                return _quotient(self.sum(a), n)
+            case Binary(op="%", left=a, right=Const(value=int(n))):
+                # Multiples of n do not matter.
+                x = self.sum(a)
+                rest = _Sum(x.constant % n, {t: r for t, c in x.terms.items() if (r := _residue(c, n))})
+                return _Sum(rest.constant % n) if not rest.terms else _Sum(0, {Binary("%", _write(rest), Const(n)): 1})
+            case If(cond=c, then=a, other=b):
+                cond, x, y = self.scalar(c), self.scalar(a), self.scalar(b)
+                return self.sum(x) if x == y else _Sum(0, {If(cond, x, y): 1})
+            case Call(function=f, args=args) if e.type is Type.INT:
+                return _Sum(0, {Call(f, tuple(self.scalar(x) for x in args)): 1})
+            case _:
+                return _Sum(0, {e: 1})
+
+    def condition(self, e: Scalar) -> Scalar:
+        match e:
+            case Compare(op=op, left=a, right=b) if a.type is b.type is Type.INT:
+                # All terms on the side where they are positive, the constant on the right.
+                difference = self.sum(a)
+                difference.add(self.sum(b), -1)
+                left = _Sum(0, {t: c for t, c in difference.terms.items() if c > 0})
+                right = _Sum(-difference.constant, {t: -c for t, c in difference.terms.items() if c < 0})
+                return Compare(op, _write(left), _write(right))
+            case Logic(op=op, operands=xs):
+                return Logic(op, tuple(self.condition(x) for x in xs))
+            case Unary(op="not", operand=x):
+                return negated(self.condition(x))
+            case _:
+                return e
+
+
+def _quotient(x: _Sum, n: int) -> _Sum:
+    """(constant + sum) // n, whole multiples of n taken out."""
+    whole, rest = _Sum(x.constant // n), _Sum(x.constant % n)
+    for term, coefficient in x.terms.items():
+        residue = _residue(coefficient, n)
+        if (coefficient - residue) // n:
+            whole.terms[term] = (coefficient - residue) // n
+        if residue:
+            rest.terms[term] = residue
+    if rest.terms:
+        whole.add(_Sum(0, {Binary("//", _write(rest), Const(n)): 1}))
+    return whole
+
+
+def _residue(coefficient: int, n: int) -> int:
+    """The residue nearest to 0, positive where two are."""
+    residue = coefficient % n
+    return residue - n if 2 * residue > n else residue
+
+
+def _write(x: _Sum) -> Scalar:
+    positive = [(t, c) for t, c in x.terms.items() if c > 0]
+    negative = [(t, -c) for t, c in x.terms.items() if c < 0]
+    written: Scalar | None = None
+    for term, coefficient in positive:
+        part = term if coefficient == 1 else Binary("*", Const(coefficient), term)
+        written = part if written is None else Binary("+", written, part)
+    constant = x.constant
+    if written is None and (constant or not negative):
+        written, constant = Const(constant), 0
+    for term, coefficient in negative:
+        part = term if coefficient == 1 else Binary("*", Const(coefficient), term)
+        written = Unary("-", part) if written is None else Binary("-", written, part)
+    assert written is not None
+    if constant:
+        written = Binary("+" if constant > 0 else "-", written, Const(abs(constant)))
+    return written

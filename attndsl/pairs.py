@@ -1,0 +1,181 @@
+"""Which pairs rows of a call see, and how many there are in all: by the oracle, tile by tile, never dense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, assert_never
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attndsl.blockgraph import BlockGraph
+from attndsl.oracle import Evaluator, check_inputs
+from attndsl.program import (
+    CallShape,
+    Choose,
+    Coarsen,
+    Complement,
+    Inter,
+    Minus,
+    On,
+    Permuted,
+    Program,
+    Read,
+    Set,
+    Union,
+    Where,
+    reads,
+    scalars,
+    walk,
+)  # fmt: skip
+from attndsl.tiles import TileKind
+
+Array = NDArray[Any]
+
+# Pairs that are asked of the oracle for one count; past that, query tiles are sampled.
+MAX_PAIRS = 1 << 24
+# `coarsen` makes the oracle evaluate every pair that exists.
+MAX_COARSE_PAIRS = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class PairCount:
+    """Allowed pairs of a call over all batch entries and heads; `exact` unless query tiles were sampled."""
+
+    pairs: int
+    exact: bool
+
+
+def allowed(
+    program: Program,
+    shape: CallShape,
+    q_pos: Array,
+    k_pos: Array,
+    inputs: Mapping[str, Array] = {},
+    args: Mapping[str, int] = {},
+) -> NDArray[np.bool_]:
+    """Whether pairs at these positions are allowed, as the oracle says.
+
+    q_pos: int [rows], k_pos: int [keys]. Returns bool [batch, heads, rows, keys].
+    Raises ValueError where an input that the pattern reads is missing or misshapen.
+    """
+    check_inputs(program, shape, {name: np.shape(value) for name, value in inputs.items()})
+    call = Evaluator.of_call(program, shape, inputs, args)
+    place = call.at(q_pos.reshape(1, 1, -1, 1), k_pos.reshape(1, 1, 1, -1), call.variables["Nq"], call.variables["Nk"])
+    inside = place.members(program.branch.pattern) & (place.variables["q"] >= 0)
+    return np.array(np.broadcast_to(inside, (shape.batch, shape.heads, q_pos.size, k_pos.size)))
+
+
+def nodes(pattern: Set) -> Iterator[Set]:
+    """Every set expression in a pattern, the pattern itself first."""
+    yield pattern
+    match pattern:
+        case Where():
+            parts: tuple[Set, ...] = ()
+        case Union(parts=parts) | Inter(parts=parts):
+            pass
+        case Minus(left=a, right=b) | Choose(then=a, other=b):
+            parts = (a, b)
+        case Complement(operand=p) | Coarsen(operand=p) | On(operand=p):
+            parts = (p,)
+        case _:
+            assert_never(pattern)
+    for part in parts:
+        yield from nodes(part)
+
+
+def too_dense(program: Program, shape: CallShape) -> bool:
+    """Whether asking the oracle for single rows of this call takes too long."""
+    coarse = any(isinstance(node, Coarsen) for node in nodes(program.branch.pattern))
+    return coarse and shape.q_len(program) * shape.k_len > MAX_COARSE_PAIRS
+
+
+def count_pairs(
+    graph: BlockGraph, program: Program, inputs: Mapping[str, Array] = {}, args: Mapping[str, int] = {}
+) -> PairCount:
+    """The allowed pairs of a call: full tiles by their area, partial ones by the oracle.
+
+    graph: the call's block graph. Raises ValueError where an input that the pattern reads is missing.
+    """
+    groups = _equal_calls(graph, apart=_heads_differ(program))
+    total, exact = 0.0, True
+    for group in groups:
+        full, partial, sampled = _count(graph, program, *group[0], inputs, args, MAX_PAIRS // len(groups))
+        total += len(group) * (full + partial)
+        exact = exact and not sampled
+    return PairCount(round(total), exact)
+
+
+def _heads_differ(program: Program) -> bool:
+    """Whether pairs inside a tile may differ between heads or batch entries."""
+    pattern = program.branch.pattern
+    placed = any(isinstance(node, On) and isinstance(node.place, Permuted) for node in nodes(pattern))
+    return placed or any(reads(e, "b", "h", "g") or any(isinstance(x, Read) for x in walk(e)) for e in scalars(pattern))
+
+
+def _equal_calls(graph: BlockGraph, apart: bool) -> list[list[tuple[int, int]]]:
+    """Batch entries and heads, grouped where they allow the same number of pairs."""
+    groups: dict[object, list[tuple[int, int]]] = {}
+    for batch in range(graph.shape.batch):
+        for head in range(graph.shape.heads):
+            key = (batch, head) if apart else int(graph.classes[batch, head])
+            groups.setdefault(key, []).append((batch, head))
+    return list(groups.values())
+
+
+def _count(
+    graph: BlockGraph,
+    program: Program,
+    batch: int,
+    head: int,
+    inputs: Mapping[str, Array],
+    args: Mapping[str, int],
+    limit: int,
+) -> tuple[float, float, bool]:
+    """Pairs in full tiles, pairs in partial tiles, and whether the latter are from a sample."""
+    shape, block_q, block_k = graph.shape, graph.block_q, graph.block_k
+    full, partial = 0, {}
+    for tile in range(graph.q_tiles):
+        rows = min(block_q, shape.rows - tile * block_q)
+        masked = []
+        for run in graph.runs(tile, head, batch):
+            if run.kind is TileKind.FULL:
+                full += rows * sum(min(block_k, shape.k_len - t * block_k) for t in run.tiles)
+            else:
+                masked += run.tiles
+        if masked:
+            partial[tile] = (rows, masked)
+    cost = sum(rows * len(tiles) * block_k for rows, tiles in partial.values())
+    step = -(-cost // max(1, limit)) if cost else 1
+    chosen = list(partial)[::step]
+    call = Evaluator.of_call(program, shape, inputs, args)
+    fixed = {"b": batch, "h": head, "g": head // (shape.heads // shape.kv_heads)}
+    found = asked = 0
+    for tile in chosen:
+        rows, tiles = partial[tile]
+        q_pos = graph.start + tile * block_q + np.arange(rows)
+        k_pos = (np.asarray(tiles)[:, None] * block_k + np.arange(block_k)).ravel()
+        k_pos = k_pos[k_pos < shape.k_len]
+        variables = dict(call.variables) | {name: np.full((1, 1, 1, 1), value) for name, value in fixed.items()}
+        variables |= {"q": q_pos.reshape(1, 1, -1, 1), "k": k_pos.reshape(1, 1, 1, -1)}
+        inside = Evaluator(program, shape, inputs, args, variables).members(program.branch.pattern)
+        inside = np.broadcast_to(inside & (variables["q"] >= 0), (1, 1, rows, k_pos.size))
+        found += int(inside.sum())
+        asked += rows * len(tiles)
+    everything = sum(rows * len(tiles) for rows, tiles in partial.values())
+    return float(full), found * everything / asked if asked else 0.0, len(chosen) < len(partial)
+
+
+def spans(seen: NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
+    """The runs of true entries of a bool [keys] array, as first and last index."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], seen.astype(np.int8), [0]])))
+    return tuple((int(a), int(b) - 1) for a, b in zip(edges[::2], edges[1::2], strict=True))
+
+
+def spans_text(found: tuple[tuple[int, int], ...], most: int = 6) -> str:
+    """Spans as `0..3, 189..700`; from many, the first and the last few."""
+    written = [str(a) if a == b else f"{a}..{b}" for a, b in found]
+    if len(written) > most:
+        written = [*written[: most - 2], f"… ({len(written) - most} more) …", *written[-2:]]
+    return ", ".join(written) if written else "none"

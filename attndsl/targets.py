@@ -1,0 +1,69 @@
+"""Devices that a kernel can be looked at, or compiled, for: none of them need be there."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from attndsl.diagnostics import error
+from attndsl.plan import DType, Loads, Spec
+
+# As users write them, and as plans do.
+TARGETS = {
+    "sm_80": "cuda:80", "sm_86": "cuda:86", "sm_89": "cuda:89", "sm_90": "cuda:90", "sm_100": "cuda:100",
+    "gfx90a": "hip:gfx90a", "gfx942": "hip:gfx942",
+}  # fmt: skip
+# Dense bf16 tensor operations a second and bytes of memory a second, from the vendors' data sheets.
+RATES = {
+    "cuda:80": (312e12, 2.0e12), "cuda:90": (989e12, 3.35e12), "cuda:100": (2250e12, 8.0e12),
+    "hip:gfx942": (1307e12, 5.3e12),
+}  # fmt: skip
+DTYPE_NAMES = {dtype.value: dtype for dtype in DType} | {
+    "bf16": DType.BFLOAT16, "fp16": DType.FLOAT16, "fp32": DType.FLOAT32, "fp64": DType.FLOAT64,
+}  # fmt: skip
+BYTES = {DType.BFLOAT16: 2, DType.FLOAT16: 2, DType.FLOAT32: 4, DType.FLOAT64: 8}
+KERNELS = ("forward",)
+BACKENDS = ("triton", "cpu")
+
+
+def parse_target(target: str) -> str:
+    """`sm_90` as `cuda:90`, `gfx942` as `hip:gfx942`; a plan's own spelling stays. Raises `PatternError` (A530)."""
+    if target in TARGETS.values() or re.fullmatch(r"cuda:\d{2,3}|hip:gfx[0-9a-f]+", target):
+        return target
+    if target not in TARGETS:
+        raise error("A530", f"there is no target {target!r}", help=f"one of {', '.join(TARGETS)}")
+    return TARGETS[target]
+
+
+def check_kernel(kernel: str) -> None:
+    """Raises `PatternError` (A531) unless a program has such a kernel."""
+    if kernel not in KERNELS:
+        raise error("A531", f"there is no kernel {kernel!r}", help=f"one of {', '.join(KERNELS)}")
+
+
+def make_spec(
+    target: str, backend: str, heads: int, kv_heads: int, dim: int, v_dim: int | None = None, dtype: str = "bfloat16"
+) -> Spec:
+    """What a kernel for dense tensors of these sizes is planned for. Raises `PatternError` where they are not possible."""
+    if backend not in BACKENDS:
+        raise error("A509", f"there is no backend {backend!r}", help=f"one of {', '.join(BACKENDS)}")
+    if dtype not in DTYPE_NAMES:
+        known = ", ".join(d.value for d in DType)
+        raise error("A502", f"there is no dtype {dtype!r}", help=f"one of {known}")
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        raise error("A505", f"{heads} query heads are not a multiple of {kv_heads} key heads", help="choose a multiple")
+    for name, size in (("D", dim), ("Dv", dim if v_dim is None else v_dim)):
+        if size % 8 or not 8 <= size <= 256:
+            raise error("A506", f"{name} = {size}: head dimensions are multiples of 8 up to 256", help="choose one")
+    kind = DTYPE_NAMES[dtype]
+    if backend == "triton" and kind is DType.FLOAT64:
+        raise error("A508", "float64 runs on the CPU backend only", help="choose float32, or the CPU backend")
+    device = "cpu" if backend == "cpu" else parse_target(target)
+    spec = Spec(heads, kv_heads, dim, dim if v_dim is None else v_dim, kind, device)
+    return replace(spec, loads=Loads.DESCRIPTOR) if has_tensor_copies(spec) else spec
+
+
+def has_tensor_copies(spec: Spec) -> bool:
+    """Whether the device copies tiles of such tensors by hardware (TMA), given 16-byte strides and addresses."""
+    backend, _, arch = spec.target.partition(":")
+    return backend == "cuda" and int(arch) >= 90 and spec.dtype is not DType.FLOAT32

@@ -1,0 +1,95 @@
+"""What a kernel compiles to, for a device that need not be there."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from attndsl.diagnostics import error
+from attndsl.plan import DType, ForwardPlan
+from attndsl.program import CallShape, Program, Type
+from attndsl.runtime.build import KernelSource, compile_kernel, parameters
+from attndsl.runtime.call import dim_size
+from attndsl.runtime.triton_launch import FUNCTION, INTERPRETED, kernel_source, parameter_sources, shared_cache
+
+# Formats of each kind of device, in the order in which compilation makes them.
+FORMATS = {"cuda": ("ttir", "ttgir", "llir", "ptx", "sass"), "hip": ("ttir", "ttgir", "llir", "amdgcn")}
+# Any length will do: it decides no type and no alignment.
+_LENGTH = 1024
+_TORCH = {
+    DType.BFLOAT16: torch.bfloat16, DType.FLOAT16: torch.float16, DType.FLOAT32: torch.float32,
+    DType.FLOAT64: torch.float64,
+}  # fmt: skip
+_INPUTS = {Type.INT: torch.int32, Type.FLOAT: torch.float32, Type.BOOL: torch.bool}
+
+
+def assembly(plan: ForwardPlan, text: str, format: str) -> str:
+    """The text of a generated kernel after compilation.
+
+    plan, text: the plan, for a CUDA or ROCm target, and what was generated from it.
+    format: one of `FORMATS`; `sass` is the machine code itself, disassembled by the tool that Triton carries.
+
+    Raises `PatternError` (A532 to A534) for a format that the target has not, or that cannot be had here.
+    """
+    backend = plan.spec.target.partition(":")[0]
+    if backend not in FORMATS:
+        raise error("A532", "the CPU lowering is Python: it is not compiled", help="read it with `source`")
+    if format not in FORMATS[backend]:
+        known = ", ".join(FORMATS[backend])
+        raise error("A532", f"{plan.spec.target} has no format {format!r}", help=f"one of {known}")
+    if INTERPRETED:
+        raise error("A533", "nothing is compiled while TRITON_INTERPRET is set", help="unset it and start again")
+    disassembler = _disassembler() if format == "sass" else ""
+    kernel = compile_kernel(offline_source(plan, text), plan.spec.target, shared_cache())
+    if format == "sass":
+        return _disassembled(disassembler, kernel.asm["cubin"])
+    return str(kernel.asm[format])
+
+
+def offline_source(plan: ForwardPlan, text: str) -> KernelSource:
+    """A kernel as a launch on dense, aligned tensors compiles it (ints as int32, floats of inputs as float32)."""
+    q, k, v, inputs = meta_tensors(plan)
+    return kernel_source(plan, text, parameters(text, FUNCTION), parameter_sources(plan, q, k, v, inputs), aligned=True)
+
+
+def meta_tensors(plan: ForwardPlan) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """q, k, v and the inputs of a call that the plan serves, without memory."""
+    spec = plan.spec
+    shape = CallShape(2, spec.heads, spec.kv_heads, _LENGTH, _LENGTH, spec.dim, spec.v_dim)
+    dtype = _TORCH[spec.dtype]
+    q = torch.empty(shape.batch, shape.heads, shape.rows, shape.dim, dtype=dtype, device="meta")
+    k = torch.empty(shape.batch, shape.kv_heads, shape.k_len, shape.dim, dtype=dtype, device="meta")
+    v = torch.empty(shape.batch, shape.kv_heads, shape.k_len, shape.v_dim, dtype=dtype, device="meta")
+    return q, k, v, list(_meta_inputs(plan.program, shape))
+
+
+def _meta_inputs(program: Program, shape: CallShape) -> Iterator[Tensor]:
+    for decl in program.inputs:
+        sizes = [dim_size(dim, program, shape) for dim in decl.dims]
+        yield torch.empty(sizes, dtype=_INPUTS[decl.type], device="meta")
+
+
+def _disassembler() -> str:
+    carried = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    found = str(carried) if carried.exists() else shutil.which("nvdisasm")
+    if found is None:
+        raise error("A534", "there is no `nvdisasm` here to disassemble with", help="ask for `ptx`, or install CUDA")
+    return found
+
+
+def _disassembled(tool: str, cubin: bytes) -> str:
+    with tempfile.TemporaryDirectory(prefix="attndsl-") as directory:
+        path = Path(directory) / "kernel.cubin"
+        path.write_bytes(cubin)
+        done = subprocess.run([tool, "--print-code", str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[0]
+        raise error("A534", f"`nvdisasm` failed: {reason}", help="ask for `ptx`")
+    return done.stdout

@@ -1,0 +1,105 @@
+"""Compiles forward kernels for devices that are not there, and counts what the machine code shows.
+
+Run as a module in a process of its own: the tests' own process interprets Triton, and compiles nothing. It reads
+a JSON list of `Job`s from its input and writes one of `Found`s.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel at the default tiling. `tiling`: another one (block_q, block_k, warps, stages)."""
+
+    text: str
+    target: str
+    dim: int
+    loads: str
+    heads: tuple[int, int] = (8, 8)
+    dtype: str = "bfloat16"
+    tiling: tuple[int, int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a kernel came to. `spills`: bytes of stack, or registers spilled. `shared`: bytes of shared memory."""
+
+    spills: int
+    registers: int
+    shared: int
+    wgmma: bool
+    tensor_copies: bool
+    triton: str
+
+
+def compile_all(jobs: Sequence[Job]) -> list[Found]:
+    """The jobs compiled in one fresh process."""
+    import os
+
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as cache:
+        environment |= {"ATTNDSL_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join([environment.get("PYTHONPATH", ""), str(ROOT)])}
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.offline"], input=json.dumps([asdict(job) for job in jobs]), text=True,
+            capture_output=True, cwd=ROOT, env=environment, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [Found(**found) for found in json.loads(done.stdout)]
+
+
+def compile_one(job: Job) -> Found:
+    import triton
+
+    import attndsl
+    from attndsl.codegen.triton_forward import forward_source
+    from attndsl.plan import DType, Loads, Spec, Tiling, default_tiling, forward_plan
+    from attndsl.runtime.assembly import offline_source
+    from attndsl.runtime.build import compile_kernel
+
+    spec = Spec(*job.heads, job.dim, job.dim, DType(job.dtype), job.target, Loads(job.loads))
+    tiling = Tiling(*job.tiling) if job.tiling else default_tiling(spec)
+    plan = forward_plan(attndsl.compile(job.text).program, spec, tiling)
+    kernel = compile_kernel(offline_source(plan, forward_source(plan)), job.target)
+    shared = int(kernel.metadata.shared)
+    if job.target.startswith("hip"):
+        text = str(kernel.asm["amdgcn"])
+
+        def counted(name: str) -> int:
+            return max(int(x) for x in re.findall(rf"\.{name}:\s+(\d+)", text))
+
+        # Scalar registers spill into lanes of vector registers, not into memory.
+        spills = counted("vgpr_spill_count") + counted("private_segment_fixed_size")
+        return Found(spills, counted("vgpr_count"), shared, False, False, triton.__version__)
+    ptx, used = str(kernel.asm["ptx"]), _resources(kernel.asm["cubin"])
+    spills = int(used["STACK"]) + int(used["LOCAL"])
+    copies = "cp.async.bulk.tensor" in ptx
+    return Found(spills, int(used["REG"]), shared, "wgmma.mma_async" in ptx, copies, triton.__version__)
+
+
+def _resources(cubin: bytes) -> dict[str, str]:
+    """REG, STACK, SHARED, LOCAL … of the one kernel in a cubin."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "kernel.cubin"
+        path.write_bytes(cubin)
+        text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    line = next(line for line in text.splitlines() if "REG:" in line)
+    return dict(re.findall(r"(\w+(?:\[\d+\])?):(\d+)", line))
+
+
+if __name__ == "__main__":
+    jobs = [Job(**job) for job in json.load(sys.stdin)]
+    json.dump([asdict(compile_one(job)) for job in jobs], sys.stdout)

@@ -1,0 +1,166 @@
+"""Calls that do not fit: each is refused with a diagnostic that says what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attndsl
+from attndsl.diagnostics import PatternError
+
+
+def qkv(
+    heads: int = 4, kv_heads: int = 2, rows: int = 20, k_len: int = 20, dim: int = 16, v_dim: int = 16,
+    dtype: torch.dtype = torch.float32, device: str = "cpu",
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = ((2, heads, rows, dim), (2, kv_heads, k_len, dim), (2, kv_heads, k_len, v_dim))
+    q, k, v = (torch.zeros(size, dtype=dtype, device=device) for size in sizes)
+    return q, k, v
+
+
+def refused(code: str, message: str, call: Callable[[], Any]) -> PatternError:
+    """Asserts that a call gives exactly one diagnostic, of this code, whose message holds this text."""
+    with pytest.raises(PatternError) as caught:
+        call()
+    (diagnostic,) = caught.value.diagnostics
+    assert diagnostic.code == code
+    assert message in diagnostic.message
+    return caught.value
+
+
+CAUSAL = attndsl.compile("causal")
+DOCUMENTS = attndsl.compile("attention documents { input doc : int[b, k] sorted\n attend causal & document(doc) }")
+LOCAL = attndsl.compile("attention local(span : runtime int) { attend causal & window(span) }")
+SPANS = attndsl.compile("attention spans(span : int[h]) { attend causal & window(span[h]) }", span=[1, 2, 3, 4])
+BIASED = attndsl.compile("attention biased { input bias : float[h]\n score s + bias[h]\n attend causal }")
+SIGMOID = attndsl.compile("attention sigmoids { weights sigmoid(s)\n attend causal }")
+
+
+# ---------------------------------------------------------------------------------- q, k and v
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_dimensions(position: int) -> None:
+    tensors = list(qkv())
+    tensors[position] = tensors[position][0]
+    name = "qkv"[position]
+    refused("A501", f"{name} must have 4 dimensions [batch, heads, tokens, dim]", lambda: CAUSAL(*tensors))
+
+
+def test_dtype() -> None:
+    q, k, v = qkv(dtype=torch.int32)
+    refused("A502", "q is int32", lambda: CAUSAL(q, k, v))
+    q, k, v = qkv()
+    refused("A502", "q is float32 and v is float16", lambda: CAUSAL(q, k, v.half()))
+
+
+def test_device() -> None:
+    q, k, v = qkv()
+    refused("A503", "q is on cpu and k on meta", lambda: CAUSAL(q, k.to("meta"), v))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v: (q[:1], k, v),
+        lambda q, k, v: (q, k[..., :8], v),
+        lambda q, k, v: (q, k, v[:, :, 1:]),
+        lambda q, k, v: (q, k, v[:, :1]),
+    ],
+    ids=["batch", "dim", "length", "heads"],
+)
+def test_shapes(change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]) -> None:
+    error = refused("A504", "do not go together", lambda: CAUSAL(*change(*qkv())))
+    assert "k [B, Hkv, Nk, D]" in error.diagnostics[0].help
+
+
+def test_heads() -> None:
+    refused("A505", "4 query heads are not a multiple of 3 key heads", lambda: CAUSAL(*qkv(4, 3)))
+    refused("A505", "2 query heads are not a multiple of 4 key heads", lambda: CAUSAL(*qkv(2, 4)))
+    refused("A505", "4 query heads are not a multiple of 0 key heads", lambda: CAUSAL(*qkv(4, 0)))
+
+
+@pytest.mark.parametrize("dim", [12, 264, 0, 4])
+def test_head_dimension(dim: int) -> None:
+    refused("A506", f"D = {dim}: head dimensions are multiples of 8 up to 256", lambda: CAUSAL(*qkv(dim=dim)))
+    refused("A506", f"Dv = {dim}: head dimensions are multiples of 8 up to 256", lambda: CAUSAL(*qkv(v_dim=dim)))
+
+
+def test_more_rows_than_keys() -> None:
+    window = attndsl.compile("band(3, 3)")
+    error = refused("A507", "9 query rows for 5 keys", lambda: window(*qkv(rows=9, k_len=5)))
+    assert error.diagnostics[0].span is not None
+    assert "align start" in error.diagnostics[0].help
+    # Rows before the first token see nothing under `causal`; `all` does not ask where a row stands.
+    assert CAUSAL(*qkv(rows=9, k_len=5)).shape == (2, 4, 9, 16)
+    assert attndsl.compile("all")(*qkv(rows=9, k_len=5)).shape == (2, 4, 9, 16)
+
+
+# ------------------------------------------------------------------------------------- backends
+
+
+def test_backend() -> None:
+    refused("A509", "there is no backend 'cuda'", lambda: CAUSAL(*qkv(), backend="cuda"))
+
+
+def test_triton_dtypes() -> None:
+    refused("A508", "float64 runs on the CPU backend only", lambda: CAUSAL(*qkv(dtype=torch.float64), backend="triton"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
+def test_interpreted_bfloat16() -> None:
+    refused(
+        "A508", "Triton's interpreter does not multiply bfloat16",
+        lambda: CAUSAL(*qkv(dtype=torch.bfloat16), backend="triton"),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------- inputs and arguments
+
+
+def test_missing_and_unknown_names() -> None:
+    q, k, v = qkv()
+    refused("A522", "`doc` is missing: this attention takes doc", lambda: DOCUMENTS(q, k, v))
+    refused("A522", "`span` is missing: this attention takes span", lambda: LOCAL(q, k, v))
+    refused("A522", "`doc` is missing", lambda: DOCUMENTS(q, k, v, docs=torch.zeros(2, 20, dtype=torch.int32)))
+    refused("A522", "`doc` is not an input of this attention: it takes no inputs", lambda: CAUSAL(q, k, v, doc=1))
+    refused("A522", "`sink` is not an input of this attention: it takes span", lambda: LOCAL(q, k, v, span=1, sink=2))
+
+
+def test_input_type() -> None:
+    q, k, v = qkv()
+    error = refused(
+        "A511", "input `doc` is declared int and the tensor is float32", lambda: DOCUMENTS(q, k, v, doc=torch.zeros(2, 20))
+    )
+    assert "documents" in str(error), "the declaration is shown"
+    bias = torch.zeros(4, dtype=torch.int32)
+    refused("A511", "input `bias` is declared float and the tensor is int32", lambda: BIASED(q, k, v, bias=bias))
+
+
+def test_input_device() -> None:
+    doc = torch.zeros(2, 20, dtype=torch.int32, device="meta")
+    refused("A512", "input `doc` is on meta and q on cpu", lambda: DOCUMENTS(*qkv(), doc=doc))
+
+
+@pytest.mark.parametrize("size", [(20,), (2, 19), (3, 20), (2, 20, 1)])
+def test_input_shape(size: tuple[int, ...]) -> None:
+    doc = torch.zeros(size, dtype=torch.int32)
+    message = f"input `doc` has shape {list(size)}; this call needs [2, 20]"
+    refused("A513", message, lambda: DOCUMENTS(*qkv(), doc=doc))
+
+
+def test_table() -> None:
+    refused("A514", "table `span` has 4 entries for h; this call has 6", lambda: SPANS(*qkv(6, 2)))
+
+
+def test_lse_of_weights() -> None:
+    refused("A521", "there is no lse", lambda: SIGMOID(*qkv(), return_lse=True))
+
+
+def test_argument_type() -> None:
+    refused("A516", "`span` is a runtime int, not 2.5", lambda: LOCAL(*qkv(), span=2.5))
+    refused("A517", "input `doc` is a tensor, not a list", lambda: DOCUMENTS(*qkv(), doc=[[0] * 20] * 2))

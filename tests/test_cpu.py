@@ -1,0 +1,103 @@
+"""The CPU lowering against the oracle, on the fixed programs and on many random ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from attndsl.codegen.cpu import forward_source
+from attndsl.codegen.triton_forward import forward_source as triton_source
+from attndsl.plan import Tiling
+from attndsl.program import CallShape, Program
+from attndsl.runtime.engine import Engine, Generators
+from tests.accuracy import check, examples
+from tests.cases import CASES
+from tests.strategies import Case, composed_programs, tensors
+
+
+def run(
+    program: Program, q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str, Tensor], args: Mapping[str, int],
+    tiling: Tiling | None = None, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    engine = Engine(program, Generators(triton_source, forward_source), tiling)
+    given_inputs = [inputs[decl.name] for decl in program.inputs]
+    return engine.forward(q, k, v, given_inputs, [args[name] for name in program.args], scale, "cpu")
+
+
+def judge(case: Case, dtype: torch.dtype = torch.float32, tiling: Tiling | None = None) -> None:
+    program = case.load()
+    q, k, v, inputs = tensors(case, dtype=dtype)
+    out, lse = run(program, q, k, v, inputs, case.args, tiling)
+    check(program, q, k, v, inputs, case.args, out, lse)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("tiling", [Tiling(16, 32), None], ids=["small", "default"])
+def test_program(name: str, tiling: Tiling | None) -> None:
+    judge(CASES[name], tiling=tiling)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float64(name: str) -> None:
+    """Nothing on the way is rounded to float32."""
+    judge(CASES[name], torch.float64, Tiling(16, 32))
+
+
+@pytest.mark.parametrize("name", ["streaming", "wide", "sink", "softcap"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_dtype(name: str, dtype: torch.dtype) -> None:
+    judge(CASES[name], dtype)
+
+
+@given(case=composed_programs())
+@examples(300)
+def test_random(case: Case) -> None:
+    judge(case, tiling=Tiling(32, 16))
+
+
+@given(case=composed_programs(lengths=(33, 130)))
+@examples(60)
+def test_random_default_tiles(case: Case) -> None:
+    judge(case, torch.float64)
+
+
+def test_many_chunks() -> None:
+    """Rows that see more keys than go into one product."""
+    shape = CallShape(1, 1, 1, 3, 20000, 8, 8)
+    judge(Case("causal & (window(9500) | sink(9000))", {}, {}, {}, shape), tiling=Tiling(16, 64))
+
+
+@pytest.mark.parametrize("scale", [0.3, -0.7, 0.0])
+@pytest.mark.parametrize("name", ["empty_rows", "sink", "weights", "softcap"])
+def test_scale_of_a_call(name: str, scale: float) -> None:
+    case = CASES[name]
+    program = case.load()
+    q, k, v, inputs = tensors(case)
+    out, lse = run(program, q, k, v, inputs, {}, scale=scale)
+    check(program, q, k, v, inputs, {}, out, lse, scale)
+
+
+def test_strided_tensors() -> None:
+    program = CASES["streaming"].load()
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(2, 50, 4, 16, generator=generator).transpose(1, 2)
+    cache = torch.randn(2, 80, 2, 3, 16, generator=generator)
+    k, v = (cache[:, 10:60, :, i].transpose(1, 2) for i in (0, 2))
+    out, lse = run(program, q, k, v, {}, {})
+    assert out.stride() == q.stride(), "the output lies in memory as q does"
+    check(program, q, k, v, {}, {}, out, lse)
+
+
+def test_broadcast_inputs() -> None:
+    """A dimension of size 1 stands for any size."""
+    case = CASES["rows_and_keys"]
+    program = case.load()
+    q, k, v, inputs = tensors(case)
+    narrow = {"lift": inputs["lift"][:1, :, :1], "prior": inputs["prior"][:1]}
+    wide = {"lift": narrow["lift"].expand(2, 2, 20), "prior": narrow["prior"].expand(2, 70)}
+    out, lse = run(program, q, k, v, narrow, {})
+    check(program, q, k, v, wide, {}, out, lse)

@@ -1,0 +1,149 @@
+"""Triton's forward kernels against the oracle: interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from attndsl.codegen.triton_forward import forward_source
+from attndsl.plan import Loads, Spec, Tiling, default_tiling, forward_plan
+from attndsl.program import CallShape, Program
+from attndsl.runtime.call import call_shape, device_target, dtype_of
+from attndsl.runtime.triton_launch import TritonForward
+from tests.accuracy import check, examples
+from tests.cases import CASES
+from tests.strategies import Case, composed_programs, tensors
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SMALL = Tiling(16, 32)
+# The interpreter multiplies the bits of bfloat16 as integers.
+HALVES = [pytest.param(torch.bfloat16, marks=pytest.mark.gpu), torch.float16]
+BOTH = pytest.mark.parametrize("loads", Loads, ids=lambda loads: loads.value)
+
+
+def run(
+    program: Program, q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str, Tensor], args: Mapping[str, int] | None = None,
+    *, loads: Loads = Loads.POINTER, tiling: Tiling | None = SMALL, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output and lse of the program's Triton kernel, with tiles and loads of our choice."""
+    shape = call_shape(q, k, v)
+    spec = Spec(
+        shape.heads, shape.kv_heads, shape.dim, shape.v_dim, dtype_of(q), device_target(DEVICE), loads,
+        scale_sign=1 if scale is None or scale > 0 else -1,
+    )  # fmt: skip
+    plan = forward_plan(program, spec, tiling or default_tiling(spec))
+    q, k, v = (x.to(DEVICE) for x in (q, k, v))
+    given = [inputs[decl.name].to(DEVICE) for decl in program.inputs]
+    numbers = [(args or {})[name] for name in program.args]
+    kernel = TritonForward(plan, forward_source(plan), q, k, v, given, aligned=loads is Loads.DESCRIPTOR)
+    out, lse = kernel(q, k, v, given, numbers, scale)
+    return out.cpu(), lse.cpu()
+
+
+def judge(case: Case, loads: Loads, dtype: torch.dtype = torch.float32, tiling: Tiling | None = SMALL) -> None:
+    program = case.load()
+    q, k, v, inputs = tensors(case, dtype=dtype)
+    out, lse = run(program, q, k, v, inputs, case.args, loads=loads, tiling=tiling)
+    check(program, q, k, v, inputs, case.args, out, lse)
+
+
+@pytest.mark.triton_newest
+@BOTH
+@pytest.mark.parametrize("name", CASES)
+def test_program(name: str, loads: Loads) -> None:
+    judge(CASES[name], loads)
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["streaming", "wide", "sink", "softcap"])
+@pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+def test_dtype(name: str, dtype: torch.dtype, loads: Loads) -> None:
+    judge(CASES[name], loads, dtype)
+
+
+@pytest.mark.parametrize("tiling", [Tiling(32, 16), Tiling(16, 64), Tiling(64, 16), None], ids=str)
+def test_tiling(tiling: Tiling | None) -> None:
+    judge(replace(CASES["streaming"], shape=CallShape(1, 2, 1, 150, 150, 16, 16)), Loads.POINTER, tiling=tiling)
+
+
+@given(case=composed_programs(lengths=(1, 7, 33, 64, 100)))
+@examples(60)
+def test_random(case: Case) -> None:
+    judge(case, Loads.POINTER, tiling=Tiling(32, 32))
+
+
+# ---------------------------------------------------------------------------------------- calls
+
+
+def random_qkv(*sizes: Sequence[int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(*size, generator=generator) for size in sizes]
+
+
+@BOTH
+def test_strided_tensors(loads: Loads) -> None:
+    """Heads inside tokens, a slice of a longer cache, and q, k, v cut out of one projection."""
+    program = CASES["streaming"].load()
+    (q,) = random_qkv((2, 50, 4, 16))
+    (cache,) = random_qkv((2, 80, 2, 3, 16))
+    k, v = (cache[:, 10:60, :, i].transpose(1, 2) for i in (0, 2))
+    q = q.transpose(1, 2)
+    out, lse = run(program, q, k, v, {}, loads=loads)
+    assert out.stride() == q.stride(), "the output lies in memory as q does"
+    check(program, q, k, v, {}, {}, out, lse)
+
+
+def test_broadcast_keys() -> None:
+    """Expanded tensors: a stride of 0."""
+    program = CASES["streaming"].load()
+    q, k, v = random_qkv((2, 4, 50, 16), (1, 1, 50, 16), (1, 1, 50, 16))
+    k, v = (x.expand(2, 2, 50, 16) for x in (k, v))
+    out, lse = run(program, q, k, v, {})
+    check(program, q, k, v, {}, {}, out, lse)
+
+
+@pytest.mark.parametrize("scale", [0.3, -0.7, 0.0])
+@pytest.mark.parametrize("name", ["empty_rows", "sink", "weights", "softcap"])
+def test_scale_of_a_call(name: str, scale: float) -> None:
+    case = CASES[name]
+    program = case.load()
+    q, k, v, inputs = tensors(case)
+    out, lse = run(program, q, k, v, inputs, scale=scale)
+    check(program, q, k, v, inputs, {}, out, lse, scale)
+
+
+def test_broadcast_inputs() -> None:
+    """A dimension of size 1 stands for any size."""
+    case = CASES["rows_and_keys"]
+    program = case.load()
+    q, k, v, inputs = tensors(case)
+    narrow = {"lift": inputs["lift"][:1, :, :1], "prior": inputs["prior"][:1]}
+    wide = {"lift": narrow["lift"].expand(2, 2, 20), "prior": narrow["prior"].expand(2, 70)}
+    out, lse = run(program, q, k, v, narrow)
+    check(program, q, k, v, wide, {}, out, lse)
+
+
+def test_strided_and_wide_inputs() -> None:
+    """An input's strides and integer type are the caller's."""
+    case = CASES["until"]
+    program = case.load()
+    q, k, v, inputs = tensors(case)
+    moved = inputs["until"].to(torch.int64).transpose(1, 2).contiguous().transpose(1, 2)
+    out, lse = run(program, q, k, v, {"until": moved})
+    check(program, q, k, v, inputs, {}, out, lse)
+
+
+def test_large_scores() -> None:
+    """Scores far beyond what exp takes."""
+    program = CASES["streaming"].load()
+    q, k, v = random_qkv((1, 2, 40, 16), (1, 1, 40, 16), (1, 1, 40, 16))
+    for factor in (1e3, -1e3):
+        out, lse = run(program, q * factor, k, v, {})
+        check(program, q * factor, k, v, {}, {}, out, lse)

@@ -1,0 +1,227 @@
+"""The integer relation of a pattern holds the oracle's pairs, and stays bounded where sets grow too hard."""
+
+from __future__ import annotations
+
+import time
+
+import islpy as isl
+import numpy as np
+import pytest
+from hypothesis import assume, given
+
+from attndsl import relation as relation_module
+from attndsl.grammar import load
+from attndsl.oracle import evaluate, mask
+from attndsl.plan import pair_mask
+from attndsl.program import CallShape, Program, Type
+from attndsl.relation import Lowering, Relation, TooHard, Unsupported, bounded, build_relation
+from attndsl.simplify import fold
+from attndsl.tiles import Side, tile_runs
+from tests.accuracy import examples
+from tests.strategies import Case, composed_programs
+from tests.tiling import Array, call, check_tiles, side_runs, visits
+
+PATTERNS = [
+    "all",
+    "none",
+    "causal & window(5)",
+    "causal & (window(3) | sink(2) | strided(4, 3))",
+    "~(causal & dilated(3))",
+    "same_block(4, -3) - causal",
+    "power_of_two",
+    "neighborhood(4, 2, 3)",
+    "window(2) on blocks(3)",
+    "coarsen(band(1, 2), (3, 2), any) & causal",
+    "coarsen(causal, 4, all) on blocks(2)",
+    "{ bit_length(q - k) > 2 }",
+    "{ clamp(q - k, -2, 3) % 3 == max(q, k) % 2 }",
+    "if Nk % 3 == 0 then causal else { (-q) // 2 <= -k }",
+]
+
+
+def pairs_at(relation: Relation, shape: CallShape, values: dict[str, int], align_start: bool = False) -> Array:
+    """bool [rows, k_len]: the pairs that the set has once its parameters are known."""
+    pairs, ctx = relation.pairs, relation.pairs.get_ctx()
+    known = {"Nk": shape.k_len, "Nq": shape.rows if align_start else shape.k_len, **values}
+    for name, value in known.items():
+        position = pairs.find_dim_by_name(isl.dim_type.param, name)
+        if position >= 0:
+            pairs = pairs.fix_val(isl.dim_type.param, position, isl.Val.int_from_si(ctx, value))
+    first = 0 if align_start else shape.k_len - shape.rows
+    grid = isl.Set.read_from_str(
+        ctx, f"{{ [q, k] : {max(0, first)} <= q < {first + shape.rows} and 0 <= k < {shape.k_len} }}"
+    )
+    inside = np.zeros((shape.rows, shape.k_len), np.bool_)
+    found: list[tuple[int, int]] = []
+
+    def note(point: isl.Point) -> None:
+        q, k = (int(point.get_coordinate_val(isl.dim_type.set, i).to_python()) for i in range(2))
+        found.append((q - first, k))
+
+    pairs.project_out_all_params().intersect(grid).foreach_point(note)
+    for row, key in found:
+        inside[row, key] = True
+    return inside
+
+
+@pytest.mark.parametrize("text", PATTERNS)
+@pytest.mark.parametrize("anchor", ["q", "k"])
+def test_pairs_equal_the_mask(text: str, anchor: str) -> None:
+    program = load(text).program
+    relation = build_relation(program, (1, 1), anchor)
+    assert relation.notes == ()
+    for rows, k_len in ((1, 1), (7, 7), (3, 8), (12, 12)):
+        shape = call(rows, k_len)
+        expected = mask(program, shape)[0, 0]
+        np.testing.assert_array_equal(pairs_at(relation, shape, {}), expected)
+
+
+@pytest.mark.parametrize("text", ["{ k <= 2 * q }", "{ q + k < Nq }", "{ q % 3 == k % 3 or k >= Nk - Nq }"])
+def test_pairs_under_align_start(text: str) -> None:
+    program = load(f"attention a {{ align start\n attend {text} }}").program
+    relation = build_relation(program, (1, 1))
+    for rows, k_len in ((1, 1), (3, 9), (9, 3)):
+        shape = call(rows, k_len)
+        np.testing.assert_array_equal(pairs_at(relation, shape, {}, align_start=True), mask(program, shape)[0, 0])
+
+
+DATA = """attention mixed(n : runtime int) {
+    input width : int[h]
+    input dense : bool[g]
+    input doc : int[b, k]
+    input flag : bool[b, k]
+    attend %s
+}"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "causal & window(width[h] + n)",
+        "if dense[g] then causal else window(n * width[h])",
+        "causal & document(doc)",
+        "(document(doc) | global_tokens(flag)) - window(n)",
+        "{ doc[q] <= doc[k] and (flag[k] or q - k < width[h]) }",
+    ],
+)
+def test_pairs_with_known_scalars_and_conditions(text: str) -> None:
+    program = load(DATA % text).program
+    relation = build_relation(program, (2, 1))
+    shape = call(6, 9, heads=2, kv_heads=1)
+    rng = np.random.default_rng(3)
+    inputs = {
+        "width": np.array([2, 5]), "dense": np.array([False]),
+        "doc": rng.integers(0, 3, (1, 9)), "flag": rng.random((1, 9)) < 0.3,
+    }  # fmt: skip
+    args = {"n": 2}
+    expected = mask(program, shape, inputs, args)[0]
+    for h in range(2):
+        at = {
+            name: np.broadcast_to(evaluate(e, program, shape, inputs, args), (1, 2, 6, 9))[0, h]
+            for name, e in (relation.uniform | relation.atoms).items()
+        }
+        for row, key in np.ndindex(6, 9):
+            # A condition on data is a parameter: it has one value, that of the pair in question.
+            values = {name: int(value[row, key]) for name, value in at.items()}
+            assert pairs_at(relation, shape, values)[row, key] == expected[h, row, key]
+
+
+def masks(program: Program, shape: CallShape) -> dict[str, object]:
+    """The pattern as the conditions that a kernel may use for its pairs."""
+    lowering = Lowering(program, (shape.heads, shape.kv_heads))
+    relation = lowering.relation(program.branch.pattern)
+    written = fold(lowering.predicate(program.branch.pattern))
+    return {"written": written, "least": lowering.without_redundant(written), "chosen": pair_mask(relation, written)}
+
+
+@pytest.mark.parametrize("text", PATTERNS)
+def test_conditions_equal_the_mask(text: str) -> None:
+    program = load(text).program
+    for rows, k_len in ((1, 1), (7, 7), (3, 8), (12, 12)):
+        shape = call(rows, k_len)
+        expected = mask(program, shape)
+        for name, e in masks(program, shape).items():
+            if e is not None:
+                value = np.broadcast_to(evaluate(e, program, shape), expected.shape)  # type: ignore[arg-type]
+                np.testing.assert_array_equal(value, expected, err_msg=name)
+            else:
+                assert name == "chosen" and expected.all()
+
+
+@given(case=composed_programs(max_depth=2, lengths=(1, 7, 16, 33), scores=False))
+@examples(200)
+def test_conditions_of_composed_programs(case: Case) -> None:
+    program, shape = case.load(), case.shape
+    try:
+        found = masks(program, shape)
+    except (Unsupported, TooHard):
+        assume(False)
+    expected = mask(program, shape, case.inputs, case.args)
+    exists = np.arange(shape.rows).reshape(1, 1, -1, 1) + shape.first_position(program) >= 0
+    for name, e in found.items():
+        value = True if e is None else evaluate(e, program, shape, case.inputs, case.args)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(np.broadcast_to(value, expected.shape) & exists, expected, err_msg=name)
+
+
+# ------------------------------------------------------------------------------------------- effort
+
+
+@pytest.mark.parametrize("text", ["causal & (window(5) | strided(4, 3))", "neighborhood(5)", "same_block(6, 3)"])
+def test_past_the_effort_tiles_are_a_superset(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, shape = load(text).program, call(16, 16)
+    exact = {side: visits(program, shape, side_runs(program, shape, 4, 4, side)[1], 4, 4, side, {}, {}) for side in Side}
+    monkeypatch.setattr("attndsl.tiles.SCAN_EFFORT", 1)
+    relation = build_relation(program, (1, 1))
+    for side in Side:
+        runs = tile_runs(relation, 4, 4, side)
+        visited, full = visits(program, shape, runs, 4, 4, side, {}, {})
+        assert full.sum() == 0
+        assert np.all(visited >= exact[side][0])
+    check_tiles(program, shape, 4, 4)
+
+
+def test_a_condition_past_the_effort_becomes_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, shape = load("causal & neighborhood(4, 2, 3)").program, call(16, 16)
+    monkeypatch.setattr(relation_module.bounded, "__defaults__", (20,))
+    lowering = Lowering(program, (1, 1))
+    relation = lowering.relation(program.branch.pattern)
+    assert relation.notes
+    assert relation.atoms
+    assert all(atom.type is Type.BOOL for atom in relation.atoms.values())
+    written = fold(lowering.predicate(program.branch.pattern))
+    chosen = pair_mask(relation, written)
+    assert chosen is not None
+    np.testing.assert_array_equal(np.broadcast_to(evaluate(chosen, program, shape), (1, 1, 16, 16)), mask(program, shape))
+    check_tiles(program, shape, 4, 4)
+
+
+def test_a_bound_inside_a_bound_leaves_the_outer_one() -> None:
+    ctx = isl.Context()
+    a = isl.Set.read_from_str(ctx, "{ [x, y] : x % 7 = 1 or y % 11 = 2 or x + y > 5 }")
+
+    def outer() -> None:
+        bounded(ctx, lambda: a.is_empty(), 100_000)
+        for _ in range(1000):
+            a.complement().complement()
+
+    with pytest.raises(TooHard):
+        bounded(ctx, outer, 2000)
+    # What was refused is allowed again.
+    assert not a.complement().is_empty()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        " | ".join(f"dilated({m})" for m in (7, 11, 13, 17, 19, 23, 29, 31, 37)),
+        " & ".join(f"~strided({m}, {m // 2})" for m in (7, 11, 13, 17, 19, 23)),
+        "neighborhood(48, 5, 7) & neighborhood(31, 3, 11)",
+    ],
+)
+def test_hostile_patterns_take_bounded_time(text: str) -> None:
+    program = load(text).program
+    start = time.process_time()
+    relation = build_relation(program, (1, 1))
+    runs = tile_runs(relation, 128, 128, Side.QUERY)
+    assert time.process_time() - start < 3
+    assert runs.full or runs.partial
