@@ -4,9 +4,19 @@
 >>> attn = attndsl.compile("causal & (window(512) | sink(4))")
 """
 
+import importlib
+from typing import Any
+
 from attndsl.api import Attention, compare, compile
 from attndsl.diagnostics import Diagnostic, PatternError, PatternWarning
 
 __version__ = "0.1.0"
 
 __all__ = ["Attention", "Diagnostic", "PatternError", "PatternWarning", "__version__", "compare", "compile"]
+
+
+def __getattr__(name: str) -> Any:
+    # `attndsl.nn` imports torch, which takes seconds: only when it is asked for.
+    if name == "nn":
+        return importlib.import_module("attndsl.nn")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 # Imported here and not when first used: importing a submodule sets the package's attribute of its name, and
 # `attndsl.compare` is the function below.
@@ -15,6 +15,8 @@ from attndsl.diagnostics import Diagnostic, PatternError, PatternWarning, Source
 from attndsl.findings import findings
 from attndsl.grammar import format_source, load, parse, read_source
 from attndsl.program import CallShape, Program
+from attndsl.runtime.cache import cache_key
+from attndsl.runtime.registry import register
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +27,11 @@ if TYPE_CHECKING:
     from attndsl.explain import Explanation, Question
     from attndsl.plan import ForwardPlan
     from attndsl.runtime.cache import KernelCache
+    from attndsl.runtime.engine import Engine
+    from attndsl.runtime.module import AttentionModule as AttentionModule
     from attndsl.runtime.trial import Trial
+
+_Answer = TypeVar("_Answer")
 
 
 def compile(source: str | os.PathLike[str], *, name: str | None = None, **params: object) -> Attention:
@@ -91,8 +97,13 @@ class Attention:
         self.program = program
         self.warnings = warnings
         self._inputs = tuple(decl.name for decl in program.inputs)
-        self._forward: Callable[..., Any] | None = None
-        self._key = ""
+        # Known before the first call, which may be one that torch.compile traces.
+        self._key = cache_key("program", program)
+        register(self._key, lambda: _engine(program))
+
+    def __reduce__(self) -> tuple[type[Attention], tuple[Program, tuple[Diagnostic, ...]]]:
+        """Copies and pickles are compiled anew: another process has to know the program too."""
+        return Attention, (self.program, self.warnings)
 
     def __call__(
         self,
@@ -114,9 +125,8 @@ class Attention:
         scale: factor of q . k; default 1/sqrt(D), or the program's own. inputs: the program's inputs (tensors) and
         runtime arguments (ints), by name. Raises `PatternError` when they do not fit.
         """
-        if self._forward is None:
-            self._prepare()
-        assert self._forward is not None
+        from attndsl.runtime.ops import attend
+
         if len(inputs) != len(self._inputs) + len(self.program.args):
             self._check_names(inputs)
         try:
@@ -125,24 +135,12 @@ class Attention:
         except KeyError:
             self._check_names(inputs)
             raise
-        out, lse = self._forward(self._key, q, k, v, tensors, args, scale, backend)
+        out, lse = attend(self._key, q, k, v, tensors, args, scale, backend)
         if not return_lse:
             return out
         if self.program.branch.weights is not None:
             raise error("A521", "`weights` replaces the softmax: there is no lse", self.program.branch.span)
         return out, lse
-
-    def _prepare(self) -> None:
-        """Import torch and make the operators know the program: once."""
-        from attndsl.codegen.cpu import forward_source as cpu_forward
-        from attndsl.codegen.triton_forward import forward_source as triton_forward
-        from attndsl.runtime import ops
-        from attndsl.runtime.cache import cache_key
-        from attndsl.runtime.engine import Engine, Generators
-
-        self._key = cache_key("program", self.program)
-        ops.register(self._key, Engine(self.program, Generators(triton_forward, cpu_forward)))
-        self._forward = ops.attend
 
     def _check_names(self, given: Mapping[str, object]) -> None:
         """Raises `PatternError` for the first input that is missing, or that the program does not have."""
@@ -193,7 +191,8 @@ class Attention:
         if not 0 <= batch < entries:
             raise error("A523", f"there is no batch entry {batch}: the inputs have {entries}", help="count from 0")
         shape = CallShape(entries, heads, kv_heads, q_len, k_len, 64, 64)
-        return _asked(lambda: oracle.mask(self.program, _checked(shape), arrays, args)[batch])
+        found: NDArray[np.bool_] = _asked(lambda: oracle.mask(self.program, _checked(shape), arrays, args)[batch])
+        return found
 
     def blocks(
         self,
@@ -336,7 +335,9 @@ class Attention:
     def _generate(self, plan: ForwardPlan) -> str:
         from attndsl.codegen import cpu, triton_forward
 
-        return (cpu if plan.spec.target == "cpu" else triton_forward).forward_source(plan)
+        if plan.spec.target == "cpu":
+            return cpu.forward_source(plan)
+        return triton_forward.forward_source(plan)
 
     def _known(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
         """Inputs as numpy arrays, and runtime arguments. Inputs may be missing: what needs one says so itself."""
@@ -358,6 +359,23 @@ class Attention:
             if dim.axis is Axis.B
         ]
         return max(sizes, default=1)
+
+
+def _engine(program: Program) -> Engine:
+    from attndsl.codegen.cpu import forward_source as cpu_forward
+    from attndsl.codegen.cpu_backward import backward_source as cpu_backward
+    from attndsl.codegen.gluon_forward import forward_source as gluon_forward
+    from attndsl.codegen.triton_forward import forward_source as triton_forward
+    from attndsl.runtime.engine import Engine, Generators
+
+    return Engine(program, Generators(triton_forward, cpu_forward, None, cpu_backward, gluon_forward))
+
+
+def attention_module() -> type[AttentionModule]:
+    """The class behind `attndsl.nn.Attention`. Imports torch."""
+    from attndsl.runtime.module import AttentionModule
+
+    return AttentionModule
 
 
 # ------------------------------------------------------------------------------- for the command line
@@ -387,7 +405,7 @@ def _array(x: Any) -> Any:
     return np.asarray(x)
 
 
-def _asked(question: Callable[[], Any]) -> Any:
+def _asked(question: Callable[[], _Answer]) -> _Answer:
     """The answer, or as a diagnostic what the inputs lack."""
     try:
         return question()
@@ -406,4 +424,4 @@ def _checked(shape: CallShape) -> CallShape:
     return shape
 
 
-__all__ = ["Attention", "compare", "compile"]
+__all__ = ["Attention", "compare", "compile", "format_source", "kernel_cache", "load_attention", "measure", "source_of"]

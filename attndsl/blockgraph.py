@@ -147,7 +147,9 @@ class BlockGraph:
         total = np.zeros(self.q_tiles, np.int64)
         for c, times in enumerate(self._times()):
             part = self._part(c)
-            total += times * np.bincount(self._rows(c), weights=self.count[part], minlength=self.q_tiles).astype(np.int64)
+            total += times * np.bincount(self._rows(c), weights=self.count[part], minlength=self.q_tiles).astype(
+                np.int64
+            )
         return total
 
     def _visited(self, code: TileCode) -> int:
@@ -171,7 +173,9 @@ class BlockGraph:
 
     def _class(self, head: int, batch: int) -> int:
         if not (0 <= head < self.shape.heads and 0 <= batch < self.shape.batch):
-            raise ValueError(f"no head {head} of batch entry {batch}: {self.shape.heads} heads, {self.shape.batch} entries")
+            raise ValueError(
+                f"no head {head} of batch entry {batch}: {self.shape.heads} heads, {self.shape.batch} entries"
+            )
         return int(self.classes[batch, head])
 
     # ------------------------------------------------------------------------------------- views
@@ -193,7 +197,9 @@ class BlockGraph:
         Raises ValueError where that would be more than 2**28 tiles.
         """
         if self.q_tiles * self.k_tiles > MAX_DENSE:
-            raise ValueError(f"{self.q_tiles} x {self.k_tiles} tiles are too many to lay out: use `runs` or larger tiles")
+            raise ValueError(
+                f"{self.q_tiles} x {self.k_tiles} tiles are too many to lay out: use `runs` or larger tiles"
+            )
         c = self._class(head, batch)
         tiles = np.zeros((self.q_tiles, self.k_tiles), np.uint8)
         for row, first, end, step, code in self._entries(c):
@@ -301,7 +307,9 @@ class BlockGraph:
             for c in np.unique(self.classes[batch]):
                 part = self._part(int(c))
                 chosen = seen[self._rows(int(c))]
-                first, count, step = (array[part][chosen].astype(np.int64) for array in (self.first, self.count, self.step))
+                first, count, step = (
+                    array[part][chosen].astype(np.int64) for array in (self.first, self.count, self.step)
+                )
                 plain = step == 1
                 change = np.zeros(self.k_tiles + 1, np.int64)
                 np.add.at(change, first[plain], 1)

@@ -18,13 +18,21 @@ from attndsl.api import Attention
 from attndsl.diagnostics import Diagnostic, PatternError, Severity, error
 from attndsl.terminal import plain, show
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Attention patterns as programs.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    # Those print values of variables, and so whatever a file holds.
+    pretty_exceptions_enable=False,
+    help="Attention patterns as programs.",
+)
 
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.LINT: "cyan"}
 
 Pattern = Annotated[str, typer.Argument(metavar="FILE", help="A file ending in .attn, or a pattern as text.")]
-Params = Annotated[list[str], typer.Option("--param", metavar="NAME=VALUE", help="A parameter: 3, 0.5, true or 1,2,3.")]
-Inputs = Annotated[list[str], typer.Option("--arg", metavar="NAME=INT", help="The value of a `runtime int`.")]
+Params = Annotated[
+    list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="A parameter: 3, 0.5, true or 1,2,3.")
+]
+Inputs = Annotated[list[str] | None, typer.Option("--arg", metavar="NAME=INT", help="The value of a `runtime int`.")]
 Chosen = Annotated[str | None, typer.Option("--name", help="Which program of the file.")]
 Tokens = Annotated[int, typer.Option("--n", min=1, help="Tokens.")]
 Heads = Annotated[int, typer.Option(min=1, help="Query heads.")]
@@ -53,7 +61,7 @@ def app_main() -> None:
 
 @app.command()
 def run(
-    pattern: Pattern, param: Params = [], arg: Inputs = [], name: Chosen = None,
+    pattern: Pattern, param: Params = None, arg: Inputs = None, name: Chosen = None,
     n: Annotated[int | None, typer.Option("--n", min=1, help="Tokens.")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Query heads.")] = None,
     kv_heads: KvHeads = None, dim: Dim = 64,
@@ -69,12 +77,13 @@ def run(
     table = Table(show_header=False, box=None, pad_edge=False)
     rows = [
         ("pattern", plain(attn.program.name)),
-        ("call", f"{shape.batch} x {shape.heads} heads ({shape.kv_heads} of keys) x {shape.k_len} tokens x {shape.dim}, {found.dtype}"),
+        ("call", f"{shape.heads} heads ({shape.kv_heads} of keys) x {shape.k_len} tokens x {shape.dim}, {found.dtype}"),
         ("device", f"{found.device}; {found.backend} backend"),
         *((f"input {plain(key)}", text) for key, text in found.inputs),
         ("pairs allowed", _share(found.pairs, shape.batch * shape.heads * shape.rows * shape.k_len)),
         ("tiles visited", f"{100 * found.tiles:.2f} %"),
-        ("error", f"{found.error:.1e} against the oracle over {found.rows_checked:,} rows (rounding: {found.allowed_error:.1e})"),
+        ("error", f"{found.error:.1e} against the oracle over {found.rows_checked:,} rows"),
+        ("", f"(rounding explains {found.allowed_error:.1e})"),
         ("time", _speed(found.ms, found.flops)),
         ("dense attention", _beside(found.ms, found.dense_ms, found.dense_why)),
     ]  # fmt: skip
@@ -87,7 +96,7 @@ def run(
 
 
 @app.command()
-def check(pattern: Pattern, param: Params = [], name: Chosen = None) -> None:
+def check(pattern: Pattern, param: Params = None, name: Chosen = None) -> None:
     """Report every mistake and warning of a pattern."""
     attn = _loaded(pattern, name, param)
     inputs = [decl.name for decl in attn.program.inputs]
@@ -96,17 +105,19 @@ def check(pattern: Pattern, param: Params = [], name: Chosen = None) -> None:
 
 @app.command()
 def explain(
-    pattern: Pattern, param: Params = [], arg: Inputs = [], name: Chosen = None, n: Tokens = 4096, heads: Heads = 1,
+    pattern: Pattern, param: Params = None, arg: Inputs = None, name: Chosen = None, n: Tokens = 4096, heads: Heads = 1,
     kv_heads: KvHeads = None, dim: Dim = 128, dtype: Dtype = "bfloat16", target: Target = "sm_90",
     backend: Backend = "triton", row: Annotated[int | None, typer.Option(min=0, help="List this row's keys.")] = None,
     stages: Annotated[bool, typer.Option("--stages", help="Print what every stage makes.")] = False,
 ) -> None:  # fmt: skip
     """Say what was understood, simplified and planned, and what a call should cost."""
     attn = _loaded(pattern, name, param, report=False)
-    found = _answer(lambda: attn.explain(
-        n, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype, target=target, backend=backend, row=row,
-        stages=stages, **_integers(arg),
-    ))  # fmt: skip
+    given: dict[str, Any] = {"row": row, "stages": stages, **_integers(arg)}
+    found = _answer(
+        lambda: attn.explain(
+            n, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype, target=target, backend=backend, **given
+        )
+    )
     console = _console()
     for i, section in enumerate(found.sections):
         show(console, ("\n" if i else "") + section.title, "bold")
@@ -116,7 +127,7 @@ def explain(
 
 @app.command("show")
 def show_blocks(
-    pattern: Pattern, param: Params = [], arg: Inputs = [], name: Chosen = None, n: Tokens = 4096, heads: Heads = 1,
+    pattern: Pattern, param: Params = None, arg: Inputs = None, name: Chosen = None, n: Tokens = 4096, heads: Heads = 1,
     kv_heads: KvHeads = None, head: Annotated[int, typer.Option(min=0, help="Which head to draw.")] = 0,
     block_q: Annotated[int, typer.Option(min=1, help="Rows of a tile.")] = 128,
     block_k: Annotated[int, typer.Option(min=1, help="Keys of a tile.")] = 128,
@@ -145,7 +156,7 @@ def show_blocks(
 
 @app.command()
 def source(
-    pattern: Pattern, param: Params = [], name: Chosen = None, kernel: str = "forward", heads: Heads = 8,
+    pattern: Pattern, param: Params = None, name: Chosen = None, kernel: str = "forward", heads: Heads = 8,
     kv_heads: KvHeads = None, dim: Dim = 128, dtype: Dtype = "bfloat16", target: Target = "sm_90",
     backend: Backend = "triton",
     assembly: Annotated[str | None, typer.Option(help="ttir, ttgir, llir, ptx, sass or amdgcn instead.")] = None,
@@ -164,7 +175,7 @@ def source(
 @app.command()
 def compare(first: Pattern, second: Pattern) -> None:
     """Say how two patterns relate, for every length, with witnesses."""
-    a, b = _loaded(first, None, [], report=False), _loaded(second, None, [], report=False)
+    a, b = _loaded(first, None, None, report=False), _loaded(second, None, None, report=False)
     found = _answer(lambda: api.compare(a, b))
     verdict, *lines = str(found).splitlines()
     show(_console(), verdict, "bold")
@@ -174,8 +185,8 @@ def compare(first: Pattern, second: Pattern) -> None:
 
 @app.command()
 def bench(
-    pattern: Pattern, param: Params = [], arg: Inputs = [], name: Chosen = None,
-    n: Annotated[list[int], typer.Option("--n", min=1, help="Tokens; may be given several times.")] = [],
+    pattern: Pattern, param: Params = None, arg: Inputs = None, name: Chosen = None,
+    n: Annotated[list[int] | None, typer.Option("--n", min=1, help="Tokens; may be given several times.")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Query heads.")] = None, kv_heads: KvHeads = None,
     dim: Dim = 64, dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
     backend: Annotated[str, typer.Option(help="auto, triton or cpu.")] = "auto",
@@ -271,7 +282,7 @@ def _answer(question: Callable[[], Any]) -> Any:
         raise typer.Exit(1) from None
 
 
-def _loaded(pattern: str, name: str | None, param: list[str], report: bool = True) -> Attention:
+def _loaded(pattern: str, name: str | None, param: list[str] | None, report: bool = True) -> Attention:
     """The compiled pattern, its warnings printed."""
     given = _params(param)
     place: str | Path = Path(pattern) if pattern.endswith(".attn") or Path(pattern[:255]).is_file() else pattern
@@ -281,9 +292,9 @@ def _loaded(pattern: str, name: str | None, param: list[str], report: bool = Tru
     return attn
 
 
-def _params(given: list[str]) -> dict[str, Any]:
+def _params(given: list[str] | None) -> dict[str, Any]:
     found = {}
-    for item in given:
+    for item in given or []:
         name, sign, text = item.partition("=")
         if not sign or not name.isidentifier() or name in ("source", "name"):
             raise typer.BadParameter(f"{plain(item)!r} is not NAME=VALUE", param_hint="--param")
@@ -303,9 +314,9 @@ def _value(text: str, item: str) -> int | float | bool:
     raise typer.BadParameter(f"{plain(item)!r}: a value is a number, true or false", param_hint="--param")
 
 
-def _integers(given: list[str]) -> dict[str, int]:
+def _integers(given: list[str] | None) -> dict[str, int]:
     found = {}
-    for item in given:
+    for item in given or []:
         name, _, text = item.partition("=")
         try:
             found[name] = int(text)

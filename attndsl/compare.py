@@ -10,7 +10,7 @@ from itertools import combinations, permutations
 import islpy as isl
 
 from attndsl.program import Compare, Const, Program, Scalar, Set, Table, Type, Union, Var, rebuild, substitute
-from attndsl.relation import EFFORT, Lowering, TooHard, Unsupported, bounded
+from attndsl.relation import EFFORT, MAX_CASES, Lowering, TooHard, Unsupported, bounded
 from attndsl.simplify import fold
 from attndsl.witness import Witness, World, canonical, map_scalars, realise
 
@@ -99,7 +99,8 @@ def compare(a: Program, b: Program) -> Comparison:
             inside = (world.member(pattern, w.q, w.k) for pattern in (first, second))
             return tuple(inside) == (in_first, in_second)
 
-        return bounded(lowering.ctx, lambda: existing.witness(find(), check), COMPARE_EFFORT)
+        found: Witness | None = bounded(lowering.ctx, lambda: existing.witness(find(), check), COMPARE_EFFORT)
+        return found
 
     try:
         existing = Existing(lowering, first, second)
@@ -161,8 +162,8 @@ def _joined(a: Program, b: Program) -> tuple[Program, Set, Set]:
 class Existing:
     """The existing pairs of one program's sets, and what is known of the scalars they read.
 
-    Beyond what `Lowering.context` says: heads are below their number, and conditions on data that bear on the same
-    scalars agree (`x < 3` implies `x < 5`; a token is in its own document).
+    Beyond what `Lowering.context` says: heads are below their number, tables are read at one index at a time, and
+    conditions on data that bear on the same scalars agree (`x < 3` implies `x < 5`; a token is in its own document).
     """
 
     def __init__(self, lowering: Lowering, *patterns: Set) -> None:
@@ -171,7 +172,7 @@ class Existing:
         same = "" if lowering.program.align_start else " and Nq = Nk"
         self.domain = lowering.set(f"[Nq, Nk] -> {{ [q, k] : 0 <= q < Nq and 0 <= k < Nk{same} }}")
         self.domain = self.domain.intersect_params(lowering.context())
-        for text in (*_head_axioms(lowering), *_data_axioms(lowering)):
+        for text in (*_head_axioms(lowering), *_table_axioms(lowering), *_data_axioms(lowering)):
             self.domain = self.domain.intersect(lowering.set(text))
 
     def of(self, pattern: Set) -> isl.Set:
@@ -183,7 +184,8 @@ class Existing:
     def witness(self, pairs: isl.Set, check: Callable[[World, Witness], bool], longer: int = 0) -> Witness | None:
         """A pair of a set for which `check` holds in some call; None where the set is empty.
 
-        The call has `longer` more tokens than the witness says. Raises `Undecided` where the set has pairs, and none is found to be possible.
+        The call has `longer` more tokens than the witness says. Raises `Undecided` where the set has pairs, and none
+        is found to be possible.
         """
         if pairs.is_empty():
             return None
@@ -204,7 +206,9 @@ class Existing:
             position = pairs.find_dim_by_name(isl.dim_type.param, name)
             if position >= 0:
                 values[name] = _least(_only_param(pairs.params(), name))
-                pairs = pairs.fix_val(isl.dim_type.param, position, isl.Val.int_from_si(self.lowering.ctx, values[name]))
+                pairs = pairs.fix_val(
+                    isl.dim_type.param, position, isl.Val.int_from_si(self.lowering.ctx, values[name])
+                )
         q, k = _coordinates(pairs.lexmin())
         used = {name: values[name] for name in values if any(involves(p, name) for p in self._lowered.values())}
         numbers, truths = [], []
@@ -262,6 +266,31 @@ def _head_axioms(lowering: Lowering) -> Iterator[str]:
         if low in names and high in names:
             x, y = names[low], names[high]
             yield f"[{x}, {y}] -> {{ [q, k] : {x} {relation} {y} }}"
+
+
+def _table_axioms(lowering: Lowering) -> Iterator[str]:
+    """Which values tables read at one index have together."""
+    groups: dict[Scalar, dict[str, Table]] = {}
+    for name, e in lowering.uniform.items():
+        if isinstance(e, Table) and len(e.index) == 1:
+            groups.setdefault(e.index[0], {})[name] = e
+    for index, tables in groups.items():
+        values = {name: [int(v) for v in lowering.program.table(e.name).values] for name, e in tables.items()}
+        size = max(map(len, values.values()))
+        if size > MAX_CASES or not all(values.values()):
+            continue
+        known = [name for name, e in lowering.uniform.items() if e == index]
+        cases = set()
+        for i in range(size):
+            facts = [f"{name} = {entries[min(i, len(entries) - 1)]}" for name, entries in values.items()]
+            # An index beyond an end is the end's.
+            facts += [
+                f"{name} {'<=' if i == 0 else '='} {i}" if i < size - 1 else f"{name} >= {i}"
+                for name in known
+                if size > 1
+            ]
+            cases.add(" and ".join(facts))
+        yield f"[{', '.join([*values, *known])}] -> {{ [q, k] : {' or '.join(sorted(cases))} }}"
 
 
 def _data_axioms(lowering: Lowering) -> Iterator[str]:

@@ -65,4 +65,7 @@ def evaluate(e: Scalar, variables: Mapping[str, Value], leaves: Mapping[Scalar, 
             case _:
                 assert_never(x)
 
-    return value(e)
+    result = value(e)
+    # The two functions refer to each other: without this the arrays would live until a garbage collection.
+    memo.clear()
+    return result

@@ -260,7 +260,8 @@ def _cost(question: Question, plan: ForwardPlan) -> list[str]:
     shape, spec, tiling = question.shape, question.spec, plan.tiling
     inputs, args = question.inputs or {}, question.args or {}
     lines = [
-        f"q {[shape.batch, shape.heads, shape.rows, shape.dim]}, k {[shape.batch, shape.kv_heads, shape.k_len, shape.dim]}"
+        f"call: batch {shape.batch}, {shape.heads} query and {shape.kv_heads} key heads, {shape.rows:,} rows, "
+        f"{shape.k_len:,} keys, D = {shape.dim}"
     ]
     try:
         graph = block_graph(question.program, shape, tiling.block_q, tiling.block_k, inputs, args)

@@ -20,7 +20,21 @@ import islpy as isl
 from attndsl.compare import Existing, Undecided
 from attndsl.diagnostics import Diagnostic, Severity, Span
 from attndsl.program import (
-    Choose, Coarsen, Compare, Complement, Const, Inter, Minus, On, Program, Set, Union, Var, Where, reads, scalars,
+    Choose,
+    Coarsen,
+    Compare,
+    Complement,
+    Const,
+    Inter,
+    Minus,
+    On,
+    Program,
+    Set,
+    Union,
+    Var,
+    Where,
+    reads,
+    scalars,
 )  # fmt: skip
 from attndsl.relation import EFFORT, Lowering, TooHard, Unsupported, bounded
 from attndsl.witness import Witness, World, canonical, has_coarsen
@@ -41,13 +55,20 @@ def findings(program: Program) -> tuple[Diagnostic, ...]:
     >>> never = Program("never", Branch(Inter((_CAUSAL, Where(Compare("<", Var("q"), Var("k")))))))
     >>> print(*findings(never))
     warning[W302]: the pattern allows no pair
-     = help: look at the signs and ends of its comparisons
+      = help: look at the signs and ends of its comparisons
     """
+    found: list[Diagnostic] = []
     try:
-        found = list(_Analysis(program).run())
-    except Unsupported:
-        # The compiler says so itself.
-        return ()
+        analysis = _Analysis(program)
+
+        def collect() -> None:
+            for diagnostic in analysis.run():
+                found.append(diagnostic)
+
+        bounded(analysis.lowering.ctx, collect)
+    except (TooHard, Unsupported):
+        # What was found before stands; of what is not supported the compiler itself speaks.
+        pass
     return tuple(sorted(found, key=lambda d: (-1 if d.span is None else d.span.start, d.code)))
 
 
@@ -109,7 +130,11 @@ class _Analysis:
             return
         witness = self._ask(lambda: self.existing.smallest(empty))
         if isinstance(witness, Witness):
-            length = f"Nk = {witness.k_len}" if not self.program.align_start else f"Nq = {witness.q_len}, Nk = {witness.k_len}"
+            length = (
+                f"Nk = {witness.k_len}"
+                if not self.program.align_start
+                else f"Nq = {witness.q_len}, Nk = {witness.k_len}"
+            )
             yield Diagnostic(
                 "W303", Severity.WARNING, "a row sees no key", self._span(self.pattern, None),
                 help="let every row see at least itself, for example with `| {q == k}`, unless a zero output is meant",

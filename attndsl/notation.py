@@ -25,6 +25,7 @@ from attndsl.program import (
     Minus,
     On,
     Permuted,
+    Place,
     Program,
     Read,
     Scalar,
@@ -99,13 +100,15 @@ def program_text(program: Program) -> str:
         for table in program.tables
     ]
     body = "\n".join(f"    {line}" for line in (*tables, *lines))
-    return f"attention {program.name}{params} {{\n{body}\n}}"
+    # A bare expression is called `pattern`, which is no name.
+    name = "unnamed" if program.name == "pattern" else program.name
+    return f"attention {name}{params} {{\n{body}\n}}"
 
 
 def _dim(dim: Dim) -> str:
     if dim.axis is Axis.CONST:
         return str(dim.size)
-    return dim.axis.value + (f"/{dim.block}" if dim.block > 1 else "")
+    return f"{dim.axis.value}/{dim.block}" if dim.block > 1 else str(dim.axis.value)
 
 
 def _bracketed(written: _Written, level: Level) -> str:
@@ -180,14 +183,21 @@ def _set(pattern: Set) -> _Written:
         case Choose(cond=c, then=a, other=b):
             then = set_text(a, Level.OR)
             return f"if {scalar_text(c, Level.OR)} then {then} else {set_text(b)}", Level.COND
-        case On(operand=p, place=Blocks(size=size)):
-            return f"{set_text(p, Level.PLACED)} on blocks({size})", Level.PLACED
-        case On(operand=p, place=Permuted(input=name, lead=lead)):
-            place = f"{name}[{', '.join(map(scalar_text, lead))}]" if lead else name
-            return f"{set_text(p, Level.PLACED)} on {place}", Level.PLACED
+        case On(operand=p, place=place):
+            return f"{set_text(p, Level.PLACED)} on {_place(place)}", Level.PLACED
         case Coarsen(operand=p, block_q=rows, block_k=keys, mode=mode, fraction=share):
             how = f"fraction({share})" if mode is Coarse.FRACTION else mode.value
-            size = str(rows) if rows == keys else f"({rows}, {keys})"
-            return f"coarsen({set_text(p)}, {size}, {how})", Level.ATOM
+            blocks = str(rows) if rows == keys else f"({rows}, {keys})"
+            return f"coarsen({set_text(p)}, {blocks}, {how})", Level.ATOM
         case _:
             assert_never(pattern)
+
+
+def _place(place: Place) -> str:
+    match place:
+        case Blocks(size=size):
+            return f"blocks({size})"
+        case Permuted(input=name, lead=lead):
+            return f"{name}[{', '.join(map(scalar_text, lead))}]" if lead else name
+        case _:
+            assert_never(place)

@@ -138,7 +138,7 @@ def _count(
     full, partial = 0, {}
     for tile in range(graph.q_tiles):
         rows = min(block_q, shape.rows - tile * block_q)
-        masked = []
+        masked: list[int] = []
         for run in graph.runs(tile, head, batch):
             if run.kind is TileKind.FULL:
                 full += rows * sum(min(block_k, shape.k_len - t * block_k) for t in run.tiles)

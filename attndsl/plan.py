@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 
 from attndsl.linear import normalise
 from attndsl.program import (
-    Arg, Binary, Compare, Const, InputDecl, Logic, Program, Read, Scalar, Table, TableDecl, Var, children, reads, walk,
+    Arg,
+    Binary,
+    Compare,
+    Const,
+    InputDecl,
+    Logic,
+    Program,
+    Read,
+    Scalar,
+    Table,
+    TableDecl,
+    Var,
+    children,
+    reads,
+    walk,
 )  # fmt: skip
 from attndsl.quasi_affine import condition
 from attndsl.relation import Lowering, Relation, TooHard, bounded
@@ -68,6 +83,14 @@ class Tiling:
     stages: int = 2
 
 
+class Backend(Enum):
+    """Which printer a plan is for."""
+
+    TRITON = "triton"
+    GLUON = "gluon"  # Hopper, warp-specialised
+    CPU = "cpu"
+
+
 @dataclass(frozen=True, slots=True)
 class Spec:
     """What a plan is made for: the heads and sizes of a call, its dtype, and the device's kind."""
@@ -80,6 +103,7 @@ class Spec:
     target: str  # "cuda:90", "hip:gfx942", "cpu"
     loads: Loads = Loads.POINTER
     scale_sign: int = 1  # sign of the scale where it is given at call time
+    backend: Backend = Backend.TRITON
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -87,8 +111,8 @@ class Spec:
 
 
 @dataclass(frozen=True, slots=True)
-class ForwardPlan:
-    """A forward kernel.
+class Plan:
+    """What the kernels of a program have in common.
 
     `runs`: key tiles of a query tile. `mask`: the condition under which a pair of a partial tile is allowed
     (None: all are). `scale`: an expression of the program, or None where it is a kernel argument.
@@ -108,9 +132,12 @@ class ForwardPlan:
     @property
     def scalars(self) -> tuple[Scalar, ...]:
         """Every scalar the kernel computes."""
-        runs = [x for run in self.runs.full + self.runs.partial for x in (run.first, run.count)]
         body = (self.mask, self.scale, self.score, self.sink, self.weights)
-        return (*runs, *(x for x in body if x is not None))
+        return (*run_scalars(self.runs), *(x for x in body if x is not None), *self._further())
+
+    def _further(self) -> tuple[Scalar, ...]:
+        """Scalars that only some kernels compute."""
+        return ()
 
     @property
     def inputs(self) -> tuple[InputDecl, ...]:
@@ -133,24 +160,82 @@ class ForwardPlan:
             yield from walk(e)
 
 
+@dataclass(frozen=True, slots=True)
+class ForwardPlan(Plan):
+    """A forward kernel."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardPlan(Plan):
+    """The backward kernels: `runs` and `tiling` are those of dq, `key_runs` and `key_tiling` those of dk and dv.
+
+    With x the logit `score(s)` (or w the weight `weights(s)`) of a pair:
+    `d_score`: dx/ds (dw/ds), None where it is 1. `learnable`: each read of a learnable input in it, and the
+    derivative by that read. `sink_learnable`: the same for the sink. `uses_lse`: a gradient of lse comes in too.
+    On the CPU one function goes over the query tiles and makes all gradients: there are no `key_runs`.
+    """
+
+    key_tiling: Tiling
+    key_runs: TileRuns
+    d_score: Scalar | None
+    learnable: tuple[tuple[Read, Scalar], ...]
+    sink_learnable: tuple[tuple[Read, Scalar], ...]
+    uses_lse: bool
+
+    def _further(self) -> tuple[Scalar, ...]:
+        slopes = () if self.d_score is None else (self.d_score,)
+        others = (x for pair in self.learnable + self.sink_learnable for x in pair)
+        return (*run_scalars(self.key_runs), *slopes, *others)
+
+    @property
+    def learnable_inputs(self) -> tuple[InputDecl, ...]:
+        """The inputs that get gradients other than zero, in the order they were declared."""
+        names = {read.input for read, _ in self.learnable + self.sink_learnable}
+        return tuple(decl for decl in self.program.inputs if decl.name in names)
+
+
+def run_scalars(runs: TileRuns) -> tuple[Scalar, ...]:
+    """The ends of the runs."""
+    return tuple(x for run in runs.full + runs.partial for x in (run.first, run.count))
+
+
 def default_tiling(spec: Spec) -> Tiling:
     """Tile sizes that are good without tuning (measured: benchmarks/RESULTS.md)."""
     backend, _, arch = spec.target.partition(":")
     dim = max(spec.dim, spec.v_dim)
     if backend == "cpu":
         return Tiling(128, 64)
+    if spec.backend is Backend.GLUON:
+        return Tiling(128, 128, warps=4, stages=2 if dim > 64 else 4)
     if backend == "hip":
         return Tiling(128, 64, warps=4, stages=1) if dim <= 128 else Tiling(64, 32, warps=4, stages=1)
     if spec.dtype is DType.FLOAT32:
-        return Tiling(64, 32, warps=4, stages=2) if dim <= 128 else Tiling(32, 32, warps=4, stages=1)
+        # No tensor cores: both operands of a product lie in registers.
+        if dim <= 64:
+            return Tiling(64, 32, warps=8, stages=2)
+        return Tiling(32, 16, warps=8, stages=1) if dim <= 128 else Tiling(16, 16, warps=8, stages=1)
     if spec.loads is Loads.DESCRIPTOR:
         # Two programs a multiprocessor hide each other's softmax: ahead of 128 x 128 with one (RESULTS.md).
         return Tiling(64, 64, warps=4, stages=3) if dim <= 128 else Tiling(128, 64, warps=8, stages=2)
+    if int(arch) < 90:
+        # Products accumulate in registers that hold operands too: larger tiles spill.
+        if dim <= 64:
+            return Tiling(128, 64, warps=4, stages=3)
+        if dim <= 128:
+            return Tiling(128, 32, warps=8, stages=3)
+        return Tiling(64, 16, warps=4, stages=2) if dim <= 192 else Tiling(64, 32, warps=8, stages=2)
     if dim <= 64:
-        return Tiling(128, 64, warps=4 if arch != "90" else 8, stages=3)
-    if 64 < dim <= 128 and int(arch) < 90:
-        return Tiling(128, 32, warps=8, stages=3)  # key tiles of 64 spill registers there
-    return Tiling(128, 64, warps=8, stages=2) if dim <= 128 else Tiling(64, 32, warps=4, stages=2)
+        return Tiling(128, 64, warps=8 if arch == "90" else 4, stages=3)
+    return Tiling(128, 64, warps=8, stages=2) if dim <= 128 else Tiling(64, 32, warps=8, stages=2)
+
+
+def backward_tilings(spec: Spec) -> tuple[Tiling, Tiling]:
+    """Tile sizes of the backward kernels: of dq, and of dk and dv."""
+    if spec.target == "cpu":
+        return default_tiling(spec), default_tiling(spec)
+    wide = max(spec.dim, spec.v_dim) > 128 or spec.dtype is DType.FLOAT32
+    tiling = Tiling(32, 32, warps=4, stages=1) if wide else Tiling(64, 64, warps=4, stages=2)
+    return tiling, tiling
 
 
 @functools.lru_cache(maxsize=1024)
@@ -158,25 +243,61 @@ def forward_plan(program: Program, spec: Spec, tiling: Tiling) -> ForwardPlan:
     """The forward kernel of a program for one kind of call."""
     lowering = Lowering(program, (spec.heads, spec.kv_heads))
     relation = lowering.relation(program.branch.pattern)
-    runs = _specialised(
-        tile_runs(relation, tiling.block_q, tiling.block_k, Side.QUERY, program.align_start), spec.sizes
-    )
-    written = fold(lowering.predicate(program.branch.pattern))
-    try:
-        written = bounded(lowering.ctx, lambda: lowering.without_redundant(written))
-    except TooHard:
-        pass  # The condition stays as it was written.
-    written = specialise(written, spec.sizes)
-    branch = program.branch
+    runs = _runs(relation, program, spec, tiling, Side.QUERY)
+    # The Hopper kernel visits a tile even where there is none, and masks it.
+    masked = runs.partial or spec.backend is Backend.GLUON
+    mask = pair_mask(relation, _written(lowering, spec)) if masked else None
+    return ForwardPlan(program, spec, tiling, runs, mask, **_branch(program, spec))
 
-    def known(e: Scalar | None) -> Scalar | None:
-        return None if e is None else specialise(e, spec.sizes)
 
-    return ForwardPlan(
-        program, spec, tiling, runs,
-        mask=pair_mask(relation, written) if runs.partial else None,
-        scale=known(branch.scale), score=known(branch.score), sink=known(branch.sink), weights=known(branch.weights),
+@functools.lru_cache(maxsize=1024)
+def backward_plan(
+    program: Program, spec: Spec, tiling: Tiling, key_tiling: Tiling | None = None, uses_lse: bool = True
+) -> BackwardPlan:
+    """The backward kernels of a program for one kind of call; `key_tiling` (default: `tiling`) is that of dk and dv."""
+    # Here, since sympy takes a while to import and no other plan needs it.
+    from attndsl.score import derivative, derivatives
+
+    key_tiling = key_tiling or tiling
+    lowering = Lowering(program, (spec.heads, spec.kv_heads))
+    relation = lowering.relation(program.branch.pattern)
+    runs = _runs(relation, program, spec, tiling, Side.QUERY)
+    if spec.backend is Backend.CPU:
+        key_runs = TileRuns((), ())
+    else:
+        transposed = Lowering(program, (spec.heads, spec.kv_heads), anchor="k").relation(program.branch.pattern)
+        key_runs = _runs(transposed, program, spec, key_tiling, Side.KEY)
+    masked = runs.partial or key_runs.partial
+    mask = pair_mask(relation, _written(lowering, spec)) if masked else None
+    branch = _branch(program, spec)
+    logit = branch["score"] if branch["weights"] is None else branch["weights"]
+    slope = Const(1.0) if logit is None else derivative(logit, Var("s"))
+    return BackwardPlan(
+        program, spec, tiling, runs, mask, **branch, key_tiling=key_tiling, key_runs=key_runs,
+        d_score=None if slope == Const(1.0) else slope, learnable=derivatives(logit, program),
+        sink_learnable=derivatives(branch["sink"], program), uses_lse=uses_lse,
     )  # fmt: skip
+
+
+def _runs(relation: Relation, program: Program, spec: Spec, tiling: Tiling, side: Side) -> TileRuns:
+    runs = tile_runs(relation, tiling.block_q, tiling.block_k, side, program.align_start)
+    return _specialised(runs, spec.sizes)
+
+
+def _written(lowering: Lowering, spec: Spec) -> Scalar:
+    """The pattern as its author wrote it, as a condition, less what is redundant."""
+    program = lowering.program
+    written = fold(lowering.predicate(program.branch.pattern))
+    with suppress(TooHard):  # … in which case the condition stays as it was written.
+        written = bounded(lowering.ctx, lambda: lowering.without_redundant(written))
+    return specialise(written, spec.sizes)
+
+
+def _branch(program: Program, spec: Spec) -> dict[str, Scalar | None]:
+    """What the program's branch says of scores, with the sizes of a call put in."""
+    branch = program.branch
+    said = {"scale": branch.scale, "score": branch.score, "sink": branch.sink, "weights": branch.weights}
+    return {name: None if e is None else specialise(e, spec.sizes) for name, e in said.items()}
 
 
 def pair_mask(relation: Relation, written: Scalar) -> Scalar | None:
@@ -189,7 +310,12 @@ def pair_mask(relation: Relation, written: Scalar) -> Scalar | None:
     if not relation.atoms:
         candidates.append(fold(condition(relation.pairs, relation.context, relation.uniform)))
     best = min(candidates, key=pair_cost)
-    return None if best == Const(True) else best
+    if best == Const(True):
+        return None
+    # A condition that does not read the pair must have the shape of a tile all the same.
+    if best == Const(False):
+        return Compare("<", Var("k"), Const(0))
+    return best if reads(best, "q", "k") else Logic("and", (best, Compare(">=", Var("k"), Const(0))))
 
 
 def pair_cost(e: Scalar) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from attndsl.program import Program, reads, scalars
+from attndsl.program import Inter, Minus, Program, Set, Union, reads, scalars
 from attndsl.relation import Lowering, TooHard, bounded
 
 
@@ -20,11 +20,23 @@ def reads_positions(program: Program) -> bool:
 def within_causal(program: Program) -> bool:
     """Whether no row sees a later token, whatever the data; False if that is not decided within the effort bound."""
     lowering = Lowering(program)
-    try:
-        pairs = lowering.relation(program.branch.pattern).pairs
-        return bounded(lowering.ctx, lambda: bool(pairs.is_subset(lowering.set("{ [q, k] : k <= q }"))))
-    except TooHard:
-        return False
+
+    def within(pattern: Set) -> bool:
+        match pattern:
+            case Inter(parts=parts) if any(map(within, parts)):
+                return True
+            case Union(parts=parts) if all(map(within, parts)):
+                return True
+            case Minus(left=left) if within(left):
+                return True
+            case _:
+                try:
+                    pairs = lowering.relation(pattern).pairs
+                    return bounded(lowering.ctx, lambda: bool(pairs.is_subset(lowering.set("{ [q, k] : k <= q }"))))
+                except TooHard:
+                    return False
+
+    return within(program.branch.pattern)
 
 
 def takes_more_rows_than_keys(program: Program) -> bool:

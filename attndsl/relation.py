@@ -20,7 +20,7 @@ from typing import TypeVar, assert_never
 
 import islpy as isl
 
-from attndsl.diagnostics import Span
+from attndsl.diagnostics import Diagnostic, PatternError, Severity, Span
 from attndsl.program import (
     Arg, Binary, Blocks, Call, Choose, Coarse, Coarsen, Compare, Complement, Const, If, Inter, Logic, Minus, On,
     Permuted, Program, Read, Scalar, Set, Table, Type, Unary, Union, Var, Where, reads, substitute,
@@ -45,11 +45,12 @@ class TooHard(Exception):
     """A step passed its effort bound."""
 
 
-class Unsupported(Exception):
+class Unsupported(PatternError):
     """The pattern says something that the compiler cannot yet lower: what, and where."""
 
     def __init__(self, what: str, span: Span | None) -> None:
-        super().__init__(what)
+        help = "write the pattern without it"
+        super().__init__([Diagnostic("A518", Severity.ERROR, f"not yet supported: {what}", span, help=help)])
         self.what, self.span = what, span
 
 

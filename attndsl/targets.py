@@ -44,7 +44,7 @@ def check_kernel(kernel: str) -> None:
 def make_spec(
     target: str, backend: str, heads: int, kv_heads: int, dim: int, v_dim: int | None = None, dtype: str = "bfloat16"
 ) -> Spec:
-    """What a kernel for dense tensors of these sizes is planned for. Raises `PatternError` where they are not possible."""
+    """What a kernel for dense tensors of these sizes is planned for. Raises `PatternError` for impossible ones."""
     if backend not in BACKENDS:
         raise error("A509", f"there is no backend {backend!r}", help=f"one of {', '.join(BACKENDS)}")
     if dtype not in DTYPE_NAMES:

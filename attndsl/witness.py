@@ -16,8 +16,36 @@ from numpy.typing import NDArray
 
 from attndsl.oracle import Evaluator, dim_size
 from attndsl.program import (
-    Arg, Binary, Call, CallShape, Choose, Coarsen, Compare, Complement, Const, If, InputDecl, Inter, Logic, Minus, On,
-    Permuted, Program, Read, Scalar, Set, Table, Type, Unary, Union, Var, Where, rebuild, scalars, walk,
+    Arg,
+    Axis,
+    Binary,
+    Call,
+    CallShape,
+    Choose,
+    Coarsen,
+    Compare,
+    Complement,
+    Const,
+    If,
+    InputDecl,
+    Inter,
+    Logic,
+    Minus,
+    On,
+    Permuted,
+    Program,
+    Read,
+    Scalar,
+    Set,
+    Table,
+    Type,
+    Unary,
+    Union,
+    Var,
+    Where,
+    rebuild,
+    scalars,
+    walk,
 )  # fmt: skip
 
 Array = NDArray[Any]
@@ -227,7 +255,7 @@ class _Search:
     pool: list[int] = field(default_factory=list)
 
     def worlds(self) -> Iterator[World]:
-        known = {e: value for e, value in self.witness.values}
+        known = dict(self.witness.values)
         nodes = [x for e in scalars(self.program.branch.pattern) for x in walk(e)]
         constants = {int(x.value) for x in nodes if isinstance(x, Const) and x.type is Type.INT}
         lengths = {self.witness.k_len, self.witness.k_len - 1, self.witness.q, self.witness.k}
@@ -244,6 +272,10 @@ class _Search:
     def _heads(self, known: Mapping[Scalar, int]) -> Iterator[tuple[int, int, int]]:
         """(H, G, h) that agree with the witness, the smallest first."""
         wanted = {name: known.get(Var(name)) for name in ("H", "G", "h", "g")}
+        for table in self.program.tables:
+            for dim, size in zip(table.dims, table.shape, strict=True):
+                if dim.axis in (Axis.H, Axis.G) and size > 1:
+                    wanted["H" if dim.axis is Axis.H else "G"] = size
         most = max([4, *(2 * value + 2 for value in wanted.values() if value is not None and value < 64)])
         for heads, groups in product(range(1, most + 1), repeat=2):
             if heads % groups or wanted["H"] not in (None, heads) or wanted["G"] not in (None, groups):
@@ -268,7 +300,9 @@ class _Search:
         for e, value in known.items():
             if isinstance(e, Read) and not self.program.input(e.input).sorted:
                 values = inputs[e.input]
-                index = [np.clip(int(here.scalar(x).flat[0]), 0, n - 1) for x, n in zip(e.index, values.shape, strict=True)]
+                index = [
+                    np.clip(int(here.scalar(x).flat[0]), 0, n - 1) for x, n in zip(e.index, values.shape, strict=True)
+                ]
                 values[tuple(index)] = value
         return World(self.program, shape, inputs, args, b, h)
 

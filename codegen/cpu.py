@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from attndsl.plan import ForwardPlan
+from attndsl.plan import ForwardPlan, Plan, run_scalars
 from attndsl.program import Arg, Axis, Dim, Read, Scalar, Table, Type, Var, reads
 
 from attndsl.codegen.header import header
@@ -26,7 +26,7 @@ CHUNK = 8192
 class TensorLeaves:
     """Leaves as tensors that broadcast over [batch, kv_heads, group, rows, keys]."""
 
-    plan: ForwardPlan
+    plan: Plan
 
     def __call__(self, e: Scalar, printer: Printer) -> str:
         match e:
@@ -46,19 +46,20 @@ class TensorLeaves:
                 return f"arg_{name}"
             case Table(name=name, index=index):
                 table = self.plan.program.table(name)
-                return f"{name}_table[{self._indices(index, table.dims, f'{name}_table', printer)}]"
+                return f"{name}_table[{self.indices(index, table.dims, f'{name}_table', printer)}]"
             case Read(input=name, index=index):
                 decl = self.plan.program.input(name)
                 tensor = f"{name}_input"
                 if not index:
                     text = tensor
                 else:
-                    text = f"{tensor}[{self._indices(index, decl.dims, tensor, printer)}]"
+                    text = f"{tensor}[{self.indices(index, decl.dims, tensor, printer)}]"
                 return f"{text}.to(compute)" if decl.type is Type.FLOAT else text
             case _:
                 raise AssertionError(f"not a leaf: {e}")
 
-    def _indices(self, index: tuple[Scalar, ...], dims: tuple[Dim, ...], tensor: str, printer: Printer) -> str:
+    def indices(self, index: tuple[Scalar, ...], dims: tuple[Dim, ...], tensor: str, printer: Printer) -> str:
+        """The indices of an entry, each clamped to its dimension."""
         found = []
         for i, (e, dim) in enumerate(zip(index, dims, strict=True)):
             text = printer.text(e, Level.SUM)
@@ -73,7 +74,7 @@ class TensorLeaves:
 class NumberLeaves:
     """Leaves as Python numbers, for the runs of one tile of one head."""
 
-    plan: ForwardPlan
+    plan: Plan
 
     def __call__(self, e: Scalar, printer: Printer) -> str:
         match e:
@@ -100,15 +101,16 @@ class NumberLeaves:
 class TileLoop:
     """What the forward and backward functions share: the loop over query tiles, and a tile's scores."""
 
-    def __init__(self, plan: ForwardPlan) -> None:
+    def __init__(self, plan: Plan, per_pair: tuple[Scalar | None, ...]) -> None:
+        """`per_pair`: what is computed for every pair, besides the mask."""
         self.plan = plan
+        self.reads_keys = any(reads(e, "k") for e in per_pair if e is not None)
         self.lines = Lines(indent=1)
         self.helpers: set[str] = {"key_spans", "chunks", "gather", "positions"}
         self.numbers = Printer(PYTHON, Names(NumberLeaves(plan)), self.helpers)
         self.tensors = Printer(TORCH, Names(TensorLeaves(plan)), self.helpers)
-        run_scalars = [x for run in plan.runs.full + plan.runs.partial for x in (run.first, run.count)]
-        self.per_batch = any(reads(x, "b") for x in run_scalars)
-        self.per_head = any(reads(x, "h", "g") for x in run_scalars)
+        self.per_batch = any(reads(x, "b") for x in run_scalars(plan.runs))
+        self.per_head = any(reads(x, "h", "g") for x in run_scalars(plan.runs))
 
     def parameters(self) -> list[str]:
         """Names of what the function takes after its tensors: scale, lengths, inputs, tables, arguments."""
@@ -170,7 +172,7 @@ class TileLoop:
         where = self.plan.program.branch.span
         lines.add(f"# The keys that these rows visit{f'  [{where}]' if where else ''}")
         self.numbers.names.known.clear()
-        self.numbers.share(lines, [x for run in runs.full + runs.partial for x in (run.first, run.count)], "tile_")
+        self.numbers.share(lines, list(run_scalars(runs)), "tile_")
         for label, found in (("full", runs.full), ("partial", runs.partial)):
             if not found:
                 lines.add(f"{label}_spans = []")
@@ -188,7 +190,7 @@ class TileLoop:
 
         Yields a printer for expressions in the loop.
         """
-        plan, lines = self.plan, self.lines
+        lines = self.lines
         with lines.block(f"for full, partial in chunks(full_spans, partial_spans, {CHUNK}):"):
             printer = self.tensors.within(self.tensors.names.inner())
             lines.add(
@@ -197,30 +199,32 @@ class TileLoop:
                 "values = gather(v[at_b, at_g], spans).to(compute)",
                 "scores = (queries.flatten(2, 3) @ keys.mT).unflatten(2, queries.shape[2:4]) * scale",
             )
-            if any(reads(e, "k") for e in (plan.score, plan.weights) if e is not None):
+            if self.reads_keys:
                 lines.add("k_pos = positions(spans)")
             yield printer
 
     def mask(self, target: str, value: str) -> None:
         """Put `value` in place of pairs that are not allowed: only among the keys of partial tiles, which come last."""
         if self.plan.mask is not None:
+            printer = self.tensors.within(self.tensors.names.inner())
+            printer.names.known[Var("k")] = "partial_pos"
             with self.lines.block("if partial:"):
                 self.lines.add(
-                    "k_pos = positions(partial)",
-                    f"allowed = torch.as_tensor({self.tensors.text(self.plan.mask)})",
-                    f"{target}[..., -k_pos.shape[0] :].masked_fill_(~allowed, {value})",
+                    "partial_pos = positions(partial)",
+                    f"allowed = torch.as_tensor({printer.text(self.plan.mask)})",
+                    f"{target}[..., -partial_pos.shape[0] :].masked_fill_(~allowed, {value})",
                 )
 
 
 def forward_source(plan: ForwardPlan) -> str:
     """Text of a Python file whose `attention_forward` writes `out` and `lse` (both preset by the caller)."""
-    loop = TileLoop(plan)
+    loop = TileLoop(plan, (plan.score, plan.weights))
     lines = loop.lines
     lines.add(
         '"""Attend q [batch, kv_heads, group, rows, D] to k, v [batch, kv_heads, keys, D].',
         "",
-        "    Writes out [batch, kv_heads, group, rows, Dv] and lse [batch, kv_heads, group, rows].",
-        '    """',
+        "Writes out [batch, kv_heads, group, rows, Dv] and lse [batch, kv_heads, group, rows].",
+        '"""',
     )
     loop.prologue()
     softmax = plan.weights is None

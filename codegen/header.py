@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from attndsl.plan import ForwardPlan
+from attndsl.plan import Plan
 
 
-def header(plan: ForwardPlan, title: str) -> str:
+def header(plan: Plan, title: str) -> str:
     spec, tiling = plan.spec, plan.tiling
     lines = [f"attndsl: {plan.program.name}, {title}", ""]
     if plan.program.source is not None:

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from attndsl.plan import ForwardPlan
-from attndsl.program import Arg, Axis, Const, Dim, Read, Scalar, Table, TableDecl, Type, Var
-from attndsl.tiles import Run
+from attndsl.plan import DType, ForwardPlan, Loads, Part, head_parts
+from attndsl.program import Arg, Axis, Binary, Const, Dim, Read, Scalar, Table, TableDecl, Type, Var, walk
+from attndsl.tiles import Run, TileRuns
 
+from attndsl.codegen.header import header
 from attndsl.codegen.lines import Lines
-from attndsl.codegen.scalars import Level, Printer
+from attndsl.codegen.prelude_helpers import prelude
+from attndsl.codegen.scalars import TRITON, Level, Names, Printer
 
 _VARIABLES = {
     "q": "q_pos", "k": "k_pos", "b": "b", "h": "h", "g": "g", "Nk": "k_len", "start": "start",
@@ -49,24 +51,24 @@ class Leaves:
             text = self._clamped(e, dim, str(size - 1), printer)
             terms.append(text if stride == 1 else f"{text} * {stride}")
             stride *= size
-        return f"tl.load({table.name}_table + {' + '.join(reversed(terms))})"
+        return f"{printer.dialect.language}.load({table.name}_table + {' + '.join(reversed(terms))})"
 
     def _read(self, name: str, index: tuple[Scalar, ...], printer: Printer) -> str:
         decl = self.plan.program.input(name)
-        terms = []
+        terms, language = [], printer.dialect.language
         for i, (e, dim) in enumerate(zip(index, decl.dims, strict=True)):
             text = self._index(e, dim, f"{name}_size_{i}", printer)
             # All but the last dimension may carry an offset past 2**31.
             if i < len(index) - 1 and not text.isdecimal():
-                text = f"{text}.to(tl.int64)" if text.isidentifier() else f"({text}).to(tl.int64)"
+                text = f"{text}.to({language}.int64)" if text.isidentifier() else f"({text}).to({language}.int64)"
             terms.append(f"{text} * {name}_stride_{i}")
-        load = f"tl.load({name}_ptr + {' + '.join(terms)})" if terms else f"tl.load({name}_ptr)"
-        return f"{load}.to(tl.float32)" if decl.type is Type.FLOAT else load
+        load = f"{language}.load({' + '.join([f'{name}_ptr', *terms])})"
+        return f"{load}.to({language}.float32)" if decl.type is Type.FLOAT else load
 
     def _index(self, e: Scalar, dim: Dim, size: str, printer: Printer) -> str:
         if dim.axis is Axis.Q and dim.block == 1:
             if e == Var("q"):
-                return "tl.minimum(q_rows, rows - 1)[:, None]"
+                return "q_index"
             printer.helpers.add("clamp")
             return f"clamp({printer.text(e, Level.SUM)} - start, 0, rows - 1)"
         last = f"{dim.size - 1}" if dim.axis is Axis.CONST else f"{size} - 1"
@@ -82,10 +84,163 @@ class Leaves:
             case Const(value=int(value)) if dim.axis is Axis.CONST and 0 <= value < dim.size:
                 return str(value)
             case Var(name="k") if dim.axis is Axis.K:
-                return f"tl.minimum(k_pos, {last})"
+                return f"{printer.dialect.language}.minimum(k_pos, {last})"
             case _:
                 printer.helpers.add("clamp")
                 return f"clamp({printer.text(e)}, 0, {last})"
+
+
+class KernelWriter:
+    """A generated kernel's file: its body's lines, and the pieces that every kernel has.
+
+    Tiles of q, k, v, dout are named after their tensors, one variable for each part of the head dimension.
+    """
+
+    def __init__(self, plan: ForwardPlan, function: str, tensors: str) -> None:
+        self.plan, self.function = plan, function
+        self.tensors = tensors.split()
+        self.lines = Lines(indent=1)
+        self.printer = Printer(TRITON, Names(Leaves(plan)))
+        self.q_parts = head_parts(plan.spec.dim)
+        self.v_parts = head_parts(plan.spec.v_dim)
+
+    def file(self, title: str) -> str:
+        """The text of the file, once the body is written."""
+        body = self.lines.text()
+        signature = Lines()
+        with signature.block(f"def {self.function}("):
+            signature.add(*(f"{name}," for name in used_parameters(self._candidates(), body)))
+        helpers = prelude("prelude.py", self.printer.helpers)
+        return "".join(
+            (
+                header(self.plan, title),
+                "import triton\nimport triton.language as tl\n\n\n",
+                helpers + "\n\n\n" if helpers else "",
+                "@triton.jit\n",
+                signature.text(),
+                "):\n",
+                body,
+            )
+        )
+
+    def _candidates(self) -> list[str]:
+        """Every parameter that a kernel may have, in order."""
+        names = [f"{x}_ptr" for x in (*self.tensors, "lse", "delta")]
+        for x in self.tensors:
+            names += [f"{x}_desc{part.suffix}" for part in (*self.q_parts, *self.v_parts)]
+        names += [f"stride_{x}{axis}" for x in self.tensors for axis in "bhn"]
+        return list(dict.fromkeys([*names, "scale", "rows", "k_len", *scalar_parameters(self.plan)]))
+
+    def constants(self) -> None:
+        tiling = self.plan.tiling
+        self.lines.add(
+            f"BLOCK_Q: tl.constexpr = {tiling.block_q}",
+            f"BLOCK_K: tl.constexpr = {tiling.block_k}",
+            "LOG2_E: tl.constexpr = 1.4426950408889634",
+        )
+
+    def query_tile(self) -> None:
+        """Which query tile of which head a program owns, and where its rows stand."""
+        spec = self.plan.spec
+        self.lines.add(
+            "",
+            "# Heads one after another, so that programs in flight share keys; a head's last rows first: they are longest.",
+            "q_tiles = tl.cdiv(rows, BLOCK_Q)",
+            "head = tl.program_id(0) // q_tiles",
+            "q_tile = q_tiles - 1 - tl.program_id(0) % q_tiles",
+            f"b = head // {spec.heads}",
+            f"h = head % {spec.heads}",
+            f"g = h // {spec.heads // spec.kv_heads}" if spec.heads != spec.kv_heads else "g = h",
+            self.start,
+            "q_first = start + q_tile * BLOCK_Q",
+            "",
+            "q_offset = tl.arange(0, BLOCK_Q)",
+            "k_offset = tl.arange(0, BLOCK_K)",
+            "q_rows = q_tile * BLOCK_Q + q_offset",
+            "q_pos = start + q_rows[:, None]",
+        )
+        if any(dim.axis is Axis.Q and dim.block == 1 for decl in self.plan.inputs for dim in decl.dims):
+            self.lines.add("q_index = tl.minimum(q_rows, rows - 1)[:, None]")
+        self.know_tile_start()
+
+    def scale(self, folded: bool) -> None:
+        """The factor of q . k, or where nothing needs the score itself, that factor for exponents of 2."""
+        plan = self.plan
+        scale = "scale" if plan.scale is None else self.printer.text(plan.scale)
+        if folded:
+            self.lines.add(f"factor = {scale} * LOG2_E")
+        elif plan.scale is not None:
+            self.lines.add(f"scale = {scale}")
+
+    def name_ends(self, runs: TileRuns) -> None:
+        """Name what the ends of runs share."""
+        self.printer.share(self.lines, [x for run in runs.full + runs.partial for x in (run.first, run.count)], "tile_")
+
+    def know_tile_start(self) -> None:
+        """Give the position of the query tile's first row its name in expressions."""
+        first = Binary("*", Const(self.plan.tiling.block_q), Var("q_tile"))
+        if not self.plan.program.align_start:
+            first = Binary("+", Var("start"), first)
+        self.printer.names.known[first] = "q_first"
+
+    @property
+    def start(self) -> str:
+        return "start = 0" if self.plan.program.align_start else "start = k_len - rows"
+
+    @property
+    def origin(self) -> str:
+        """Where the pattern stands in its file, for the comment on a loop."""
+        span = self.plan.program.branch.span
+        return f"  [{span}]" if span else ""
+
+    def dims(self, part: Part) -> str:
+        return f"({part.offset} + tl.arange(0, {part.size}))" if part.offset else f"tl.arange(0, {part.size})"
+
+    def base(self, x: str, head: str) -> str:
+        """The line that points at a head of a tensor."""
+        return f"{x}_at = {x}_ptr + b.to(tl.int64) * stride_{x}b + {head}.to(tl.int64) * stride_{x}h"
+
+    def load(
+        self, x: str, parts: tuple[Part, ...], dim: int, side: str, head: str, bounded: bool, pointer: bool = False
+    ) -> None:
+        """Load a tile of tensor `x`: `side` is q or k, whose tile index, block and length it follows.
+
+        `bounded`: the tile may reach past the end. `pointer`: not by descriptor (a tile that is loaded once).
+        """
+        block, length = f"BLOCK_{side.upper()}", "rows" if side == "q" else "k_len"
+        if self.plan.spec.loads is Loads.DESCRIPTOR and not pointer:
+            for part in parts:
+                at = f"[b, {head}, {side}_tile * {block}, {part.offset}]"
+                self.lines.add(f"{x}{part.suffix} = {x}_desc{part.suffix}.load({at}).reshape({block}, {part.size})")
+            return
+        self.rows_of(x, side)
+        for part in parts:
+            dims = self.dims(part)
+            conds = [f"({side}_tile * {block} + {side}_offset[:, None] < {length})"] if bounded else []
+            if part.padded:
+                conds.append(f"({dims}[None, :] < {dim})")
+            mask = f", mask={' & '.join(conds)}, other=0.0" if conds else ""
+            self.lines.add(f"{x}{part.suffix} = tl.load({x}_ptrs + {dims}[None, :]{mask})")
+
+    def rows_of(self, x: str, side: str) -> None:
+        """The line that points at the rows of a tile."""
+        tile = f"({side}_tile * BLOCK_{side.upper()}).to(tl.int64) * stride_{x}n"
+        self.lines.add(f"{x}_ptrs = {x}_at + {tile} + {side}_offset[:, None] * stride_{x}n")
+
+    def store(self, x: str, parts: tuple[Part, ...], dim: int, side: str, value: str) -> None:
+        """Store the accumulators `value` as a tile of tensor `x`."""
+        self.rows_of(x, side)
+        length = "rows" if side == "q" else "k_len"
+        for part in parts:
+            dims = self.dims(part)
+            mask = f"({side}_tile * BLOCK_{side.upper()} + {side}_offset[:, None] < {length})"
+            mask += f" & ({dims}[None, :] < {dim})" if part.padded else ""
+            text = f"{value}{part.suffix}.to({x}_ptr.dtype.element_ty)"
+            self.lines.add(f"tl.store({x}_ptrs + {dims}[None, :], {text}, mask={mask})")
+
+    def dot(self, a: str, b: str, acc: str = "") -> str:
+        precision = ', input_precision="ieee"' if self.plan.spec.dtype is DType.FLOAT32 else ""
+        return f"tl.dot({a}, {b}{', ' + acc if acc else ''}{precision})"
 
 
 def scalar_parameters(plan: ForwardPlan) -> list[str]:
@@ -108,30 +263,46 @@ def used_parameters(candidates: list[str], body: str) -> list[str]:
 @contextmanager
 def run_loop(lines: Lines, printer: Printer, runs: tuple[Run, ...], label: str, tile: str) -> Iterator[None]:
     """A loop over the tiles of several runs, as if they were one: `tile` is the tile's index inside."""
-    for i, run in enumerate(runs):
-        suffix = f"_{i}" if len(runs) > 1 else ""
-        lines.add(f"{label}_first{suffix} = {printer.text(run.first)}")
-        lines.add(f"{label}_count{suffix} = {printer.text(run.count)}")
-    if len(runs) == 1:
-        with lines.block(f"for i in range({label}_count):"):
-            lines.add(f"{tile} = {label}_first + i" + (f" * {runs[0].step}" if runs[0].step > 1 else ""))
-            yield
-        return
-    # Iterations before `end_n` belong to run n or an earlier one; a run's tiles start at `base_n + 0 * step`.
-    ends = []
-    for i, run in enumerate(runs):
-        before = f"{label}_end_{i - 1}" if i else ""
-        lines.add(f"{label}_end_{i} = {before + ' + ' if before else ''}{label}_count_{i}")
-        step = f" * {run.step}" if run.step > 1 else ""
-        lines.add(f"{label}_base_{i} = {label}_first_{i}" + (f" - {before}{step}" if before else ""))
-        ends.append(f"{label}_end_{i}")
-    same_step = len({run.step for run in runs}) == 1
-    with lines.block(f"for i in range({ends[-1]}):"):
-        choice = ""
-        for i in reversed(range(len(runs))):
-            step = f" * {runs[i].step}" if runs[i].step > 1 else ""
-            value = f"{label}_base_{i}" if same_step else f"{label}_base_{i} + i{step}"
-            choice = f"tl.where(i < {ends[i]}, {value}, {choice})" if choice else value
-        step = f" * {runs[0].step}" if runs[0].step > 1 else ""
-        lines.add(f"{tile} = {choice} + i{step}" if same_step else f"{tile} = {choice}")
+    visits = Visits(lines, printer, runs, label)
+    with lines.block(f"for i in range({visits.total}):"):
+        lines.add(f"{tile} = {visits.tile('i')}")
         yield
+
+
+class Visits:
+    """Several runs as one sequence: its length, and the tile that an iteration visits."""
+
+    def __init__(self, lines: Lines, printer: Printer, runs: tuple[Run, ...], label: str) -> None:
+        self.runs, self.label, self.select = runs, label, printer.dialect.select
+        for i, run in enumerate(runs):
+            suffix = f"_{i}" if len(runs) > 1 else ""
+            for end, e in (("first", run.first), ("count", run.count)):
+                text = printer.text(e)
+                if any(isinstance(x, Read) for x in walk(e)):
+                    # An input may be of 64 bits; tiles are counted in 32.
+                    text = f"({text}).to({printer.dialect.language}.int32)"
+                lines.add(f"{label}_{end}{suffix} = {text}")
+        self.total = f"{label}_count"
+        if len(runs) > 1:
+            # Iterations before `end_n` belong to run n or an earlier one; `base_n` is where run n would have begun.
+            for i, run in enumerate(runs):
+                before = f"{label}_end_{i - 1}" if i else ""
+                lines.add(f"{label}_end_{i} = {before + ' + ' if before else ''}{label}_count_{i}")
+                lines.add(f"{label}_base_{i} = {label}_first_{i}" + (f" - {before}{_times(run)}" if before else ""))
+            self.total = f"{label}_end_{len(runs) - 1}"
+
+    def tile(self, i: str) -> str:
+        """The tile of iteration `i`."""
+        runs, label = self.runs, self.label
+        if len(runs) == 1:
+            return f"{label}_first + {i}{_times(runs[0])}"
+        same_step = len({run.step for run in runs}) == 1
+        choice = ""
+        for n in reversed(range(len(runs))):
+            value = f"{label}_base_{n}" if same_step else f"{label}_base_{n} + {i}{_times(runs[n])}"
+            choice = f"{self.select}({i} < {label}_end_{n}, {value}, {choice})" if choice else value
+        return f"{choice} + {i}{_times(runs[0])}" if same_step else choice
+
+
+def _times(run: Run) -> str:
+    return f" * {run.step}" if run.step > 1 else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import assert_never
 
@@ -48,6 +48,7 @@ class Dialect:
     `functions`: spelling of `Call`s. `bitwise`: booleans are tensors, joined by `& | ~`. `select`: the function that
     chooses by a condition, None for Python's own conditional. `floor`: names of the helpers for `//` and `%`
     where the operators round towards zero, None where they round down. `real`: an integer as a float.
+    `language`: the name of the module that leaves load through.
     """
 
     functions: Mapping[str, str]
@@ -56,6 +57,7 @@ class Dialect:
     floor: tuple[str, str] | None
     infinity: str
     real: str
+    language: str = ""
 
 
 TRITON = Dialect(
@@ -65,7 +67,12 @@ TRITON = Dialect(
         "tanh": "tanh", "sigmoid": "tl.sigmoid", "softcap": "softcap",
     },
     bitwise=True, select="tl.where", floor=("floor_div", "floor_mod"), infinity='float("inf")',
-    real="({}).to(tl.float32)",
+    real="({}).to(tl.float32)", language="tl",
+)  # fmt: skip
+GLUON = replace(
+    TRITON,
+    functions={f: name.replace("tl.", "gl.") for f, name in TRITON.functions.items()},
+    select="gl.where", real="({}).to(gl.float32)", language="gl",
 )  # fmt: skip
 TORCH = Dialect(
     functions={
@@ -154,15 +161,22 @@ class Printer:
         return (op, Level.AND) if op == "and" else (op, Level.OR)
 
     def _binary(self, op: str, a: Scalar, b: Scalar) -> Printed:
+        # Two integers, or an integer and a literal, make a float32 in torch, whatever the precision of the call.
+        if op == "/" or Type.FLOAT in (a.type, b.type):
+            left = self._real(a) if self._loose(a, b) else self.text(a, Level.SUM if op in "+-" else Level.TERM)
+            right = self._real(b) if self._loose(b, a) else self.text(b, Level.TERM if op in "+-" else Level.UNARY)
+            return f"{left} {op} {right}", Level.SUM if op in "+-" else Level.TERM
         match op:
             case "+" | "-":
                 return f"{self.text(a, Level.SUM)} {op} {self.text(b, Level.TERM)}", Level.SUM
             case "//" | "%" if self.dialect.floor is not None:
                 return self._floored(op, a, b)
-            case "/" if Type.FLOAT not in (a.type, b.type):
-                return f"{self._real(a)} / {self.text(b, Level.UNARY)}", Level.TERM
             case _:
                 return f"{self.text(a, Level.TERM)} {op} {self.text(b, Level.UNARY)}", Level.TERM
+
+    def _loose(self, e: Scalar, other: Scalar) -> bool:
+        """Whether an operand is an integer that the other one gives no precision."""
+        return e.type is Type.INT and not isinstance(e, Const) and (other.type is Type.INT or isinstance(other, Const))
 
     def _floored(self, op: str, a: Scalar, b: Scalar) -> Printed:
         """Division that rounds down where the operators do not: shifts and masks for powers of two, else a helper."""
@@ -179,7 +193,7 @@ class Printer:
         name = self.dialect.functions[function]
         self.helpers.add(name)
         texts = [self._real(x) if function in FLOAT_CALLS else self.text(x) for x in args]
-        if name in ("tl.minimum", "tl.maximum", "minimum", "maximum"):
+        if name.rpartition(".")[2] in ("minimum", "maximum"):
             # These take two.
             joined = texts[0]
             for text in texts[1:]:

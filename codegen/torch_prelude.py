@@ -86,3 +86,23 @@ def gather(x, spans):
 
 def positions(spans):
     return torch.cat([torch.arange(low, high) for low, high in spans])
+
+
+def passed_on(gradient, slope):
+    """gradient * slope, 0 where the gradient is 0, even where the slope is infinite or not a number."""
+    return torch.where(gradient == 0, 0, gradient * slope)
+
+
+def scatter(x, spans, values):
+    """Add values [..., tokens, dim] to the rows of x in the spans."""
+    at = 0
+    for low, high in spans:
+        x[..., low:high, :] += values[..., at : at + high - low, :]
+        at += high - low
+
+
+def accumulate(x, index, values):
+    """Add values to the entries of x that the index names, first summed where the index does not vary."""
+    index = [torch.as_tensor(i) for i in index]
+    values = values.to(x.dtype).sum_to_size(torch.broadcast_shapes(*(i.shape for i in index)))
+    x.index_put_(tuple(index), values, accumulate=True) if index else x.add_(values)

@@ -14,6 +14,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from attndsl.runtime.cache import KernelCache, cache_key
 from attndsl.runtime.load import load_source
@@ -36,6 +37,7 @@ class KernelSource:
     aligned: tuple[tuple[str, int], ...]
     warps: int
     stages: int
+    gluon: bool = False
 
 
 def parse_target(target: str) -> GPUTarget:
@@ -55,7 +57,8 @@ def compile_kernel(source: KernelSource, target: str, cache: KernelCache | None 
         fn = triton.runtime.JITFunction(fn.fn)
     names = [name for name, _ in source.types]
     hints = {(names.index(name),): [["tt.divisibility", multiple]] for name, multiple in source.aligned}
-    ast = ASTSource(fn=fn, signature=dict(source.types), constexprs={}, attrs=hints)
+    kind = GluonASTSource if source.gluon else ASTSource
+    ast = kind(fn=fn, signature=dict(source.types), constexprs={}, attrs=hints)
     options = {"num_warps": source.warps, "num_stages": source.stages}
 
     def build() -> Mapping[str, bytes]:

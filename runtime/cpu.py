@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attndsl.plan import ForwardPlan
+from attndsl.plan import ForwardPlan, Plan
 
 from attndsl.runtime.call import call_shape
 from attndsl.runtime.engine import default_scale, empty_output, table_tensor
@@ -45,7 +45,7 @@ class CpuForward:
         return out, lse
 
 
-def call_values(plan: ForwardPlan, inputs: Sequence[Tensor], args: Sequence[int]) -> dict[str, Any]:
+def call_values(plan: Plan, inputs: Sequence[Tensor], args: Sequence[int]) -> dict[str, Any]:
     """The inputs and arguments that a CPU function reads, by the names of its parameters."""
     declared = dict(zip((decl.name for decl in plan.program.inputs), inputs, strict=True))
     given = dict(zip(plan.program.args, args, strict=True))

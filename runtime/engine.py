@@ -11,22 +11,32 @@ import torch
 from torch import Tensor
 
 from attndsl.diagnostics import error
-from attndsl.plan import DType, ForwardPlan, Loads, Spec, Tiling, default_tiling, forward_plan
+from attndsl.plan import (
+    Backend,
+    BackwardPlan, DType, ForwardPlan, Loads, Spec, Tiling, backward_plan, backward_tilings, default_tiling, forward_plan,
+)  # fmt: skip
 from attndsl.program import CallShape, Program, TableDecl, Type
 from attndsl.properties import takes_more_rows_than_keys
+from attndsl.tiling import choose_tiling
 
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
 
-Generate = Callable[[ForwardPlan], str]
-BACKENDS = ("auto", "triton", "cpu")
+Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor | None]]
+BACKENDS = ("auto", "gluon", "triton", "cpu")
 
 
 @dataclass(frozen=True, slots=True)
 class Generators:
-    """Source printers, handed in by the API: the runtime knows plans, not how they are printed."""
+    """Source printers, handed in by the API: the runtime knows plans, not how they are printed.
 
-    triton_forward: Generate
-    cpu_forward: Generate
+    `triton_backward` prints a file for each of its kernels.
+    """
+
+    triton_forward: Callable[[ForwardPlan], str]
+    cpu_forward: Callable[[ForwardPlan], str]
+    triton_backward: Callable[[BackwardPlan], tuple[str, ...]] | None
+    cpu_backward: Callable[[BackwardPlan], str]
+    gluon_forward: Callable[[ForwardPlan], str]
 
 
 @dataclass(slots=True)
@@ -42,19 +52,80 @@ class Engine:
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str
     ) -> tuple[Tensor, Tensor]:
         """Output [B, Hq, Nq, Dv] and lse float32 [B, Hq, Nq] (float64 for float64 tensors)."""
-        key = (
-            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device, backend, scale is None or scale > 0,
-            tuple((x.shape, x.stride(), x.dtype) for x in inputs), (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15 == 0,
-        )  # fmt: skip
+        key = _kind(q, k, v, inputs, scale, backend, q.data_ptr() | k.data_ptr() | v.data_ptr())
         launch = self._prepared.get(key)
         if launch is None:
             launch = self._prepared[key] = self._prepare(q, k, v, inputs, scale, backend, aligned=key[-1])
         return launch(q, k, v, inputs, args, scale)  # type: ignore[no-any-return]
 
+    def backward(
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str,
+    ) -> Gradients:  # fmt: skip
+        """Gradients of q, k, v and of each input (None where it is not learnable, or does not count).
+
+        dout [B, Hq, Nq, Dv], dlse [B, Hq, Nq] (None: zero): the gradients of what `forward` returned, out and lse.
+        """
+        pointers = q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr() | dout.data_ptr()
+        kind = _kind(q, k, v, inputs, scale, backend, pointers)
+        key = ("backward", dlse is None, dout.stride(), out.stride(), *kind)
+        launch = self._prepared.get(key)
+        if launch is None:
+            launch = self._prepare_backward(q, k, v, inputs, scale, backend, kind[-1], uses_lse=dlse is not None)
+            self._prepared[key] = launch
+        return launch(dout, dlse, q, k, v, out, lse, inputs, args, scale)  # type: ignore[no-any-return]
+
     def _prepare(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None, backend: str, aligned: bool
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         """Checks a kind of call and prepares its launch."""
+        program, spec = self._program(scale), self._check(q, k, v, inputs, scale)
+        if self._choose(backend, spec) == "cpu":
+            from attndsl.runtime.cpu import CpuForward
+
+            plan = forward_plan(program, spec, self.tiling or default_tiling(spec))
+            return CpuForward(plan, self.generators.cpu_forward(plan))
+        from attndsl.runtime.triton_launch import TritonForward, loads_for, why_not_gluon
+
+        spec = replace(spec, loads=loads_for(spec, k, v, aligned))
+        reason = why_not_gluon(program, spec, q) if backend in ("auto", "gluon") else "the portable backend was asked for"
+        if backend == "gluon" and reason:
+            raise error("A510", reason, help="leave `backend` out to get the portable kernel")
+        if not reason:
+            spec = replace(spec, backend=Backend.GLUON)
+        plan = forward_plan(program, spec, self.tiling or choose_tiling(program, spec))
+        printed = self.generators.triton_forward(plan) if reason else self.generators.gluon_forward(plan)
+        return TritonForward(plan, printed, q, k, v, inputs, aligned)
+
+    def _prepare_backward(
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None, backend: str,
+        aligned: bool, uses_lse: bool,
+    ) -> Callable[..., Gradients]:  # fmt: skip
+        program, spec = self._program(scale), self._check(q, k, v, inputs, scale)
+        on_cpu = self._choose(backend, spec) == "cpu"
+        if not on_cpu and self.generators.triton_backward is None:
+            raise error("A920", "gradients are not yet supported on this backend", help="pass backend='cpu'")
+        tilings = backward_tilings(spec) if self.tiling is None else (self.tiling, self.tiling)
+        if on_cpu or self.generators.triton_backward is None:
+            from attndsl.runtime.cpu_backward import CpuBackward
+
+            plan = backward_plan(program, replace(spec, backend=Backend.CPU), *tilings, uses_lse=uses_lse)
+            return CpuBackward(plan, self.generators.cpu_backward(plan))
+        from attndsl.runtime.triton_backward import TritonBackward
+        from attndsl.runtime.triton_launch import loads_for
+
+        spec = replace(spec, loads=loads_for(spec, k, v, aligned))
+        plan = backward_plan(program, spec, *tilings, uses_lse=uses_lse)
+        return TritonBackward(plan, *self.generators.triton_backward(plan), q, k, v, inputs, aligned)
+
+    def _program(self, scale: float | None) -> Program:
+        """The program, whose own scale a call's takes the place of."""
+        if scale is None or self.program.branch.scale is None:
+            return self.program
+        return replace(self.program, branch=replace(self.program.branch, scale=None))
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None) -> Spec:
+        """What the call's plan is made for. Raises `PatternError` when the call does not fit the program."""
         shape = call_shape(q, k, v)
         check_tables(self.program, shape)
         check_inputs(self.program, shape, inputs, q.device)
@@ -65,40 +136,63 @@ class Engine:
                 self.program.branch.span,
                 help="write `align start` if row i stands at position i",
             )
-        target = device_target(q.device)
-        spec = Spec(
-            shape.heads, shape.kv_heads, shape.dim, shape.v_dim, dtype_of(q), target,
+        return Spec(
+            shape.heads, shape.kv_heads, shape.dim, shape.v_dim, dtype_of(q), device_target(q.device),
             scale_sign=1 if scale is None or scale > 0 else -1,
         )  # fmt: skip
-        if self._choose(backend, target) == "cpu":
-            from attndsl.runtime.cpu import CpuForward
 
-            plan = forward_plan(self.program, spec, self.tiling or default_tiling(spec))
-            return CpuForward(plan, self.generators.cpu_forward(plan))
-        from attndsl.runtime.triton_launch import TritonForward, loads_for
-
-        if spec.dtype is DType.FLOAT64:
-            raise error("A508", "float64 runs on the CPU backend only", help="convert to float32, or pass backend='cpu'")
-        spec = replace(spec, loads=loads_for(spec, k, v, aligned))
-        plan = forward_plan(self.program, spec, self.tiling or default_tiling(spec))
-        return TritonForward(plan, self.generators.triton_forward(plan), q, k, v, inputs, aligned)
-
-    def _choose(self, backend: str, target: str) -> str:
+    def _choose(self, backend: str, spec: Spec) -> str:
         if backend not in BACKENDS:
             raise error("A509", f"there is no backend {backend!r}", help=f"one of {', '.join(BACKENDS)}")
+        target = spec.target
         if backend == "auto":
-            return "cpu" if target == "cpu" else "triton"
+            backend = "cpu" if target == "cpu" else "triton"
         if backend == "cpu" and target != "cpu":
             raise error("A510", "the CPU backend takes tensors on the CPU", help="move q, k and v, or leave `backend` out")
-        if backend == "triton" and target == "cpu":
+        if backend in ("triton", "gluon"):
             from attndsl.runtime.triton_launch import INTERPRETED
 
-            if not INTERPRETED:
+            if target == "cpu" and not INTERPRETED:
                 raise error(
                     "A510", "Triton kernels run on a GPU",
                     help="move q, k and v to one, or set TRITON_INTERPRET=1 to interpret the kernel",
                 )  # fmt: skip
+            if spec.dtype is DType.FLOAT64:
+                raise error(
+                    "A508", "float64 runs on the CPU backend only", help="convert to float32, or pass backend='cpu'"
+                )
+            if spec.dtype is DType.BFLOAT16 and INTERPRETED:
+                # It multiplies their bits as integers.
+                raise error(
+                    "A508", "Triton's interpreter does not multiply bfloat16", help="convert to float16 or float32"
+                )
         return backend
+
+
+def _kind(
+    q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None, backend: str, pointers: int
+) -> tuple[Any, ...]:
+    """Everything that a launch depends on; last whether all pointers are aligned."""
+    return (
+        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device, k.device,
+        v.device, backend, scale if scale is None else scale > 0,
+        tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs), pointers & 15 == 0,
+    )  # fmt: skip
+
+
+def in_order_of(q: Tensor, x: Tensor) -> Tensor:
+    """x [B, H, N, D] dense, in the memory order of q: heads inside tokens where q has them so. No copy if it is."""
+    if q.stride(1) < q.stride(2):
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x.contiguous()
+
+
+def empty_gradient(x: Tensor) -> Tensor:
+    """Uninitialised gradient of x [B, H, N, D], dense, in the memory order of x."""
+    batch, heads, tokens, dim = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+    return x.new_empty(batch, heads, tokens, dim)
 
 
 def empty_output(q: Tensor, shape: CallShape) -> tuple[Tensor, Tensor]:
@@ -121,4 +215,7 @@ def default_scale(dim: int) -> float:
     return 1.0 / math.sqrt(dim)
 
 
-__all__ = ["BACKENDS", "Engine", "Generators", "Loads", "default_scale", "empty_output", "table_tensor"]
+__all__ = [
+    "BACKENDS", "Engine", "Generators", "Gradients", "Loads", "default_scale", "empty_gradient", "empty_output",
+    "in_order_of", "table_tensor",
+]  # fmt: skip

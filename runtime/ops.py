@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,35 +10,21 @@ from torch import Tensor
 from torch.library import Library
 from torch.nn import Parameter
 
-from attndsl.diagnostics import error
-from attndsl.program import CallShape
+from attndsl.diagnostics import PatternError, error
+from attndsl.program import CallShape, Program
 
-from attndsl.runtime.engine import Engine, empty_output
+from attndsl.runtime.engine import empty_gradient, empty_output, in_order_of
+from attndsl.runtime.registry import engine_of
 
 _LIBRARY = Library("attndsl", "DEF")
 _LIBRARY.define(
     "forward(str program, Tensor q, Tensor k, Tensor v, Tensor[] inputs, SymInt[] args, float? scale, str backend) "
     "-> (Tensor, Tensor)"
 )
-
-_ENGINES: dict[str, Engine] = {}
-_REGISTERING = threading.Lock()
-
-
-def register(key: str, engine: Engine) -> None:
-    """Make a program known to the operators under its key; the first engine of a key stays."""
-    with _REGISTERING:
-        _ENGINES.setdefault(key, engine)
-
-
-def engine_of(key: str) -> Engine:
-    try:
-        return _ENGINES[key]
-    except KeyError:
-        raise error(
-            "A520", "this process has not compiled the attention that the graph calls",
-            help="call attndsl.compile with the same program before running an exported graph",
-        ) from None  # fmt: skip
+_LIBRARY.define(
+    "backward(str program, Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor[] inputs, SymInt[] args, float? scale, str backend) -> (Tensor, Tensor, Tensor, Tensor[])"
+)
 
 
 def attend(
@@ -47,14 +32,32 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Output and lse. Where nothing watches the call (no tracing, no gradients, plain tensors) it skips the dispatcher,
     which costs several times a launch."""
+    if not all(isinstance(x, Tensor) for x in inputs) or not all(isinstance(x, int | torch.SymInt) for x in args):
+        raise _misfit(engine_of(key).program, inputs, args)
     if torch.compiler.is_compiling() or _watched((q, k, v, *inputs)):
         out: tuple[Tensor, Tensor] = torch.ops.attndsl.forward(key, q, k, v, inputs, args, scale, backend)
         return out
     return _forward(key, q, k, v, inputs, args, scale, backend)
 
 
+def _misfit(program: Program, inputs: Sequence[object], args: Sequence[object]) -> PatternError:
+    """Names the first input that is no tensor, or argument that is no int."""
+    for decl, x in zip(program.inputs, inputs, strict=True):
+        if not isinstance(x, Tensor):
+            return error(
+                "A517", f"input `{decl.name}` is a tensor, not {repr(x)[:40]}", decl.span, help="pass torch.tensor(…)"
+            )
+    name, value = next((n, x) for n, x in zip(program.args, args, strict=True) if not isinstance(x, int))
+    return error("A516", f"`{name}` is a runtime int, not {repr(value)[:40]}", help="pass a Python int")
+
+
 def _watched(tensors: tuple[Tensor, ...]) -> bool:
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if (
+        tensors[0].is_meta
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._is_any_autocast_enabled()
+    ):
         return True
     grad = torch.is_grad_enabled()
     for x in tensors:
@@ -64,7 +67,14 @@ def _watched(tensors: tuple[Tensor, ...]) -> bool:
 
 
 def _forward(
-    key: str, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str
+    key: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Sequence[Tensor],
+    args: Sequence[int],
+    scale: float | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     # The kernels want the last dimension dense; other strides are theirs to handle.
     if q.dim() and k.dim() and v.dim() and not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
@@ -73,33 +83,199 @@ def _forward(
 
 
 def _forward_fake(
-    key: str, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str
+    key: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Sequence[Tensor],
+    args: Sequence[int],
+    scale: float | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     shape = CallShape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
     return empty_output(q, shape)
 
 
+# -------------------------------------------------------------------------------------- gradients
+
+
+def _backward(
+    key: str,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    inputs: Sequence[Tensor],
+    args: Sequence[int],
+    scale: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    originals = (q, k, v)
+    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    dout, out, lse = in_order_of(q, dout), in_order_of(q, out), lse.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    engine = engine_of(key)
+    *found, learned = engine.backward(dout, dlse, q, k, v, out, lse, inputs, args, scale, backend)
+    dq, dk, dv = (in_order_of(x, gradient) for x, gradient in zip(originals, found, strict=True))
+    # An input that nothing reads gets zeros.
+    gradients = [
+        torch.zeros(x.shape, dtype=x.dtype, device=x.device) if gradient is None else gradient.contiguous()
+        for decl, x, gradient in zip(engine.program.inputs, inputs, learned, strict=True)
+        if decl.learnable
+    ]
+    return dq, dk, dv, gradients
+
+
+def _backward_fake(
+    key: str,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    inputs: Sequence[Tensor],
+    args: Sequence[int],
+    scale: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    declared = zip(engine_of(key).program.inputs, inputs, strict=True)
+    gradients = [x.new_empty(x.shape) for decl, x in declared if decl.learnable]
+    return empty_gradient(q), empty_gradient(k), empty_gradient(v), gradients
+
+
 class _Attend(torch.autograd.Function):
-    """Forward, and a backward that says what is missing."""
+    """out, lse with a gradient: dout, dlse -> dq, dk, dv, and the gradients of learnable inputs."""
 
     @staticmethod
-    def forward(ctx: Any, key: str, scale: float | None, backend: str, args: Sequence[int], q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> Any:  # noqa: E501
+    def forward(
+        ctx: Any,
+        key: str,
+        scale: float | None,
+        backend: str,
+        args: Sequence[int],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *inputs: Tensor,
+    ) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.attndsl.forward(key, q, k, v, list(inputs), args, scale, backend)
+            out, lse = torch.ops.attndsl.forward(key, q, k, v, list(inputs), args, scale, backend)
+        if any(ctx.needs_input_grad):
+            _check_learnable(engine_of(key).program, ctx.needs_input_grad[-len(inputs) :] if inputs else ())
+            ctx.save_for_backward(q, k, v, out, lse, *inputs)
+            ctx.call = (key, args, scale, backend)
+            ctx.set_materialize_grads(False)
+        return out, lse
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise error("A920", "gradients are not yet supported")
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
+        q, k, v, out, lse, *inputs = ctx.saved_tensors
+        key, args, scale, backend = ctx.call
+        if dout is None:
+            dout = torch.zeros_like(out)
+        dq, dk, dv, found = torch.ops.attndsl.backward(
+            key, dout, dlse, q, k, v, out, lse, inputs, args, scale, backend
+        )
+        learned = iter(found)
+        gradients = [next(learned) if decl.learnable else None for decl in engine_of(key).program.inputs]
+        return None, None, None, None, dq, dk, dv, *gradients
+
+
+def _check_learnable(program: Program, wanted: Sequence[bool]) -> None:
+    """Raises `PatternError` for an input that requires a gradient and was not declared to get one."""
+    for decl, wants in zip(program.inputs, wanted, strict=True):
+        if wants and not decl.learnable:
+            raise error(
+                "A526",
+                f"input `{decl.name}` requires a gradient and is not declared learnable",
+                decl.span,
+                help="declare it `learnable`, or detach the tensor",
+            )
+
+
+class _Once(torch.autograd.Function):
+    """The backward pass, whose own derivative is refused when it is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, call: tuple[Any, ...], count: int, *tensors: Tensor | None) -> Any:
+        key, args, scale, backend = call
+        with torch._C._AutoDispatchBelowAutograd():
+            dq, dk, dv, gradients = torch.ops.attndsl.backward(
+                key, *tensors[:-count] if count else tensors, list(tensors[-count:]) if count else [], args, scale, backend
+            )
+        return dq, dk, dv, *gradients
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise error(
+            "A921",
+            "attention has no second derivative here",
+            help="write it with torch operators where you need one, or drop create_graph=True",
+        )
 
 
 def _forward_autograd(
-    key: str, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str
+    key: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Sequence[Tensor],
+    args: Sequence[int],
+    scale: float | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     out: tuple[Tensor, Tensor] = _Attend.apply(key, scale, backend, args, q, k, v, *inputs)
     return out
 
 
+def _backward_autograd(
+    key: str,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    inputs: Sequence[Tensor],
+    args: Sequence[int],
+    scale: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    call = (key, args, scale, backend)
+    dq, dk, dv, *gradients = _Once.apply(call, len(inputs), dout, dlse, q, k, v, out, lse, *inputs)
+    return dq, dk, dv, gradients
+
+
+# --------------------------------------------------------------------------------------- autocast
+
+
+def _autocast(device: str, dispatch_key: torch._C.DispatchKey) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The forward under autocast: q, k and v in its dtype, as torch's own attention has them; inputs as they are."""
+    others = torch._C.DispatchKeySet(dispatch_key)
+
+    def forward(key: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+        with torch._C._ExcludeDispatchKeyGuard(others):
+            out: tuple[Tensor, Tensor] = torch.ops.attndsl.forward(key, q, k, v, *rest)
+        return out
+
+    return forward
+
+
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("forward", _forward, _device)
+    _LIBRARY.impl("backward", _backward, _device)
 _LIBRARY.impl("forward", _forward_autograd, "Autograd")
+_LIBRARY.impl("backward", _backward_autograd, "Autograd")
+_LIBRARY.impl("forward", _autocast("cpu", torch._C.DispatchKey.AutocastCPU), "AutocastCPU")
+_LIBRARY.impl("forward", _autocast("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")
 torch.library.register_fake("attndsl::forward", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("attndsl::backward", _backward_fake, lib=_LIBRARY)

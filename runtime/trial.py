@@ -95,10 +95,8 @@ def trial(attend: Attend, program: Program, options: Options) -> Trial:
     if options.backend not in BACKENDS:
         raise error("A509", f"there is no backend {options.backend!r}", help=f"one of {', '.join(BACKENDS)}")
     heads = options.heads or (4 if device.type == "cpu" else 16)
-    shape = CallShape(
-        options.batch, heads, options.kv_heads or heads, *(2 * (options.n or (4096 if device.type == "cpu" else 16384),)),
-        options.dim, options.dim,
-    )  # fmt: skip
+    n = options.n or (4096 if device.type == "cpu" else 16384)
+    shape = CallShape(options.batch, heads, options.kv_heads or heads, n, n, options.dim, options.dim)
     args = {name: options.args.get(name, max(1, shape.k_len // 8)) for name in program.args}
     for name in options.args:
         if name not in program.args:

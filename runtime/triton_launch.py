@@ -14,9 +14,11 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon import language as gl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attndsl.plan import DType, ForwardPlan, Loads, Spec, head_parts
+from attndsl.plan import Backend, DType, ForwardPlan, Loads, Spec, head_parts
+from attndsl.program import Program
 from attndsl.targets import has_tensor_copies
 
 from attndsl.runtime.build import KernelSource, compile_kernel, parameters
@@ -43,6 +45,27 @@ STRIDE_ALIGNMENT = 8
 def shared_cache() -> KernelCache:
     """The process's kernel cache."""
     return KernelCache()
+
+
+# Gluon's interface moves between releases: the versions that the Hopper lowering was tested on.
+GLUON_VERSIONS = ("3.6.",)
+
+
+def why_not_gluon(program: Program, spec: Spec, q: Tensor) -> str:
+    """Why a call does not get the Hopper lowering, empty where it does. `spec` has its `loads`."""
+    if spec.target != "cuda:90":
+        return f"the Hopper lowering is for sm_90, not {spec.target}"
+    if not triton.__version__.startswith(GLUON_VERSIONS):
+        return f"the Hopper lowering was not tested on triton {triton.__version__}"
+    if INTERPRETED:
+        return "the interpreter does not run Gluon"
+    if program.branch.weights is not None:
+        return "`weights` has no Hopper lowering yet"
+    if spec.dim != spec.v_dim or spec.dim not in (64, 128):
+        return "the Hopper lowering takes D = Dv = 64 or 128"
+    if spec.loads is not Loads.DESCRIPTOR or q.stride(3) != 1 or any(s * q.element_size() % 16 for s in q.stride()[:3]):
+        return "q, k and v do not lie in memory as hardware tensor copies need"
+    return ""
 
 
 def loads_for(spec: Spec, k: Tensor, v: Tensor, aligned: bool) -> Loads:
@@ -115,13 +138,17 @@ def parameter_sources(plan: ForwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs
         "rows": shape.rows, "k_len": shape.k_len,
     }  # fmt: skip
     out, _ = empty_output(q, shape)
-    for name, x in (("q", q), ("k", k), ("v", v), ("o", out)):
+    for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
         found |= {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bhn")}
     for index, name, x in ((1, "k", k), (2, "v", v)):
         for part in head_parts(x.shape[3]):
             block = (1, 1, plan.tiling.block_k, part.size)
             type = f"tensordesc<{_ELEMENT[plan.spec.dtype]}{list(block)}>"
             found[f"{name}_desc{part.suffix}"] = Descriptor(index, tuple(x.shape), tuple(x.stride()), block, type)
+    if plan.spec.backend is Backend.GLUON:
+        half, block_k = plan.tiling.block_q // 2, plan.tiling.block_k
+        for index, name, x, rows in ((0, "q", q, half), (1, "k", k, block_k), (2, "v", v, block_k), (_OUT, "out", out, half)):
+            found[f"{name}_desc"] = _gluon_descriptor(plan, index, x, rows)
     for i, (decl, x) in enumerate(zip(plan.program.inputs, inputs, strict=True)):
         found[f"{decl.name}_ptr"] = Slot(_INPUTS + i, _POINTER[x.dtype])
         for axis, size in enumerate(x.shape):
@@ -135,13 +162,23 @@ def parameter_sources(plan: ForwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs
     return found
 
 
+def _gluon_descriptor(plan: ForwardPlan, index: int, x: Tensor, rows: int) -> Descriptor:
+    """A descriptor of tiles of `rows` rows; in Gluon its type says how they lie in shared memory."""
+    element = {DType.BFLOAT16: gl.bfloat16, DType.FLOAT16: gl.float16}[plan.spec.dtype]
+    block = (1, 1, rows, x.shape[3])
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), element)
+    type = f"tensordesc<{_ELEMENT[plan.spec.dtype]}{list(block)},{layout!r}>"
+    return Descriptor(index, tuple(x.shape), tuple(x.stride()), block, type)
+
+
 def kernel_source(
     plan: ForwardPlan, text: str, names: Sequence[str], sources: Mapping[str, Any], aligned: bool
 ) -> KernelSource:
     """How to compile a kernel whose parameters are `names`."""
     types = tuple((name, _type(name, sources[name])) for name in names)
     alignments = tuple(_alignments(names, sources)) if aligned else ()
-    return KernelSource(text, FUNCTION, types, alignments, plan.tiling.warps, plan.tiling.stages)
+    gluon = plan.spec.backend is Backend.GLUON
+    return KernelSource(text, FUNCTION, types, alignments, plan.tiling.warps, plan.tiling.stages, gluon)
 
 
 def _alignments(names: Sequence[str], sources: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

@@ -17,13 +17,16 @@ from attndsl.simplify import specialise
 def examples(count: int) -> settings:
     """So many random programs; the profile `thorough` multiplies them."""
     factor = settings().max_examples / settings.get_profile("default").max_examples
-    return settings(
-        max_examples=round(count * factor), deadline=None, suppress_health_check=[HealthCheck.too_slow]
-    )
+    return settings(max_examples=round(count * factor), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def plain(
-    program: Program, q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str, Tensor], args: Mapping[str, int],
+    program: Program,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Mapping[str, Tensor],
+    args: Mapping[str, int],
     scale: float | None,
 ) -> tuple[Tensor, Tensor | None]:
     """What a simple implementation computes: scores in float32, weights and their product with v in the call's dtype.
@@ -59,8 +62,15 @@ def plain(
 
 
 def check(
-    program: Program, q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str, Tensor], args: Mapping[str, int],
-    out: Tensor, lse: Tensor, scale: float | None = None,
+    program: Program,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Mapping[str, Tensor],
+    args: Mapping[str, int],
+    out: Tensor,
+    lse: Tensor,
+    scale: float | None = None,
 ) -> None:
     """Assert that a kernel's output is right (FlashAttention's criterion).
 

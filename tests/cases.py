@@ -90,7 +90,9 @@ CASES: dict[str, Case] = {
     "softcap": case("attention capped { score softcap(s, 2.0)\n attend causal }"),
     "alibi": case("attention alibi { score s - exp2(-8 * (h + 1) / H) * (q - k)\n attend causal }", heads=(4, 2)),
     "bias": case(
-        "attention biased { input bias : float[h, 9] learnable\n score s + bias[h, clamp(q - k, -4, 4) + 4]\n attend all }",
+        """attention biased { input bias : float[h, 9] learnable
+        score s + bias[h, clamp(q - k, -4, 4) + 4]
+        attend all }""",
         inputs={"bias": floats(2, 9)},
     ),
     "t5": case(
@@ -114,6 +116,12 @@ CASES: dict[str, Case] = {
         softmax with sink sinks[h]
         attend causal - window(30) }""",
         inputs={"sinks": np.array([0.5, -60.0], np.float32)},
+    ),
+    "sink_of_row": case(
+        """attention gated { input lift : float[b, h, q]
+        softmax with sink lift
+        attend causal & window(30) }""",
+        rows=20, inputs={"lift": floats(2, 2, 20)},
     ),
     "weights": case(
         """attention sigmoids { input bias : float[h]

@@ -49,7 +49,10 @@ def compile_all(jobs: Sequence[Job]) -> list[Found]:
 
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as cache:
-        environment |= {"ATTNDSL_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join([environment.get("PYTHONPATH", ""), str(ROOT)])}
+        environment |= {
+            "ATTNDSL_CACHE_DIR": cache,
+            "PYTHONPATH": os.pathsep.join([environment.get("PYTHONPATH", ""), str(ROOT)]),
+        }
         done = subprocess.run(
             [sys.executable, "-m", "tests.offline"], input=json.dumps([asdict(job) for job in jobs]), text=True,
             capture_output=True, cwd=ROOT, env=environment, check=False,

@@ -14,8 +14,14 @@ from attndsl.diagnostics import PatternError
 
 
 def qkv(
-    heads: int = 4, kv_heads: int = 2, rows: int = 20, k_len: int = 20, dim: int = 16, v_dim: int = 16,
-    dtype: torch.dtype = torch.float32, device: str = "cpu",
+    heads: int = 4,
+    kv_heads: int = 2,
+    rows: int = 20,
+    k_len: int = 20,
+    dim: int = 16,
+    v_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     sizes = ((2, heads, rows, dim), (2, kv_heads, k_len, dim), (2, kv_heads, k_len, v_dim))
     q, k, v = (torch.zeros(size, dtype=dtype, device=device) for size in sizes)
@@ -56,10 +62,14 @@ def test_dtype() -> None:
     refused("A502", "q is int32", lambda: CAUSAL(q, k, v))
     q, k, v = qkv()
     refused("A502", "q is float32 and v is float16", lambda: CAUSAL(q, k, v.half()))
+    # … also after a good call of the same shapes, whose kernel is ready.
+    CAUSAL(q, k, v)
+    refused("A502", "q is float32 and k is float16", lambda: CAUSAL(q, k.half(), v))
 
 
 def test_device() -> None:
     q, k, v = qkv()
+    CAUSAL(q, k, v)
     refused("A503", "q is on cpu and k on meta", lambda: CAUSAL(q, k.to("meta"), v))
 
 
@@ -134,7 +144,9 @@ def test_missing_and_unknown_names() -> None:
 def test_input_type() -> None:
     q, k, v = qkv()
     error = refused(
-        "A511", "input `doc` is declared int and the tensor is float32", lambda: DOCUMENTS(q, k, v, doc=torch.zeros(2, 20))
+        "A511",
+        "input `doc` is declared int and the tensor is float32",
+        lambda: DOCUMENTS(q, k, v, doc=torch.zeros(2, 20)),
     )
     assert "documents" in str(error), "the declaration is shown"
     bias = torch.zeros(4, dtype=torch.int32)
@@ -163,4 +175,13 @@ def test_lse_of_weights() -> None:
 
 def test_argument_type() -> None:
     refused("A516", "`span` is a runtime int, not 2.5", lambda: LOCAL(*qkv(), span=2.5))
-    refused("A517", "input `doc` is a tensor, not a list", lambda: DOCUMENTS(*qkv(), doc=[[0] * 20] * 2))
+    refused("A517", "input `doc` is a tensor, not [[0, 0", lambda: DOCUMENTS(*qkv(), doc=[[0] * 20] * 2))
+
+
+def test_unsupported_pattern() -> None:
+    coarse = attndsl.compile("attention a { input flag : bool[b, k]\n attend coarsen({ flag[k] }, 8, any) }")
+    flag = torch.zeros(2, 20, dtype=torch.bool)
+    error = refused(
+        "A518", "not yet supported: coarsen of a pattern that depends on data", lambda: coarse(*qkv(), flag=flag)
+    )
+    assert "coarsen({ flag[k] }, 8, any)" in str(error)

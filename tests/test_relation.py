@@ -169,7 +169,9 @@ def test_conditions_of_composed_programs(case: Case) -> None:
 @pytest.mark.parametrize("text", ["causal & (window(5) | strided(4, 3))", "neighborhood(5)", "same_block(6, 3)"])
 def test_past_the_effort_tiles_are_a_superset(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     program, shape = load(text).program, call(16, 16)
-    exact = {side: visits(program, shape, side_runs(program, shape, 4, 4, side)[1], 4, 4, side, {}, {}) for side in Side}
+    exact = {
+        side: visits(program, shape, side_runs(program, shape, 4, 4, side)[1], 4, 4, side, {}, {}) for side in Side
+    }
     monkeypatch.setattr("attndsl.tiles.SCAN_EFFORT", 1)
     relation = build_relation(program, (1, 1))
     for side in Side:
@@ -191,7 +193,9 @@ def test_a_condition_past_the_effort_becomes_data(monkeypatch: pytest.MonkeyPatc
     written = fold(lowering.predicate(program.branch.pattern))
     chosen = pair_mask(relation, written)
     assert chosen is not None
-    np.testing.assert_array_equal(np.broadcast_to(evaluate(chosen, program, shape), (1, 1, 16, 16)), mask(program, shape))
+    np.testing.assert_array_equal(
+        np.broadcast_to(evaluate(chosen, program, shape), (1, 1, 16, 16)), mask(program, shape)
+    )
     check_tiles(program, shape, 4, 4)
 
 

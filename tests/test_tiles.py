@@ -164,6 +164,6 @@ def loaded(case: Case) -> Program:
 
 
 @given(case=composed_programs(max_depth=3, lengths=(1, 7, 16, 33), scores=False), blocks=st.sampled_from(BLOCKS))
-@examples(40)
+@examples(24)
 def test_composed_programs(case: Case, blocks: tuple[int, int]) -> None:
     check_tiles(loaded(case), case.shape, *blocks, case.inputs, case.args)

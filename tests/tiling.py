@@ -53,7 +53,7 @@ def visits(
             first, count = (np.broadcast_to(reader.value(e, variables), size) for e in (run.first, run.count))
             for place in zip(*np.nonzero(count > 0), strict=True):
                 low, end = first[place], first[place] + run.step * (count[place] - 1) + 1
-                assert 0 <= low and end <= other, f"{run}: tiles {low} to {end - 1} of {other} at {place}"
+                assert low >= 0 and end <= other, f"{run}: tiles {low} to {end - 1} of {other} at {place}"
                 for counts in marked:
                     counts[place][low : end : run.step] += 1
     return (visited, full) if side is Side.QUERY else (visited.swapaxes(2, 3), full.swapaxes(2, 3))
@@ -76,7 +76,9 @@ def check_tiles(
     grid = (shape.batch, shape.heads, q_tiles, block_q, k_tiles, block_k)
     some = np.pad(allowed, padding).reshape(grid).any(axis=(3, 5))
     # Rows that do not exist may see anything; keys that do not exist may not be seen.
-    rows_padded = np.pad(np.pad(allowed, (*padding[:2], padding[2], (0, 0)), constant_values=True), (*padding[:2], (0, 0), padding[3]))
+    rows_padded = np.pad(
+        np.pad(allowed, (*padding[:2], padding[2], (0, 0)), constant_values=True), (*padding[:2], (0, 0), padding[3])
+    )
     every = rows_padded.reshape(grid).all(axis=(3, 5))
     for side in sides:
         found = runs[side] if runs is not None else side_runs(program, shape, block_q, block_k, side)[1]

@@ -1,0 +1,32 @@
+"""What this process has compiled, under the keys by which operators and graphs name it. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from attndsl.diagnostics import error
+
+if TYPE_CHECKING:
+    from attndsl.runtime.engine import Engine
+
+_MAKERS: dict[str, Callable[[], Engine]] = {}
+_ENGINES: dict[str, Engine] = {}
+
+
+def register(key: str, make: Callable[[], Engine]) -> None:
+    """Make a program known under its key; its engine is made when first asked for."""
+    _MAKERS.setdefault(key, make)
+
+
+def engine_of(key: str) -> Engine:
+    """The engine of a key, one for the whole process."""
+    engine = _ENGINES.get(key)
+    if engine is not None:
+        return engine
+    if key not in _MAKERS:
+        raise error(
+            "A520", "this process has not compiled the attention that the graph calls",
+            help="call attndsl.compile with the same program before running an exported graph",
+        )  # fmt: skip
+    return _ENGINES.setdefault(key, _MAKERS[key]())

@@ -1,0 +1,158 @@
+"""The public interface: compile and its warnings, masks, blocks, comparison, and the diagnostics of wrong use."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import attndsl
+from attndsl.blockgraph import TileCode
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = "attention documents { input doc : int[b, k] sorted  attend causal & document(doc) }"
+
+
+def tensors(n: int = 32, heads: int = 2, dim: int = 16, rows: int | None = None) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = (n if rows is None else rows, n, n)
+    return [torch.randn(1, heads, length, dim, generator=generator) for length in lengths]
+
+
+def test_mask_is_the_pattern() -> None:
+    mask = attndsl.compile("causal & (window(3) | sink(1))").mask(7, 7, heads=2)
+    q, k = np.arange(7)[:, None], np.arange(7)
+    assert mask.shape == (2, 7, 7)
+    assert mask.dtype == np.bool_
+    np.testing.assert_array_equal(mask[1], (k <= q) & ((q - k < 3) | (k < 1)))
+
+
+def test_mask_reads_inputs_of_a_batch_entry() -> None:
+    attn = attndsl.compile(DOCUMENTS)
+    doc = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 2]])
+    for batch in range(2):
+        ids = doc[batch].numpy()
+        expected = np.tril(ids[:, None] == ids[None, :])
+        np.testing.assert_array_equal(attn.mask(4, 4, batch=batch, doc=doc)[0], expected)
+    # Rows are the last ones of the sequence; arrays do as well as tensors.
+    np.testing.assert_array_equal(attn.mask(2, 4, doc=doc.numpy())[0], attn.mask(4, 4, doc=doc)[0][2:])
+
+
+def test_blocks_agree_with_the_mask() -> None:
+    attn = attndsl.compile("causal & window(20)")
+    tiles = attn.blocks(64, 64, 16, 16).dense()
+    pairs = attn.mask(64, 64)[0].reshape(4, 16, 4, 16).swapaxes(1, 2)
+    expected = np.where(pairs.all((2, 3)), TileCode.FULL, np.where(pairs.any((2, 3)), TileCode.PARTIAL, TileCode.NONE))
+    np.testing.assert_array_equal(tiles, expected)
+
+
+def test_compare_takes_texts_paths_and_attentions(tmp_path: Path) -> None:
+    path = tmp_path / "near.attn"
+    path.write_text("causal & window(4)")
+    near = attndsl.compile("causal & window(4)")
+    assert attndsl.compare(str(path), near).verdict.value == "equal"
+    assert attndsl.compare(path, "causal").verdict.value == "contained"
+    assert attndsl.compare("causal", near).verdict.value == "contains"
+
+
+def test_compare_stays_a_function_after_its_module_is_imported() -> None:
+    program = "import attndsl, importlib; importlib.import_module('attndsl.compare'); print(callable(attndsl.compare))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
+def test_warnings_come_once_when_compiling() -> None:
+    with pytest.warns(attndsl.PatternWarning, match="changes nothing") as caught:
+        attn = attndsl.compile("causal & window(4) & window(8)")
+    assert len(caught) == 1
+    assert [warning.code for warning in attn.warnings] == ["W301"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attn.mask(4, 4)
+        attndsl.compile("causal & (window(512) | sink(4))")
+        warnings.simplefilter("ignore", attndsl.PatternWarning)
+        attndsl.compile("causal & window(4) & window(8)")
+
+
+def test_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    names: dict[str, object] = {}
+    for block in re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
+    ):
+        exec(compile(block, "README.md", "exec"), names)
+    assert isinstance(names["out"], torch.Tensor)
+    assert names["out"].shape == (1, 8, 1024, 64)
+
+
+def test_a_path_is_named_in_messages(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.attn"
+    path.write_text("causal & windw(4)")
+    with pytest.raises(attndsl.PatternError, match=r"wrong\.attn:1:10"):
+        attndsl.compile(str(path))
+
+
+# ----------------------------------------------------------------------------- codes of wrong use
+
+
+def call(pattern: str, *given: torch.Tensor, **options: object) -> Callable[[], object]:
+    return lambda: attndsl.compile(pattern)(*given, **options)  # type: ignore[arg-type]
+
+
+Q, K, V = tensors()
+IDS = torch.zeros(1, 32, dtype=torch.int32)
+WRONG: dict[str, Callable[[], object]] = {
+    "A501": call("causal", Q[0], K, V),
+    "A502": call("causal", Q, K.half(), V),
+    "A503": call("causal", Q, K.to("meta"), V),
+    "A504": call("causal", Q, K[:, :, :3], V),
+    "A505": call("causal", Q[:, :1], K, V),
+    "A506": call("causal", Q[..., :12], K[..., :12], V),
+    "A507": call("band(1, 1)", Q, K[:, :, :5], V[:, :, :5]),
+    "A508": lambda: attndsl.compile("causal").source(dtype="float64"),
+    "A509": call("causal", Q, K, V, backend="tpu"),
+    "A511": call(DOCUMENTS, Q, K, V, doc=IDS.float()),
+    "A512": call(DOCUMENTS, Q, K, V, doc=IDS.to("meta")),
+    "A513": call(DOCUMENTS, Q, K, V, doc=IDS[:, :3]),
+    "A514": lambda: attndsl.compile("attention a(w : int[h]) { attend causal & window(w[h]) }", w=[1, 2, 3])(Q, K, V),
+    "A516": call("attention a(w : runtime int) { attend causal & window(w) }", Q, K, V, w=1.5),
+    "A517": call(DOCUMENTS, Q, K, V, doc=[0, 1]),
+    "A518": call("attention a { input x : int[b, k]  attend coarsen({ x[q] == x[k] }, 4, any) }", Q, K, V, x=IDS),
+    "A521": call("attention a { weights s  attend causal }", Q, K, V, return_lse=True),
+    "A522": call(DOCUMENTS, Q, K, V, docs=IDS),
+    "A523": lambda: attndsl.compile(DOCUMENTS).mask(4, 4),
+    "A524": lambda: attndsl.compile("causal").mask(4, 4, heads=3, kv_heads=2),
+    "A530": lambda: attndsl.compile("causal").source(target="sm_1"),
+    "A531": lambda: attndsl.compile("causal").source("sideways"),
+    "A532": lambda: attndsl.compile("causal").assembly("forward", "amdgcn", target="sm_90"),
+    "A541": lambda: attndsl.compare("causal", "attention a { align start  attend causal }"),
+}
+# Raised for what a test cannot bring about here, or brings about elsewhere.
+ELSEWHERE = {"A510", "A520", "A525", "A533", "A534", "A540", "A920", "A922"}
+
+
+@pytest.mark.parametrize("code", sorted(WRONG))
+def test_wrong_use_has_a_code_and_is_documented(code: str) -> None:
+    with pytest.raises(attndsl.PatternError) as caught:
+        WRONG[code]()
+    (diagnostic,) = caught.value.diagnostics
+    assert diagnostic.code == code
+    text = (ROOT / "docs" / "diagnostics.md").read_text("utf-8")
+    section = text.split(f"### {code} ")[1].split("\n### ")[0]
+    quoted = re.findall(r"^```text\n(.*?)\n", section, re.DOTALL | re.MULTILINE)
+    assert quoted == [diagnostic.render().splitlines()[0]]
+
+
+def test_every_code_of_wrong_use_is_listed() -> None:
+    files = [*(ROOT / "runtime").glob("*.py"), *(ROOT / "attndsl").glob("*.py")]
+    raised = {code for path in files for code in re.findall(r'"(A\d{3})"', path.read_text("utf-8"))}
+    assert raised == set(WRONG) | ELSEWHERE
+    documented = set(re.findall(r"^### (A\d{3}) ", (ROOT / "docs" / "diagnostics.md").read_text("utf-8"), re.MULTILINE))
+    assert raised <= documented
