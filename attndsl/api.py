@@ -365,10 +365,11 @@ def _engine(program: Program) -> Engine:
     from attndsl.codegen.cpu import forward_source as cpu_forward
     from attndsl.codegen.cpu_backward import backward_source as cpu_backward
     from attndsl.codegen.gluon_forward import forward_source as gluon_forward
+    from attndsl.codegen.triton_backward import backward_sources as triton_backward
     from attndsl.codegen.triton_forward import forward_source as triton_forward
     from attndsl.runtime.engine import Engine, Generators
 
-    return Engine(program, Generators(triton_forward, cpu_forward, None, cpu_backward, gluon_forward))
+    return Engine(program, Generators(triton_forward, cpu_forward, triton_backward, cpu_backward, gluon_forward))
 
 
 def attention_module() -> type[AttentionModule]:

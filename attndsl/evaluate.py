@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, assert_never
 
 import numpy as np
@@ -13,7 +13,7 @@ from attndsl.program import Arg, Binary, Call, Compare, Const, If, Logic, Read, 
 
 Value = NDArray[Any]
 
-_BINARY = {
+_BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "//": np.floor_divide, "%": np.mod,
 }  # fmt: skip
 _COMPARE = {
@@ -59,7 +59,7 @@ def evaluate(e: Scalar, variables: Mapping[str, Value], leaves: Mapping[Scalar, 
             case Call(function="abs", args=(a,)):
                 return np.abs(value(a))
             case Call(function="clamp", args=(a, low, high)):
-                return np.minimum(np.maximum(value(a), value(low)), value(high))
+                return np.asarray(np.minimum(np.maximum(value(a), value(low)), value(high)))
             case Call(function=function):
                 raise AssertionError(f"the compiler derives no {function}")
             case _:

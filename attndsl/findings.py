@@ -36,7 +36,8 @@ from attndsl.program import (
     reads,
     scalars,
 )  # fmt: skip
-from attndsl.relation import EFFORT, Lowering, TooHard, Unsupported, bounded
+from attndsl.effort import EFFORT, TooHard, bounded
+from attndsl.relation import Lowering, Unsupported
 from attndsl.witness import Witness, World, canonical, has_coarsen
 
 # Elementary isl operations allowed to one question.

@@ -56,24 +56,24 @@ class _Normaliser:
                 found.add(self.sum(b), 1 if op == "+" else -1)
                 return found
             case Binary(op="*", left=a, right=b):
-                x, y = self.sum(a), self.sum(b)
-                if x.terms and y.terms:
-                    return _Sum(0, {Binary("*", _write(x), _write(y)): 1})
-                if x.terms:
-                    x, y = y, x
+                left, right = self.sum(a), self.sum(b)
+                if left.terms and right.terms:
+                    return _Sum(0, {Binary("*", _write(left), _write(right)): 1})
+                if left.terms:
+                    left, right = right, left
                 found = _Sum()
-                found.add(y, x.constant)
+                found.add(right, left.constant)
                 return found
             case Binary(op="//", left=a, right=Const(value=int(n))):
                 return _quotient(self.sum(a), n)
             case Binary(op="%", left=a, right=Const(value=int(n))):
                 # Multiples of n do not matter.
-                x = self.sum(a)
-                rest = _Sum(x.constant % n, {t: r for t, c in x.terms.items() if (r := _residue(c, n))})
+                left = self.sum(a)
+                rest = _Sum(left.constant % n, {t: r for t, c in left.terms.items() if (r := _residue(c, n))})
                 return _Sum(rest.constant % n) if not rest.terms else _Sum(0, {Binary("%", _write(rest), Const(n)): 1})
             case If(cond=c, then=a, other=b):
-                cond, x, y = self.scalar(c), self.scalar(a), self.scalar(b)
-                return self.sum(x) if x == y else _Sum(0, {If(cond, x, y): 1})
+                cond, then, otherwise = self.scalar(c), self.scalar(a), self.scalar(b)
+                return self.sum(then) if then == otherwise else _Sum(0, {If(cond, then, otherwise): 1})
             case Call(function=f, args=args) if e.type is Type.INT:
                 return _Sum(0, {Call(f, tuple(self.scalar(x) for x in args)): 1})
             case _:
@@ -85,9 +85,9 @@ class _Normaliser:
                 # All terms on the side where they are positive, the constant on the right.
                 difference = self.sum(a)
                 difference.add(self.sum(b), -1)
-                left = _Sum(0, {t: c for t, c in difference.terms.items() if c > 0})
-                right = _Sum(-difference.constant, {t: -c for t, c in difference.terms.items() if c < 0})
-                return Compare(op, _write(left), _write(right))
+                positive = _Sum(0, {t: c for t, c in difference.terms.items() if c > 0})
+                negative = _Sum(-difference.constant, {t: -c for t, c in difference.terms.items() if c < 0})
+                return Compare(op, _write(positive), _write(negative))
             case Logic(op=op, operands=xs):
                 return Logic(op, tuple(self.condition(x) for x in xs))
             case Unary(op="not", operand=x):

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from attndsl.effort import TooHard, bounded
 from attndsl.linear import normalise
 from attndsl.program import (
     Arg,
@@ -27,7 +28,7 @@ from attndsl.program import (
     walk,
 )  # fmt: skip
 from attndsl.quasi_affine import condition
-from attndsl.relation import Lowering, Relation, TooHard, bounded
+from attndsl.relation import Lowering, Relation
 from attndsl.simplify import fold, specialise
 from attndsl.tiles import Run, Side, TileRuns, tile_runs
 
@@ -165,6 +166,31 @@ class ForwardPlan(Plan):
     """A forward kernel."""
 
 
+class Over(Enum):
+    """What a kernel sums the gradient of a read over, where it may: what the read's index does not follow."""
+
+    TILE = "tile"  # the index reads neither q nor k: all pairs of a query tile
+    KEYS = "keys"  # it reads q: the keys of a row
+    ROWS = "rows"  # it reads k: the rows that see a key
+    NOTHING = "nothing"  # it reads both
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """A read of a learnable input, in the logit (or weight) or in the sink, and the derivative by it."""
+
+    read: Read
+    slope: Scalar
+    of_sink: bool
+
+    @property
+    def over(self) -> Over:
+        by_q, by_k = reads(self.read, "q"), reads(self.read, "k")
+        if by_q:
+            return Over.NOTHING if by_k else Over.KEYS
+        return Over.ROWS if by_k else Over.TILE
+
+
 @dataclass(frozen=True, slots=True)
 class BackwardPlan(Plan):
     """The backward kernels: `runs` and `tiling` are those of dq, `key_runs` and `key_tiling` those of dk and dv.
@@ -186,6 +212,16 @@ class BackwardPlan(Plan):
         slopes = () if self.d_score is None else (self.d_score,)
         others = (x for pair in self.learnable + self.sink_learnable for x in pair)
         return (*run_scalars(self.key_runs), *slopes, *others)
+
+    @property
+    def learned(self) -> tuple[Learned, ...]:
+        """All reads of learnable inputs, those of the sink last."""
+        logit = (Learned(read, slope, False) for read, slope in self.learnable)
+        return (*logit, *(Learned(read, slope, True) for read, slope in self.sink_learnable))
+
+    def of_keys(self) -> BackwardPlan:
+        """The plan as the kernel of dk and dv has it: that kernel's tiling and runs in place of those of dq."""
+        return replace(self, tiling=self.key_tiling, runs=self.key_runs)
 
     @property
     def learnable_inputs(self) -> tuple[InputDecl, ...]:
@@ -289,8 +325,24 @@ def _written(lowering: Lowering, spec: Spec) -> Scalar:
     program = lowering.program
     written = fold(lowering.predicate(program.branch.pattern))
     with suppress(TooHard):  # … in which case the condition stays as it was written.
-        written = bounded(lowering.ctx, lambda: lowering.without_redundant(written))
+        written = bounded(lowering.ctx, lambda: _without_redundant(lowering, written))
     return specialise(written, spec.sizes)
+
+
+def _without_redundant(lowering: Lowering, cond: Scalar) -> Scalar:
+    """The condition less those of its conjuncts that the others imply for existing pairs."""
+    if not isinstance(cond, Logic) or cond.op != "and":
+        return cond
+    existing = lowering.set("[Nq, Nk] -> { [q, k] : q < Nq and 0 <= k < Nk }").intersect_params(lowering.context())
+    sets = {x: lowering.holds(x, lowering.here) for x in cond.operands}
+    kept = list(cond.operands)
+    for x in cond.operands:
+        left = existing
+        for y in kept:
+            left = left if y == x else left.intersect(sets[y])
+        if len(kept) > 1 and left.is_subset(sets[x]):
+            kept.remove(x)
+    return kept[0] if len(kept) == 1 else Logic("and", tuple(kept))
 
 
 def _branch(program: Program, spec: Spec) -> dict[str, Scalar | None]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 
+from attndsl.effort import TooHard, bounded
 from attndsl.program import Inter, Minus, Program, Set, Union, reads, scalars
-from attndsl.relation import Lowering, TooHard, bounded
+from attndsl.relation import Lowering
 
 
 @functools.lru_cache(maxsize=256)

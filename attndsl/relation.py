@@ -8,7 +8,7 @@ A pattern becomes an islpy set { [q, k] } whose parameters are
   A data atom may differ from pair to pair, so before pairs are projected to tiles it is projected out:
   the tiles to visit are those where some value of it allows a pair, the full ones where every value does.
 
-islpy is imported here, in `tiles` and in `compare`, and nowhere else.
+islpy is imported by the modules about integer sets (`tests/test_structure.py` names them) and nowhere else.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from typing import TypeVar, assert_never
 import islpy as isl
 
 from attndsl.diagnostics import Diagnostic, PatternError, Severity, Span
+from attndsl.effort import TooHard, bounded
 from attndsl.program import (
     Arg, Binary, Blocks, Call, Choose, Coarse, Coarsen, Compare, Complement, Const, If, Inter, Logic, Minus, On,
     Permuted, Program, Read, Scalar, Set, Table, Type, Unary, Union, Var, Where, reads, substitute,
 )  # fmt: skip
 from attndsl.quasi_affine import condition
 
-# Elementary isl operations allowed to one step of lowering: about 0.1 s.
-EFFORT = 200_000
 # A table or a power is expanded into at most so many cases.
 MAX_CASES = 256
 # Positions are below 2**POSITION_BITS.
@@ -41,10 +40,6 @@ class NotAffine(Exception):
     """The scalar is not quasi-affine in q, k and the uniform scalars."""
 
 
-class TooHard(Exception):
-    """A step passed its effort bound."""
-
-
 class Unsupported(PatternError):
     """The pattern says something that the compiler cannot yet lower: what, and where."""
 
@@ -52,23 +47,6 @@ class Unsupported(PatternError):
         help = "write the pattern without it"
         super().__init__([Diagnostic("A518", Severity.ERROR, f"not yet supported: {what}", span, help=help)])
         self.what, self.span = what, span
-
-
-def bounded(ctx: isl.Context, step: Callable[[], _Result], effort: int = EFFORT) -> _Result:
-    """The result of a step, or `TooHard` once it takes more than `effort` elementary operations."""
-    # Inside another bounded step, which goes on under its own bound.
-    outer = ctx.get_max_operations()
-    ctx.reset_operations()
-    ctx.set_max_operations(effort)
-    try:
-        return step()
-    except isl.Error as e:
-        if "maximal number of operations" not in str(e):
-            raise
-        raise TooHard from e
-    finally:
-        ctx.set_max_operations(outer)
-        ctx.reset_operations()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +132,9 @@ class Lowering:
         # Rows end with the keys or, under `align start`, with Nq: what only longer sequences could hold goes.
         longest = self.set(f"{{ [q, k] : q <= {1 << POSITION_BITS} }}")
         pairs = pairs.intersect(longest).gist(longest).gist_params(context)
-        keys_bounded = written.intersect(rows).intersect_params(context).is_subset(self.set("[Nk] -> { [q, k] : k < Nk }"))
+        keys_bounded = (
+            written.intersect(rows).intersect_params(context).is_subset(self.set("[Nk] -> { [q, k] : k < Nk }"))
+        )
         pairs = pairs.coalesce()
         uniform = {name: e for name, e in self.uniform.items() if self._involves(pairs, name)}
         atoms = {name: e for name, e in self.atoms.items() if self._involves(pairs, name)}
@@ -195,6 +175,7 @@ class Lowering:
 
     def lower(self, pattern: Set, place: _Place) -> isl.Set:
         """The pairs of a set read at a place; a part that is too hard becomes a data atom."""
+        step: Callable[[], isl.Set]
         match pattern:
             case Where(cond=cond):
                 step = lambda: self.holds(cond, place)  # noqa: E731
@@ -213,10 +194,10 @@ class Lowering:
             case Choose(cond=cond, then=then, other=other):
                 a, b = self.lower(then, place), self.lower(other, place)
                 step = lambda: _choose(self.holds(cond, place), a, b)  # noqa: E731
-            case On(operand=operand, place=Blocks(size=size)):
-                return self.lower(operand, self._blocks(place, size))
-            case On(operand=operand, place=Permuted() as permuted):
-                return self._atom(self.predicate(operand, self._permuted(place, permuted)), self.here)
+            case On(operand=operand, place=inner_place):
+                if isinstance(inner_place, Blocks):
+                    return self.lower(operand, self._blocks(place, inner_place.size))
+                return self._atom(self.predicate(operand, self._permuted(place, inner_place)), self.here)
             case Coarsen(operand=operand):
                 inner = self.lower(operand, self.here)
                 step = lambda: self._coarsen(pattern, inner, place)  # noqa: E731
@@ -283,7 +264,9 @@ class Lowering:
         # Read at another place: pull back along (q, k), and let its lengths be the place's.
         coarse = _rename_param(_rename_param(coarse, "Nq", "Nq_inner"), "Nk", "Nk_inner")
         at = isl.MultiPwAff.from_pw_aff_list(
-            isl.Space.alloc(self.ctx, 0, 2, 2).set_dim_name(isl.dim_type.in_, 0, "q").set_dim_name(isl.dim_type.in_, 1, "k"),
+            isl.Space.alloc(self.ctx, 0, 2, 2)
+            .set_dim_name(isl.dim_type.in_, 0, "q")
+            .set_dim_name(isl.dim_type.in_, 1, "k"),
             isl.PwAffList.from_pw_aff(place.q).add(place.k),
         )
         coarse = coarse.preimage_multi_pw_aff(at)
@@ -292,19 +275,6 @@ class Lowering:
             coarse = _project_param(coarse, name)
         return coarse
 
-    def without_redundant(self, cond: Scalar) -> Scalar:
-        """The condition less those of its conjuncts that the others imply for existing pairs."""
-        if not isinstance(cond, Logic) or cond.op != "and":
-            return cond
-        existing = self.set("[Nq, Nk] -> { [q, k] : q < Nq and 0 <= k < Nk }").intersect_params(self.context())
-        kept = list(cond.operands)
-        sets = {x: self.holds(x, self.here) for x in kept}
-        for x in cond.operands:
-            others = [sets[y] for y in kept if y != x]
-            if others and _fold([existing, *others], isl.Set.intersect).is_subset(sets[x]):
-                kept.remove(x)
-        return kept[0] if len(kept) == 1 else Logic("and", tuple(kept))
-
     # ------------------------------------------------------------------------------- conditions
 
     def holds(self, cond: Scalar, place: _Place) -> isl.Set:
@@ -312,7 +282,7 @@ class Lowering:
         match cond:
             case Const(value=value):
                 return isl.Set.universe(self.space) if value else isl.Set.empty(self.space)
-            case Unary(op="not", operand=operand):
+            case Unary(operand=operand):
                 return self.holds(operand, place).complement()
             case Logic(op="and", operands=operands):
                 return _fold([self.holds(x, place) for x in operands], isl.Set.intersect)
@@ -327,11 +297,11 @@ class Lowering:
                     return self._atom(cond, place)
             case Call(function="is_power_of_two", args=(x,)):
                 try:
-                    value = self.affine(x, place)
+                    number = self.affine(x, place)
                 except NotAffine:
                     return self._atom(cond, place)
                 powers = " or ".join(f"x = {1 << i}" for i in range(POSITION_BITS))
-                return self.set(f"{{ [x] : {powers} }}").preimage_multi_pw_aff(isl.MultiPwAff.from_pw_aff(value))
+                return self.set(f"{{ [x] : {powers} }}").preimage_multi_pw_aff(isl.MultiPwAff.from_pw_aff(number))
             case Read() | Table():
                 return self._atom(cond, place)
             case Var() | Arg() | Binary() | Call():
@@ -344,7 +314,9 @@ class Lowering:
             # x // m == y // m as m * (x // m) <= y < m * (x // m) + m, with the quotient of the anchor's side, so
             # that the other position's values are an interval whose ends isl writes in terms of the anchor.
             match left, right:
-                case Binary(op="//", left=x, right=Const(value=int(m))), Binary(op="//", left=y, right=Const(value=int(n))) if m == n:
+                case Binary(op="//", left=x, right=Const(value=int(m))), Binary(
+                    op="//", left=y, right=Const(value=int(n))
+                ) if m == n:
                     quotient, other = (left, y) if reads(left, self.anchor) else (right, x)
                     base = self.affine(quotient, place).scale_val(isl.Val.int_from_si(self.ctx, m))
                     value = self.affine(other, place)
@@ -381,12 +353,11 @@ class Lowering:
             return self._parameter(placed)
 
     def _affine(self, e: Scalar, place: _Place) -> isl.PwAff:
-        val = lambda n: isl.Val.int_from_si(self.ctx, n)  # noqa: E731
         match e:
             case Const(value=bool()):
                 raise AssertionError("a boolean is no number")
             case Const(value=int(value)):
-                return isl.PwAff.val_on_domain(isl.Set.universe(self.space), val(value))
+                return isl.PwAff.val_on_domain(isl.Set.universe(self.space), isl.Val.int_from_si(self.ctx, value))
             case Var(name="q" | "k") if isinstance(place.name(e.name), Read):
                 raise NotAffine("a position read from an input")
             case Var(name="q"):
@@ -411,10 +382,10 @@ class Lowering:
             case Binary(op="-", left=a, right=b):
                 return self.affine(a, place).sub(self.affine(b, place))
             case Binary(op="*", left=a, right=b):
-                x, y = self.affine(a, place), self.affine(b, place)
-                if not (x.is_cst() or y.is_cst()):
+                factor, other = self.affine(a, place), self.affine(b, place)
+                if not (factor.is_cst() or other.is_cst()):
                     raise NotAffine("a product of two variables")
-                return x.mul(y)
+                return factor.mul(other)
             case Binary(op="//" | "%", left=a, right=b):
                 divisor = self.affine(b, place)
                 if not divisor.is_cst():
@@ -433,21 +404,19 @@ class Lowering:
             case Call(function="max", args=args):
                 return _fold([self.affine(x, place) for x in args], isl.PwAff.max)
             case Call(function="abs", args=(x,)):
-                value = self.affine(x, place)
-                return value.max(value.neg())
+                magnitude = self.affine(x, place)
+                return magnitude.max(magnitude.neg())
             case Call(function="clamp", args=(x, low, high)):
                 return self.affine(x, place).max(self.affine(low, place)).min(self.affine(high, place))
             case Call(function="bit_length", args=(x,)):
-                value = self.affine(x, place)
-                bits = "; ".join(
-                    f"[x] -> [{i}] : {1 << (i - 1)} <= x < {1 << i}" for i in range(1, POSITION_BITS + 1)
-                )
+                positive = self.affine(x, place)
+                bits = "; ".join(f"[x] -> [{i}] : {1 << (i - 1)} <= x < {1 << i}" for i in range(1, POSITION_BITS + 1))
                 table = self.aff(f"{{ [x] -> [0] : x <= 0; {bits} }}")
-                return table.pullback_multi_pw_aff(isl.MultiPwAff.from_pw_aff(value))
+                return table.pullback_multi_pw_aff(isl.MultiPwAff.from_pw_aff(positive))
             case Table(name=name, index=(index,)) if reads(substitute(index, place.names), "q", "k"):
                 values = self.program.table(name).values
                 if len(values) > MAX_CASES:
-                    raise NotAffine(f"a table of more than {MAX_CASES} entries, indexed by q or k")
+                    raise NotAffine(f"more than {MAX_CASES} entries")
                 last = len(values) - 1
                 inner = [f"[x] -> [{int(v)}] : x = {i}" for i, v in enumerate(values) if 0 < i < last]
                 ends = [f"[x] -> [{int(values[0])}] : x <= 0"]
@@ -488,10 +457,10 @@ class Lowering:
             case Choose(cond=cond, then=then, other=other):
                 chosen = substitute(cond, place.names)
                 return If(chosen, self.predicate(then, place), self.predicate(other, place))
-            case On(operand=operand, place=Blocks(size=size)):
-                return self.predicate(operand, self._blocks(place, size))
-            case On(operand=operand, place=Permuted() as permuted):
-                return self.predicate(operand, self._permuted(place, permuted))
+            case On(operand=operand, place=inner_place):
+                if isinstance(inner_place, Blocks):
+                    return self.predicate(operand, self._blocks(place, inner_place.size))
+                return self.predicate(operand, self._permuted(place, inner_place))
             case Coarsen():
                 inner = self.lower(pattern.operand, self.here)
                 coarse = condition(self._coarsen(pattern, inner, self.here), self.context(), self.uniform)

@@ -195,13 +195,13 @@ class _Differentiation:
     def _scalar(self, x: Any) -> Scalar:
         if x.is_Symbol:
             return self._scalars[x]
-        if x.is_number:
+        if x.is_Atom:
             # Not a number, or sympy's infinity of no sign: the score is undefined everywhere.
             return Const(float(x) if x.is_finite else math.inf)
         if x.is_Add:
             return reduce(_sum, map(self._scalar, x.as_ordered_terms()))
         if x.is_Mul:
-            if x.args[0].is_number and x.args[0].is_negative:
+            if x.args[0].is_Number and x.args[0].is_negative:
                 return _product(Const(-1.0), self._scalar(-x))
             below = [f for f in x.as_ordered_factors() if f.is_Pow and f.exp.is_negative]
             above = [self._scalar(f) for f in x.as_ordered_factors() if f not in below]

@@ -154,7 +154,7 @@ def _logic(op: str, operands: tuple[Scalar, ...]) -> Scalar:
 def _extremum(name: str, args: tuple[Scalar, ...]) -> Scalar:
     flat = [y for x in args for y in (x.args if isinstance(x, Call) and x.function == name else (x,))]
     values = [x.value for x in flat if isinstance(x, Const)]
-    rest = list(dict.fromkeys(x for x in flat if not isinstance(x, Const)))
+    rest: list[Scalar] = list(dict.fromkeys(x for x in flat if not isinstance(x, Const)))
     if values:
         rest.append(Const(min(values) if name == "min" else max(values)))
     return rest[0] if len(rest) == 1 else Call(name, tuple(rest))

@@ -17,7 +17,8 @@ from attndsl.linear import normalise
 from attndsl.program import Binary, Call, Compare, Const, If, Logic, Scalar, Unary, Var
 from attndsl.quasi_affine import to_scalar
 from attndsl.simplify import fold
-from attndsl.relation import EFFORT, Relation, TooHard, bounded
+from attndsl.effort import EFFORT, TooHard, bounded
+from attndsl.relation import Relation
 
 # Elementary isl operations allowed to the tiles of one side of one pattern.
 SCAN_EFFORT = 2 * EFFORT
@@ -143,10 +144,10 @@ class _Tiler:
             kind: self._intervals(self._own_tile(tiles, own, other)).gist(whole)
             for kind, tiles in ((TileKind.FULL, full), (TileKind.PARTIAL, partial))
         }
-        runs = {kind: self._interval_runs(line, kind, context) for kind, line in lines.items()}
-        if runs[TileKind.FULL] is None or runs[TileKind.PARTIAL] is None:
+        full_runs, partial_runs = (self._interval_runs(line, kind, context) for kind, line in lines.items())
+        if full_runs is None or partial_runs is None:
             return self._loops(lines, context)
-        return TileRuns(tuple(runs[TileKind.FULL]), tuple(runs[TileKind.PARTIAL]))
+        return TileRuns(tuple(full_runs), tuple(partial_runs))
 
     def _interval_runs(self, line: isl.Set, kind: TileKind, context: isl.Set) -> list[Run] | None:
         """A run for each disjoint interval of a line of tiles, or None if some piece is no interval."""
@@ -242,7 +243,6 @@ class _Tiler:
     def _scalar(self, expr: isl.AstExpr) -> Scalar:
         names: dict[str, Scalar] = {name: Var(name) for name in ("Nq", "Nk", "q_tile", "k_tile", "start")}
         return to_scalar(expr, names | self.relation.uniform)
-
 
 
 class _Scan:

@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from attndsl.plan import ForwardPlan, Plan, run_scalars
-from attndsl.program import Arg, Axis, Dim, Read, Scalar, Table, Type, Var, reads
-
 from attndsl.codegen.header import header
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import PYTHON, TORCH, Level, Names, Printer
+from attndsl.plan import ForwardPlan, Plan, run_scalars
+from attndsl.program import Arg, Axis, Dim, Read, Scalar, Table, Type, Var, reads
 
 # Keys attended in one product: bounds the scores held at once.
 CHUNK = 8192

@@ -8,11 +8,10 @@ out * dout over a row, less the gradient of its lse; ds = dx x'(s), and a learna
 
 from __future__ import annotations
 
-from attndsl.plan import BackwardPlan
-from attndsl.program import Const, Read, Scalar, Var
-
 from attndsl.codegen.cpu import TensorLeaves, TileLoop
 from attndsl.codegen.scalars import Level, Printer
+from attndsl.plan import BackwardPlan
+from attndsl.program import Const, Read, Scalar, Var
 
 
 def backward_source(plan: BackwardPlan) -> str:

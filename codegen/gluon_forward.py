@@ -120,7 +120,9 @@ class _Forward:
         )
         with lines.block("for n in range(partial + full):"):
             lines.add("k_tile = gl.where(")
-            lines.add(f"    n < partial, gl.maximum({self._tile(partial, 'n')}, 0), {self._tile(full, '(n - partial)')}")
+            lines.add(
+                f"    n < partial, gl.maximum({self._tile(partial, 'n')}, 0), {self._tile(full, '(n - partial)')}"
+            )
             lines.add(
                 ")",
                 "stage = n % STAGES",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from attndsl.plan import DType, ForwardPlan, Loads, Part, head_parts
+from attndsl.plan import DType, Loads, Part, Plan, head_parts
 from attndsl.program import Arg, Axis, Binary, Const, Dim, Read, Scalar, Table, TableDecl, Type, Var, walk
 from attndsl.tiles import Run, TileRuns
 
@@ -26,7 +26,7 @@ _VARIABLES = {
 class Leaves:
     """Text of a Triton kernel's leaves."""
 
-    plan: ForwardPlan
+    plan: Plan
 
     def __call__(self, e: Scalar, printer: Printer) -> str:
         match e:
@@ -65,6 +65,17 @@ class Leaves:
         load = f"{language}.load({' + '.join([f'{name}_ptr', *terms])})"
         return f"{load}.to({language}.float32)" if decl.type is Type.FLOAT else load
 
+    def flat(self, read: Read, printer: Printer) -> str:
+        """The place of an entry among all of the input's declared shape, row-major, in 64 bits."""
+        dims, found = self.plan.program.input(read.input).dims, ""
+        for i, (e, dim) in enumerate(zip(read.index, dims, strict=True)):
+            size = str(dim.size) if dim.axis is Axis.CONST else f"{read.input}_size_{i}"
+            text = self._index(e, dim, f"{read.input}_size_{i}", printer)
+            if not text.isdecimal():
+                text = f"{text}.to(tl.int64)" if text.isidentifier() else f"({text}).to(tl.int64)"
+            found = f"({found}) * {size} + {text}" if " " in found else f"{found} * {size} + {text}" if found else text
+        return found or "0"
+
     def _index(self, e: Scalar, dim: Dim, size: str, printer: Printer) -> str:
         if dim.axis is Axis.Q and dim.block == 1:
             if e == Var("q"):
@@ -96,7 +107,7 @@ class KernelWriter:
     Tiles of q, k, v, dout are named after their tensors, one variable for each part of the head dimension.
     """
 
-    def __init__(self, plan: ForwardPlan, function: str, tensors: str) -> None:
+    def __init__(self, plan: Plan, function: str, tensors: str) -> None:
         self.plan, self.function = plan, function
         self.tensors = tensors.split()
         self.lines = Lines(indent=1)
@@ -125,7 +136,7 @@ class KernelWriter:
 
     def _candidates(self) -> list[str]:
         """Every parameter that a kernel may have, in order."""
-        names = [f"{x}_ptr" for x in (*self.tensors, "lse", "delta")]
+        names = [f"{x}_ptr" for x in (*self.tensors, "lse", "d_lse", "delta")]
         for x in self.tensors:
             names += [f"{x}_desc{part.suffix}" for part in (*self.q_parts, *self.v_parts)]
         names += [f"stride_{x}{axis}" for x in self.tensors for axis in "bhn"]
@@ -243,7 +254,7 @@ class KernelWriter:
         return f"tl.dot({a}, {b}{', ' + acc if acc else ''}{precision})"
 
 
-def scalar_parameters(plan: ForwardPlan) -> list[str]:
+def scalar_parameters(plan: Plan) -> list[str]:
     """Parameters of the program's inputs, tables and arguments; sizes and strides only where the text reads them."""
     found: list[str] = []
     for decl in plan.inputs:

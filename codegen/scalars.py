@@ -76,7 +76,7 @@ GLUON = replace(
 )  # fmt: skip
 TORCH = Dialect(
     functions={
-        "min": "minimum", "max": "maximum", "abs": "torch.abs", "clamp": "clamp", "bit_length": "bit_length",
+        "min": "minimum", "max": "maximum", "abs": "abs", "clamp": "clamp", "bit_length": "bit_length",
         "is_power_of_two": "is_power_of_two", "exp": "torch.exp", "exp2": "torch.exp2", "log": "torch.log",
         "sqrt": "torch.sqrt", "tanh": "torch.tanh", "sigmoid": "torch.sigmoid", "softcap": "softcap",
     },

@@ -3,33 +3,33 @@
 Two kernels, each owning what it writes, so there are no atomics and two runs agree to the bit:
 
 - `attention_dq` owns query tiles and loops over their key tiles. It also makes delta, the row sums of
-  out * dout, which the other kernel reads, and the gradients of learnable inputs.
+  out * dout less the gradient of lse, which the other kernel reads.
 - `attention_dkdv` owns key tiles and loops over the query tiles that visit them: the transposed runs.
 
 With s = scale q . k, logit x(s), p = exp(x - lse) and dp = dout . v: dx = p (dp - delta), ds = dx x'(s).
+
+A learnable input gets dx times its derivative, summed by the kernel over whatever its index does not follow.
+For the n-th read `sum_n` receives the sums and `at_n` the entries they belong to; adding them up is the caller's.
 """
 
 from __future__ import annotations
 
-from attndsl.plan import BackwardPlan, Loads
-from attndsl.program import Scalar, Var
+from attndsl.plan import BackwardPlan, Learned, Over, Part
+from attndsl.program import Axis, Const, Scalar, Var, reads
 from attndsl.tiles import TileRuns
 
-from attndsl.codegen.kernel import FULL, PARTIAL, KernelWriter, run_loop
-from attndsl.codegen.scalars import Printer
+from attndsl.codegen.kernel import KernelWriter, Leaves, run_loop
+from attndsl.codegen.scalars import Level, Printer
+from attndsl.codegen.triton_forward import FULL, PARTIAL
 
 DQ = "attention_dq"
 DKDV = "attention_dkdv"
+_ROWS_THAT_SEE_NOTHING = "# Rows that see nothing have lse -inf: with +inf in its place their weights are 0."
 
 
-def dq_source(plan: BackwardPlan) -> str:
-    """Text of a Python file whose `attention_dq` writes dq, delta and the learnable inputs' row sums."""
-    return _Dq(plan).source()
-
-
-def dkdv_source(plan: BackwardPlan) -> str:
-    """Text of a Python file whose `attention_dkdv` writes dk and dv."""
-    return _DkDv(plan).source()
+def backward_sources(plan: BackwardPlan) -> tuple[str, str]:
+    """Texts of two Python files: of `attention_dq`, and of `attention_dkdv`."""
+    return _Dq(plan).source(), _DkDv(plan).source()
 
 
 class _Backward(KernelWriter):
@@ -37,17 +37,26 @@ class _Backward(KernelWriter):
 
     plan: BackwardPlan
 
-    def __init__(self, plan: BackwardPlan, function: str, tensors: str, along_q: str, along_k: str) -> None:
+    def __init__(self, plan: BackwardPlan, function: str, tensors: str, along_q: str, over: tuple[Over, ...]) -> None:
+        """`along_q`: how a vector over query rows lies in a tile of pairs. `over`: the learned sums made here."""
         super().__init__(plan, function, tensors)
-        # How a vector over query rows, or over keys, lies in a tile of pairs.
-        self.along_q, self.along_k = along_q, along_k
+        self.along_q = along_q
         self.softmax = plan.weights is None
         self.folded = self.softmax and plan.score is None
+        # A logit that does not depend on the score: nothing flows to queries and keys.
+        self.flows = plan.d_score != Const(0.0)
+        self.learned = [(n, x) for n, x in enumerate(plan.learned) if x.over in over]
+        self.from_pairs = [(n, x) for n, x in self.learned if not x.of_sink]
+        self.reads_rows = any(dim.axis is Axis.Q and dim.block == 1 for decl in plan.inputs for dim in decl.dims)
+
+    def _candidates(self) -> list[str]:
+        return [*super()._candidates(), *(f"{x}_{n}_ptr" for n, _ in self.learned for x in ("sum", "at"))]
 
     def pairs(self, masked: bool) -> list[Scalar]:
+        """What is computed for every pair of a tile."""
         plan = self.plan
         found = (plan.mask if masked else None, plan.score, plan.weights, plan.d_score)
-        return [e for e in found if e is not None]
+        return [e for e in (*found, *(x.slope for _, x in self.from_pairs)) if e is not None]
 
     def loops(self, runs: TileRuns, tile: str) -> None:
         self.name_ends(runs)
@@ -58,50 +67,83 @@ class _Backward(KernelWriter):
                     self.tile(masked=label == "partial")
 
     def tile(self, masked: bool) -> None:
-        raise NotImplementedError  # each kernel's own
+        """One tile of pairs: what it adds to the accumulators."""
+        raise NotImplementedError
 
-    def probabilities(self, printer: Printer, masked: bool) -> None:
-        """`weights` from `scores` = q . k; with a score expression `scores` is scaled, ready for its derivative."""
-        plan, lines = self.plan, self.lines
-        mask = printer.text(plan.mask) if masked and plan.mask is not None else ""
-        if not self.folded:
-            lines.add("scores = scores * scale")
-            printer.names.known[Var("s")] = "scores"
-        printer.share(lines, self.pairs(masked), "pair_")
-        if plan.weights is not None:
-            text = f"{printer.text(plan.weights)} + tl.zeros_like(scores)"
-        elif plan.score is not None:
-            text = f"tl.exp2(({printer.text(plan.score)}) * LOG2_E - lse{self.along_q})"
-        else:
-            text = f"tl.exp2(scores * factor - lse{self.along_q})"
-        # Where a pair is not allowed its exponent may be anything.
-        lines.add(f"weights = tl.where({mask}, {text}, 0.0)" if mask else f"weights = {text}")
-
-    def score_gradient(self, printer: Printer, masked: bool) -> None:
-        """`d_logits` from `weights` and `d_weights`, and `d_scores` from it."""
-        plan, lines = self.plan, self.lines
-        lines.add(
-            f"d_logits = weights * (d_weights - delta{self.along_q})" if self.softmax else "d_logits = d_weights"
+    def load_lse(self, base: str) -> None:
+        self.lines.add(
+            f'lse = tl.load(lse_ptr + {base}, mask=q_rows < rows, other=float("inf")) * LOG2_E',
+            'lse = tl.where(lse == float("-inf"), float("inf"), lse)',
         )
-        mask = printer.text(plan.mask) if masked and plan.mask is not None else ""
-        if plan.d_score is not None:
-            text = f"d_logits * ({printer.text(plan.d_score)})"
-            # The derivative of a score that is not allowed may be anything too; and 0 times infinity is no number.
-            condition = " & ".join(x for x in (f"({mask})" if mask else "", "(d_logits != 0.0)") if x)
-            lines.add(f"d_scores = tl.where({condition}, {text}, 0.0)")
-        elif mask and not self.softmax:
-            lines.add(f"d_scores = tl.where({mask}, d_logits, 0.0)")
-        else:
-            lines.add("d_scores = d_logits")
 
-    def dots(self, parts: tuple, a: str, b: str) -> str:  # type: ignore[type-arg]
-        """A product over the head dimension, summed over its parts."""
-        return " + ".join(self.dot(a.format(p.suffix), b.format(p.suffix)) for p in parts)
+    def scores(self, a: str, b: str) -> None:
+        """`scores`: the product q . k, scaled where an expression reads it."""
+        lines = self.lines
+        if self.folded or any(reads(e, "s") for e in self.pairs(masked=False)):
+            lines.add("scores = " + self.dots(self.q_parts, a, b))
+            if not self.folded:
+                lines.add("scores = scores * scale")
+
+    def probabilities(self, printer: Printer, masked: bool, shape: str, existing: bool) -> None:
+        """`weights`, 0 for pairs that are not allowed; with `existing`, for rows that do not exist either."""
+        plan, lines = self.plan, self.lines
+        printer.names.known[Var("s")] = "scores"
+        printer.share(lines, self.pairs(masked), "pair_")
+        allowed = self._allowed(printer, masked, existing and not self.folded)
+        logit = plan.score if plan.weights is None else plan.weights
+        whole = "" if logit is None or reads(logit, "s") else f" + tl.zeros({shape}, tl.float32)"
+        if plan.weights is not None:
+            text = f"{printer.text(plan.weights, Level.SUM)}{whole}"
+        elif plan.score is not None:
+            text = f"tl.exp2({printer.text(plan.score, Level.TERM)} * LOG2_E - {self._along('lse')}{whole})"
+        else:
+            text = f"tl.exp2(scores * factor - {self._along('lse')})"
+        # Where a pair is not allowed its exponent may be anything.
+        lines.add(f"weights = tl.where({allowed}, {text}, 0.0)" if allowed else f"weights = {text}")
+
+    def _allowed(self, printer: Printer, masked: bool, existing: bool) -> str:
+        """The condition for a pair to count, empty where all do."""
+        exists = f"{self._along('q_rows')} < rows" if existing else ""
+        if not masked or self.plan.mask is None:
+            return exists
+        return f"{printer.text(self.plan.mask, Level.BIT_AND)} & ({exists})" if exists else printer.text(self.plan.mask)
+
+    def _along(self, vector: str) -> str:
+        return f"{vector}{self.along_q}"
+
+    def logit_gradient(self, printer: Printer, masked: bool, existing: bool) -> None:
+        """`d_logits` from `weights` and `d_weights`."""
+        lines = self.lines
+        if self.softmax:
+            lines.add(f"d_logits = weights * (d_weights - {self._along('delta')})")
+            return
+        allowed = self._allowed(printer, masked, existing)
+        lines.add(f"d_logits = tl.where({allowed}, d_weights, 0.0)" if allowed else "d_logits = d_weights")
+
+    def passed_on(self, slope: Scalar | None, printer: Printer) -> str:
+        """d_logits times a derivative, 0 where d_logits is, even where the derivative is infinite or not a number."""
+        if slope is None or slope == Const(1.0):
+            return "d_logits"
+        return f"tl.where(d_logits != 0.0, d_logits * {printer.text(slope, Level.UNARY)}, 0.0)"
+
+    def learn(self, printer: Printer) -> None:
+        """Add a tile's share to the sums; keys or rows, whichever the tile has in its second dimension, go together."""
+        for n, x in self.from_pairs:
+            self.lines.add(f"sum_{n} += tl.sum({self.passed_on(x.slope, printer)}, 1)")
+
+    def place(self, x: Learned, block: str) -> str:
+        """The entry that a read takes, as a column."""
+        return f"{Leaves(self.plan).flat(x.read, self.printer)} + tl.zeros([{block}, 1], tl.int64)"
+
+    def dots(self, parts: tuple[Part, ...], a: str, b: str) -> str:
+        """A product over a head dimension, summed over its parts."""
+        return " + ".join(self.dot(a.format(part.suffix), b.format(part.suffix)) for part in parts)
 
 
 class _Dq(_Backward):
     def __init__(self, plan: BackwardPlan) -> None:
-        super().__init__(plan, DQ, "q k v out dout dq", "[:, None]", "[None, :]")
+        super().__init__(plan, DQ, "q k v out dout dq", "[:, None]", (Over.TILE, Over.KEYS))
+        self.visits = self.flows or bool(self.from_pairs)
 
     def source(self) -> str:
         plan, lines, spec = self.plan, self.lines, self.plan.spec
@@ -109,61 +151,92 @@ class _Dq(_Backward):
         self.query_tile()
         for x, parts, dim in (("q", self.q_parts, spec.dim), ("dout", self.v_parts, spec.v_dim)):
             lines.add(self.base(x, "h"))
-            self.load(x, parts, dim, "q", "h", bounded=True, pointer=True)
-        if spec.loads is Loads.POINTER:
-            lines.add(self.base("k", "g"), self.base("v", "g"))
+            self.load(x, parts, dim, "q", "h", bounded=True)
         if self.softmax:
             self._delta()
-        lines.add(*(f"acc{part.suffix} = tl.zeros([BLOCK_Q, {part.size}], tl.float32)" for part in self.q_parts))
-        self.scale(self.folded)
-        if self.folded and plan.scale is not None:
-            lines.add(f"scale = {self.printer.text(plan.scale)}")
-        self.printer.hoist(lines, self.pairs(masked=True), ("k", "s"), "row_")
-        lines.add("")
-        self.loops(plan.runs, "k_tile")
-        lines.add("", *(f"acc{part.suffix} = acc{part.suffix} * scale" for part in self.q_parts), self.base("dq", "h"))
-        self.store("dq", self.q_parts, spec.dim, "q", "acc")
+        lines.add(*(f"dq{part.suffix} = tl.zeros([BLOCK_Q, {part.size}], tl.float32)" for part in self.q_parts))
+        if self.learned:
+            lines.add("row_at = head.to(tl.int64) * rows + q_rows")
+        lines.add(*(f"sum_{n} = tl.zeros([BLOCK_Q], tl.float32)" for n, _ in self.learned))
+        if self.visits:
+            lines.add(self.base("k", "g"), self.base("v", "g"))
+            self.scale(folded=False)
+            if self.folded:
+                lines.add("factor = scale * LOG2_E")
+            self.printer.hoist(lines, self.pairs(masked=bool(plan.runs.partial)), ("k", "s"), "row_")
+            lines.add("")
+            self.loops(plan.runs, "k_tile")
+            lines.add("")
+        for n, x in self.learned:
+            self._write_sum(n, x)
+        if self.flows:
+            lines.add(*(f"dq{part.suffix} = dq{part.suffix} * scale" for part in self.q_parts))
+        lines.add(self.base("dq", "h"))
+        self.store("dq", self.q_parts, spec.dim, "q", "dq")
         return self.file("gradient of q, portable Triton")
 
     def _delta(self) -> None:
         """Row sums of out * dout less the gradient of lse, kept for the other kernel too."""
         lines = self.lines
         lines.add(self.base("out", "h"))
-        self.load("out", self.v_parts, self.plan.spec.v_dim, "q", "h", bounded=True, pointer=True)
+        self.load("out", self.v_parts, self.plan.spec.v_dim, "q", "h", bounded=True)
         sums = (f"tl.sum(out{p.suffix}.to(tl.float32) * dout{p.suffix}.to(tl.float32), 1)" for p in self.v_parts)
-        lines.add(
-            f"delta = {' + '.join(sums)}",
-            "row_at = head.to(tl.int64) * rows + q_rows",
-            "delta -= tl.load(d_lse_ptr + row_at, mask=q_rows < rows, other=0.0)" if self.plan.uses_lse else "",
-            "tl.store(delta_ptr + row_at, delta, mask=q_rows < rows)",
-            "# Rows that see nothing have lse -inf: with +inf in its place their weights are 0.",
-            "lse = tl.load(lse_ptr + row_at, mask=q_rows < rows, other=0.0) * LOG2_E",
-            'lse = tl.where(lse == float("-inf"), float("inf"), lse)',
-        )
+        lines.add(f"delta = {' + '.join(sums)}", "row_at = head.to(tl.int64) * rows + q_rows")
+        if self.plan.uses_lse:
+            lines.add("delta -= tl.load(d_lse_ptr + row_at, mask=q_rows < rows, other=0.0)")
+        lines.add("tl.store(delta_ptr + row_at, delta, mask=q_rows < rows)", _ROWS_THAT_SEE_NOTHING)
+        self.load_lse("row_at")
 
     def tile(self, masked: bool) -> None:
         spec, lines = self.plan.spec, self.lines
         printer = self.printer.within(self.printer.names.inner())
+        # Rows that do not exist are not written; only sums over rows must leave them out.
+        existing = bool(self.from_pairs)
         self.load("k", self.q_parts, spec.dim, "k", "g", bounded=masked)
         self.load("v", self.v_parts, spec.v_dim, "k", "g", bounded=masked)
-        lines.add("scores = " + self.dots(self.q_parts, "q{}", "tl.trans(k{})"))
         if self.pairs(masked):
             lines.add("k_pos = k_tile * BLOCK_K + k_offset[None, :]")
-        self.probabilities(printer, masked)
+        self.scores("q{}", "tl.trans(k{})")
+        self.probabilities(printer, masked, "[BLOCK_Q, BLOCK_K]", existing)
         lines.add("d_weights = " + self.dots(self.v_parts, "dout{}", "tl.trans(v{})"))
-        self.score_gradient(printer, masked)
-        for part in self.q_parts:
-            key, acc = f"k{part.suffix}", f"acc{part.suffix}"
-            lines.add(f"{acc} = " + self.dot(f"d_scores.to({key}.dtype)", key, acc))
+        self.logit_gradient(printer, masked, existing)
+        self.learn(printer)
+        if self.flows:
+            lines.add(f"d_scores = {self.passed_on(self.plan.d_score, printer)}")
+            for part in self.q_parts:
+                key, acc = f"k{part.suffix}", f"dq{part.suffix}"
+                lines.add(f"{acc} = " + self.dot(f"d_scores.to({key}.dtype)", key, acc))
+
+    def _write_sum(self, n: int, x: Learned) -> None:
+        plan, lines = self.plan, self.lines
+        if x.of_sink and plan.sink is not None:
+            printer = self.printer
+            lines.add(
+                "# The sink has the weight exp(sink - lse), and no value.",
+                f"d_logits = -tl.exp2({printer.text(plan.sink, Level.TERM)} * LOG2_E - lse[:, None]) * delta[:, None]",
+                f"sum_{n} += tl.sum({self.passed_on(x.slope, printer)}, 1)",
+            )
+        if x.over is Over.TILE:
+            lines.add(
+                f"tl.store(sum_{n}_ptr + head * q_tiles + q_tile, tl.sum(sum_{n}, 0))",
+                f"tl.store(at_{n}_ptr + head, {Leaves(plan).flat(x.read, self.printer)})",
+            )
+        else:
+            lines.add(
+                f"tl.store(sum_{n}_ptr + row_at, sum_{n}, mask=q_rows < rows)",
+                f"tl.store(at_{n}_ptr + row_at[:, None], {self.place(x, 'BLOCK_Q')}, mask=q_rows[:, None] < rows)",
+            )
 
 
 class _DkDv(_Backward):
     def __init__(self, plan: BackwardPlan) -> None:
-        super().__init__(plan, DKDV, "q k v dout dk dv", "[None, :]", "[:, None]")
+        super().__init__(plan.of_keys(), DKDV, "q k v dout dk dv", "[None, :]", (Over.ROWS,))
+        self.group = plan.spec.heads // plan.spec.kv_heads
+        # Otherwise dk is scaled once, at the end.
+        self.scale_per_head = self.group > 1 and plan.scale is not None and reads(plan.scale, "h")
 
     def source(self) -> str:
         plan, lines, spec = self.plan, self.lines, self.plan.spec
-        group = spec.heads // spec.kv_heads
         self.constants()
         lines.add(
             "",
@@ -181,37 +254,55 @@ class _DkDv(_Backward):
         )
         for x, parts, dim in (("k", self.q_parts, spec.dim), ("v", self.v_parts, spec.v_dim)):
             lines.add(self.base(x, "g"))
-            self.load(x, parts, dim, "k", "g", bounded=True, pointer=True)
+            self.load(x, parts, dim, "k", "g", bounded=True)
         lines.add(*(f"dk{part.suffix} = tl.zeros([BLOCK_K, {part.size}], tl.float32)" for part in self.q_parts))
         lines.add(*(f"dv{part.suffix} = tl.zeros([BLOCK_K, {part.size}], tl.float32)" for part in self.v_parts))
-        if group == 1:
+        if self.group == 1:
             lines.add("h = g")
+        if not self.scale_per_head:
+            self.scale(folded=False)
+        if self.group == 1:
             self._head()
         else:
             lines.add("", "# The query heads that share these keys, one after another: their sum has one order.")
-            with lines.block(f"for member in range({group}):"):
-                lines.add(f"h = g * {group} + member")
+            with lines.block(f"for member in range({self.group}):"):
+                lines.add(f"h = g * {self.group} + member")
                 self._head()
-        lines.add("", self.base("dk", "g"), self.base("dv", "g"))
+        lines.add("")
+        if self.flows and not self.scale_per_head:
+            lines.add(*(f"dk{part.suffix} = dk{part.suffix} * scale" for part in self.q_parts))
+        lines.add(self.base("dk", "g"), self.base("dv", "g"))
         self.store("dk", self.q_parts, spec.dim, "k", "dk")
         self.store("dv", self.v_parts, spec.v_dim, "k", "dv")
         return self.file("gradients of k and v, portable Triton")
 
     def _head(self) -> None:
         plan, lines = self.plan, self.lines
-        if plan.spec.loads is Loads.POINTER:
-            lines.add(self.base("q", "h"), self.base("dout", "h"))
-        lines.add(f"row_base = (b * {plan.spec.heads} + h).to(tl.int64) * rows")
-        self.scale(self.folded)
-        if self.folded and plan.scale is not None:
-            lines.add(f"scale = {self.printer.text(plan.scale)}")
-        self.printer.hoist(lines, self.pairs(masked=True), ("q", "s"), "column_")
-        self.loops(plan.key_runs, "q_tile")
+        lines.add(self.base("q", "h"), self.base("dout", "h"))
+        if self.softmax:
+            lines.add(f"row_base = (b * {plan.spec.heads} + h).to(tl.int64) * rows")
+        if self.scale_per_head:
+            self.scale(folded=False)
+        if self.folded:
+            lines.add("factor = scale * LOG2_E")
+        lines.add(*(f"sum_{n} = tl.zeros([BLOCK_K], tl.float32)" for n, _ in self.learned))
+        self.printer.hoist(lines, self.pairs(masked=bool(plan.runs.partial)), ("q", "s"), "column_")
+        self.loops(plan.runs, "q_tile")
+        if self.learned:
+            lines.add(
+                f"column_at = (b * {plan.spec.heads} + h).to(tl.int64) * k_len + k_pos",
+                "column_exists = k_pos < k_len",
+            )
+        for n, x in self.learned:
+            lines.add(
+                f"tl.store(sum_{n}_ptr + column_at, sum_{n}[:, None], mask=column_exists)",
+                f"tl.store(at_{n}_ptr + column_at, {self.place(x, 'BLOCK_K')}, mask=column_exists)",
+            )
 
     def tile(self, masked: bool) -> None:
         spec, lines = self.plan.spec, self.lines
         printer = self.printer.within(self.printer.names.inner())
-        # A query tile may reach past the last row whatever its kind: those rows are zero, and add nothing.
+        # A query tile may reach past the last row whatever its kind: such rows are zero, and must weigh nothing.
         self.load("q", self.q_parts, spec.dim, "q", "h", bounded=True)
         self.load("dout", self.v_parts, spec.v_dim, "q", "h", bounded=True)
         lines.add("q_rows = q_tile * BLOCK_Q + q_offset")
@@ -220,20 +311,22 @@ class _DkDv(_Backward):
             if self.reads_rows:
                 lines.add("q_index = tl.minimum(q_rows, rows - 1)[None, :]")
         if self.softmax:
-            lines.add(
-                "lse = tl.load(lse_ptr + row_base + q_rows, mask=q_rows < rows, other=0.0) * LOG2_E",
-                'lse = tl.where(lse == float("-inf"), float("inf"), lse)',
-                "delta = tl.load(delta_ptr + row_base + q_rows, mask=q_rows < rows, other=0.0)",
-            )
-        lines.add("scores = " + self.dots(self.q_parts, "k{}", "tl.trans(q{})"))
-        self.probabilities(printer, masked)
+            self.load_lse("row_base + q_rows")
+        self.scores("k{}", "tl.trans(q{})")
+        self.probabilities(printer, masked, "[BLOCK_K, BLOCK_Q]", existing=True)
         for part in self.v_parts:
             value, acc = f"dout{part.suffix}", f"dv{part.suffix}"
             lines.add(f"{acc} = " + self.dot(f"weights.to({value}.dtype)", value, acc))
+        if not self.flows and not self.from_pairs:
+            return
+        if self.softmax:
+            lines.add("delta = tl.load(delta_ptr + row_base + q_rows, mask=q_rows < rows, other=0.0)")
         lines.add("d_weights = " + self.dots(self.v_parts, "v{}", "tl.trans(dout{})"))
-        self.score_gradient(printer, masked)
-        # dk = scale d_scores . q, the scale put on the small factor.
-        lines.add("d_scores = d_scores * scale")
-        for part in self.q_parts:
-            value, acc = f"q{part.suffix}", f"dk{part.suffix}"
-            lines.add(f"{acc} = " + self.dot(f"d_scores.to({value}.dtype)", value, acc))
+        self.logit_gradient(printer, masked, existing=True)
+        self.learn(printer)
+        if self.flows:
+            scaled = " * scale" if self.scale_per_head else ""
+            lines.add(f"d_scores = {self.passed_on(self.plan.d_score, printer)}{scaled}")
+            for part in self.q_parts:
+                value, acc = f"q{part.suffix}", f"dk{part.suffix}"
+                lines.add(f"{acc} = " + self.dot(f"d_scores.to({value}.dtype)", value, acc))

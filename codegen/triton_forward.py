@@ -77,7 +77,9 @@ class _Forward(KernelWriter):
             printer.names.known[Var("s")] = "scores"
         printer.share(lines, pairs, "pair_")
         if plan.weights is not None:
-            self._weigh(printer.text(plan.weights), plan.weights, printer.text(plan.mask) if masked and plan.mask else "")
+            self._weigh(
+                printer.text(plan.weights), plan.weights, printer.text(plan.mask) if masked and plan.mask else ""
+            )
         else:
             if plan.score is not None:
                 # A score need not read its pair: added to zeros it has the tile's shape all the same.

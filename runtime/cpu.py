@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from attndsl.plan import ForwardPlan, Plan
-
 from attndsl.runtime.call import call_shape
 from attndsl.runtime.engine import default_scale, empty_output, table_tensor
 from attndsl.runtime.load import load_source

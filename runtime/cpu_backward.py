@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from attndsl.plan import BackwardPlan
-
 from attndsl.runtime.call import call_shape
 from attndsl.runtime.cpu import call_values
 from attndsl.runtime.engine import Gradients, default_scale, empty_gradient, table_tensor

@@ -13,13 +13,21 @@ from torch import Tensor
 from attndsl.diagnostics import error
 from attndsl.plan import (
     Backend,
-    BackwardPlan, DType, ForwardPlan, Loads, Spec, Tiling, backward_plan, backward_tilings, default_tiling, forward_plan,
+    BackwardPlan,
+    DType,
+    ForwardPlan,
+    Loads,
+    Spec,
+    Tiling,
+    backward_plan,
+    backward_tilings,
+    default_tiling,
+    forward_plan,
 )  # fmt: skip
 from attndsl.program import CallShape, Program, TableDecl, Type
 from attndsl.properties import takes_more_rows_than_keys
-from attndsl.tiling import choose_tiling
-
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
+from attndsl.tiling import choose_tiling
 
 Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor | None]]
 BACKENDS = ("auto", "gluon", "triton", "cpu")
@@ -49,14 +57,21 @@ class Engine:
     _prepared: dict[Any, Any] = field(default_factory=dict)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        inputs: Sequence[Tensor],
+        args: Sequence[int],
+        scale: float | None,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
         """Output [B, Hq, Nq, Dv] and lse float32 [B, Hq, Nq] (float64 for float64 tensors)."""
         key = _kind(q, k, v, inputs, scale, backend, q.data_ptr() | k.data_ptr() | v.data_ptr())
         launch = self._prepared.get(key)
         if launch is None:
             launch = self._prepared[key] = self._prepare(q, k, v, inputs, scale, backend, aligned=key[-1])
-        return launch(q, k, v, inputs, args, scale)  # type: ignore[no-any-return]
+        return launch(q, k, v, inputs, args, scale)
 
     def backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
@@ -73,10 +88,17 @@ class Engine:
         if launch is None:
             launch = self._prepare_backward(q, k, v, inputs, scale, backend, kind[-1], uses_lse=dlse is not None)
             self._prepared[key] = launch
-        return launch(dout, dlse, q, k, v, out, lse, inputs, args, scale)  # type: ignore[no-any-return]
+        return launch(dout, dlse, q, k, v, out, lse, inputs, args, scale)
 
     def _prepare(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None, backend: str, aligned: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        inputs: Sequence[Tensor],
+        scale: float | None,
+        backend: str,
+        aligned: bool,
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         """Checks a kind of call and prepares its launch."""
         program, spec = self._program(scale), self._check(q, k, v, inputs, scale)
@@ -88,7 +110,9 @@ class Engine:
         from attndsl.runtime.triton_launch import TritonForward, loads_for, why_not_gluon
 
         spec = replace(spec, loads=loads_for(spec, k, v, aligned))
-        reason = why_not_gluon(program, spec, q) if backend in ("auto", "gluon") else "the portable backend was asked for"
+        reason = (
+            why_not_gluon(program, spec, q) if backend in ("auto", "gluon") else "the portable backend was asked for"
+        )
         if backend == "gluon" and reason:
             raise error("A510", reason, help="leave `backend` out to get the portable kernel")
         if not reason:
@@ -111,11 +135,10 @@ class Engine:
 
             plan = backward_plan(program, replace(spec, backend=Backend.CPU), *tilings, uses_lse=uses_lse)
             return CpuBackward(plan, self.generators.cpu_backward(plan))
-        from attndsl.runtime.triton_backward import TritonBackward
-        from attndsl.runtime.triton_launch import loads_for
+        from attndsl.runtime.triton_backward import TritonBackward, check_learned
 
-        spec = replace(spec, loads=loads_for(spec, k, v, aligned))
         plan = backward_plan(program, spec, *tilings, uses_lse=uses_lse)
+        check_learned(plan)
         return TritonBackward(plan, *self.generators.triton_backward(plan), q, k, v, inputs, aligned)
 
     def _program(self, scale: float | None) -> Program:
@@ -148,7 +171,9 @@ class Engine:
         if backend == "auto":
             backend = "cpu" if target == "cpu" else "triton"
         if backend == "cpu" and target != "cpu":
-            raise error("A510", "the CPU backend takes tensors on the CPU", help="move q, k and v, or leave `backend` out")
+            raise error(
+                "A510", "the CPU backend takes tensors on the CPU", help="move q, k and v, or leave `backend` out"
+            )
         if backend in ("triton", "gluon"):
             from attndsl.runtime.triton_launch import INTERPRETED
 

@@ -59,7 +59,8 @@ class Launcher:
         with torch.cuda.device(device):
             run = kernel.run  # loads the kernel on the current device
         raw = _raw_launch(run) if triton.__version__.startswith(FAST_VERSIONS) else None
-        self._raw, self._encode = raw or (None, None)
+        self._raw: Any = raw and raw[0]
+        self._encode: Any = raw and raw[1]
         self._maps: dict[tuple[int, int], Any] = {}
         values: list[Any] = []
         self._slots: list[tuple[int, int]] = []

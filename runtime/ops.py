@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import Library
 from torch.nn import Parameter
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from attndsl.diagnostics import PatternError, error
 from attndsl.program import CallShape, Program
-
 from attndsl.runtime.engine import empty_gradient, empty_output, in_order_of
 from attndsl.runtime.registry import engine_of
 
@@ -35,9 +35,20 @@ def attend(
     if not all(isinstance(x, Tensor) for x in inputs) or not all(isinstance(x, int | torch.SymInt) for x in args):
         raise _misfit(engine_of(key).program, inputs, args)
     if torch.compiler.is_compiling() or _watched((q, k, v, *inputs)):
-        out: tuple[Tensor, Tensor] = torch.ops.attndsl.forward(key, q, k, v, inputs, args, scale, backend)
+        out: tuple[Tensor, Tensor]
+        if _transformed():
+            if torch.is_autocast_enabled(q.device.type):
+                q, k, v = _in_dtype(torch.get_autocast_dtype(q.device.type), q, k, v)
+            out = _Attend.apply(key, scale, backend, args, q, k, v, *inputs)
+        else:
+            out = torch.ops.attndsl.forward(key, q, k, v, inputs, args, scale, backend)
         return out
     return _forward(key, q, k, v, inputs, args, scale, backend)
+
+
+def _transformed() -> bool:
+    """Whether torch.func transforms are at work: they take an autograd.Function, but not inside an operator."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _misfit(program: Program, inputs: Sequence[object], args: Sequence[object]) -> PatternError:
@@ -60,7 +71,7 @@ def _watched(tensors: tuple[Tensor, ...]) -> bool:
     ):
         return True
     grad = torch.is_grad_enabled()
-    for x in tensors:
+    for x in tensors:  # noqa: SIM110 (a generator costs more than the loop)
         if (grad and x.requires_grad) or (type(x) is not Tensor and type(x) is not Parameter):
             return True
     return False
@@ -152,9 +163,10 @@ def _backward_fake(
 class _Attend(torch.autograd.Function):
     """out, lse with a gradient: dout, dlse -> dq, dk, dv, and the gradients of learnable inputs."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         key: str,
         scale: float | None,
         backend: str,
@@ -165,23 +177,25 @@ class _Attend(torch.autograd.Function):
         *inputs: Tensor,
     ) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.attndsl.forward(key, q, k, v, list(inputs), args, scale, backend)
+            return torch.ops.attndsl.forward(key, q, k, v, list(inputs), args, scale, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if any(ctx.needs_input_grad):
-            _check_learnable(engine_of(key).program, ctx.needs_input_grad[-len(inputs) :] if inputs else ())
-            ctx.save_for_backward(q, k, v, out, lse, *inputs)
+            key, scale, backend, args, *tensors = inputs
+            _check_learnable(engine_of(key).program, ctx.needs_input_grad[7:])
+            ctx.save_for_backward(*output, *tensors)
             ctx.call = (key, args, scale, backend)
             ctx.set_materialize_grads(False)
-        return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
-        q, k, v, out, lse, *inputs = ctx.saved_tensors
+        out, lse, q, k, v, *inputs = ctx.saved_tensors
         key, args, scale, backend = ctx.call
         if dout is None:
             dout = torch.zeros_like(out)
-        dq, dk, dv, found = torch.ops.attndsl.backward(
-            key, dout, dlse, q, k, v, out, lse, inputs, args, scale, backend
-        )
+        differentiate = _backward_autograd if _transformed() else torch.ops.attndsl.backward
+        dq, dk, dv, found = differentiate(key, dout, dlse, q, k, v, out, lse, inputs, args, scale, backend)
         learned = iter(found)
         gradients = [next(learned) if decl.learnable else None for decl in engine_of(key).program.inputs]
         return None, None, None, None, dq, dk, dv, *gradients
@@ -202,14 +216,21 @@ def _check_learnable(program: Program, wanted: Sequence[bool]) -> None:
 class _Once(torch.autograd.Function):
     """The backward pass, whose own derivative is refused when it is asked for."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, call: tuple[Any, ...], count: int, *tensors: Tensor | None) -> Any:
+    def forward(call: tuple[Any, ...], dout: Tensor, dlse: Tensor | None, *tensors: Tensor) -> Any:
         key, args, scale, backend = call
+        q, k, v, out, lse, *inputs = tensors
         with torch._C._AutoDispatchBelowAutograd():
             dq, dk, dv, gradients = torch.ops.attndsl.backward(
-                key, *tensors[:-count] if count else tensors, list(tensors[-count:]) if count else [], args, scale, backend
+                key, dout, dlse, q, k, v, out, lse, inputs, args, scale, backend
             )
         return dq, dk, dv, *gradients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass  # There is nothing to keep.
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -249,11 +270,16 @@ def _backward_autograd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     call = (key, args, scale, backend)
-    dq, dk, dv, *gradients = _Once.apply(call, len(inputs), dout, dlse, q, k, v, out, lse, *inputs)
+    dq, dk, dv, *gradients = _Once.apply(call, dout, dlse, q, k, v, out, lse, *inputs)
     return dq, dk, dv, gradients
 
 
 # --------------------------------------------------------------------------------------- autocast
+
+
+def _in_dtype(dtype: torch.dtype, *tensors: Tensor) -> Iterator[Tensor]:
+    """Each tensor in the autocast dtype, which leaves float64 alone."""
+    return (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
 def _autocast(device: str, dispatch_key: torch._C.DispatchKey) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -262,12 +288,32 @@ def _autocast(device: str, dispatch_key: torch._C.DispatchKey) -> Callable[..., 
 
     def forward(key: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         dtype = torch.get_autocast_dtype(device)
-        q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+        q, k, v = _in_dtype(dtype, q, k, v)
         with torch._C._ExcludeDispatchKeyGuard(others):
             out: tuple[Tensor, Tensor] = torch.ops.attndsl.forward(key, q, k, v, *rest)
         return out
 
     return forward
+
+
+# ------------------------------------------------------------------------------------------- vmap
+
+
+def _one_by_one(operator: Any) -> Callable[..., Any]:
+    """Batched calls of an operator, one after another."""
+
+    def call(info: Any, in_dims: Any, *args: Any) -> Any:
+        values, structure = tree_flatten(args)
+        dims, _ = tree_flatten(in_dims)
+        found = []
+        for i in range(info.batch_size):
+            chosen = [x if dim is None else x.select(dim, i) for x, dim in zip(values, dims, strict=True)]
+            found.append(tree_flatten(operator(*tree_unflatten(chosen, structure))))
+        stacked = [torch.stack(entries) for entries in zip(*(leaves for leaves, _ in found), strict=True)]
+        structure = found[0][1]
+        return tree_unflatten(stacked, structure), tree_unflatten([0] * len(stacked), structure)
+
+    return call
 
 
 for _device in ("CPU", "CUDA"):
@@ -279,3 +325,5 @@ _LIBRARY.impl("forward", _autocast("cpu", torch._C.DispatchKey.AutocastCPU), "Au
 _LIBRARY.impl("forward", _autocast("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")
 torch.library.register_fake("attndsl::forward", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("attndsl::backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_vmap("attndsl::forward", _one_by_one(torch.ops.attndsl.forward), lib=_LIBRARY)
+torch.library.register_vmap("attndsl::backward", _one_by_one(torch.ops.attndsl.backward), lib=_LIBRARY)

@@ -7,7 +7,7 @@ its grid, its integer arguments. A call then allocates its output and passes poi
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attndsl.plan import Backend, DType, ForwardPlan, Loads, Spec, head_parts
+from attndsl.plan import Backend, DType, ForwardPlan, Loads, Plan, Spec, head_parts
 from attndsl.program import Program
 from attndsl.targets import has_tensor_copies
 
@@ -31,7 +31,7 @@ from attndsl.runtime.load import load_source
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 FUNCTION = "attention_forward"
 
-_ELEMENT = {DType.BFLOAT16: "bf16", DType.FLOAT16: "fp16", DType.FLOAT32: "fp32"}
+ELEMENT = {DType.BFLOAT16: "bf16", DType.FLOAT16: "fp16", DType.FLOAT32: "fp32"}
 _POINTER = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.bool: "*i1",
     torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8",
@@ -80,25 +80,22 @@ def loads_for(spec: Spec, k: Tensor, v: Tensor, aligned: bool) -> Loads:
 
 
 # Where the values of a call stand in (q, k, v, out, lse, scale, *inputs, *args).
-_OUT, _LSE, _SCALE, _INPUTS = 3, 4, 5, 6
+_OUT, _LSE, _SCALE, INPUTS = 3, 4, 5, 6
 
 
 class TritonForward:
     """The forward kernel for one kind of call: same shapes, strides, dtypes and alignment."""
 
-    def __init__(self, plan: ForwardPlan, text: str, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], aligned: bool) -> None:
+    def __init__(
+        self, plan: ForwardPlan, text: str, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], aligned: bool
+    ) -> None:
         shape = call_shape(q, k, v)
         self.plan, self.shape = plan, shape
         self.grid = -(-shape.rows // plan.tiling.block_q) * shape.batch * shape.heads
         self.default_scale = default_scale(shape.dim)
-        names = parameters(text, FUNCTION)
-        sources = parameter_sources(plan, q, k, v, inputs)
-        template = [sources[name] for name in names]
-        if INTERPRETED:
-            self._launch: Any = _Interpreted(getattr(load_source(text, FUNCTION), FUNCTION)[(self.grid,)], template)
-        elif self.grid:
-            kernel = compile_kernel(kernel_source(plan, text, names, sources, aligned), plan.spec.target, shared_cache())
-            self._launch = Launcher(kernel, self.grid, q.device.index, template)
+        if self.grid:
+            sources = parameter_sources(plan, q, k, v, inputs)
+            self._launch = prepare(plan, text, FUNCTION, self.grid, sources, aligned, q.device)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
@@ -107,6 +104,21 @@ class TritonForward:
         if self.grid:
             self._launch((q, k, v, out, lse, self.default_scale if scale is None else scale, *inputs, *args))
         return out, lse
+
+
+def prepare(
+    plan: Plan, text: str, function: str, grid: int, sources: Mapping[str, Any], aligned: bool, device: torch.device
+) -> Callable[[Sequence[Any]], None]:
+    """A generated kernel, compiled for its target or interpreted, as a function of a call's values.
+
+    sources: what each parameter is given, a constant, a `Slot` or a `Descriptor`.
+    """
+    names = parameters(text, function)
+    template = [sources[name] for name in names]
+    if INTERPRETED:
+        return _Interpreted(getattr(load_source(text, function), function)[(grid,)], template)
+    source = kernel_source(plan, text, names, sources, aligned, function)
+    return Launcher(compile_kernel(source, plan.spec.target, shared_cache()), grid, device.index, template)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +140,10 @@ class _Interpreted:
 # ------------------------------------------------------------------------------------ parameters
 
 
-def parameter_sources(plan: ForwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> dict[str, Any]:
+def parameter_sources(plan: Plan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> dict[str, Any]:
     """What each parameter that a kernel may have is given. Only shapes, strides and dtypes are read: meta tensors do."""
     shape = call_shape(q, k, v)
-    element = f"*{_ELEMENT[plan.spec.dtype]}"
+    element = f"*{ELEMENT[plan.spec.dtype]}"
     found: dict[str, Any] = {
         "q_ptr": Slot(0, element), "k_ptr": Slot(1, element), "v_ptr": Slot(2, element),
         "out_ptr": Slot(_OUT, element), "lse_ptr": Slot(_LSE, "*fp32"), "scale": Slot(_SCALE, "fp32"),
@@ -143,14 +155,19 @@ def parameter_sources(plan: ForwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs
     for index, name, x in ((1, "k", k), (2, "v", v)):
         for part in head_parts(x.shape[3]):
             block = (1, 1, plan.tiling.block_k, part.size)
-            type = f"tensordesc<{_ELEMENT[plan.spec.dtype]}{list(block)}>"
+            type = f"tensordesc<{ELEMENT[plan.spec.dtype]}{list(block)}>"
             found[f"{name}_desc{part.suffix}"] = Descriptor(index, tuple(x.shape), tuple(x.stride()), block, type)
     if plan.spec.backend is Backend.GLUON:
         half, block_k = plan.tiling.block_q // 2, plan.tiling.block_k
-        for index, name, x, rows in ((0, "q", q, half), (1, "k", k, block_k), (2, "v", v, block_k), (_OUT, "out", out, half)):
+        for index, name, x, rows in (
+            (0, "q", q, half),
+            (1, "k", k, block_k),
+            (2, "v", v, block_k),
+            (_OUT, "out", out, half),
+        ):
             found[f"{name}_desc"] = _gluon_descriptor(plan, index, x, rows)
     for i, (decl, x) in enumerate(zip(plan.program.inputs, inputs, strict=True)):
-        found[f"{decl.name}_ptr"] = Slot(_INPUTS + i, _POINTER[x.dtype])
+        found[f"{decl.name}_ptr"] = Slot(INPUTS + i, _POINTER[x.dtype])
         for axis, size in enumerate(x.shape):
             # A dimension of size 1 is broadcast.
             found[f"{decl.name}_stride_{axis}"] = 0 if size == 1 else x.stride(axis)
@@ -158,32 +175,32 @@ def parameter_sources(plan: ForwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs
     for table in plan.tables:
         found[f"{table.name}_table"] = table_tensor(table, q.device)
     for i, name in enumerate(plan.program.args):
-        found[f"arg_{name}"] = Slot(_INPUTS + len(inputs) + i, "i32")
+        found[f"arg_{name}"] = Slot(INPUTS + len(inputs) + i, "i32")
     return found
 
 
-def _gluon_descriptor(plan: ForwardPlan, index: int, x: Tensor, rows: int) -> Descriptor:
+def _gluon_descriptor(plan: Plan, index: int, x: Tensor, rows: int) -> Descriptor:
     """A descriptor of tiles of `rows` rows; in Gluon its type says how they lie in shared memory."""
     element = {DType.BFLOAT16: gl.bfloat16, DType.FLOAT16: gl.float16}[plan.spec.dtype]
     block = (1, 1, rows, x.shape[3])
     layout = gl.NVMMASharedLayout.get_default_for(list(block), element)
-    type = f"tensordesc<{_ELEMENT[plan.spec.dtype]}{list(block)},{layout!r}>"
+    type = f"tensordesc<{ELEMENT[plan.spec.dtype]}{list(block)},{layout!r}>"
     return Descriptor(index, tuple(x.shape), tuple(x.stride()), block, type)
 
 
 def kernel_source(
-    plan: ForwardPlan, text: str, names: Sequence[str], sources: Mapping[str, Any], aligned: bool
+    plan: Plan, text: str, names: Sequence[str], sources: Mapping[str, Any], aligned: bool, function: str = FUNCTION
 ) -> KernelSource:
     """How to compile a kernel whose parameters are `names`."""
     types = tuple((name, _type(name, sources[name])) for name in names)
     alignments = tuple(_alignments(names, sources)) if aligned else ()
     gluon = plan.spec.backend is Backend.GLUON
-    return KernelSource(text, FUNCTION, types, alignments, plan.tiling.warps, plan.tiling.stages, gluon)
+    return KernelSource(text, function, types, alignments, plan.tiling.warps, plan.tiling.stages, gluon)
 
 
 def _alignments(names: Sequence[str], sources: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     for name in names:
-        if name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr"):
+        if name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr"):
             yield name, POINTER_ALIGNMENT
         elif name.startswith("stride_") and sources[name] % STRIDE_ALIGNMENT == 0:
             yield name, STRIDE_ALIGNMENT

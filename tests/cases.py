@@ -69,6 +69,7 @@ CASES: dict[str, Case] = {
         "attention nats { input until : int[b, h, k]\n attend causal & { q <= until[k] } }",
         heads=(2, 2), inputs={"until": ints(0, 70, 2, 2, 70)},
     ),
+    "distance_of_lengths": case("{ abs(Nk - 90) + max(k, Nk - 60) > q and not is_power_of_two(Nk - 6) }"),
     "runtime": case(
         "attention local(span : runtime int) { attend causal & window(span) }", args={"span": 25}
     ),

@@ -30,16 +30,17 @@ def expected_gradients(
     dout: Tensor, dlse: Tensor | None, scale: float | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
     """The oracle's gradients, in float64: of q, k, v, and of each input (None where it is not learnable)."""
-    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    q, k, v = leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
     given = {
         name: x.detach().double().requires_grad_(program.input(name).learnable) if x.is_floating_point() else x
         for name, x in inputs.items()
     }
     learned = [given[decl.name] for decl in program.inputs if decl.learnable]
+    lse: Tensor | None = None
     if program.branch.weights is None:
-        out, lse = reference(program, *leaves, given, args, scale, return_lse=True)
+        out, lse = reference(program, q, k, v, given, args, scale, return_lse=True)
     else:
-        out, lse = reference(program, *leaves, given, args, scale), None
+        out = reference(program, q, k, v, given, args, scale)
     loss = (out * dout.double()).sum()
     if dlse is not None and lse is not None:
         loss = loss + torch.where(lse == -torch.inf, 0.0, lse * dlse.double()).sum()

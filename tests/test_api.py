@@ -129,13 +129,21 @@ WRONG: dict[str, Callable[[], object]] = {
     "A522": call(DOCUMENTS, Q, K, V, docs=IDS),
     "A523": lambda: attndsl.compile(DOCUMENTS).mask(4, 4),
     "A524": lambda: attndsl.compile("causal").mask(4, 4, heads=3, kv_heads=2),
+    "A526": call(
+        "attention a { input bias : float[h]  score s + bias[h]  attend causal }",
+        Q,
+        K,
+        V,
+        bias=torch.zeros(2, requires_grad=True),
+    ),
+    "A527": lambda: attndsl.nn.Attention("causal", 30, 4),
     "A530": lambda: attndsl.compile("causal").source(target="sm_1"),
     "A531": lambda: attndsl.compile("causal").source("sideways"),
     "A532": lambda: attndsl.compile("causal").assembly("forward", "amdgcn", target="sm_90"),
     "A541": lambda: attndsl.compare("causal", "attention a { align start  attend causal }"),
 }
 # Raised for what a test cannot bring about here, or brings about elsewhere.
-ELSEWHERE = {"A510", "A520", "A525", "A533", "A534", "A540", "A920", "A922"}
+ELSEWHERE = {"A510", "A520", "A525", "A533", "A534", "A540", "A920", "A921", "A922"}
 
 
 @pytest.mark.parametrize("code", sorted(WRONG))

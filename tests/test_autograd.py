@@ -90,8 +90,8 @@ def test_one_of_three(which: int) -> None:
 def test_learnable_alone() -> None:
     """Queries and keys need no gradient for an input to get its own."""
     tensors, inputs = [x.detach() for x in qkv()], learned()
-    found = torch.autograd.grad(loss_of(LEARNED, *tensors, **inputs), inputs.values())
-    expected = torch.autograd.grad(loss_of(LEARNED.reference, *tensors, **inputs), inputs.values())
+    found = torch.autograd.grad(loss_of(LEARNED, *tensors, **inputs), list(inputs.values()))
+    expected = torch.autograd.grad(loss_of(LEARNED.reference, *tensors, **inputs), list(inputs.values()))
     for gradient, right in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient, right, **TOLERANCE)
 
@@ -136,7 +136,7 @@ def test_operator_check() -> None:
     tensors, inputs = qkv(), list(learned().values())
     torch.library.opcheck(torch.ops.attndsl.forward.default, (LEARNED._key, *tensors, inputs, [], None, "cpu"))
     with torch.no_grad():
-        out, lse = LEARNED(*tensors, **learned(), return_lse=True)
+        out, lse = LEARNED(*tensors, bias=inputs[0], sinks=inputs[1], return_lse=True)
         arguments = (out * 2, lse * 3, *tensors, out, lse, inputs, [], None, "cpu")
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.attndsl.backward.default, (LEARNED._key, *arguments), test_utils=tests)
@@ -220,12 +220,38 @@ def test_functional_gradient() -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_functional_gradient_under_autocast() -> None:
+    q, k, v = (x.detach() for x in qkv())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.func.grad(lambda x: WINDOW(x, k, v).float().sum())(q)
+    assert found.dtype == torch.float32
+    expected = torch.func.grad(lambda x: WINDOW(x.bfloat16(), k.bfloat16(), v.bfloat16()).float().sum())(q)
+    torch.testing.assert_close(found, expected)
+
+
+def test_functional_second_derivative() -> None:
+    q, k, v = (x.detach() for x in qkv(8))
+    with pytest.raises(attndsl.PatternError, match="second derivative"):
+        torch.func.grad(lambda x: torch.func.grad(lambda y: WINDOW(y, k, v).sum())(x).sum())(q)
+
+
 def test_vmap() -> None:
-    """Calls one by one, which torch warns of."""
-    many = [torch.stack([x.detach(), x.detach() + 1, -x.detach()]) for x in qkv()]
-    found = torch.func.vmap(WINDOW)(*many)
-    expected = torch.stack([WINDOW(*(x[i] for x in many)) for i in range(3)])
+    many = [torch.stack([x.detach(), x.detach() + 1, -x.detach()], dim=1) for x in qkv()]
+    found = torch.func.vmap(WINDOW, in_dims=1)(*many)
+    expected = torch.stack([WINDOW(*(x[:, i] for x in many)) for i in range(3)])
+    assert torch.equal(found, expected)
+
+
+def test_gradients_of_each_sample() -> None:
+    """With one set of learnable inputs for all of them."""
+    inputs = {name: x.detach() for name, x in learned().items()}
+    many = [torch.stack([x.detach(), -x.detach()]) for x in qkv(12)]
+
+    def loss(bias: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return loss_of(LEARNED, q, k, v, bias=bias, sinks=inputs["sinks"])
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(inputs["bias"], *many)
+    expected = torch.stack([torch.func.grad(loss)(inputs["bias"], *(x[i] for x in many)) for i in range(2)])
     torch.testing.assert_close(found, expected)
 
 

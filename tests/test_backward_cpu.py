@@ -79,8 +79,10 @@ LEARNED: dict[str, Case] = {
         heads=(4, 2), inputs={"level": floats(2, 70)},
     ),
     "log_of_zero": case("attention logs { score s + log(q - k)\n attend causal }"),
-    "unread": case("attention idle { input a : float[h] learnable\n score if s > a[h] then s else 2 * s\n attend causal }",
-                   inputs={"a": floats(2)}),
+    "unread": case(
+        "attention idle { input a : float[h] learnable\n score if s > a[h] then s else 2 * s\n attend causal }",
+        inputs={"a": floats(2)},
+    ),
 }  # fmt: skip
 
 

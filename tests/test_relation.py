@@ -14,7 +14,8 @@ from attndsl.grammar import load
 from attndsl.oracle import evaluate, mask
 from attndsl.plan import pair_mask
 from attndsl.program import CallShape, Program, Type
-from attndsl.relation import Lowering, Relation, TooHard, Unsupported, bounded, build_relation
+from attndsl.effort import TooHard, bounded
+from attndsl.relation import Lowering, Relation, Unsupported, build_relation
 from attndsl.simplify import fold
 from attndsl.tiles import Side, tile_runs
 from tests.accuracy import examples

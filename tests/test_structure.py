@@ -20,10 +20,10 @@ ABOVE = {WIRING, "attndsl.cli"}
 # library -> the modules, or packages with a final dot, that may import it
 HOMES: dict[str, tuple[str, ...]] = {
     "lark": ("attndsl.grammar.",),
-    "islpy": ("attndsl.relation", "attndsl.quasi_affine", "attndsl.tiles", "attndsl.compare", "attndsl.findings"),
+    "islpy": ("attndsl.effort", "attndsl.relation", "attndsl.quasi_affine", "attndsl.tiles", "attndsl.compare", "attndsl.findings"),
     "sympy": ("attndsl.score",),
     "networkx": ("attndsl.blockgraph",),
-    "torch": ("attndsl.runtime.",),
+    "torch": ("attndsl.runtime.", "attndsl.codegen.torch_prelude"),
     "triton": ("attndsl.runtime.", "attndsl.codegen.prelude"),
 }
 ENVIRONMENT = {"ATTNDSL_DEBUG", "ATTNDSL_DUMP", "ATTNDSL_VERIFY", "ATTNDSL_CACHE_DIR"}

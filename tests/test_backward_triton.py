@@ -1,0 +1,207 @@
+"""Gradients of the Triton kernels against the oracle's: interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, reject
+from torch import Tensor
+
+from attndsl.api import _engine
+from attndsl.diagnostics import PatternError
+from attndsl.plan import Tiling
+from attndsl.program import CallShape, Program
+from tests.accuracy import examples
+from tests.cases import CASES, case, floats, ints
+from tests.gradients import Run, expected_gradients, judge, upstream
+from tests.strategies import Case, composed_programs, tensors
+
+pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SMALL = Tiling(16, 32)
+# The interpreter multiplies the bits of bfloat16 as integers.
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")]
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_GPU)]
+
+
+def runner(tiling: Tiling | None = SMALL) -> Run:
+    def run(
+        program: Program, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+        inputs: Mapping[str, Tensor], args: Mapping[str, int], scale: float | None,
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:  # fmt: skip
+        engine = _engine(program)
+        engine.tiling = tiling
+        dout, q, k, v = (x.to(DEVICE) for x in (dout, q, k, v))
+        dlse = None if dlse is None else dlse.to(DEVICE)
+        listed, numbers = [inputs[decl.name].to(DEVICE) for decl in program.inputs], [args[name] for name in program.args]
+        out, lse = engine.forward(q, k, v, listed, numbers, scale, "triton")
+        *found, learned = engine.backward(dout, dlse, q, k, v, out, lse, listed, numbers, scale, "triton")
+        return [x.cpu() for x in found], [None if x is None else x.cpu() for x in learned]
+
+    return run
+
+
+LEARNED: dict[str, Case] = {
+    "slope": case(
+        """attention sloped { input slope : float[h] learnable
+        score s - slope[h] * (q - k)
+        attend causal & window(33) }""",
+        heads=(4, 2), inputs={"slope": floats(4)},
+    ),
+    "gate": case(
+        """attention gated { input gate : float[b, h, q] learnable
+        input shift : float[b, k] learnable
+        score softcap(s * sigmoid(gate[q]) + shift[k], 3.0)
+        attend causal }""",
+        heads=(4, 2), rows=20, inputs={"gate": floats(2, 4, 20), "shift": floats(2, 70)},
+    ),
+    "through_inputs": case(
+        """attention grouped { input kind : int[b, k]
+        input level : float[h, 5] learnable
+        input part : float[5] learnable
+        score s * part[kind[q]] + level[h, kind[k]]
+        attend causal }""",
+        heads=(4, 2), rows=33, inputs={"kind": ints(-1, 7, 2, 70), "level": floats(4, 5), "part": floats(5)},
+    ),
+    "sink_and_score": case(
+        """attention both { input lift : float[b, h, q] learnable
+        input base : float learnable
+        score s + lift[q] * base
+        softmax with sink lift[q] * 0.5 - base * base
+        attend causal - window(20) }""",
+        heads=(2, 2), inputs={"lift": floats(2, 2, 70), "base": np.float32(0.7)},
+    ),
+    "sigmoid": case(
+        """attention sigmoids { input bias : float[h] learnable
+        weights sigmoid(s + bias[h])
+        attend causal & window(33) }""",
+        inputs={"bias": floats(2)},
+    ),
+    "constant": case(
+        """attention constants { input level : float[g, k] learnable
+        weights exp(level[g, k])
+        attend causal }""",
+        heads=(4, 2), inputs={"level": floats(2, 70)},
+    ),
+    "keyless": case(
+        "attention flat { input a : float[h, q] learnable\n score a[h, q]\n attend causal & window(40) }",
+        rows=30, inputs={"a": floats(2, 30)},
+    ),
+    "infinite_past_the_end": case("attention ends { score s + log(Nk - q) * (k + 1)\n attend causal }"),
+    "log_of_zero": case("attention logs { score s + log(q - k)\n attend causal }"),
+    "scale_of_head": case("attention scaled { scale 1 / (D + h)\n attend causal & window(33) }", heads=(4, 2)),
+    "unread": case("attention idle { input a : float[h] learnable\n score if s > a[h] then s else 2 * s\n attend causal }",
+                   inputs={"a": floats(2)}),
+}  # fmt: skip
+FIXED = (
+    "streaming", "chunk", "last_row", "more_rows", "none", "empty_rows", "dilated", "blocks", "shifted_blocks", "documents",
+    "duo", "until", "align_start", "softcap", "alibi", "guarded", "sink", "weights", "counted", "scale",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*FIXED, *LEARNED])
+def test_program(name: str) -> None:
+    judge(runner(), (CASES | LEARNED)[name], torch.float32)
+
+
+@pytest.mark.parametrize("name", ["streaming", "chunk", "empty_rows", "softcap", "sink", "weights"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_default_tiles(name: str, dtype: torch.dtype) -> None:
+    judge(runner(None), CASES[name], dtype)
+
+
+@pytest.mark.parametrize("name", ["empty_rows", "sink"])
+def test_without_lse(name: str) -> None:
+    judge(runner(), CASES[name], torch.float32, uses_lse=False)
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+@pytest.mark.parametrize("name", ["streaming", "softcap", "scale"])
+def test_scale_of_a_call(name: str, scale: float) -> None:
+    judge(runner(), CASES[name], torch.float32, scale=scale)
+
+
+@given(case=composed_programs(max_depth=2, lengths=(1, 16, 33, 65)))
+@examples(20)
+def test_random(case: Case) -> None:
+    try:
+        judge(runner(Tiling(32, 16)), case, torch.float32)
+    except PatternError as refused:
+        # A bias by q and k together is refused, and tested below.
+        if refused.diagnostics[0].code != "A923":
+            raise
+        reject()
+
+
+def test_bias_by_both_positions_is_refused() -> None:
+    with pytest.raises(PatternError) as caught:
+        judge(runner(), CASES["bias"], torch.float32)
+    (diagnostic,) = caught.value.diagnostics
+    assert diagnostic.code == "A923"
+    assert diagnostic.span is not None and "bias" in diagnostic.span.source.text[diagnostic.span.start : diagnostic.span.end]
+
+
+def test_no_rows_and_no_keys() -> None:
+    judge(runner(), replace(CASES["softcap"], shape=CallShape(2, 2, 1, 0, 9, 16, 8)), torch.float32)
+    judge(runner(), Case("all", {}, {}, {}, CallShape(2, 2, 1, 5, 0, 16, 8)), torch.float32)
+    shifted = "attention a { input x : float[h, k] learnable\n softmax with sink x[h, 0]\n score s + x[h, k]\n attend causal }"
+    judge(runner(), case(shifted, 0, 9, inputs={"x": floats(2, 9)}), torch.float32)
+
+
+def test_broadcast_inputs() -> None:
+    """The gradient of a dimension of size 1 is the sum over what it stands for."""
+    gated = LEARNED["gate"]
+    program = gated.load()
+    q, k, v, inputs = tensors(gated)
+    inputs = {"gate": inputs["gate"][:1, :, :1], "shift": inputs["shift"][:, :1]}
+    dout, dlse = upstream(q, v)
+    wide = {"gate": inputs["gate"].expand(2, 4, 20), "shift": inputs["shift"].expand(2, 70)}
+    _, (gate, shift) = runner()(program, dout, dlse, q, k, v, inputs, {}, None)
+    _, (wide_gate, wide_shift) = expected_gradients(program, q, k, v, wide, {}, dout, dlse)
+    assert gate is not None and shift is not None and wide_gate is not None and wide_shift is not None
+    torch.testing.assert_close(gate.double(), wide_gate.sum((0, 2), keepdim=True), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(shift.double(), wide_shift.sum(1, keepdim=True), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gate", "slope", "sink_and_score", "duo"])
+def test_two_runs_agree_to_the_bit(name: str) -> None:
+    chosen = (CASES | LEARNED)[name]
+    program = chosen.load()
+    q, k, v, inputs = tensors(chosen)
+    dout, dlse = upstream(q, v)
+    first, again = (runner(None)(program, dout, dlse, q, k, v, inputs, {}, None) for _ in range(2))
+    for a, b in zip((*first[0], *first[1]), (*again[0], *again[1]), strict=True):
+        assert (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+
+
+def test_strided_tensors() -> None:
+    """Gradients lie in memory as the tensors do, heads inside tokens; dout may lie in any way."""
+    program = CASES["streaming"].load()
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(2, 50, 4, 16, generator=generator).transpose(1, 2)
+    cache = torch.randn(2, 80, 2, 3, 16, generator=generator)
+    k, v = (cache[:, 10:60, :, i].transpose(1, 2) for i in (0, 2))
+    dout = torch.randn(2, 4, 16, 50, generator=generator).mT
+    found, _ = runner()(program, dout, None, q, k, v, {}, {}, None)
+    expected, _ = expected_gradients(program, q, k, v, {}, {}, dout, None)
+    for gradient, right in zip(found, expected, strict=True):
+        assert gradient.stride(1) < gradient.stride(2)
+        torch.testing.assert_close(gradient.double(), right, rtol=1e-4, atol=1e-5)
+
+
+def test_through_autograd() -> None:
+    """The whole way: an attention's own gradient, on this backend."""
+    import attndsl
+
+    attention: Any = attndsl.compile("causal & window(20)")
+    q, k, v = (torch.randn(1, 2, 40, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    right = torch.autograd.grad(attention.reference(q, k, v).sum(), (q, k, v))
+    found = torch.autograd.grad(attention(q, k, v, backend="triton").sum(), (q, k, v))
+    for x, y in zip(found, right, strict=True):
+        torch.testing.assert_close(x, y.to(x.dtype), rtol=1e-4, atol=1e-5)
