@@ -325,11 +325,11 @@ def _written(lowering: Lowering, spec: Spec) -> Scalar:
     program = lowering.program
     written = fold(lowering.predicate(program.branch.pattern))
     with suppress(TooHard):  # … in which case the condition stays as it was written.
-        written = bounded(lowering.ctx, lambda: _without_redundant(lowering, written))
+        written = bounded(lowering.ctx, lambda: without_redundant(lowering, written))
     return specialise(written, spec.sizes)
 
 
-def _without_redundant(lowering: Lowering, cond: Scalar) -> Scalar:
+def without_redundant(lowering: Lowering, cond: Scalar) -> Scalar:
     """The condition less those of its conjuncts that the others imply for existing pairs."""
     if not isinstance(cond, Logic) or cond.op != "and":
         return cond

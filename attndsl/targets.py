@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 from attndsl.diagnostics import error
-from attndsl.plan import DType, Loads, Spec
+from attndsl.plan import head_parts, DType, Loads, Spec
 
 # As users write them, and as plans do.
 TARGETS = {
@@ -64,6 +64,11 @@ def make_spec(
 
 
 def has_tensor_copies(spec: Spec) -> bool:
-    """Whether the device copies tiles of such tensors by hardware (TMA), given 16-byte strides and addresses."""
+    """Whether the device copies tiles of such tensors by hardware (TMA), given 16-byte strides and addresses.
+
+    Head dimensions of two parts are left to pointers: two copies in a row outside a pipelined loop share a
+    barrier's memory, and Triton 3.6 does not wait between them (seen on an H200: wrong values, wild reads).
+    """
     backend, _, arch = spec.target.partition(":")
-    return backend == "cuda" and int(arch) >= 90 and spec.dtype is not DType.FLOAT32
+    whole = len(head_parts(spec.dim)) == len(head_parts(spec.v_dim)) == 1
+    return backend == "cuda" and int(arch) >= 90 and spec.dtype is not DType.FLOAT32 and whole

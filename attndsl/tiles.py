@@ -156,7 +156,7 @@ class _Tiler:
             piece = isl.Set.from_basic_set(basic)
             if piece.intersect_params(context).is_empty():
                 continue
-            if basic.dim(isl.dim_type.div) and not self._is_interval(piece):
+            if basic.dim(isl.dim_type.div) and self._interval(piece) is None:
                 return None
             pieces.append(piece)
         build = isl.AstBuild.from_context(context)
@@ -177,7 +177,7 @@ class _Tiler:
         for piece in pieces:
             for i, other in enumerate(joined):
                 both = other.union(piece).coalesce()
-                if self._is_interval(both):
+                if self._interval(both) is not None:
                     joined[i] = both
                     break
             else:
@@ -220,19 +220,21 @@ class _Tiler:
         for basic in line.make_disjoint().get_basic_sets():
             piece = isl.Set.from_basic_set(basic)
             # Without quotients a piece is an interval already.
-            if basic.dim(isl.dim_type.div) and self._is_interval(piece):
-                piece = self._hull(piece)
-            pieces = pieces.union(piece)
+            hull = self._interval(piece) if basic.dim(isl.dim_type.div) else None
+            pieces = pieces.union(piece if hull is None else hull)
         return pieces.coalesce()
 
-    def _is_interval(self, piece: isl.Set) -> bool:
-        limit = self.ctx.get_max_operations()
+    def _interval(self, piece: isl.Set) -> isl.Set | None:
+        """The piece written as everything from its first to its last tile, None where it is no interval."""
+
+        def compute() -> isl.Set | None:
+            hull = self._hull(piece)
+            return hull if hull.is_subset(piece) else None
+
         try:
-            return bounded(self.ctx, lambda: bool(self._hull(piece).is_subset(piece)), PIECE_EFFORT)
+            return bounded(self.ctx, compute, PIECE_EFFORT)
         except TooHard:
-            return False
-        finally:
-            self.ctx.set_max_operations(limit)
+            return None
 
     def _hull(self, piece: isl.Set) -> isl.Set:
         tile = isl.PwAff.var_on_domain(isl.LocalSpace.from_space(piece.get_space()), isl.dim_type.set, 0)

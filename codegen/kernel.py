@@ -289,6 +289,9 @@ class Visits:
             suffix = f"_{i}" if len(runs) > 1 else ""
             for end, e in (("first", run.first), ("count", run.count)):
                 text = printer.text(e)
+                if end == "count" and isinstance(e, Const):
+                    # Not a constant to the compiler, which would unroll the loop and with it its pipeline.
+                    text = f"{printer.dialect.language}.minimum(k_len, {text})"
                 if any(isinstance(x, Read) for x in walk(e)):
                     # An input may be of 64 bits; tiles are counted in 32.
                     text = f"({text}).to({printer.dialect.language}.int32)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import tempfile
@@ -48,8 +49,9 @@ def parse_target(target: str) -> GPUTarget:
     return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
 
 
+@functools.lru_cache(maxsize=1024)
 def compile_kernel(source: KernelSource, target: str, cache: KernelCache | None = None) -> CompiledKernel:
-    """The kernel compiled for a target; no GPU is needed for that."""
+    """The kernel compiled for a target; no GPU is needed for that. New lengths find it here."""
     module = load_source(source.text, source.function)
     fn = getattr(module, source.function)
     if not isinstance(fn, triton.runtime.JITFunction):
@@ -85,7 +87,8 @@ def _restore(ast: ASTSource, files: Mapping[str, bytes]) -> CompiledKernel:
         return CompiledKernel(ast, group, metadata["hash"])
 
 
-def parameters(text: str, function: str) -> list[str]:
+@functools.lru_cache(maxsize=1024)
+def parameters(text: str, function: str) -> tuple[str, ...]:
     """Names of a generated kernel's parameters, in order."""
     fn: Any = getattr(load_source(text, function), function)
-    return list(inspect.signature(fn.fn).parameters)
+    return tuple(inspect.signature(fn.fn).parameters)

@@ -30,6 +30,8 @@ from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_
 from attndsl.tiling import choose_tiling
 
 Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor | None]]
+# Kinds of calls whose launches are kept.
+MAX_PREPARED = 4096
 BACKENDS = ("auto", "gluon", "triton", "cpu")
 
 
@@ -55,6 +57,7 @@ class Engine:
     generators: Generators
     tiling: Tiling | None = None
     _prepared: dict[Any, Any] = field(default_factory=dict)
+    _texts: dict[Any, Any] = field(default_factory=dict)
 
     def forward(
         self,
@@ -70,7 +73,7 @@ class Engine:
         key = _kind(q, k, v, inputs, scale, backend, q.data_ptr() | k.data_ptr() | v.data_ptr())
         launch = self._prepared.get(key)
         if launch is None:
-            launch = self._prepared[key] = self._prepare(q, k, v, inputs, scale, backend, aligned=key[-1])
+            launch = self._keep(key, self._prepare(q, k, v, inputs, scale, backend, aligned=key[-1]))
         return launch(q, k, v, inputs, args, scale)
 
     def backward(
@@ -86,9 +89,25 @@ class Engine:
         key = ("backward", dlse is None, dout.stride(), out.stride(), *kind)
         launch = self._prepared.get(key)
         if launch is None:
-            launch = self._prepare_backward(q, k, v, inputs, scale, backend, kind[-1], uses_lse=dlse is not None)
-            self._prepared[key] = launch
+            made = self._prepare_backward(q, k, v, inputs, scale, backend, kind[-1], uses_lse=dlse is not None)
+            launch = self._keep(key, made)
         return launch(dout, dlse, q, k, v, out, lse, inputs, args, scale)
+
+    def _keep(self, key: Any, launch: Any) -> Any:
+        """Keep a prepared launch; a decode makes one a length, so the store is emptied now and then."""
+        if len(self._prepared) >= MAX_PREPARED:
+            self._prepared.clear()
+        self._prepared[key] = launch
+        return launch
+
+    def _text(self, generate: Callable[[Any], Any], plan: ForwardPlan | BackwardPlan) -> Any:
+        """What a printer makes of a plan, printed once."""
+        key = (generate, plan.spec, plan.tiling, id(plan))
+        found = self._texts.get(key)
+        if found is None:
+            # The plan is kept too, so that no other plan takes its identity.
+            found = self._texts[key] = (generate(plan), plan)
+        return found[0]
 
     def _prepare(
         self,
@@ -106,7 +125,7 @@ class Engine:
             from attndsl.runtime.cpu import CpuForward
 
             plan = forward_plan(program, spec, self.tiling or default_tiling(spec))
-            return CpuForward(plan, self.generators.cpu_forward(plan))
+            return CpuForward(plan, self._text(self.generators.cpu_forward, plan))
         from attndsl.runtime.triton_launch import TritonForward, loads_for, why_not_gluon
 
         spec = replace(spec, loads=loads_for(spec, k, v, aligned))
@@ -118,7 +137,7 @@ class Engine:
         if not reason:
             spec = replace(spec, backend=Backend.GLUON)
         plan = forward_plan(program, spec, self.tiling or choose_tiling(program, spec))
-        printed = self.generators.triton_forward(plan) if reason else self.generators.gluon_forward(plan)
+        printed = self._text(self.generators.triton_forward if reason else self.generators.gluon_forward, plan)
         return TritonForward(plan, printed, q, k, v, inputs, aligned)
 
     def _prepare_backward(

@@ -282,18 +282,25 @@ def _in_dtype(dtype: torch.dtype, *tensors: Tensor) -> Iterator[Tensor]:
     return (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def _autocast(device: str, dispatch_key: torch._C.DispatchKey) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The forward under autocast: q, k and v in its dtype, as torch's own attention has them; inputs as they are."""
-    others = torch._C.DispatchKeySet(dispatch_key)
+def _register_autocast(device: str) -> None:
+    """Operators under a device's autocast: q, k and v in its dtype, as in torch's own attention, and inputs as they are.
 
-    def forward(key: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = _in_dtype(dtype, q, k, v)
-        with torch._C._ExcludeDispatchKeyGuard(others):
-            out: tuple[Tensor, Tensor] = torch.ops.attndsl.forward(key, q, k, v, *rest)
-        return out
+    Inside, the products of the CPU lowering are in float32 all the same.
+    """
+    name = f"Autocast{device.upper()}"
+    here = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
 
-    return forward
+    def forward(key: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+        q, k, v = _in_dtype(torch.get_autocast_dtype(device), q, k, v)
+        with torch._C._ExcludeDispatchKeyGuard(here):
+            return torch.ops.attndsl.forward(key, q, k, v, *rest)
+
+    def backward(*call: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(here):
+            return torch.ops.attndsl.backward(*call)
+
+    _LIBRARY.impl("forward", forward, name)
+    _LIBRARY.impl("backward", backward, name)
 
 
 # ------------------------------------------------------------------------------------------- vmap
@@ -319,10 +326,9 @@ def _one_by_one(operator: Any) -> Callable[..., Any]:
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("forward", _forward, _device)
     _LIBRARY.impl("backward", _backward, _device)
+    _register_autocast(_device.lower())
 _LIBRARY.impl("forward", _forward_autograd, "Autograd")
 _LIBRARY.impl("backward", _backward_autograd, "Autograd")
-_LIBRARY.impl("forward", _autocast("cpu", torch._C.DispatchKey.AutocastCPU), "AutocastCPU")
-_LIBRARY.impl("forward", _autocast("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")
 torch.library.register_fake("attndsl::forward", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("attndsl::backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_vmap("attndsl::forward", _one_by_one(torch.ops.attndsl.forward), lib=_LIBRARY)

@@ -204,6 +204,16 @@ def test_autocast(compiled: bool) -> None:
         assert call(*mixed).dtype == torch.bfloat16
 
 
+def test_backward_inside_autocast() -> None:
+    """Gradients are those of a backward pass outside."""
+    tensors = qkv()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(WINDOW(*tensors).float().sum(), tensors)
+        loss = WINDOW(*tensors).float().sum()
+    for gradient, right in zip(found, torch.autograd.grad(loss, tensors), strict=True):
+        assert torch.equal(gradient, right)
+
+
 def test_autocast_leaves_float64() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert WINDOW(*qkv(dtype=torch.float64)).dtype == torch.float64

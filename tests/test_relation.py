@@ -132,7 +132,7 @@ def masks(program: Program, shape: CallShape) -> dict[str, object]:
     lowering = Lowering(program, (shape.heads, shape.kv_heads))
     relation = lowering.relation(program.branch.pattern)
     written = fold(lowering.predicate(program.branch.pattern))
-    return {"written": written, "least": lowering.without_redundant(written), "chosen": pair_mask(relation, written)}
+    return {"written": written, "least": without_redundant(lowering, written), "chosen": pair_mask(relation, written)}
 
 
 @pytest.mark.parametrize("text", PATTERNS)
