@@ -167,8 +167,8 @@ class _Dq(_Backward):
             lines.add("")
             self.loops(plan.runs, "k_tile")
             lines.add("")
-        for n, x in self.learned:
-            self._write_sum(n, x)
+        for n, learned in self.learned:
+            self._write_sum(n, learned)
         if self.flows:
             lines.add(*(f"dq{part.suffix} = dq{part.suffix} * scale" for part in self.q_parts))
         lines.add(self.base("dq", "h"))
@@ -236,7 +236,7 @@ class _DkDv(_Backward):
         self.scale_per_head = self.group > 1 and plan.scale is not None and reads(plan.scale, "h")
 
     def source(self) -> str:
-        plan, lines, spec = self.plan, self.lines, self.plan.spec
+        lines, spec = self.lines, self.plan.spec
         self.constants()
         lines.add(
             "",

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 
-from lark import Lark, Token, Tree
+from lark import Token, Tree
 from lark.exceptions import UnexpectedCharacters, UnexpectedInput
 from lark.parsers.lalr_interactive_parser import InteractiveParser
 
 from attndsl import syntax as ast
 from attndsl.diagnostics import Source, Span
 from attndsl.grammar.build import build
+from attndsl.grammar.parser_tables import parser
 from attndsl.grammar.report import Report, TooLarge, nearest
 from attndsl.grammar.source import MAX_BYTES, too_long
 
@@ -45,12 +44,6 @@ class Parsed:
     tokens: tuple[Token, ...]
     lost: frozenset[str]
     broken: bool
-
-
-@cache
-def _lark() -> Lark:
-    text = files("attndsl.grammar").joinpath("attn.lark").read_text("utf-8")
-    return Lark(text, parser="lalr", lexer="basic", propagate_positions=True, maybe_placeholders=True)
 
 
 def parse(text: str, *, name: str = "<pattern>") -> ast.Document:
@@ -122,7 +115,7 @@ def _tokens(source: Source, report: Report) -> tuple[Token, ...]:
     text, offset, found = source.text, 0, list[Token]()
     while True:
         try:
-            for token in _lark().lex(text[offset:] if offset else text):
+            for token in parser().lex(text[offset:] if offset else text):
                 if len(found) == MAX_TOKENS:
                     at = _shifted(token, offset)
                     raise report.fatal(
@@ -183,17 +176,17 @@ def _check_nesting(tokens: tuple[Token, ...], source: Source, report: Report) ->
 
 def _attempt(tokens: list[Token]) -> tuple[Tree[Token] | None, tuple[int, set[str]] | None]:
     """The tree, or the index of the first token that does not fit and what would."""
-    parser = _lark().parse_interactive()
+    interactive = parser().parse_interactive()
     for index, token in enumerate(tokens):
         try:
-            parser.feed_token(token)
+            interactive.feed_token(token)
         except UnexpectedInput:
-            return None, (index, _accepts(parser))
+            return None, (index, _accepts(interactive))
     last = tokens[-1] if tokens else None
     try:
-        tree = parser.feed_eof(last)  # type: ignore[no-untyped-call]
+        tree = interactive.feed_eof(last)  # type: ignore[no-untyped-call]
     except UnexpectedInput:
-        return None, (len(tokens), _accepts(parser))
+        return None, (len(tokens), _accepts(interactive))
     assert isinstance(tree, Tree)
     return tree, None
 
@@ -245,7 +238,7 @@ def _spelled(terminal: str) -> str:
     names = {"NAME": "a name", "INT": "a number", "FLOAT": "a number", "CMP": "a comparison", "MULOP": "`*`"}
     if terminal in names or terminal in _SYMBOLS:
         return names.get(terminal) or f"`{_SYMBOLS[terminal]}`"
-    found = next((t for t in _lark().terminals if t.name == terminal), None)
+    found = next((t for t in parser().terminals if t.name == terminal), None)
     return f"`{found.pattern.value}`" if found else terminal.lower()
 
 

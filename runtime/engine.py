@@ -27,7 +27,7 @@ from attndsl.plan import (
 from attndsl.program import CallShape, Program, TableDecl, Type
 from attndsl.properties import takes_more_rows_than_keys
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
-from attndsl.tiling import choose_tiling
+from attndsl.tiling import choose_tiling, prefers_portable
 
 Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor | None]]
 # Kinds of calls whose launches are kept.
@@ -134,6 +134,8 @@ class Engine:
         )
         if backend == "gluon" and reason:
             raise error("A510", reason, help="leave `backend` out to get the portable kernel")
+        if backend == "auto" and not reason and prefers_portable(program, spec):
+            reason = "with these heads the portable kernel is predicted to be ahead"
         if not reason:
             spec = replace(spec, backend=Backend.GLUON)
         plan = forward_plan(program, spec, self.tiling or choose_tiling(program, spec))

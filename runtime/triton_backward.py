@@ -48,7 +48,7 @@ class TritonBackward:
         self.q_tiles = -(-shape.rows // plan.tiling.block_q)
         grid = self.q_tiles * shape.batch * shape.heads
         key_grid = -(-shape.k_len // plan.key_tiling.block_k) * shape.batch * shape.kv_heads
-        sources = backward_sources(plan, q, k, v, inputs)
+        sources = backward_parameters(plan, q, k, v, inputs)
         # Without rows the gradients of k and v are 0; without keys there are none.
         self._dq = prepare(plan, dq_text, DQ, grid, sources, aligned, q.device) if grid else None
         self._dkdv = None
@@ -90,20 +90,16 @@ class TritonBackward:
     def _learned(self, inputs: Sequence[Tensor], sums: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
         """The gradients of the inputs."""
         plan, found = self.plan, dict[str, Tensor]()
-        if self._dq is None:
-            sums = [(values.new_zeros(0), places.new_zeros(0)) for values, places in sums]
-        elif self._dkdv is None:
-            sums = [
-                (values.new_zeros(0), places.new_zeros(0)) if x.over is Over.ROWS else (values, places)
-                for x, (values, places) in zip(plan.learned, sums, strict=True)
-            ]
         for x, (values, places) in zip(plan.learned, sums, strict=True):
             name = x.read.input
             if name not in found:
-                found[name] = torch.zeros(declared_size(plan, name, self.shape), dtype=torch.float64, device=values.device)
+                size = _declared_size(plan, name, self.shape)
+                found[name] = torch.zeros(size, dtype=torch.float64, device=values.device)
+            if (self._dkdv if x.over is Over.ROWS else self._dq) is None:
+                continue  # No kernel ran, and nothing was summed.
             # In float64, where `index_put_` adds in one order on the CPU too.
             wide = values.double()
-            terms = wide.sum(1) if x.over is Over.TILE and values.numel() else wide.flatten()
+            terms = wide.sum(1) if x.over is Over.TILE else wide.flatten()
             found[name].view(-1).index_put_((places,), terms, accumulate=True)
         return [
             found[decl.name].sum_to_size(x.shape).to(x.dtype) if decl.name in found else None
@@ -111,12 +107,14 @@ class TritonBackward:
         ]
 
 
-def declared_size(plan: BackwardPlan, name: str, shape: CallShape) -> list[int]:
+def _declared_size(plan: BackwardPlan, name: str, shape: CallShape) -> list[int]:
     """The shape that an input has where nothing of it is broadcast."""
     return [dim_size(dim, plan.program, shape) for dim in plan.program.input(name).dims]
 
 
-def backward_sources(plan: BackwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> Mapping[str, Any]:
+def backward_parameters(
+    plan: BackwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]
+) -> Mapping[str, Any]:
     """What each parameter that the kernels may have is given. Only shapes, strides and dtypes are read."""
     found = dict(parameter_sources(plan, q, k, v, inputs))
     first = INPUTS + len(inputs) + len(plan.program.args)
@@ -131,4 +129,4 @@ def backward_sources(plan: BackwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs
     return found
 
 
-__all__ = ["TritonBackward", "backward_sources", "check_learned", "declared_size"]
+__all__ = ["TritonBackward", "backward_parameters", "check_learned"]

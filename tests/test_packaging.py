@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 SPOKES = ("grammar", "codegen", "runtime")
-DATA = ("attndsl/grammar/attn.lark", "attndsl/grammar/std.attn")
+DATA = ("attndsl/grammar/attn.lark", "attndsl/grammar/attn.tables.json", "attndsl/grammar/std.attn")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
