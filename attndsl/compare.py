@@ -9,8 +9,8 @@ from itertools import combinations, permutations
 
 import islpy as isl
 
-from attndsl.program import Compare, Const, Program, Scalar, Set, Table, Type, Union, Var, rebuild, substitute
 from attndsl.effort import EFFORT, TooHard, bounded
+from attndsl.program import Compare, Const, Program, Scalar, Set, Table, Type, Union, Var, rebuild, substitute
 from attndsl.relation import MAX_CASES, Lowering, Unsupported
 from attndsl.simplify import fold
 from attndsl.witness import Witness, World, canonical, map_scalars, realise

@@ -19,6 +19,7 @@ import islpy as isl
 
 from attndsl.compare import Existing, Undecided
 from attndsl.diagnostics import Diagnostic, Severity, Span
+from attndsl.effort import EFFORT, TooHard, bounded
 from attndsl.program import (
     Choose,
     Coarsen,
@@ -36,7 +37,6 @@ from attndsl.program import (
     reads,
     scalars,
 )  # fmt: skip
-from attndsl.effort import EFFORT, TooHard, bounded
 from attndsl.relation import Lowering, Unsupported
 from attndsl.witness import Witness, World, canonical, has_coarsen
 

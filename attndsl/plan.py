@@ -131,6 +131,13 @@ class Plan:
     weights: Scalar | None
 
     @property
+    def positive_scale(self) -> bool:
+        """Whether the factor of q . k is known to be positive, so that a row's largest product is its largest score."""
+        if self.scale is None:
+            return self.spec.scale_sign > 0
+        return isinstance(self.scale, Const) and self.scale.value > 0
+
+    @property
     def scalars(self) -> tuple[Scalar, ...]:
         """Every scalar the kernel computes."""
         body = (self.mask, self.scale, self.score, self.sink, self.weights)
@@ -269,9 +276,13 @@ def backward_tilings(spec: Spec) -> tuple[Tiling, Tiling]:
     """Tile sizes of the backward kernels: of dq, and of dk and dv."""
     if spec.target == "cpu":
         return default_tiling(spec), default_tiling(spec)
-    wide = max(spec.dim, spec.v_dim) > 128 or spec.dtype is DType.FLOAT32
-    tiling = Tiling(32, 32, warps=4, stages=1) if wide else Tiling(64, 64, warps=4, stages=2)
-    return tiling, tiling
+    dim = max(spec.dim, spec.v_dim)
+    if dim > 128 or spec.dtype is DType.FLOAT32:
+        return Tiling(32, 32, warps=4, stages=1), Tiling(32, 32, warps=4, stages=1)
+    # Hopper's products read shared memory; elsewhere operands take registers too, and the larger tiles spill.
+    if dim <= 64 and spec.target == "cuda:90":
+        return Tiling(64, 64, warps=4, stages=2), Tiling(64, 64, warps=4, stages=2)
+    return Tiling(64, 64, warps=8, stages=2), Tiling(32, 64, warps=8, stages=2)
 
 
 @functools.lru_cache(maxsize=1024)

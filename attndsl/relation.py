@@ -23,8 +23,34 @@ import islpy as isl
 from attndsl.diagnostics import Diagnostic, PatternError, Severity, Span
 from attndsl.effort import TooHard, bounded
 from attndsl.program import (
-    Arg, Binary, Blocks, Call, Choose, Coarse, Coarsen, Compare, Complement, Const, If, Inter, Logic, Minus, On,
-    Permuted, Program, Read, Scalar, Set, Table, Type, Unary, Union, Var, Where, reads, substitute,
+    Arg,
+    Binary,
+    Blocks,
+    Call,
+    Choose,
+    Coarse,
+    Coarsen,
+    Compare,
+    Complement,
+    Const,
+    If,
+    Inter,
+    Logic,
+    Minus,
+    On,
+    Permuted,
+    Program,
+    Read,
+    Scalar,
+    Set,
+    Table,
+    Type,
+    Unary,
+    Union,
+    Var,
+    Where,
+    reads,
+    substitute,
 )  # fmt: skip
 from attndsl.quasi_affine import condition
 
@@ -242,11 +268,9 @@ class Lowering:
         if any(self._involves(inner, name) for name in self.atoms):
             raise Unsupported("coarsen of a pattern that depends on data", pattern.span)
         existing = self.set("[Nq, Nk] -> { [q, k] : 0 <= q < Nq and 0 <= k < Nk }")
+        m, n = pattern.block_q, pattern.block_k
         same_block = isl.Map.read_from_str(
-            self.ctx,
-            f"{{ [q, k] -> [x, y] : {pattern.block_q}*floor(q/{pattern.block_q}) <= x "
-            f"< {pattern.block_q}*floor(q/{pattern.block_q}) + {pattern.block_q} and "
-            f"{pattern.block_k}*floor(k/{pattern.block_k}) <= y < {pattern.block_k}*floor(k/{pattern.block_k}) + {pattern.block_k} }}",
+            self.ctx, f"{{ [q, k] -> [x, y] : floor(x/{m}) = floor(q/{m}) and floor(y/{n}) = floor(k/{n}) }}"
         )
         match pattern.mode:
             case Coarse.ANY:

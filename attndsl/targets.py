@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 from attndsl.diagnostics import error
-from attndsl.plan import head_parts, DType, Loads, Spec
+from attndsl.plan import DType, Loads, Spec, head_parts
 
 # As users write them, and as plans do.
 TARGETS = {

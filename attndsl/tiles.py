@@ -13,12 +13,12 @@ from enum import Enum
 
 import islpy as isl
 
+from attndsl.effort import EFFORT, TooHard, bounded
 from attndsl.linear import normalise
 from attndsl.program import Binary, Call, Compare, Const, If, Logic, Scalar, Unary, Var
 from attndsl.quasi_affine import to_scalar
-from attndsl.simplify import fold
-from attndsl.effort import EFFORT, TooHard, bounded
 from attndsl.relation import Relation
+from attndsl.simplify import fold
 
 # Elementary isl operations allowed to the tiles of one side of one pattern.
 SCAN_EFFORT = 2 * EFFORT

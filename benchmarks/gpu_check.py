@@ -11,6 +11,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def check(case: Case, shape: Shape, device: torch.device, backward: bool, seed: 
             failures.append(Failure(case.name, shape, what, f"{verdict.error:.2e} > {verdict.allowed:.2e}"))
 
     try:
-        attn = attndsl.compile(case.text)
+        attn: Any = attndsl.compile(case.text)
         exact, exact_lse = dense(case, shape, inputs, *qkv, torch.float64)
         plain, plain_lse = dense(case, shape, inputs, *qkv, shape.dtype)
         oracle = attn.reference(*qkv, **inputs)

@@ -49,7 +49,7 @@ class Peer:
 def build_ours(job: Job) -> Attention:
     import attndsl
 
-    attn = attndsl.compile(job.row.text(job.sizes))
+    attn: Any = attndsl.compile(job.row.text(job.sizes))
     return lambda: attn(job.q, job.k, job.v, **job.inputs)
 
 

@@ -238,11 +238,13 @@ def forward_source(plan: ForwardPlan) -> str:
         with loop.chunk() as printer:
             printer.names.known[Var("s")] = "scores"
             if plan.weights is not None:
-                lines.add(f"weights = {printer.text(plan.weights)} + torch.zeros_like(scores)")
+                loop.helpers.add("spread")
+                lines.add(f"weights = spread({printer.text(plan.weights)}, scores)")
                 loop.mask("weights", "0.0")
             else:
                 if plan.score is not None:
-                    lines.add(f"scores = {printer.text(plan.score)} + torch.zeros_like(scores)")
+                    loop.helpers.add("spread")
+                    lines.add(f"scores = spread({printer.text(plan.score)}, scores)")
                 loop.mask("scores", "-math.inf")
                 lines.add(
                     "new_max = torch.maximum(row_max, scores.amax(-1))",

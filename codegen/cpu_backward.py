@@ -75,11 +75,13 @@ class _Backward:
         learned = [e for read, slope in plan.learnable for e in (*read.index, slope)]
         shared = [e for e in (plan.score, plan.weights, plan.d_score) if e is not None]
         printer.share(lines, shared + learned, "pair_")
+        if plan.score is not None or plan.weights is not None:
+            loop.helpers.add("spread")
         if plan.weights is not None:
-            lines.add(f"weights = {printer.text(plan.weights)} + torch.zeros_like(scores)")
+            lines.add(f"weights = spread({printer.text(plan.weights)}, scores)")
             loop.mask("weights", "0.0")
         else:
-            copied = f"{printer.text(plan.score)} + torch.zeros_like(scores)" if plan.score is not None else "scores"
+            copied = f"spread({printer.text(plan.score)}, scores)" if plan.score is not None else "scores"
             lines.add(f"logits = {copied}")
             loop.mask("logits", "-math.inf")
             lines.add("weights = torch.exp(logits - row_lse)")

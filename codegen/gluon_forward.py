@@ -7,14 +7,13 @@ query tile's rows, and multiplies the scores of one tile while the values of the
 
 from __future__ import annotations
 
-from attndsl.plan import ForwardPlan
-from attndsl.program import Axis, Binary, Const, Scalar, Var, reads
-
 from attndsl.codegen.header import header
 from attndsl.codegen.kernel import Leaves, Visits, scalar_parameters, used_parameters
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import GLUON, Names, Printer
+from attndsl.plan import ForwardPlan
+from attndsl.program import Axis, Binary, Const, Scalar, Var, reads
 
 KERNEL = "attention_forward"
 # Registers of a thread of a consumer and of the producer; 128 of the former and a warp of the latter fill the file.
@@ -45,7 +44,7 @@ class _Forward:
         self.plan = plan
         self.helpers: set[str] = set()
         # With no score expression the scale goes into the exponent: one multiply-add per pair.
-        self.folded = plan.score is None and plan.spec.scale_sign > 0
+        self.folded = plan.score is None and plan.positive_scale
         self.uniform = ["scale", "rows", "k_len", *scalar_parameters(plan)]
 
     def source(self) -> str:
@@ -295,7 +294,7 @@ class _Forward:
             f"STAGES: gl.constexpr = {plan.tiling.stages}",
             f"DIM: gl.constexpr = {spec.dim}",
             "",
-            "# Heads one after another, so that programs in flight share keys; a head's last rows first: they are longest.",
+            "# Heads one after another: programs in flight share keys. A head's last rows first: they are longest.",
             "q_tiles = gl.cdiv(rows, BLOCK_Q)",
             "head = gl.program_id(0) // q_tiles",
             "q_tile = q_tiles - 1 - gl.program_id(0) % q_tiles",

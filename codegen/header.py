@@ -13,7 +13,7 @@ def header(plan: Plan, title: str) -> str:
     lines += [
         f"heads {spec.heads}, key heads {spec.kv_heads}, head dimension {spec.dim} (values {spec.v_dim}), "
         f"{spec.dtype.value}, {spec.target}",
-        f"query tiles of {tiling.block_q}, key tiles of {tiling.block_k}, {tiling.warps} warps, {tiling.stages} stages; "
+        f"query tiles {tiling.block_q}, key tiles {tiling.block_k}, {tiling.warps} warps, {tiling.stages} stages, "
         f"{len(plan.runs.full)} full and {len(plan.runs.partial)} partial runs",
     ]
     return "\n".join(f"# {line}".rstrip() for line in lines) + "\n\n"

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from attndsl.plan import DType, Loads, Part, Plan, head_parts
-from attndsl.program import Arg, Axis, Binary, Const, Dim, Read, Scalar, Table, TableDecl, Type, Var, walk
-from attndsl.tiles import Run, TileRuns
-
 from attndsl.codegen.header import header
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import TRITON, Level, Names, Printer
+from attndsl.plan import DType, Loads, Part, Plan, head_parts
+from attndsl.program import Arg, Axis, Binary, Const, Dim, Read, Scalar, Table, TableDecl, Type, Var, walk
+from attndsl.tiles import Run, TileRuns
 
 _VARIABLES = {
     "q": "q_pos", "k": "k_pos", "b": "b", "h": "h", "g": "g", "Nk": "k_len", "start": "start",
@@ -155,7 +154,7 @@ class KernelWriter:
         spec = self.plan.spec
         self.lines.add(
             "",
-            "# Heads one after another, so that programs in flight share keys; a head's last rows first: they are longest.",
+            "# Heads one after another: programs in flight share keys. A head's last rows first: they are longest.",
             "q_tiles = tl.cdiv(rows, BLOCK_Q)",
             "head = tl.program_id(0) // q_tiles",
             "q_tile = q_tiles - 1 - tl.program_id(0) % q_tiles",

@@ -13,12 +13,26 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import assert_never
 
+from attndsl.codegen.lines import Lines
 from attndsl.program import (
-    FLOAT_CALLS, Arg, Binary, Call, Compare, Const, If, Logic, Read, Scalar, Table, Type, Unary, Var, children, reads,
+    FLOAT_CALLS,
+    Arg,
+    Binary,
+    Call,
+    Compare,
+    Const,
+    If,
+    Logic,
+    Read,
+    Scalar,
+    Table,
+    Type,
+    Unary,
+    Var,
+    children,
+    reads,
     walk,
 )  # fmt: skip
-
-from attndsl.codegen.lines import Lines
 
 
 class Level(IntEnum):

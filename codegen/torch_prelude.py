@@ -49,7 +49,9 @@ def key_spans(runs, block, k_len):
     """Runs of tiles (first, count, step) as ranges of keys, neighbours joined."""
     spans = []
     for first, count, step in runs:
-        tiles = [(first, first + count)] if step == 1 else [(t, t + 1) for t in range(first, first + count * step, step)]
+        tiles = (
+            [(first, first + count)] if step == 1 else [(t, t + 1) for t in range(first, first + count * step, step)]
+        )
         spans += [(low * block, min(high * block, k_len)) for low, high in tiles if low < high]
     joined = []
     for low, high in sorted(spans):
@@ -88,9 +90,14 @@ def positions(spans):
     return torch.cat([torch.arange(low, high) for low, high in spans])
 
 
+def spread(x, like):
+    """A number, or a tensor of any dtype, as a tensor of its own of the shape and dtype of `like`."""
+    return (torch.zeros_like(like) + x).to(like.dtype)
+
+
 def passed_on(gradient, slope):
     """gradient * slope, 0 where the gradient is 0, even where the slope is infinite or not a number."""
-    return torch.where(gradient == 0, 0, gradient * slope)
+    return torch.where(gradient == 0, 0, (gradient * slope).to(gradient.dtype))
 
 
 def scatter(x, spans, values):

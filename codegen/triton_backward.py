@@ -14,13 +14,12 @@ For the n-th read `sum_n` receives the sums and `at_n` the entries they belong t
 
 from __future__ import annotations
 
-from attndsl.plan import BackwardPlan, Learned, Over, Part
-from attndsl.program import Axis, Const, Scalar, Var, reads
-from attndsl.tiles import TileRuns
-
 from attndsl.codegen.kernel import KernelWriter, Leaves, run_loop
 from attndsl.codegen.scalars import Level, Printer
 from attndsl.codegen.triton_forward import FULL, PARTIAL
+from attndsl.plan import BackwardPlan, Learned, Over, Part
+from attndsl.program import Axis, Const, Scalar, Var, reads
+from attndsl.tiles import TileRuns
 
 DQ = "attention_dq"
 DKDV = "attention_dkdv"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from attndsl.codegen.kernel import KernelWriter, run_loop
 from attndsl.plan import ForwardPlan, Loads
 from attndsl.program import Const, Scalar, Var, reads
-
-from attndsl.codegen.kernel import KernelWriter, run_loop
 
 KERNEL = "attention_forward"
 
@@ -20,7 +19,7 @@ class _Forward(KernelWriter):
         super().__init__(plan, KERNEL, "q k v out")
         self.softmax = plan.weights is None
         # With no score expression the scale goes into the exponent: one multiply-add per pair.
-        self.folded = self.softmax and plan.score is None and plan.spec.scale_sign > 0
+        self.folded = self.softmax and plan.score is None and plan.positive_scale
 
     def source(self) -> str:
         self._prologue()

@@ -53,7 +53,7 @@ def parser() -> Lark:
     # JSON has strings for keys.
     table["states"] = {int(state): _integer_keys(actions) for state, actions in table["states"].items()}
     table["tokens"] = _integer_keys(table["tokens"])
-    loaded: Lark = Lark._load_from_dict(data, memo)
+    loaded: Lark = Lark._load_from_dict(data, memo)  # type: ignore[no-untyped-call]
     return loaded
 
 

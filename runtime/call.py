@@ -26,7 +26,9 @@ def call_shape(q: Tensor, k: Tensor, v: Tensor) -> CallShape:
         if x.dim() != 4:
             raise _wrong("A501", f"{name} must have 4 dimensions [batch, heads, tokens, dim], not {list(x.shape)}")
         if x.dtype not in _DTYPES:
-            raise _wrong("A502", f"{name} is {_dtype(x)}; attention takes bfloat16, float16 or float32 (and float64 on the CPU)")
+            raise _wrong(
+                "A502", f"{name} is {_dtype(x)}; attention takes bfloat16, float16 or float32 (and float64 on the CPU)"
+            )
         if x.dtype != q.dtype:
             raise _wrong("A502", f"q is {_dtype(q)} and {name} is {_dtype(x)}", "convert them to one dtype")
         if x.device != q.device:
@@ -42,7 +44,11 @@ def call_shape(q: Tensor, k: Tensor, v: Tensor) -> CallShape:
         raise _wrong("A505", f"{heads} query heads are not a multiple of {kv_heads} key heads")
     for name, size in (("D", dim), ("Dv", v_dim)):
         if size % 8 or not 8 <= size <= MAX_DIM:
-            raise _wrong("A506", f"{name} = {size}: head dimensions are multiples of 8 up to {MAX_DIM}", "pad the last dimension with zeros")
+            raise _wrong(
+                "A506",
+                f"{name} = {size}: head dimensions are multiples of 8 up to {MAX_DIM}",
+                "pad the last dimension with zeros",
+            )
     return CallShape(batch, heads, kv_heads, rows, k_len, dim, v_dim)
 
 
@@ -70,7 +76,10 @@ def check_tables(program: Program, shape: CallShape) -> None:
     for table in program.tables:
         for dim, size in zip(table.dims, table.shape, strict=True):
             if dim.axis in heads and size not in (1, heads[dim.axis]):
-                raise _wrong("A514", f"table `{table.name}` has {size} entries for {dim.axis.value}; this call has {heads[dim.axis]}")
+                raise _wrong(
+                    "A514",
+                    f"table `{table.name}` has {size} entries for {dim.axis.value}; this call has {heads[dim.axis]}",
+                )
 
 
 def dim_size(dim: Dim, program: Program, shape: CallShape) -> int:
@@ -114,6 +123,5 @@ def _dtype(x: Tensor) -> str:
 
 
 def _wrong(code: str, message: str, help: str = "", span: Span | None = None) -> PatternError:
-
 
     return error(code, message, span, help=help)

@@ -39,12 +39,12 @@ BACKENDS = ("auto", "gluon", "triton", "cpu")
 class Generators:
     """Source printers, handed in by the API: the runtime knows plans, not how they are printed.
 
-    `triton_backward` prints a file for each of its kernels.
+    `triton_backward` prints two files: of the kernel of dq, and of that of dk and dv.
     """
 
     triton_forward: Callable[[ForwardPlan], str]
     cpu_forward: Callable[[ForwardPlan], str]
-    triton_backward: Callable[[BackwardPlan], tuple[str, ...]] | None
+    triton_backward: Callable[[BackwardPlan], tuple[str, str]] | None
     cpu_backward: Callable[[BackwardPlan], str]
     gluon_forward: Callable[[ForwardPlan], str]
 
@@ -74,7 +74,8 @@ class Engine:
         launch = self._prepared.get(key)
         if launch is None:
             launch = self._keep(key, self._prepare(q, k, v, inputs, scale, backend, aligned=key[-1]))
-        return launch(q, k, v, inputs, args, scale)
+        result: tuple[Tensor, Tensor] = launch(q, k, v, inputs, args, scale)
+        return result
 
     def backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
@@ -91,7 +92,8 @@ class Engine:
         if launch is None:
             made = self._prepare_backward(q, k, v, inputs, scale, backend, kind[-1], uses_lse=dlse is not None)
             launch = self._keep(key, made)
-        return launch(dout, dlse, q, k, v, out, lse, inputs, args, scale)
+        gradients: Gradients = launch(dout, dlse, q, k, v, out, lse, inputs, args, scale)
+        return gradients
 
     def _keep(self, key: Any, launch: Any) -> Any:
         """Keep a prepared launch; a decode makes one a length, so the store is emptied now and then."""

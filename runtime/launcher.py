@@ -78,7 +78,7 @@ class Launcher:
         self._options = (run.launch_cooperative_grid, run.launch_pdl, None, None) if raw is not None else ()
 
     def __call__(self, call: Sequence[Any]) -> None:
-        """Launch on the current stream of the kernel's device. `call`: the values that slots and descriptors refer to."""
+        """Launch on the device's current stream. `call`: the values that slots and descriptors refer to."""
         if torch._C._cuda_getDevice() == self._device:
             self._launch(call)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import linecache
 import os
@@ -9,8 +10,9 @@ from pathlib import Path
 from types import ModuleType
 
 
+@functools.lru_cache(maxsize=256)
 def load_source(text: str, name: str) -> ModuleType:
-    """A module made from generated text. Its lines show in tracebacks; with ATTNDSL_DUMP set to a
+    """A module made from generated text, once. Its lines show in tracebacks; with ATTNDSL_DUMP set to a
     directory, the file is written there."""
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     filename = f"<attndsl {name} {digest}>"

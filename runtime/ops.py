@@ -283,7 +283,7 @@ def _in_dtype(dtype: torch.dtype, *tensors: Tensor) -> Iterator[Tensor]:
 
 
 def _register_autocast(device: str) -> None:
-    """Operators under a device's autocast: q, k and v in its dtype, as in torch's own attention, and inputs as they are.
+    """The operators under autocast: q, k and v in its dtype, as in torch's own attention, and inputs as they are.
 
     Inside, the products of the CPU lowering are in float32 all the same.
     """

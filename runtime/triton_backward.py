@@ -15,7 +15,6 @@ from torch import Tensor
 from attndsl.diagnostics import error
 from attndsl.plan import BackwardPlan, Learned, Over
 from attndsl.program import CallShape
-
 from attndsl.runtime.call import call_shape, dim_size
 from attndsl.runtime.engine import Gradients, default_scale, empty_gradient, empty_output, in_order_of
 from attndsl.runtime.launcher import Slot

@@ -19,14 +19,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attndsl.plan import Backend, DType, ForwardPlan, Loads, Plan, Spec, head_parts
 from attndsl.program import Program
-from attndsl.targets import has_tensor_copies
-
 from attndsl.runtime.build import KernelSource, compile_kernel, parameters
 from attndsl.runtime.cache import KernelCache
 from attndsl.runtime.call import call_shape, dim_size
 from attndsl.runtime.engine import default_scale, empty_output, table_tensor
 from attndsl.runtime.launcher import Descriptor, Launcher, Slot
 from attndsl.runtime.load import load_source
+from attndsl.targets import has_tensor_copies
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 FUNCTION = "attention_forward"
@@ -141,7 +140,7 @@ class _Interpreted:
 
 
 def parameter_sources(plan: Plan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> dict[str, Any]:
-    """What each parameter that a kernel may have is given. Only shapes, strides and dtypes are read: meta tensors do."""
+    """What each parameter that a kernel may have is given, from shapes, strides and dtypes alone: meta tensors do."""
     shape = call_shape(q, k, v)
     element = f"*{ELEMENT[plan.spec.dtype]}"
     found: dict[str, Any] = {

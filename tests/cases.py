@@ -131,5 +131,6 @@ CASES: dict[str, Case] = {
         inputs={"bias": floats(2)},
     ),
     "counted": case("attention sums { weights 1\n attend causal }"),
+    "negative_scale": case("attention negated { scale -1\n attend causal }"),
     "scale": case("attention scaled { scale 1 / (D + h)\n attend causal & window(33) }"),
 }  # fmt: skip

@@ -78,6 +78,13 @@ LEARNED: dict[str, Case] = {
         attend causal }""",
         heads=(4, 2), inputs={"level": floats(2, 70)},
     ),
+    "steps": case(
+        """attention steps { input level : float[h] learnable
+        weights (if q - k < 9 then 1.0 else 0.5) * (if s > 0 then s else level[h])
+        attend causal }""",
+        inputs={"level": floats(2)},
+    ),
+    "literals": case("attention literals { weights if q - k < 9 then 1.0 else 0.5\n attend causal }"),
     "log_of_zero": case("attention logs { score s + log(q - k)\n attend causal }"),
     "unread": case(
         "attention idle { input a : float[h] learnable\n score if s > a[h] then s else 2 * s\n attend causal }",
@@ -92,10 +99,10 @@ def test_program(name: str) -> None:
     judge(runner(), (CASES | LEARNED)[name], torch.float64)
 
 
-@pytest.mark.parametrize("name", ["streaming", "duo", "until", "bias", "sink", "weights", "wide", "dilated"])
+@pytest.mark.parametrize("name", ["streaming", "duo", "until", "bias", "sink", "wide", "choices", "steps", "literals"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dtype(name: str, dtype: torch.dtype) -> None:
-    judge(runner(None), CASES[name], dtype)
+    judge(runner(None), (CASES | LEARNED)[name], dtype)
 
 
 @pytest.mark.parametrize("name", ["empty_rows", "sink", "softcap"])

@@ -24,7 +24,7 @@ def tensors(*shape: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Ten
 
 def close(attn: attndsl.Attention, out: torch.Tensor, *qkv: torch.Tensor) -> bool:
     error = (out.double() - attn.reference(*qkv)).abs().max().item()
-    return error < 2e-2
+    return bool(error < 2e-2)
 
 
 def test_cuda_graph_replays_on_new_contents() -> None:
@@ -44,9 +44,9 @@ def test_cuda_graph_replays_on_new_contents() -> None:
 def test_launches_on_the_current_stream() -> None:
     attn = attndsl.compile(PATTERN)
     q, k, v = tensors(1, 2, 4096, 64)
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(10_000_000)
+        torch.cuda._sleep(10_000_000)  # type: ignore[no-untyped-call]
         late = v * 2
         out = attn(q, k, late)
     stream.synchronize()

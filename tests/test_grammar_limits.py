@@ -122,9 +122,9 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_parser_is_built_quickly() -> None:
-    from attndsl.grammar.parse import _lark
+    from attndsl.grammar.parser_tables import parser
 
-    _lark.cache_clear()
+    parser.cache_clear()
     start = time.process_time()
-    _lark()
+    parser()
     assert time.process_time() - start < 1.0

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 
-from attndsl import relation as relation_module
+from attndsl import effort as effort_module
+from attndsl.effort import TooHard, bounded
 from attndsl.grammar import load
 from attndsl.oracle import evaluate, mask
-from attndsl.plan import pair_mask
+from attndsl.plan import pair_mask, without_redundant
 from attndsl.program import CallShape, Program, Type
-from attndsl.effort import TooHard, bounded
 from attndsl.relation import Lowering, Relation, Unsupported, build_relation
 from attndsl.simplify import fold
 from attndsl.tiles import Side, tile_runs
@@ -185,7 +185,7 @@ def test_past_the_effort_tiles_are_a_superset(text: str, monkeypatch: pytest.Mon
 
 def test_a_condition_past_the_effort_becomes_data(monkeypatch: pytest.MonkeyPatch) -> None:
     program, shape = load("causal & neighborhood(4, 2, 3)").program, call(16, 16)
-    monkeypatch.setattr(relation_module.bounded, "__defaults__", (20,))
+    monkeypatch.setattr(effort_module.bounded, "__defaults__", (20,))
     lowering = Lowering(program, (1, 1))
     relation = lowering.relation(program.branch.pattern)
     assert relation.notes

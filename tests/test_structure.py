@@ -20,7 +20,14 @@ ABOVE = {WIRING, "attndsl.cli"}
 # library -> the modules, or packages with a final dot, that may import it
 HOMES: dict[str, tuple[str, ...]] = {
     "lark": ("attndsl.grammar.",),
-    "islpy": ("attndsl.effort", "attndsl.relation", "attndsl.quasi_affine", "attndsl.tiles", "attndsl.compare", "attndsl.findings"),
+    "islpy": (
+        "attndsl.effort",
+        "attndsl.relation",
+        "attndsl.quasi_affine",
+        "attndsl.tiles",
+        "attndsl.compare",
+        "attndsl.findings",
+    ),
     "sympy": ("attndsl.score",),
     "networkx": ("attndsl.blockgraph",),
     "torch": ("attndsl.runtime.", "attndsl.codegen.torch_prelude"),
