@@ -239,7 +239,7 @@ class Attention:
         """The generated source text of a kernel, for dense tensors of these sizes. Needs neither GPU nor torch.
 
         target: sm_80, sm_86, sm_89, sm_90, sm_100, gfx90a or gfx942; the CPU backend ignores it.
-        backend: "triton" or "cpu".
+        backend: "triton", "gluon" (Hopper) or "cpu".
         """
         return self._generate(self._plan(kernel, target, backend, heads, kv_heads, dim, v_dim, dtype))
 
@@ -325,18 +325,28 @@ class Attention:
         v_dim: int | None,
         dtype: str,
     ) -> ForwardPlan:
-        from attndsl.plan import default_tiling, forward_plan
-        from attndsl.targets import check_kernel, make_spec
+        from dataclasses import replace
+
+        from attndsl.plan import Backend, forward_plan
+        from attndsl.targets import check_kernel, hopper_refusal, make_spec
+        from attndsl.tiling import choose_tiling
 
         check_kernel(kernel)
         spec = make_spec(target, backend, heads, heads if kv_heads is None else kv_heads, dim, v_dim, dtype)
-        return forward_plan(self.program, spec, default_tiling(spec))
+        if backend == "gluon":
+            if reason := hopper_refusal(self.program, spec):
+                raise error("A510", reason, help="choose backend 'triton'")
+            spec = replace(spec, backend=Backend.GLUON)
+        return forward_plan(self.program, spec, choose_tiling(self.program, spec))
 
     def _generate(self, plan: ForwardPlan) -> str:
-        from attndsl.codegen import cpu, triton_forward
+        from attndsl.codegen import cpu, gluon_forward, triton_forward
+        from attndsl.plan import Backend
 
         if plan.spec.target == "cpu":
             return cpu.forward_source(plan)
+        if plan.spec.backend is Backend.GLUON:
+            return gluon_forward.forward_source(plan)
         return triton_forward.forward_source(plan)
 
     def _known(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:

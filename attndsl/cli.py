@@ -40,7 +40,7 @@ KvHeads = Annotated[int | None, typer.Option(min=1, help="Key heads; as many as 
 Dim = Annotated[int, typer.Option(help="Head dimension.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
 Target = Annotated[str, typer.Option(help="sm_80, sm_86, sm_89, sm_90, sm_100, gfx90a or gfx942.")]
-Backend = Annotated[str, typer.Option(help="triton or cpu.")]
+Backend = Annotated[str, typer.Option(help="triton, gluon or cpu.")]
 
 
 def app_main() -> None:
@@ -66,7 +66,7 @@ def run(
     heads: Annotated[int | None, typer.Option(min=1, help="Query heads.")] = None,
     kv_heads: KvHeads = None, dim: Dim = 64,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
-    backend: Annotated[str, typer.Option(help="auto, triton or cpu.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, triton, gluon or cpu.")] = "auto",
 ) -> None:  # fmt: skip
     """Run a pattern on random tensors here: check it against the oracle, time it beside dense attention."""
     attn = _loaded(pattern, name, param)
@@ -189,7 +189,7 @@ def bench(
     n: Annotated[list[int] | None, typer.Option("--n", min=1, help="Tokens; may be given several times.")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Query heads.")] = None, kv_heads: KvHeads = None,
     dim: Dim = 64, dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
-    backend: Annotated[str, typer.Option(help="auto, triton or cpu.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, triton, gluon or cpu.")] = "auto",
 ) -> None:  # fmt: skip
     """Time a pattern at several lengths, beside dense attention with the same mask."""
     attn = _loaded(pattern, name, param)

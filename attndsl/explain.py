@@ -18,8 +18,9 @@ from attndsl.program import Binary, Call, CallShape, Const, If, Program, Read, S
 from attndsl.quasi_affine import condition
 from attndsl.relation import Relation, build_relation
 from attndsl.simplify import fold
-from attndsl.targets import BYTES, RATES
+from attndsl.targets import BYTES, RATES, hopper_refusal
 from attndsl.tiles import Run
+from attndsl.tiling import prefers_portable
 
 Array = NDArray[Any]
 
@@ -206,6 +207,17 @@ def _warnings(warnings: tuple[Diagnostic, ...]) -> list[str]:
 # ---------------------------------------------------------------------------------------- planned
 
 
+def _lowering(plan: ForwardPlan) -> str:
+    """Which lowering a call on the target gets."""
+    if plan.spec.target == "cpu":
+        return "blocked PyTorch"
+    if reason := hopper_refusal(plan.program, plan.spec):
+        return f"portable Triton, since {reason}"
+    if prefers_portable(plan.program, plan.spec):
+        return "portable Triton, predicted to be ahead of the Hopper lowering with these heads and so few tiles a row"
+    return "the Hopper lowering (Gluon), with the Triton versions it was tested on; else portable Triton"
+
+
 def _planned(plan: ForwardPlan, start: Scalar | None) -> list[str]:
     spec, tiling = plan.spec, plan.tiling
     if spec.target == "cpu":
@@ -219,6 +231,7 @@ def _planned(plan: ForwardPlan, start: Scalar | None) -> list[str]:
         f"backend: {backend}",
         f"tiles of {tiling.block_q} rows x {tiling.block_k} keys{warps} (the default for "
         f"{spec.dtype.value}, D = {spec.dim}, on this target)",
+        f"on a call: {_lowering(plan)}",
         *_run_lines(plan, start),
     ]
     if plan.runs.partial:

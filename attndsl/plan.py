@@ -277,7 +277,11 @@ def backward_tilings(spec: Spec) -> tuple[Tiling, Tiling]:
     if spec.target == "cpu":
         return default_tiling(spec), default_tiling(spec)
     dim = max(spec.dim, spec.v_dim)
-    if dim > 128 or spec.dtype is DType.FLOAT32:
+    if spec.dtype is DType.FLOAT32:
+        if dim <= 64:
+            return Tiling(32, 16, warps=8, stages=1), Tiling(16, 32, warps=8, stages=1)
+        return Tiling(16, 16, warps=8, stages=1), Tiling(16, 16, warps=8, stages=1)
+    if dim > 128:
         return Tiling(32, 32, warps=4, stages=1), Tiling(32, 32, warps=4, stages=1)
     # Hopper's products read shared memory; elsewhere operands take registers too, and the larger tiles spill.
     if dim <= 64 and spec.target == "cuda:90":

@@ -47,17 +47,19 @@ def to_scalar(expr: isl.AstExpr, names: Mapping[str, Scalar]) -> Scalar:
             pass
     op = expr.get_op_type()
     args = tuple(to_scalar(expr.get_op_arg(i), names) for i in range(expr.get_op_n_arg()))
-    if op in _BINARY:
-        return Binary(_BINARY[op], *args)
     if op in _COMPARE:
-        return _truth(Compare(_COMPARE[op], *args))
+        compared = _truth(Compare(_COMPARE[op], *args))
+        # A boolean compared with more than 0 or 1.
+        return Compare(_COMPARE[op], *map(_number, args)) if isinstance(compared, Compare) else compared
+    if op in _BINARY:
+        return Binary(_BINARY[op], *map(_number, args))
     if op in _LOGIC:
         return Logic(_LOGIC[op], args)
     if op in _EXTREMA:
-        return Call(_EXTREMA[op], args)
+        return Call(_EXTREMA[op], tuple(map(_number, args)))
     match op:
         case isl.ast_expr_op_type.minus:
-            return Unary("-", *args)
+            return Unary("-", *map(_number, args))
         case isl.ast_expr_op_type.cond | isl.ast_expr_op_type.select:
             return If(*args)
         case _:
@@ -87,6 +89,11 @@ def condition(pairs: isl.Set, context: isl.Set, names: Mapping[str, Scalar]) -> 
     known: dict[str, Scalar] = {name: Var(name) for name in ("q", "k", "Nq", "Nk")}
     found = to_scalar(build.expr_from_set(dims_to_params(pairs, "q", "k")), known | dict(names))
     return Const(bool(found.value)) if isinstance(found, Const) else found
+
+
+def _number(e: Scalar) -> Scalar:
+    """A boolean as 0 or 1."""
+    return If(e, Const(1), Const(0)) if e.type is Type.BOOL else e
 
 
 def _truth(e: Scalar) -> Scalar:

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import reduce
-from typing import TypeVar, assert_never
+from typing import assert_never
 
 import islpy as isl
 
 from attndsl.diagnostics import Diagnostic, PatternError, Severity, Span
 from attndsl.effort import TooHard, bounded
+from attndsl.isl_sets import choose, fold, project_param, rename_param
 from attndsl.program import (
     Arg,
     Binary,
@@ -59,8 +59,6 @@ MAX_CASES = 256
 # Positions are below 2**POSITION_BITS.
 POSITION_BITS = 31
 
-_Result = TypeVar("_Result")
-
 
 class NotAffine(Exception):
     """The scalar is not quasi-affine in q, k and the uniform scalars."""
@@ -95,7 +93,7 @@ class Relation:
     def project_atoms(self, pairs: isl.Set) -> isl.Set:
         """{ [q, k] } that are in `pairs` for some value of the data atoms."""
         for name in self.atoms:
-            pairs = _project_param(pairs, name)
+            pairs = project_param(pairs, name)
         return pairs
 
 
@@ -154,7 +152,7 @@ class Lowering:
         if not self.program.align_start:
             # One length: queries end where keys do.
             context = context.intersect(self.set("[Nq, Nk] -> { : Nq = Nk }"))
-            pairs = _project_param(pairs.intersect_params(context), "Nq")
+            pairs = project_param(pairs.intersect_params(context), "Nq")
         # Rows end with the keys or, under `align start`, with Nq: what only longer sequences could hold goes.
         longest = self.set(f"{{ [q, k] : q <= {1 << POSITION_BITS} }}")
         pairs = pairs.intersect(longest).gist(longest).gist_params(context)
@@ -207,10 +205,10 @@ class Lowering:
                 step = lambda: self.holds(cond, place)  # noqa: E731
             case Union(parts=parts):
                 lowered = [self.lower(p, place) for p in parts]
-                step = lambda: _fold(lowered, isl.Set.union)  # noqa: E731
+                step = lambda: fold(lowered, isl.Set.union)  # noqa: E731
             case Inter(parts=parts):
                 lowered = [self.lower(p, place) for p in parts]
-                step = lambda: _fold(lowered, isl.Set.intersect)  # noqa: E731
+                step = lambda: fold(lowered, isl.Set.intersect)  # noqa: E731
             case Minus(left=left, right=right):
                 a, b = self.lower(left, place), self.lower(right, place)
                 step = lambda: a.subtract(b)  # noqa: E731
@@ -219,7 +217,7 @@ class Lowering:
                 step = lambda: a.complement()  # noqa: E731
             case Choose(cond=cond, then=then, other=other):
                 a, b = self.lower(then, place), self.lower(other, place)
-                step = lambda: _choose(self.holds(cond, place), a, b)  # noqa: E731
+                step = lambda: choose(self.holds(cond, place), a, b)  # noqa: E731
             case On(operand=operand, place=inner_place):
                 if isinstance(inner_place, Blocks):
                     return self.lower(operand, self._blocks(place, inner_place.size))
@@ -286,7 +284,7 @@ class Lowering:
         if not place.names:
             return coarse
         # Read at another place: pull back along (q, k), and let its lengths be the place's.
-        coarse = _rename_param(_rename_param(coarse, "Nq", "Nq_inner"), "Nk", "Nk_inner")
+        coarse = rename_param(rename_param(coarse, "Nq", "Nq_inner"), "Nk", "Nk_inner")
         at = isl.MultiPwAff.from_pw_aff_list(
             isl.Space.alloc(self.ctx, 0, 2, 2)
             .set_dim_name(isl.dim_type.in_, 0, "q")
@@ -296,7 +294,7 @@ class Lowering:
         coarse = coarse.preimage_multi_pw_aff(at)
         for name, length in (("Nq_inner", place.q_len), ("Nk_inner", place.k_len)):
             coarse = coarse.intersect(self.aff(f"[{name}] -> {{ [q, k] -> [{name}] }}").eq_set(length))
-            coarse = _project_param(coarse, name)
+            coarse = project_param(coarse, name)
         return coarse
 
     # ------------------------------------------------------------------------------- conditions
@@ -309,11 +307,11 @@ class Lowering:
             case Unary(operand=operand):
                 return self.holds(operand, place).complement()
             case Logic(op="and", operands=operands):
-                return _fold([self.holds(x, place) for x in operands], isl.Set.intersect)
+                return fold([self.holds(x, place) for x in operands], isl.Set.intersect)
             case Logic(operands=operands):
-                return _fold([self.holds(x, place) for x in operands], isl.Set.union)
+                return fold([self.holds(x, place) for x in operands], isl.Set.union)
             case If(cond=c, then=then, other=other):
-                return _choose(self.holds(c, place), self.holds(then, place), self.holds(other, place))
+                return choose(self.holds(c, place), self.holds(then, place), self.holds(other, place))
             case Compare(op=op, left=left, right=right):
                 try:
                     return self._compare(op, left, right, place)
@@ -424,9 +422,9 @@ class Lowering:
                     .union_add(self.affine(b, place).intersect_domain(chosen.complement()))
                 )  # fmt: skip
             case Call(function="min", args=args):
-                return _fold([self.affine(x, place) for x in args], isl.PwAff.min)
+                return fold([self.affine(x, place) for x in args], isl.PwAff.min)
             case Call(function="max", args=args):
-                return _fold([self.affine(x, place) for x in args], isl.PwAff.max)
+                return fold([self.affine(x, place) for x in args], isl.PwAff.max)
             case Call(function="abs", args=(x,)):
                 magnitude = self.affine(x, place)
                 return magnitude.max(magnitude.neg())
@@ -497,21 +495,3 @@ class Lowering:
             self._names[scalar] = f"{prefix}{len(table)}"
             table[self._names[scalar]] = scalar
         return self._names[scalar]
-
-
-def _fold(items: list[_Result], combine: Callable[[_Result, _Result], _Result]) -> _Result:
-    return reduce(combine, items)
-
-
-def _choose(chosen: isl.Set, then: isl.Set, other: isl.Set) -> isl.Set:
-    return chosen.intersect(then).union(chosen.complement().intersect(other))
-
-
-def _project_param(pairs: isl.Set, name: str) -> isl.Set:
-    position = pairs.find_dim_by_name(isl.dim_type.param, name)
-    return pairs.project_out(isl.dim_type.param, position, 1) if position >= 0 else pairs
-
-
-def _rename_param(pairs: isl.Set, old: str, new: str) -> isl.Set:
-    position = pairs.find_dim_by_name(isl.dim_type.param, old)
-    return pairs.set_dim_name(isl.dim_type.param, position, new) if position >= 0 else pairs

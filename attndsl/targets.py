@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from attndsl.diagnostics import error
 from attndsl.plan import DType, Loads, Spec, head_parts
+from attndsl.program import Program
 
 # As users write them, and as plans do.
 TARGETS = {
@@ -23,7 +24,7 @@ DTYPE_NAMES = {dtype.value: dtype for dtype in DType} | {
 }  # fmt: skip
 BYTES = {DType.BFLOAT16: 2, DType.FLOAT16: 2, DType.FLOAT32: 4, DType.FLOAT64: 8}
 KERNELS = ("forward",)
-BACKENDS = ("triton", "cpu")
+BACKENDS = ("triton", "gluon", "cpu")
 
 
 def parse_target(target: str) -> str:
@@ -56,11 +57,24 @@ def make_spec(
         if size % 8 or not 8 <= size <= 256:
             raise error("A506", f"{name} = {size}: head dimensions are multiples of 8 up to 256", help="choose one")
     kind = DTYPE_NAMES[dtype]
-    if backend == "triton" and kind is DType.FLOAT64:
+    if backend != "cpu" and kind is DType.FLOAT64:
         raise error("A508", "float64 runs on the CPU backend only", help="choose float32, or the CPU backend")
     device = "cpu" if backend == "cpu" else parse_target(target)
     spec = Spec(heads, kv_heads, dim, dim if v_dim is None else v_dim, kind, device)
     return replace(spec, loads=Loads.DESCRIPTOR) if has_tensor_copies(spec) else spec
+
+
+def hopper_refusal(program: Program, spec: Spec) -> str:
+    """Why a program has no Hopper lowering for a spec (with its `loads`); empty where it has one."""
+    if spec.target != "cuda:90":
+        return f"the Hopper lowering is for sm_90, not {spec.target}"
+    if program.branch.weights is not None:
+        return "`weights` has no Hopper lowering yet"
+    if spec.dim != spec.v_dim or spec.dim not in (64, 128):
+        return "the Hopper lowering takes D = Dv = 64 or 128"
+    if spec.loads is not Loads.DESCRIPTOR:
+        return "q, k and v do not lie in memory as hardware tensor copies need"
+    return ""
 
 
 def has_tensor_copies(spec: Spec) -> bool:

@@ -265,7 +265,7 @@ class _Forward:
             lines.add("# The sink: one more key in the denominator, with no value.")
             lines.add("q_pos = start + q_rows", "q_index = gl.minimum(q_rows, rows - 1)")
             lines.add(
-                f"sink = ({printer.text(plan.sink)}) * LOG2_E + row_sum * 0.0",
+                f"sink = ({self._printer().text(plan.sink)}) * LOG2_E + row_sum * 0.0",
                 "final_max = gl.maximum(row_max, sink)",
                 "decay = gl.exp2(row_max - final_max)",
                 "row_sum = row_sum * decay + gl.exp2(sink - final_max)",

@@ -141,6 +141,10 @@ class KernelWriter:
         names += [f"stride_{x}{axis}" for x in self.tensors for axis in "bhn"]
         return list(dict.fromkeys([*names, "scale", "rows", "k_len", *scalar_parameters(self.plan)]))
 
+    def fresh(self) -> Printer:
+        """A printer that knows no names: what was named inside the tile's loops has the shape of a tile."""
+        return self.printer.within(Names(Leaves(self.plan)))
+
     def constants(self) -> None:
         tiling = self.plan.tiling
         self.lines.add(

@@ -124,7 +124,7 @@ class _Forward(KernelWriter):
             lines.add("q_pos = start + q_rows", "q_index = tl.minimum(q_rows, rows - 1)")
             lines.add(
                 "# The sink: one more key in the denominator, with no value.",
-                f"sink = ({self.printer.text(plan.sink)}) * LOG2_E + tl.zeros([BLOCK_Q], tl.float32)",
+                f"sink = ({self.fresh().text(plan.sink)}) * LOG2_E + tl.zeros([BLOCK_Q], tl.float32)",
                 "final_max = tl.maximum(row_max, sink)",
                 "decay = tl.exp2(row_max - final_max)",
                 "row_sum = row_sum * decay + tl.exp2(sink - final_max)",

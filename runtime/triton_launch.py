@@ -25,7 +25,7 @@ from attndsl.runtime.call import call_shape, dim_size
 from attndsl.runtime.engine import default_scale, empty_output, table_tensor
 from attndsl.runtime.launcher import Descriptor, Launcher, Slot
 from attndsl.runtime.load import load_source
-from attndsl.targets import has_tensor_copies
+from attndsl.targets import has_tensor_copies, hopper_refusal
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 FUNCTION = "attention_forward"
@@ -52,18 +52,14 @@ GLUON_VERSIONS = ("3.6.",)
 
 def why_not_gluon(program: Program, spec: Spec, q: Tensor) -> str:
     """Why a call does not get the Hopper lowering, empty where it does. `spec` has its `loads`."""
-    if spec.target != "cuda:90":
-        return f"the Hopper lowering is for sm_90, not {spec.target}"
+    if reason := hopper_refusal(program, spec):
+        return reason
     if not triton.__version__.startswith(GLUON_VERSIONS):
         return f"the Hopper lowering was not tested on triton {triton.__version__}"
     if INTERPRETED:
         return "the interpreter does not run Gluon"
-    if program.branch.weights is not None:
-        return "`weights` has no Hopper lowering yet"
-    if spec.dim != spec.v_dim or spec.dim not in (64, 128):
-        return "the Hopper lowering takes D = Dv = 64 or 128"
-    if spec.loads is not Loads.DESCRIPTOR or q.stride(3) != 1 or any(s * q.element_size() % 16 for s in q.stride()[:3]):
-        return "q, k and v do not lie in memory as hardware tensor copies need"
+    if q.stride(3) != 1 or any(s * q.element_size() % 16 for s in q.stride()[:3]):
+        return "q does not lie in memory as hardware tensor copies need"
     return ""
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +21,6 @@ from attndsl.api import _engine
 from attndsl.diagnostics import PatternError
 from attndsl.plan import Tiling
 from attndsl.program import CallShape, Program
-from attndsl.relation import Unsupported
 from tests.accuracy import examples
 from tests.cases import CASES, case, floats, ints
 from tests.gradients import Run, expected_gradients, judge, upstream
@@ -131,17 +135,15 @@ def test_scale_of_a_call(name: str, scale: float) -> None:
     judge(runner(), CASES[name], torch.float32, scale=scale)
 
 
-@given(case=composed_programs(max_depth=2, lengths=(1, 16, 33, 40), dims=(8, 16, 16, 40)))
+@given(case=composed_programs(max_depth=2, lengths=(1, 16, 33, 40), dims=(8, 16)))
 @examples(20)
 def test_random(case: Case) -> None:
     try:
         judge(runner(Tiling(32, 16)), case, torch.float32)
     except PatternError as refused:
-        # A bias by q and k together is refused, and tested below.
-        if refused.diagnostics[0].code != "A923":
+        # Patterns that are not yet supported; and a bias by q and k together, which is tested below.
+        if refused.diagnostics[0].code not in ("A518", "A923"):
             raise
-        reject()
-    except Unsupported:
         reject()
 
 
@@ -207,6 +209,43 @@ def test_strided_tensors() -> None:
         torch.testing.assert_close(gradient.double(), right, rtol=1e-4, atol=1e-5)
 
 
+def test_default_tilings_do_not_spill() -> None:
+    """Compiled in a process of its own: here Triton interprets."""
+    root = Path(__file__).resolve().parent.parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([environment.get("PYTHONPATH", ""), str(root)])
+    command = [sys.executable, "-m", "tests.test_backward_triton"]
+    done = subprocess.run(command, text=True, capture_output=True, cwd=root, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    stacks = json.loads(done.stdout)
+    assert len(stacks) == 8
+    assert not any(stacks.values()), stacks
+
+
+def compiled_stacks() -> dict[str, int]:
+    """Bytes of stack, which is what spills take, of the kernels at default tilings."""
+    from attndsl.codegen.triton_backward import DKDV, DQ, backward_sources
+    from attndsl.plan import DType, Spec, backward_plan, backward_tilings, default_tiling, forward_plan
+    from attndsl.runtime.assembly import meta_tensors
+    from attndsl.runtime.build import compile_kernel, parameters
+    from attndsl.runtime.triton_backward import backward_parameters
+    from attndsl.runtime.triton_launch import kernel_source
+    from tests.offline import _resources
+
+    found = {}
+    program = Case("causal & (window(512) | sink(4))", {}, {}, {}, CallShape(1, 8, 8, 1, 1, 64, 64)).load()
+    for target in ("cuda:80", "cuda:90"):
+        for dim in (64, 128):
+            spec = Spec(8, 8, dim, dim, DType.BFLOAT16, target)
+            plan = backward_plan(program, spec, *backward_tilings(spec))
+            given = backward_parameters(plan, *meta_tensors(forward_plan(program, spec, default_tiling(spec))))
+            for name, side, text in zip((DQ, DKDV), (plan, plan.of_keys()), backward_sources(plan), strict=True):
+                source = kernel_source(side, text, parameters(text, name), given, aligned=True, function=name)
+                used = _resources(compile_kernel(source, target).asm["cubin"])
+                found[f"{name} {target} {dim}"] = int(used["STACK"]) + int(used["LOCAL"])
+    return found
+
+
 def test_through_autograd() -> None:
     """The whole way: an attention's own gradient, on this backend."""
     import attndsl
@@ -217,3 +256,7 @@ def test_through_autograd() -> None:
     found = torch.autograd.grad(attention(q, k, v, backend="triton").sum(), (q, k, v))
     for x, y in zip(found, right, strict=True):
         torch.testing.assert_close(x, y.to(x.dtype), rtol=1e-4, atol=1e-5)
+
+
+if __name__ == "__main__":
+    json.dump(compiled_stacks(), sys.stdout)

@@ -22,6 +22,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "lark": ("attndsl.grammar.",),
     "islpy": (
         "attndsl.effort",
+        "attndsl.isl_sets",
         "attndsl.relation",
         "attndsl.quasi_affine",
         "attndsl.tiles",
