@@ -124,7 +124,7 @@ CASES: tuple[Case, ...] = (
         attention("slopes", "    input slope : float[h]\n    score s - slope[h] * (q - k)\n    attend causal\n"),
         lambda _: lambda b, h, q, k: k <= q,
         slopes,
-        score=lambda x: lambda s, h, q, k: s - (x["slope"][h] * (q - k)).to(s.dtype),
+        score=lambda x: lambda s, h, q, k: s - x["slope"][h].to(s.dtype) * (q - k),
     ),
     Case(
         "softmax sink",

@@ -10,7 +10,10 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# One run is like the next; `thorough` looks further.
+settings.register_profile("ci", deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=3000, deadline=None)
+settings.load_profile("ci")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
