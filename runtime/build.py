@@ -54,9 +54,6 @@ def compile_kernel(source: KernelSource, target: str, cache: KernelCache | None 
     """The kernel compiled for a target; no GPU is needed for that. New lengths find it here."""
     module = load_source(source.text, source.function)
     fn = getattr(module, source.function)
-    if not isinstance(fn, triton.runtime.JITFunction):
-        # TRITON_INTERPRET makes interpreted functions; ahead-of-time compilation needs the other kind.
-        fn = triton.runtime.JITFunction(fn.fn)
     names = [name for name, _ in source.types]
     hints = {(names.index(name),): [["tt.divisibility", multiple]] for name, multiple in source.aligned}
     kind = GluonASTSource if source.gluon else ASTSource

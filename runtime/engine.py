@@ -44,7 +44,7 @@ class Generators:
 
     triton_forward: Callable[[ForwardPlan], str]
     cpu_forward: Callable[[ForwardPlan], str]
-    triton_backward: Callable[[BackwardPlan], tuple[str, str]] | None
+    triton_backward: Callable[[BackwardPlan], tuple[str, str]]
     cpu_backward: Callable[[BackwardPlan], str]
     gluon_forward: Callable[[ForwardPlan], str]
 
@@ -150,19 +150,17 @@ class Engine:
     ) -> Callable[..., Gradients]:  # fmt: skip
         program, spec = self._program(scale), self._check(q, k, v, inputs, scale)
         on_cpu = self._choose(backend, spec) == "cpu"
-        if not on_cpu and self.generators.triton_backward is None:
-            raise error("A920", "gradients are not yet supported on this backend", help="pass backend='cpu'")
         tilings = backward_tilings(spec) if self.tiling is None else (self.tiling, self.tiling)
-        if on_cpu or self.generators.triton_backward is None:
+        if on_cpu:
             from attndsl.runtime.cpu_backward import CpuBackward
 
             plan = backward_plan(program, replace(spec, backend=Backend.CPU), *tilings, uses_lse=uses_lse)
-            return CpuBackward(plan, self.generators.cpu_backward(plan))
+            return CpuBackward(plan, self._text(self.generators.cpu_backward, plan))
         from attndsl.runtime.triton_backward import TritonBackward, check_learned
 
         plan = backward_plan(program, spec, *tilings, uses_lse=uses_lse)
         check_learned(plan)
-        return TritonBackward(plan, *self.generators.triton_backward(plan), q, k, v, inputs, aligned)
+        return TritonBackward(plan, *self._text(self.generators.triton_backward, plan), q, k, v, inputs, aligned)
 
     def _program(self, scale: float | None) -> Program:
         """The program, whose own scale a call's takes the place of."""
