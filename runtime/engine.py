@@ -160,7 +160,8 @@ class Engine:
 
         plan = backward_plan(program, spec, *tilings, uses_lse=uses_lse)
         check_learned(plan)
-        return TritonBackward(plan, *self._text(self.generators.triton_backward, plan), q, k, v, inputs, aligned)
+        of_q, of_keys = self._text(self.generators.triton_backward, plan)
+        return TritonBackward(plan, of_q, of_keys, q, k, v, inputs, aligned)
 
     def _program(self, scale: float | None) -> Program:
         """The program, whose own scale a call's takes the place of."""
