@@ -80,8 +80,8 @@ def hopper_refusal(program: Program, spec: Spec) -> str:
 def has_tensor_copies(spec: Spec) -> bool:
     """Whether the device copies tiles of such tensors by hardware (TMA), given 16-byte strides and addresses.
 
-    Head dimensions of two parts are left to pointers: two copies in a row outside a pipelined loop share a
-    barrier's memory, and Triton 3.6 does not wait between them (seen on an H200: wrong values, wild reads).
+    Head dimensions of two parts are left to pointers: with two copies in a row outside a pipelined loop Triton 3.6
+    gave wrong values and wild reads on an H200 (the copies share one barrier's memory, which looks like the cause).
     """
     backend, _, arch = spec.target.partition(":")
     whole = len(head_parts(spec.dim)) == len(head_parts(spec.v_dim)) == 1
