@@ -14,6 +14,8 @@ For the n-th read `sum_n` receives the sums and `at_n` the entries they belong t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from attndsl.codegen.kernel import KernelWriter, Leaves, run_loop
 from attndsl.codegen.scalars import Level, Printer
 from attndsl.codegen.triton_forward import FULL, PARTIAL
@@ -31,7 +33,7 @@ def backward_sources(plan: BackwardPlan) -> tuple[str, str]:
     return _Dq(plan).source(), _DkDv(plan).source()
 
 
-class _Backward(KernelWriter):
+class _Backward(KernelWriter, ABC):
     """What both kernels compute for a tile of pairs: probabilities, and the gradient of the scores."""
 
     plan: BackwardPlan
@@ -65,9 +67,9 @@ class _Backward(KernelWriter):
                 with run_loop(self.lines, self.printer, found, label, tile):
                     self.tile(masked=label == "partial")
 
+    @abstractmethod
     def tile(self, masked: bool) -> None:
         """One tile of pairs: what it adds to the accumulators."""
-        raise NotImplementedError
 
     def load_lse(self, base: str) -> None:
         self.lines.add(

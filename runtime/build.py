@@ -50,8 +50,14 @@ def parse_target(target: str) -> GPUTarget:
 
 
 @functools.lru_cache(maxsize=1024)
-def compile_kernel(source: KernelSource, target: str, cache: KernelCache | None = None) -> CompiledKernel:
-    """The kernel compiled for a target; no GPU is needed for that. New lengths find it here."""
+def compile_kernel(
+    source: KernelSource, target: str, cache: KernelCache | None = None, device: int | None = None
+) -> CompiledKernel:
+    """The kernel compiled for a target; no GPU is needed for that. New lengths find it here.
+
+    device: the index of the device that will run it. A compiled kernel holds one device's handle once it has run, so
+    each device has its own.
+    """
     module = load_source(source.text, source.function)
     fn = getattr(module, source.function)
     names = [name for name, _ in source.types]

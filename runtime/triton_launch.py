@@ -113,7 +113,8 @@ def prepare(
     if INTERPRETED:
         return _Interpreted(getattr(load_source(text, function), function)[(grid,)], template)
     source = kernel_source(plan, text, names, sources, aligned, function)
-    return Launcher(compile_kernel(source, plan.spec.target, shared_cache()), grid, device.index, template)
+    kernel = compile_kernel(source, plan.spec.target, shared_cache(), device.index)
+    return Launcher(kernel, grid, device.index, template)
 
 
 @dataclass(frozen=True, slots=True)

@@ -266,7 +266,6 @@ def test_any_text_gives_a_program_or_diagnostics(text: str) -> None:
 
 def test_strict_grammar() -> None:
     """No terminals collide and no rules conflict."""
-    pytest.importorskip("interegular")
     from importlib.resources import files
 
     from lark import Lark
