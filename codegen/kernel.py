@@ -13,7 +13,7 @@ from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import TRITON, Level, Names, Printer
 from attndsl.plan import DType, Loads, Part, Plan, head_parts
 from attndsl.program import Arg, Axis, Binary, Const, Dim, Read, Scalar, Table, TableDecl, Type, Var, walk
-from attndsl.tiles import Run, TileRuns
+from attndsl.tiles import Run
 
 _VARIABLES = {
     "q": "q_pos", "k": "k_pos", "b": "b", "h": "h", "g": "g", "Nk": "k_len", "start": "start",
@@ -186,9 +186,9 @@ class KernelWriter:
         elif plan.scale is not None:
             self.lines.add(f"scale = {scale}")
 
-    def name_ends(self, runs: TileRuns) -> None:
+    def name_ends(self, runs: tuple[Run, ...]) -> None:
         """Name what the ends of runs share."""
-        self.printer.share(self.lines, [x for run in runs.full + runs.partial for x in (run.first, run.count)], "tile_")
+        self.printer.share(self.lines, [x for run in runs for x in (run.first, run.count)], "tile_")
 
     def know_tile_start(self) -> None:
         """Give the position of the query tile's first row its name in expressions."""

@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from attndsl.codegen.kernel import KernelWriter, Leaves, run_loop
 from attndsl.codegen.scalars import Level, Printer
 from attndsl.codegen.triton_forward import FULL, PARTIAL
-from attndsl.plan import BackwardPlan, Learned, Over, Part
+from attndsl.plan import BackwardPlan, Learned, Loads, Over, Part
 from attndsl.program import Axis, Const, Scalar, Var, reads
 from attndsl.tiles import TileRuns
 
@@ -51,7 +51,7 @@ class _Backward(KernelWriter, ABC):
         self.reads_rows = any(dim.axis is Axis.Q and dim.block == 1 for decl in plan.inputs for dim in decl.dims)
 
     def _candidates(self) -> list[str]:
-        return [*super()._candidates(), *(f"{x}_{n}_ptr" for n, _ in self.learned for x in ("sum", "at"))]
+        return [*super()._candidates(), "heavy", *(f"{x}_{n}_ptr" for n, _ in self.learned for x in ("sum", "at"))]
 
     def pairs(self, masked: bool) -> list[Scalar]:
         """What is computed for every pair of a tile."""
@@ -60,9 +60,9 @@ class _Backward(KernelWriter, ABC):
         return [e for e in (*found, *(x.slope for _, x in self.from_pairs)) if e is not None]
 
     def loops(self, runs: TileRuns, tile: str) -> None:
-        self.name_ends(runs)
         for found, label, comment in ((runs.full, "full", FULL), (runs.partial, "partial", PARTIAL)):
             if found:
+                self.name_ends(found)
                 self.lines.add(f"# {comment}{self.origin}")
                 with run_loop(self.lines, self.printer, found, label, tile):
                     self.tile(masked=label == "partial")
@@ -152,7 +152,7 @@ class _Dq(_Backward):
         self.query_tile()
         for x, parts, dim in (("q", self.q_parts, spec.dim), ("dout", self.v_parts, spec.v_dim)):
             lines.add(self.base(x, "h"))
-            self.load(x, parts, dim, "q", "h", bounded=True)
+            self.load(x, parts, dim, "q", "h", bounded=True, pointer=True)
         if self.softmax:
             self._delta()
         lines.add(*(f"dq{part.suffix} = tl.zeros([BLOCK_Q, {part.size}], tl.float32)" for part in self.q_parts))
@@ -160,7 +160,8 @@ class _Dq(_Backward):
             lines.add("row_at = head.to(tl.int64) * rows + q_rows")
         lines.add(*(f"sum_{n} = tl.zeros([BLOCK_Q], tl.float32)" for n, _ in self.learned))
         if self.visits:
-            lines.add(self.base("k", "g"), self.base("v", "g"))
+            if plan.spec.loads is Loads.POINTER:
+                lines.add(self.base("k", "g"), self.base("v", "g"))
             self.scale(folded=False)
             if self.folded:
                 lines.add("factor = scale * LOG2_E")
@@ -180,7 +181,7 @@ class _Dq(_Backward):
         """Row sums of out * dout less the gradient of lse, kept for the other kernel too."""
         lines = self.lines
         lines.add(self.base("out", "h"))
-        self.load("out", self.v_parts, self.plan.spec.v_dim, "q", "h", bounded=True)
+        self.load("out", self.v_parts, self.plan.spec.v_dim, "q", "h", bounded=True, pointer=True)
         sums = (f"tl.sum(out{p.suffix}.to(tl.float32) * dout{p.suffix}.to(tl.float32), 1)" for p in self.v_parts)
         lines.add(f"delta = {' + '.join(sums)}", "row_at = head.to(tl.int64) * rows + q_rows")
         if self.plan.uses_lse:
@@ -241,10 +242,15 @@ class _DkDv(_Backward):
         self.constants()
         lines.add(
             "",
-            "# Heads one after another; a head's first keys first: most rows see them.",
+            "# Heads one after another; a head's first keys first: most rows see them. Before all others the key tiles",
+            "# that far more rows see than the rest (`heavy` of them in each head): they take longest.",
             "k_tiles = tl.cdiv(k_len, BLOCK_K)",
-            "head = tl.program_id(0) // k_tiles",
-            "k_tile = tl.program_id(0) % k_tiles",
+            "heads = tl.num_programs(0) // k_tiles",
+            "program = tl.program_id(0)",
+            "rest = program - heavy * heads",
+            "light = tl.maximum(k_tiles - heavy, 1)",
+            "head = tl.where(rest < 0, program % heads, rest // light)",
+            "k_tile = tl.where(rest < 0, program // heads, heavy + rest % light)",
             f"b = head // {spec.kv_heads}",
             f"g = head % {spec.kv_heads}",
             self.start,
@@ -255,7 +261,7 @@ class _DkDv(_Backward):
         )
         for x, parts, dim in (("k", self.q_parts, spec.dim), ("v", self.v_parts, spec.v_dim)):
             lines.add(self.base(x, "g"))
-            self.load(x, parts, dim, "k", "g", bounded=True)
+            self.load(x, parts, dim, "k", "g", bounded=True, pointer=True)
         lines.add(*(f"dk{part.suffix} = tl.zeros([BLOCK_K, {part.size}], tl.float32)" for part in self.q_parts))
         lines.add(*(f"dv{part.suffix} = tl.zeros([BLOCK_K, {part.size}], tl.float32)" for part in self.v_parts))
         if self.group == 1:
@@ -279,7 +285,8 @@ class _DkDv(_Backward):
 
     def _head(self) -> None:
         plan, lines = self.plan, self.lines
-        lines.add(self.base("q", "h"), self.base("dout", "h"))
+        if plan.spec.loads is Loads.POINTER:
+            lines.add(self.base("q", "h"), self.base("dout", "h"))
         if self.softmax:
             lines.add(f"row_base = (b * {plan.spec.heads} + h).to(tl.int64) * rows")
         if self.scale_per_head:

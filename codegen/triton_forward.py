@@ -54,7 +54,7 @@ class _Forward(KernelWriter):
 
     def _loops(self) -> None:
         runs, lines = self.plan.runs, self.lines
-        self.name_ends(runs)
+        self.name_ends(runs.full + runs.partial)
         for found, label, comment in ((runs.full, "full", FULL), (runs.partial, "partial", PARTIAL)):
             if found:
                 lines.add(f"# {comment}{self.origin}")

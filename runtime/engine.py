@@ -27,7 +27,7 @@ from attndsl.plan import (
 from attndsl.program import CallShape, Program, TableDecl, Type
 from attndsl.properties import takes_more_rows_than_keys
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
-from attndsl.tiling import choose_tiling, prefers_portable
+from attndsl.tiling import choose_backward_tilings, choose_tiling, prefers_portable
 
 Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor | None]]
 # Kinds of calls whose launches are kept.
@@ -130,7 +130,7 @@ class Engine:
             return CpuForward(plan, self._text(self.generators.cpu_forward, plan))
         from attndsl.runtime.triton_launch import TritonForward, loads_for, why_not_gluon
 
-        spec = replace(spec, loads=loads_for(spec, k, v, aligned))
+        spec = replace(spec, loads=loads_for(spec, aligned, k, v))
         reason = (
             why_not_gluon(program, spec, q) if backend in ("auto", "gluon") else "the portable backend was asked for"
         )
@@ -150,14 +150,17 @@ class Engine:
     ) -> Callable[..., Gradients]:  # fmt: skip
         program, spec = self._program(scale), self._check(q, k, v, inputs, scale)
         on_cpu = self._choose(backend, spec) == "cpu"
-        tilings = backward_tilings(spec) if self.tiling is None else (self.tiling, self.tiling)
         if on_cpu:
             from attndsl.runtime.cpu_backward import CpuBackward
 
+            tilings = backward_tilings(spec) if self.tiling is None else (self.tiling, self.tiling)
             plan = backward_plan(program, replace(spec, backend=Backend.CPU), *tilings, uses_lse=uses_lse)
             return CpuBackward(plan, self._text(self.generators.cpu_backward, plan))
         from attndsl.runtime.triton_backward import TritonBackward, check_learned
+        from attndsl.runtime.triton_launch import loads_for
 
+        spec = replace(spec, loads=loads_for(spec, aligned, q, k, v))
+        tilings = choose_backward_tilings(program, spec) if self.tiling is None else (self.tiling, self.tiling)
         plan = backward_plan(program, spec, *tilings, uses_lse=uses_lse)
         check_learned(plan)
         of_q, of_keys = self._text(self.generators.triton_backward, plan)

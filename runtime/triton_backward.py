@@ -18,7 +18,8 @@ from attndsl.program import CallShape
 from attndsl.runtime.call import call_shape, dim_size
 from attndsl.runtime.engine import Gradients, default_scale, empty_gradient, empty_output, in_order_of
 from attndsl.runtime.launcher import Slot
-from attndsl.runtime.triton_launch import ELEMENT, INPUTS, parameter_sources, prepare
+from attndsl.runtime.triton_launch import ELEMENT, INPUTS, descriptors, parameter_sources, prepare
+from attndsl.tiling import heavy_tiles
 
 DQ = "attention_dq"
 DKDV = "attention_dkdv"
@@ -123,6 +124,10 @@ def backward_parameters(
         types |= {f"sum_{n}": real, f"at_{n}": "*i64"}
     found |= {f"{name}_ptr": Slot(first + i, type) for i, (name, type) in enumerate(types.items())}
     dout, _ = empty_output(q, call_shape(q, k, v))
+    found["heavy"] = heavy_tiles(plan, call_shape(q, k, v))
+    # The kernel of dk and dv loops over tiles of q and dout; that of dq over those of k and v.
+    for index, name, x in ((0, "q", q), (first, "dout", dout)):
+        found |= descriptors(plan.spec, name, index, x, plan.key_tiling.block_q)
     for name, x in (("dout", dout), ("dq", empty_gradient(q)), ("dk", empty_gradient(k)), ("dv", empty_gradient(v))):
         found |= {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bhn")}
     return found

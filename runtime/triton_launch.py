@@ -63,11 +63,12 @@ def why_not_gluon(program: Program, spec: Spec, q: Tensor) -> str:
     return ""
 
 
-def loads_for(spec: Spec, k: Tensor, v: Tensor, aligned: bool) -> Loads:
-    """Hardware tensor copies where the device has them and the memory allows it: 16-byte strides and pointers."""
+def loads_for(spec: Spec, aligned: bool, *tensors: Tensor) -> Loads:
+    """Hardware tensor copies where the device has them and the memory of what a kernel's loop reads allows it: 16-byte
+    strides and pointers (`aligned`)."""
     if not aligned or not has_tensor_copies(spec):
         return Loads.POINTER
-    for x in (k, v):
+    for x in tensors:
         strides = [s for s, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
         if x.stride(3) != 1 or any(s * x.element_size() % 16 for s in strides) or x.numel() == 0:
             return Loads.POINTER
@@ -149,10 +150,7 @@ def parameter_sources(plan: Plan, q: Tensor, k: Tensor, v: Tensor, inputs: Seque
     for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
         found |= {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bhn")}
     for index, name, x in ((1, "k", k), (2, "v", v)):
-        for part in head_parts(x.shape[3]):
-            block = (1, 1, plan.tiling.block_k, part.size)
-            type = f"tensordesc<{ELEMENT[plan.spec.dtype]}{list(block)}>"
-            found[f"{name}_desc{part.suffix}"] = Descriptor(index, tuple(x.shape), tuple(x.stride()), block, type)
+        found |= descriptors(plan.spec, name, index, x, plan.tiling.block_k)
     if plan.spec.backend is Backend.GLUON:
         half, block_k = plan.tiling.block_q // 2, plan.tiling.block_k
         for index, name, x, rows in (
@@ -172,6 +170,16 @@ def parameter_sources(plan: Plan, q: Tensor, k: Tensor, v: Tensor, inputs: Seque
         found[f"{table.name}_table"] = table_tensor(table, q.device)
     for i, name in enumerate(plan.program.args):
         found[f"arg_{name}"] = Slot(INPUTS + len(inputs) + i, "i32")
+    return found
+
+
+def descriptors(spec: Spec, name: str, index: int, x: Tensor, rows: int) -> dict[str, Descriptor]:
+    """Descriptors of tiles of `rows` rows of the call's value `index`, one for each part of the head dimension."""
+    found = {}
+    for part in head_parts(x.shape[3]):
+        block = (1, 1, rows, part.size)
+        type = f"tensordesc<{ELEMENT[spec.dtype]}{list(block)}>"
+        found[f"{name}_desc{part.suffix}"] = Descriptor(index, tuple(x.shape), tuple(x.stride()), block, type)
     return found
 
 
