@@ -173,6 +173,21 @@ class ForwardPlan(Plan):
     """A forward kernel."""
 
 
+@dataclass(frozen=True, slots=True)
+class Printed:
+    """A forward kernel's text and what a launch takes beside it: what is left of a plan once it is printed."""
+
+    program: Program
+    spec: Spec
+    tiling: Tiling
+    text: str
+
+    @property
+    def tables(self) -> tuple[TableDecl, ...]:
+        """Every table that the kernel may read."""
+        return self.program.tables
+
+
 class Over(Enum):
     """What a kernel sums the gradient of a read over, where it may: what the read's index does not follow."""
 

@@ -27,7 +27,7 @@ from attndsl.plan import (
 from attndsl.program import CallShape, Program, TableDecl, Type
 from attndsl.properties import takes_more_rows_than_keys
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
-from attndsl.tiling import choose_backward_tilings, choose_tiling, prefers_portable
+from attndsl.tiling import choose_backward_tilings
 
 Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor | None]]
 # Kinds of calls whose launches are kept.
@@ -128,21 +128,24 @@ class Engine:
 
             plan = forward_plan(program, spec, self.tiling or default_tiling(spec))
             return CpuForward(plan, self._text(self.generators.cpu_forward, plan))
-        from attndsl.runtime.triton_launch import TritonForward, loads_for, why_not_gluon
+        from attndsl.runtime.printing import printed_forward
+        from attndsl.runtime.triton_launch import INTERPRETED, TritonForward, loads_for, shared_cache, why_not_gluon
 
         spec = replace(spec, loads=loads_for(spec, aligned, k, v))
-        reason = (
-            why_not_gluon(program, spec, q) if backend in ("auto", "gluon") else "the portable backend was asked for"
-        )
-        if backend == "gluon" and reason:
-            raise error("A510", reason, help="leave `backend` out to get the portable kernel")
-        if backend == "auto" and not reason and prefers_portable(program, spec):
-            reason = "with these heads the portable kernel is predicted to be ahead"
-        if not reason:
-            spec = replace(spec, backend=Backend.GLUON)
-        plan = forward_plan(program, spec, self.tiling or choose_tiling(program, spec))
-        printed = self._text(self.generators.triton_forward if reason else self.generators.gluon_forward, plan)
-        return TritonForward(plan, printed, q, k, v, inputs, aligned)
+        backends: tuple[Backend, ...] = (Backend.TRITON,)
+        if backend in ("auto", "gluon"):
+            reason = why_not_gluon(program, spec, q)
+            if backend == "gluon" and reason:
+                raise error("A510", reason, help="leave `backend` out to get the portable kernel")
+            if not reason:
+                backends = (Backend.GLUON,) if backend == "gluon" else (Backend.GLUON, Backend.TRITON)
+        printers = {
+            Backend.TRITON: self.generators.triton_forward,
+            Backend.GLUON: self.generators.gluon_forward,
+        }
+        cache = None if INTERPRETED else shared_cache()
+        printed = printed_forward(program, spec, backends, self.tiling, printers, cache)
+        return TritonForward(printed, q, k, v, inputs, aligned)
 
     def _prepare_backward(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None, backend: str,

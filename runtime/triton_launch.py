@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton
@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attndsl.plan import Backend, DType, ForwardPlan, Loads, Plan, Spec, head_parts
+from attndsl.plan import Backend, DType, Loads, Plan, Printed, Spec, head_parts
 from attndsl.program import Program
 from attndsl.runtime.build import KernelSource, compile_kernel, parameters
 from attndsl.runtime.cache import KernelCache
@@ -75,6 +75,8 @@ def loads_for(spec: Spec, aligned: bool, *tensors: Tensor) -> Loads:
     return Loads.DESCRIPTOR
 
 
+# What a launch reads the sizes, tiling and inputs of a kernel from.
+Planned: TypeAlias = Plan | Printed
 # Where the values of a call stand in (q, k, v, out, lse, scale, *inputs, *args).
 _OUT, _LSE, _SCALE, INPUTS = 3, 4, 5, 6
 
@@ -83,15 +85,15 @@ class TritonForward:
     """The forward kernel for one kind of call: same shapes, strides, dtypes and alignment."""
 
     def __init__(
-        self, plan: ForwardPlan, text: str, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], aligned: bool
+        self, kernel: Printed, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], aligned: bool
     ) -> None:
         shape = call_shape(q, k, v)
-        self.plan, self.shape = plan, shape
-        self.grid = -(-shape.rows // plan.tiling.block_q) * shape.batch * shape.heads
+        self.shape = shape
+        self.grid = -(-shape.rows // kernel.tiling.block_q) * shape.batch * shape.heads
         self.default_scale = default_scale(shape.dim)
         if self.grid:
-            sources = parameter_sources(plan, q, k, v, inputs)
-            self._launch = prepare(plan, text, FUNCTION, self.grid, sources, aligned, q.device)
+            sources = parameter_sources(kernel, q, k, v, inputs)
+            self._launch = prepare(kernel, kernel.text, FUNCTION, self.grid, sources, aligned, q.device)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
@@ -103,7 +105,13 @@ class TritonForward:
 
 
 def prepare(
-    plan: Plan, text: str, function: str, grid: int, sources: Mapping[str, Any], aligned: bool, device: torch.device
+    plan: Planned,
+    text: str,
+    function: str,
+    grid: int,
+    sources: Mapping[str, Any],
+    aligned: bool,
+    device: torch.device,
 ) -> Callable[[Sequence[Any]], None]:
     """A generated kernel, compiled for its target or interpreted, as a function of a call's values.
 
@@ -137,7 +145,7 @@ class _Interpreted:
 # ------------------------------------------------------------------------------------ parameters
 
 
-def parameter_sources(plan: Plan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> dict[str, Any]:
+def parameter_sources(plan: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> dict[str, Any]:
     """What each parameter that a kernel may have is given, from shapes, strides and dtypes alone: meta tensors do."""
     shape = call_shape(q, k, v)
     element = f"*{ELEMENT[plan.spec.dtype]}"
@@ -183,7 +191,7 @@ def descriptors(spec: Spec, name: str, index: int, x: Tensor, rows: int) -> dict
     return found
 
 
-def _gluon_descriptor(plan: Plan, index: int, x: Tensor, rows: int) -> Descriptor:
+def _gluon_descriptor(plan: Planned, index: int, x: Tensor, rows: int) -> Descriptor:
     """A descriptor of tiles of `rows` rows; in Gluon its type says how they lie in shared memory."""
     element = {DType.BFLOAT16: gl.bfloat16, DType.FLOAT16: gl.float16}[plan.spec.dtype]
     block = (1, 1, rows, x.shape[3])
@@ -193,7 +201,12 @@ def _gluon_descriptor(plan: Plan, index: int, x: Tensor, rows: int) -> Descripto
 
 
 def kernel_source(
-    plan: Plan, text: str, names: Sequence[str], sources: Mapping[str, Any], aligned: bool, function: str = FUNCTION
+    plan: Planned,
+    text: str,
+    names: Sequence[str],
+    sources: Mapping[str, Any],
+    aligned: bool,
+    function: str = FUNCTION,
 ) -> KernelSource:
     """How to compile a kernel whose parameters are `names`."""
     types = tuple((name, _type(name, sources[name])) for name in names)

@@ -11,7 +11,7 @@ from hypothesis import given, reject
 from torch import Tensor
 
 from attndsl.codegen.triton_forward import forward_source
-from attndsl.plan import Loads, Spec, Tiling, default_tiling, forward_plan
+from attndsl.plan import Loads, Printed, Spec, Tiling, default_tiling, forward_plan
 from attndsl.program import CallShape, Program
 from attndsl.relation import Unsupported
 from attndsl.runtime.call import call_shape, device_target, dtype_of
@@ -52,7 +52,9 @@ def run(
     q, k, v = (x.to(DEVICE) for x in (q, k, v))
     given = [inputs[decl.name].to(DEVICE) for decl in program.inputs]
     numbers = [(args or {})[name] for name in program.args]
-    kernel = TritonForward(plan, forward_source(plan), q, k, v, given, aligned=loads is Loads.DESCRIPTOR)
+    kernel = TritonForward(
+        Printed(program, spec, plan.tiling, forward_source(plan)), q, k, v, given, aligned=loads is Loads.DESCRIPTOR
+    )
     out, lse = kernel(q, k, v, given, numbers, scale)
     return out.cpu(), lse.cpu()
 
