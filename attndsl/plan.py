@@ -131,6 +131,11 @@ class Plan:
     weights: Scalar | None
 
     @property
+    def softmax(self) -> bool:
+        """Whether rows are normalised."""
+        return self.weights is None
+
+    @property
     def positive_scale(self) -> bool:
         """Whether the factor of q . k is known to be positive, so that a row's largest product is its largest score."""
         if self.scale is None:
@@ -300,7 +305,8 @@ def backward_tilings(spec: Spec) -> tuple[Tiling, Tiling]:
         return Tiling(32, 32, warps=4, stages=1), Tiling(32, 32, warps=4, stages=1)
     if spec.loads is Loads.DESCRIPTOR:
         # Two or three programs a multiprocessor: ahead of larger tiles, and twice as fast as eight warps (RESULTS.md).
-        return Tiling(64, 64, warps=4, stages=2), Tiling(64, 64, warps=4, stages=2)
+        tiling = Tiling(64, 64, warps=4, stages=3 if dim <= 64 else 2)
+        return tiling, tiling
     # Hopper's products read shared memory; elsewhere operands take registers too, and the larger tiles spill.
     if dim <= 64 and spec.target == "cuda:90":
         return Tiling(64, 64, warps=4, stages=2), Tiling(64, 64, warps=4, stages=2)

@@ -96,7 +96,7 @@ def heavy_tiles(plan: BackwardPlan, shape: CallShape) -> int:
     """
     key_tiles = -(-shape.k_len // plan.key_tiling.block_k)
     counts = [run.count for run in plan.key_runs.full + plan.key_runs.partial]
-    if any(isinstance(x, Read | Table | Arg) for e in counts for x in walk(e)):
+    if not key_tiles or any(isinstance(x, Read | Table | Arg) for e in counts for x in walk(e)):
         return 0
     start = shape.first_position(plan.program)
     heads = np.arange(shape.heads)[:, None]

@@ -226,7 +226,7 @@ def forward_source(plan: ForwardPlan) -> str:
         '"""',
     )
     loop.prologue()
-    softmax = plan.weights is None
+    softmax = plan.softmax
     with loop.tiles():
         lines.add("queries = q[at].to(compute)")
         lines.add("acc = torch.zeros(*queries.shape[:-1], v.shape[-1], dtype=compute)")

@@ -25,7 +25,7 @@ class _Backward:
         others = (x for pair in plan.learnable for x in pair)
         self.loop = TileLoop(plan, (plan.score, plan.weights, plan.d_score, *others))
         self.lines = self.loop.lines
-        self.softmax = plan.weights is None
+        self.softmax = plan.softmax
         # Weights that do not depend on the score: nothing flows to queries and keys.
         self.flows = plan.d_score != Const(0.0)
 

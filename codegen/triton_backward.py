@@ -2,8 +2,8 @@
 
 Two kernels, each owning what it writes, so there are no atomics and two runs agree to the bit:
 
-- `attention_dq` owns query tiles and loops over their key tiles. It also makes delta, the row sums of
-  out * dout less the gradient of lse, which the other kernel reads.
+- `attention_dq` owns query tiles and loops over their key tiles. It also makes what the other kernel reads of each
+  row: delta, the sum of out * dout less the gradient of lse, and lse as exponents of 2 take it.
 - `attention_dkdv` owns key tiles and loops over the query tiles that visit them: the transposed runs.
 
 With s = scale q . k, logit x(s), p = exp(x - lse) and dp = dout . v: dx = p (dp - delta), ds = dx x'(s).
@@ -42,7 +42,7 @@ class _Backward(KernelWriter, ABC):
         """`along_q`: how a vector over query rows lies in a tile of pairs. `over`: the learned sums made here."""
         super().__init__(plan, function, tensors)
         self.along_q = along_q
-        self.softmax = plan.weights is None
+        self.softmax = plan.softmax
         self.folded = self.softmax and plan.score is None
         # A logit that does not depend on the score: nothing flows to queries and keys.
         self.flows = plan.d_score != Const(0.0)
@@ -51,7 +51,8 @@ class _Backward(KernelWriter, ABC):
         self.reads_rows = any(dim.axis is Axis.Q and dim.block == 1 for decl in plan.inputs for dim in decl.dims)
 
     def _candidates(self) -> list[str]:
-        return [*super()._candidates(), "heavy", *(f"{x}_{n}_ptr" for n, _ in self.learned for x in ("sum", "at"))]
+        kept = ("row_lse_ptr", "row_lse_desc", "delta_desc", "row_stride", "heavy")
+        return [*super()._candidates(), *kept, *(f"{x}_{n}_ptr" for n, _ in self.learned for x in ("sum", "at"))]
 
     def pairs(self, masked: bool) -> list[Scalar]:
         """What is computed for every pair of a tile."""
@@ -70,12 +71,6 @@ class _Backward(KernelWriter, ABC):
     @abstractmethod
     def tile(self, masked: bool) -> None:
         """One tile of pairs: what it adds to the accumulators."""
-
-    def load_lse(self, base: str) -> None:
-        self.lines.add(
-            f'lse = tl.load(lse_ptr + {base}, mask=q_rows < rows, other=float("inf")) * LOG2_E',
-            'lse = tl.where(lse == float("-inf"), float("inf"), lse)',
-        )
 
     def scores(self, a: str, b: str) -> None:
         """`scores`: the product q . k, scaled where an expression reads it."""
@@ -186,8 +181,14 @@ class _Dq(_Backward):
         lines.add(f"delta = {' + '.join(sums)}", "row_at = head.to(tl.int64) * rows + q_rows")
         if self.plan.uses_lse:
             lines.add("delta -= tl.load(d_lse_ptr + row_at, mask=q_rows < rows, other=0.0)")
-        lines.add("tl.store(delta_ptr + row_at, delta, mask=q_rows < rows)", _ROWS_THAT_SEE_NOTHING)
-        self.load_lse("row_at")
+        lines.add(
+            _ROWS_THAT_SEE_NOTHING,
+            'lse = tl.load(lse_ptr + row_at, mask=q_rows < rows, other=float("inf")) * LOG2_E',
+            'lse = tl.where(lse == float("-inf"), float("inf"), lse)',
+            "kept_at = head.to(tl.int64) * row_stride + q_rows",
+            "tl.store(delta_ptr + kept_at, delta, mask=q_rows < rows)",
+            "tl.store(row_lse_ptr + kept_at, lse, mask=q_rows < rows)",
+        )
 
     def tile(self, masked: bool) -> None:
         spec, lines = self.plan.spec, self.lines
@@ -288,7 +289,7 @@ class _DkDv(_Backward):
         if plan.spec.loads is Loads.POINTER:
             lines.add(self.base("q", "h"), self.base("dout", "h"))
         if self.softmax:
-            lines.add(f"row_base = (b * {plan.spec.heads} + h).to(tl.int64) * rows")
+            lines.add(f"row_head = b * {plan.spec.heads} + h")
         if self.scale_per_head:
             self.scale(folded=False)
         if self.folded:
@@ -319,7 +320,7 @@ class _DkDv(_Backward):
             if self.reads_rows:
                 lines.add("q_index = tl.minimum(q_rows, rows - 1)[None, :]")
         if self.softmax:
-            self.load_lse("row_base + q_rows")
+            self._load_row("lse", "row_lse", 'float("inf")')
         self.scores("k{}", "tl.trans(q{})")
         self.probabilities(printer, masked, "[BLOCK_K, BLOCK_Q]", existing=True)
         for part in self.v_parts:
@@ -328,7 +329,7 @@ class _DkDv(_Backward):
         if not self.flows and not self.from_pairs:
             return
         if self.softmax:
-            lines.add("delta = tl.load(delta_ptr + row_base + q_rows, mask=q_rows < rows, other=0.0)")
+            self._load_row("delta", "delta", "0.0")
         lines.add("d_weights = " + self.dots(self.v_parts, "v{}", "tl.trans(dout{})"))
         self.logit_gradient(printer, masked, existing=True)
         self.learn(printer)
@@ -338,3 +339,12 @@ class _DkDv(_Backward):
             for part in self.q_parts:
                 value, acc = f"q{part.suffix}", f"dk{part.suffix}"
                 lines.add(f"{acc} = " + self.dot(f"d_scores.to({value}.dtype)", value, acc))
+
+    def _load_row(self, name: str, kept: str, other: str) -> None:
+        """A vector over the tile's rows, of what the kernel of dq kept. Rows that do not exist have a dout of zero, and
+        with it no gradient, whatever their weight."""
+        if self.plan.spec.loads is Loads.DESCRIPTOR:
+            self.lines.add(f"{name} = {kept}_desc.load([row_head, q_tile * BLOCK_Q]).reshape(BLOCK_Q)")
+            return
+        at = f"{kept}_ptr + row_head.to(tl.int64) * row_stride + q_rows"
+        self.lines.add(f"{name} = tl.load({at}, mask=q_rows < rows, other={other})")

@@ -17,7 +17,7 @@ def forward_source(plan: ForwardPlan) -> str:
 class _Forward(KernelWriter):
     def __init__(self, plan: ForwardPlan) -> None:
         super().__init__(plan, KERNEL, "q k v out")
-        self.softmax = plan.weights is None
+        self.softmax = plan.softmax
         # With no score expression the scale goes into the exponent: one multiply-add per pair.
         self.folded = self.softmax and plan.score is None and plan.positive_scale
 

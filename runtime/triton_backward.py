@@ -17,7 +17,7 @@ from attndsl.plan import BackwardPlan, Learned, Over
 from attndsl.program import CallShape
 from attndsl.runtime.call import call_shape, dim_size
 from attndsl.runtime.engine import Gradients, default_scale, empty_gradient, empty_output, in_order_of
-from attndsl.runtime.launcher import Slot
+from attndsl.runtime.launcher import Descriptor, Slot
 from attndsl.runtime.triton_launch import ELEMENT, INPUTS, descriptors, parameter_sources, prepare
 from attndsl.tiling import heavy_tiles
 
@@ -62,10 +62,12 @@ class TritonBackward:
         dq, dk, dv = map(empty_gradient, (q, k, v))
         dout, out, lse = in_order_of(q, dout), in_order_of(q, out), lse.contiguous()
         d_lse = None if dlse is None else dlse.contiguous()
+        heads = self.shape.batch * self.shape.heads
+        delta, row_lse = lse.new_empty(2, heads, row_stride(self.shape.rows)) if self.plan.softmax else (None, None)
         sums = [self._empty_sums(x, q.device) for x in self.plan.learned]
         scale = self.default_scale if scale is None else scale
         call = (
-            q, k, v, out, lse, scale, *inputs, *args, dout, d_lse, dq, dk, dv, torch.empty_like(lse),
+            q, k, v, out, lse, scale, *inputs, *args, dout, d_lse, dq, dk, dv, delta, row_lse,
             *(tensor for pair in sums for tensor in pair),
         )  # fmt: skip
         if self._dq is not None:
@@ -107,6 +109,11 @@ class TritonBackward:
         ]
 
 
+def row_stride(rows: int) -> int:
+    """Entries from one head's rows to the next's in what the kernels keep of each row: tensor copies want 16 bytes."""
+    return -(-rows // 4) * 4
+
+
 def _declared_size(plan: BackwardPlan, name: str, shape: CallShape) -> list[int]:
     """The shape that an input has where nothing of it is broadcast."""
     return [dim_size(dim, plan.program, shape) for dim in plan.program.input(name).dims]
@@ -116,15 +123,22 @@ def backward_parameters(
     plan: BackwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]
 ) -> Mapping[str, Any]:
     """What each parameter that the kernels may have is given. Only shapes, strides and dtypes are read."""
-    found = dict(parameter_sources(plan, q, k, v, inputs))
+    shape, found = call_shape(q, k, v), dict(parameter_sources(plan, q, k, v, inputs))
     first = INPUTS + len(inputs) + len(plan.program.args)
     element, real = f"*{ELEMENT[plan.spec.dtype]}", "*fp32"
-    types = {"dout": element, "d_lse": real, "dq": element, "dk": element, "dv": element, "delta": real}
+    types = {
+        "dout": element, "d_lse": real, "dq": element, "dk": element, "dv": element, "delta": real, "row_lse": real,
+    }  # fmt: skip
     for n in range(len(plan.learned)):
         types |= {f"sum_{n}": real, f"at_{n}": "*i64"}
     found |= {f"{name}_ptr": Slot(first + i, type) for i, (name, type) in enumerate(types.items())}
-    dout, _ = empty_output(q, call_shape(q, k, v))
-    found["heavy"] = heavy_tiles(plan, call_shape(q, k, v))
+    dout, _ = empty_output(q, shape)
+    found |= {"heavy": heavy_tiles(plan, shape), "row_stride": row_stride(shape.rows)}
+    for i, name in enumerate(types):
+        if name in ("delta", "row_lse"):
+            size, block = (shape.batch * shape.heads, shape.rows), (1, plan.key_tiling.block_q)
+            type = f"tensordesc<fp32{list(block)}>"
+            found[f"{name}_desc"] = Descriptor(first + i, size, (row_stride(shape.rows), 1), block, type)
     # The kernel of dk and dv loops over tiles of q and dout; that of dq over those of k and v.
     for index, name, x in ((0, "q", q), (first, "dout", dout)):
         found |= descriptors(plan.spec, name, index, x, plan.key_tiling.block_q)
