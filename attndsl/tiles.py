@@ -24,6 +24,8 @@ from attndsl.simplify import fold
 SCAN_EFFORT = 2 * EFFORT
 # … and to writing one piece of it as an interval.
 PIECE_EFFORT = EFFORT // 10
+# After so many pieces past it the rest is not tried.
+MAX_HARD = 4
 # Up to so many pieces are tried for being parts of one interval.
 MAX_JOINED = 6
 
@@ -77,6 +79,7 @@ class _Tiler:
         self.relation, self.side = relation, side
         self.block_q, self.block_k = block_q, block_k
         self.align_start = align_start
+        self.hard = 0
         self.ctx = relation.pairs.get_ctx()
         # `start` is the position of row 0. Rows are always below Nq.
         start, length = ("0", "Nq") if align_start else ("start", "Nk")
@@ -231,9 +234,12 @@ class _Tiler:
             hull = self._hull(piece)
             return hull if hull.is_subset(piece) else None
 
+        if self.hard >= MAX_HARD:
+            return None
         try:
             return bounded(self.ctx, compute, PIECE_EFFORT)
         except TooHard:
+            self.hard += 1
             return None
 
     def _hull(self, piece: isl.Set) -> isl.Set:
