@@ -377,9 +377,13 @@ def _engine(program: Program) -> Engine:
     from attndsl.codegen.gluon_forward import forward_source as gluon_forward
     from attndsl.codegen.triton_backward import backward_sources as triton_backward
     from attndsl.codegen.triton_forward import forward_source as triton_forward
+    from attndsl.codegen.triton_learned import diagonals_source, pairs_sources
     from attndsl.runtime.engine import Engine, Generators
 
-    return Engine(program, Generators(triton_forward, cpu_forward, triton_backward, cpu_backward, gluon_forward))
+    printers = Generators(
+        triton_forward, cpu_forward, triton_backward, cpu_backward, gluon_forward, diagonals_source, pairs_sources
+    )
+    return Engine(program, printers)
 
 
 def attention_module() -> type[AttentionModule]:

@@ -17,7 +17,7 @@ from attndsl.tiles import Run, TileRuns
 
 _VARIABLES = {
     "q": "q_pos", "k": "k_pos", "b": "b", "h": "h", "g": "g", "Nk": "k_len", "start": "start",
-    "q_tile": "q_tile", "k_tile": "k_tile",
+    "q_tile": "q_tile", "k_tile": "k_tile", "diagonal": "diagonal",
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ With s = scale q . k, logit x(s), p = exp(x - lse) and dp = dout . v: dx = p (dp
 
 A learnable input gets dx times its derivative, summed by the kernel over whatever its index does not follow.
 For the n-th read `sum_n` receives the sums and `at_n` the entries they belong to; adding them up is the caller's.
+Inputs that q and k read together have kernels of their own: `triton_learned.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from abc import ABC, abstractmethod
 from attndsl.codegen.kernel import KernelWriter, Leaves, run_loop
 from attndsl.codegen.scalars import Level, Printer
 from attndsl.codegen.triton_forward import FULL, PARTIAL
-from attndsl.plan import BackwardPlan, Learned, Over, Part
+from attndsl.learned import Learned, Over
+from attndsl.plan import BackwardPlan, Part
 from attndsl.program import Axis, Const, Scalar, Var, reads
 from attndsl.tiles import TileRuns
 
@@ -33,8 +35,8 @@ def backward_sources(plan: BackwardPlan) -> tuple[str, str]:
     return _Dq(plan).source(), _DkDv(plan).source()
 
 
-class _Backward(KernelWriter, ABC):
-    """What both kernels compute for a tile of pairs: probabilities, and the gradient of the scores."""
+class BackwardKernel(KernelWriter, ABC):
+    """What backward kernels compute for a tile of pairs: probabilities, and the gradient of the scores."""
 
     plan: BackwardPlan
 
@@ -141,7 +143,7 @@ class _Backward(KernelWriter, ABC):
         return " + ".join(self.dot(a.format(part.suffix), b.format(part.suffix)) for part in parts)
 
 
-class _Dq(_Backward):
+class _Dq(BackwardKernel):
     def __init__(self, plan: BackwardPlan) -> None:
         super().__init__(plan, DQ, "q k v out dout dq", "[:, None]", (Over.TILE, Over.KEYS))
         self.visits = self.flows or bool(self.from_pairs)
@@ -229,7 +231,7 @@ class _Dq(_Backward):
             )
 
 
-class _DkDv(_Backward):
+class _DkDv(BackwardKernel):
     def __init__(self, plan: BackwardPlan) -> None:
         super().__init__(plan.of_keys(), DKDV, "q k v dout dk dv", "[None, :]", (Over.ROWS,))
         self.group = plan.spec.heads // plan.spec.kv_heads

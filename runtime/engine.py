@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attndsl.diagnostics import error
+from attndsl.learned import Over
 from attndsl.plan import (
     Backend,
     BackwardPlan,
@@ -23,10 +24,13 @@ from attndsl.plan import (
     backward_tilings,
     default_tiling,
     forward_plan,
+    learning_plan,
+    learning_tiling,
 )  # fmt: skip
 from attndsl.program import CallShape, Program, TableDecl, Type
 from attndsl.properties import takes_more_rows_than_keys
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
+from attndsl.tiles import Side
 from attndsl.tiling import choose_tiling, prefers_portable
 
 Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor | None]]
@@ -39,7 +43,8 @@ BACKENDS = ("auto", "gluon", "triton", "cpu")
 class Generators:
     """Source printers, handed in by the API: the runtime knows plans, not how they are printed.
 
-    `triton_backward` prints two files: of the kernel of dq, and of that of dk and dv.
+    `triton_backward` prints two files: of the kernel of dq, and of that of dk and dv. For inputs that q and k read
+    together `triton_diagonals` prints one more, and `triton_pairs` one a read.
     """
 
     triton_forward: Callable[[ForwardPlan], str]
@@ -47,6 +52,8 @@ class Generators:
     triton_backward: Callable[[BackwardPlan], tuple[str, str]]
     cpu_backward: Callable[[BackwardPlan], str]
     gluon_forward: Callable[[ForwardPlan], str]
+    triton_diagonals: Callable[[BackwardPlan], str]
+    triton_pairs: Callable[[BackwardPlan], Mapping[int, str]]
 
 
 @dataclass(slots=True)
@@ -156,12 +163,33 @@ class Engine:
 
             plan = backward_plan(program, replace(spec, backend=Backend.CPU), *tilings, uses_lse=uses_lse)
             return CpuBackward(plan, self._text(self.generators.cpu_backward, plan))
-        from attndsl.runtime.triton_backward import TritonBackward, check_learned
+        from attndsl.runtime.triton_backward import TritonBackward
 
         plan = backward_plan(program, spec, *tilings, uses_lse=uses_lse)
-        check_learned(plan)
         of_q, of_keys = self._text(self.generators.triton_backward, plan)
-        return TritonBackward(plan, of_q, of_keys, q, k, v, inputs, aligned)
+        further = tuple(self._further(plan, q, k, v, inputs, aligned))
+        return TritonBackward(plan, of_q, of_keys, q, k, v, inputs, aligned, further)
+
+    def _further(
+        self, plan: BackwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], aligned: bool
+    ) -> Iterator[Any]:
+        """The kernels for inputs that q and k read together."""
+        from attndsl.runtime.triton_learned import DiagonalSums, PairSums
+
+        found = {x.over for x in plan.learned}
+        tiling = learning_tiling(plan.spec)
+        if self.tiling is not None:
+            block = min(self.tiling.block_q, self.tiling.block_k)
+            tiling = replace(self.tiling, block_q=block, block_k=block)
+        if Over.DIAGONALS in found:
+            own = learning_plan(plan, tiling, Side.DIAGONAL)
+            yield DiagonalSums(own, self._text(self.generators.triton_diagonals, own), q, k, v, inputs, aligned)
+        if Over.PAIRS in found:
+            own = learning_plan(plan, tiling, Side.QUERY)
+            if not own.runs.full + own.runs.partial:
+                return
+            for n, text in self._text(self.generators.triton_pairs, own).items():
+                yield PairSums(own, text, n, q, k, v, inputs, aligned)
 
     def _program(self, scale: float | None) -> Program:
         """The program, whose own scale a call's takes the place of."""
