@@ -106,6 +106,7 @@ class Spec:
     loads: Loads = Loads.POINTER
     scale_sign: int = 1  # sign of the scale where it is given at call time
     backend: Backend = Backend.TRITON
+    dropout: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -239,7 +240,7 @@ def default_tiling(spec: Spec) -> Tiling:
     if int(arch) < 90:
         # Products accumulate in registers that hold operands too: larger tiles spill.
         if dim <= 64:
-            return Tiling(128, 64, warps=4, stages=3)
+            return Tiling(128, 64, warps=8 if spec.dropout else 4, stages=3)
         if dim <= 128:
             return Tiling(128, 32, warps=8, stages=3)
         return Tiling(64, 16, warps=4, stages=2) if dim <= 192 else Tiling(64, 32, warps=8, stages=2)

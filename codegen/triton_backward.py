@@ -123,6 +123,11 @@ class BackwardKernel(KernelWriter, ABC):
         allowed = self._allowed(printer, masked, existing)
         lines.add(f"d_logits = tl.where({allowed}, d_weights, 0.0)" if allowed else "d_logits = d_weights")
 
+    def drop(self) -> None:
+        """What reaches a weight, of the gradient of what was left of it after dropout."""
+        if self.plan.spec.dropout:
+            self.lines.add("d_weights = tl.where(keep, d_weights * keep_scale, 0.0)")
+
     def passed_on(self, slope: Scalar | None, printer: Printer) -> str:
         """d_logits times a derivative, 0 where d_logits is, even where the derivative is infinite or not a number."""
         if slope is None or slope == Const(1.0):
@@ -163,6 +168,7 @@ class _Dq(BackwardKernel):
         lines.add(*(f"sum_{n} = tl.zeros([BLOCK_Q], tl.float32)" for n, _ in self.learned))
         if self.visits:
             lines.add(self.base("k", "g"), self.base("v", "g"))
+            self.seed()
             self.scale(folded=False)
             if self.folded:
                 lines.add("factor = scale * LOG2_E")
@@ -193,6 +199,7 @@ class _Dq(BackwardKernel):
     def tile(self, masked: bool) -> None:
         spec, lines = self.plan.spec, self.lines
         printer = self.printer.within(self.printer.names.inner())
+        self.keep()
         # Rows that do not exist are not written; only sums over rows must leave them out.
         existing = bool(self.from_pairs)
         self.load("k", self.q_parts, spec.dim, "k", "g", bounded=masked)
@@ -202,6 +209,7 @@ class _Dq(BackwardKernel):
         self.scores("q{}", "tl.trans(k{})")
         self.probabilities(printer, masked, "[BLOCK_Q, BLOCK_K]", existing)
         lines.add("d_weights = " + self.dots(self.v_parts, "dout{}", "tl.trans(v{})"))
+        self.drop()
         self.logit_gradient(printer, masked, existing)
         self.learn(printer)
         if self.flows:
@@ -260,6 +268,7 @@ class _DkDv(BackwardKernel):
             self.load(x, parts, dim, "k", "g", bounded=True)
         lines.add(*(f"dk{part.suffix} = tl.zeros([BLOCK_K, {part.size}], tl.float32)" for part in self.q_parts))
         lines.add(*(f"dv{part.suffix} = tl.zeros([BLOCK_K, {part.size}], tl.float32)" for part in self.v_parts))
+        self.seed()
         if self.group == 1:
             lines.add("h = g")
         if not self.scale_per_head:
@@ -274,6 +283,8 @@ class _DkDv(BackwardKernel):
         lines.add("")
         if self.flows and not self.scale_per_head:
             lines.add(*(f"dk{part.suffix} = dk{part.suffix} * scale" for part in self.q_parts))
+        if self.plan.spec.dropout:
+            lines.add(*(f"dv{part.suffix} = dv{part.suffix} * keep_scale" for part in self.v_parts))
         lines.add(self.base("dk", "g"), self.base("dv", "g"))
         self.store("dk", self.q_parts, spec.dim, "k", "dk")
         self.store("dv", self.v_parts, spec.v_dim, "k", "dv")
@@ -305,10 +316,11 @@ class _DkDv(BackwardKernel):
     def tile(self, masked: bool) -> None:
         spec, lines = self.plan.spec, self.lines
         printer = self.printer.within(self.printer.names.inner())
+        lines.add("q_rows = q_tile * BLOCK_Q + q_offset")
+        self.keep(transposed=True)
         # A query tile may reach past the last row whatever its kind: such rows are zero, and must weigh nothing.
         self.load("q", self.q_parts, spec.dim, "q", "h", bounded=True)
         self.load("dout", self.v_parts, spec.v_dim, "q", "h", bounded=True)
-        lines.add("q_rows = q_tile * BLOCK_Q + q_offset")
         if self.pairs(masked):
             lines.add("q_pos = start + q_rows[None, :]")
             if self.reads_rows:
@@ -317,14 +329,19 @@ class _DkDv(BackwardKernel):
             self.load_lse("row_base + q_rows")
         self.scores("k{}", "tl.trans(q{})")
         self.probabilities(printer, masked, "[BLOCK_K, BLOCK_Q]", existing=True)
+        left = "weights"
+        if self.plan.spec.dropout:
+            left = "left"
+            lines.add("left = tl.where(keep, weights, 0.0)")
         for part in self.v_parts:
             value, acc = f"dout{part.suffix}", f"dv{part.suffix}"
-            lines.add(f"{acc} = " + self.dot(f"weights.to({value}.dtype)", value, acc))
+            lines.add(f"{acc} = " + self.dot(f"{left}.to({value}.dtype)", value, acc))
         if not self.flows and not self.from_pairs:
             return
         if self.softmax:
             lines.add("delta = tl.load(delta_ptr + row_base + q_rows, mask=q_rows < rows, other=0.0)")
         lines.add("d_weights = " + self.dots(self.v_parts, "v{}", "tl.trans(dout{})"))
+        self.drop()
         self.logit_gradient(printer, masked, existing=True)
         self.learn(printer)
         if self.flows:

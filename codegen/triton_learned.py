@@ -63,6 +63,7 @@ class _Learning(BackwardKernel):
     def tile(self, masked: bool) -> None:
         spec, lines = self.plan.spec, self.lines
         printer = self.printer.within(self.printer.names.inner())
+        self.keep()
         if self.folded or any(reads(e, "s") for e in self.pairs(masked)):
             self.load("q", self.q_parts, spec.dim, "q", "h", bounded=True)
             self.load("k", self.q_parts, spec.dim, "k", "g", bounded=masked)
@@ -78,6 +79,7 @@ class _Learning(BackwardKernel):
             printer.names.known[Var("s")] = "scores"
             printer.share(lines, self.pairs(masked), "pair_")
         lines.add("d_weights = " + self.dots(self.v_parts, "dout{}", "tl.trans(v{})"))
+        self.drop()
         self.logit_gradient(printer, masked, existing=True)
         self.learn(printer)
 
@@ -108,6 +110,7 @@ class _Diagonals(_Learning):
             "k_offset = tl.arange(0, BLOCK_K)",
         )
         lines.add(*(f"sum_{n} = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)" for n, _ in self.learned))
+        self.seed()
         self.head()
         self.printer.hoist(lines, self.pairs(masked=bool(plan.runs.partial)), ("q", "k", "s"), "head_")
         lines.add("")
@@ -188,6 +191,7 @@ class _Pairs(_Learning):
         self._visit()
         self.positions()
         lines.add(f"sum_{n} = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)")
+        self.seed()
         sharers = self._sharers()
         lines.add(
             "",

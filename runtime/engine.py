@@ -30,6 +30,7 @@ from attndsl.plan import (
 from attndsl.program import CallShape, Program, TableDecl, Type
 from attndsl.properties import takes_more_rows_than_keys
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
+from attndsl.runtime.dropout import Dropout
 from attndsl.tiles import Side
 from attndsl.tiling import choose_tiling, prefers_portable
 
@@ -75,31 +76,35 @@ class Engine:
         args: Sequence[int],
         scale: float | None,
         backend: str,
+        dropout: Dropout | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Output [B, Hq, Nq, Dv] and lse float32 [B, Hq, Nq] (float64 for float64 tensors)."""
-        key = _kind(q, k, v, inputs, scale, backend, q.data_ptr() | k.data_ptr() | v.data_ptr())
+        key = _kind(q, k, v, inputs, scale, backend, dropout, q.data_ptr() | k.data_ptr() | v.data_ptr())
         launch = self._prepared.get(key)
         if launch is None:
-            launch = self._keep(key, self._prepare(q, k, v, inputs, scale, backend, aligned=key[-1]))
-        result: tuple[Tensor, Tensor] = launch(q, k, v, inputs, args, scale)
+            made = self._prepare(q, k, v, inputs, scale, backend, key[-1], dropout is not None)
+            launch = self._keep(key, made)
+        result: tuple[Tensor, Tensor] = launch(q, k, v, inputs, args, scale, dropout)
         return result
 
     def backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
         inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str,
+        dropout: Dropout | None = None,
     ) -> Gradients:  # fmt: skip
         """Gradients of q, k, v and of each input (None where it is not learnable, or does not count).
 
         dout [B, Hq, Nq, Dv], dlse [B, Hq, Nq] (None: zero): the gradients of what `forward` returned, out and lse.
         """
         pointers = q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr() | dout.data_ptr()
-        kind = _kind(q, k, v, inputs, scale, backend, pointers)
+        kind = _kind(q, k, v, inputs, scale, backend, dropout, pointers)
         key = ("backward", dlse is None, dout.stride(), out.stride(), *kind)
         launch = self._prepared.get(key)
         if launch is None:
-            made = self._prepare_backward(q, k, v, inputs, scale, backend, kind[-1], uses_lse=dlse is not None)
+            drops = dropout is not None
+            made = self._prepare_backward(q, k, v, inputs, scale, backend, kind[-1], drops, uses_lse=dlse is not None)
             launch = self._keep(key, made)
-        gradients: Gradients = launch(dout, dlse, q, k, v, out, lse, inputs, args, scale)
+        gradients: Gradients = launch(dout, dlse, q, k, v, out, lse, inputs, args, scale, dropout)
         return gradients
 
     def _keep(self, key: Any, launch: Any) -> Any:
@@ -127,9 +132,10 @@ class Engine:
         scale: float | None,
         backend: str,
         aligned: bool,
+        drops: bool,
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         """Checks a kind of call and prepares its launch."""
-        program, spec = self._program(scale), self._check(q, k, v, inputs, scale)
+        program, spec = self._program(scale), replace(self._check(q, k, v, inputs, scale), dropout=drops)
         if self._choose(backend, spec) == "cpu":
             from attndsl.runtime.cpu import CpuForward
 
@@ -153,9 +159,9 @@ class Engine:
 
     def _prepare_backward(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None, backend: str,
-        aligned: bool, uses_lse: bool,
+        aligned: bool, drops: bool, uses_lse: bool,
     ) -> Callable[..., Gradients]:  # fmt: skip
-        program, spec = self._program(scale), self._check(q, k, v, inputs, scale)
+        program, spec = self._program(scale), replace(self._check(q, k, v, inputs, scale), dropout=drops)
         on_cpu = self._choose(backend, spec) == "cpu"
         tilings = backward_tilings(spec) if self.tiling is None else (self.tiling, self.tiling)
         if on_cpu:
@@ -245,12 +251,19 @@ class Engine:
 
 
 def _kind(
-    q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None, backend: str, pointers: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Sequence[Tensor],
+    scale: float | None,
+    backend: str,
+    dropout: Dropout | None,
+    pointers: int,
 ) -> tuple[Any, ...]:
     """Everything that a launch depends on; last whether all pointers are aligned."""
     return (
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device, k.device,
-        v.device, backend, scale if scale is None else scale > 0,
+        v.device, backend, scale if scale is None else scale > 0, dropout is None,
         tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs), pointers & 15 == 0,
     )  # fmt: skip
 

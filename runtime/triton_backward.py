@@ -15,6 +15,7 @@ from torch import Tensor
 from attndsl.learned import Learned, Over
 from attndsl.plan import BackwardPlan
 from attndsl.runtime.call import call_shape
+from attndsl.runtime.dropout import PARAMETERS, Dropout
 from attndsl.runtime.engine import Gradients, default_scale, empty_gradient, empty_output, in_order_of
 from attndsl.runtime.launcher import Slot
 from attndsl.runtime.sums import Totals
@@ -51,15 +52,16 @@ class TritonBackward:
 
     def __call__(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-        inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+        inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, dropout: Dropout | None,
     ) -> Gradients:  # fmt: skip
         dq, dk, dv = map(empty_gradient, (q, k, v))
         dout, out, lse = in_order_of(q, dout), in_order_of(q, out), lse.contiguous()
         d_lse = None if dlse is None else dlse.contiguous()
         sums = {n: self._empty_sums(x, q.device) for n, x in enumerate(self.plan.learned) if x.over in _SIMPLE}
         scale = self.default_scale if scale is None else scale
+        drops = dropout.values() if dropout else ()
         call = (
-            q, k, v, out, lse, scale, *inputs, *args, dout, d_lse, dq, dk, dv, torch.empty_like(lse),
+            q, k, v, out, lse, scale, *inputs, *args, *drops, dout, d_lse, dq, dk, dv, torch.empty_like(lse),
             *(tensor for n in range(len(self.plan.learned)) for tensor in sums.get(n, (None, None))),
         )  # fmt: skip
         if self._dq is not None:
@@ -99,7 +101,7 @@ def backward_parameters(
 ) -> Mapping[str, Any]:
     """What each parameter that the kernels may have is given. Only shapes, strides and dtypes are read."""
     found = dict(parameter_sources(plan, q, k, v, inputs))
-    first = INPUTS + len(inputs) + len(plan.program.args)
+    first = INPUTS + len(inputs) + len(plan.program.args) + (len(PARAMETERS) if plan.spec.dropout else 0)
     element, real = f"*{ELEMENT[plan.spec.dtype]}", "*fp32"
     types = {"dout": element, "d_lse": real, "dq": element, "dk": element, "dv": element, "delta": real}
     for n in range(len(plan.learned)):

@@ -53,7 +53,7 @@ def run(
     given = [inputs[decl.name].to(DEVICE) for decl in program.inputs]
     numbers = [(args or {})[name] for name in program.args]
     kernel = TritonForward(plan, forward_source(plan), q, k, v, given, aligned=loads is Loads.DESCRIPTOR)
-    out, lse = kernel(q, k, v, given, numbers, scale)
+    out, lse = kernel(q, k, v, given, numbers, scale, None)
     return out.cpu(), lse.cpu()
 
 
