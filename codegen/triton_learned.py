@@ -161,7 +161,8 @@ class _Pairs(_Learning):
         self.group = plan.spec.heads // plan.spec.kv_heads
 
     def _candidates(self) -> list[str]:
-        return [*super()._candidates(), "first_cell", "cells", "all_cells", "visits", "portions", "batch", "entries"]
+        own = ("first_cell", "cells", "all_cells", "visits", "portions", "batch", "stride_portion")
+        return [*super()._candidates(), *own]
 
     def source(self) -> str:
         plan, lines, n = self.plan, self.lines, self.n
@@ -210,7 +211,7 @@ class _Pairs(_Learning):
             lines.add(
                 f"at = {Leaves(plan).flat(self.read.read, self.fresh())}",
                 "exists = visited & (q_rows[:, None] < rows) & (k_pos < k_len)",
-                f"tl.store(sum_{n}_ptr + portion.to(tl.int64) * entries + at, sum_{n}, mask=exists)",
+                f"tl.store(sum_{n}_ptr + portion.to(tl.int64) * stride_portion + at, sum_{n}, mask=exists)",
             )
         else:
             lines.add(

@@ -84,7 +84,7 @@ class PairSums:
         first: Slot = sources[f"sum_{n}_ptr"]
         sources |= {
             "first_cell": Slot(first.index + 2 * (len(plan.learned) - n), "i32"), "cells": strip, "visits": visits,
-            "all_cells": self.cells, "portions": self.portions, "batch": shape.batch, "entries": entries,
+            "all_cells": self.cells, "portions": self.portions, "batch": shape.batch, "stride_portion": entries,
         }  # fmt: skip
         self.strip, self.entries, self.at = strip, entries, first.index
         self._launch = prepare(plan, text, PAIRS, strip * self.portions, sources, aligned, q.device)

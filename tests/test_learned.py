@@ -291,7 +291,7 @@ def test_default_tilings_do_not_spill() -> None:
     done = subprocess.run(command, text=True, capture_output=True, cwd=root, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     stacks = json.loads(done.stdout)
-    assert len(stacks) == 4
+    assert len(stacks) == 2
     assert not any(stacks.values()), stacks
 
 
@@ -319,18 +319,18 @@ def compiled_stacks() -> dict[str, int]:
         score s + near[h, clamp(q - k, -128, 128) + 128] + whole[h, q, k]
         attend causal & window(512) }"""
     program, found = load(text).program, {}
-    integers = ("first_cell", "cells", "all_cells", "visits", "portions", "batch", "entries")
-    for target, dim in (("cuda:80", 64), ("cuda:90", 128)):
-        spec = Spec(8, 2, dim, dim, DType.BFLOAT16, target)
-        plan = backward_plan(program, spec, *backward_tilings(spec))
-        tensors = meta_tensors(forward_plan(program, spec, default_tiling(spec)))
-        for name, side in ((triton_learned.DIAGONALS, Side.DIAGONAL), (triton_learned.PAIRS, Side.QUERY)):
-            own = learning_plan(plan, learning_tiling(spec), side)
-            printed = diagonals_source(own) if side is Side.DIAGONAL else pairs_sources(own)[1]
-            given = {**backward_parameters(own, *tensors), **dict.fromkeys(integers, 1)}
-            source = kernel_source(own, printed, parameters(printed, name), given, aligned=True, function=name)
-            used = _resources(compile_kernel(source, target).asm["cubin"])
-            found[f"{name} {target} {dim}"] = int(used["STACK"]) + int(used["LOCAL"])
+    integers = ("first_cell", "cells", "all_cells", "visits", "portions", "batch", "stride_portion")
+    # The device with the fewest registers to spare.
+    spec = Spec(8, 2, 64, 64, DType.BFLOAT16, "cuda:80")
+    plan = backward_plan(program, spec, *backward_tilings(spec))
+    tensors = meta_tensors(forward_plan(program, spec, default_tiling(spec)))
+    for name, side in ((triton_learned.DIAGONALS, Side.DIAGONAL), (triton_learned.PAIRS, Side.QUERY)):
+        own = learning_plan(plan, learning_tiling(spec), side)
+        printed = diagonals_source(own) if side is Side.DIAGONAL else pairs_sources(own)[1]
+        given = {**backward_parameters(own, *tensors), **dict.fromkeys(integers, 1)}
+        source = kernel_source(own, printed, parameters(printed, name), given, aligned=True, function=name)
+        used = _resources(compile_kernel(source, spec.target).asm["cubin"])
+        found[name] = int(used["STACK"]) + int(used["LOCAL"])
     return found
 
 
