@@ -114,6 +114,8 @@ class Attention:
         scale: float | None = None,
         return_lse: bool = False,
         backend: str = "auto",
+        dropout: float = 0,  # An integer: for torch.compile the float would be a value that changes.
+        seed: int | Tensor | None = None,
         **inputs: Any,
     ) -> Any:
         """Attend.
@@ -124,6 +126,12 @@ class Attention:
 
         scale: factor of q . k; default 1/sqrt(D), or the program's own. inputs: the program's inputs (tensors) and
         runtime arguments (ints), by name. Raises `PatternError` when they do not fit.
+
+        dropout: the share, in [0, 1), of the weights after the softmax that are set to 0; the others are divided by
+        1 - dropout. lse is that without it. Which are dropped is a function of seed, batch entry, query head and the
+        positions of query and key alone (Philox-4x32-10: `attndsl.dropout`), the same on every device.
+        seed: an int of 64 bits, or an int64 tensor of one element on the call's device; by default it is drawn from
+        torch's generator. Pass a tensor where a CUDA graph is replayed and you set the seeds yourself.
         """
         from attndsl.runtime.ops import attend
 
@@ -135,7 +143,7 @@ class Attention:
         except KeyError:
             self._check_names(inputs)
             raise
-        out, lse = attend(self._key, q, k, v, tensors, args, scale, backend)
+        out, lse = attend(self._key, q, k, v, tensors, args, scale, backend, dropout, seed)
         if not return_lse:
             return out
         if self.program.branch.weights is not None:
@@ -157,15 +165,28 @@ class Attention:
         return next((decl.span for decl in self.program.inputs if decl.name == name), None)
 
     def reference(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False, **inputs: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        return_lse: bool = False,
+        dropout: float = 0.0,
+        seed: int | Tensor | None = None,
+        **inputs: Any,
     ) -> Any:
-        """The oracle: what a call means, dense, in float64, written straight from the typed program. Slow."""
+        """The oracle: what a call means, dense, in float64, written straight from the typed program. Slow.
+
+        With dropout a seed must be given.
+        """
+        from attndsl.runtime.dropout import known
         from attndsl.runtime.reference import reference
 
         self._check_names(inputs)
         tensors = {name: inputs[name] for name in self._inputs}
         args = {name: inputs[name] for name in self.program.args}
-        return reference(self.program, q, k, v, tensors, args, scale, return_lse)
+        return reference(self.program, q, k, v, tensors, args, scale, return_lse, known(dropout, seed, q.device))
 
     # -------------------------------------------------------------------------------- inspection
 
@@ -377,9 +398,13 @@ def _engine(program: Program) -> Engine:
     from attndsl.codegen.gluon_forward import forward_source as gluon_forward
     from attndsl.codegen.triton_backward import backward_sources as triton_backward
     from attndsl.codegen.triton_forward import forward_source as triton_forward
+    from attndsl.codegen.triton_learned import diagonals_source, pairs_sources
     from attndsl.runtime.engine import Engine, Generators
 
-    return Engine(program, Generators(triton_forward, cpu_forward, triton_backward, cpu_backward, gluon_forward))
+    printers = Generators(
+        triton_forward, cpu_forward, triton_backward, cpu_backward, gluon_forward, diagonals_source, pairs_sources
+    )
+    return Engine(program, printers)
 
 
 def attention_module() -> type[AttentionModule]:

@@ -215,7 +215,8 @@ def _lowering(plan: ForwardPlan) -> str:
         return f"portable Triton, since {reason}"
     if prefers_portable(plan.program, plan.spec):
         return "portable Triton, predicted to be ahead of the Hopper lowering with these heads and so few tiles a row"
-    return "the Hopper lowering (Gluon), with the Triton versions it was tested on; else portable Triton"
+    tested = "the Hopper lowering (Gluon), with the Triton versions it was tested on"
+    return f"{tested}; else, and with dropout, portable Triton"
 
 
 def _planned(plan: ForwardPlan, start: Scalar | None) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from attndsl.effort import TooHard, bounded
+from attndsl.learned import Learned
 from attndsl.linear import normalise
 from attndsl.program import (
     Arg,
@@ -105,6 +106,7 @@ class Spec:
     loads: Loads = Loads.POINTER
     scale_sign: int = 1  # sign of the scale where it is given at call time
     backend: Backend = Backend.TRITON
+    dropout: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -193,31 +195,6 @@ class Printed:
         return self.program.tables
 
 
-class Over(Enum):
-    """What a kernel sums the gradient of a read over, where it may: what the read's index does not follow."""
-
-    TILE = "tile"  # the index reads neither q nor k: all pairs of a query tile
-    KEYS = "keys"  # it reads q: the keys of a row
-    ROWS = "rows"  # it reads k: the rows that see a key
-    NOTHING = "nothing"  # it reads both
-
-
-@dataclass(frozen=True, slots=True)
-class Learned:
-    """A read of a learnable input, in the logit (or weight) or in the sink, and the derivative by it."""
-
-    read: Read
-    slope: Scalar
-    of_sink: bool
-
-    @property
-    def over(self) -> Over:
-        by_q, by_k = reads(self.read, "q"), reads(self.read, "k")
-        if by_q:
-            return Over.NOTHING if by_k else Over.KEYS
-        return Over.ROWS if by_k else Over.TILE
-
-
 @dataclass(frozen=True, slots=True)
 class BackwardPlan(Plan):
     """The backward kernels: `runs` and `tiling` are those of dq, `key_runs` and `key_tiling` those of dk and dv.
@@ -283,7 +260,7 @@ def default_tiling(spec: Spec) -> Tiling:
     if int(arch) < 90:
         # Products accumulate in registers that hold operands too: larger tiles spill.
         if dim <= 64:
-            return Tiling(128, 64, warps=4, stages=3)
+            return Tiling(128, 64, warps=8 if spec.dropout else 4, stages=3)
         if dim <= 128:
             return Tiling(128, 32, warps=8, stages=3)
         return Tiling(64, 16, warps=4, stages=2) if dim <= 192 else Tiling(64, 32, warps=8, stages=2)
@@ -311,6 +288,18 @@ def backward_tilings(spec: Spec) -> tuple[Tiling, Tiling]:
     if dim <= 64 and spec.target == "cuda:90":
         return Tiling(64, 64, warps=4, stages=2), Tiling(64, 64, warps=4, stages=2)
     return Tiling(64, 64, warps=8, stages=2), Tiling(32, 64, warps=8, stages=2)
+
+
+def learning_tiling(spec: Spec) -> Tiling:
+    """Tile sizes, square, of the kernels for inputs that q and k read together: all operands are loaded per tile."""
+    dim = max(spec.dim, spec.v_dim)
+    if spec.dtype is DType.FLOAT32:
+        return Tiling(32, 32, warps=8, stages=1) if dim <= 64 else Tiling(16, 16, warps=4, stages=1)
+    if dim > 128:
+        return Tiling(16, 16, warps=4, stages=1)
+    # Where products take registers for operands, larger tiles spill.
+    large = spec.target == "cuda:90" or spec.target.startswith("hip")
+    return Tiling(64, 64, warps=8, stages=1) if large else Tiling(32, 32, warps=4 if dim <= 64 else 8, stages=1)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -352,6 +341,17 @@ def backward_plan(
         d_score=None if slope == Const(1.0) else slope, learnable=derivatives(logit, program),
         sink_learnable=derivatives(branch["sink"], program), uses_lse=uses_lse,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def learning_plan(plan: BackwardPlan, tiling: Tiling, side: Side) -> BackwardPlan:
+    """The plan as the kernels for inputs that q and k read together have it: with runs and a mask of their own."""
+    program, spec = plan.program, replace(plan.spec, loads=Loads.POINTER)
+    lowering = Lowering(program, (spec.heads, spec.kv_heads))
+    relation = lowering.relation(program.branch.pattern)
+    runs = _runs(relation, program, spec, tiling, side)
+    mask = pair_mask(relation, _written(lowering, spec)) if runs.partial else None
+    return replace(plan, spec=spec, tiling=tiling, runs=runs, key_runs=TileRuns((), ()), mask=mask)
 
 
 def _runs(relation: Relation, program: Program, spec: Spec, tiling: Tiling, side: Side) -> TileRuns:

@@ -36,8 +36,8 @@ class Type(Enum):
 # The names a pattern may read: q and k are token positions, h the query head, g its KV head, b the
 # batch entry, s the scaled dot product of the pair, Nq and Nk one past the last position.
 BUILTINS = frozenset({"q", "k", "b", "h", "g", "s", "Nq", "Nk", "H", "G", "D", "Dv"})
-# Names that only the compiler introduces: the tile indices, and the position of the first row of a call.
-TILE_NAMES = frozenset({"q_tile", "k_tile", "start"})
+# Names that only the compiler introduces: the tile indices, their difference, and the position of a call's first row.
+TILE_NAMES = frozenset({"q_tile", "k_tile", "diagonal", "start"})
 
 ARITHMETIC = frozenset({"+", "-", "*", "//", "%", "/"})
 COMPARISONS = frozenset({"<", "<=", ">", ">=", "==", "!="})

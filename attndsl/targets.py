@@ -68,6 +68,8 @@ def hopper_refusal(program: Program, spec: Spec) -> str:
     """Why a program has no Hopper lowering for a spec (with its `loads`); empty where it has one."""
     if spec.target != "cuda:90":
         return f"the Hopper lowering is for sm_90, not {spec.target}"
+    if spec.dropout:
+        return "dropout has no Hopper lowering yet"
     if program.branch.weights is not None:
         return "`weights` has no Hopper lowering yet"
     if spec.dim != spec.v_dim or spec.dim not in (64, 128):

@@ -2,7 +2,8 @@
 
 For a query tile the visited key tiles are a few disjoint *runs* `first, first + step, …` (`count` of them), whose
 ends are quasi-affine in the tile's index, the lengths and the uniform scalars. A run is *full* (every pair of
-its tiles is allowed: no mask) or *partial*. The transpose gives, for a key tile, the query tiles that visit it.
+its tiles is allowed: no mask) or *partial*. The transpose gives, for a key tile, the query tiles that visit it, and the
+skewed relation, for a diagonal of square tiles, the query tiles at which it is visited.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class TileRuns:
-    """The disjoint runs of one tile: of key tiles for query tile `q_tile`, or of query tiles for key tile `k_tile`."""
+    """The disjoint runs of one tile: of key tiles for query tile `q_tile`, or of query tiles for key tile `k_tile`,
+    or for the tiles with q_tile - k_tile = `diagonal`."""
 
     full: tuple[Run, ...]
     partial: tuple[Run, ...]
@@ -58,6 +60,7 @@ class Side(Enum):
 
     QUERY = "q_tile"
     KEY = "k_tile"
+    DIAGONAL = "diagonal"  # square tiles; the loops run over query tiles
 
 
 def tile_runs(relation: Relation, block_q: int, block_k: int, side: Side, align_start: bool = False) -> TileRuns:
@@ -76,6 +79,7 @@ def _plain(run: Run) -> Run:
 
 class _Tiler:
     def __init__(self, relation: Relation, block_q: int, block_k: int, side: Side, align_start: bool) -> None:
+        assert side is not Side.DIAGONAL or block_q == block_k
         self.relation, self.side = relation, side
         self.block_q, self.block_k = block_q, block_k
         self.align_start = align_start
@@ -140,11 +144,10 @@ class _Tiler:
 
     def _scan(self, full: isl.Set, partial: isl.Set) -> TileRuns:
         """The runs of both kinds: interval by interval, or where tiles are no intervals as isl's loops over them."""
-        own, other = (0, 1) if self.side is Side.QUERY else (1, 0)
-        context = self._own_tile(self.existing, own, other).params()
+        context = self._own_tile(self.existing).params()
         whole = isl.Set.from_params(context).add_dims(isl.dim_type.set, 1)
         lines = {
-            kind: self._intervals(self._own_tile(tiles, own, other)).gist(whole)
+            kind: self._intervals(self._own_tile(tiles)).gist(whole)
             for kind, tiles in ((TileKind.FULL, full), (TileKind.PARTIAL, partial))
         }
         full_runs, partial_runs = (self._interval_runs(line, kind, context) for kind, line in lines.items())
@@ -209,8 +212,11 @@ class _Tiler:
             return _tiles(Var("Nk"), self.block_k)
         return _tiles(Var("Nq") if self.align_start else Binary("-", Var("Nk"), Var("start")), self.block_q)
 
-    def _own_tile(self, tiles: isl.Set, own: int, other: int) -> isl.Set:
+    def _own_tile(self, tiles: isl.Set) -> isl.Set:
         """{ [x, y] } as the line of the other side's tiles, the own tile a parameter."""
+        if self.side is Side.DIAGONAL:
+            tiles = tiles.apply(self._map("{ [x, y] -> [x - y, x] }"))
+        own = 1 if self.side is Side.KEY else 0
         position = tiles.dim(isl.dim_type.param)
         tiles = tiles.insert_dims(isl.dim_type.param, position, 1)
         tiles = tiles.set_dim_name(isl.dim_type.param, position, self.side.value)
@@ -249,7 +255,7 @@ class _Tiler:
         return tile.ge_set(low).intersect(tile.le_set(high))
 
     def _scalar(self, expr: isl.AstExpr) -> Scalar:
-        names: dict[str, Scalar] = {name: Var(name) for name in ("Nq", "Nk", "q_tile", "k_tile", "start")}
+        names: dict[str, Scalar] = {name: Var(name) for name in ("Nq", "Nk", "start", self.side.value)}
         return to_scalar(expr, names | self.relation.uniform)
 
 

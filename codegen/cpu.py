@@ -118,6 +118,7 @@ class TileLoop:
             [f"{decl.name}_input" for decl in plan.inputs]
             + [f"{table.name}_table" for table in plan.tables]
             + [f"arg_{name}" for name in plan.args]
+            + (["seed", "drop_below", "keep_scale"] if plan.spec.dropout else [])
         )
 
     def file(self, function: str, signature: str, title: str) -> str:
@@ -202,6 +203,17 @@ class TileLoop:
                 lines.add("k_pos = positions(spans)")
             yield printer
 
+    def drop(self, target: str) -> None:
+        """Dropout of what every pair has, what is left made up for what is not."""
+        if self.plan.spec.dropout:
+            self.lines.add(f"{target} = torch.where(keep, {target} * keep_scale, 0)")
+
+    def keep(self) -> None:
+        """Which pairs dropout keeps."""
+        if self.plan.spec.dropout:
+            self.helpers.add("kept")
+            self.lines.add("keep = kept(seed, b_index, h_index, q_pos, spans, drop_below)")
+
     def mask(self, target: str, value: str) -> None:
         """Put `value` in place of pairs that are not allowed: only among the keys of partial tiles, which come last."""
         if self.plan.mask is not None:
@@ -254,6 +266,8 @@ def forward_source(plan: ForwardPlan) -> str:
                     "row_max = new_max",
                     "acc *= decay[..., None]",
                 )
+            loop.keep()
+            loop.drop("weights")
             lines.add("acc += (weights.flatten(2, 3) @ values).unflatten(2, queries.shape[2:4])")
         if plan.sink is not None:
             lines.add(

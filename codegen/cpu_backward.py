@@ -85,11 +85,18 @@ class _Backward:
             lines.add(f"logits = {copied}")
             loop.mask("logits", "-math.inf")
             lines.add("weights = torch.exp(logits - row_lse)")
-        lines.add("scatter(dv[at_b, at_g], spans, weights.flatten(2, 3).mT @ d_out.flatten(2, 3))")
+        left = "weights"
+        if plan.spec.dropout:
+            left = "left"
+            loop.keep()
+            lines.add("left = weights")
+            loop.drop("left")
+        lines.add(f"scatter(dv[at_b, at_g], spans, {left}.flatten(2, 3).mT @ d_out.flatten(2, 3))")
         loop.helpers.add("scatter")
         if not self.flows and not plan.learnable:
             return
         lines.add("d_weights = (d_out.flatten(2, 3) @ values.mT).unflatten(2, d_out.shape[2:4])")
+        loop.drop("d_weights")
         if self.softmax:
             lines.add("d_logits = weights * (d_weights - delta[..., None])")
         else:

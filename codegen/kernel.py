@@ -17,7 +17,7 @@ from attndsl.tiles import Run
 
 _VARIABLES = {
     "q": "q_pos", "k": "k_pos", "b": "b", "h": "h", "g": "g", "Nk": "k_len", "start": "start",
-    "q_tile": "q_tile", "k_tile": "k_tile",
+    "q_tile": "q_tile", "k_tile": "k_tile", "diagonal": "diagonal",
 }  # fmt: skip
 
 
@@ -139,6 +139,7 @@ class KernelWriter:
         for x in self.tensors:
             names += [f"{x}_desc{part.suffix}" for part in (*self.q_parts, *self.v_parts)]
         names += [f"stride_{x}{axis}" for x in self.tensors for axis in "bhn"]
+        names += ["seed_ptr", "drop_below", "keep_scale"] if self.plan.spec.dropout else []
         return list(dict.fromkeys([*names, "scale", "rows", "k_len", *scalar_parameters(self.plan)]))
 
     def fresh(self) -> Printer:
@@ -185,6 +186,18 @@ class KernelWriter:
             self.lines.add(f"factor = {scale} * LOG2_E")
         elif plan.scale is not None:
             self.lines.add(f"scale = {scale}")
+
+    def seed(self) -> None:
+        """Load the seed of dropout, where a call has it."""
+        if self.plan.spec.dropout:
+            self.lines.add("seed = tl.load(seed_ptr)")
+
+    def keep(self, transposed: bool = False) -> None:
+        """`keep`: which pairs of a tile dropout keeps. First in a tile, where fewest registers are in use."""
+        if self.plan.spec.dropout:
+            self.printer.helpers.add("kept")
+            kept = "kept(seed, b, h, start + q_rows[:, None], k_tile * BLOCK_K, drop_below, BLOCK_Q, BLOCK_K)"
+            self.lines.add(f"keep = tl.trans({kept})" if transposed else f"keep = {kept}")
 
     def name_ends(self, runs: tuple[Run, ...]) -> None:
         """Name what the ends of runs share."""

@@ -55,5 +55,18 @@ def tanh(x):
 
 
 @triton.jit
+def kept(seed, b, h, q_pos, k_first, drop_below, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Which pairs of a tile dropout keeps: q_pos [BLOCK_Q, 1], keys from k_first, a multiple of 4.
+
+    Philox-4x32-10 of the counter (k // 4, q, h, b) makes the words of four keys.
+    """
+    group = k_first // 4 + tl.arange(0, BLOCK_K // 4)[None, :]
+    word_0, word_1, word_2, word_3 = tl.philox(seed, group, q_pos, h, b)
+    even = tl.join((word_0 >= drop_below).to(tl.int8), (word_2 >= drop_below).to(tl.int8))
+    odd = tl.join((word_1 >= drop_below).to(tl.int8), (word_3 >= drop_below).to(tl.int8))
+    return tl.join(even, odd).reshape(BLOCK_Q, BLOCK_K) != 0
+
+
+@triton.jit
 def softcap(x, cap):
     return cap * tanh(x / cap)

@@ -10,6 +10,7 @@ With s = scale q . k, logit x(s), p = exp(x - lse) and dp = dout . v: dx = p (dp
 
 A learnable input gets dx times its derivative, summed by the kernel over whatever its index does not follow.
 For the n-th read `sum_n` receives the sums and `at_n` the entries they belong to; adding them up is the caller's.
+Inputs that q and k read together have kernels of their own: `triton_learned.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from abc import ABC, abstractmethod
 from attndsl.codegen.kernel import KernelWriter, Leaves, run_loop
 from attndsl.codegen.scalars import Level, Printer
 from attndsl.codegen.triton_forward import FULL, PARTIAL
-from attndsl.plan import BackwardPlan, Learned, Loads, Over, Part
+from attndsl.learned import Learned, Over
+from attndsl.plan import BackwardPlan, Loads, Part
 from attndsl.program import Axis, Const, Scalar, Var, reads
 from attndsl.tiles import TileRuns
 
@@ -33,8 +35,8 @@ def backward_sources(plan: BackwardPlan) -> tuple[str, str]:
     return _Dq(plan).source(), _DkDv(plan).source()
 
 
-class _Backward(KernelWriter, ABC):
-    """What both kernels compute for a tile of pairs: probabilities, and the gradient of the scores."""
+class BackwardKernel(KernelWriter, ABC):
+    """What backward kernels compute for a tile of pairs: probabilities, and the gradient of the scores."""
 
     plan: BackwardPlan
 
@@ -71,6 +73,15 @@ class _Backward(KernelWriter, ABC):
     @abstractmethod
     def tile(self, masked: bool) -> None:
         """One tile of pairs: what it adds to the accumulators."""
+
+    def load_row(self, name: str, kept: str, other: str) -> None:
+        """A vector over the tile's rows, of what the kernel of dq kept. Rows that do not exist have a dout of zero, and
+        with it no gradient, whatever their weight."""
+        if self.plan.spec.loads is Loads.DESCRIPTOR:
+            self.lines.add(f"{name} = {kept}_desc.load([row_head, q_tile * BLOCK_Q]).reshape(BLOCK_Q)")
+            return
+        at = f"{kept}_ptr + row_head.to(tl.int64) * row_stride + q_rows"
+        self.lines.add(f"{name} = tl.load({at}, mask=q_rows < rows, other={other})")
 
     def scores(self, a: str, b: str) -> None:
         """`scores`: the product q . k, scaled where an expression reads it."""
@@ -116,6 +127,11 @@ class _Backward(KernelWriter, ABC):
         allowed = self._allowed(printer, masked, existing)
         lines.add(f"d_logits = tl.where({allowed}, d_weights, 0.0)" if allowed else "d_logits = d_weights")
 
+    def drop(self) -> None:
+        """What reaches a weight, of the gradient of what was left of it after dropout."""
+        if self.plan.spec.dropout:
+            self.lines.add("d_weights = tl.where(keep, d_weights * keep_scale, 0.0)")
+
     def passed_on(self, slope: Scalar | None, printer: Printer) -> str:
         """d_logits times a derivative, 0 where d_logits is, even where the derivative is infinite or not a number."""
         if slope is None or slope == Const(1.0):
@@ -136,7 +152,7 @@ class _Backward(KernelWriter, ABC):
         return " + ".join(self.dot(a.format(part.suffix), b.format(part.suffix)) for part in parts)
 
 
-class _Dq(_Backward):
+class _Dq(BackwardKernel):
     def __init__(self, plan: BackwardPlan) -> None:
         super().__init__(plan, DQ, "q k v out dout dq", "[:, None]", (Over.TILE, Over.KEYS))
         self.visits = self.flows or bool(self.from_pairs)
@@ -157,6 +173,7 @@ class _Dq(_Backward):
         if self.visits:
             if plan.spec.loads is Loads.POINTER:
                 lines.add(self.base("k", "g"), self.base("v", "g"))
+            self.seed()
             self.scale(folded=False)
             if self.folded:
                 lines.add("factor = scale * LOG2_E")
@@ -193,6 +210,7 @@ class _Dq(_Backward):
     def tile(self, masked: bool) -> None:
         spec, lines = self.plan.spec, self.lines
         printer = self.printer.within(self.printer.names.inner())
+        self.keep()
         # Rows that do not exist are not written; only sums over rows must leave them out.
         existing = bool(self.from_pairs)
         self.load("k", self.q_parts, spec.dim, "k", "g", bounded=masked)
@@ -202,6 +220,7 @@ class _Dq(_Backward):
         self.scores("q{}", "tl.trans(k{})")
         self.probabilities(printer, masked, "[BLOCK_Q, BLOCK_K]", existing)
         lines.add("d_weights = " + self.dots(self.v_parts, "dout{}", "tl.trans(v{})"))
+        self.drop()
         self.logit_gradient(printer, masked, existing)
         self.learn(printer)
         if self.flows:
@@ -231,7 +250,7 @@ class _Dq(_Backward):
             )
 
 
-class _DkDv(_Backward):
+class _DkDv(BackwardKernel):
     def __init__(self, plan: BackwardPlan) -> None:
         super().__init__(plan.of_keys(), DKDV, "q k v dout dk dv", "[None, :]", (Over.ROWS,))
         self.group = plan.spec.heads // plan.spec.kv_heads
@@ -265,6 +284,7 @@ class _DkDv(_Backward):
             self.load(x, parts, dim, "k", "g", bounded=True, pointer=True)
         lines.add(*(f"dk{part.suffix} = tl.zeros([BLOCK_K, {part.size}], tl.float32)" for part in self.q_parts))
         lines.add(*(f"dv{part.suffix} = tl.zeros([BLOCK_K, {part.size}], tl.float32)" for part in self.v_parts))
+        self.seed()
         if self.group == 1:
             lines.add("h = g")
         if not self.scale_per_head:
@@ -279,6 +299,8 @@ class _DkDv(_Backward):
         lines.add("")
         if self.flows and not self.scale_per_head:
             lines.add(*(f"dk{part.suffix} = dk{part.suffix} * scale" for part in self.q_parts))
+        if self.plan.spec.dropout:
+            lines.add(*(f"dv{part.suffix} = dv{part.suffix} * keep_scale" for part in self.v_parts))
         lines.add(self.base("dk", "g"), self.base("dv", "g"))
         self.store("dk", self.q_parts, spec.dim, "k", "dk")
         self.store("dv", self.v_parts, spec.v_dim, "k", "dv")
@@ -311,26 +333,32 @@ class _DkDv(_Backward):
     def tile(self, masked: bool) -> None:
         spec, lines = self.plan.spec, self.lines
         printer = self.printer.within(self.printer.names.inner())
+        lines.add("q_rows = q_tile * BLOCK_Q + q_offset")
+        self.keep(transposed=True)
         # A query tile may reach past the last row whatever its kind: such rows are zero, and must weigh nothing.
         self.load("q", self.q_parts, spec.dim, "q", "h", bounded=True)
         self.load("dout", self.v_parts, spec.v_dim, "q", "h", bounded=True)
-        lines.add("q_rows = q_tile * BLOCK_Q + q_offset")
         if self.pairs(masked):
             lines.add("q_pos = start + q_rows[None, :]")
             if self.reads_rows:
                 lines.add("q_index = tl.minimum(q_rows, rows - 1)[None, :]")
         if self.softmax:
-            self._load_row("lse", "row_lse", 'float("inf")')
+            self.load_row("lse", "row_lse", 'float("inf")')
         self.scores("k{}", "tl.trans(q{})")
         self.probabilities(printer, masked, "[BLOCK_K, BLOCK_Q]", existing=True)
+        left = "weights"
+        if self.plan.spec.dropout:
+            left = "left"
+            lines.add("left = tl.where(keep, weights, 0.0)")
         for part in self.v_parts:
             value, acc = f"dout{part.suffix}", f"dv{part.suffix}"
-            lines.add(f"{acc} = " + self.dot(f"weights.to({value}.dtype)", value, acc))
+            lines.add(f"{acc} = " + self.dot(f"{left}.to({value}.dtype)", value, acc))
         if not self.flows and not self.from_pairs:
             return
         if self.softmax:
-            self._load_row("delta", "delta", "0.0")
+            self.load_row("delta", "delta", "0.0")
         lines.add("d_weights = " + self.dots(self.v_parts, "v{}", "tl.trans(dout{})"))
+        self.drop()
         self.logit_gradient(printer, masked, existing=True)
         self.learn(printer)
         if self.flows:
@@ -339,12 +367,3 @@ class _DkDv(_Backward):
             for part in self.q_parts:
                 value, acc = f"q{part.suffix}", f"dk{part.suffix}"
                 lines.add(f"{acc} = " + self.dot(f"d_scores.to({value}.dtype)", value, acc))
-
-    def _load_row(self, name: str, kept: str, other: str) -> None:
-        """A vector over the tile's rows, of what the kernel of dq kept. Rows that do not exist have a dout of zero, and
-        with it no gradient, whatever their weight."""
-        if self.plan.spec.loads is Loads.DESCRIPTOR:
-            self.lines.add(f"{name} = {kept}_desc.load([row_head, q_tile * BLOCK_Q]).reshape(BLOCK_Q)")
-            return
-        at = f"{kept}_ptr + row_head.to(tl.int64) * row_stride + q_rows"
-        self.lines.add(f"{name} = tl.load({at}, mask=q_rows < rows, other={other})")

@@ -45,6 +45,7 @@ class _Forward(KernelWriter):
                 "row_max = tl.full([BLOCK_Q], -1.0e38, tl.float32)",
                 "row_sum = tl.zeros([BLOCK_Q], tl.float32)",
             )
+        self.seed()
         self.scale(folded=self.folded)
         pairs = [e for e in (plan.mask, plan.score, plan.weights) if e is not None]
         self.printer.hoist(lines, pairs, ("k", "s"), "row_")
@@ -66,6 +67,7 @@ class _Forward(KernelWriter):
         """Load a tile of k and v, score it, and add it to the accumulators."""
         plan, lines = self.plan, self.lines
         printer = self.printer.within(self.printer.names.inner())
+        self.keep()
         self.load("k", self.q_parts, plan.spec.dim, "k", "g", bounded=masked)
         lines.add("scores = " + " + ".join(self.dot(f"q{p.suffix}", f"tl.trans(k{p.suffix})") for p in self.q_parts))
         pairs = [e for e in (plan.mask if masked else None, plan.score, plan.weights) if e is not None]
@@ -89,6 +91,9 @@ class _Forward(KernelWriter):
             if masked and plan.mask is not None:
                 lines.add(f'scores = tl.where({printer.text(plan.mask)}, scores, float("-inf"))')
             self._softmax_step()
+        if plan.spec.dropout:
+            # The sum of a row's weights is that without dropout.
+            lines.add("weights = tl.where(keep, weights, 0.0)")
         self.load("v", self.v_parts, plan.spec.v_dim, "k", "g", bounded=masked)
         for part in self.v_parts:
             value = f"v{part.suffix}"
@@ -132,12 +137,15 @@ class _Forward(KernelWriter):
             )
             self._rescale("decay")
         if self.softmax:
-            lines.add("inverse = 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)")
+            whole = "keep_scale" if plan.spec.dropout else "1.0"
+            lines.add(f"inverse = {whole} / tl.where(row_sum == 0.0, 1.0, row_sum)")
             self._rescale("inverse")
             lines.add(
                 'lse = tl.where(row_sum == 0.0, float("-inf"), (row_max + tl.log2(row_sum)) / LOG2_E)',
                 "tl.store(lse_ptr + head.to(tl.int64) * rows + q_rows, lse, mask=q_rows < rows)",
             )
+        elif plan.spec.dropout:
+            lines.add(*(f"acc{part.suffix} = acc{part.suffix} * keep_scale" for part in self.v_parts))
         lines.add(self.base("out", "h"))
         self.store("out", self.v_parts, plan.spec.v_dim, "q", "acc")
 

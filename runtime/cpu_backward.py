@@ -12,6 +12,7 @@ from torch import Tensor
 from attndsl.plan import BackwardPlan
 from attndsl.runtime.call import call_shape
 from attndsl.runtime.cpu import call_values
+from attndsl.runtime.dropout import Dropout
 from attndsl.runtime.engine import Gradients, default_scale, empty_gradient, table_tensor
 from attndsl.runtime.load import load_source
 
@@ -31,7 +32,7 @@ class CpuBackward:
 
     def __call__(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-        inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+        inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, dropout: Dropout | None,
     ) -> Gradients:  # fmt: skip
         plan, shape = self.plan, call_shape(q, k, v)
         high = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -51,7 +52,8 @@ class CpuBackward:
         self._function(
             **{name: x.unflatten(1, grouped) for name, x in tensors.items() if x is not None},
             k=k, v=v, dk=dk, dv=dv, scale=default_scale(shape.dim) if scale is None else scale,
-            **{f"d_{name}": x for name, x in learned.items()}, **call_values(plan, inputs, args), **self._tables,
+            **{f"d_{name}": x for name, x in learned.items()}, **call_values(plan, inputs, args, dropout),
+            **self._tables,
         )  # fmt: skip
         found = [
             learned[decl.name].to(x.dtype) if decl.name in learned else None

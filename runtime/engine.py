@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attndsl.diagnostics import error
+from attndsl.learned import Over
 from attndsl.plan import (
     Backend,
     BackwardPlan,
@@ -23,10 +24,14 @@ from attndsl.plan import (
     backward_tilings,
     default_tiling,
     forward_plan,
+    learning_plan,
+    learning_tiling,
 )  # fmt: skip
 from attndsl.program import CallShape, Program, TableDecl, Type
 from attndsl.properties import takes_more_rows_than_keys
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
+from attndsl.runtime.dropout import Dropout
+from attndsl.tiles import Side
 from attndsl.tiling import choose_backward_tilings
 
 Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor | None]]
@@ -39,7 +44,8 @@ BACKENDS = ("auto", "gluon", "triton", "cpu")
 class Generators:
     """Source printers, handed in by the API: the runtime knows plans, not how they are printed.
 
-    `triton_backward` prints two files: of the kernel of dq, and of that of dk and dv.
+    `triton_backward` prints two files: of the kernel of dq, and of that of dk and dv. For inputs that q and k read
+    together `triton_diagonals` prints one more, and `triton_pairs` one a read.
     """
 
     triton_forward: Callable[[ForwardPlan], str]
@@ -47,6 +53,8 @@ class Generators:
     triton_backward: Callable[[BackwardPlan], tuple[str, str]]
     cpu_backward: Callable[[BackwardPlan], str]
     gluon_forward: Callable[[ForwardPlan], str]
+    triton_diagonals: Callable[[BackwardPlan], str]
+    triton_pairs: Callable[[BackwardPlan], Mapping[int, str]]
 
 
 @dataclass(slots=True)
@@ -68,31 +76,35 @@ class Engine:
         args: Sequence[int],
         scale: float | None,
         backend: str,
+        dropout: Dropout | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Output [B, Hq, Nq, Dv] and lse float32 [B, Hq, Nq] (float64 for float64 tensors)."""
-        key = _kind(q, k, v, inputs, scale, backend, q.data_ptr() | k.data_ptr() | v.data_ptr())
+        key = _kind(q, k, v, inputs, scale, backend, dropout, q.data_ptr() | k.data_ptr() | v.data_ptr())
         launch = self._prepared.get(key)
         if launch is None:
-            launch = self._keep(key, self._prepare(q, k, v, inputs, scale, backend, aligned=key[-1]))
-        result: tuple[Tensor, Tensor] = launch(q, k, v, inputs, args, scale)
+            made = self._prepare(q, k, v, inputs, scale, backend, key[-1], dropout is not None)
+            launch = self._keep(key, made)
+        result: tuple[Tensor, Tensor] = launch(q, k, v, inputs, args, scale, dropout)
         return result
 
     def backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
         inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str,
+        dropout: Dropout | None = None,
     ) -> Gradients:  # fmt: skip
         """Gradients of q, k, v and of each input (None where it is not learnable, or does not count).
 
         dout [B, Hq, Nq, Dv], dlse [B, Hq, Nq] (None: zero): the gradients of what `forward` returned, out and lse.
         """
         pointers = q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr() | dout.data_ptr()
-        kind = _kind(q, k, v, inputs, scale, backend, pointers)
+        kind = _kind(q, k, v, inputs, scale, backend, dropout, pointers)
         key = ("backward", dlse is None, dout.stride(), out.stride(), *kind)
         launch = self._prepared.get(key)
         if launch is None:
-            made = self._prepare_backward(q, k, v, inputs, scale, backend, kind[-1], uses_lse=dlse is not None)
+            drops = dropout is not None
+            made = self._prepare_backward(q, k, v, inputs, scale, backend, kind[-1], drops, uses_lse=dlse is not None)
             launch = self._keep(key, made)
-        gradients: Gradients = launch(dout, dlse, q, k, v, out, lse, inputs, args, scale)
+        gradients: Gradients = launch(dout, dlse, q, k, v, out, lse, inputs, args, scale, dropout)
         return gradients
 
     def _keep(self, key: Any, launch: Any) -> Any:
@@ -120,9 +132,10 @@ class Engine:
         scale: float | None,
         backend: str,
         aligned: bool,
+        drops: bool,
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         """Checks a kind of call and prepares its launch."""
-        program, spec = self._program(scale), self._check(q, k, v, inputs, scale)
+        program, spec = self._program(scale), replace(self._check(q, k, v, inputs, scale), dropout=drops)
         if self._choose(backend, spec) == "cpu":
             from attndsl.runtime.cpu import CpuForward
 
@@ -149,9 +162,9 @@ class Engine:
 
     def _prepare_backward(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None, backend: str,
-        aligned: bool, uses_lse: bool,
+        aligned: bool, drops: bool, uses_lse: bool,
     ) -> Callable[..., Gradients]:  # fmt: skip
-        program, spec = self._program(scale), self._check(q, k, v, inputs, scale)
+        program, spec = self._program(scale), replace(self._check(q, k, v, inputs, scale), dropout=drops)
         on_cpu = self._choose(backend, spec) == "cpu"
         if on_cpu:
             from attndsl.runtime.cpu_backward import CpuBackward
@@ -159,15 +172,36 @@ class Engine:
             tilings = backward_tilings(spec) if self.tiling is None else (self.tiling, self.tiling)
             plan = backward_plan(program, replace(spec, backend=Backend.CPU), *tilings, uses_lse=uses_lse)
             return CpuBackward(plan, self._text(self.generators.cpu_backward, plan))
-        from attndsl.runtime.triton_backward import TritonBackward, check_learned
+        from attndsl.runtime.triton_backward import TritonBackward
         from attndsl.runtime.triton_launch import loads_for
 
         spec = replace(spec, loads=loads_for(spec, aligned, q, k, v))
         tilings = choose_backward_tilings(program, spec) if self.tiling is None else (self.tiling, self.tiling)
         plan = backward_plan(program, spec, *tilings, uses_lse=uses_lse)
-        check_learned(plan)
         of_q, of_keys = self._text(self.generators.triton_backward, plan)
-        return TritonBackward(plan, of_q, of_keys, q, k, v, inputs, aligned)
+        further = tuple(self._further(plan, q, k, v, inputs, aligned))
+        return TritonBackward(plan, of_q, of_keys, q, k, v, inputs, aligned, further)
+
+    def _further(
+        self, plan: BackwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], aligned: bool
+    ) -> Iterator[Any]:
+        """The kernels for inputs that q and k read together."""
+        from attndsl.runtime.triton_learned import DiagonalSums, PairSums
+
+        found = {x.over for x in plan.learned}
+        tiling = learning_tiling(plan.spec)
+        if self.tiling is not None:
+            block = min(self.tiling.block_q, self.tiling.block_k)
+            tiling = replace(self.tiling, block_q=block, block_k=block)
+        if Over.DIAGONALS in found:
+            own = learning_plan(plan, tiling, Side.DIAGONAL)
+            yield DiagonalSums(own, self._text(self.generators.triton_diagonals, own), q, k, v, inputs, aligned)
+        if Over.PAIRS in found:
+            own = learning_plan(plan, tiling, Side.QUERY)
+            if not own.runs.full + own.runs.partial:
+                return
+            for n, text in self._text(self.generators.triton_pairs, own).items():
+                yield PairSums(own, text, n, q, k, v, inputs, aligned)
 
     def _program(self, scale: float | None) -> Program:
         """The program, whose own scale a call's takes the place of."""
@@ -223,12 +257,19 @@ class Engine:
 
 
 def _kind(
-    q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None, backend: str, pointers: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Sequence[Tensor],
+    scale: float | None,
+    backend: str,
+    dropout: Dropout | None,
+    pointers: int,
 ) -> tuple[Any, ...]:
     """Everything that a launch depends on; last whether all pointers are aligned."""
     return (
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device, k.device,
-        v.device, backend, scale if scale is None else scale > 0,
+        v.device, backend, scale if scale is None else scale > 0, dropout is None,
         tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs), pointers & 15 == 0,
     )  # fmt: skip
 

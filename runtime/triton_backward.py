@@ -1,38 +1,33 @@
 """Launching the generated Triton kernels of the backward pass.
 
 The kernels write the gradients of q, k and v. Of those of learnable inputs they write sums, and for each sum the entry
-that it belongs to: here these are added up, in one order.
+that it belongs to: here these are added up, in one order. Kernels for inputs that q and k read together follow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attndsl.diagnostics import error
-from attndsl.plan import BackwardPlan, Learned, Over
-from attndsl.program import CallShape
-from attndsl.runtime.call import call_shape, dim_size
+from attndsl.learned import Learned, Over
+from attndsl.plan import BackwardPlan
+from attndsl.runtime.call import call_shape
+from attndsl.runtime.dropout import PARAMETERS, Dropout
 from attndsl.runtime.engine import Gradients, default_scale, empty_gradient, empty_output, in_order_of
 from attndsl.runtime.launcher import Descriptor, Slot
+from attndsl.runtime.sums import Totals
 from attndsl.runtime.triton_launch import ELEMENT, INPUTS, descriptors, parameter_sources, prepare
 from attndsl.tiling import heavy_tiles
 
 DQ = "attention_dq"
 DKDV = "attention_dkdv"
-
-
-def check_learned(plan: BackwardPlan) -> None:
-    """Raises `PatternError` (A923) for a learnable input whose gradient no kernel sums."""
-    for x in plan.learned:
-        if x.over is Over.NOTHING:
-            raise error(
-                "A923", "the gradient of an input indexed by q and k together is not yet supported on the GPU",
-                plan.program.input(x.read.input).span, help="pass backend='cpu', or declare it without `learnable`",
-            )  # fmt: skip
+# What the kernels of dq and of dk and dv sum.
+_SIMPLE = (Over.TILE, Over.KEYS, Over.ROWS)
+# Given a call's values and the gradients of inputs, which it adds to.
+Further = Callable[[Sequence[Any], Totals], None]
 
 
 class TritonBackward:
@@ -40,10 +35,11 @@ class TritonBackward:
 
     def __init__(
         self, plan: BackwardPlan, dq_text: str, dkdv_text: str, q: Tensor, k: Tensor, v: Tensor,
-        inputs: Sequence[Tensor], aligned: bool,
+        inputs: Sequence[Tensor], aligned: bool, further: Sequence[Further] = (),
     ) -> None:  # fmt: skip
+        """`further`: kernels that add to the gradients of inputs after dq's."""
         shape = call_shape(q, k, v)
-        self.plan, self.shape = plan, shape
+        self.plan, self.shape, self.further = plan, shape, further
         self.default_scale = default_scale(shape.dim)
         self.q_tiles = -(-shape.rows // plan.tiling.block_q)
         grid = self.q_tiles * shape.batch * shape.heads
@@ -57,18 +53,19 @@ class TritonBackward:
 
     def __call__(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-        inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+        inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, dropout: Dropout | None,
     ) -> Gradients:  # fmt: skip
         dq, dk, dv = map(empty_gradient, (q, k, v))
         dout, out, lse = in_order_of(q, dout), in_order_of(q, out), lse.contiguous()
         d_lse = None if dlse is None else dlse.contiguous()
         heads = self.shape.batch * self.shape.heads
         delta, row_lse = lse.new_empty(2, heads, row_stride(self.shape.rows)) if self.plan.softmax else (None, None)
-        sums = [self._empty_sums(x, q.device) for x in self.plan.learned]
+        sums = {n: self._empty_sums(x, q.device) for n, x in enumerate(self.plan.learned) if x.over in _SIMPLE}
         scale = self.default_scale if scale is None else scale
+        drops = dropout.values() if dropout else ()
         call = (
-            q, k, v, out, lse, scale, *inputs, *args, dout, d_lse, dq, dk, dv, delta, row_lse,
-            *(tensor for pair in sums for tensor in pair),
+            q, k, v, out, lse, scale, *inputs, *args, *drops, dout, d_lse, dq, dk, dv, delta, row_lse,
+            *(tensor for n in range(len(self.plan.learned)) for tensor in sums.get(n, (None, None))),
         )  # fmt: skip
         if self._dq is not None:
             self._dq(call)
@@ -77,7 +74,11 @@ class TritonBackward:
             dv.zero_()
         else:
             self._dkdv(call)
-        return dq, dk, dv, self._learned(inputs, sums)
+        totals = Totals(self.plan.program, self.shape, q.device)
+        self._add(totals, sums)
+        for kernel in self.further:
+            kernel(call, totals)
+        return dq, dk, dv, totals.gradients(self.plan, inputs)
 
     def _empty_sums(self, x: Learned, device: torch.device) -> tuple[Tensor, Tensor]:
         """Room for the sums of a read, [batch * heads, tiles, rows or keys], and for the entries they belong to."""
@@ -89,24 +90,13 @@ class TritonBackward:
             torch.empty(places, dtype=torch.int64, device=device),
         )
 
-    def _learned(self, inputs: Sequence[Tensor], sums: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
-        """The gradients of the inputs."""
-        plan, found = self.plan, dict[str, Tensor]()
-        for x, (values, places) in zip(plan.learned, sums, strict=True):
-            name = x.read.input
-            if name not in found:
-                size = _declared_size(plan, name, self.shape)
-                found[name] = torch.zeros(size, dtype=torch.float64, device=values.device)
+    def _add(self, totals: Totals, sums: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        """Add the sums of dq's and dkdv's kernels to the gradients."""
+        for n, (values, places) in sums.items():
+            x = self.plan.learned[n]
             if (self._dkdv if x.over is Over.ROWS else self._dq) is None:
                 continue  # No kernel ran, and nothing was summed.
-            # In float64, where `index_put_` adds in one order on the CPU too.
-            wide = values.double()
-            terms = wide.sum(1) if x.over is Over.TILE else wide.flatten()
-            found[name].view(-1).index_put_((places,), terms, accumulate=True)
-        return [
-            found[decl.name].sum_to_size(x.shape).to(x.dtype) if decl.name in found else None
-            for decl, x in zip(plan.program.inputs, inputs, strict=True)
-        ]
+            totals.add(x.read.input, values.double().sum(1) if x.over is Over.TILE else values, places)
 
 
 def row_stride(rows: int) -> int:
@@ -114,17 +104,12 @@ def row_stride(rows: int) -> int:
     return -(-rows // 4) * 4
 
 
-def _declared_size(plan: BackwardPlan, name: str, shape: CallShape) -> list[int]:
-    """The shape that an input has where nothing of it is broadcast."""
-    return [dim_size(dim, plan.program, shape) for dim in plan.program.input(name).dims]
-
-
 def backward_parameters(
     plan: BackwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]
 ) -> Mapping[str, Any]:
     """What each parameter that the kernels may have is given. Only shapes, strides and dtypes are read."""
     shape, found = call_shape(q, k, v), dict(parameter_sources(plan, q, k, v, inputs))
-    first = INPUTS + len(inputs) + len(plan.program.args)
+    first = INPUTS + len(inputs) + len(plan.program.args) + (len(PARAMETERS) if plan.spec.dropout else 0)
     element, real = f"*{ELEMENT[plan.spec.dtype]}", "*fp32"
     types = {
         "dout": element, "d_lse": real, "dq": element, "dk": element, "dv": element, "delta": real, "row_lse": real,
@@ -147,4 +132,4 @@ def backward_parameters(
     return found
 
 
-__all__ = ["TritonBackward", "backward_parameters", "check_learned"]
+__all__ = ["TritonBackward", "backward_parameters"]

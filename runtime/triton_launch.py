@@ -22,6 +22,7 @@ from attndsl.program import Program
 from attndsl.runtime.build import KernelSource, compile_kernel, parameters
 from attndsl.runtime.cache import KernelCache
 from attndsl.runtime.call import call_shape, dim_size
+from attndsl.runtime.dropout import PARAMETERS, Dropout
 from attndsl.runtime.engine import default_scale, empty_output, table_tensor
 from attndsl.runtime.launcher import Descriptor, Launcher, Slot
 from attndsl.runtime.load import load_source
@@ -77,7 +78,7 @@ def loads_for(spec: Spec, aligned: bool, *tensors: Tensor) -> Loads:
 
 # What a launch reads the sizes, tiling and inputs of a kernel from.
 Planned: TypeAlias = Plan | Printed
-# Where the values of a call stand in (q, k, v, out, lse, scale, *inputs, *args).
+# Where the values of a call stand in (q, k, v, out, lse, scale, *inputs, *args, and with dropout its three).
 _OUT, _LSE, _SCALE, INPUTS = 3, 4, 5, 6
 
 
@@ -96,11 +97,13 @@ class TritonForward:
             self._launch = prepare(kernel, kernel.text, FUNCTION, self.grid, sources, aligned, q.device)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
-    ) -> tuple[Tensor, Tensor]:
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+        dropout: Dropout | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         out, lse = empty_output(q, self.shape)
         if self.grid:
-            self._launch((q, k, v, out, lse, self.default_scale if scale is None else scale, *inputs, *args))
+            scale = self.default_scale if scale is None else scale
+            self._launch((q, k, v, out, lse, scale, *inputs, *args, *(dropout.values() if dropout else ())))
         return out, lse
 
 
@@ -178,6 +181,10 @@ def parameter_sources(plan: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Se
         found[f"{table.name}_table"] = table_tensor(table, q.device)
     for i, name in enumerate(plan.program.args):
         found[f"arg_{name}"] = Slot(INPUTS + len(inputs) + i, "i32")
+    if plan.spec.dropout:
+        first = INPUTS + len(inputs) + len(plan.program.args)
+        types = zip(PARAMETERS, ("*i64", "u32", "fp32"), strict=True)
+        found |= {name: Slot(first + i, type) for i, (name, type) in enumerate(types)}
     return found
 
 

@@ -55,7 +55,7 @@ def run(
     kernel = TritonForward(
         Printed(program, spec, plan.tiling, forward_source(plan)), q, k, v, given, aligned=loads is Loads.DESCRIPTOR
     )
-    out, lse = kernel(q, k, v, given, numbers, scale)
+    out, lse = kernel(q, k, v, given, numbers, scale, None)
     return out.cpu(), lse.cpu()
 
 
