@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +136,7 @@ def _rows(question: Question) -> list[str]:
     if missing := _missing(question):
         return [f"give {missing} to see the keys of sample rows"]
     if too_dense(program, shape):
-        return ["`coarsen` makes single rows costly to list at this length: ask at a shorter one"]
+        return ["`coarsen` and `random` make single rows costly to list at this length: ask at a shorter one"]
     if shape.rows == 0 or shape.k_len == 0:
         return []
     start = shape.first_position(program)
@@ -164,7 +165,8 @@ def _missing(question: Question) -> str:
 def _inputs_read(program: Program) -> list[str]:
     """The inputs that the pattern reads; those of scores decide no pair."""
     written = set_text(program.branch.pattern)
-    return [decl.name for decl in program.inputs if f"{decl.name}[" in written or f" on {decl.name}" in written]
+    found = re.findall(r"(\w+)\[| on (?!segment\()(\w+)|segment\((\w+)\)", written)
+    return [decl.name for decl in program.inputs if any(decl.name in names for names in found)]
 
 
 # ------------------------------------------------------------------------------------- simplified
@@ -193,6 +195,8 @@ def _simplified(relation: Relation) -> list[str]:
 def _reason(e: Scalar) -> str:
     """Why a condition is data and not part of the integer relation."""
     found = list(walk(e))
+    if any(isinstance(x, Call) and x.function == "drawn" for x in found):
+        return "drawn when the kernel runs"
     if names := [x.input for x in found if isinstance(x, Read)]:
         return f"reads the input `{names[0]}` at q or k"
     if any(isinstance(x, Call) and x.function == "bit_length" for x in found):
@@ -308,7 +312,7 @@ def _pairs_line(question: Question, graph: BlockGraph, flops_of_pair: int) -> st
     if missing := _missing(question):
         return f"pairs: depend on {missing}"
     if too_dense(question.program, shape):
-        return "pairs: not counted at this length (`coarsen`)"
+        return "pairs: not counted at this length (`coarsen`, `random`)"
     count = count_pairs(graph, question.program, question.inputs or {}, question.args or {})
     everything = shape.batch * shape.heads * shape.rows * shape.k_len
     share = 100 * count.pairs / max(1, everything)

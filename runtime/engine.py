@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from attndsl.program import CallShape, Program, TableDecl, Type
 from attndsl.properties import takes_more_rows_than_keys
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
 from attndsl.tiling import choose_tiling, prefers_portable
+
+if TYPE_CHECKING:
+    from attndsl.runtime.derive import Deriving
 
 Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor | None]]
 # Kinds of calls whose launches are kept.
@@ -58,6 +61,7 @@ class Engine:
     tiling: Tiling | None = None
     _prepared: dict[Any, Any] = field(default_factory=dict)
     _texts: dict[Any, Any] = field(default_factory=dict)
+    _kept: dict[Any, dict[str, Tensor]] = field(default_factory=dict)
 
     def forward(
         self,
@@ -127,7 +131,8 @@ class Engine:
             from attndsl.runtime.cpu import CpuForward
 
             plan = forward_plan(program, spec, self.tiling or default_tiling(spec))
-            return CpuForward(plan, self._text(self.generators.cpu_forward, plan))
+            printed = self._text(self.generators.cpu_forward, plan)
+            return self._deriving(plan, q, k, v).forward(CpuForward(plan, printed))
         from attndsl.runtime.triton_launch import TritonForward, loads_for, why_not_gluon
 
         spec = replace(spec, loads=loads_for(spec, k, v, aligned))
@@ -142,7 +147,8 @@ class Engine:
             spec = replace(spec, backend=Backend.GLUON)
         plan = forward_plan(program, spec, self.tiling or choose_tiling(program, spec))
         printed = self._text(self.generators.triton_forward if reason else self.generators.gluon_forward, plan)
-        return TritonForward(plan, printed, q, k, v, inputs, aligned)
+        deriving = self._deriving(plan, q, k, v)
+        return deriving.forward(TritonForward(plan, printed, q, k, v, [*inputs, *deriving.examples], aligned))
 
     def _prepare_backward(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None, backend: str,
@@ -155,13 +161,21 @@ class Engine:
             from attndsl.runtime.cpu_backward import CpuBackward
 
             plan = backward_plan(program, replace(spec, backend=Backend.CPU), *tilings, uses_lse=uses_lse)
-            return CpuBackward(plan, self._text(self.generators.cpu_backward, plan))
+            printed = self._text(self.generators.cpu_backward, plan)
+            return self._deriving(plan, q, k, v).backward(CpuBackward(plan, printed))
         from attndsl.runtime.triton_backward import TritonBackward, check_learned
 
         plan = backward_plan(program, spec, *tilings, uses_lse=uses_lse)
         check_learned(plan)
         of_q, of_keys = self._text(self.generators.triton_backward, plan)
-        return TritonBackward(plan, of_q, of_keys, q, k, v, inputs, aligned)
+        deriving = self._deriving(plan, q, k, v)
+        return deriving.backward(TritonBackward(plan, of_q, of_keys, q, k, v, [*inputs, *deriving.examples], aligned))
+
+    def _deriving(self, plan: ForwardPlan | BackwardPlan, q: Tensor, k: Tensor, v: Tensor) -> Deriving:
+        """How launches of a plan get their derived inputs."""
+        from attndsl.runtime.derive import Deriver, Deriving
+
+        return Deriving(Deriver(plan.program, call_shape(q, k, v), q.device, self._kept))
 
     def _program(self, scale: float | None) -> Program:
         """The program, whose own scale a call's takes the place of."""
