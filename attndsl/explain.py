@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.blockgraph import BlockGraph, block_graph
+from attndsl.derivation import BlockMap, Draw, Offsets
 from attndsl.diagnostics import Diagnostic
 from attndsl.notation import Level, input_text, program_text, scalar_text, set_text
 from attndsl.pairs import allowed, count_pairs, spans, spans_text, too_dense
 from attndsl.plan import ForwardPlan, Loads, Spec, default_tiling, forward_plan
-from attndsl.program import Binary, Call, CallShape, Const, If, Program, Read, Scalar, substitute, walk
+from attndsl.program import Binary, Call, CallShape, Const, If, InputDecl, Program, Read, Scalar, substitute, walk
 from attndsl.quasi_affine import condition
 from attndsl.relation import Relation, build_relation
 from attndsl.simplify import fold
@@ -236,12 +237,28 @@ def _planned(plan: ForwardPlan, start: Scalar | None) -> list[str]:
         f"tiles of {tiling.block_q} rows x {tiling.block_k} keys{warps} (the default for "
         f"{spec.dtype.value}, D = {spec.dim}, on this target)",
         f"on a call: {_lowering(plan)}",
+        *(f"computed before the kernel: {input_text(d)}, {_made_of(d)}" for d in plan.program.inputs if d.derivation),
         *_run_lines(plan, start),
     ]
     if plan.runs.partial:
         mask = "none: nothing but the ends of the keys" if plan.mask is None else scalar_text(plan.mask)
         lines.append(f"mask of partial tiles: {mask}")
     return lines
+
+
+def _made_of(decl: InputDecl) -> str:
+    """What a derived input holds."""
+    match decl.derivation:
+        case Offsets(input=name):
+            return f"distances in the segments of `{name}`"
+        case BlockMap(operand=operand):
+            return f"the blocks of coarsen({set_text(operand)}, …)"
+        case Draw():
+            return "the last hash and member that `random` draws for a row class"
+        case None:
+            raise AssertionError(f"`{decl.name}` is given")
+        case _:
+            assert_never(decl.derivation)
 
 
 def _run_lines(plan: ForwardPlan, start: Scalar | None = None) -> list[str]:

@@ -245,8 +245,10 @@ class Deriver:
             return
         condition = self._conditions[decl.name]
         values = values.at(Nq=q_len, Nk=k_len)
+        # What is held for each pair, and for each member of a row class, under its heads and batch entries.
         lead = prod(dim_size(dim, self.program, self.shape) for dim in decl.dims if dim.axis in (Axis.B, Axis.H))
-        strip = max(1, _STRIP[self.device.type] // max(1, lead))
+        sparse = lead if reads(condition, "b", "h", "g") else max(1, lead // (block_q * block_k))
+        strip = max(1, _STRIP[self.device.type] // max(1, sparse))
         columns = list(_pieces(0, k_len, block_k, strip))
         rows = _pieces(begin, q_len, block_q, max(1, strip // min(k_len, strip)))
 
@@ -364,5 +366,6 @@ def _block_sums(inside: Tensor, block_q: int, block_k: int) -> Tensor:
         return inside.to(torch.int64)
     block_q, block_k = min(block_q, rows), min(block_k, keys)
     inside = pad(inside, (0, -keys % block_k, 0, -rows % block_q))
-    blocks: Tensor = inside.unflatten(3, (-1, block_k)).unflatten(2, (-1, block_q))
-    return blocks.sum((3, 5))
+    # Along the dense dimension first, in the narrowest type that holds a block.
+    of_rows = inside.unflatten(2, (-1, block_q)).sum(3, dtype=torch.int32)
+    return of_rows.unflatten(3, (-1, block_k)).sum(4)

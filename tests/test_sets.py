@@ -299,6 +299,7 @@ def test_explanation_and_sources() -> None:
     text = str(attn.explain(256))
     assert "random(2, of = blocks(8), per = rows(8), seed = h)" in text
     assert "drawn when the kernel runs" in text
+    assert "computed before the kernel: drawn : int[h, k/8, 2], the last hash" in text
     assert "row 255: keys" in text
     again = load_attention(f"attention a {{ attend {attn_text(attn.program)} }}")
     assert again.program.branch == attn.program.branch
@@ -307,6 +308,7 @@ def test_explanation_and_sources() -> None:
     long = str(load_attention("attention a { input i : int[b, k]\n attend causal on segment(i) }").explain(64))
     assert "give `i` to see the keys" in long
     assert "reads the input `offset_i` at q or k" in long
+    assert "offset_i : int[b, k], distances in the segments of `i`" in long
 
 
 def attn_text(program: Program) -> str:
