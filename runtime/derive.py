@@ -367,5 +367,6 @@ def _block_sums(inside: Tensor, block_q: int, block_k: int) -> Tensor:
     block_q, block_k = min(block_q, rows), min(block_k, keys)
     inside = pad(inside, (0, -keys % block_k, 0, -rows % block_q))
     # Along the dense dimension first, in the narrowest type that holds a block.
-    of_rows = inside.unflatten(2, (-1, block_q)).sum(3, dtype=torch.int32)
-    return of_rows.unflatten(3, (-1, block_k)).sum(4)
+    of_rows: Tensor = inside.unflatten(2, (-1, block_q)).sum(3, dtype=torch.int32)
+    of_blocks: Tensor = of_rows.unflatten(3, (-1, block_k)).sum(4)
+    return of_blocks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ GROWN = """attention grown { input d : int[b, k]
 def test_derived_inputs_are_captured(text: str) -> None:
     attn = load_attention(text)
     d = torch.arange(333, device="cuda").div(37, rounding_mode="floor").repeat(2, 1)
-    inputs = {"d": d} if attn.program.inputs else {}
+    inputs: dict[str, Any] = {"d": d} if attn.program.inputs else {}
     q, k, v = tensors(2, 4, 333, 64)
     attn(q, k, v, **inputs)
     graph = torch.cuda.CUDAGraph()
