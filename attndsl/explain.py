@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.blockgraph import BlockGraph, block_graph
+from attndsl.derivation import BlockMap, Draw, Offsets
 from attndsl.diagnostics import Diagnostic
 from attndsl.notation import Level, input_text, program_text, scalar_text, set_text
 from attndsl.pairs import allowed, count_pairs, spans, spans_text, too_dense
 from attndsl.plan import ForwardPlan, Loads, Spec, default_tiling, forward_plan
-from attndsl.program import Binary, Call, CallShape, Const, If, Program, Read, Scalar, substitute, walk
+from attndsl.program import Binary, Call, CallShape, Const, If, InputDecl, Program, Read, Scalar, substitute, walk
 from attndsl.quasi_affine import condition
 from attndsl.relation import Relation, build_relation
 from attndsl.simplify import fold
@@ -135,7 +137,7 @@ def _rows(question: Question) -> list[str]:
     if missing := _missing(question):
         return [f"give {missing} to see the keys of sample rows"]
     if too_dense(program, shape):
-        return ["`coarsen` makes single rows costly to list at this length: ask at a shorter one"]
+        return ["`coarsen` and `random` make single rows costly to list at this length: ask at a shorter one"]
     if shape.rows == 0 or shape.k_len == 0:
         return []
     start = shape.first_position(program)
@@ -164,7 +166,8 @@ def _missing(question: Question) -> str:
 def _inputs_read(program: Program) -> list[str]:
     """The inputs that the pattern reads; those of scores decide no pair."""
     written = set_text(program.branch.pattern)
-    return [decl.name for decl in program.inputs if f"{decl.name}[" in written or f" on {decl.name}" in written]
+    found = re.findall(r"(\w+)\[| on (?!segment\()(\w+)|segment\((\w+)\)", written)
+    return [decl.name for decl in program.inputs if any(decl.name in names for names in found)]
 
 
 # ------------------------------------------------------------------------------------- simplified
@@ -193,6 +196,8 @@ def _simplified(relation: Relation) -> list[str]:
 def _reason(e: Scalar) -> str:
     """Why a condition is data and not part of the integer relation."""
     found = list(walk(e))
+    if any(isinstance(x, Call) and x.function == "drawn" for x in found):
+        return "drawn when the kernel runs"
     if names := [x.input for x in found if isinstance(x, Read)]:
         return f"reads the input `{names[0]}` at q or k"
     if any(isinstance(x, Call) and x.function == "bit_length" for x in found):
@@ -233,12 +238,28 @@ def _planned(plan: ForwardPlan, start: Scalar | None) -> list[str]:
         f"tiles of {tiling.block_q} rows x {tiling.block_k} keys{warps} (the default for "
         f"{spec.dtype.value}, D = {spec.dim}, on this target)",
         f"on a call: {_lowering(plan)}",
+        *(f"computed before the kernel: {input_text(d)}, {_made_of(d)}" for d in plan.program.inputs if d.derivation),
         *_run_lines(plan, start),
     ]
     if plan.runs.partial:
         mask = "none: nothing but the ends of the keys" if plan.mask is None else scalar_text(plan.mask)
         lines.append(f"mask of partial tiles: {mask}")
     return lines
+
+
+def _made_of(decl: InputDecl) -> str:
+    """What a derived input holds."""
+    match decl.derivation:
+        case Offsets(input=name):
+            return f"distances in the segments of `{name}`"
+        case BlockMap(operand=operand):
+            return f"the blocks of coarsen({set_text(operand)}, …)"
+        case Draw():
+            return "the last hash and member that `random` draws for a row class"
+        case None:
+            raise AssertionError(f"`{decl.name}` is given")
+        case _:
+            assert_never(decl.derivation)
 
 
 def _run_lines(plan: ForwardPlan, start: Scalar | None = None) -> list[str]:
@@ -309,7 +330,7 @@ def _pairs_line(question: Question, graph: BlockGraph, flops_of_pair: int) -> st
     if missing := _missing(question):
         return f"pairs: depend on {missing}"
     if too_dense(question.program, shape):
-        return "pairs: not counted at this length (`coarsen`)"
+        return "pairs: not counted at this length (`coarsen`, `random`)"
     count = count_pairs(graph, question.program, question.inputs or {}, question.args or {})
     everything = shape.batch * shape.heads * shape.rows * shape.k_len
     share = 100 * count.pairs / max(1, everything)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from attndsl.derive import derive, with_needed
 from attndsl.effort import TooHard, bounded
 from attndsl.learned import Learned
 from attndsl.linear import normalise
@@ -304,14 +305,16 @@ def learning_tiling(spec: Spec) -> Tiling:
 
 @functools.lru_cache(maxsize=1024)
 def forward_plan(program: Program, spec: Spec, tiling: Tiling) -> ForwardPlan:
-    """The forward kernel of a program for one kind of call."""
+    """The forward kernel of a program for one kind of call; the plan's program is the derived one."""
+    program = derive(program)
     lowering = Lowering(program, (spec.heads, spec.kv_heads))
     relation = lowering.relation(program.branch.pattern)
     runs = _runs(relation, program, spec, tiling, Side.QUERY)
     # The Hopper kernel visits a tile even where there is none, and masks it.
     masked = runs.partial or spec.backend is Backend.GLUON
     mask = pair_mask(relation, _written(lowering, spec)) if masked else None
-    return ForwardPlan(program, spec, tiling, runs, mask, **_branch(program, spec))
+    plan = ForwardPlan(program, spec, tiling, runs, mask, **_branch(program, spec))
+    return replace(plan, program=with_needed(program, plan.inputs))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -322,7 +325,7 @@ def backward_plan(
     # Here, since sympy takes a while to import and no other plan needs it.
     from attndsl.score import derivative, derivatives
 
-    key_tiling = key_tiling or tiling
+    program, key_tiling = derive(program), key_tiling or tiling
     lowering = Lowering(program, (spec.heads, spec.kv_heads))
     relation = lowering.relation(program.branch.pattern)
     runs = _runs(relation, program, spec, tiling, Side.QUERY)
@@ -336,11 +339,12 @@ def backward_plan(
     branch = _branch(program, spec)
     logit = branch["score"] if branch["weights"] is None else branch["weights"]
     slope = Const(1.0) if logit is None else derivative(logit, Var("s"))
-    return BackwardPlan(
+    plan = BackwardPlan(
         program, spec, tiling, runs, mask, **branch, key_tiling=key_tiling, key_runs=key_runs,
         d_score=None if slope == Const(1.0) else slope, learnable=derivatives(logit, program),
         sink_learnable=derivatives(branch["sink"], program), uses_lse=uses_lse,
     )  # fmt: skip
+    return replace(plan, program=with_needed(program, plan.inputs))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -41,6 +41,22 @@ def bit_length(x):
 
 
 @triton.jit
+def mix64(x, y):
+    """The output of SplitMix64 in state x ^ y."""
+    z = (tl.cast(x, tl.uint64) ^ tl.cast(y, tl.uint64)) + 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def drawn(hash, member, last_hash, last):
+    """Whether a member comes no later than the last one drawn: by its hash, then by its index."""
+    last_hash = tl.cast(last_hash, tl.uint64)
+    return (hash < last_hash) | ((hash == last_hash) & (member <= last))
+
+
+@triton.jit
 def tanh(x):
     """Hyperbolic tangent, accurate to float32 (near 0 by a polynomial: Cephes)."""
     z = x * x

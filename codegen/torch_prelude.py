@@ -59,6 +59,20 @@ def kept(seed, b, h, q_pos, spans, drop_below):
     return torch.cat(found, dim=-1)
 
 
+def mix64(x, y):
+    """The output of SplitMix64 in state x ^ y, as the bits of a signed integer, whose shifts repeat the sign."""
+    z = (torch.as_tensor(x) ^ torch.as_tensor(y)).to(torch.int64) - 0x61C8864680B583EB
+    z = (z ^ (z >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
+    z = (z ^ (z >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
+    return z ^ (z >> 31 & (1 << 33) - 1)
+
+
+def drawn(hash, member, last_hash, last):
+    """Whether a member comes no later than the last one drawn: by its hash, unsigned, then by its index."""
+    hash, last_hash = hash ^ -(1 << 63), last_hash ^ -(1 << 63)
+    return (hash < last_hash) | ((hash == last_hash) & (member <= last))
+
+
 def softcap(x, cap):
     return cap * torch.tanh(x / cap)
 

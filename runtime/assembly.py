@@ -17,6 +17,7 @@ from attndsl.plan import DType, ForwardPlan
 from attndsl.program import CallShape, Program, Type
 from attndsl.runtime.build import KernelSource, compile_kernel, parameters
 from attndsl.runtime.call import dim_size
+from attndsl.runtime.derive import derived_dtype
 from attndsl.runtime.triton_launch import FUNCTION, INTERPRETED, kernel_source, parameter_sources, shared_cache
 
 # Formats of each kind of device, in the order in which compilation makes them.
@@ -73,7 +74,8 @@ def meta_tensors(plan: ForwardPlan) -> tuple[Tensor, Tensor, Tensor, list[Tensor
 def _meta_inputs(program: Program, shape: CallShape) -> Iterator[Tensor]:
     for decl in program.inputs:
         sizes = [dim_size(dim, program, shape) for dim in decl.dims]
-        yield torch.empty(sizes, dtype=_INPUTS[decl.type], device="meta")
+        dtype = _INPUTS[decl.type] if decl.derivation is None else derived_dtype(decl)
+        yield torch.empty(sizes, dtype=dtype, device="meta")
 
 
 def _disassembler() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_
 from attndsl.runtime.dropout import Dropout
 from attndsl.tiles import Side
 from attndsl.tiling import choose_backward_tilings
+
+if TYPE_CHECKING:
+    from attndsl.runtime.derive import Deriving
 
 Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor | None]]
 # Kinds of calls whose launches are kept.
@@ -66,6 +69,7 @@ class Engine:
     tiling: Tiling | None = None
     _prepared: dict[Any, Any] = field(default_factory=dict)
     _texts: dict[Any, Any] = field(default_factory=dict)
+    _kept: dict[Any, dict[str, Tensor]] = field(default_factory=dict)
 
     def forward(
         self,
@@ -140,7 +144,8 @@ class Engine:
             from attndsl.runtime.cpu import CpuForward
 
             plan = forward_plan(program, spec, self.tiling or default_tiling(spec))
-            return CpuForward(plan, self._text(self.generators.cpu_forward, plan))
+            printed = self._text(self.generators.cpu_forward, plan)
+            return self._deriving(plan.program, q, k, v).forward(CpuForward(plan, printed))
         from attndsl.runtime.printing import printed_forward
         from attndsl.runtime.triton_launch import INTERPRETED, TritonForward, loads_for, shared_cache, why_not_gluon
 
@@ -157,8 +162,9 @@ class Engine:
             Backend.GLUON: self.generators.gluon_forward,
         }
         cache = None if INTERPRETED else shared_cache()
-        printed = printed_forward(program, spec, backends, self.tiling, printers, cache)
-        return TritonForward(printed, q, k, v, inputs, aligned)
+        kernel = printed_forward(program, spec, backends, self.tiling, printers, cache)
+        deriving = self._deriving(kernel.program, q, k, v)
+        return deriving.forward(TritonForward(kernel, q, k, v, [*inputs, *deriving.examples], aligned))
 
     def _prepare_backward(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None, backend: str,
@@ -171,7 +177,8 @@ class Engine:
 
             tilings = backward_tilings(spec) if self.tiling is None else (self.tiling, self.tiling)
             plan = backward_plan(program, replace(spec, backend=Backend.CPU), *tilings, uses_lse=uses_lse)
-            return CpuBackward(plan, self._text(self.generators.cpu_backward, plan))
+            printed = self._text(self.generators.cpu_backward, plan)
+            return self._deriving(plan.program, q, k, v).backward(CpuBackward(plan, printed))
         from attndsl.runtime.triton_backward import TritonBackward
         from attndsl.runtime.triton_launch import loads_for
 
@@ -179,8 +186,10 @@ class Engine:
         tilings = choose_backward_tilings(program, spec) if self.tiling is None else (self.tiling, self.tiling)
         plan = backward_plan(program, spec, *tilings, uses_lse=uses_lse)
         of_q, of_keys = self._text(self.generators.triton_backward, plan)
+        deriving = self._deriving(plan.program, q, k, v)
+        inputs = [*inputs, *deriving.examples]
         further = tuple(self._further(plan, q, k, v, inputs, aligned))
-        return TritonBackward(plan, of_q, of_keys, q, k, v, inputs, aligned, further)
+        return deriving.backward(TritonBackward(plan, of_q, of_keys, q, k, v, inputs, aligned, further))
 
     def _further(
         self, plan: BackwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], aligned: bool
@@ -202,6 +211,12 @@ class Engine:
                 return
             for n, text in self._text(self.generators.triton_pairs, own).items():
                 yield PairSums(own, text, n, q, k, v, inputs, aligned)
+
+    def _deriving(self, program: Program, q: Tensor, k: Tensor, v: Tensor) -> Deriving:
+        """How launches of a plan's program get their derived inputs."""
+        from attndsl.runtime.derive import Deriver, Deriving
+
+        return Deriving(Deriver(program, call_shape(q, k, v), q.device, self._kept))
 
     def _program(self, scale: float | None) -> Program:
         """The program, whose own scale a call's takes the place of."""

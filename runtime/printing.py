@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import attndsl
+from attndsl.derive import derive
 from attndsl.plan import Backend, ForwardPlan, Printed, Spec, Tiling, forward_plan
 from attndsl.program import Program
 from attndsl.runtime.cache import KernelCache, cache_key
@@ -27,7 +28,7 @@ def printed_forward(
     program: Program, spec: Spec, backends: tuple[Backend, ...], tiling: Tiling | None, printers: Printers,
     cache: KernelCache | None,
 ) -> Printed:  # fmt: skip
-    """The forward kernel of a kind of call.
+    """The forward kernel of a kind of call; its program is the derived one.
 
     backends: those to choose from, Gluon or Triton or both. tiling: None lets the cost model choose. cache: where the
     text is kept; None plans and prints.
@@ -37,7 +38,8 @@ def printed_forward(
         backend = _choice(program, spec, backends)
         made = replace(spec, backend=backend)
         plan = forward_plan(program, made, tiling or choose_tiling(program, made))
-        choices = {"backend": backend.value, "tiling": asdict(plan.tiling)}
+        derived = [decl.name for decl in plan.program.inputs if decl.derivation is not None]
+        choices = {"backend": backend.value, "tiling": asdict(plan.tiling), "derived": derived}
         return {_TEXT: printers[backend](plan).encode(), _CHOICES: json.dumps(choices).encode()}
 
     if cache is None:
@@ -49,6 +51,8 @@ def printed_forward(
         files = cache.fetch(key, lambda: _compiled_next(make))
     choices = json.loads(files[_CHOICES])
     spec = replace(spec, backend=Backend(choices["backend"]))
+    inputs = (d for d in derive(program).inputs if d.derivation is None or d.name in choices["derived"])
+    program = replace(derive(program), inputs=tuple(inputs))
     return Printed(program, spec, Tiling(**choices["tiling"]), files[_TEXT].decode())
 
 

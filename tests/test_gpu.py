@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
 
 import attndsl
+from attndsl.api import load_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -39,6 +41,30 @@ def test_cuda_graph_replays_on_new_contents() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert close(attn, out, q, k, v)
+
+
+DRAWN = "causal & (window(40) | random(2, of = blocks(32), per = rows(16), seed = h))"
+GROWN = """attention grown { input d : int[b, k]
+    attend causal & (coarsen({ d[q] == d[k] }, 32, all) | sink(2) on segment(d)) }"""
+
+
+@pytest.mark.parametrize("text", [DRAWN, GROWN])
+def test_derived_inputs_are_captured(text: str) -> None:
+    attn = load_attention(text)
+    d = torch.arange(333, device="cuda").div(37, rounding_mode="floor").repeat(2, 1)
+    inputs: dict[str, Any] = {"d": d} if attn.program.inputs else {}
+    q, k, v = tensors(2, 4, 333, 64)
+    attn(q, k, v, **inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attn(q, k, v, **inputs)
+    # Before a replay what was captured holds nothing: a call must not rest on it.
+    between = attn(q, k, v, **inputs)
+    assert (between.double() - attn.reference(q, k, v, **inputs)).abs().max().item() < 2e-2
+    d.copy_(torch.randint(0, 3, d.shape, device="cuda").cumsum(1) // 9)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert (out.double() - attn.reference(q, k, v, **inputs)).abs().max().item() < 2e-2
 
 
 def test_launches_on_the_current_stream() -> None:

@@ -22,6 +22,7 @@ DOCUMENTS = "attention documents { input doc : int[b, k] sorted\n attend causal 
 SOFTCAP = "attention gemma2 { score softcap(s, 50.0)\n attend causal }"
 SINK = "attention sinks { input sinks : float[h]\n softmax with sink sinks[h]\n attend causal & window(128) }"
 SCATTERED = "causal & (window(64) | dilated(16))"
+RANDOM = "causal & (window(64) | random(3, of = blocks(64), per = rows(64), seed = h))"
 DEVICES = (
     ("cuda:80", "pointer"), ("cuda:90", "pointer"), ("cuda:90", "descriptor"), ("cuda:100", "descriptor"),
     ("hip:gfx942", "pointer"),
@@ -30,6 +31,7 @@ QUICK = [
     Job(text, *device[:1], dim, device[1])
     for (text, dim), device in product(((STREAMING, 128), (SOFTCAP, 64)), DEVICES)
 ]
+QUICK += [Job(RANDOM, "cuda:90", 64, "descriptor"), Job(RANDOM, "hip:gfx942", 64, "pointer")]
 QUICK.append(Job(DOCUMENTS, "cuda:90", 128, "descriptor", (8, 2)))
 PATTERNS = ("causal", STREAMING, DOCUMENTS, SOFTCAP, SINK, SCATTERED)
 THOROUGH = [

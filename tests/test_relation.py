@@ -10,15 +10,17 @@ import pytest
 from hypothesis import assume, given
 
 from attndsl import effort as effort_module
+from attndsl.derive import derive
 from attndsl.effort import TooHard, bounded
 from attndsl.grammar import load
 from attndsl.oracle import evaluate, mask
 from attndsl.plan import pair_mask, without_redundant
 from attndsl.program import CallShape, Program, Type
-from attndsl.relation import Lowering, Relation, Unsupported, build_relation
+from attndsl.relation import Lowering, Relation, build_relation
 from attndsl.simplify import fold
 from attndsl.tiles import Side, tile_runs
 from tests.accuracy import examples
+from tests.derived import derived
 from tests.strategies import Case, composed_programs
 from tests.tiling import Array, call, check_tiles, side_runs, visits
 
@@ -129,6 +131,7 @@ def test_pairs_with_known_scalars_and_conditions(text: str) -> None:
 
 def masks(program: Program, shape: CallShape) -> dict[str, object]:
     """The pattern as the conditions that a kernel may use for its pairs."""
+    program = derive(program)
     lowering = Lowering(program, (shape.heads, shape.kv_heads))
     relation = lowering.relation(program.branch.pattern)
     written = fold(lowering.predicate(program.branch.pattern))
@@ -155,12 +158,13 @@ def test_conditions_of_composed_programs(case: Case) -> None:
     program, shape = case.load(), case.shape
     try:
         found = masks(program, shape)
-    except (Unsupported, TooHard):
+    except TooHard:
         assume(False)
     expected = mask(program, shape, case.inputs, case.args)
+    program, inputs = derived(program, shape, case.inputs, case.args)
     exists = np.arange(shape.rows).reshape(1, 1, -1, 1) + shape.first_position(program) >= 0
     for name, e in found.items():
-        value = True if e is None else evaluate(e, program, shape, case.inputs, case.args)  # type: ignore[arg-type]
+        value = True if e is None else evaluate(e, program, shape, inputs, case.args)  # type: ignore[arg-type]
         np.testing.assert_array_equal(np.broadcast_to(value, expected.shape) & exists, expected, err_msg=name)
 
 
