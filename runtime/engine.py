@@ -85,12 +85,15 @@ class Engine:
 
         dout [B, Hq, Nq, Dv], dlse [B, Hq, Nq] (None: zero): the gradients of what `forward` returned, out and lse.
         """
+        if dout.stride(-1) != 1:
+            # Otherwise it is read where it lies: a copy would be as large as the output.
+            dout = dout.contiguous()
         pointers = q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr() | dout.data_ptr()
         kind = _kind(q, k, v, inputs, scale, backend, pointers)
         key = ("backward", dlse is None, dout.stride(), out.stride(), *kind)
         launch = self._prepared.get(key)
         if launch is None:
-            made = self._prepare_backward(q, k, v, inputs, scale, backend, kind[-1], uses_lse=dlse is not None)
+            made = self._prepare_backward(dout, q, k, v, inputs, scale, backend, kind[-1], uses_lse=dlse is not None)
             launch = self._keep(key, made)
         gradients: Gradients = launch(dout, dlse, q, k, v, out, lse, inputs, args, scale)
         return gradients
@@ -145,8 +148,8 @@ class Engine:
         return TritonForward(plan, printed, q, k, v, inputs, aligned)
 
     def _prepare_backward(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None, backend: str,
-        aligned: bool, uses_lse: bool,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None,
+        backend: str, aligned: bool, uses_lse: bool,
     ) -> Callable[..., Gradients]:  # fmt: skip
         program, spec = self._program(scale), self._check(q, k, v, inputs, scale)
         on_cpu = self._choose(backend, spec) == "cpu"
@@ -161,7 +164,7 @@ class Engine:
         plan = backward_plan(program, spec, *tilings, uses_lse=uses_lse)
         check_learned(plan)
         of_q, of_keys = self._text(self.generators.triton_backward, plan)
-        return TritonBackward(plan, of_q, of_keys, q, k, v, inputs, aligned)
+        return TritonBackward(plan, of_q, of_keys, dout, q, k, v, inputs, aligned)
 
     def _program(self, scale: float | None) -> Program:
         """The program, whose own scale a call's takes the place of."""

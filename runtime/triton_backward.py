@@ -18,7 +18,7 @@ from attndsl.program import CallShape
 from attndsl.runtime.call import call_shape, dim_size
 from attndsl.runtime.engine import Gradients, default_scale, empty_gradient, empty_output, in_order_of
 from attndsl.runtime.launcher import Slot
-from attndsl.runtime.triton_launch import ELEMENT, INPUTS, parameter_sources, prepare
+from attndsl.runtime.triton_launch import ELEMENT, INPUTS, parameter_sources, prepare, without_memory
 
 DQ = "attention_dq"
 DKDV = "attention_dkdv"
@@ -38,7 +38,7 @@ class TritonBackward:
     """The backward kernels for one kind of call: same shapes, strides, dtypes and alignment."""
 
     def __init__(
-        self, plan: BackwardPlan, dq_text: str, dkdv_text: str, q: Tensor, k: Tensor, v: Tensor,
+        self, plan: BackwardPlan, dq_text: str, dkdv_text: str, dout: Tensor, q: Tensor, k: Tensor, v: Tensor,
         inputs: Sequence[Tensor], aligned: bool,
     ) -> None:  # fmt: skip
         shape = call_shape(q, k, v)
@@ -47,7 +47,7 @@ class TritonBackward:
         self.q_tiles = -(-shape.rows // plan.tiling.block_q)
         grid = self.q_tiles * shape.batch * shape.heads
         key_grid = -(-shape.k_len // plan.key_tiling.block_k) * shape.batch * shape.kv_heads
-        sources = backward_parameters(plan, q, k, v, inputs)
+        sources = backward_parameters(plan, q, k, v, inputs, dout)
         # Without rows the gradients of k and v are 0; without keys there are none.
         self._dq = prepare(plan, dq_text, DQ, grid, sources, aligned, q.device) if grid else None
         self._dkdv = None
@@ -59,7 +59,7 @@ class TritonBackward:
         inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
     ) -> Gradients:  # fmt: skip
         dq, dk, dv = map(empty_gradient, (q, k, v))
-        dout, out, lse = in_order_of(q, dout), in_order_of(q, out), lse.contiguous()
+        out, lse = in_order_of(q, out), lse.contiguous()
         d_lse = None if dlse is None else dlse.contiguous()
         sums = [self._empty_sums(x, q.device) for x in self.plan.learned]
         scale = self.default_scale if scale is None else scale
@@ -112,9 +112,12 @@ def _declared_size(plan: BackwardPlan, name: str, shape: CallShape) -> list[int]
 
 
 def backward_parameters(
-    plan: BackwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]
+    plan: BackwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], dout: Tensor | None = None
 ) -> Mapping[str, Any]:
-    """What each parameter that the kernels may have is given. Only shapes, strides and dtypes are read."""
+    """What each parameter that the kernels may have is given. Only shapes, strides and dtypes are read.
+
+    dout: default one that is dense, in the memory order of q.
+    """
     found = dict(parameter_sources(plan, q, k, v, inputs))
     first = INPUTS + len(inputs) + len(plan.program.args)
     element, real = f"*{ELEMENT[plan.spec.dtype]}", "*fp32"
@@ -122,8 +125,10 @@ def backward_parameters(
     for n in range(len(plan.learned)):
         types |= {f"sum_{n}": real, f"at_{n}": "*i64"}
     found |= {f"{name}_ptr": Slot(first + i, type) for i, (name, type) in enumerate(types.items())}
-    dout, _ = empty_output(q, call_shape(q, k, v))
-    for name, x in (("dout", dout), ("dq", empty_gradient(q)), ("dk", empty_gradient(k)), ("dv", empty_gradient(v))):
+    q, k, v = map(without_memory, (q, k, v))
+    dout = empty_output(q, call_shape(q, k, v))[0] if dout is None else dout
+    dq, dk, dv = map(empty_gradient, (q, k, v))
+    for name, x in (("dout", dout), ("dq", dq), ("dk", dk), ("dv", dv)):
         found |= {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bhn")}
     return found
 

@@ -145,7 +145,7 @@ def parameter_sources(plan: Plan, q: Tensor, k: Tensor, v: Tensor, inputs: Seque
         "out_ptr": Slot(_OUT, element), "lse_ptr": Slot(_LSE, "*fp32"), "scale": Slot(_SCALE, "fp32"),
         "rows": shape.rows, "k_len": shape.k_len,
     }  # fmt: skip
-    out, _ = empty_output(q, shape)
+    out, _ = empty_output(without_memory(q), shape)
     for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
         found |= {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bhn")}
     for index, name, x in ((1, "k", k), (2, "v", v)):
@@ -173,6 +173,11 @@ def parameter_sources(plan: Plan, q: Tensor, k: Tensor, v: Tensor, inputs: Seque
     for i, name in enumerate(plan.program.args):
         found[f"arg_{name}"] = Slot(INPUTS + len(inputs) + i, "i32")
     return found
+
+
+def without_memory(x: Tensor) -> Tensor:
+    """A tensor like x, strides included, that takes no room."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 def _gluon_descriptor(plan: Plan, index: int, x: Tensor, rows: int) -> Descriptor:
