@@ -260,11 +260,11 @@ def test_through_autograd() -> None:
         torch.testing.assert_close(x, y.to(x.dtype), rtol=1e-4, atol=1e-5)
 
 
-class Allocations(TorchDispatchMode):
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the memory that is taken while it is on, and keeps it, so that no two pieces are one."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.made: list[torch.UntypedStorage] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
