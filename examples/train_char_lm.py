@@ -342,7 +342,7 @@ def train_visibly(settings: Settings, text: str, console: Console) -> Result:
         f"{len(text):,} characters of Python's reference; {parameters:,} parameters, three copies of them; "
         f"{settings.batch} x {config.context} characters a step, {settings.dtype} on {settings.device}\n"
         f"pattern: {config.pattern}"
-    ))  # fmt: skip
+    ), soft_wrap=True)  # fmt: skip
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=settings.steps)
