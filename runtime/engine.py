@@ -100,13 +100,16 @@ class Engine:
 
         dout [B, Hq, Nq, Dv], dlse [B, Hq, Nq] (None: zero): the gradients of what `forward` returned, out and lse.
         """
+        if dout.stride(-1) != 1:
+            # Otherwise it is read where it lies: a copy would be as large as the output.
+            dout = dout.contiguous()
         pointers = q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr() | dout.data_ptr()
         kind = _kind(q, k, v, inputs, scale, backend, dropout, pointers)
         key = ("backward", dlse is None, dout.stride(), out.stride(), *kind)
         launch = self._prepared.get(key)
         if launch is None:
-            drops = dropout is not None
-            made = self._prepare_backward(q, k, v, inputs, scale, backend, kind[-1], drops, uses_lse=dlse is not None)
+            drops, uses_lse = dropout is not None, dlse is not None
+            made = self._prepare_backward(dout, q, k, v, inputs, scale, backend, kind[-1], drops, uses_lse)
             launch = self._keep(key, made)
         gradients: Gradients = launch(dout, dlse, q, k, v, out, lse, inputs, args, scale, dropout)
         return gradients
@@ -167,8 +170,8 @@ class Engine:
         return deriving.forward(TritonForward(kernel, q, k, v, [*inputs, *deriving.examples], aligned))
 
     def _prepare_backward(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None, backend: str,
-        aligned: bool, drops: bool, uses_lse: bool,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None,
+        backend: str, aligned: bool, drops: bool, uses_lse: bool,
     ) -> Callable[..., Gradients]:  # fmt: skip
         program, spec = self._program(scale), replace(self._check(q, k, v, inputs, scale), dropout=drops)
         on_cpu = self._choose(backend, spec) == "cpu"
@@ -182,18 +185,19 @@ class Engine:
         from attndsl.runtime.triton_backward import TritonBackward
         from attndsl.runtime.triton_launch import loads_for
 
-        spec = replace(spec, loads=loads_for(spec, aligned, q, k, v))
+        spec = replace(spec, loads=loads_for(spec, aligned, q, k, v, dout))
         tilings = choose_backward_tilings(program, spec) if self.tiling is None else (self.tiling, self.tiling)
         plan = backward_plan(program, spec, *tilings, uses_lse=uses_lse)
         of_q, of_keys = self._text(self.generators.triton_backward, plan)
         deriving = self._deriving(plan.program, q, k, v)
         inputs = [*inputs, *deriving.examples]
-        further = tuple(self._further(plan, q, k, v, inputs, aligned))
-        return deriving.backward(TritonBackward(plan, of_q, of_keys, q, k, v, inputs, aligned, further))
+        further = tuple(self._further(plan, dout, q, k, v, inputs, aligned))
+        return deriving.backward(TritonBackward(plan, of_q, of_keys, dout, q, k, v, inputs, aligned, further))
 
     def _further(
-        self, plan: BackwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], aligned: bool
-    ) -> Iterator[Any]:
+        self, plan: BackwardPlan, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor],
+        aligned: bool,
+    ) -> Iterator[Any]:  # fmt: skip
         """The kernels for inputs that q and k read together."""
         from attndsl.runtime.triton_learned import DiagonalSums, PairSums
 
@@ -204,13 +208,13 @@ class Engine:
             tiling = replace(self.tiling, block_q=block, block_k=block)
         if Over.DIAGONALS in found:
             own = learning_plan(plan, tiling, Side.DIAGONAL)
-            yield DiagonalSums(own, self._text(self.generators.triton_diagonals, own), q, k, v, inputs, aligned)
+            yield DiagonalSums(own, self._text(self.generators.triton_diagonals, own), dout, q, k, v, inputs, aligned)
         if Over.PAIRS in found:
             own = learning_plan(plan, tiling, Side.QUERY)
             if not own.runs.full + own.runs.partial:
                 return
             for n, text in self._text(self.generators.triton_pairs, own).items():
-                yield PairSums(own, text, n, q, k, v, inputs, aligned)
+                yield PairSums(own, text, n, dout, q, k, v, inputs, aligned)
 
     def _deriving(self, program: Program, q: Tensor, k: Tensor, v: Tensor) -> Deriving:
         """How launches of a plan's program get their derived inputs."""

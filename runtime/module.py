@@ -42,7 +42,8 @@ class AttentionModule(nn.Module):
                 "A527", f"{embed_dim} dimensions do not divide into {num_heads} heads", help="pass `head_dim` as well"
             )
         self.attend = attend
-        self.dropout = check_rate(dropout)
+        # Not 0.0: for torch.compile that would be a value that changes.
+        self.dropout: float = check_rate(dropout) or 0
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim

@@ -143,7 +143,7 @@ def _backward(
     originals = (q, k, v)
     if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    dout, out, lse = in_order_of(q, dout), in_order_of(q, out), lse.contiguous()
+    out, lse = in_order_of(q, out), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     engine = engine_of(key)
     *found, learned = engine.backward(

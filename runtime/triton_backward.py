@@ -19,7 +19,7 @@ from attndsl.runtime.dropout import PARAMETERS, Dropout
 from attndsl.runtime.engine import Gradients, default_scale, empty_gradient, empty_output, in_order_of
 from attndsl.runtime.launcher import Descriptor, Slot
 from attndsl.runtime.sums import Totals
-from attndsl.runtime.triton_launch import ELEMENT, INPUTS, descriptors, parameter_sources, prepare
+from attndsl.runtime.triton_launch import ELEMENT, INPUTS, descriptors, parameter_sources, prepare, without_memory
 from attndsl.tiling import heavy_tiles
 
 DQ = "attention_dq"
@@ -34,7 +34,7 @@ class TritonBackward:
     """The backward kernels for one kind of call: same shapes, strides, dtypes and alignment."""
 
     def __init__(
-        self, plan: BackwardPlan, dq_text: str, dkdv_text: str, q: Tensor, k: Tensor, v: Tensor,
+        self, plan: BackwardPlan, dq_text: str, dkdv_text: str, dout: Tensor, q: Tensor, k: Tensor, v: Tensor,
         inputs: Sequence[Tensor], aligned: bool, further: Sequence[Further] = (),
     ) -> None:  # fmt: skip
         """`further`: kernels that add to the gradients of inputs after dq's."""
@@ -44,7 +44,7 @@ class TritonBackward:
         self.q_tiles = -(-shape.rows // plan.tiling.block_q)
         grid = self.q_tiles * shape.batch * shape.heads
         key_grid = -(-shape.k_len // plan.key_tiling.block_k) * shape.batch * shape.kv_heads
-        sources = backward_parameters(plan, q, k, v, inputs)
+        sources = backward_parameters(plan, q, k, v, inputs, dout)
         # Without rows the gradients of k and v are 0; without keys there are none.
         self._dq = prepare(plan, dq_text, DQ, grid, sources, aligned, q.device) if grid else None
         self._dkdv = None
@@ -56,7 +56,7 @@ class TritonBackward:
         inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, dropout: Dropout | None,
     ) -> Gradients:  # fmt: skip
         dq, dk, dv = map(empty_gradient, (q, k, v))
-        dout, out, lse = in_order_of(q, dout), in_order_of(q, out), lse.contiguous()
+        out, lse = in_order_of(q, out), lse.contiguous()
         d_lse = None if dlse is None else dlse.contiguous()
         heads = self.shape.batch * self.shape.heads
         delta, row_lse = lse.new_empty(2, heads, row_stride(self.shape.rows)) if self.plan.softmax else (None, None)
@@ -105,9 +105,12 @@ def row_stride(rows: int) -> int:
 
 
 def backward_parameters(
-    plan: BackwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]
+    plan: BackwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], dout: Tensor | None = None
 ) -> Mapping[str, Any]:
-    """What each parameter that the kernels may have is given. Only shapes, strides and dtypes are read."""
+    """What each parameter that the kernels may have is given. Only shapes, strides and dtypes are read.
+
+    dout: default one that is dense, in the memory order of q.
+    """
     shape, found = call_shape(q, k, v), dict(parameter_sources(plan, q, k, v, inputs))
     first = INPUTS + len(inputs) + len(plan.program.args) + (len(PARAMETERS) if plan.spec.dropout else 0)
     element, real = f"*{ELEMENT[plan.spec.dtype]}", "*fp32"
@@ -117,7 +120,8 @@ def backward_parameters(
     for n in range(len(plan.learned)):
         types |= {f"sum_{n}": real, f"at_{n}": "*i64"}
     found |= {f"{name}_ptr": Slot(first + i, type) for i, (name, type) in enumerate(types.items())}
-    dout, _ = empty_output(q, shape)
+    q, k, v = map(without_memory, (q, k, v))
+    dout = empty_output(q, shape)[0] if dout is None else dout
     found |= {"heavy": heavy_tiles(plan, shape), "row_stride": row_stride(shape.rows)}
     for i, name in enumerate(types):
         if name in ("delta", "row_lse"):
@@ -127,7 +131,8 @@ def backward_parameters(
     # The kernel of dk and dv loops over tiles of q and dout; that of dq over those of k and v.
     for index, name, x in ((0, "q", q), (first, "dout", dout)):
         found |= descriptors(plan.spec, name, index, x, plan.key_tiling.block_q)
-    for name, x in (("dout", dout), ("dq", empty_gradient(q)), ("dk", empty_gradient(k)), ("dv", empty_gradient(v))):
+    dq, dk, dv = map(empty_gradient, (q, k, v))
+    for name, x in (("dout", dout), ("dq", dq), ("dk", dk), ("dv", dv)):
         found |= {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bhn")}
     return found
 

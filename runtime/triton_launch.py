@@ -71,7 +71,8 @@ def loads_for(spec: Spec, aligned: bool, *tensors: Tensor) -> Loads:
         return Loads.POINTER
     for x in tensors:
         strides = [s for s, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
-        if x.stride(3) != 1 or any(s * x.element_size() % 16 for s in strides) or x.numel() == 0:
+        # A stride of 0 is that of an expanded tensor.
+        if x.stride(3) != 1 or any(not s or s * x.element_size() % 16 for s in strides) or x.numel() == 0:
             return Loads.POINTER
     return Loads.DESCRIPTOR
 
@@ -157,7 +158,7 @@ def parameter_sources(plan: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Se
         "out_ptr": Slot(_OUT, element), "lse_ptr": Slot(_LSE, "*fp32"), "scale": Slot(_SCALE, "fp32"),
         "rows": shape.rows, "k_len": shape.k_len,
     }  # fmt: skip
-    out, _ = empty_output(q, shape)
+    out, _ = empty_output(without_memory(q), shape)
     for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
         found |= {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bhn")}
     for index, name, x in ((1, "k", k), (2, "v", v)):
@@ -196,6 +197,11 @@ def descriptors(spec: Spec, name: str, index: int, x: Tensor, rows: int) -> dict
         type = f"tensordesc<{ELEMENT[spec.dtype]}{list(block)}>"
         found[f"{name}_desc{part.suffix}"] = Descriptor(index, tuple(x.shape), tuple(x.stride()), block, type)
     return found
+
+
+def without_memory(x: Tensor) -> Tensor:
+    """A tensor like x, strides included, that takes no room."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 def _gluon_descriptor(plan: Planned, index: int, x: Tensor, rows: int) -> Descriptor:

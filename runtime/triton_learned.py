@@ -33,15 +33,16 @@ class DiagonalSums:
     """`attention_diagonals` for one kind of call. `plan`: that of diagonals."""
 
     def __init__(
-        self, plan: BackwardPlan, text: str, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], aligned: bool
-    ) -> None:
+        self, plan: BackwardPlan, text: str, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor],
+        aligned: bool,
+    ) -> None:  # fmt: skip
         self.plan, shape = plan, call_shape(q, k, v)
         block = plan.tiling.block_q
         diagonals = -(-shape.rows // block) - (-shape.k_len // block) - 1
         self.grid = shape.batch * shape.heads * diagonals if shape.rows and shape.k_len else 0
         self.reads = [n for n, x in enumerate(plan.learned) if x.over is Over.DIAGONALS]
         if self.grid:
-            sources = backward_parameters(plan, q, k, v, inputs)
+            sources = backward_parameters(plan, q, k, v, inputs, dout)
             self._launch = prepare(plan, text, DIAGONALS, self.grid, sources, aligned, q.device)
 
     def __call__(self, call: Sequence[Any], totals: Totals) -> None:
@@ -61,8 +62,8 @@ class PairSums:
     """`attention_pairs` of the n-th read for one kind of call."""
 
     def __init__(
-        self, plan: BackwardPlan, text: str, n: int, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor],
-        aligned: bool,
+        self, plan: BackwardPlan, text: str, n: int, dout: Tensor, q: Tensor, k: Tensor, v: Tensor,
+        inputs: Sequence[Tensor], aligned: bool,
     ) -> None:  # fmt: skip
         self.plan, self.n = plan, n
         shape, tiling, read = call_shape(q, k, v), plan.tiling, plan.learned[n].read
@@ -79,7 +80,7 @@ class PairSums:
         self.area = tiling.block_q * tiling.block_k
         bytes_of_cell = self.area * (4 * self.portions + 8)
         strip = max(1, min(self.cells, STRIP // bytes_of_cell)) if self.scattered else self.cells
-        sources = dict(backward_parameters(plan, q, k, v, inputs))
+        sources = dict(backward_parameters(plan, q, k, v, inputs, dout))
         entries = math.prod(Totals(plan.program, shape, q.device).size(read.input))
         first: Slot = sources[f"sum_{n}_ptr"]
         sources |= {

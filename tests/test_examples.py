@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import check_cases, dense, gpu_check, rows
+from benchmarks import check_cases, dense, gpu_check, memory, rows
 from benchmarks.__main__ import main as benchmark
 from benchmarks.peers import CannotRun, Job, Peer
 from benchmarks.tables import make_job, measure
@@ -160,6 +160,13 @@ def test_cpu_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_unknown_rows_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark(["cpu", "--rows", "causal,nope"]) == 2
     assert "no row called nope; there are causal" in capsys.readouterr().err
+
+
+def test_least_memory_counts_every_tensor_once_and_its_gradient() -> None:
+    q, k, v = torch.empty(2, 4, 10, 16), torch.empty(2, 2, 30, 16), torch.empty(2, 2, 30, 24)
+    out, lse = torch.empty(2, 4, 10, 24), torch.empty(2, 4, 10)
+    expected = sum(2 * x.untyped_storage().nbytes() for x in (q, k, v, out, lse))
+    assert memory.least_bytes(q, k, v) == expected
 
 
 @pytest.mark.parametrize("case", check_cases.CASES, ids=lambda case: case.name)

@@ -12,6 +12,7 @@ import torch
 
 import attndsl
 from attndsl.api import load_attention
+from benchmarks import memory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -116,6 +117,23 @@ def test_one_attention_on_two_devices() -> None:
     for index in (0, 1, 0):
         q, k, v = (x.to(f"cuda:{index}") for x in tensors(1, 2, 200, 64))
         assert close(attn, attn(q, k, v), q, k, v)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["heads outside tokens", "heads inside tokens"])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_memory_of_forward_and_backward(backend: str, inside: bool) -> None:
+    """From the first call on, and wherever the gradient of the output lies: no copies, and nothing as large beside."""
+    attn = attndsl.compile("causal & (sink(64) | window(1024))")
+    q = torch.randn(1, 8, 4096, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(1, 2, 4096, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    dout = torch.randn(1, 4096, 8, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    if inside:
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    for x in (q, k, v):
+        x.requires_grad_()
+    for order in (dout, dout.contiguous()):
+        peak = memory.peak_bytes(lambda: attn(q, k, v, backend=backend), q, k, v, order)
+        assert peak <= memory.BAR * memory.least_bytes(q, k, v)
 
 
 SCRIPT = """
