@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from attndsl.explain import Explanation, Question
     from attndsl.plan import ForwardPlan
     from attndsl.runtime.cache import KernelCache
+    from attndsl.runtime.decode import DecodeGenerators
     from attndsl.runtime.engine import Engine
     from attndsl.runtime.module import AttentionModule as AttentionModule
     from attndsl.runtime.trial import Trial
@@ -99,7 +100,7 @@ class Attention:
         self._inputs = tuple(decl.name for decl in program.inputs)
         # Known before the first call, which may be one that torch.compile traces.
         self._key = cache_key("program", program)
-        register(self._key, lambda: _engine(program))
+        register(self._key, lambda: _engine(program), _decode_generators)
 
     def __reduce__(self) -> tuple[type[Attention], tuple[Program, tuple[Diagnostic, ...]]]:
         """Copies and pickles are compiled anew: another process has to know the program too."""
@@ -127,17 +128,60 @@ class Attention:
         """
         from attndsl.runtime.ops import attend
 
+        out, lse = attend(self._key, q, k, v, *self._given(inputs), scale, backend)
+        return self._with_lse(out, lse) if return_lse else out
+
+    def decode(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        seq_lens: Tensor,
+        page_table: Tensor | None = None,
+        *,
+        layout: str = "hnd",
+        scale: float | None = None,
+        return_lse: bool = False,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+        backend: str = "auto",
+        **inputs: Any,
+    ) -> Any:
+        """Attend from the last n tokens of each of B sequences to their caches: what the same rows of a call on a
+        sequence alone give. Decoding (n = 1), speculative decoding and prefill in chunks. It has no gradient.
+
+        q: [B, Hq, n, D], the last n positions of each sequence. seq_lens: int32 [B], lengths with the new tokens, whose
+        keys and values are in the caches; rows before a sequence's first token give 0 and lse -inf.
+        k_cache: [B, Hkv, M, D], v_cache: [B, Hkv, M, Dv]; with page_table, int32 [B, P], they are pools of pages
+        [pages, Hkv, page, D], and entry i holds the page of tokens i * page and on (-1: given back, see `evictable`).
+        layout: "hnd", or "nhd" for tokens before heads. Caches are of q's dtype, or float8_e4m3fn, whose numbers
+        k_scale and v_scale multiply: float tensors of one number, or one a key head.
+        inputs: as in a call; an input over k has the caches' capacity, M or P * page, in place of Nk.
+
+        Returns [B, Hq, n, Dv] in q's dtype, and with `return_lse` float32 [B, Hq, n]. Lengths and page tables are read
+        on the device only, and what lies outside the caches is never read: a CUDA graph of a call serves all lengths.
+        Raises `PatternError` when shapes, dtypes or devices do not fit, and where the environment has ATTNDSL_DEBUG
+        also for lengths past the cache and pages that do not exist.
+        """
+        from attndsl.runtime.decode_op import decode
+
+        given = self._given(inputs)
+        out, lse = decode(
+            self._key, q, k_cache, v_cache, seq_lens, page_table, k_scale, v_scale, *given, scale, layout, backend
+        )
+        return self._with_lse(out, lse) if return_lse else out
+
+    def _given(self, inputs: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+        """The program's inputs and its runtime arguments, in order."""
         if len(inputs) != len(self._inputs) + len(self.program.args):
             self._check_names(inputs)
         try:
-            tensors = [inputs[name] for name in self._inputs]
-            args = [inputs[name] for name in self.program.args]
+            return [inputs[name] for name in self._inputs], [inputs[name] for name in self.program.args]
         except KeyError:
             self._check_names(inputs)
             raise
-        out, lse = attend(self._key, q, k, v, tensors, args, scale, backend)
-        if not return_lse:
-            return out
+
+    def _with_lse(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         if self.program.branch.weights is not None:
             raise error("A521", "`weights` replaces the softmax: there is no lse", self.program.branch.span)
         return out, lse
@@ -380,6 +424,14 @@ def _engine(program: Program) -> Engine:
     from attndsl.runtime.engine import Engine, Generators
 
     return Engine(program, Generators(triton_forward, cpu_forward, triton_backward, cpu_backward, gluon_forward))
+
+
+def _decode_generators() -> DecodeGenerators:
+    from attndsl.codegen.cpu_decode import decode_source as cpu_decode
+    from attndsl.codegen.triton_decode import decode_source as triton_decode
+    from attndsl.runtime.decode import DecodeGenerators
+
+    return DecodeGenerators(triton_decode, cpu_decode)
 
 
 def attention_module() -> type[AttentionModule]:

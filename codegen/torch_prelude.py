@@ -86,6 +86,25 @@ def gather(x, spans):
     return torch.cat([x[..., low:high, :] for low, high in spans], dim=-2)
 
 
+def gather_pages(x, pages, heads, spans):
+    """The rows of a cache x [slots, heads, page, dim] in the spans of a sequence, as [1, heads, rows, dim].
+
+    A page that does not exist counts as zeros.
+    """
+    size = x.shape[2]
+    low, high = spans[0]
+    if len(spans) == 1 and low // size == (high - 1) // size and 0 <= pages[low // size] < x.shape[0]:
+        page = pages[low // size].item()
+        return x[page : page + 1, heads, low % size : (high - 1) % size + 1]
+    at = positions(spans)
+    page = pages[at // size]
+    exists = (page >= 0) & (page < x.shape[0])
+    # By bytes where elements are of one: indexing takes no 8-bit floats.
+    bits = x.view(torch.uint8) if x.element_size() == 1 else x
+    rows = bits[:, heads][page.clamp(0, x.shape[0] - 1), :, at % size].transpose(0, 1)
+    return torch.where(exists[:, None], rows, 0)[None].view(x.dtype)
+
+
 def positions(spans):
     return torch.cat([torch.arange(low, high) for low, high in spans])
 

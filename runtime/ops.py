@@ -32,9 +32,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Output and lse. Where nothing watches the call (no tracing, no gradients, plain tensors) it skips the dispatcher,
     which costs several times a launch."""
-    if not all(isinstance(x, Tensor) for x in inputs) or not all(isinstance(x, int | torch.SymInt) for x in args):
-        raise _misfit(engine_of(key).program, inputs, args)
-    if torch.compiler.is_compiling() or _watched((q, k, v, *inputs)):
+    checked_values(key, inputs, args)
+    if torch.compiler.is_compiling() or watched((q, k, v, *inputs)):
         out: tuple[Tensor, Tensor]
         if _transformed():
             if torch.is_autocast_enabled(q.device.type):
@@ -51,6 +50,12 @@ def _transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def checked_values(key: str, inputs: Sequence[object], args: Sequence[object]) -> None:
+    """Raises `PatternError` for an input that is no tensor, or an argument that is no int."""
+    if not all(isinstance(x, Tensor) for x in inputs) or not all(isinstance(x, int | torch.SymInt) for x in args):
+        raise _misfit(engine_of(key).program, inputs, args)
+
+
 def _misfit(program: Program, inputs: Sequence[object], args: Sequence[object]) -> PatternError:
     """Names the first input that is no tensor, or argument that is no int."""
     for decl, x in zip(program.inputs, inputs, strict=True):
@@ -62,7 +67,8 @@ def _misfit(program: Program, inputs: Sequence[object], args: Sequence[object]) 
     return error("A516", f"`{name}` is a runtime int, not {repr(value)[:40]}", help="pass a Python int")
 
 
-def _watched(tensors: tuple[Tensor, ...]) -> bool:
+def watched(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a call has to go through torch's dispatcher."""
     if (
         tensors[0].is_meta
         or torch._C._len_torch_dispatch_stack()

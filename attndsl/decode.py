@@ -1,0 +1,170 @@
+"""Decode plans: the last rows of many sequences, each of its own length, over a cache.
+
+The runs of a plan are closed forms in Nk and in the position of a tile's first row, so what a sequence visits follows
+from its own length inside the kernel; no plan, and no grid, depends on one. The heads that share a key head are packed
+into one tile of queries, and the tiles that it visits are dealt out in slices, so that few rows keep a device busy.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from attndsl.evaluate import evaluate
+from attndsl.plan import DType, Plan, Spec, Tiling, forward_plan, run_scalars
+from attndsl.program import Arg, Binary, Const, Program, Read, Scalar, Table, Var, reads, rebuild, walk
+from attndsl.tiles import Run, TileRuns
+
+# Programs a multiprocessor gets where tiles are scarce, and where each still gets a long slice of them.
+_FEW, _MANY = 4, 16
+# Tiles of a slice that is long: its start and the merge are then small beside it.
+_LONG_SLICE = 32
+# Query rows of a tile, the rows of all its heads together: products take 16 at least.
+_LEAST_ROWS, _MOST_ROWS = 16, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """How keys and values are kept.
+
+    `page`: tokens of a page, None where a sequence's tokens lie together. `fp8`: elements are float8 (e4m3).
+    `k_scaled`, `v_scaled`: what elements are multiplied by is given, one number or one a key head.
+    """
+
+    page: int | None = None
+    fp8: bool = False
+    k_scaled: bool = False
+    v_scaled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan(Plan):
+    """A decode kernel: `tiling.block_q` rows of `pack` heads each make a tile of queries.
+
+    `pack`: a power of two; heads past those that share a key head are padding. `split`: several programs share a
+    tile's keys, and their results are merged.
+    """
+
+    cache: Cache
+    pack: int
+    split: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.spec.heads // self.spec.kv_heads
+
+    @property
+    def head_tiles(self) -> int:
+        """Tiles of queries for the heads of a key head."""
+        return -(-self.group // self.pack)
+
+    def units(self, batch: int, rows: int) -> int:
+        """Tiles of queries in a call."""
+        return -(-rows // self.tiling.block_q) * self.head_tiles * self.spec.kv_heads * batch
+
+
+@functools.lru_cache(maxsize=1024)
+def decode_plan(
+    program: Program, spec: Spec, rows: int, cache: Cache, split: bool = True, tiling: Tiling | None = None
+) -> DecodePlan:
+    """The decode kernel of a program for calls of so many rows a sequence.
+
+    tiling: its `block_q` counts the rows of all heads in a tile. Where the tiles that a row visits depend on its head,
+    a tile is of one head: the union over heads could be all keys.
+    """
+    plan = _plan(program, spec, rows, cache, split, _pack(spec, rows), tiling)
+    if plan.pack > 1 and any(reads(x, "h") for x in run_scalars(plan.runs)):
+        return _plan(program, spec, rows, cache, split, 1, tiling)
+    return plan
+
+
+def _pack(spec: Spec, rows: int) -> int:
+    """Heads of a tile: those that share a key head, and where few rows leave room, padding."""
+    group = spec.heads // spec.kv_heads
+    if group == 1 and rows > 1:
+        return 1
+    room = _LEAST_ROWS // (1 << (max(rows, 1) - 1).bit_length())
+    return max(1 << (min(group, _MOST_ROWS) - 1).bit_length(), room)
+
+
+def _plan(
+    program: Program, spec: Spec, rows: int, cache: Cache, split: bool, pack: int, tiling: Tiling | None
+) -> DecodePlan:
+    tiling = tiling or decode_tiling(spec, cache, rows, pack)
+    of_rows = replace(tiling, block_q=max(tiling.block_q // pack, 1))
+    base = forward_plan(program, spec, of_rows)
+    runs = _by_key_head(base.runs, spec)
+    return DecodePlan(
+        program, spec, of_rows, runs, base.mask, base.scale, base.score, base.sink, base.weights, cache, pack, split
+    )
+
+
+def _by_key_head(runs: TileRuns, spec: Spec) -> TileRuns:
+    """The runs, with what they read of the head through its key head said so."""
+    group = spec.heads // spec.kv_heads
+    quotient = Var("h") if group == 1 else Binary("//", Var("h"), Const(group))
+
+    def said(e: Scalar) -> Scalar:
+        return rebuild(e, lambda x: Var("g") if x == quotient else x)
+
+    def each(found: tuple[Run, ...]) -> tuple[Run, ...]:
+        return tuple(replace(run, first=said(run.first), count=said(run.count)) for run in found)
+
+    return TileRuns(each(runs.full), each(runs.partial))
+
+
+def decode_tiling(spec: Spec, cache: Cache, rows: int, pack: int) -> Tiling:
+    """Tile sizes of a decode kernel; `block_q` counts the rows of all heads in a tile."""
+    backend, _, arch = spec.target.partition(":")
+    dim = max(spec.dim, spec.v_dim)
+    if backend == "cpu":
+        return Tiling(128 * pack, 64)
+    most = 16 if spec.dtype is DType.FLOAT32 else _MOST_ROWS if dim <= 128 else 32
+    block_q = max(_LEAST_ROWS, pack)
+    while block_q < min(rows * pack, most):
+        block_q *= 2
+    block_k = 64 if dim <= 128 else 32
+    if spec.dtype is DType.FLOAT32:
+        return Tiling(block_q, block_k // 2, warps=4, stages=2 if dim <= 128 else 1)
+    if backend == "hip":
+        return Tiling(block_q, block_k, warps=4, stages=1)
+    large = int(arch) >= 90
+    ahead = (2 if large else 1) + cache.fp8
+    # Where a page lies is loaded before the page: the pipeline is deeper for as many tiles in flight.
+    stages = 1 + ahead * (1 if cache.page is None else 2)
+    return Tiling(block_q, block_k, warps=4 if large or block_q < 64 else 8, stages=stages)
+
+
+def split_count(plan: DecodePlan, batch: int, rows: int, capacity: int, multiprocessors: int) -> int:
+    """Into how many slices the visited tiles are dealt.
+
+    From the number of heads and rows, what the pattern visits at the cache's capacity, and the device: never from the
+    lengths, so that a recorded grid serves all of them.
+    """
+    units, tiles = plan.units(batch, rows), most_tiles(plan, rows, capacity)
+    if units == 0 or tiles == 0:
+        return 1
+    few, many = (-(-wanted * multiprocessors // units) for wanted in (_FEW, _MANY))
+    return max(1, min(max(few, min(many, tiles // _LONG_SLICE)), tiles))
+
+
+def most_tiles(plan: DecodePlan, rows: int, capacity: int) -> int:
+    """Key tiles that a tile of queries visits at most at a length of `capacity`; all of them where that depends on
+    data."""
+    ends = run_scalars(plan.runs)
+    if capacity == 0 or rows == 0:
+        return 0
+    if any(isinstance(x, Read | Table | Arg) for e in ends for x in walk(e)):
+        return -(-capacity // plan.tiling.block_k)
+    spec = plan.spec
+    h = np.arange(spec.heads)[:, None]
+    variables = {
+        "Nk": np.asarray(capacity), "Nq": np.asarray(capacity), "start": np.asarray(capacity - rows),
+        "b": np.asarray(0), "h": h, "g": h // plan.group, "q_tile": np.arange(-(-rows // plan.tiling.block_q)),
+    }  # fmt: skip
+    visited = sum((np.maximum(evaluate(run.count, variables, {}), 0) for run in plan.runs.full + plan.runs.partial),
+                  start=np.zeros((1, 1), int))  # fmt: skip
+    return int(visited.max())
