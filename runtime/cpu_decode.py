@@ -12,7 +12,6 @@ from torch import Tensor
 
 from attndsl.decode import DecodePlan
 from attndsl.program import Axis, InputDecl
-from attndsl.runtime.cpu import call_values
 from attndsl.runtime.decode import DecodeTensors
 from attndsl.runtime.engine import default_scale, empty_output, table_tensor
 from attndsl.runtime.load import load_source
@@ -26,10 +25,15 @@ class CpuDecode:
     source: str
     _function: Any = field(init=False)
     _tables: dict[str, Tensor] = field(init=False)
+    _read: tuple[tuple[int, InputDecl], ...] = field(init=False)
+    _args: tuple[tuple[int, str], ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self._function = load_source(self.source, "cpu_decode").attention_decode
         self._tables = {f"{t.name}_table": table_tensor(t, torch.device("cpu")) for t in self.plan.tables}
+        read, args = set(self.plan.inputs), set(self.plan.args)
+        self._read = tuple((i, decl) for i, decl in enumerate(self.plan.program.inputs) if decl in read)
+        self._args = tuple((i, name) for i, name in enumerate(self.plan.program.args) if name in args)
 
     def __call__(
         self, call: DecodeTensors, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
@@ -47,14 +51,14 @@ class CpuDecode:
         # A contiguous cache is one of a page a sequence.
         table = torch.arange(shape.batch)[:, None] if call.page_table is None else call.page_table
         lengths = call.seq_lens.clamp(0, call.capacity).tolist()
-        declared = self.plan.program.inputs
+        numbers = {f"arg_{name}": args[i] for i, name in self._args}
         for b, k_len in enumerate(lengths):
             at = slice(b, b + 1)
-            given = [_of_length(decl, x, k_len) for decl, x in zip(declared, inputs, strict=True)]
+            given = {f"{decl.name}_input": _of_length(decl, inputs[i], k_len) for i, decl in self._read}
             self._function(
                 b, q[at], call.k, call.v, table[b], k_len, result[at], sums[at],
                 default_scale(shape.dim) if scale is None else scale,
-                **call_values(self.plan, given, args), **self._tables,
+                **given, **numbers, **self._tables,
             )  # fmt: skip
         if call.v_scale is not None:
             out.copy_((result * call.v_scale.to(wide).view(-1, 1, 1, 1)).flatten(1, 2))

@@ -140,12 +140,8 @@ def check_tensors(program: Program, call: DecodeTensors) -> None:
     q, k, v = call.q, call.k, call.v
     batch, (slots, kv_heads, page, dim) = q.shape[0], k.shape
     paged = call.page_table is not None
-    if (
-        dim != q.shape[3]
-        or v.shape[:3] != k.shape[:3]
-        or not (paged or slots == batch)
-        or (batch and 0 in (page, slots))
-    ):
+    room = paged or slots == batch
+    if dim != q.shape[3] or v.shape[:3] != k.shape[:3] or not room or (batch and 0 in (page, slots)):
         first = "pages, Hkv, page" if paged else "B, Hkv, M"
         raise error(
             "A504", f"q {list(q.shape)}, k_cache {list(k.shape)}, v_cache {list(v.shape)} do not go together",
@@ -158,9 +154,8 @@ def check_tensors(program: Program, call: DecodeTensors) -> None:
             help="the length of each sequence, its new tokens included",
         )  # fmt: skip
     table = call.page_table
-    if table is not None and (
-        table.dtype != torch.int32 or table.dim() != 2 or len(table) != batch or not table.shape[1]
-    ):
+    fits = table is None or (table.dtype == torch.int32 and table.dim() == 2 and len(table) == batch and table.shape[1])
+    if table is not None and not fits:
         raise error(
             "A551", f"page_table is {_said(table)}; this call needs int32 [{batch}, pages of a sequence]",
             help="the pages of each sequence, first tokens first",
