@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from attndsl.asking import as_array, asked, batch_of, checked
 
 # Imported here and not when first used: importing a submodule sets the package's attribute of its name, and
 # `attndsl.compare` is the function below.
 from attndsl.compare import Comparison, Undecided
 from attndsl.compare import compare as compare_programs
-from attndsl.diagnostics import Diagnostic, PatternError, PatternWarning, Source, error
+from attndsl.diagnostics import Diagnostic, PatternWarning, Source, error
 from attndsl.findings import findings
 from attndsl.grammar import format_source, load, parse, read_source
 from attndsl.program import CallShape, Program
@@ -24,15 +26,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from attndsl.blockgraph import BlockGraph
+    from attndsl.decode import DecodePlan
+    from attndsl.eviction import Retention
     from attndsl.explain import Explanation, Question
     from attndsl.plan import ForwardPlan
     from attndsl.runtime.cache import KernelCache
     from attndsl.runtime.decode import DecodeGenerators
     from attndsl.runtime.engine import Engine
     from attndsl.runtime.module import AttentionModule as AttentionModule
+    from attndsl.runtime.paged_cache import PagePool as PagePool
     from attndsl.runtime.trial import Trial
-
-_Answer = TypeVar("_Answer")
 
 
 def compile(source: str | os.PathLike[str], *, name: str | None = None, **params: object) -> Attention:
@@ -171,6 +174,32 @@ class Attention:
         )
         return self._with_lse(out, lse) if return_lse else out
 
+    def evictable(self, seq_len: int, page: int = 1, **inputs: Any) -> list[int]:
+        """Pages of a sequence that no row from position `seq_len` on can read, at any length and whatever the data.
+
+        >>> import attndsl
+        >>> attndsl.compile("causal & (window(8) | sink(4))").evictable(24, page=4)
+        [1, 2, 3]
+
+        page: tokens of a page. inputs: arguments, and inputs that do not read q or k, where they are known.
+        A column that the pattern leaves and comes back to is not evictable; a page once evictable stays so.
+        """
+        import numpy as np
+
+        pages = np.arange(max(seq_len, 0) // page)
+        return [int(i) for i in pages[self.retention(page, **inputs).evictable(seq_len, pages)]]
+
+    def retention(self, page: int = 1, **inputs: Any) -> Retention:
+        """What `evictable` decides by, for every length: see `attndsl.eviction`."""
+        from attndsl.eviction import known_scalars, retention
+
+        if self.program.align_start or page < 1:
+            reason = (
+                "under `align start` a row's keys need not come before it" if page > 0 else f"pages of {page} tokens"
+            )
+            raise error("A558", f"there is no eviction: {reason}", self.program.branch.span, help="keep all pages")
+        return retention(self.program, page, known_scalars(self.program, *self._known(inputs)))
+
     def _given(self, inputs: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
         """The program's inputs and its runtime arguments, in order."""
         if len(inputs) != len(self._inputs) + len(self.program.args):
@@ -231,11 +260,11 @@ class Attention:
         from attndsl import oracle
 
         arrays, args = self._known(inputs)
-        entries = self._batch(arrays)
+        entries = batch_of(self.program, arrays)
         if not 0 <= batch < entries:
             raise error("A523", f"there is no batch entry {batch}: the inputs have {entries}", help="count from 0")
         shape = CallShape(entries, heads, kv_heads, q_len, k_len, 64, 64)
-        found: NDArray[np.bool_] = _asked(lambda: oracle.mask(self.program, _checked(shape), arrays, args)[batch])
+        found: NDArray[np.bool_] = asked(lambda: oracle.mask(self.program, checked(shape), arrays, args)[batch])
         return found
 
     def blocks(
@@ -259,8 +288,8 @@ class Attention:
         from attndsl.blockgraph import block_graph
 
         arrays, args = self._known(inputs)
-        shape = CallShape(self._batch(arrays), heads, kv_heads, q_len, k_len, 64, 64)
-        return _asked(lambda: block_graph(self.program, _checked(shape), block_q, block_k, arrays, args))
+        shape = CallShape(batch_of(self.program, arrays), heads, kv_heads, q_len, k_len, 64, 64)
+        return asked(lambda: block_graph(self.program, checked(shape), block_q, block_k, arrays, args))
 
     def kernels(self) -> tuple[str, ...]:
         """Names of the kernels that `source` and `assembly` show."""
@@ -279,13 +308,16 @@ class Attention:
         dim: int = 128,
         v_dim: int | None = None,
         dtype: str = "bfloat16",
+        rows: int = 1,
+        page: int | None = None,
     ) -> str:
         """The generated source text of a kernel, for dense tensors of these sizes. Needs neither GPU nor torch.
 
+        kernel: "forward", or "decode" of `rows` rows over a cache in pages of `page` tokens (None: contiguous).
         target: sm_80, sm_86, sm_89, sm_90, sm_100, gfx90a or gfx942; the CPU backend ignores it.
         backend: "triton", "gluon" (Hopper) or "cpu".
         """
-        return self._generate(self._plan(kernel, target, backend, heads, kv_heads, dim, v_dim, dtype))
+        return self._generate(self._plan(kernel, target, backend, heads, kv_heads, dim, v_dim, dtype, rows, page))
 
     def assembly(
         self,
@@ -299,13 +331,15 @@ class Attention:
         dim: int = 128,
         v_dim: int | None = None,
         dtype: str = "bfloat16",
+        rows: int = 1,
+        page: int | None = None,
     ) -> str:
         """A kernel compiled for a target that need not be there: "ttir", "ttgir", "llir", and "ptx" or "sass" for
         NVIDIA's, "amdgcn" for AMD's. Other parameters as in `source`.
         """
         from attndsl.runtime.assembly import assembly
 
-        plan = self._plan(kernel, target, backend, heads, kv_heads, dim, v_dim, dtype)
+        plan = self._plan(kernel, target, backend, heads, kv_heads, dim, v_dim, dtype, rows, page)
         return assembly(plan, self._generate(plan), format)
 
     def explain(
@@ -337,14 +371,14 @@ class Attention:
         spec = make_spec(target, backend, heads, heads if kv_heads is None else kv_heads, dim, None, dtype)
         arrays, args = self._known(inputs)
         shape = CallShape(
-            max(batch, self._batch(arrays)), spec.heads, spec.kv_heads, q_len, q_len if k_len is None else k_len,
-            dim, dim,
+            max(batch, batch_of(self.program, arrays)), spec.heads, spec.kv_heads, q_len,
+            q_len if k_len is None else k_len, dim, dim,
         )  # fmt: skip
         source = self.program.source
         text = "" if source is None else format_source(source.text, source.name)
-        question = explain.Question(self.program, spec, _checked(shape), text, self.warnings, arrays, args, row, rates)
+        question = explain.Question(self.program, spec, checked(shape), text, self.warnings, arrays, args, row, rates)
         if not stages:
-            return _asked(lambda: explain.explain(question))
+            return asked(lambda: explain.explain(question))
         return explain.stages(question, *self._ends(question))
 
     def _ends(self, question: Question) -> tuple[str, str]:
@@ -368,9 +402,12 @@ class Attention:
         dim: int,
         v_dim: int | None,
         dtype: str,
-    ) -> ForwardPlan:
+        rows: int,
+        page: int | None,
+    ) -> ForwardPlan | DecodePlan:
         from dataclasses import replace
 
+        from attndsl.decode import Cache, decode_plan
         from attndsl.plan import Backend, forward_plan
         from attndsl.targets import check_kernel, hopper_refusal, make_spec
         from attndsl.tiling import choose_tiling
@@ -378,15 +415,22 @@ class Attention:
         check_kernel(kernel)
         spec = make_spec(target, backend, heads, heads if kv_heads is None else kv_heads, dim, v_dim, dtype)
         if backend == "gluon":
-            if reason := hopper_refusal(self.program, spec):
+            reason = hopper_refusal(self.program, spec) if kernel == "forward" else "decode has no Hopper lowering"
+            if reason:
                 raise error("A510", reason, help="choose backend 'triton'")
             spec = replace(spec, backend=Backend.GLUON)
+        if kernel == "decode":
+            return decode_plan(self.program, spec, rows, Cache(page), split=backend != "cpu")
         return forward_plan(self.program, spec, choose_tiling(self.program, spec))
 
-    def _generate(self, plan: ForwardPlan) -> str:
-        from attndsl.codegen import cpu, gluon_forward, triton_forward
+    def _generate(self, plan: ForwardPlan | DecodePlan) -> str:
+        from attndsl.codegen import cpu, cpu_decode, gluon_forward, triton_decode, triton_forward
+        from attndsl.decode import DecodePlan
         from attndsl.plan import Backend
 
+        if isinstance(plan, DecodePlan):
+            on_cpu = plan.spec.target == "cpu"
+            return cpu_decode.decode_source(plan) if on_cpu else triton_decode.decode_source(plan)
         if plan.spec.target == "cpu":
             return cpu.forward_source(plan)
         if plan.spec.backend is Backend.GLUON:
@@ -398,21 +442,8 @@ class Attention:
         for name in given:
             if name not in self._inputs and name not in self.program.args:
                 self._check_names(given)
-        arrays = {name: _array(given[name]) for name in self._inputs if name in given}
+        arrays = {name: as_array(given[name]) for name in self._inputs if name in given}
         return arrays, {name: int(given[name]) for name in self.program.args if name in given}
-
-    def _batch(self, arrays: Mapping[str, Any]) -> int:
-        """Batch entries that the inputs have."""
-        from attndsl.program import Axis
-
-        sizes = [
-            size
-            for decl in self.program.inputs
-            if decl.name in arrays
-            for dim, size in zip(decl.dims, arrays[decl.name].shape, strict=False)
-            if dim.axis is Axis.B
-        ]
-        return max(sizes, default=1)
 
 
 def _engine(program: Program) -> Engine:
@@ -432,6 +463,13 @@ def _decode_generators() -> DecodeGenerators:
     from attndsl.runtime.decode import DecodeGenerators
 
     return DecodeGenerators(triton_decode, cpu_decode)
+
+
+def page_pool() -> type[PagePool]:
+    """The class behind `attndsl.serving.PagedCache`. Imports torch."""
+    from attndsl.runtime.paged_cache import PagePool
+
+    return PagePool
 
 
 def attention_module() -> type[AttentionModule]:
@@ -456,35 +494,6 @@ def kernel_cache() -> KernelCache:
     from attndsl.runtime.cache import KernelCache
 
     return KernelCache()
-
-
-def _array(x: Any) -> Any:
-    """A tensor or array-like as a numpy array."""
-    import numpy as np
-
-    if hasattr(x, "detach"):
-        x = x.detach().cpu()
-        x = x.float() if x.is_floating_point() else x
-    return np.asarray(x)
-
-
-def _asked(question: Callable[[], _Answer]) -> _Answer:
-    """The answer, or as a diagnostic what the inputs lack."""
-    try:
-        return question()
-    except PatternError:
-        raise
-    except ValueError as problem:
-        raise error("A523", str(problem), help="pass inputs by name, each of its declared shape") from None
-
-
-def _checked(shape: CallShape) -> CallShape:
-    if min(shape.rows, shape.k_len) < 0 or shape.heads < 1 or shape.kv_heads < 1 or shape.heads % shape.kv_heads:
-        sizes = f"{shape.rows} rows, {shape.k_len} keys, {shape.heads} query heads, {shape.kv_heads} key heads"
-        raise error(
-            "A524", f"there is no call with {sizes}", help="lengths are 0 or more, heads a multiple of key heads"
-        )
-    return shape
 
 
 __all__ = ["Attention", "compare", "compile", "format_source", "kernel_cache", "load_attention", "measure", "source_of"]

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from attndsl.evaluate import evaluate
-from attndsl.plan import DType, Plan, Spec, Tiling, forward_plan, run_scalars
-from attndsl.program import Arg, Binary, Const, Program, Read, Scalar, Table, Var, reads, rebuild, walk
+from attndsl.plan import DType, ForwardPlan, Plan, Spec, Tiling, forward_plan, head_parts, run_scalars
+from attndsl.program import Arg, Program, Read, Table, Var, reads, scalars, substitute, walk
 from attndsl.tiles import Run, TileRuns
 
 # Programs a multiprocessor gets where tiles are scarce, and where each still gets a long slice of them.
@@ -96,24 +96,25 @@ def _plan(
     tiling = tiling or decode_tiling(spec, cache, rows, pack)
     of_rows = replace(tiling, block_q=max(tiling.block_q // pack, 1))
     base = forward_plan(program, spec, of_rows)
-    runs = _by_key_head(base.runs, spec)
+    runs = _of_key_heads(base)
     return DecodePlan(
         program, spec, of_rows, runs, base.mask, base.scale, base.score, base.sink, base.weights, cache, pack, split
     )
 
 
-def _by_key_head(runs: TileRuns, spec: Spec) -> TileRuns:
-    """The runs, with what they read of the head through its key head said so."""
-    group = spec.heads // spec.kv_heads
-    quotient = Var("h") if group == 1 else Binary("//", Var("h"), Const(group))
+def _of_key_heads(base: ForwardPlan) -> TileRuns:
+    """The runs, in terms of the key head where the pattern knows no other."""
+    program, spec, runs = base.program, base.spec, base.runs
+    if any(reads(e, "h", "H") for e in scalars(program.branch.pattern)) and spec.heads != spec.kv_heads:
+        return runs
+    if any(reads(x, "h") for x in run_scalars(runs)):
+        # As if a key head had one head.
+        runs = forward_plan(program, replace(spec, heads=spec.kv_heads), base.tiling).runs
+    return TileRuns(tuple(map(_said_of_g, runs.full)), tuple(map(_said_of_g, runs.partial)))
 
-    def said(e: Scalar) -> Scalar:
-        return rebuild(e, lambda x: Var("g") if x == quotient else x)
 
-    def each(found: tuple[Run, ...]) -> tuple[Run, ...]:
-        return tuple(replace(run, first=said(run.first), count=said(run.count)) for run in found)
-
-    return TileRuns(each(runs.full), each(runs.partial))
+def _said_of_g(run: Run) -> Run:
+    return replace(run, first=substitute(run.first, {"h": Var("g")}), count=substitute(run.count, {"h": Var("g")}))
 
 
 def decode_tiling(spec: Spec, cache: Cache, rows: int, pack: int) -> Tiling:
@@ -128,11 +129,13 @@ def decode_tiling(spec: Spec, cache: Cache, rows: int, pack: int) -> Tiling:
         block_q *= 2
     block_k = 64 if dim <= 128 else 32
     if spec.dtype is DType.FLOAT32:
-        return Tiling(block_q, block_k // 2, warps=4, stages=2 if dim <= 128 else 1)
+        wide = dim > 64 and spec.target != "cuda:80"
+        return Tiling(block_q, 16 if wide else block_k // 2, warps=4, stages=2 if dim <= 128 else 1)
     if backend == "hip":
         return Tiling(block_q, block_k, warps=4, stages=1)
     large = int(arch) >= 90
-    ahead = (2 if large else 1) + cache.fp8
+    # With 100 KB of shared memory one tile in flight leaves room for more programs.
+    ahead = (1 if arch in ("86", "89") and len(head_parts(dim)) == 1 else 2) + cache.fp8
     # Where a page lies is loaded before the page: the pipeline is deeper for as many tiles in flight.
     stages = 1 + ahead * (1 if cache.page is None else 2)
     return Tiling(block_q, block_k, warps=4 if large or block_q < 64 else 8, stages=stages)
@@ -159,12 +162,14 @@ def most_tiles(plan: DecodePlan, rows: int, capacity: int) -> int:
         return 0
     if any(isinstance(x, Read | Table | Arg) for e in ends for x in walk(e)):
         return -(-capacity // plan.tiling.block_k)
-    spec = plan.spec
-    h = np.arange(spec.heads)[:, None]
+    h, tile = np.arange(plan.spec.heads)[:, None], plan.tiling.block_k
+    # Every way in which a length can stand to the tiles.
+    lengths = np.arange(max(capacity - tile + 1, 1), capacity + 1)[:, None, None]
     variables = {
-        "Nk": np.asarray(capacity), "Nq": np.asarray(capacity), "start": np.asarray(capacity - rows),
-        "b": np.asarray(0), "h": h, "g": h // plan.group, "q_tile": np.arange(-(-rows // plan.tiling.block_q)),
+        "Nk": lengths, "Nq": lengths, "start": lengths - rows, "b": np.asarray(0), "h": h, "g": h // plan.group,
+        "q_tile": np.arange(-(-rows // plan.tiling.block_q)),
     }  # fmt: skip
-    visited = sum((np.maximum(evaluate(run.count, variables, {}), 0) for run in plan.runs.full + plan.runs.partial),
-                  start=np.zeros((1, 1), int))  # fmt: skip
-    return int(visited.max())
+    most = np.zeros((1, 1, 1), int)
+    for run in plan.runs.full + plan.runs.partial:
+        most = most + np.maximum(evaluate(run.count, variables, {}), 0)
+    return int(most.max())

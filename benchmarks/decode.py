@@ -93,7 +93,7 @@ def ours(row: DecodeRow, caches: Caches) -> Step:
     import attndsl
 
     attn, lengths = attndsl.compile(row.text), caches.lengths
-    return lambda i: attn.decode(caches.q[i], caches.k[i], caches.v[i], lengths)  # type: ignore[no-any-return]
+    return lambda i: attn.decode(caches.q[i], caches.k[i], caches.v[i], lengths)
 
 
 def ours_paged(row: DecodeRow, caches: Caches) -> Step:
@@ -116,7 +116,7 @@ def ours_paged(row: DecodeRow, caches: Caches) -> Step:
     for tensors in (caches.k, caches.v):
         for i, x in enumerate(tensors):
             tensors[i] = pool(x)
-    return lambda i: attn.decode(caches.q[i], caches.k[i], caches.v[i], lengths, table)  # type: ignore[no-any-return]
+    return lambda i: attn.decode(caches.q[i], caches.k[i], caches.v[i], lengths, table)
 
 
 def sdpa(row: DecodeRow, caches: Caches) -> Step:
@@ -192,7 +192,7 @@ def measure(row: DecodeRow, build: Callable[[DecodeRow, Caches], Step], caches: 
 
 def recorded(step: Step, layers: int) -> torch.cuda.CUDAGraph:
     """A graph of `CALLS` calls that take turns on the layers."""
-    stream = torch.cuda.Stream()
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for i in range(layers):

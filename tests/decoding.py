@@ -32,7 +32,8 @@ def paged(k: Tensor, v: Tensor, page: int, seed: int = 0) -> tuple[Tensor, Tenso
     table = order[: batch * each].view(batch, each).to(torch.int32)
     pools = []
     for x in (k, v):
-        pool = torch.full((len(order), heads, page, x.shape[3]), float("nan"), dtype=x.dtype)
+        nothing = float("nan") if x.is_floating_point() else 127
+        pool = torch.full((len(order), heads, page, x.shape[3]), nothing, dtype=x.dtype)
         for b in range(batch):
             for i in range(each):
                 part = x[b, :, i * page : (i + 1) * page]

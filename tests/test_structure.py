@@ -28,6 +28,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "attndsl.tiles",
         "attndsl.compare",
         "attndsl.findings",
+        "attndsl.eviction",
     ),
     "sympy": ("attndsl.score",),
     "networkx": ("attndsl.blockgraph",),
