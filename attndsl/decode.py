@@ -127,18 +127,18 @@ def decode_tiling(spec: Spec, cache: Cache, rows: int, pack: int) -> Tiling:
     block_q = max(_LEAST_ROWS, pack)
     while block_q < min(rows * pack, most):
         block_q *= 2
-    block_k = 64 if dim <= 128 else 32
+    block_k, parts = 64 if dim <= 128 else 32, len(head_parts(dim))
+    before_hopper = backend == "cuda" and int(arch) < 90
     if spec.dtype is DType.FLOAT32:
-        wide = dim > 64 and spec.target != "cuda:80"
-        return Tiling(block_q, 16 if wide else block_k // 2, warps=4, stages=2 if dim <= 128 else 1)
+        warps = 8 if before_hopper and dim > 64 else 4
+        return Tiling(block_q, 32 if dim <= 64 else 16, warps=warps, stages=2 if dim <= 128 else 1)
     if backend == "hip":
         return Tiling(block_q, block_k, warps=4, stages=1)
-    large = int(arch) >= 90
     # With 100 KB of shared memory one tile in flight leaves room for more programs.
-    ahead = (1 if arch in ("86", "89") and len(head_parts(dim)) == 1 else 2) + cache.fp8
+    ahead = (1 if arch in ("86", "89") and parts == 1 else 2) + cache.fp8
     # Where a page lies is loaded before the page: the pipeline is deeper for as many tiles in flight.
     stages = 1 + ahead * (1 if cache.page is None else 2)
-    return Tiling(block_q, block_k, warps=4 if large or block_q < 64 else 8, stages=stages)
+    return Tiling(block_q, block_k, warps=8 if before_hopper and (block_q >= 64 or parts > 1) else 4, stages=stages)
 
 
 def split_count(plan: DecodePlan, batch: int, rows: int, capacity: int, multiprocessors: int) -> int:

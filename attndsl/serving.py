@@ -26,8 +26,8 @@ class PagedCache(PagePool):
 
     attn: a compiled attention. batch: sequences. pages: of `page` tokens each, in the pool.
     max_len: tokens of the longest sequence, for which the table has room (four bytes a page).
-    dtype: of the pool, float8_e4m3fn included. bounds: also keep the least and largest key of each page, `k_min` and
-    `k_max` [pages, Hkv, D], in the pool's dtype (float32 for 8-bit pools), as Quest selects pages by
+    dtype: of the pool (default: torch's), float8_e4m3fn included. bounds: also keep the least and largest key of each
+    page, `k_min` and `k_max` [pages, Hkv, D], in the pool's dtype (float32 for 8-bit pools), as Quest selects pages by
     (arXiv 2406.10774). inputs: arguments and inputs of the pattern that are known and stay so, such as a runtime span.
 
     Attributes: k, v: the pools, [pages, Hkv, page, D] and Dv. page_table: int32 [batch, max_len / page], -1 where there
@@ -50,11 +50,9 @@ class PagedCache(PagePool):
         bounds: bool = False,
         **inputs: Any,
     ) -> None:
-        import torch
-
         super().__init__(
             attn, attn.retention(page, **inputs), batch, kv_heads, head_dim, head_dim if v_dim is None else v_dim,
-            pages, max_len, torch.float32 if dtype is None else dtype, device, bounds,
+            pages, max_len, dtype, device, bounds,
         )  # fmt: skip
 
 

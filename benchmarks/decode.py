@@ -14,7 +14,7 @@ from benchmarks.dense import attend, judge, worst
 from benchmarks.failures import short_reason
 from benchmarks.peers import prepare_dynamo
 from benchmarks.rows import MaskRule
-from benchmarks.timing import milliseconds
+from benchmarks.timing import host_microseconds, milliseconds
 
 PAGE = 16
 # Calls in one graph: its launch is then small beside them.
@@ -156,7 +156,7 @@ CONTENDERS: dict[str, Callable[[DecodeRow, Caches], Step]] = {
 
 
 def run_decode(sizes: DecodeSizes, contenders: list[str] | None = None) -> Iterator[list[str]]:
-    """The table's header and rows: µs a call and GB/s over the bytes that the pattern visits."""
+    """The table's header and rows: µs a call, GB/s over the bytes that the pattern visits, host µs without a graph."""
     names = [name for name in CONTENDERS if contenders is None or name in contenders]
     yield ["pattern", "tokens", "floor MB", *names]
     for row in ROWS:
@@ -185,9 +185,10 @@ def measure(row: DecodeRow, build: Callable[[DecodeRow, Caches], Step], caches: 
     if device.type == "cuda":
         graph = recorded(step, layers)
         us = 1e3 * milliseconds(graph.replay, device) / CALLS
+        host = f", host {host_microseconds(lambda: step(0), device):.0f} us"
     else:
-        us = 1e3 * milliseconds(lambda: step(0), device)
-    return f"{us:.1f} us ({visited / us / 1e3:.0f} GB/s)"
+        us, host = 1e3 * milliseconds(lambda: step(0), device), ""
+    return f"{us:.1f} us ({visited / us / 1e3:.0f} GB/s{host})"
 
 
 def recorded(step: Step, layers: int) -> torch.cuda.CUDAGraph:

@@ -32,7 +32,7 @@ class PagePool:
         v_dim: int,
         pages: int,
         max_len: int,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         device: torch.device | str | None,
         bounds: bool,
     ) -> None:
@@ -46,7 +46,7 @@ class PagePool:
         self.lengths = [0] * batch
         self.k_min = self.k_max = None
         if bounds:
-            kept = torch.float32 if self.k.element_size() == 1 else dtype
+            kept = torch.float32 if self.k.element_size() == 1 else self.k.dtype
             self.k_min = torch.full((pages, kv_heads, head_dim), torch.inf, dtype=kept, device=device)
             self.k_max = torch.full_like(self.k_min, -torch.inf)
         self._free = list(range(pages - 1, -1, -1))

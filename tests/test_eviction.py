@@ -39,7 +39,7 @@ def test_what_is_evictable_is_not_read(case: Case, page: int, tokens: int) -> No
     except Unsupported:
         reject()
     mask = oracle.mask(program, whole, case.inputs, case.args)
-    read = mask[:, :, tokens:].any((0, 1, 2))
+    read = np.asarray(mask[:, :, tokens:].any((0, 1, 2)))
     pages = np.arange(-(-shape.k_len // page))
     for i in pages[kept.evictable(tokens, pages)]:
         assert (i + 1) * page <= tokens
