@@ -17,8 +17,9 @@ from attndsl.plan import DType, ForwardPlan, Plan, Spec, Tiling, forward_plan, h
 from attndsl.program import Arg, Program, Read, Table, Var, reads, scalars, substitute, walk
 from attndsl.tiles import Run, TileRuns
 
-# Programs a multiprocessor gets where tiles are scarce, and where each still gets a long slice of them.
-_FEW, _MANY = 4, 16
+# Programs a multiprocessor gets where tiles are scarce (as many as it runs at once, so none waits for another), and
+# where each still gets a long slice of them (then the last to start leave little idle).
+_FEW, _MANY = 3, 16
 # Tiles of a slice that is long: its start and the merge are then small beside it.
 _LONG_SLICE = 32
 # Query rows of a tile, the rows of all its heads together: products take 16 at least.
@@ -150,7 +151,7 @@ def split_count(plan: DecodePlan, batch: int, rows: int, capacity: int, multipro
     units, tiles = plan.units(batch, rows), most_tiles(plan, rows, capacity)
     if units == 0 or tiles == 0:
         return 1
-    few, many = (-(-wanted * multiprocessors // units) for wanted in (_FEW, _MANY))
+    few, many = (wanted * multiprocessors // units for wanted in (_FEW, _MANY))
     return max(1, min(max(few, min(many, tiles // _LONG_SLICE)), tiles))
 
 

@@ -48,7 +48,10 @@ class _Decode(ForwardWriter):
 
     def constants(self) -> None:
         plan, tiling = self.plan, self.plan.tiling
-        heads = "" if plan.pack == 1 else f"  # {tiling.block_q} rows of {plan.pack} heads"
+        rows = f"{tiling.block_q} row{'s' * (tiling.block_q > 1)}"
+        heads = (
+            "" if plan.pack == 1 else f"  # {rows} of {plan.pack} heads, {min(plan.pack, plan.group)} of which exist"
+        )
         self.lines.add(
             f"BLOCK_Q: tl.constexpr = {tiling.block_q * plan.pack}{heads}",
             f"BLOCK_K: tl.constexpr = {tiling.block_k}",
