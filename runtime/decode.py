@@ -21,7 +21,7 @@ CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FP8 = torch.float8_e4m3fn
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that takes longer to make
 class DecodeTensors:
     """The tensors of a call, heads before tokens.
 
@@ -57,10 +57,18 @@ class DecodeTensors:
         )  # fmt: skip
 
     def kind(self) -> tuple[Any, ...]:
-        """Everything about the tensors that a launch depends on."""
-        given = (self.q, self.k, self.v, self.seq_lens, self.page_table, self.k_scale, self.v_scale)
-        pointers = self.q.data_ptr() | self.k.data_ptr() | self.v.data_ptr()
-        return (*(x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in given), pointers & 15 == 0)
+        """Everything about the tensors that a launch depends on. Written out, since it is asked at every call."""
+        q, k, v, lengths, table, k_scale, v_scale = (
+            self.q, self.k, self.v, self.seq_lens, self.page_table, self.k_scale, self.v_scale
+        )  # fmt: skip
+        return (
+            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device,
+            k.device, v.device, lengths.shape, lengths.stride(), lengths.dtype, lengths.device,
+            None if table is None else (table.shape, table.stride(), table.dtype, table.device),
+            None if k_scale is None else (k_scale.shape, k_scale.stride(), k_scale.dtype, k_scale.device),
+            None if v_scale is None else (v_scale.shape, v_scale.stride(), v_scale.dtype, v_scale.device),
+            (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15 == 0,
+        )  # fmt: skip
 
 
 Launch = Callable[[DecodeTensors, Sequence[Tensor], Sequence[int], float | None], tuple[Tensor, Tensor]]

@@ -12,7 +12,7 @@ from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from attndsl.plan import Tiling
-from attndsl.program import Axis, Dim
+from attndsl.program import Axis, CallShape, Dim
 from attndsl.relation import Unsupported
 from tests.accuracy import examples
 from tests.cases import CASES
@@ -71,6 +71,18 @@ def page_of(capacity: int) -> int:
     return next(size for size in (16, 10, 8, 7, 1) if capacity % size == 0)
 
 
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")]
+
+
+@pytest.mark.parametrize(("rows", "dim", "page"), [(1, 128, 16), (20, 64, 64), (3, 80, None)])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_GPU)], ids=str)
+def test_dtype(dtype: torch.dtype, rows: int, dim: int, page: int | None) -> None:
+    """Tiles and slices as they are chosen for a device."""
+    shape = CallShape(2, 8, 2, rows, 192, dim, dim)
+    case = replace(CASES["streaming"], text="causal & (sink(4) | window(100))", shape=shape)
+    judge(case, [192, 115], "triton", page, splits=None, tiling=None, dtype=dtype)
+
+
 @st.composite
 def decodes(draw: st.DrawFn) -> tuple[Case, list[int], int | None]:
     case = draw(composed_programs(lengths=(1, 7, 33, 64, 100)))
@@ -83,7 +95,7 @@ def decodes(draw: st.DrawFn) -> tuple[Case, list[int], int | None]:
 
 
 @given(drawn=decodes(), splits=st.sampled_from((1, 2, 5)))
-@examples(25)
+@examples(15)
 def test_random(drawn: tuple[Case, list[int], int | None], splits: int) -> None:
     case, lengths, page = drawn
     # A capacity of whole pages would ask for longer inputs.
@@ -91,7 +103,7 @@ def test_random(drawn: tuple[Case, list[int], int | None], splits: int) -> None:
 
 
 @given(drawn=decodes())
-@examples(25)
+@examples(15)
 def test_random_on_the_cpu(drawn: tuple[Case, list[int], int | None]) -> None:
     case, lengths, page = drawn
     judge(case, lengths, "cpu", page if page and case.shape.k_len % page == 0 else None)

@@ -24,7 +24,7 @@ STREAMING = "causal & (window(20) | sink(3))"
 
 
 @given(case=composed_programs(lengths=(24, 33), scores=False), page=st.sampled_from((1, 4)), tokens=st.integers(0, 33))
-@examples(25)
+@examples(15)
 def test_what_is_evictable_is_not_read(case: Case, page: int, tokens: int) -> None:
     """No row from `tokens` on, of the case's own length, reads an evictable page."""
     program, shape = case.load(), case.shape
