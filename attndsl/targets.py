@@ -23,7 +23,7 @@ DTYPE_NAMES = {dtype.value: dtype for dtype in DType} | {
     "bf16": DType.BFLOAT16, "fp16": DType.FLOAT16, "fp32": DType.FLOAT32, "fp64": DType.FLOAT64,
 }  # fmt: skip
 BYTES = {DType.BFLOAT16: 2, DType.FLOAT16: 2, DType.FLOAT32: 4, DType.FLOAT64: 8}
-KERNELS = ("forward",)
+KERNELS = ("forward", "dq", "dkdv", "decode")
 BACKENDS = ("triton", "gluon", "cpu")
 
 

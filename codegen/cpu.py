@@ -105,7 +105,7 @@ class TileLoop:
         self.plan = plan
         self.reads_keys = any(reads(e, "k") for e in per_pair if e is not None)
         self.lines = Lines(indent=1)
-        self.helpers: set[str] = {"key_spans", "chunks", "gather", "positions"}
+        self.helpers: set[str] = {"key_spans", "chunks", "positions", self.rows_of("k").partition("(")[0]}
         self.numbers = Printer(PYTHON, Names(NumberLeaves(plan)), self.helpers)
         self.tensors = Printer(TORCH, Names(TensorLeaves(plan)), self.helpers)
         self.per_batch = any(reads(x, "b") for x in run_scalars(plan.runs))
@@ -142,32 +142,38 @@ class TileLoop:
         )
 
     @contextmanager
+    def batches(self) -> Iterator[None]:
+        """A loop over batch entries, where the runs need it; inside, `at_b` selects those attended together."""
+        with self.lines.block("for b in range(batch):" if self.per_batch else "for b in [slice(None)]:"):
+            self.lines.add("at_b = slice(b, b + 1)" if self.per_batch else "at_b = b")
+            yield
+
+    @contextmanager
     def tiles(self) -> Iterator[None]:
         """Loops over heads (where the runs need it) and query tiles; inside, `at` selects the rows of a tile."""
         lines = self.lines
-        with lines.block("for b in range(batch):" if self.per_batch else "for b in [slice(None)]:"):
-            lines.add("at_b = slice(b, b + 1)" if self.per_batch else "at_b = b")
-            with lines.block("for h in range(kv_heads * group):" if self.per_head else "for h in [slice(None)]:"):
-                if self.per_head:
-                    lines.add("g = h // group", "at_g, at_r = slice(g, g + 1), slice(h % group, h % group + 1)")
-                else:
-                    lines.add("at_g, at_r = slice(None), slice(None)")
+        heads = "for h in range(kv_heads * group):" if self.per_head else "for h in [slice(None)]:"
+        with self.batches(), lines.block(heads):
+            if self.per_head:
+                lines.add("g = h // group", "at_g, at_r = slice(g, g + 1), slice(h % group, h % group + 1)")
+            else:
+                lines.add("at_g, at_r = slice(None), slice(None)")
+            lines.add(
+                "b_index, h_index = all_b[at_b], all_h[:, at_g, at_r]",
+                "g_index = h_index // group",
+            )
+            if self.plan.scale is not None:
+                lines.add(f"scale = {self.tensors.text(self.plan.scale)}")
+            with lines.block("for q_tile in range(-(-rows // block_q)):"):
                 lines.add(
-                    "b_index, h_index = all_b[at_b], all_h[:, at_g, at_r]",
-                    "g_index = h_index // group",
+                    "low, high = q_tile * block_q, min((q_tile + 1) * block_q, rows)",
+                    "at = (at_b, at_g, at_r, slice(low, high))",
+                    "q_pos = torch.arange(start + low, start + high).view(-1, 1)",
                 )
-                if self.plan.scale is not None:
-                    lines.add(f"scale = {self.tensors.text(self.plan.scale)}")
-                with lines.block("for q_tile in range(-(-rows // block_q)):"):
-                    lines.add(
-                        "low, high = q_tile * block_q, min((q_tile + 1) * block_q, rows)",
-                        "at = (at_b, at_g, at_r, slice(low, high))",
-                        "q_pos = torch.arange(start + low, start + high).view(-1, 1)",
-                    )
-                    self._spans()
-                    yield
+                self.spans()
+                yield
 
-    def _spans(self) -> None:
+    def spans(self) -> None:
         runs, lines = self.plan.runs, self.lines
         where = self.plan.program.branch.span
         lines.add(f"# The keys that these rows visit{f'  [{where}]' if where else ''}")
@@ -180,6 +186,9 @@ class TileLoop:
             lines.add(f"{label}_runs = [")
             lines.add(*(f"    ({self._number(run.first)}, {self._number(run.count)}, {run.step})," for run in found))
             lines.add("]", f"{label}_spans = key_spans({label}_runs, block_k, k_len)")
+
+    def attended(self) -> None:
+        """What is to be done when all keys of a tile are attended."""
 
     def _number(self, e: Scalar) -> str:
         return self.numbers.text(e)
@@ -195,8 +204,8 @@ class TileLoop:
             printer = self.tensors.within(self.tensors.names.inner())
             lines.add(
                 "spans = full + partial",
-                "keys = gather(k[at_b, at_g], spans).to(compute)",
-                "values = gather(v[at_b, at_g], spans).to(compute)",
+                f"keys = {self.rows_of('k')}.to(compute)",
+                f"values = {self.rows_of('v')}.to(compute)",
                 "scores = (queries.flatten(2, 3) @ keys.mT).unflatten(2, queries.shape[2:4]) * scale",
             )
             if self.reads_keys:
@@ -214,6 +223,10 @@ class TileLoop:
             self.helpers.add("kept")
             self.lines.add("keep = kept(seed, b_index, h_index, q_pos, spans, drop_below)")
 
+    def rows_of(self, x: str) -> str:
+        """The keys or values of the spans."""
+        return f"gather({x}[at_b, at_g], spans)"
+
     def mask(self, target: str, value: str) -> None:
         """Put `value` in place of pairs that are not allowed: only among the keys of partial tiles, which come last."""
         if self.plan.mask is not None:
@@ -230,13 +243,20 @@ class TileLoop:
 def forward_source(plan: ForwardPlan) -> str:
     """Text of a Python file whose `attention_forward` writes `out` and `lse` (both preset by the caller)."""
     loop = TileLoop(plan, (plan.score, plan.weights))
-    lines = loop.lines
-    lines.add(
+    loop.lines.add(
         '"""Attend q [batch, kv_heads, group, rows, D] to k, v [batch, kv_heads, keys, D].',
         "",
         "Writes out [batch, kv_heads, group, rows, Dv] and lse [batch, kv_heads, group, rows].",
         '"""',
     )
+    attend(loop)
+    signature = ", ".join(["q", "k", "v", "out", "lse", "scale", *loop.parameters()])
+    return loop.file("attention_forward", signature, "forward, blocked PyTorch")
+
+
+def attend(loop: TileLoop) -> None:
+    """The body of a function that attends: the rows of a tile over portions of their keys."""
+    plan, lines = loop.plan, loop.lines
     loop.prologue()
     softmax = plan.softmax
     with loop.tiles():
@@ -269,6 +289,7 @@ def forward_source(plan: ForwardPlan) -> str:
             loop.keep()
             loop.drop("weights")
             lines.add("acc += (weights.flatten(2, 3) @ values).unflatten(2, queries.shape[2:4])")
+        loop.attended()
         if plan.sink is not None:
             lines.add(
                 f"sink = ({loop.tensors.text(plan.sink)} + torch.zeros_like(acc[..., :1]))[..., 0]",
@@ -284,5 +305,3 @@ def forward_source(plan: ForwardPlan) -> str:
                 "lse[at] = torch.where(row_sum == 0, -math.inf, row_max + torch.log(row_sum)).to(lse.dtype)",
             )
         lines.add("out[at] = acc.to(out.dtype)")
-    signature = ", ".join(["q", "k", "v", "out", "lse", "scale", *loop.parameters()])
-    return loop.file("attention_forward", signature, "forward, blocked PyTorch")

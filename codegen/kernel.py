@@ -23,9 +23,10 @@ _VARIABLES = {
 
 @dataclass(frozen=True, slots=True)
 class Leaves:
-    """Text of a Triton kernel's leaves."""
+    """Text of a Triton kernel's leaves. `ragged`: each sequence has its own length, and `last_key` its last index."""
 
     plan: Plan
+    ragged: bool = False
 
     def __call__(self, e: Scalar, printer: Printer) -> str:
         match e:
@@ -82,7 +83,9 @@ class Leaves:
             printer.helpers.add("clamp")
             return f"clamp({printer.text(e, Level.SUM)} - start, 0, rows - 1)"
         last = f"{dim.size - 1}" if dim.axis is Axis.CONST else f"{size} - 1"
-        if dim.axis is Axis.K and dim.block == 1:
+        if self.ragged and dim.axis in (Axis.K, Axis.Q):
+            last = "last_key" if dim.block == 1 else f"last_key // {dim.block}"
+        elif dim.axis is Axis.K and dim.block == 1:
             last = "k_len - 1"
         return self._clamped(e, dim, last, printer)
 
@@ -106,11 +109,12 @@ class KernelWriter:
     Tiles of q, k, v, dout are named after their tensors, one variable for each part of the head dimension.
     """
 
-    def __init__(self, plan: Plan, function: str, tensors: str) -> None:
+    def __init__(self, plan: Plan, function: str, tensors: str, ragged: bool = False) -> None:
         self.plan, self.function = plan, function
         self.tensors = tensors.split()
         self.lines = Lines(indent=1)
-        self.printer = Printer(TRITON, Names(Leaves(plan)))
+        self.leaves = Leaves(plan, ragged)
+        self.printer = Printer(TRITON, Names(self.leaves))
         self.q_parts = head_parts(plan.spec.dim)
         self.v_parts = head_parts(plan.spec.v_dim)
 
@@ -144,7 +148,7 @@ class KernelWriter:
 
     def fresh(self) -> Printer:
         """A printer that knows no names: what was named inside the tile's loops has the shape of a tile."""
-        return self.printer.within(Names(Leaves(self.plan)))
+        return self.printer.within(Names(self.leaves))
 
     def constants(self) -> None:
         tiling = self.plan.tiling

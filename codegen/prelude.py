@@ -86,3 +86,11 @@ def kept(seed, b, h, q_pos, k_first, drop_below, BLOCK_Q: tl.constexpr, BLOCK_K:
 @triton.jit
 def softcap(x, cap):
     return cap * tanh(x / cap)
+
+
+@triton.jit
+def from_e4m3(bits):
+    """float8 e4m3, given as its bits, as float16: exact for all finite numbers, on any device."""
+    bits = bits.to(tl.uint16)
+    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+    return half.to(tl.float16, bitcast=True) * 256.0

@@ -118,6 +118,33 @@ def gather(x, spans):
     return torch.cat([x[..., low:high, :] for low, high in spans], dim=-2)
 
 
+def gather_pages(x, pages, heads, spans):
+    """The rows of a cache x [slots, heads, page, dim] in the spans of a sequence, as [1, heads, rows, dim].
+
+    A page that does not exist counts as zeros.
+    """
+    size = x.shape[2]
+    # By bytes where elements are of one: few operators take 8-bit floats.
+    bits = x.view(torch.uint8) if x.element_size() == 1 else x
+    cuts = [(page, low, high) for low, high in spans for page in range(low // size, (high - 1) // size + 1)]
+    if len(cuts) <= 32:
+        places = [
+            (pages[page].item(), max(low - page * size, 0), min(high - page * size, size)) for page, low, high in cuts
+        ]
+        pieces = [
+            bits[page : page + 1, heads, low:high]
+            if 0 <= page < x.shape[0]
+            else torch.zeros_like(bits[:1, heads, low:high])
+            for page, low, high in places
+        ]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)).view(x.dtype)
+    at = positions(spans)
+    page = pages[at // size]
+    exists = (page >= 0) & (page < x.shape[0])
+    rows = bits[:, heads][page.clamp(0, x.shape[0] - 1), :, at % size].transpose(0, 1)
+    return torch.where(exists[:, None], rows, 0)[None].view(x.dtype)
+
+
 def positions(spans):
     return torch.cat([torch.arange(low, high) for low, high in spans])
 

@@ -142,8 +142,8 @@ class Engine:
         drops: bool,
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         """Checks a kind of call and prepares its launch."""
-        program, spec = self._program(scale), replace(self._check(q, k, v, inputs, scale), dropout=drops)
-        if self._choose(backend, spec) == "cpu":
+        program, spec = self.program_of(scale), replace(self._check(q, k, v, inputs, scale), dropout=drops)
+        if self.choose(backend, spec) == "cpu":
             from attndsl.runtime.cpu import CpuForward
 
             plan = forward_plan(program, spec, self.tiling or default_tiling(spec))
@@ -173,8 +173,8 @@ class Engine:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None,
         backend: str, aligned: bool, drops: bool, uses_lse: bool,
     ) -> Callable[..., Gradients]:  # fmt: skip
-        program, spec = self._program(scale), replace(self._check(q, k, v, inputs, scale), dropout=drops)
-        on_cpu = self._choose(backend, spec) == "cpu"
+        program, spec = self.program_of(scale), replace(self._check(q, k, v, inputs, scale), dropout=drops)
+        on_cpu = self.choose(backend, spec) == "cpu"
         if on_cpu:
             from attndsl.runtime.cpu_backward import CpuBackward
 
@@ -222,7 +222,7 @@ class Engine:
 
         return Deriving(Deriver(program, call_shape(q, k, v), q.device, self._kept))
 
-    def _program(self, scale: float | None) -> Program:
+    def program_of(self, scale: float | None) -> Program:
         """The program, whose own scale a call's takes the place of."""
         if scale is None or self.program.branch.scale is None:
             return self.program
@@ -245,7 +245,8 @@ class Engine:
             scale_sign=1 if scale is None or scale > 0 else -1,
         )  # fmt: skip
 
-    def _choose(self, backend: str, spec: Spec) -> str:
+    def choose(self, backend: str, spec: Spec) -> str:
+        """The backend of a call. Raises `PatternError` for one that does not exist, or does not run on the device."""
         if backend not in BACKENDS:
             raise error("A509", f"there is no backend {backend!r}", help=f"one of {', '.join(BACKENDS)}")
         target = spec.target

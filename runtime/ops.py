@@ -35,12 +35,11 @@ def attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and lse. Where nothing watches the call (no tracing, no gradients, plain tensors) it skips the dispatcher,
     which costs several times a launch."""
-    if not all(isinstance(x, Tensor) for x in inputs) or not all(isinstance(x, int | torch.SymInt) for x in args):
-        raise _misfit(engine_of(key).program, inputs, args)
+    checked_values(key, inputs, args)
     rate, given = 0.0, None
     if dropout != 0:
         rate, given = check_rate(dropout), seed_tensor(seed, q.device)
-    if torch.compiler.is_compiling() or _watched((q, k, v, *inputs)):
+    if torch.compiler.is_compiling() or watched((q, k, v, *inputs)):
         out: tuple[Tensor, Tensor]
         if _transformed():
             if torch.is_autocast_enabled(q.device.type):
@@ -57,6 +56,12 @@ def _transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def checked_values(key: str, inputs: Sequence[object], args: Sequence[object]) -> None:
+    """Raises `PatternError` for an input that is no tensor, or an argument that is no int."""
+    if not all(isinstance(x, Tensor) for x in inputs) or not all(isinstance(x, int | torch.SymInt) for x in args):
+        raise _misfit(engine_of(key).program, inputs, args)
+
+
 def _misfit(program: Program, inputs: Sequence[object], args: Sequence[object]) -> PatternError:
     """Names the first input that is no tensor, or argument that is no int."""
     for decl, x in zip(program.inputs, inputs, strict=True):
@@ -68,7 +73,8 @@ def _misfit(program: Program, inputs: Sequence[object], args: Sequence[object]) 
     return error("A516", f"`{name}` is a runtime int, not {repr(value)[:40]}", help="pass a Python int")
 
 
-def _watched(tensors: tuple[Tensor, ...]) -> bool:
+def watched(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a call has to go through torch's dispatcher."""
     if (
         tensors[0].is_meta
         or torch._C._len_torch_dispatch_stack()

@@ -18,7 +18,7 @@ from triton.experimental.gluon import language as gl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attndsl.plan import Backend, DType, Loads, Plan, Printed, Spec, head_parts
-from attndsl.program import Program
+from attndsl.program import CallShape, Program
 from attndsl.runtime.build import KernelSource, compile_kernel, parameters
 from attndsl.runtime.cache import KernelCache
 from attndsl.runtime.call import call_shape, dim_size
@@ -32,7 +32,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 FUNCTION = "attention_forward"
 
 ELEMENT = {DType.BFLOAT16: "bf16", DType.FLOAT16: "fp16", DType.FLOAT32: "fp32"}
-_POINTER = {
+POINTER = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.bool: "*i1",
     torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8",
 }  # fmt: skip
@@ -172,14 +172,20 @@ def parameter_sources(plan: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Se
             (_OUT, "out", out, half),
         ):
             found[f"{name}_desc"] = _gluon_descriptor(plan, index, x, rows)
+    return found | program_sources(plan, shape, inputs, q.device)
+
+
+def program_sources(plan: Planned, shape: CallShape, inputs: Sequence[Tensor], device: torch.device) -> dict[str, Any]:
+    """What the parameters of the program's inputs, tables and arguments are given."""
+    found: dict[str, Any] = {}
     for i, (decl, x) in enumerate(zip(plan.program.inputs, inputs, strict=True)):
-        found[f"{decl.name}_ptr"] = Slot(INPUTS + i, _POINTER[x.dtype])
+        found[f"{decl.name}_ptr"] = Slot(INPUTS + i, POINTER[x.dtype])
         for axis, size in enumerate(x.shape):
             # A dimension of size 1 is broadcast.
             found[f"{decl.name}_stride_{axis}"] = 0 if size == 1 else x.stride(axis)
             found[f"{decl.name}_size_{axis}"] = dim_size(decl.dims[axis], plan.program, shape)
     for table in plan.tables:
-        found[f"{table.name}_table"] = table_tensor(table, q.device)
+        found[f"{table.name}_table"] = table_tensor(table, device)
     for i, name in enumerate(plan.program.args):
         found[f"arg_{name}"] = Slot(INPUTS + len(inputs) + i, "i32")
     if plan.spec.dropout:
@@ -230,10 +236,21 @@ def kernel_source(
 
 def _alignments(names: Sequence[str], sources: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     for name in names:
-        if name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr"):
+        if name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "part_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr"):
             yield name, POINTER_ALIGNMENT
-        elif name.startswith("stride_") and sources[name] % STRIDE_ALIGNMENT == 0:
-            yield name, STRIDE_ALIGNMENT
+        elif name.startswith("stride_"):
+            multiple = POINTER_ALIGNMENT if _is_bytes(sources, name) else STRIDE_ALIGNMENT
+            if sources[name] % multiple == 0:
+                yield name, multiple
+
+
+def _is_bytes(sources: Mapping[str, Any], stride: str) -> bool:
+    """Whether the stride is one of a cache of 8-bit elements."""
+    match sources.get(f"{stride.removeprefix('stride_')[:-1]}_ptr"):
+        case Slot(type="*u8"):
+            return True
+        case _:
+            return False
 
 
 def _type(name: str, source: Any) -> str:
@@ -242,6 +259,6 @@ def _type(name: str, source: Any) -> str:
         case Slot(type=type) | Descriptor(type=type):
             return type
         case Tensor():
-            return _POINTER[source.dtype]
+            return POINTER[source.dtype]
         case _:
             return "i64" if "_stride_" in name or name.startswith("stride_") else "i32"

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import attndsl
+import attndsl.serving
 from attndsl.blockgraph import TileCode
 
 ROOT = Path(__file__).parent.parent
@@ -108,6 +109,7 @@ def call(pattern: str, *given: torch.Tensor, **options: object) -> Callable[[], 
 
 Q, K, V = tensors()
 IDS = torch.zeros(1, 32, dtype=torch.int32)
+LENGTHS = torch.tensor([32], dtype=torch.int32)
 WRONG: dict[str, Callable[[], object]] = {
     "A501": call("causal", Q[0], K, V),
     "A502": call("causal", Q, K.half(), V),
@@ -142,10 +144,21 @@ WRONG: dict[str, Callable[[], object]] = {
     "A530": lambda: attndsl.compile("causal").source(target="sm_1"),
     "A531": lambda: attndsl.compile("causal").source("sideways"),
     "A532": lambda: attndsl.compile("causal").assembly("forward", "amdgcn", target="sm_90"),
+    "A550": lambda: attndsl.compile("causal").decode(Q, K, V, torch.tensor([32])),
+    "A551": lambda: attndsl.compile("causal").decode(Q, K, V, LENGTHS, torch.zeros(1, 4, dtype=torch.int64)),
+    "A552": lambda: attndsl.compile("causal").decode(Q, K, V, LENGTHS, layout="dhn"),
+    "A553": lambda: attndsl.compile("causal").decode(Q, K, V, LENGTHS, k_scale=torch.ones(2)),
+    "A554": lambda: attndsl.compile("attention a { align start  attend all }").decode(Q, K, V, LENGTHS),
+    "A555": lambda: attndsl.compile("causal").decode(Q.clone().requires_grad_(), K, V, LENGTHS),
+    "A557": lambda: attndsl.serving.PagedCache(
+        attndsl.compile("causal"), 1, 2, 16, pages=1, page=16, max_len=64
+    ).append(K, V),
+    "A559": lambda: attndsl.compile("causal & random(1, blocks(64), rows(64), 0)").decode(Q, K, V, LENGTHS),
+    "A558": lambda: attndsl.compile("attention a { align start  attend all }").evictable(8),
     "A541": lambda: attndsl.compare("causal", "attention a { align start  attend causal }"),
 }
 # Raised for what a test cannot bring about here, or brings about elsewhere.
-ELSEWHERE = {"A510", "A520", "A525", "A533", "A534", "A540", "A921", "A922"}
+ELSEWHERE = {"A510", "A520", "A525", "A533", "A534", "A540", "A556", "A921", "A922"}
 
 
 @pytest.mark.parametrize("code", sorted(WRONG))

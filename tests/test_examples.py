@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import check_cases, dense, gpu_check, memory, rows
+from benchmarks import check_cases, decode, dense, gpu_check, memory, rows
 from benchmarks.__main__ import main as benchmark
 from benchmarks.peers import CannotRun, Job, Peer
 from benchmarks.tables import make_job, measure
@@ -155,6 +155,18 @@ def test_cpu_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (saved,) = json.loads(out.read_text())["rows"]
     ours, peer = (saved["cells"][name]["ms"] for name in ("attndsl", "SDPA mask"))
     assert row.endswith(f" {peer / ours:.2f}x |")
+
+
+def test_decode_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours agrees with dense attention, contiguous and paged; what does not is not timed."""
+    monkeypatch.setattr(decode, "milliseconds", lambda call, device: 0.5)
+    sizes = decode.DecodeSizes(2, 4, 2, n=1600, dim=16, dtype=torch.float32, device=CPU)
+    header, *table = decode.run_decode(sizes, ["attndsl", "attndsl, pages of 16", "SDPA"])
+    assert header == ["pattern", "tokens", "floor MB", "attndsl", "attndsl, pages of 16", "SDPA"]
+    assert [row[:3] for row in table] == [["full", "1600", "0.8"], ["sink(64) | window(1024)", "1600", "0.6"]]
+    assert all(cell.startswith("500.0 us (") for row in table for cell in row[3:])
+    monkeypatch.setitem(decode.CONTENDERS, "SDPA", lambda row, caches: lambda i: caches.q[i] + 1)
+    assert [*decode.run_decode(sizes, ["SDPA"])][1][3].startswith("FAILED: error")
 
 
 def test_unknown_rows_are_named(capsys: pytest.CaptureFixture[str]) -> None:

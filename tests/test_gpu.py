@@ -68,6 +68,29 @@ def test_derived_inputs_are_captured(text: str) -> None:
     assert (out.double() - attn.reference(q, k, v, **inputs)).abs().max().item() < 2e-2
 
 
+def test_a_decode_graph_serves_all_lengths() -> None:
+    attn = attndsl.compile(PATTERN)
+    (q, _, _), (_, k, v) = tensors(3, 8, 1, 128), tensors(3, 2, 4096, 128)
+    pages = torch.randperm(3 * 256, device="cuda", dtype=torch.int32).view(3, 256)
+    pools = [torch.empty(3 * 256, 2, 16, 128, device="cuda", dtype=q.dtype) for _ in (k, v)]
+    keys, values = pools
+    for pool, x in zip(pools, (k, v), strict=True):
+        pool[pages.flatten().long()] = x.view(3, 2, 256, 16, 128).transpose(1, 2).flatten(0, 1)
+    lengths = torch.ones(3, device="cuda", dtype=torch.int32)
+    attn.decode(q, keys, values, lengths, pages)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attn.decode(q, keys, values, lengths, pages)
+    for known in ([4096, 1, 77], [0, 3000, 105]):
+        lengths.copy_(torch.tensor(known))
+        graph.replay()
+        for b, length in enumerate(known):
+            if length:
+                assert close(attn, out[b : b + 1], q[b : b + 1], k[b : b + 1, :, :length], v[b : b + 1, :, :length])
+            else:
+                assert not out[b].any()
+
+
 def test_launches_on_the_current_stream() -> None:
     attn = attndsl.compile(PATTERN)
     q, k, v = tensors(1, 2, 4096, 64)

@@ -234,3 +234,16 @@ def test_hostile_patterns_take_bounded_time(text: str) -> None:
     runs = tile_runs(relation, 128, 128, Side.QUERY)
     assert time.process_time() - start < 3
     assert runs.full or runs.partial
+
+
+def test_the_bound_may_be_passed_while_reading() -> None:
+    """isl's reader may report it as a syntax error."""
+    cases = "; ".join(f"[x] -> [{i}] : {1 << i} <= x < {2 << i}" for i in range(31))
+    causes = set()
+    for effort in range(1, 6000, 7):
+        ctx = isl.Context()
+        try:
+            bounded(ctx, lambda ctx=ctx: isl.PwAff.read_from_str(ctx, f"{{ {cases} }}"), effort)  # type: ignore[misc]
+        except TooHard as passed:
+            causes.add("syntax error" in str(passed.__cause__))
+    assert causes == {True, False}
