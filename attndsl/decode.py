@@ -80,7 +80,7 @@ def decode_plan(
     tiling: its `block_q` counts the rows of all heads in a tile. Where the tiles that a row visits depend on its head,
     a tile is of one head: the union over heads could be all keys.
     """
-    if derive(program) is not program:
+    if any(decl.derivation is not None for decl in derive(program).inputs):
         raise error(
             "A559", "decode over caches does not yet take `random`, `on segment` and `coarsen` of data",
             program.branch.span, help="call the attention on each sequence's own keys",
