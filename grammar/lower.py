@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -15,7 +16,7 @@ from attndsl.grammar.lints import lint
 from attndsl.grammar.make import MAX_WORK, Maker
 from attndsl.grammar.parse import Parsed, parse_source
 from attndsl.grammar.report import Report, TooLarge, nearest
-from attndsl.grammar.scope import Context, PatternRef, Scope
+from attndsl.grammar.scope import Bound, Context, PatternRef, Scope
 from attndsl.program import Program
 
 
@@ -96,23 +97,41 @@ def _choose(
     return None
 
 
+class _Library(Scope):
+    """The patterns that every text may use, written in the language. One is parsed when a text first names it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self._text = text
+        starts = [(match[1], match.start()) for match in re.finditer(r"^pattern (\w+)", text, re.MULTILINE)]
+        ends = [start for _, start in starts[1:]] + [len(text)]
+        self._places = {name: (start, end) for (name, start), end in zip(starts, ends, strict=True)}
+
+    def find(self, name: str) -> Bound | None:
+        if name in self._places and name not in self._names:
+            start, end = self._places[name]
+            # At its own line, for messages that point at it.
+            text = "\n" * self._text.count("\n", 0, start) + self._text[start:end]
+            report = Report()
+            (item,) = parse_source(Source("std.attn", text), report).document.items
+            report.raise_errors()
+            assert isinstance(item, ast.Pattern)
+            self.set(name, PatternRef(item, self), item.name_span)
+        return super().find(name)
+
+    def names(self) -> Iterator[str]:
+        yield from self._places
+
+
 @cache
-def standard_library() -> ast.Document:
-    """The patterns that every text may use, written in the language."""
-    text = files("attndsl.grammar").joinpath("std.attn").read_text("utf-8")
-    report = Report()
-    document = parse_source(Source("std.attn", text), report).document
-    report.raise_errors()
-    return document
+def standard_library() -> Scope:
+    """The scope around every text's own."""
+    return _Library(files("attndsl.grammar").joinpath("std.attn").read_text("utf-8"))
 
 
 def _context(parsed: Parsed, report: Report) -> Context:
     """The scope of a text: the standard library, under the text's own patterns and inputs."""
-    library = Scope()
-    for item in standard_library().items:
-        assert isinstance(item, ast.Pattern)
-        library.set(item.name, PatternRef(item, library), item.name_span)
-    scope = Scope(library)
+    scope = Scope(standard_library())
     ctx = Context(Maker(report), report, scope, lost=parsed.lost)
     for item in parsed.document.items:
         if isinstance(item, ast.Input):

@@ -101,12 +101,9 @@ class Scope:
         self._names: dict[str, tuple[Bound, Span | None]] = {}
 
     def find(self, name: str) -> Bound | None:
-        scope: Scope | None = self
-        while scope is not None:
-            if name in scope._names:
-                return scope._names[name][0]
-            scope = scope._outer
-        return None
+        if name in self._names:
+            return self._names[name][0]
+        return None if self._outer is None else self._outer.find(name)
 
     def set(self, name: str, bound: Bound, span: Span | None = None) -> None:
         self._names[name] = (bound, span)
@@ -126,10 +123,9 @@ class Scope:
         self._names[name] = (bound, span)
 
     def names(self) -> Iterator[str]:
-        scope: Scope | None = self
-        while scope is not None:
-            yield from scope._names
-            scope = scope._outer
+        yield from self._names
+        if self._outer is not None:
+            yield from self._outer.names()
 
 
 @dataclass(frozen=True, slots=True)
