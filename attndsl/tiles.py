@@ -16,7 +16,7 @@ import islpy as isl
 
 from attndsl.effort import EFFORT, TooHard, bounded
 from attndsl.linear import normalise
-from attndsl.program import Binary, Call, Compare, Const, If, Logic, Scalar, Unary, Var
+from attndsl.program import Binary, Call, Compare, Const, If, Logic, Scalar, Unary, Var, children
 from attndsl.quasi_affine import to_scalar
 from attndsl.relation import Relation
 from attndsl.simplify import fold
@@ -27,6 +27,8 @@ SCAN_EFFORT = 2 * EFFORT
 PIECE_EFFORT = EFFORT // 10
 # After so many pieces past it the rest is not tried.
 MAX_HARD = 4
+# Nodes of the ends of runs, written out: what they share counts each time, as it does for whoever compares them.
+MAX_WRITTEN = 20_000
 # Up to so many pieces are tried for being parts of one interval.
 MAX_JOINED = 6
 
@@ -73,6 +75,17 @@ def tile_runs(relation: Relation, block_q: int, block_k: int, side: Side, align_
     return TileRuns(tuple(map(_plain, runs.full)), tuple(map(_plain, runs.partial)))
 
 
+def _written_out(runs: TileRuns) -> int:
+    sizes: dict[int, int] = {}
+
+    def size(e: Scalar) -> int:
+        if id(e) not in sizes:
+            sizes[id(e)] = 1 + sum(map(size, children(e)))
+        return sizes[id(e)]
+
+    return sum(size(x) for run in runs.full + runs.partial for x in (run.first, run.count))
+
+
 def _plain(run: Run) -> Run:
     return replace(run, first=fold(normalise(run.first)), count=fold(normalise(run.count)))
 
@@ -115,9 +128,11 @@ class _Tiler:
         )
         for attempt in attempts:
             try:
-                return bounded(self.ctx, attempt, SCAN_EFFORT)
+                found = bounded(self.ctx, attempt, SCAN_EFFORT)
             except TooHard:
                 continue
+            if _written_out(found) <= MAX_WRITTEN:
+                return found
         return self._scan(nothing, self.existing)
 
     def _split(self, touched: isl.Set) -> tuple[isl.Set, isl.Set]:
