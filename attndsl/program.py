@@ -36,8 +36,9 @@ class Type(Enum):
 # The names a pattern may read: q and k are token positions, h the query head, g its KV head, b the
 # batch entry, s the scaled dot product of the pair, Nq and Nk one past the last position.
 BUILTINS = frozenset({"q", "k", "b", "h", "g", "s", "Nq", "Nk", "H", "G", "D", "Dv"})
-# Names that only the compiler introduces: the tile indices, and the position of the first row of a call.
-TILE_NAMES = frozenset({"q_tile", "k_tile", "start"})
+# Names that only the compiler introduces: the tile indices, the position of the first row of a call, and those of
+# a layout (`layout.py`): the residue, a query's and a key's index in its order, and the index of the first row.
+TILE_NAMES = frozenset({"q_tile", "k_tile", "start", "residue", "i", "j", "i_start"})
 
 ARITHMETIC = frozenset({"+", "-", "*", "//", "%", "/"})
 COMPARISONS = frozenset({"<", "<=", ">", ">=", "==", "!="})

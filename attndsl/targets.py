@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 from attndsl.diagnostics import error
+from attndsl.pieces import choose_pieces
 from attndsl.plan import DType, Loads, Spec, head_parts
 from attndsl.program import Program
 
@@ -68,6 +69,8 @@ def hopper_refusal(program: Program, spec: Spec) -> str:
     """Why a program has no Hopper lowering for a spec (with its `loads`); empty where it has one."""
     if spec.target != "cuda:90":
         return f"the Hopper lowering is for sm_90, not {spec.target}"
+    if not choose_pieces(program, (spec.heads, spec.kv_heads)).plain:
+        return "it visits tokens out of order, in pieces, which the Hopper lowering does not yet"
     if program.branch.weights is not None:
         return "`weights` has no Hopper lowering yet"
     if spec.dim != spec.v_dim or spec.dim not in (64, 128):

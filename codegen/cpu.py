@@ -7,13 +7,14 @@ Heads and batch entries go together unless the runs depend on them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from attndsl.codegen.header import header
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import PYTHON, TORCH, Level, Names, Printer
+from attndsl.layout import Comb
 from attndsl.plan import ForwardPlan, Plan, run_scalars
 from attndsl.program import Arg, Axis, Dim, Read, Scalar, Table, Type, Var, reads
 
@@ -37,6 +38,8 @@ class TensorLeaves:
                 return "rows" if self.plan.program.align_start else "k_len"
             case Var(name="Nk"):
                 return "k_len"
+            case Var(name="i" | "j" as name):
+                return f"{name}_pos"
             case Var(name="b" | "h" | "g" as name):
                 return f"{name}_index"
             case Var(name=name):
@@ -105,7 +108,7 @@ class TileLoop:
         self.plan = plan
         self.reads_keys = any(reads(e, "k") for e in per_pair if e is not None)
         self.lines = Lines(indent=1)
-        self.helpers: set[str] = {"key_spans", "chunks", "gather", "positions"}
+        self.helpers: set[str] = {"key_spans", "chunks", "positions"}
         self.numbers = Printer(PYTHON, Names(NumberLeaves(plan)), self.helpers)
         self.tensors = Printer(TORCH, Names(TensorLeaves(plan)), self.helpers)
         self.per_batch = any(reads(x, "b") for x in run_scalars(plan.runs))
@@ -157,14 +160,52 @@ class TileLoop:
                 )
                 if self.plan.scale is not None:
                     lines.add(f"scale = {self.tensors.text(self.plan.scale)}")
-                with lines.block("for q_tile in range(-(-rows // block_q)):"):
-                    lines.add(
-                        "low, high = q_tile * block_q, min((q_tile + 1) * block_q, rows)",
-                        "at = (at_b, at_g, at_r, slice(low, high))",
-                        "q_pos = torch.arange(start + low, start + high).view(-1, 1)",
-                    )
+                classes = self.plan.layout.classes
+                residues = lines.block(f"for residue in range({classes}):") if classes > 1 else nullcontext()
+                with residues, self._query_tiles():
                     self._spans()
                     yield
+
+    @contextmanager
+    def _query_tiles(self) -> Iterator[None]:
+        lines, comb = self.lines, self.plan.layout.q
+        if not self.plan.layout.plain:
+            lines.add(f"# Tokens: {self.plan.layout}. `nth` counts them.")
+        if not self.plan.layout.k.every:
+            lines.add(f"k_end = {self._index(self.plan.layout.k, 'Nk')}")
+        if comb.every:
+            with lines.block("for q_tile in range(-(-rows // block_q)):"):
+                lines.add(
+                    "low, high = q_tile * block_q, min((q_tile + 1) * block_q, rows)",
+                    "at = (at_b, at_g, at_r, slice(low, high))",
+                    "q_pos = torch.arange(start + low, start + high).view(-1, 1)",
+                )
+                yield
+            return
+        end = "Nq" if self.plan.program.align_start else "Nk"
+        lines.add(f"i_start, i_end = {self._index(comb, 'start')}, {self._index(comb, end)}")
+        with lines.block("for q_tile in range(-(-(i_end - i_start) // block_q)):"):
+            lines.add(
+                "low, high = i_start + q_tile * block_q, min(i_start + (q_tile + 1) * block_q, i_end)",
+                "i_pos = torch.arange(low, high).view(-1, 1)",
+                f"q_pos = {self._tokens(comb, 'i_pos')}",
+            )
+            if comb.width == 1:
+                rows = ", ".join(f"{self._tokens(comb, x)} - start" for x in ("low", "high"))
+                lines.add(f"at = (at_b, at_g, at_r, slice({rows}, {comb.period}))")
+            else:
+                lines.add("at = (at_b, at_g, at_r, q_pos[:, 0] - start)")
+            yield
+
+    def _index(self, comb: Comb, variable: str) -> str:
+        """The index of the first token at or after a position, as text."""
+        return self.numbers.within(Names(NumberLeaves(self.plan))).text(comb.index(Var(variable)))
+
+    def _tokens(self, comb: Comb, nth: str) -> str:
+        """The tokens of indices, as text."""
+        printer = self.tensors.within(Names(TensorLeaves(self.plan)))
+        printer.names.known[Var("i")] = nth
+        return printer.text(comb.position(Var("i")))
 
     def _spans(self) -> None:
         runs, lines = self.plan.runs, self.lines
@@ -178,7 +219,8 @@ class TileLoop:
                 continue
             lines.add(f"{label}_runs = [")
             lines.add(*(f"    ({self._number(run.first)}, {self._number(run.count)}, {run.step})," for run in found))
-            lines.add("]", f"{label}_spans = key_spans({label}_runs, block_k, k_len)")
+            end = "k_len" if self.plan.layout.k.every else "k_end"
+            lines.add("]", f"{label}_spans = key_spans({label}_runs, block_k, {end})")
 
     def _number(self, e: Scalar) -> str:
         return self.numbers.text(e)
@@ -192,26 +234,68 @@ class TileLoop:
         lines = self.lines
         with lines.block(f"for full, partial in chunks(full_spans, partial_spans, {CHUNK}):"):
             printer = self.tensors.within(self.tensors.names.inner())
-            lines.add(
-                "spans = full + partial",
-                "keys = gather(k[at_b, at_g], spans).to(compute)",
-                "values = gather(v[at_b, at_g], spans).to(compute)",
-                "scores = (queries.flatten(2, 3) @ keys.mT).unflatten(2, queries.shape[2:4]) * scale",
-            )
+            lines.add("spans = full + partial")
+            if self.plan.layout.k.every:
+                self.helpers.add("gather")
+                lines.add(
+                    "keys = gather(k[at_b, at_g], spans).to(compute)",
+                    "values = gather(v[at_b, at_g], spans).to(compute)",
+                )
+            else:
+                self._comb_keys()
+            lines.add("scores = (queries.flatten(2, 3) @ keys.mT).unflatten(2, queries.shape[2:4]) * scale")
             if self.reads_keys:
-                lines.add("k_pos = positions(spans)")
+                comb = self.plan.layout.k
+                lines.add(f"k_pos = {'k_tokens' if comb.width > 1 else self._tokens(comb, 'positions(spans)')}")
             yield printer
+
+    def _comb_keys(self) -> None:
+        """`keys` and `values` in a layout: without a copy where they lie at equal distances."""
+        comb, lines = self.plan.layout.k, self.lines
+        if comb.width == 1:
+            self.helpers.add("gather")
+            for name, x in (("keys", "k"), ("values", "v")):
+                lines.add(f"{name} = gather({x}[{self._keys}], spans).to(compute)")
+            return
+        lines.add(
+            "k_nth = positions(spans)",
+            f"k_tokens = {self._tokens(comb, 'k_nth')}",
+            "keys = k[at_b, at_g].index_select(-2, k_tokens).to(compute)",
+            "values = v[at_b, at_g].index_select(-2, k_tokens).to(compute)",
+        )
+
+    @property
+    def _keys(self) -> str:
+        """The keys that spans are counted in, of a tensor [batch, kv_heads, keys, D], where they are a slice."""
+        comb = self.plan.layout.k
+        return "at_b, at_g" if comb.every else f"at_b, at_g, {self.numbers.text(comb.first)}::{comb.period}"
+
+    def scatter(self, x: str, values: str) -> None:
+        """Add values to tensor `x` at the keys of a chunk."""
+        if self.plan.layout.k.width > 1:
+            # No two of the tokens are the same: the sum has one order.
+            self.lines.add(f"{x}[at_b, at_g].index_add_(-2, k_tokens, {values})")
+            return
+        self.helpers.add("scatter")
+        self.lines.add(f"scatter({x}[{self._keys}], spans, {values})")
 
     def mask(self, target: str, value: str) -> None:
         """Put `value` in place of pairs that are not allowed: only among the keys of partial tiles, which come last."""
         if self.plan.mask is not None:
             printer = self.tensors.within(self.tensors.names.inner())
-            printer.names.known[Var("k")] = "partial_pos"
+            printer.names.known |= {Var("k"): "partial_pos", Var("j"): "partial_nth"}
+            comb, place = self.plan.layout.k, "partial_pos"
             with self.lines.block("if partial:"):
+                if comb.every:
+                    self.lines.add("partial_pos = positions(partial)")
+                else:
+                    place = "partial_nth"
+                    self.lines.add("partial_nth = positions(partial)")
+                    if reads(self.plan.mask, "k"):
+                        self.lines.add(f"partial_pos = {self._tokens(comb, 'partial_nth')}")
                 self.lines.add(
-                    "partial_pos = positions(partial)",
                     f"allowed = torch.as_tensor({printer.text(self.plan.mask)})",
-                    f"{target}[..., -partial_pos.shape[0] :].masked_fill_(~allowed, {value})",
+                    f"{target}[..., -{place}.shape[0] :].masked_fill_(~allowed, {value})",
                 )
 
 
@@ -229,8 +313,18 @@ def forward_source(plan: ForwardPlan) -> str:
     softmax = plan.weights is None
     with loop.tiles():
         lines.add("queries = q[at].to(compute)")
-        lines.add("acc = torch.zeros(*queries.shape[:-1], v.shape[-1], dtype=compute)")
-        if softmax:
+        if plan.follows:
+            lines.add("# What earlier pieces found, as one more key with their output for its value.")
+            lines.add("acc = out[at].to(compute).clone()")
+            if softmax:
+                lines.add(
+                    "found = lse[at].to(compute)",
+                    "row_max = found.clamp(min=-torch.finfo(compute).max)",
+                    "row_sum = (found > -math.inf).to(compute)",
+                )
+        else:
+            lines.add("acc = torch.zeros(*queries.shape[:-1], v.shape[-1], dtype=compute)")
+        if softmax and not plan.follows:
             lines.add(
                 "row_max = torch.full(queries.shape[:-1], -torch.finfo(compute).max, dtype=compute)",
                 "row_sum = torch.zeros(queries.shape[:-1], dtype=compute)",

@@ -132,6 +132,17 @@ class _Backward(KernelWriter, ABC):
         for n, x in self.from_pairs:
             self.lines.add(f"sum_{n} += tl.sum({self.passed_on(x.slope, printer)}, 1)")
 
+    def put(self, x: str, parts: tuple[Part, ...], dim: int, side: str, head: str) -> None:
+        """Store a gradient from the accumulators of its name, or where the plan follows others, add it to theirs."""
+        self.lines.add(self.base(x, head))
+        if self.plan.follows:
+            self.lines.add("# Earlier pieces have written theirs.")
+            self.lines.add(*(f"found{part.suffix} = {x}{part.suffix}" for part in parts))
+            self.load(x, parts, dim, side, head, bounded=True, pointer=True)
+            for part in parts:
+                self.lines.add(f"{x}{part.suffix} = found{part.suffix} + {x}{part.suffix}.to(tl.float32)")
+        self.store(x, parts, dim, side, x)
+
     def place(self, x: Learned, block: str) -> str:
         """The entry that a read takes, as a column."""
         return f"{Leaves(self.plan).flat(x.read, self.printer)} + tl.zeros([{block}, 1], tl.int64)"
@@ -164,7 +175,7 @@ class _Dq(_Backward):
             self.scale(folded=False)
             if self.folded:
                 lines.add("factor = scale * LOG2_E")
-            self.printer.hoist(lines, self.pairs(masked=bool(plan.runs.partial)), ("k", "s"), "row_")
+            self.printer.hoist(lines, self.pairs(masked=bool(plan.runs.partial)), ("k", "j", "s"), "row_")
             lines.add("")
             self.loops(plan.runs, "k_tile")
             lines.add("")
@@ -172,13 +183,20 @@ class _Dq(_Backward):
             self._write_sum(n, learned)
         if self.flows:
             lines.add(*(f"dq{part.suffix} = dq{part.suffix} * scale" for part in self.q_parts))
-        lines.add(self.base("dq", "h"))
-        self.store("dq", self.q_parts, spec.dim, "q", "dq")
+        self.put("dq", self.q_parts, spec.dim, "q", "h")
         return self.file("gradient of q, portable Triton")
 
     def _delta(self) -> None:
-        """Row sums of out * dout less the gradient of lse, kept for the other kernel too."""
+        """Row sums of out * dout less the gradient of lse, kept for the other kernel and further pieces too."""
         lines = self.lines
+        if self.plan.follows:
+            lines.add(
+                "row_at = head.to(tl.int64) * rows + q_rows",
+                "delta = tl.load(delta_ptr + row_at, mask=q_rows < rows, other=0.0)",
+                _ROWS_THAT_SEE_NOTHING,
+            )
+            self.load_lse("row_at")
+            return
         lines.add(self.base("out", "h"))
         self.load("out", self.v_parts, self.plan.spec.v_dim, "q", "h", bounded=True)
         sums = (f"tl.sum(out{p.suffix}.to(tl.float32) * dout{p.suffix}.to(tl.float32), 1)" for p in self.v_parts)
@@ -193,10 +211,11 @@ class _Dq(_Backward):
         printer = self.printer.within(self.printer.names.inner())
         # Rows that do not exist are not written; only sums over rows must leave them out.
         existing = bool(self.from_pairs)
+        self.tokens("k")
         self.load("k", self.q_parts, spec.dim, "k", "g", bounded=masked)
         self.load("v", self.v_parts, spec.v_dim, "k", "g", bounded=masked)
-        if self.pairs(masked):
-            lines.add("k_pos = k_tile * BLOCK_K + k_offset[None, :]")
+        if pairs := self.pairs(masked):
+            self.positions("[None, :]", pairs)
         self.scores("q{}", "tl.trans(k{})")
         self.probabilities(printer, masked, "[BLOCK_Q, BLOCK_K]", existing)
         lines.add("d_weights = " + self.dots(self.v_parts, "dout{}", "tl.trans(v{})"))
@@ -207,6 +226,11 @@ class _Dq(_Backward):
             for part in self.q_parts:
                 key, acc = f"k{part.suffix}", f"dq{part.suffix}"
                 lines.add(f"{acc} = " + self.dot(f"d_scores.to({key}.dtype)", key, acc))
+
+    @property
+    def _program(self) -> str:
+        """The number of the program: heads one after another."""
+        return "head * q_tiles + q_tile" if self.plan.layout.classes == 1 else "tl.program_id(0)"
 
     def _write_sum(self, n: int, x: Learned) -> None:
         plan, lines = self.plan, self.lines
@@ -219,7 +243,7 @@ class _Dq(_Backward):
             )
         if x.over is Over.TILE:
             lines.add(
-                f"tl.store(sum_{n}_ptr + head * q_tiles + q_tile, tl.sum(sum_{n}, 0))",
+                f"tl.store(sum_{n}_ptr + {self._program}, tl.sum(sum_{n}, 0))",
                 f"tl.store(at_{n}_ptr + head, {Leaves(plan).flat(x.read, self.printer)})",
             )
         else:
@@ -239,20 +263,7 @@ class _DkDv(_Backward):
     def source(self) -> str:
         lines, spec = self.lines, self.plan.spec
         self.constants()
-        lines.add(
-            "",
-            "# Heads one after another; a head's first keys first: most rows see them.",
-            "k_tiles = tl.cdiv(k_len, BLOCK_K)",
-            "head = tl.program_id(0) // k_tiles",
-            "k_tile = tl.program_id(0) % k_tiles",
-            f"b = head // {spec.kv_heads}",
-            f"g = head % {spec.kv_heads}",
-            self.start,
-            "",
-            "q_offset = tl.arange(0, BLOCK_Q)",
-            "k_offset = tl.arange(0, BLOCK_K)",
-            "k_pos = k_tile * BLOCK_K + k_offset[:, None]",
-        )
+        self._key_tile()
         for x, parts, dim in (("k", self.q_parts, spec.dim), ("v", self.v_parts, spec.v_dim)):
             lines.add(self.base(x, "g"))
             self.load(x, parts, dim, "k", "g", bounded=True)
@@ -272,10 +283,45 @@ class _DkDv(_Backward):
         lines.add("")
         if self.flows and not self.scale_per_head:
             lines.add(*(f"dk{part.suffix} = dk{part.suffix} * scale" for part in self.q_parts))
-        lines.add(self.base("dk", "g"), self.base("dv", "g"))
-        self.store("dk", self.q_parts, spec.dim, "k", "dk")
-        self.store("dv", self.v_parts, spec.v_dim, "k", "dv")
+        self.put("dk", self.q_parts, spec.dim, "k", "g")
+        self.put("dv", self.v_parts, spec.v_dim, "k", "g")
         return self.file("gradients of k and v, portable Triton")
+
+    def _key_tile(self) -> None:
+        """Which key tile of which key head a program owns."""
+        lines, spec, layout = self.lines, self.plan.spec, self.plan.layout
+        tiles = f"k_tiles = tl.cdiv({self.most('k', 'k_len')}, BLOCK_K)"
+        if layout.classes == 1:
+            lines.add(
+                "",
+                "# Heads one after another; a head's first keys first: most rows see them.",
+                tiles,
+                "head = tl.program_id(0) // k_tiles",
+            )
+        else:
+            lines.add(
+                "",
+                "# Heads one after another, of a head one residue after another, of a residue the first keys first.",
+                tiles,
+                f"head = tl.program_id(0) // (k_tiles * {layout.classes})",
+                f"residue = tl.program_id(0) // k_tiles % {layout.classes}",
+            )
+        lines.add(
+            "k_tile = tl.program_id(0) % k_tiles",
+            f"b = head // {spec.kv_heads}",
+            f"g = head % {spec.kv_heads}",
+            self.start,
+        )
+        if not layout.k.every:
+            self.skip_missing("k", "k_tile * BLOCK_K")
+        if not layout.q.every:
+            self.first_row()
+        lines.add("", "q_offset = tl.arange(0, BLOCK_Q)", "k_offset = tl.arange(0, BLOCK_K)")
+        self.tokens("k")
+        if layout.k.every:
+            lines.add("k_pos = k_tile * BLOCK_K + k_offset[:, None]")
+        else:
+            lines.add("k_pos, j_pos = k_rows[:, None], k_nth[:, None]")
 
     def _head(self) -> None:
         plan, lines = self.plan, self.lines
@@ -287,7 +333,7 @@ class _DkDv(_Backward):
         if self.folded:
             lines.add("factor = scale * LOG2_E")
         lines.add(*(f"sum_{n} = tl.zeros([BLOCK_K], tl.float32)" for n, _ in self.learned))
-        self.printer.hoist(lines, self.pairs(masked=bool(plan.runs.partial)), ("q", "s"), "column_")
+        self.printer.hoist(lines, self.pairs(masked=bool(plan.runs.partial)), ("q", "i", "s"), "column_")
         self.loops(plan.runs, "q_tile")
         if self.learned:
             lines.add(
@@ -304,11 +350,17 @@ class _DkDv(_Backward):
         spec, lines = self.plan.spec, self.lines
         printer = self.printer.within(self.printer.names.inner())
         # A query tile may reach past the last row whatever its kind: such rows are zero, and must weigh nothing.
+        plain = self.plan.layout.q.every
+        if not plain:
+            self.tokens("q", "i_start + q_tile * BLOCK_Q")
         self.load("q", self.q_parts, spec.dim, "q", "h", bounded=True)
         self.load("dout", self.v_parts, spec.v_dim, "q", "h", bounded=True)
-        lines.add("q_rows = q_tile * BLOCK_Q + q_offset")
-        if self.pairs(masked):
+        if plain:
+            lines.add("q_rows = q_tile * BLOCK_Q + q_offset")
+        if pairs := self.pairs(masked):
             lines.add("q_pos = start + q_rows[None, :]")
+            if any(reads(e, "i") for e in pairs):
+                lines.add("i_pos = q_nth[None, :]")
             if self.reads_rows:
                 lines.add("q_index = tl.minimum(q_rows, rows - 1)[None, :]")
         if self.softmax:

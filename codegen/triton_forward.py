@@ -37,9 +37,11 @@ class _Forward(KernelWriter):
         self.load("q", self.q_parts, spec.dim, "q", "h", bounded=True, pointer=True)
         if spec.loads is Loads.POINTER:
             lines.add(self.base("k", "g"), self.base("v", "g"))
-        for part in self.v_parts:
-            lines.add(f"acc{part.suffix} = tl.zeros([BLOCK_Q, {part.size}], tl.float32)")
-        if self.softmax:
+        if plan.follows:
+            self._take_up()
+        else:
+            lines.add(*(f"acc{part.suffix} = tl.zeros([BLOCK_Q, {part.size}], tl.float32)" for part in self.v_parts))
+        if self.softmax and not plan.follows:
             lines.add(
                 "# Finite, so that rows that see nothing yet need no care: exp2(-inf - row_max) is 0.",
                 "row_max = tl.full([BLOCK_Q], -1.0e38, tl.float32)",
@@ -47,8 +49,22 @@ class _Forward(KernelWriter):
             )
         self.scale(folded=self.folded)
         pairs = [e for e in (plan.mask, plan.score, plan.weights) if e is not None]
-        self.printer.hoist(lines, pairs, ("k", "s"), "row_")
+        self.printer.hoist(lines, pairs, ("k", "j", "s"), "row_")
         lines.add("")
+
+    def _take_up(self) -> None:
+        """Start from what the pieces before this one found, as if it were one more key of each row."""
+        plan, lines = self.plan, self.lines
+        lines.add(
+            "# What earlier pieces found, as one more key with their output for its value.", self.base("out", "h")
+        )
+        self.load("out", self.v_parts, plan.spec.v_dim, "q", "h", bounded=True, pointer=True)
+        lines.add(*(f"acc{part.suffix} = out{part.suffix}.to(tl.float32)" for part in self.v_parts))
+        if self.softmax:
+            found = 'tl.load(lse_ptr + head.to(tl.int64) * rows + q_rows, mask=q_rows < rows, other=float("-inf"))'
+            lines.add(
+                f"row_max = tl.maximum({found} * LOG2_E, -1.0e38)", "row_sum = tl.where(row_max == -1.0e38, 0.0, 1.0)"
+            )
 
     # ------------------------------------------------------------------------------------- loops
 
@@ -66,11 +82,12 @@ class _Forward(KernelWriter):
         """Load a tile of k and v, score it, and add it to the accumulators."""
         plan, lines = self.plan, self.lines
         printer = self.printer.within(self.printer.names.inner())
+        self.tokens("k")
         self.load("k", self.q_parts, plan.spec.dim, "k", "g", bounded=masked)
         lines.add("scores = " + " + ".join(self.dot(f"q{p.suffix}", f"tl.trans(k{p.suffix})") for p in self.q_parts))
         pairs = [e for e in (plan.mask if masked else None, plan.score, plan.weights) if e is not None]
         if pairs:
-            lines.add("k_pos = k_tile * BLOCK_K + k_offset[None, :]")
+            self.positions("[None, :]", pairs)
         if not self.folded:
             lines.add("scores = scores * scale")
             printer.names.known[Var("s")] = "scores"
@@ -138,7 +155,8 @@ class _Forward(KernelWriter):
                 'lse = tl.where(row_sum == 0.0, float("-inf"), (row_max + tl.log2(row_sum)) / LOG2_E)',
                 "tl.store(lse_ptr + head.to(tl.int64) * rows + q_rows, lse, mask=q_rows < rows)",
             )
-        lines.add(self.base("out", "h"))
+        if not plan.follows:
+            lines.add(self.base("out", "h"))
         self.store("out", self.v_parts, plan.spec.v_dim, "q", "acc")
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attndsl.diagnostics import error
+from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.plan import (
     Backend,
     BackwardPlan,
@@ -19,14 +20,13 @@ from attndsl.plan import (
     Loads,
     Spec,
     Tiling,
-    backward_plan,
     backward_tilings,
     default_tiling,
-    forward_plan,
 )  # fmt: skip
 from attndsl.program import CallShape, Program, TableDecl, Type
 from attndsl.properties import takes_more_rows_than_keys
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
+from attndsl.runtime.pieces import in_turn
 from attndsl.tiling import choose_tiling, prefers_portable
 
 Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor | None]]
@@ -126,8 +126,8 @@ class Engine:
         if self._choose(backend, spec) == "cpu":
             from attndsl.runtime.cpu import CpuForward
 
-            plan = forward_plan(program, spec, self.tiling or default_tiling(spec))
-            return CpuForward(plan, self._text(self.generators.cpu_forward, plan))
+            plans = forward_plans(program, spec, self.tiling or default_tiling(spec))
+            return in_turn([CpuForward(plan, self._text(self.generators.cpu_forward, plan)) for plan in plans])
         from attndsl.runtime.triton_launch import TritonForward, loads_for, why_not_gluon
 
         spec = replace(spec, loads=loads_for(spec, k, v, aligned))
@@ -140,9 +140,9 @@ class Engine:
             reason = "with these heads the portable kernel is predicted to be ahead"
         if not reason:
             spec = replace(spec, backend=Backend.GLUON)
-        plan = forward_plan(program, spec, self.tiling or choose_tiling(program, spec))
-        printed = self._text(self.generators.triton_forward if reason else self.generators.gluon_forward, plan)
-        return TritonForward(plan, printed, q, k, v, inputs, aligned)
+        plans = forward_plans(program, spec, self.tiling or choose_tiling(program, spec))
+        generate = self.generators.triton_forward if reason else self.generators.gluon_forward
+        return in_turn([TritonForward(x, self._text(generate, x), q, k, v, inputs, aligned) for x in plans])
 
     def _prepare_backward(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None, backend: str,
@@ -152,16 +152,20 @@ class Engine:
         on_cpu = self._choose(backend, spec) == "cpu"
         tilings = backward_tilings(spec) if self.tiling is None else (self.tiling, self.tiling)
         if on_cpu:
-            from attndsl.runtime.cpu_backward import CpuBackward
+            from attndsl.runtime import cpu_backward
 
-            plan = backward_plan(program, replace(spec, backend=Backend.CPU), *tilings, uses_lse=uses_lse)
-            return CpuBackward(plan, self._text(self.generators.cpu_backward, plan))
-        from attndsl.runtime.triton_backward import TritonBackward, check_learned
+            plans = backward_plans(program, replace(spec, backend=Backend.CPU), *tilings, uses_lse=uses_lse)
+            generate = self.generators.cpu_backward
+            return cpu_backward.InTurn(tuple(cpu_backward.CpuBackward(x, self._text(generate, x)) for x in plans))
+        from attndsl.runtime import triton_backward
 
-        plan = backward_plan(program, spec, *tilings, uses_lse=uses_lse)
-        check_learned(plan)
-        of_q, of_keys = self._text(self.generators.triton_backward, plan)
-        return TritonBackward(plan, of_q, of_keys, q, k, v, inputs, aligned)
+        plans = backward_plans(program, spec, *tilings, uses_lse=uses_lse)
+        pieces = []
+        for plan in plans:
+            triton_backward.check_learned(plan)
+            of_q, of_keys = self._text(self.generators.triton_backward, plan)
+            pieces.append(triton_backward.TritonBackward(plan, of_q, of_keys, q, k, v, inputs, aligned))
+        return triton_backward.InTurn(tuple(pieces))
 
     def _program(self, scale: float | None) -> Program:
         """The program, whose own scale a call's takes the place of."""

@@ -7,6 +7,7 @@ that it belongs to: here these are added up, in one order.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,9 +45,11 @@ class TritonBackward:
         shape = call_shape(q, k, v)
         self.plan, self.shape = plan, shape
         self.default_scale = default_scale(shape.dim)
-        self.q_tiles = -(-shape.rows // plan.tiling.block_q)
+        layout = plan.layout
+        self.q_tiles = -(-layout.q.most(shape.rows) // plan.tiling.block_q) * layout.classes
         grid = self.q_tiles * shape.batch * shape.heads
-        key_grid = -(-shape.k_len // plan.key_tiling.block_k) * shape.batch * shape.kv_heads
+        key_tiles = -(-layout.k.most(shape.k_len) // plan.key_tiling.block_k) * layout.classes
+        key_grid = key_tiles * shape.batch * shape.kv_heads
         sources = backward_parameters(plan, q, k, v, inputs)
         # Without rows the gradients of k and v are 0; without keys there are none.
         self._dq = prepare(plan, dq_text, DQ, grid, sources, aligned, q.device) if grid else None
@@ -58,37 +61,36 @@ class TritonBackward:
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
         inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
     ) -> Gradients:  # fmt: skip
-        dq, dk, dv = map(empty_gradient, (q, k, v))
-        dout, out, lse = in_order_of(q, dout), in_order_of(q, out), lse.contiguous()
-        d_lse = None if dlse is None else dlse.contiguous()
-        sums = [self._empty_sums(x, q.device) for x in self.plan.learned]
-        scale = self.default_scale if scale is None else scale
-        call = (
-            q, k, v, out, lse, scale, *inputs, *args, dout, d_lse, dq, dk, dv, torch.empty_like(lse),
-            *(tensor for pair in sums for tensor in pair),
-        )  # fmt: skip
-        if self._dq is not None:
-            self._dq(call)
-        if self._dkdv is None:
+        return InTurn((self,))(dout, dlse, q, k, v, out, lse, inputs, args, scale)
+
+    def run(self, call: tuple[Any, ...], dk: Tensor, dv: Tensor, learned: dict[str, Tensor]) -> None:
+        """Write the gradients of q, k, v, or where the plan follows others, add to them; add those of inputs.
+
+        call: what the kernels take, from q to delta; dk and dv are among it. learned: float64, by the inputs' names.
+        """
+        sums = [self._empty_sums(x, dk.device) for x in self.plan.learned]
+        call = (*call, *(tensor for pair in sums for tensor in pair))
+        if not self.plan.follows and (self._dkdv is None or not self.plan.layout.all_keys):
             dk.zero_()
             dv.zero_()
-        else:
+        if self._dq is not None:
+            self._dq(call)
+        if self._dkdv is not None:
             self._dkdv(call)
-        return dq, dk, dv, self._learned(inputs, sums)
+        self._learn(sums, learned)
 
     def _empty_sums(self, x: Learned, device: torch.device) -> tuple[Tensor, Tensor]:
         """Room for the sums of a read, [batch * heads, tiles, rows or keys], and for the entries they belong to."""
         heads = self.shape.batch * self.shape.heads
         size = {Over.TILE: self.q_tiles, Over.KEYS: self.shape.rows, Over.ROWS: self.shape.k_len}[x.over]
         places = heads if x.over is Over.TILE else heads * size
-        return (
-            torch.empty(heads, size, dtype=torch.float32, device=device),
-            torch.empty(places, dtype=torch.int64, device=device),
-        )
+        # In a layout some programs have no tokens, and some tokens no program.
+        make = torch.empty if self.plan.layout.plain else torch.zeros
+        return make(heads, size, dtype=torch.float32, device=device), make(places, dtype=torch.int64, device=device)
 
-    def _learned(self, inputs: Sequence[Tensor], sums: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
-        """The gradients of the inputs."""
-        plan, found = self.plan, dict[str, Tensor]()
+    def _learn(self, sums: Sequence[tuple[Tensor, Tensor]], found: dict[str, Tensor]) -> None:
+        """Add to the gradients of the inputs."""
+        plan = self.plan
         for x, (values, places) in zip(plan.learned, sums, strict=True):
             name = x.read.input
             if name not in found:
@@ -100,10 +102,32 @@ class TritonBackward:
             wide = values.double()
             terms = wide.sum(1) if x.over is Over.TILE else wide.flatten()
             found[name].view(-1).index_put_((places,), terms, accumulate=True)
-        return [
-            found[decl.name].sum_to_size(x.shape).to(x.dtype) if decl.name in found else None
-            for decl, x in zip(plan.program.inputs, inputs, strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class InTurn:
+    """The backward kernels of a program's pieces. Each but the first adds to the gradients of those before it."""
+
+    pieces: tuple[TritonBackward, ...]
+
+    def __call__(
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+    ) -> Gradients:  # fmt: skip
+        first = self.pieces[0]
+        dq, dk, dv = map(empty_gradient, (q, k, v))
+        dout, out, lse = in_order_of(q, dout), in_order_of(q, out), lse.contiguous()
+        d_lse = None if dlse is None else dlse.contiguous()
+        scale = first.default_scale if scale is None else scale
+        call = (q, k, v, out, lse, scale, *inputs, *args, dout, d_lse, dq, dk, dv, torch.empty_like(lse))
+        learned: dict[str, Tensor] = {}
+        for piece in self.pieces:
+            piece.run(call, dk, dv, learned)
+        gradients = [
+            learned[decl.name].sum_to_size(x.shape).to(x.dtype) if decl.name in learned else None
+            for decl, x in zip(first.plan.program.inputs, inputs, strict=True)
         ]
+        return dq, dk, dv, gradients
 
 
 def _declared_size(plan: BackwardPlan, name: str, shape: CallShape) -> list[int]:
@@ -128,4 +152,4 @@ def backward_parameters(
     return found
 
 
-__all__ = ["TritonBackward", "backward_parameters", "check_learned"]
+__all__ = ["InTurn", "TritonBackward", "backward_parameters", "check_learned"]

@@ -86,7 +86,8 @@ class TritonForward:
     ) -> None:
         shape = call_shape(q, k, v)
         self.plan, self.shape = plan, shape
-        self.grid = -(-shape.rows // plan.tiling.block_q) * shape.batch * shape.heads
+        layout = plan.layout
+        self.grid = -(-layout.q.most(shape.rows) // plan.tiling.block_q) * layout.classes * shape.batch * shape.heads
         self.default_scale = default_scale(shape.dim)
         if self.grid:
             sources = parameter_sources(plan, q, k, v, inputs)
@@ -96,9 +97,16 @@ class TritonForward:
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
     ) -> tuple[Tensor, Tensor]:
         out, lse = empty_output(q, self.shape)
+        self.into(out, lse, q, k, v, inputs, args, scale)
+        return out, lse
+
+    def into(
+        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
+        scale: float | None,
+    ) -> None:  # fmt: skip
+        """Write out and lse, or where the plan follows others, add to them."""
         if self.grid:
             self._launch((q, k, v, out, lse, self.default_scale if scale is None else scale, *inputs, *args))
-        return out, lse
 
 
 def prepare(
