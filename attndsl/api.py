@@ -218,11 +218,16 @@ class Attention:
         shape = CallShape(self._batch(arrays), heads, kv_heads, q_len, k_len, 64, 64)
         return _asked(lambda: block_graph(self.program, _checked(shape), block_q, block_k, arrays, args))
 
-    def kernels(self) -> tuple[str, ...]:
-        """Names of the kernels that `source` and `assembly` show."""
-        from attndsl.targets import KERNELS
+    def kernels(self, heads: int = 8, kv_heads: int | None = None) -> tuple[str, ...]:
+        """Names of the kernels that `source` and `assembly` show; a pattern in several pieces has one for each.
 
-        return KERNELS
+        >>> import attndsl
+        >>> attndsl.compile("causal & (window(128) | dilated(128))").kernels()
+        ('forward', 'forward_2')
+        """
+        from attndsl.targets import kernel_names
+
+        return kernel_names(self.program, heads, heads if kv_heads is None else kv_heads)
 
     def source(
         self,
@@ -307,12 +312,13 @@ class Attention:
         """The first and the last stage: the syntax tree, and the generated source."""
         from rich.pretty import pretty_repr
 
-        from attndsl.plan import default_tiling, forward_plan
+        from attndsl.piece_plans import forward_plans
+        from attndsl.plan import default_tiling
 
         source = self.program.source
         syntax = "" if source is None else pretty_repr(parse(source.text, name=source.name), max_width=100)
-        plan = forward_plan(self.program, question.spec, default_tiling(question.spec))
-        return syntax, self._generate(plan)
+        plans = forward_plans(self.program, question.spec, default_tiling(question.spec))
+        return syntax, "\n".join(map(self._generate, plans))
 
     def _plan(
         self,
@@ -327,17 +333,18 @@ class Attention:
     ) -> ForwardPlan:
         from dataclasses import replace
 
-        from attndsl.plan import Backend, forward_plan
-        from attndsl.targets import check_kernel, hopper_refusal, make_spec
+        from attndsl.piece_plans import forward_plans
+        from attndsl.plan import Backend
+        from attndsl.targets import hopper_refusal, kernel_number, make_spec
         from attndsl.tiling import choose_tiling
 
-        check_kernel(kernel)
         spec = make_spec(target, backend, heads, heads if kv_heads is None else kv_heads, dim, v_dim, dtype)
+        number = kernel_number(kernel, self.program, spec.heads, spec.kv_heads)
         if backend == "gluon":
             if reason := hopper_refusal(self.program, spec):
                 raise error("A510", reason, help="choose backend 'triton'")
             spec = replace(spec, backend=Backend.GLUON)
-        return forward_plan(self.program, spec, choose_tiling(self.program, spec))
+        return forward_plans(self.program, spec, choose_tiling(self.program, spec))[number]
 
     def _generate(self, plan: ForwardPlan) -> str:
         from attndsl.codegen import cpu, gluon_forward, triton_forward

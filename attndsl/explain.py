@@ -11,9 +11,13 @@ from numpy.typing import NDArray
 
 from attndsl.blockgraph import BlockGraph, block_graph
 from attndsl.diagnostics import Diagnostic
+from attndsl.layout import PLAIN
 from attndsl.notation import Level, input_text, program_text, scalar_text, set_text
 from attndsl.pairs import allowed, count_pairs, spans, spans_text, too_dense
-from attndsl.plan import ForwardPlan, Loads, Spec, default_tiling, forward_plan
+from attndsl.piece_plans import forward_plans
+from attndsl.piece_tiles import piece_tiles
+from attndsl.pieces import BLOCK_K, BLOCK_Q, TOKENS, choose_pieces
+from attndsl.plan import ForwardPlan, Loads, Spec, default_tiling
 from attndsl.program import Binary, Call, CallShape, Const, If, Program, Read, Scalar, substitute, walk
 from attndsl.quasi_affine import condition
 from attndsl.relation import Relation, build_relation
@@ -72,22 +76,23 @@ class Question:
 
 def explain(question: Question) -> Explanation:
     """The explanation, section by section."""
-    plan = forward_plan(question.program, question.spec, default_tiling(question.spec))
+    plans = forward_plans(question.program, question.spec, default_tiling(question.spec))
     relation = build_relation(question.program, (question.spec.heads, question.spec.kv_heads))
     sections = [
         Section("understood", tuple(_understood(question))),
         Section("rows", tuple(_rows(question))),
         Section("simplified", tuple(_simplified(relation))),
         Section("warnings", tuple(_warnings(question.warnings))),
-        Section("planned", tuple(_planned(plan, Const(question.shape.first_position(question.program))))),
-        Section("cost", tuple(_cost(question, plan))),
+        Section("pieces", tuple(_pieces(question))),
+        Section("planned", tuple(_planned(plans, Const(question.shape.first_position(question.program))))),
+        Section("cost", tuple(_cost(question, plans))),
     ]
     return Explanation(tuple(s for s in sections if s.lines))
 
 
 def stages(question: Question, syntax: str, source: str) -> Explanation:
     """Every stage's own result: syntax, typed program, relation, runs, plan, source text."""
-    plan = forward_plan(question.program, question.spec, default_tiling(question.spec))
+    plans = forward_plans(question.program, question.spec, default_tiling(question.spec))
     relation = build_relation(question.program, (question.spec.heads, question.spec.kv_heads))
     found = {
         "syntax": syntax.splitlines(),
@@ -96,11 +101,12 @@ def stages(question: Question, syntax: str, source: str) -> Explanation:
             str(relation.pairs),
             *(f"{name} stands for {scalar_text(e)}" for name, e in (relation.uniform | relation.atoms).items()),
         ],
-        "runs": list(_run_lines(plan)),
-        "plan": list(_planned(plan, None)),
+        "pieces": list(_pieces(question)),
+        "runs": [line for plan in plans for line in _run_lines(plan)],
+        "plan": list(_planned(plans, None)),
         "source": source.splitlines(),
     }
-    return Explanation(tuple(Section(title, tuple(lines)) for title, lines in found.items()))
+    return Explanation(tuple(Section(title, tuple(lines)) for title, lines in found.items() if lines))
 
 
 # ------------------------------------------------------------------------------------- understood
@@ -204,6 +210,27 @@ def _warnings(warnings: tuple[Diagnostic, ...]) -> list[str]:
     return [line for warning in warnings for line in warning.render().splitlines()] if warnings else []
 
 
+# ----------------------------------------------------------------------------------------- pieces
+
+
+def _pieces(question: Question) -> list[str]:
+    """The layouts that were considered, and the pieces chosen."""
+    spec = question.spec
+    choice = choose_pieces(question.program, (spec.heads, spec.kv_heads))
+    if choice.note:
+        return [choice.note]
+    if len(choice.considered) < 2:
+        return []
+    chosen = (PLAIN,) if choice.plain else tuple(piece.layout for piece in choice.pieces)
+    lines = [f"considered, each with its cost at {TOKENS:,} tokens in tiles of {BLOCK_Q} x {BLOCK_K}:"]
+    for division in sorted(choice.considered, key=lambda division: division.cost):
+        mark = "chosen: " if set(division.layouts) == set(chosen) else ""
+        lines.append(f"  {division.cost:,.0f}  {mark}{'; then '.join(map(str, division.layouts))}")
+        if mark:
+            chosen = ()
+    return lines
+
+
 # ---------------------------------------------------------------------------------------- planned
 
 
@@ -218,7 +245,8 @@ def _lowering(plan: ForwardPlan) -> str:
     return "the Hopper lowering (Gluon), with the Triton versions it was tested on; else portable Triton"
 
 
-def _planned(plan: ForwardPlan, start: Scalar | None) -> list[str]:
+def _planned(plans: tuple[ForwardPlan, ...], start: Scalar | None) -> list[str]:
+    plan = plans[0]
     spec, tiling = plan.spec, plan.tiling
     if spec.target == "cpu":
         backend = "blocked PyTorch, since there is no GPU to compile for"
@@ -232,11 +260,14 @@ def _planned(plan: ForwardPlan, start: Scalar | None) -> list[str]:
         f"tiles of {tiling.block_q} rows x {tiling.block_k} keys{warps} (the default for "
         f"{spec.dtype.value}, D = {spec.dim}, on this target)",
         f"on a call: {_lowering(plan)}",
-        *_run_lines(plan, start),
     ]
-    if plan.runs.partial:
-        mask = "none: nothing but the ends of the keys" if plan.mask is None else scalar_text(plan.mask)
-        lines.append(f"mask of partial tiles: {mask}")
+    for number, piece in enumerate(plans, 1):
+        if len(plans) > 1 or not piece.layout.plain:
+            lines.append(f"piece {number} of {len(plans)}: {piece.layout}")
+        lines += _run_lines(piece, start)
+        if piece.runs.partial:
+            mask = "none: nothing but the ends of the keys" if piece.mask is None else scalar_text(piece.mask)
+            lines.append(f"mask of partial tiles: {mask}")
     return lines
 
 
@@ -245,7 +276,10 @@ def _run_lines(plan: ForwardPlan, start: Scalar | None = None) -> list[str]:
     if not (plan.runs.full or plan.runs.partial):
         return ["no tile is visited"]
     first = "start" if start is None else scalar_text(start)
-    lines = [f"query tile q_tile, whose first row stands at {first} + {plan.tiling.block_q} * q_tile, visits"]
+    where = f"stands at {first} + {plan.tiling.block_q} * q_tile"
+    if not plan.layout.q.every:
+        where = f"is the residue's number i_start + {plan.tiling.block_q} * q_tile"
+    lines = [f"query tile q_tile, whose first row {where}, visits"]
     known = {} if start is None else {"start": start}
     return lines + [f"  {_run_text(run, known)}" for run in (*plan.runs.full, *plan.runs.partial)]
 
@@ -269,8 +303,8 @@ def _run_text(run: Run, known: Mapping[str, Scalar]) -> str:
 # ------------------------------------------------------------------------------------------- cost
 
 
-def _cost(question: Question, plan: ForwardPlan) -> list[str]:
-    shape, spec, tiling = question.shape, question.spec, plan.tiling
+def _cost(question: Question, plans: tuple[ForwardPlan, ...]) -> list[str]:
+    shape, spec, tiling = question.shape, question.spec, plans[0].tiling
     inputs, args = question.inputs or {}, question.args or {}
     lines = [
         f"call: batch {shape.batch}, {shape.heads} query and {shape.kv_heads} key heads, {shape.rows:,} rows, "
@@ -282,12 +316,20 @@ def _cost(question: Question, plan: ForwardPlan) -> list[str]:
         return [*lines, f"tiles: {missing}"]
     flops_of_pair = 2 * (spec.dim + spec.v_dim)
     area = tiling.block_q * tiling.block_k
-    lines.append(
-        f"tiles: {graph.tiles:,} of {graph.classes.size * graph.q_tiles * graph.k_tiles:,} visited "
-        f"({100 * graph.density:.2f} %), {graph.full:,} full and {graph.partial:,} partial"
-    )
+    every = graph.classes.size * graph.q_tiles * graph.k_tiles
+    share, tiles = f"({100 * graph.density:.2f} %)", graph.tiles
+    if len(plans) == 1 and plans[0].layout.plain:
+        lines.append(
+            f"tiles: {tiles:,} of {every:,} visited {share}, {graph.full:,} full and {graph.partial:,} partial"
+        )
+    else:
+        pieces = [piece_tiles(plan, shape, inputs, args) for plan in plans]
+        tiles = sum(piece.tiles for piece in pieces)
+        found = " + ".join(f"{piece.full:,} full and {piece.partial:,} partial" for piece in pieces)
+        lines.append(f"tiles: {tiles:,} visited in {len(plans)} piece{'s' * (len(plans) > 1)}, {found}")
+        lines.append(f"tokens in order: {graph.tiles:,} of {every:,} tiles {share}")
     lines.append(_pairs_line(question, graph, flops_of_pair))
-    flops = graph.tiles * area * flops_of_pair
+    flops = tiles * area * flops_of_pair
     moved = BYTES[spec.dtype] * shape.batch * (
         shape.rows * shape.heads * (spec.dim + spec.v_dim) + shape.k_len * shape.kv_heads * (spec.dim + spec.v_dim)
     )  # fmt: skip

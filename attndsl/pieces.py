@@ -159,13 +159,16 @@ class _Search:
         self.ctx = relation.pairs.get_ctx()
         self.parts = [relation.pairs]
         basic = relation.pairs.get_basic_sets()
-        if 1 < len(basic) <= MAX_PARTS and not any(self._families()):
+        fits_whole = any(len(family) == 1 for family, _ in self._families())
+        if 1 < len(basic) <= MAX_PARTS and not fits_whole:
             self.parts = [isl.Set.from_basic_set(part) for part in basic]
         self.costs: dict[tuple[Layout, frozenset[int]], float] = {}
 
     def choice(self) -> Choice:
         everything = frozenset(range(len(self.parts)))
         families = dict(self._families())
+        if not families:
+            return Choice()
         divided: dict[tuple[Layout, ...], dict[Layout, frozenset[int]]] = {(PLAIN,): {PLAIN: everything}}
         # Each candidate by itself, then two of them; what fits neither stays in order.
         for chosen in (*((f,) for f in families), *permutations(families, 2)):

@@ -24,7 +24,6 @@ DTYPE_NAMES = {dtype.value: dtype for dtype in DType} | {
     "bf16": DType.BFLOAT16, "fp16": DType.FLOAT16, "fp32": DType.FLOAT32, "fp64": DType.FLOAT64,
 }  # fmt: skip
 BYTES = {DType.BFLOAT16: 2, DType.FLOAT16: 2, DType.FLOAT32: 4, DType.FLOAT64: 8}
-KERNELS = ("forward",)
 BACKENDS = ("triton", "gluon", "cpu")
 
 
@@ -37,10 +36,18 @@ def parse_target(target: str) -> str:
     return TARGETS[target]
 
 
-def check_kernel(kernel: str) -> None:
-    """Raises `PatternError` (A531) unless a program has such a kernel."""
-    if kernel not in KERNELS:
-        raise error("A531", f"there is no kernel {kernel!r}", help=f"one of {', '.join(KERNELS)}")
+def kernel_names(program: Program, heads: int, kv_heads: int) -> tuple[str, ...]:
+    """The kernels of a program: `forward`, and one more for each further piece."""
+    further = range(2, len(choose_pieces(program, (heads, kv_heads)).pieces) + 1)
+    return ("forward", *(f"forward_{n}" for n in further))
+
+
+def kernel_number(kernel: str, program: Program, heads: int, kv_heads: int) -> int:
+    """Which piece's kernel it is, from 0. Raises `PatternError` (A531) unless the program has such a kernel."""
+    names = kernel_names(program, heads, kv_heads)
+    if kernel not in names:
+        raise error("A531", f"there is no kernel {kernel!r}", help=f"one of {', '.join(names)}")
+    return names.index(kernel)
 
 
 def make_spec(
