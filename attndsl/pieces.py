@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import islpy as isl
@@ -68,10 +68,14 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Division:
-    """A way to divide a pattern: the layouts of its pieces, and what they should cost, in tiles of 128 x 64."""
+    """A way to divide a pattern: layouts, the parts that each holds, and what they should cost, in tiles of 128 x 64."""
 
-    layouts: tuple[Layout, ...]
+    groups: tuple[tuple[Layout, frozenset[int]], ...]
     cost: float
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        return tuple(layout for layout, _ in self.groups)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,29 +167,38 @@ class _Search:
         if 1 < len(basic) <= MAX_PARTS and not fits_whole:
             self.parts = [isl.Set.from_basic_set(part) for part in basic]
         self.costs: dict[tuple[Layout, frozenset[int]], float] = {}
+        # The relation at the length for which costs are compared.
+        length = f"Nq = {TOKENS} and Nk = {TOKENS} and start = 0"
+        known = relation.context.intersect(isl.Set.read_from_str(self.ctx, f"[Nq, Nk, start] -> {{ : {length} }}"))
+        self.known = replace(relation, context=known)
 
     def choice(self) -> Choice:
-        everything = frozenset(range(len(self.parts)))
         families = dict(self._families())
         if not families:
             return Choice()
-        divided: dict[tuple[Layout, ...], dict[Layout, frozenset[int]]] = {(PLAIN,): {PLAIN: everything}}
-        # Each candidate by itself, then two of them; what fits neither stays in order.
-        for chosen in (*((f,) for f in families), *permutations(families, 2)):
-            groups: dict[Layout, frozenset[int]] = {}
-            left = everything
-            for family in chosen:
-                fits = families[family] & left
-                groups |= {layout: fits for layout in family if fits}
-                left -= fits
-            groups = ({PLAIN: left} if left else {}) | groups
-            divided.setdefault(tuple(groups), groups)
-        divisions = {key: Division(key, self._cost(groups)) for key, groups in divided.items()}
-        best = min(divisions, key=lambda key: divisions[key].cost)
-        plain = divisions[(PLAIN,)]
-        if divisions[best].cost >= WORTH_IT * plain.cost:
-            return Choice(considered=tuple(divisions.values()))
-        return Choice(self._pieces(divided[best]), tuple(divisions.values()))
+        plain = self._divide((), families)
+        alone = {family: self._divide((family,), families) for family in families}
+        # Two candidates together, of those that gain by themselves; what fits neither stays in order.
+        gaining = sorted((f for f in families if alone[f].cost < plain.cost), key=lambda f: alone[f].cost)[:2]
+        together = [self._divide(chosen, families) for chosen in permutations(gaining, 2)]
+        considered = tuple({division.groups: division for division in (plain, *alone.values(), *together)}.values())
+        best = min(considered, key=lambda division: division.cost)
+        if best.cost >= WORTH_IT * plain.cost:
+            return Choice(considered=considered)
+        return Choice(self._pieces(dict(best.groups)), considered)
+
+    def _divide(
+        self, chosen: tuple[tuple[Layout, ...], ...], families: dict[tuple[Layout, ...], frozenset[int]]
+    ) -> Division:
+        """Parts that fit the first of some families go there, of the rest those that fit the next."""
+        groups: dict[Layout, frozenset[int]] = {}
+        left = frozenset(range(len(self.parts)))
+        for family in chosen:
+            fits = families[family] & left
+            groups |= {layout: fits for layout in family if fits}
+            left -= fits
+        groups = ({PLAIN: left} if left else {}) | groups
+        return Division(tuple(groups.items()), self._cost(groups))
 
     def _families(self) -> Iterator[tuple[tuple[Layout, ...], frozenset[int]]]:
         """Layouts that together hold some parts, and those parts."""
@@ -247,7 +260,8 @@ class _Search:
             for name in self.relation.uniform:
                 # The pairs of any head, any call.
                 found = project_param(found, name)
-            tiles = _tiles(_in_layout(self.relation, found, layout), layout, self.program.align_start)
+            found = found.intersect_params(self.known.context)
+            tiles = _tiles(_in_layout(self.known, found, layout), layout, self.program.align_start)
             self.costs[key] = PROGRAM * _programs(layout) + tiles
         return self.costs[key]
 
@@ -307,8 +321,8 @@ def _in_layout(relation: Relation, pairs: isl.Set, layout: Layout) -> Relation:
     found = pairs.preimage_multi_pw_aff(at).intersect_params(residues)
     exists = isl.Set.read_from_str(ctx, "{ [q, k] : k >= 0 }")
     found = found.intersect(exists).coalesce().gist_params(residues)
-    return Relation(found, relation.uniform, relation.atoms, context, False, relation.notes)
+    return replace(relation, pairs=found, context=context, keys_bounded=False)
 
 
 def _with_pairs(relation: Relation, pairs: isl.Set) -> Relation:
-    return Relation(pairs, relation.uniform, relation.atoms, relation.context, False, relation.notes)
+    return replace(relation, pairs=pairs, keys_bounded=False)
