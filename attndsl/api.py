@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from attndsl.blockgraph import BlockGraph
     from attndsl.explain import Explanation, Question
+    from attndsl.piece_tiles import PieceTiles
     from attndsl.plan import ForwardPlan
     from attndsl.runtime.cache import KernelCache
     from attndsl.runtime.engine import Engine
@@ -217,6 +218,35 @@ class Attention:
         arrays, args = self._known(inputs)
         shape = CallShape(self._batch(arrays), heads, kv_heads, q_len, k_len, 64, 64)
         return _asked(lambda: block_graph(self.program, _checked(shape), block_q, block_k, arrays, args))
+
+    def pieces(
+        self,
+        q_len: int,
+        k_len: int,
+        block_q: int = 128,
+        block_k: int = 128,
+        heads: int = 1,
+        kv_heads: int = 1,
+        **inputs: Any,
+    ) -> tuple[PieceTiles, ...]:
+        """The pieces in which a call visits the pattern, each in its own order of tokens, and how many tiles each has.
+
+        >>> import attndsl
+        >>> [(piece.layout, piece.tiles) for piece in attndsl.compile("dilated(16)").pieces(4096, 4096)]
+        [('queries and keys 1 of every 16, from residue on', 64)]
+
+        `blocks` shows the tiles of tokens in order. inputs: as there.
+        """
+        from attndsl.piece_plans import forward_plans
+        from attndsl.piece_tiles import piece_tiles
+        from attndsl.plan import DType, Spec, Tiling
+
+        arrays, args = self._known(inputs)
+        shape = _checked(CallShape(self._batch(arrays), heads, kv_heads, q_len, k_len, 64, 64))
+        # Tiles do not depend on the device.
+        spec = Spec(heads, kv_heads, 64, 64, DType.FLOAT32, "cpu")
+        plans = forward_plans(self.program, spec, Tiling(block_q, block_k))
+        return _asked(lambda: tuple(piece_tiles(plan, shape, arrays, args) for plan in plans))
 
     def kernels(self, heads: int = 8, kv_heads: int | None = None) -> tuple[str, ...]:
         """Names of the kernels that `source` and `assembly` show; a pattern in several pieces has one for each.

@@ -19,8 +19,12 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class PieceTiles:
-    """What a piece visits, over all batch entries and heads: query tiles that exist, full tiles, partial tiles."""
+    """What a piece visits, over all batch entries and heads: query tiles that exist, full tiles, partial tiles.
 
+    `layout`: the order in which it counts tokens, in words.
+    """
+
+    layout: str
     q_tiles: int
     full: int
     partial: int
@@ -48,4 +52,4 @@ def piece_tiles(plan: Plan, shape: CallShape, inputs: Mapping[str, Array], args:
         counts = (np.maximum(reader.value(run.count, variables), 0) for run in runs)
         return sum(int(np.where(exists, count, 0).sum(dtype=np.int64)) for count in counts)
 
-    return PieceTiles(int(exists.sum()), visited(plan.runs.full), visited(plan.runs.partial))
+    return PieceTiles(str(layout), int(exists.sum()), visited(plan.runs.full), visited(plan.runs.partial))

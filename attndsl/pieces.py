@@ -68,7 +68,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Division:
-    """A way to divide a pattern: layouts, the parts that each holds, and what they should cost, in tiles of 128 x 64."""
+    """A way to divide a pattern: layouts, the parts that each holds, and their cost, in tiles of 128 x 64."""
 
     groups: tuple[tuple[Layout, frozenset[int]], ...]
     cost: float

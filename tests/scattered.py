@@ -58,7 +58,7 @@ def scattered_programs(draw: Draw, lengths: tuple[tuple[int, int], ...] = LENGTH
     )
     pattern = scattered_sets(draw)
     rng = np.random.default_rng(draw(st.integers(0, 99)))
-    shape = CallShape(batch, *heads, rows, k_len, dim, draw(st.sampled_from((8, 16))))
+    shape = CallShape(batch, heads[0], heads[1], rows, k_len, dim, draw(st.sampled_from((8, 16))))
     inputs: dict[str, Any] = {}
     declared = [said] if said else []
     if "doc" in pattern:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, reject
+from numpy.typing import NDArray
 from torch import Tensor
 
 import attndsl
@@ -18,7 +21,7 @@ from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.piece_tiles import piece_tiles
 from attndsl.pieces import choose_pieces
 from attndsl.plan import Backend, BackwardPlan, DType, ForwardPlan, Spec, Tiling
-from attndsl.program import CallShape, Const, Program, Read, Var, walk
+from attndsl.program import CallShape, Const, Program, Read, Scalar, Var, walk
 from attndsl.relation import Unsupported
 from tests.accuracy import check, examples
 from tests.gradients import judge as judge_gradients
@@ -76,7 +79,7 @@ def plans(program: Program, shape: CallShape) -> tuple[ForwardPlan, ...]:
     return forward_plans(program, spec, SMALL)
 
 
-def covered(case: Case, plan: ForwardPlan) -> np.ndarray:
+def covered(case: Case, plan: ForwardPlan) -> NDArray[np.int64]:
     """How often a piece allows each pair, int [batch, heads, rows, keys]; its runs and mask are held to each other."""
     program, shape, layout = case.load(), case.shape, plan.layout
     reader = Reader(program, shape, case.inputs, case.args)
@@ -86,7 +89,7 @@ def covered(case: Case, plan: ForwardPlan) -> np.ndarray:
     for residue in range(layout.classes):
         known = reader.variables(b[..., None, None], h[..., None, None]) | {"residue": np.asarray(residue)}
 
-        def value(e, more, known=known):  # type: ignore[no-untyped-def]
+        def value(e: Scalar, more: dict[str, Any], known: dict[str, Any] = known) -> Any:
             return evaluate(e, known | more, {})
 
         low, high = (int(value(layout.q.index(Var("start")), {"start": np.asarray(x)})) for x in (start, end))
@@ -100,7 +103,7 @@ def covered(case: Case, plan: ForwardPlan) -> np.ndarray:
             allowed = np.ones((shape.batch, shape.heads, i.size, keys.size), bool)
             if plan.mask is not None:
                 reading = known | pair | i_start
-                leaves: dict = {}
+                leaves: dict[Scalar, Any] = {}
                 for e in walk(plan.mask):
                     if isinstance(e, Read):
                         leaves[e] = reader.value(e, reading)
@@ -275,6 +278,32 @@ def test_every_piece_is_shown() -> None:
     assert any("piece 2 of 2: queries and keys" in line for line in found.section("planned").lines)
     assert any("visited in 2 pieces" in line for line in found.section("cost").lines)
     assert "pieces" not in [section.title for section in attndsl.compile("causal").explain(100).sections]
+
+
+def test_pieces_are_counted() -> None:
+    found = attndsl.compile("causal & (window(128) | dilated(16))").pieces(2048, 4096, heads=2, kv_heads=1)
+    # The last 16 query tiles of 128 see two key tiles each; a residue has 128 rows after 128 earlier tokens.
+    assert [(piece.layout, piece.q_tiles, piece.tiles) for piece in found] == [
+        ("tokens in order", 2 * 16, 2 * 16 * 2),
+        ("queries and keys 1 of every 16, from residue on", 2 * 16, 2 * 16 * 2),
+    ]
+    (whole,) = attndsl.compile("causal & window(128)").pieces(256, 256)
+    assert (whole.layout, whole.tiles) == ("tokens in order", 3)
+    with pytest.raises(attndsl.PatternError, match="A523"):
+        attndsl.compile("attention a { input n : int[b]\n attend dilated(8) & { k < n[b] } }").pieces(99, 99)
+
+
+@pytest.mark.parametrize(("rows", "k_len"), [(0, 10), (5, 0), (0, 0), (3, 2)])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_nothing_to_attend_to(rows: int, k_len: int, backend: str) -> None:
+    engine = _engine(SCATTERED["more_rows"].load())
+    q, k, v = torch.randn(1, 2, rows, 16), torch.randn(1, 1, k_len, 16), torch.randn(1, 1, k_len, 16)
+    out, lse = engine.forward(q, k, v, [], [], None, backend)
+    dq, dk, dv, _ = engine.backward(torch.randn_like(out), None, q, k, v, out, lse, [], [], None, backend)
+    assert all(x.isfinite().all() for x in (out, dq, dk, dv))
+    if rows == 0 or k_len == 0:
+        assert not any(x.any() for x in (out, dq, dk, dv))
+        assert (lse == -torch.inf).all()
 
 
 def test_positions_of_a_constant() -> None:
