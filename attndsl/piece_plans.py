@@ -41,13 +41,20 @@ def forward_plans(program: Program, spec: Spec, tiling: Tiling) -> tuple[Forward
 def _piece_plan(
     program: Program, piece: Piece, spec: Spec, tiling: Tiling, branch: dict[str, Any], number: int
 ) -> ForwardPlan:
-    spec = _spec_of(piece, spec)
+    spec, tiling = _spec_of(piece, spec), _tiling_of(piece, spec, tiling)
     if number:
         # What all pieces share enters with the first.
         branch = branch | {"sink": None}
     runs = closed_runs(piece.relation, program, spec, tiling, Side.QUERY, piece.layout)
     mask = piece_mask(piece, spec) if runs.partial else None
     return ForwardPlan(program, spec, tiling, runs, mask, **branch, layout=piece.layout, follows=number > 0)
+
+
+def _tiling_of(piece: Piece, spec: Spec, tiling: Tiling) -> Tiling:
+    """Addresses of single rows take registers: below Hopper, where operands do too, more warps share them."""
+    older = spec.target.startswith("cuda:") and int(spec.target.partition(":")[2]) < 90
+    spread = older and not piece.layout.plain and tiling.block_q >= 128 and tiling.warps < 8
+    return replace(tiling, warps=8) if spread else tiling
 
 
 def _spec_of(piece: Piece, spec: Spec) -> Spec:

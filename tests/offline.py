@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel at the default tiling. `tiling`: another one (block_q, block_k, warps, stages)."""
+    """A piece's kernel at the default tiling. `tiling`: another one (block_q, block_k, warps, stages)."""
 
     text: str
     target: str
@@ -29,6 +29,7 @@ class Job:
     heads: tuple[int, int] = (8, 8)
     dtype: str = "bfloat16"
     tiling: tuple[int, int, int, int] | None = None
+    piece: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,14 @@ def compile_one(job: Job) -> Found:
 
     import attndsl
     from attndsl.codegen.triton_forward import forward_source
-    from attndsl.plan import DType, Loads, Spec, Tiling, default_tiling, forward_plan
+    from attndsl.piece_plans import forward_plans
+    from attndsl.plan import DType, Loads, Spec, Tiling, default_tiling
     from attndsl.runtime.assembly import offline_source
     from attndsl.runtime.build import compile_kernel
 
     spec = Spec(*job.heads, job.dim, job.dim, DType(job.dtype), job.target, Loads(job.loads))
     tiling = Tiling(*job.tiling) if job.tiling else default_tiling(spec)
-    plan = forward_plan(attndsl.compile(job.text).program, spec, tiling)
+    plan = forward_plans(attndsl.compile(job.text).program, spec, tiling)[job.piece]
     kernel = compile_kernel(offline_source(plan, forward_source(plan)), job.target)
     shared = int(kernel.metadata.shared)
     if job.target.startswith("hip"):

@@ -31,6 +31,8 @@ QUICK = [
     for (text, dim), device in product(((STREAMING, 128), (SOFTCAP, 64)), DEVICES)
 ]
 QUICK.append(Job(DOCUMENTS, "cuda:90", 128, "descriptor", (8, 2)))
+# The piece whose tokens lie apart, which loads through pointers.
+QUICK += [Job(SCATTERED, target, dim, "pointer", piece=1) for target in ("cuda:80", "cuda:90") for dim in (64, 128)]
 PATTERNS = ("causal", STREAMING, DOCUMENTS, SOFTCAP, SINK, SCATTERED)
 THOROUGH = [
     Job(text, target, dim, loads, heads)
