@@ -16,7 +16,7 @@ __all__ = ["Attention", "Diagnostic", "PatternError", "PatternWarning", "__versi
 
 
 def __getattr__(name: str) -> Any:
-    # `attndsl.nn` imports torch, which takes seconds: only when it is asked for.
-    if name == "nn":
-        return importlib.import_module("attndsl.nn")
+    # These import torch, which takes seconds: only when they are asked for.
+    if name in ("nn", "serving"):
+        return importlib.import_module(f"attndsl.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

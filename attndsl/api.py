@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from attndsl.asking import as_array, asked, batch_of, checked
 
 # Imported here and not when first used: importing a submodule sets the package's attribute of its name, and
 # `attndsl.compare` is the function below.
 from attndsl.compare import Comparison, Undecided
 from attndsl.compare import compare as compare_programs
-from attndsl.diagnostics import Diagnostic, PatternError, PatternWarning, Source, error
+from attndsl.diagnostics import Diagnostic, PatternWarning, Source, error
 from attndsl.findings import findings
 from attndsl.grammar import format_source, load, parse, read_source
 from attndsl.program import CallShape, Program
@@ -24,15 +26,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from attndsl.blockgraph import BlockGraph
+    from attndsl.eviction import Retention
     from attndsl.explain import Explanation, Question
     from attndsl.piece_tiles import PieceTiles
-    from attndsl.plan import ForwardPlan
     from attndsl.runtime.cache import KernelCache
+    from attndsl.runtime.decode import DecodeGenerators
     from attndsl.runtime.engine import Engine
     from attndsl.runtime.module import AttentionModule as AttentionModule
+    from attndsl.runtime.paged_cache import PagePool as PagePool
     from attndsl.runtime.trial import Trial
-
-_Answer = TypeVar("_Answer")
 
 
 def compile(source: str | os.PathLike[str], *, name: str | None = None, **params: object) -> Attention:
@@ -100,7 +102,7 @@ class Attention:
         self._inputs = tuple(decl.name for decl in program.inputs)
         # Known before the first call, which may be one that torch.compile traces.
         self._key = cache_key("program", program)
-        register(self._key, lambda: _engine(program))
+        register(self._key, lambda: _engine(program), _decode_generators)
 
     def __reduce__(self) -> tuple[type[Attention], tuple[Program, tuple[Diagnostic, ...]]]:
         """Copies and pickles are compiled anew: another process has to know the program too."""
@@ -115,6 +117,8 @@ class Attention:
         scale: float | None = None,
         return_lse: bool = False,
         backend: str = "auto",
+        dropout: float = 0,  # An integer: for torch.compile the float would be a value that changes.
+        seed: int | Tensor | None = None,
         **inputs: Any,
     ) -> Any:
         """Attend.
@@ -125,20 +129,95 @@ class Attention:
 
         scale: factor of q . k; default 1/sqrt(D), or the program's own. inputs: the program's inputs (tensors) and
         runtime arguments (ints), by name. Raises `PatternError` when they do not fit.
+
+        dropout: the share, in [0, 1), of the weights after the softmax that are set to 0; the others are divided by
+        1 - dropout. lse is that without it. Which are dropped is a function of seed, batch entry, query head and the
+        positions of query and key alone (Philox-4x32-10: `attndsl.dropout`), the same on every device.
+        seed: an int of 64 bits, or an int64 tensor of one element on the call's device; by default it is drawn from
+        torch's generator. Pass a tensor where a CUDA graph is replayed and you set the seeds yourself.
         """
         from attndsl.runtime.ops import attend
 
+        out, lse = attend(self._key, q, k, v, *self._given(inputs), scale, backend, dropout, seed)
+        return self._with_lse(out, lse) if return_lse else out
+
+    def decode(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        seq_lens: Tensor,
+        page_table: Tensor | None = None,
+        *,
+        layout: str = "hnd",
+        scale: float | None = None,
+        return_lse: bool = False,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+        backend: str = "auto",
+        **inputs: Any,
+    ) -> Any:
+        """Attend from the last n tokens of each of B sequences to their caches: what the same rows of a call on a
+        sequence alone give. Decoding (n = 1), speculative decoding and prefill in chunks. It has no gradient.
+
+        q: [B, Hq, n, D], the last n positions of each sequence. seq_lens: int32 [B], lengths with the new tokens, whose
+        keys and values are in the caches; rows before a sequence's first token give 0 and lse -inf.
+        k_cache: [B, Hkv, M, D], v_cache: [B, Hkv, M, Dv]; with page_table, int32 [B, P], they are pools of pages
+        [pages, Hkv, page, D], and entry i holds the page of tokens i * page and on (-1: given back, see `evictable`).
+        layout: "hnd", or "nhd" for tokens before heads. Caches are of q's dtype, or float8_e4m3fn, whose numbers
+        k_scale and v_scale multiply: float tensors of one number, or one a key head.
+        inputs: as in a call; an input over k has the caches' capacity, M or P * page, in place of Nk.
+
+        Returns [B, Hq, n, Dv] in q's dtype, and with `return_lse` float32 [B, Hq, n]. Lengths and page tables are read
+        on the device only, and what lies outside the caches is never read: a CUDA graph of a call serves all lengths.
+        Raises `PatternError` when shapes, dtypes or devices do not fit, and where the environment has ATTNDSL_DEBUG
+        also for lengths past the cache and pages that do not exist.
+        """
+        from attndsl.runtime.decode_op import decode
+
+        given = self._given(inputs)
+        out, lse = decode(
+            self._key, q, k_cache, v_cache, seq_lens, page_table, k_scale, v_scale, *given, scale, layout, backend
+        )
+        return self._with_lse(out, lse) if return_lse else out
+
+    def evictable(self, seq_len: int, page: int = 1, **inputs: Any) -> list[int]:
+        """Pages of a sequence that no row from position `seq_len` on can read, at any length and whatever the data.
+
+        >>> import attndsl
+        >>> attndsl.compile("causal & (window(8) | sink(4))").evictable(24, page=4)
+        [1, 2, 3]
+
+        page: tokens of a page. inputs: arguments, and inputs that do not read q or k, where they are known.
+        A column that the pattern leaves and comes back to is not evictable; a page once evictable stays so.
+        """
+        import numpy as np
+
+        pages = np.arange(max(seq_len, 0) // page)
+        return [int(i) for i in pages[self.retention(page, **inputs).evictable(seq_len, pages)]]
+
+    def retention(self, page: int = 1, **inputs: Any) -> Retention:
+        """What `evictable` decides by, for every length: see `attndsl.eviction`."""
+        from attndsl.eviction import known_scalars, retention
+
+        if self.program.align_start or page < 1:
+            reason = (
+                "under `align start` a row's keys need not come before it" if page > 0 else f"pages of {page} tokens"
+            )
+            raise error("A558", f"there is no eviction: {reason}", self.program.branch.span, help="keep all pages")
+        return retention(self.program, page, known_scalars(self.program, *self._known(inputs)))
+
+    def _given(self, inputs: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+        """The program's inputs and its runtime arguments, in order."""
         if len(inputs) != len(self._inputs) + len(self.program.args):
             self._check_names(inputs)
         try:
-            tensors = [inputs[name] for name in self._inputs]
-            args = [inputs[name] for name in self.program.args]
+            return [inputs[name] for name in self._inputs], [inputs[name] for name in self.program.args]
         except KeyError:
             self._check_names(inputs)
             raise
-        out, lse = attend(self._key, q, k, v, tensors, args, scale, backend)
-        if not return_lse:
-            return out
+
+    def _with_lse(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         if self.program.branch.weights is not None:
             raise error("A521", "`weights` replaces the softmax: there is no lse", self.program.branch.span)
         return out, lse
@@ -158,15 +237,28 @@ class Attention:
         return next((decl.span for decl in self.program.inputs if decl.name == name), None)
 
     def reference(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False, **inputs: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        return_lse: bool = False,
+        dropout: float = 0.0,
+        seed: int | Tensor | None = None,
+        **inputs: Any,
     ) -> Any:
-        """The oracle: what a call means, dense, in float64, written straight from the typed program. Slow."""
+        """The oracle: what a call means, dense, in float64, written straight from the typed program. Slow.
+
+        With dropout a seed must be given.
+        """
+        from attndsl.runtime.dropout import known
         from attndsl.runtime.reference import reference
 
         self._check_names(inputs)
         tensors = {name: inputs[name] for name in self._inputs}
         args = {name: inputs[name] for name in self.program.args}
-        return reference(self.program, q, k, v, tensors, args, scale, return_lse)
+        return reference(self.program, q, k, v, tensors, args, scale, return_lse, known(dropout, seed, q.device))
 
     # -------------------------------------------------------------------------------- inspection
 
@@ -188,11 +280,11 @@ class Attention:
         from attndsl import oracle
 
         arrays, args = self._known(inputs)
-        entries = self._batch(arrays)
+        entries = batch_of(self.program, arrays)
         if not 0 <= batch < entries:
             raise error("A523", f"there is no batch entry {batch}: the inputs have {entries}", help="count from 0")
         shape = CallShape(entries, heads, kv_heads, q_len, k_len, 64, 64)
-        found: NDArray[np.bool_] = _asked(lambda: oracle.mask(self.program, _checked(shape), arrays, args)[batch])
+        found: NDArray[np.bool_] = asked(lambda: oracle.mask(self.program, checked(shape), arrays, args)[batch])
         return found
 
     def blocks(
@@ -216,19 +308,13 @@ class Attention:
         from attndsl.blockgraph import block_graph
 
         arrays, args = self._known(inputs)
-        shape = CallShape(self._batch(arrays), heads, kv_heads, q_len, k_len, 64, 64)
-        return _asked(lambda: block_graph(self.program, _checked(shape), block_q, block_k, arrays, args))
+        shape = CallShape(batch_of(self.program, arrays), heads, kv_heads, q_len, k_len, 64, 64)
+        return asked(lambda: block_graph(self.program, checked(shape), block_q, block_k, arrays, args))
 
     def pieces(
-        self,
-        q_len: int,
-        k_len: int,
-        block_q: int = 128,
-        block_k: int = 128,
-        heads: int = 1,
-        kv_heads: int = 1,
+        self, q_len: int, k_len: int, block_q: int = 128, block_k: int = 128, heads: int = 1, kv_heads: int = 1,
         **inputs: Any,
-    ) -> tuple[PieceTiles, ...]:
+    ) -> tuple[PieceTiles, ...]:  # fmt: skip
         """The pieces in which a call visits the pattern, each in its own order of tokens, and how many tiles each has.
 
         >>> import attndsl
@@ -237,23 +323,18 @@ class Attention:
 
         `blocks` shows the tiles of tokens in order. inputs: as there.
         """
-        from attndsl.piece_plans import forward_plans
-        from attndsl.piece_tiles import piece_tiles
-        from attndsl.plan import DType, Spec, Tiling
+        from attndsl.piece_tiles import count_pieces
 
         arrays, args = self._known(inputs)
-        shape = _checked(CallShape(self._batch(arrays), heads, kv_heads, q_len, k_len, 64, 64))
-        # Tiles do not depend on the device.
-        spec = Spec(heads, kv_heads, 64, 64, DType.FLOAT32, "cpu")
-        plans = forward_plans(self.program, spec, Tiling(block_q, block_k))
-        return _asked(lambda: tuple(piece_tiles(plan, shape, arrays, args) for plan in plans))
+        shape = CallShape(batch_of(self.program, arrays), heads, kv_heads, q_len, k_len, 64, 64)
+        return asked(lambda: count_pieces(self.program, checked(shape), block_q, block_k, arrays, args))
 
     def kernels(self, heads: int = 8, kv_heads: int | None = None) -> tuple[str, ...]:
         """Names of the kernels that `source` and `assembly` show; a pattern in several pieces has one for each.
 
         >>> import attndsl
         >>> attndsl.compile("causal & (window(128) | dilated(128))").kernels()
-        ('forward', 'forward_2')
+        ('forward', 'forward_2', 'dq', 'dkdv', 'dq_2', 'dkdv_2', 'decode')
         """
         from attndsl.targets import kernel_names
 
@@ -270,13 +351,21 @@ class Attention:
         dim: int = 128,
         v_dim: int | None = None,
         dtype: str = "bfloat16",
+        rows: int = 1,
+        page: int | None = None,
     ) -> str:
         """The generated source text of a kernel, for dense tensors of these sizes. Needs neither GPU nor torch.
 
+        kernel: "forward", "dq" and "dkdv" (gradients; on the CPU one function makes all, and either name shows it), or
+            "decode" of `rows` rows over a cache in pages of `page` tokens (None: contiguous). "forward_2" is that of
+            the pattern's second piece: see `kernels`.
         target: sm_80, sm_86, sm_89, sm_90, sm_100, gfx90a or gfx942; the CPU backend ignores it.
         backend: "triton", "gluon" (Hopper) or "cpu".
         """
-        return self._generate(self._plan(kernel, target, backend, heads, kv_heads, dim, v_dim, dtype))
+        from attndsl.wiring import Shown
+
+        shown = Shown(kernel, target, backend, heads, kv_heads, dim, v_dim, dtype, rows, page)
+        return shown.text(shown.plan(self.program))
 
     def assembly(
         self,
@@ -290,14 +379,18 @@ class Attention:
         dim: int = 128,
         v_dim: int | None = None,
         dtype: str = "bfloat16",
+        rows: int = 1,
+        page: int | None = None,
     ) -> str:
         """A kernel compiled for a target that need not be there: "ttir", "ttgir", "llir", and "ptx" or "sass" for
         NVIDIA's, "amdgcn" for AMD's. Other parameters as in `source`.
         """
         from attndsl.runtime.assembly import assembly
+        from attndsl.wiring import Shown
 
-        plan = self._plan(kernel, target, backend, heads, kv_heads, dim, v_dim, dtype)
-        return assembly(plan, self._generate(plan), format)
+        shown = Shown(kernel, target, backend, heads, kv_heads, dim, v_dim, dtype, rows, page)
+        plan = shown.plan(self.program)
+        return assembly(plan, shown.text(plan), format)
 
     def explain(
         self,
@@ -328,14 +421,14 @@ class Attention:
         spec = make_spec(target, backend, heads, heads if kv_heads is None else kv_heads, dim, None, dtype)
         arrays, args = self._known(inputs)
         shape = CallShape(
-            max(batch, self._batch(arrays)), spec.heads, spec.kv_heads, q_len, q_len if k_len is None else k_len,
-            dim, dim,
+            max(batch, batch_of(self.program, arrays)), spec.heads, spec.kv_heads, q_len,
+            q_len if k_len is None else k_len, dim, dim,
         )  # fmt: skip
         source = self.program.source
         text = "" if source is None else format_source(source.text, source.name)
-        question = explain.Question(self.program, spec, _checked(shape), text, self.warnings, arrays, args, row, rates)
+        question = explain.Question(self.program, spec, checked(shape), text, self.warnings, arrays, args, row, rates)
         if not stages:
-            return _asked(lambda: explain.explain(question))
+            return asked(lambda: explain.explain(question))
         return explain.stages(question, *self._ends(question))
 
     def _ends(self, question: Question) -> tuple[str, str]:
@@ -343,80 +436,39 @@ class Attention:
         from rich.pretty import pretty_repr
 
         from attndsl.piece_plans import forward_plans
-        from attndsl.plan import default_tiling
+        from attndsl.wiring import generated
 
         source = self.program.source
         syntax = "" if source is None else pretty_repr(parse(source.text, name=source.name), max_width=100)
-        plans = forward_plans(self.program, question.spec, default_tiling(question.spec))
-        return syntax, "\n".join(map(self._generate, plans))
-
-    def _plan(
-        self,
-        kernel: str,
-        target: str,
-        backend: str,
-        heads: int,
-        kv_heads: int | None,
-        dim: int,
-        v_dim: int | None,
-        dtype: str,
-    ) -> ForwardPlan:
-        from dataclasses import replace
-
-        from attndsl.piece_plans import forward_plans
-        from attndsl.plan import Backend
-        from attndsl.targets import hopper_refusal, kernel_number, make_spec
-        from attndsl.tiling import choose_tiling
-
-        spec = make_spec(target, backend, heads, heads if kv_heads is None else kv_heads, dim, v_dim, dtype)
-        number = kernel_number(kernel, self.program, spec.heads, spec.kv_heads)
-        if backend == "gluon":
-            if reason := hopper_refusal(self.program, spec):
-                raise error("A510", reason, help="choose backend 'triton'")
-            spec = replace(spec, backend=Backend.GLUON)
-        return forward_plans(self.program, spec, choose_tiling(self.program, spec))[number]
-
-    def _generate(self, plan: ForwardPlan) -> str:
-        from attndsl.codegen import cpu, gluon_forward, triton_forward
-        from attndsl.plan import Backend
-
-        if plan.spec.target == "cpu":
-            return cpu.forward_source(plan)
-        if plan.spec.backend is Backend.GLUON:
-            return gluon_forward.forward_source(plan)
-        return triton_forward.forward_source(plan)
+        plans = forward_plans(self.program, question.spec)
+        return syntax, "\n".join(map(generated, plans))
 
     def _known(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
         """Inputs as numpy arrays, and runtime arguments. Inputs may be missing: what needs one says so itself."""
         for name in given:
             if name not in self._inputs and name not in self.program.args:
                 self._check_names(given)
-        arrays = {name: _array(given[name]) for name in self._inputs if name in given}
+        arrays = {name: as_array(given[name]) for name in self._inputs if name in given}
         return arrays, {name: int(given[name]) for name in self.program.args if name in given}
-
-    def _batch(self, arrays: Mapping[str, Any]) -> int:
-        """Batch entries that the inputs have."""
-        from attndsl.program import Axis
-
-        sizes = [
-            size
-            for decl in self.program.inputs
-            if decl.name in arrays
-            for dim, size in zip(decl.dims, arrays[decl.name].shape, strict=False)
-            if dim.axis is Axis.B
-        ]
-        return max(sizes, default=1)
 
 
 def _engine(program: Program) -> Engine:
-    from attndsl.codegen.cpu import forward_source as cpu_forward
-    from attndsl.codegen.cpu_backward import backward_source as cpu_backward
-    from attndsl.codegen.gluon_forward import forward_source as gluon_forward
-    from attndsl.codegen.triton_backward import backward_sources as triton_backward
-    from attndsl.codegen.triton_forward import forward_source as triton_forward
-    from attndsl.runtime.engine import Engine, Generators
+    from attndsl.wiring import engine
 
-    return Engine(program, Generators(triton_forward, cpu_forward, triton_backward, cpu_backward, gluon_forward))
+    return engine(program)
+
+
+def _decode_generators() -> DecodeGenerators:
+    from attndsl.wiring import decode_generators
+
+    return decode_generators()
+
+
+def page_pool() -> type[PagePool]:
+    """The class behind `attndsl.serving.PagedCache`. Imports torch."""
+    from attndsl.runtime.paged_cache import PagePool
+
+    return PagePool
 
 
 def attention_module() -> type[AttentionModule]:
@@ -441,35 +493,6 @@ def kernel_cache() -> KernelCache:
     from attndsl.runtime.cache import KernelCache
 
     return KernelCache()
-
-
-def _array(x: Any) -> Any:
-    """A tensor or array-like as a numpy array."""
-    import numpy as np
-
-    if hasattr(x, "detach"):
-        x = x.detach().cpu()
-        x = x.float() if x.is_floating_point() else x
-    return np.asarray(x)
-
-
-def _asked(question: Callable[[], _Answer]) -> _Answer:
-    """The answer, or as a diagnostic what the inputs lack."""
-    try:
-        return question()
-    except PatternError:
-        raise
-    except ValueError as problem:
-        raise error("A523", str(problem), help="pass inputs by name, each of its declared shape") from None
-
-
-def _checked(shape: CallShape) -> CallShape:
-    if min(shape.rows, shape.k_len) < 0 or shape.heads < 1 or shape.kv_heads < 1 or shape.heads % shape.kv_heads:
-        sizes = f"{shape.rows} rows, {shape.k_len} keys, {shape.heads} query heads, {shape.kv_heads} key heads"
-        raise error(
-            "A524", f"there is no call with {sizes}", help="lengths are 0 or more, heads a multiple of key heads"
-        )
-    return shape
 
 
 __all__ = ["Attention", "compare", "compile", "format_source", "kernel_cache", "load_attention", "measure", "source_of"]

@@ -68,6 +68,19 @@ def call_runs(
     return place[classes.reshape(shape.batch, shape.heads)], tuple(found.values())
 
 
+def most_visits(program: Program, runs: TileRuns, shape: CallShape, block_q: int, block_k: int) -> int:
+    """A bound on the key tiles that a query tile of a call visits: the most, or all where data decides them."""
+    tiles = -(-shape.k_len // block_k)
+    reader = Reader(program, shape, {}, {})
+    variables = reader.variables(np.zeros((1, 1), np.int64), np.arange(shape.heads)[:, None])
+    variables["q_tile"] = np.arange(-(-shape.rows // block_q))
+    try:
+        counts = [np.maximum(reader.value(run.count, variables), 0) for run in runs.full + runs.partial]
+    except ValueError:
+        return tiles
+    return min(tiles, int(np.max(sum(counts), initial=0)))
+
+
 @functools.lru_cache(maxsize=256)
 def _closed_runs(
     program: Program, heads: tuple[int, int], block_q: int, block_k: int

@@ -9,9 +9,10 @@ from itertools import combinations, permutations
 
 import islpy as isl
 
+from attndsl.derive import derive
 from attndsl.effort import EFFORT, TooHard, bounded
 from attndsl.program import Compare, Const, Program, Scalar, Set, Table, Type, Union, Var, rebuild, substitute
-from attndsl.relation import MAX_CASES, Lowering, Unsupported
+from attndsl.relation import MAX_CASES, Lowering
 from attndsl.simplify import fold
 from attndsl.witness import Witness, World, canonical, map_scalars, realise
 
@@ -92,12 +93,16 @@ def compare(a: Program, b: Program) -> Comparison:
     """
     if a.align_start != b.align_start:
         raise ValueError("one pattern has `align start` and the other has not: their positions do not compare")
-    program, first, second = _joined(a, b)
+    program, *patterns = _joined(a, b)
+    program = derive(program)
+    # Derived inputs are taken for any values; a witness must hold of the sets as they are written.
+    assert isinstance(program.branch.pattern, Union)
+    first, second = program.branch.pattern.parts
     lowering = Lowering(program)
 
     def ask(find: Callable[[], isl.Set], in_first: bool, in_second: bool) -> Witness | None:
         def check(world: World, w: Witness) -> bool:
-            inside = (world.member(pattern, w.q, w.k) for pattern in (first, second))
+            inside = (world.member(pattern, w.q, w.k) for pattern in patterns)
             return tuple(inside) == (in_first, in_second)
 
         found: Witness | None = bounded(lowering.ctx, lambda: existing.witness(find(), check), COMPARE_EFFORT)
@@ -111,8 +116,6 @@ def compare(a: Program, b: Program) -> Comparison:
         both = ask(lambda: p.intersect(r), True, True)
     except TooHard:
         raise Undecided(f"comparing `{a.name}` with `{b.name}` passes the effort bound") from None
-    except Unsupported as e:
-        raise Undecided(f"cannot compare `{a.name}` with `{b.name}`: {e.what}") from None
     match only_first, only_second, both:
         case None, None, _:
             verdict = Verdict.EQUAL

@@ -10,6 +10,8 @@ import islpy as isl
 # Elementary isl operations allowed to one step of lowering: about 0.1 s.
 EFFORT = 200_000
 
+_PASSED = "maximal number of operations"
+
 _Result = TypeVar("_Result")
 
 
@@ -26,9 +28,21 @@ def bounded(ctx: isl.Context, step: Callable[[], _Result], effort: int = EFFORT)
     try:
         return step()
     except isl.Error as e:
-        if "maximal number of operations" not in str(e):
+        if not _exhausted(ctx, e):
             raise
         raise TooHard from e
     finally:
         ctx.set_max_operations(outer)
         ctx.reset_operations()
+
+
+def _exhausted(ctx: isl.Context, problem: isl.Error) -> bool:
+    """Whether an error says that the bound was passed; isl's reader may call that a syntax error."""
+    if _PASSED in str(problem):
+        return True
+    try:
+        # Past the bound every further operation says so.
+        isl.Set.read_from_str(ctx, "{ [x] : x > 0 }")
+    except isl.Error as further:
+        return _PASSED in str(further)
+    return False

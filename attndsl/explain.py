@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.blockgraph import BlockGraph, block_graph
+from attndsl.derivation import BlockMap, Draw, Offsets
 from attndsl.diagnostics import Diagnostic
 from attndsl.layout import PLAIN
 from attndsl.notation import Level, input_text, program_text, scalar_text, set_text
@@ -17,12 +19,12 @@ from attndsl.pairs import allowed, count_pairs, spans, spans_text, too_dense
 from attndsl.piece_plans import forward_plans
 from attndsl.piece_tiles import piece_tiles
 from attndsl.pieces import BLOCK_K, BLOCK_Q, TOKENS, choose_pieces
-from attndsl.plan import ForwardPlan, Loads, Spec, default_tiling
-from attndsl.program import Binary, Call, CallShape, Const, If, Program, Read, Scalar, substitute, walk
+from attndsl.plan import ForwardPlan, Loads, Spec
+from attndsl.program import Binary, Call, CallShape, Const, If, InputDecl, Program, Read, Scalar, substitute, walk
 from attndsl.quasi_affine import condition
 from attndsl.relation import Relation, build_relation
 from attndsl.simplify import fold
-from attndsl.targets import BYTES, RATES, hopper_refusal
+from attndsl.targets import BYTES, RATES, hopper_refusal, layout_refusal
 from attndsl.tiles import Run
 from attndsl.tiling import prefers_portable
 
@@ -76,7 +78,7 @@ class Question:
 
 def explain(question: Question) -> Explanation:
     """The explanation, section by section."""
-    plans = forward_plans(question.program, question.spec, default_tiling(question.spec))
+    plans = forward_plans(question.program, question.spec)
     relation = build_relation(question.program, (question.spec.heads, question.spec.kv_heads))
     sections = [
         Section("understood", tuple(_understood(question))),
@@ -84,7 +86,7 @@ def explain(question: Question) -> Explanation:
         Section("simplified", tuple(_simplified(relation))),
         Section("warnings", tuple(_warnings(question.warnings))),
         Section("pieces", tuple(_pieces(question))),
-        Section("planned", tuple(_planned(plans, Const(question.shape.first_position(question.program))))),
+        Section("planned", tuple(_planned(question, plans, Const(question.shape.first_position(question.program))))),
         Section("cost", tuple(_cost(question, plans))),
     ]
     return Explanation(tuple(s for s in sections if s.lines))
@@ -92,7 +94,7 @@ def explain(question: Question) -> Explanation:
 
 def stages(question: Question, syntax: str, source: str) -> Explanation:
     """Every stage's own result: syntax, typed program, relation, runs, plan, source text."""
-    plans = forward_plans(question.program, question.spec, default_tiling(question.spec))
+    plans = forward_plans(question.program, question.spec)
     relation = build_relation(question.program, (question.spec.heads, question.spec.kv_heads))
     found = {
         "syntax": syntax.splitlines(),
@@ -103,7 +105,7 @@ def stages(question: Question, syntax: str, source: str) -> Explanation:
         ],
         "pieces": list(_pieces(question)),
         "runs": [line for plan in plans for line in _run_lines(plan)],
-        "plan": list(_planned(plans, None)),
+        "plan": list(_planned(question, plans, None)),
         "source": source.splitlines(),
     }
     return Explanation(tuple(Section(title, tuple(lines)) for title, lines in found.items() if lines))
@@ -141,7 +143,7 @@ def _rows(question: Question) -> list[str]:
     if missing := _missing(question):
         return [f"give {missing} to see the keys of sample rows"]
     if too_dense(program, shape):
-        return ["`coarsen` makes single rows costly to list at this length: ask at a shorter one"]
+        return ["`coarsen` and `random` make single rows costly to list at this length: ask at a shorter one"]
     if shape.rows == 0 or shape.k_len == 0:
         return []
     start = shape.first_position(program)
@@ -170,7 +172,8 @@ def _missing(question: Question) -> str:
 def _inputs_read(program: Program) -> list[str]:
     """The inputs that the pattern reads; those of scores decide no pair."""
     written = set_text(program.branch.pattern)
-    return [decl.name for decl in program.inputs if f"{decl.name}[" in written or f" on {decl.name}" in written]
+    found = re.findall(r"(\w+)\[| on (?!segment\()(\w+)|segment\((\w+)\)", written)
+    return [decl.name for decl in program.inputs if any(decl.name in names for names in found)]
 
 
 # ------------------------------------------------------------------------------------- simplified
@@ -199,6 +202,8 @@ def _simplified(relation: Relation) -> list[str]:
 def _reason(e: Scalar) -> str:
     """Why a condition is data and not part of the integer relation."""
     found = list(walk(e))
+    if any(isinstance(x, Call) and x.function == "drawn" for x in found):
+        return "drawn when the kernel runs"
     if names := [x.input for x in found if isinstance(x, Read)]:
         return f"reads the input `{names[0]}` at q or k"
     if any(isinstance(x, Call) and x.function == "bit_length" for x in found):
@@ -228,47 +233,69 @@ def _pieces(question: Question) -> list[str]:
         lines.append(f"  {division.cost:,.0f}  {mark}{'; then '.join(map(str, division.layouts))}")
         if mark:
             chosen = ()
-    return lines
+    return lines if choice.plain else [*lines, "with dropout: tokens in order"]
 
 
 # ---------------------------------------------------------------------------------------- planned
 
 
-def _lowering(plan: ForwardPlan) -> str:
+def _lowering(program: Program, spec: Spec) -> str:
     """Which lowering a call on the target gets."""
-    if plan.spec.target == "cpu":
+    if spec.target == "cpu":
         return "blocked PyTorch"
-    if reason := hopper_refusal(plan.program, plan.spec):
+    if reason := hopper_refusal(program, spec) or layout_refusal(program, spec):
         return f"portable Triton, since {reason}"
-    if prefers_portable(plan.program, plan.spec):
+    if prefers_portable(program, spec):
         return "portable Triton, predicted to be ahead of the Hopper lowering with these heads and so few tiles a row"
-    return "the Hopper lowering (Gluon), with the Triton versions it was tested on; else portable Triton"
+    tested = "the Hopper lowering (Gluon), with the Triton versions it was tested on"
+    return f"{tested}; else, and with dropout, portable Triton"
 
 
-def _planned(plans: tuple[ForwardPlan, ...], start: Scalar | None) -> list[str]:
+def _planned(question: Question, plans: tuple[ForwardPlan, ...], start: Scalar | None) -> list[str]:
     plan = plans[0]
-    spec, tiling = plan.spec, plan.tiling
+    spec = plan.spec
     if spec.target == "cpu":
         backend = "blocked PyTorch, since there is no GPU to compile for"
     elif spec.loads is Loads.DESCRIPTOR:
         backend = f"portable Triton for {spec.target}, with hardware tensor copies (TMA) of k and v"
     else:
         backend = f"portable Triton for {spec.target}, loading k and v through pointers"
-    warps = "" if spec.target == "cpu" else f", {tiling.warps} warps, {tiling.stages} stages"
     lines = [
         f"backend: {backend}",
-        f"tiles of {tiling.block_q} rows x {tiling.block_k} keys{warps} (the default for "
-        f"{spec.dtype.value}, D = {spec.dim}, on this target)",
-        f"on a call: {_lowering(plan)}",
+        f"{_tiles_text(plan)} (the default for {spec.dtype.value}, D = {spec.dim}, on this target)",
+        f"on a call: {_lowering(question.program, question.spec)}",
+        *(f"computed before the kernel: {input_text(d)}, {_made_of(d)}" for d in plan.program.inputs if d.derivation),
     ]
     for number, piece in enumerate(plans, 1):
         if len(plans) > 1 or not piece.layout.plain:
-            lines.append(f"piece {number} of {len(plans)}: {piece.layout}")
+            tiles = "" if piece.tiling == plan.tiling else f", in {_tiles_text(piece)}"
+            lines.append(f"piece {number} of {len(plans)}: {piece.layout}{tiles}")
         lines += _run_lines(piece, start)
         if piece.runs.partial:
             mask = "none: nothing but the ends of the keys" if piece.mask is None else scalar_text(piece.mask)
             lines.append(f"mask of partial tiles: {mask}")
     return lines
+
+
+def _tiles_text(plan: ForwardPlan) -> str:
+    tiling = plan.tiling
+    warps = "" if plan.spec.target == "cpu" else f", {tiling.warps} warps, {tiling.stages} stages"
+    return f"tiles of {tiling.block_q} rows x {tiling.block_k} keys{warps}"
+
+
+def _made_of(decl: InputDecl) -> str:
+    """What a derived input holds."""
+    match decl.derivation:
+        case Offsets(input=name):
+            return f"distances in the segments of `{name}`"
+        case BlockMap(operand=operand):
+            return f"the blocks of coarsen({set_text(operand)}, …)"
+        case Draw():
+            return "the last hash and member that `random` draws for a row class"
+        case None:
+            raise AssertionError(f"`{decl.name}` is given")
+        case _:
+            assert_never(decl.derivation)
 
 
 def _run_lines(plan: ForwardPlan, start: Scalar | None = None) -> list[str]:
@@ -315,21 +342,22 @@ def _cost(question: Question, plans: tuple[ForwardPlan, ...]) -> list[str]:
     except ValueError as missing:
         return [*lines, f"tiles: {missing}"]
     flops_of_pair = 2 * (spec.dim + spec.v_dim)
-    area = tiling.block_q * tiling.block_k
+    area = graph.tiles * tiling.block_q * tiling.block_k
     every = graph.classes.size * graph.q_tiles * graph.k_tiles
-    share, tiles = f"({100 * graph.density:.2f} %)", graph.tiles
+    share = f"({100 * graph.density:.2f} %)"
     if len(plans) == 1 and plans[0].layout.plain:
         lines.append(
-            f"tiles: {tiles:,} of {every:,} visited {share}, {graph.full:,} full and {graph.partial:,} partial"
+            f"tiles: {graph.tiles:,} of {every:,} visited {share}, {graph.full:,} full and {graph.partial:,} partial"
         )
     else:
         pieces = [piece_tiles(plan, shape, inputs, args) for plan in plans]
         tiles = sum(piece.tiles for piece in pieces)
+        area = sum(x.tiles * plan.tiling.block_q * plan.tiling.block_k for x, plan in zip(pieces, plans, strict=True))
         found = " + ".join(f"{piece.full:,} full and {piece.partial:,} partial" for piece in pieces)
         lines.append(f"tiles: {tiles:,} visited in {len(plans)} piece{'s' * (len(plans) > 1)}, {found}")
         lines.append(f"tokens in order: {graph.tiles:,} of {every:,} tiles {share}")
     lines.append(_pairs_line(question, graph, flops_of_pair))
-    flops = tiles * area * flops_of_pair
+    flops = area * flops_of_pair
     moved = BYTES[spec.dtype] * shape.batch * (
         shape.rows * shape.heads * (spec.dim + spec.v_dim) + shape.k_len * shape.kv_heads * (spec.dim + spec.v_dim)
     )  # fmt: skip
@@ -350,7 +378,7 @@ def _pairs_line(question: Question, graph: BlockGraph, flops_of_pair: int) -> st
     if missing := _missing(question):
         return f"pairs: depend on {missing}"
     if too_dense(question.program, shape):
-        return "pairs: not counted at this length (`coarsen`)"
+        return "pairs: not counted at this length (`coarsen`, `random`)"
     count = count_pairs(graph, question.program, question.inputs or {}, question.args or {})
     everything = shape.batch * shape.heads * shape.rows * shape.k_len
     share = 100 * count.pairs / max(1, everything)

@@ -18,9 +18,12 @@ from typing import Any, assert_never
 import islpy as isl
 
 from attndsl.compare import Existing, Undecided
+from attndsl.derivation import Random
+from attndsl.derive import derive
 from attndsl.diagnostics import Diagnostic, Severity, Span
 from attndsl.effort import EFFORT, TooHard, bounded
 from attndsl.program import (
+    Call,
     Choose,
     Coarsen,
     Compare,
@@ -37,7 +40,7 @@ from attndsl.program import (
     reads,
     scalars,
 )  # fmt: skip
-from attndsl.relation import Lowering, Unsupported
+from attndsl.relation import Lowering
 from attndsl.witness import Witness, World, canonical, has_coarsen
 
 # Elementary isl operations allowed to one question.
@@ -67,9 +70,8 @@ def findings(program: Program) -> tuple[Diagnostic, ...]:
                 found.append(diagnostic)
 
         bounded(analysis.lowering.ctx, collect)
-    except (TooHard, Unsupported):
-        # What was found before stands; of what is not supported the compiler itself speaks.
-        pass
+    except TooHard:
+        pass  # What was found before stands.
     return tuple(sorted(found, key=lambda d: (-1 if d.span is None else d.span.start, d.code)))
 
 
@@ -80,8 +82,11 @@ class _GaveUp(Exception):
 class _Analysis:
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.pattern = canonical(program.branch.pattern)
-        self.lowering = Lowering(program)
+        self.written = canonical(program.branch.pattern)
+        # Derived inputs are taken for any values: what then holds, holds for theirs.
+        derived = derive(replace(program, branch=replace(program.branch, pattern=self.written)))
+        self.pattern = derived.branch.pattern
+        self.lowering = Lowering(derived)
         self.existing = Existing(self.lowering, self.pattern)
         self.terms = self.failures = 0
 
@@ -201,7 +206,7 @@ class _Analysis:
 
         def check(world: World, w: Witness) -> bool:
             shorter = world.shortened(w.k_len - 1)
-            return shorter.member(self.pattern, w.q, w.k) == now != world.member(self.pattern, w.q, w.k)
+            return shorter.member(self.written, w.q, w.k) == now != world.member(self.written, w.q, w.k)
 
         try:
             found = self._ask(lambda: self.existing.witness(difference, check, longer=1))
@@ -219,6 +224,8 @@ class _Analysis:
             return
         within = self._span(node, within)
         match node:
+            case Inter(parts=(_, Where(cond=Call(function="drawn")))):
+                return  # `random`, whose `among` the text had to write.
             case Inter(parts=parts) | Union(parts=parts):
                 yield from self._operands(node, parts, care, within)
             case Minus(left=left, right=right):
@@ -236,7 +243,7 @@ class _Analysis:
                     # A side that is never taken says nothing of its terms.
                     if not self._holds(matters.is_empty):
                         yield from self._idle_terms(side, matters, within)
-            case Where() | On() | Coarsen():
+            case Where() | On() | Coarsen() | Random():
                 return
             case _:
                 assert_never(node)

@@ -27,3 +27,32 @@ def project_param(pairs: isl.Set, name: str) -> isl.Set:
 def rename_param(pairs: isl.Set, old: str, new: str) -> isl.Set:
     position = pairs.find_dim_by_name(isl.dim_type.param, old)
     return pairs.set_dim_name(isl.dim_type.param, position, new) if position >= 0 else pairs
+
+
+def coarse_pairs(inner: isl.Set, block_q: int, block_k: int, every: bool) -> isl.Set:
+    """The pairs { [q, k] } whose blocks hold an existing pair of `inner`, or with `every` nothing else."""
+    ctx = inner.get_ctx()
+    existing = isl.Set.read_from_str(ctx, "[Nq, Nk] -> { [q, k] : 0 <= q < Nq and 0 <= k < Nk }")
+    same_block = isl.Map.read_from_str(
+        ctx,
+        f"{{ [q, k] -> [x, y] : floor(x/{block_q}) = floor(q/{block_q}) and floor(y/{block_k}) = floor(k/{block_k}) }}",
+    )
+    if not every:
+        return inner.intersect(existing).apply(same_block).coalesce()
+    missing = existing.subtract(inner).apply(same_block)
+    return existing.apply(same_block).subtract(missing).coalesce()
+
+
+def place_pairs(pairs: isl.Set, q: isl.PwAff, k: isl.PwAff, q_len: isl.PwAff, k_len: isl.PwAff) -> isl.Set:
+    """The pairs whose coordinates (q, k) are in `pairs`, whose Nq and Nk become those of the coordinates."""
+    ctx = pairs.get_ctx()
+    pairs = rename_param(rename_param(pairs, "Nq", "Nq_inner"), "Nk", "Nk_inner")
+    at = isl.MultiPwAff.from_pw_aff_list(
+        isl.Space.alloc(ctx, 0, 2, 2).set_dim_name(isl.dim_type.in_, 0, "q").set_dim_name(isl.dim_type.in_, 1, "k"),
+        isl.PwAffList.from_pw_aff(q).add(k),
+    )
+    pairs = pairs.preimage_multi_pw_aff(at)
+    for name, length in (("Nq_inner", q_len), ("Nk_inner", k_len)):
+        own = isl.PwAff.read_from_str(ctx, f"[{name}] -> {{ [q, k] -> [{name}] }}")
+        pairs = project_param(pairs.intersect(own.eq_set(length)), name)
+    return pairs

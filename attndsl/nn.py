@@ -24,7 +24,8 @@ class Attention(AttentionModule):
     pattern: a compiled attention, or what `attndsl.compile` takes.
     embed_dim: size of the layer's input and output. num_heads: query heads. num_kv_heads: key and value heads
     (default: as many). head_dim: size of a head (default: embed_dim / num_heads).
-    bias: whether the projections add one. device, dtype: of the parameters.
+    bias: whether the projections add one. dropout: of the attention's weights, in training.
+    device, dtype: of the parameters.
 
     Learnable inputs of the pattern whose sizes do not depend on the call (sink logits, bias tables, slopes) are
     parameters of the layer, in `learned`, zero at first; the others are passed to `forward`, by name.
@@ -40,13 +41,15 @@ class Attention(AttentionModule):
         *,
         head_dim: int | None = None,
         bias: bool = True,
+        dropout: float = 0.0,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         attend = pattern if isinstance(pattern, api.Attention) else api.compile(pattern)
         super().__init__(
-            attend, embed_dim, num_heads, num_kv_heads, head_dim=head_dim, bias=bias, device=device, dtype=dtype
-        )
+            attend, embed_dim, num_heads, num_kv_heads,
+            head_dim=head_dim, bias=bias, dropout=dropout, device=device, dtype=dtype,
+        )  # fmt: skip
 
 
 __all__ = ["Attention"]

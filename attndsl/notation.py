@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import assert_never
 
+from attndsl.derivation import Random, Segment
 from attndsl.program import (
     Arg,
     Axis,
@@ -189,6 +190,11 @@ def _set(pattern: Set) -> _Written:
             how = f"fraction({share})" if mode is Coarse.FRACTION else mode.value
             blocks = str(rows) if rows == keys else f"({rows}, {keys})"
             return f"coarsen({set_text(p)}, {blocks}, {how})", Level.ATOM
+        case Random(count=n, keys=keys, rows=rows, seed=seed, among=p, written=written):
+            of = "tokens" if keys == 1 else f"blocks({keys})"
+            per = "head" if rows is None else "query" if rows == 1 else f"rows({rows})"
+            among = f", among = {set_text(p)}" if written else ""
+            return f"random({n}, of = {of}, per = {per}, seed = {scalar_text(seed)}{among})", Level.ATOM
         case _:
             assert_never(pattern)
 
@@ -199,5 +205,7 @@ def _place(place: Place) -> str:
             return f"blocks({size})"
         case Permuted(input=name, lead=lead):
             return f"{name}[{', '.join(map(scalar_text, lead))}]" if lead else name
+        case Segment(input=name):
+            return f"segment({name})"
         case _:
             assert_never(place)

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias, assert_never
 import numpy as np
 import numpy.typing as npt
 
+from attndsl.derivation import Random, Segment
 from attndsl.program import (
     Arg,
     Axis,
@@ -270,6 +271,8 @@ class Evaluator:
                 return self._placed(place).members(operand)
             case Coarsen():
                 return self._coarsened(pattern)
+            case Random():
+                return self._drawn(pattern)
             case _ as never:
                 assert_never(never)
 
@@ -285,19 +288,28 @@ class Evaluator:
                     values[(*head, np.clip(x, 0, values.shape[-1] - 1))].astype(np.int64) for x in (q_pos, k_pos)
                 )
                 return self.at(q_new, k_new, q_len, k_len)
+            case Segment(input=name, lead=lead):
+                ids = self._input(name)
+                ids = np.broadcast_to(ids, (*ids.shape[:-1], int(k_len)))
+                distance = np.zeros(ids.shape, np.int64)
+                for i in range(1, ids.shape[-1]):
+                    distance[..., i] = np.where(ids[..., i] == ids[..., i - 1], distance[..., i - 1] + 1, 0)
+                head = [np.clip(self.scalar(e), 0, n - 1) for e, n in zip(lead, ids.shape[:-1], strict=True)]
+                q_new, k_new = (distance[(*head, np.clip(x, 0, int(k_len) - 1))] for x in (q_pos, k_pos))
+                return self.at(q_new, k_new, q_len, k_len)
             case _ as never:
                 assert_never(never)
 
-    def _coarsened(self, e: Coarsen) -> Array:
+    def _everywhere(self, pattern: Set) -> Array:
+        """Which of all existing pairs are in a set: bool [batch or 1, heads or 1, Nq, Nk]."""
         q_len, k_len = int(self.variables["Nq"]), int(self.variables["Nk"])
-        everywhere = self.at(
-            np.arange(q_len).reshape(1, 1, -1, 1),
-            np.arange(k_len).reshape(1, 1, 1, -1),
-            self.variables["Nq"],
-            self.variables["Nk"],
-        )
-        inside = everywhere.members(e.operand)
-        inside = np.broadcast_to(inside, np.broadcast_shapes(inside.shape, (1, 1, q_len, k_len)))
+        q_pos, k_pos = np.arange(q_len).reshape(1, 1, -1, 1), np.arange(k_len).reshape(1, 1, 1, -1)
+        inside = self.at(q_pos, k_pos, self.variables["Nq"], self.variables["Nk"]).members(pattern)
+        return np.broadcast_to(inside, np.broadcast_shapes(inside.shape, (1, 1, q_len, k_len)))
+
+    def _coarsened(self, e: Coarsen) -> Array:
+        inside = self._everywhere(e.operand)
+        q_len, k_len = inside.shape[2:]
         count = _block_sums(inside, e.block_q, e.block_k)
         total = _block_sums(np.ones((1, 1, q_len, k_len), np.bool_), e.block_q, e.block_k)
         match e.mode:
@@ -312,11 +324,38 @@ class Evaluator:
                 chosen = count >= np.asarray(needed, np.int64).reshape(total.shape)
             case _ as never:
                 assert_never(never)
+        return self._of_blocks(chosen, e.block_q, e.block_k)
+
+    def _of_blocks(self, chosen: Array, block_q: int, block_k: int) -> Array:
+        """Entries of [batch or 1, heads or 1, q blocks, k blocks] at the blocks of the pairs."""
         b, h = (self.variables[n] if size > 1 else 0 for n, size in zip("bh", chosen.shape[:2], strict=True))
-        q_block = np.clip(self.variables["q"] // e.block_q, 0, chosen.shape[2] - 1)
-        k_block = np.clip(self.variables["k"] // e.block_k, 0, chosen.shape[3] - 1)
+        q_block = np.clip(self.variables["q"] // block_q, 0, chosen.shape[2] - 1)
+        k_block = np.clip(self.variables["k"] // block_k, 0, chosen.shape[3] - 1)
         found: Array = chosen[b, h, q_block, k_block]
         return found
+
+    def _drawn(self, e: Random) -> Array:
+        inside = self._everywhere(e.among)
+        rows = max(1, inside.shape[2]) if e.rows is None else e.rows
+        candidate = _block_sums(inside, rows, e.keys) > 0
+        row, member = np.arange(candidate.shape[2])[:, None], np.arange(candidate.shape[3])
+        state = np.zeros((1, 1, 1, 1), np.uint64)
+        for x in (self.scalar(e.seed), self.variables["h"], row, member):
+            state = splitmix64(state ^ x.astype(np.uint64))
+        state, candidate = np.broadcast_arrays(state, candidate)
+        # Candidates first, by hash; the sort is stable, so ties go to the lower index.
+        order = np.lexsort((state, ~candidate), axis=-1)
+        rank = np.argsort(order, axis=-1)
+        drawn = candidate & (rank < e.count)
+        return self._of_blocks(drawn, rows, e.keys) & self.members(e.among)
+
+
+def splitmix64(x: Array) -> npt.NDArray[np.uint64]:
+    """The output of SplitMix64 in state x (Steele, Lea, Flood: Fast splittable pseudorandom number generators)."""
+    z = x + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(z ^ (z >> np.uint64(31)), np.uint64)
 
 
 def _block_sums(inside: Array, block_q: int, block_k: int) -> npt.NDArray[np.int64]:

@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.blockgraph import BlockGraph
+from attndsl.derivation import Random
 from attndsl.oracle import Evaluator, check_inputs
 from attndsl.program import (
+    Blocks,
     CallShape,
     Choose,
     Coarsen,
@@ -19,7 +21,6 @@ from attndsl.program import (
     Inter,
     Minus,
     On,
-    Permuted,
     Program,
     Read,
     Set,
@@ -35,7 +36,7 @@ Array = NDArray[Any]
 
 # Pairs that are asked of the oracle for one count; past that, query tiles are sampled.
 MAX_PAIRS = 1 << 24
-# `coarsen` makes the oracle evaluate every pair that exists.
+# `coarsen` and `random` make the oracle evaluate every pair that exists.
 MAX_COARSE_PAIRS = 1 << 22
 
 
@@ -77,7 +78,7 @@ def nodes(pattern: Set) -> Iterator[Set]:
             pass
         case Minus(left=a, right=b) | Choose(then=a, other=b):
             parts = (a, b)
-        case Complement(operand=p) | Coarsen(operand=p) | On(operand=p):
+        case Complement(operand=p) | Coarsen(operand=p) | On(operand=p) | Random(among=p):
             parts = (p,)
         case _:
             assert_never(pattern)
@@ -87,7 +88,7 @@ def nodes(pattern: Set) -> Iterator[Set]:
 
 def too_dense(program: Program, shape: CallShape) -> bool:
     """Whether asking the oracle for single rows of this call takes too long."""
-    coarse = any(isinstance(node, Coarsen) for node in nodes(program.branch.pattern))
+    coarse = any(isinstance(node, Coarsen | Random) for node in nodes(program.branch.pattern))
     return coarse and shape.q_len(program) * shape.k_len > MAX_COARSE_PAIRS
 
 
@@ -110,8 +111,13 @@ def count_pairs(
 def _heads_differ(program: Program) -> bool:
     """Whether pairs inside a tile may differ between heads or batch entries."""
     pattern = program.branch.pattern
-    placed = any(isinstance(node, On) and isinstance(node.place, Permuted) for node in nodes(pattern))
-    return placed or any(reads(e, "b", "h", "g") or any(isinstance(x, Read) for x in walk(e)) for e in scalars(pattern))
+    drawn = any(isinstance(node, Random) for node in nodes(pattern))
+    placed = any(isinstance(node, On) and not isinstance(node.place, Blocks) for node in nodes(pattern))
+    return (
+        drawn
+        or placed
+        or any(reads(e, "b", "h", "g") or any(isinstance(x, Read) for x in walk(e)) for e in scalars(pattern))
+    )
 
 
 def _equal_calls(graph: BlockGraph, apart: bool) -> list[list[tuple[int, int]]]:

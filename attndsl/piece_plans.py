@@ -6,6 +6,7 @@ import functools
 from dataclasses import replace
 from typing import Any
 
+from attndsl.derive import derive, with_needed
 from attndsl.linear import normalise
 from attndsl.pieces import Piece, choose_pieces
 from attndsl.plan import (
@@ -16,8 +17,10 @@ from attndsl.plan import (
     Spec,
     Tiling,
     backward_plan,
+    backward_tilings,
     branch_scalars,
     closed_runs,
+    default_tiling,
     forward_plan,
     shaped,
     slopes,
@@ -26,22 +29,39 @@ from attndsl.program import Program, Scalar
 from attndsl.quasi_affine import condition
 from attndsl.simplify import fold, specialise
 from attndsl.tiles import Side, TileRuns
+from attndsl.tiling import choose_backward_tilings, choose_tiling
 
 
 @functools.lru_cache(maxsize=1024)
-def forward_plans(program: Program, spec: Spec, tiling: Tiling) -> tuple[ForwardPlan, ...]:
-    """The forward kernels of a program's pieces, in the order in which they run; one where it stays whole."""
-    choice = choose_pieces(program, (spec.heads, spec.kv_heads))
-    if choice.plain:
-        return (forward_plan(program, spec, tiling),)
+def forward_plans(program: Program, spec: Spec, tiling: Tiling | None = None) -> tuple[ForwardPlan, ...]:
+    """The forward kernels of a program's pieces, in the order in which they run; one where it stays whole.
+
+    tiling: None lets the cost model choose, and in a layout the default for how it loads.
+    """
+    pieces = _pieces(program, spec)
+    if not pieces:
+        return (forward_plan(program, spec, tiling or choose_tiling(program, spec)),)
+    program = _of_pieces(program)
     branch = branch_scalars(program, spec)
-    return tuple(_piece_plan(program, piece, spec, tiling, branch, n) for n, piece in enumerate(choice.pieces))
+    return tuple(_piece_plan(program, piece, spec, tiling, branch, n) for n, piece in enumerate(pieces))
+
+
+def _pieces(program: Program, spec: Spec) -> tuple[Piece, ...]:
+    """The pieces of a program, none where it stays whole, its tokens in order."""
+    # What is dropped is drawn for whole tiles of keys in a row.
+    return () if spec.dropout else choose_pieces(program, (spec.heads, spec.kv_heads)).pieces
+
+
+def _of_pieces(program: Program) -> Program:
+    """The program that the plans of its pieces have: they read no derived inputs."""
+    return with_needed(derive(program), ())
 
 
 def _piece_plan(
-    program: Program, piece: Piece, spec: Spec, tiling: Tiling, branch: dict[str, Any], number: int
+    program: Program, piece: Piece, spec: Spec, tiling: Tiling | None, branch: dict[str, Any], number: int
 ) -> ForwardPlan:
-    spec, tiling = _spec_of(piece, spec), _tiling_of(piece, spec, tiling)
+    spec = _spec_of(piece, spec)
+    tiling = _tiling_of(piece, spec, tiling or default_tiling(spec))
     if number:
         # What all pieces share enters with the first.
         branch = branch | {"sink": None}
@@ -64,24 +84,28 @@ def _spec_of(piece: Piece, spec: Spec) -> Spec:
 
 @functools.lru_cache(maxsize=1024)
 def backward_plans(
-    program: Program, spec: Spec, tiling: Tiling, key_tiling: Tiling | None = None, uses_lse: bool = True
+    program: Program, spec: Spec, tilings: tuple[Tiling, Tiling] | None = None, uses_lse: bool = True
 ) -> tuple[BackwardPlan, ...]:
-    """The backward kernels of a program's pieces, in the order in which they run; one plan where it stays whole."""
-    choice = choose_pieces(program, (spec.heads, spec.kv_heads))
-    if choice.plain:
-        return (backward_plan(program, spec, tiling, key_tiling, uses_lse),)
-    key_tiling, branch = key_tiling or tiling, branch_scalars(program, spec)
+    """The backward kernels of a program's pieces, in the order in which they run; one plan where it stays whole.
+
+    tilings: of dq, and of dk and dv; None as in `forward_plans`.
+    """
+    pieces = _pieces(program, spec)
+    if not pieces:
+        return (backward_plan(program, spec, *(tilings or choose_backward_tilings(program, spec)), uses_lse=uses_lse),)
+    program = _of_pieces(program)
+    branch = branch_scalars(program, spec)
     return tuple(
-        _backward_piece(program, piece, spec, (tiling, key_tiling), branch, uses_lse, number)
-        for number, piece in enumerate(choice.pieces)
+        _backward_piece(program, piece, spec, tilings, branch, uses_lse, number) for number, piece in enumerate(pieces)
     )
 
 
 def _backward_piece(
-    program: Program, piece: Piece, spec: Spec, tilings: tuple[Tiling, Tiling], branch: dict[str, Any], uses_lse: bool,
-    number: int,
+    program: Program, piece: Piece, spec: Spec, tilings: tuple[Tiling, Tiling] | None, branch: dict[str, Any],
+    uses_lse: bool, number: int,
 ) -> BackwardPlan:  # fmt: skip
-    spec, (tiling, key_tiling) = _spec_of(piece, spec), tilings
+    spec = _spec_of(piece, spec)
+    tiling, key_tiling = tilings or backward_tilings(spec)
     if number:
         branch = branch | {"sink": None}
     runs = closed_runs(piece.relation, program, spec, tiling, Side.QUERY, piece.layout)

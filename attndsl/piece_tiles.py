@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.blockruns import Reader
-from attndsl.plan import Plan
-from attndsl.program import Binary, CallShape, Const, Var
+from attndsl.piece_plans import forward_plans
+from attndsl.plan import DType, Plan, Spec, Tiling
+from attndsl.program import Binary, CallShape, Const, Program, Var
 from attndsl.tiles import Run
 
 Array = NDArray[Any]
@@ -32,6 +33,16 @@ class PieceTiles:
     @property
     def tiles(self) -> int:
         return self.full + self.partial
+
+
+def count_pieces(
+    program: Program, shape: CallShape, block_q: int, block_k: int, inputs: Mapping[str, Array], args: Mapping[str, int]
+) -> tuple[PieceTiles, ...]:
+    """Counts the tiles of each piece of a program, as `piece_tiles`."""
+    # Tiles do not depend on the device.
+    spec = Spec(shape.heads, shape.kv_heads, shape.dim, shape.v_dim, DType.FLOAT32, "cpu")
+    plans = forward_plans(program, spec, Tiling(block_q, block_k))
+    return tuple(piece_tiles(plan, shape, inputs, args) for plan in plans)
 
 
 def piece_tiles(plan: Plan, shape: CallShape, inputs: Mapping[str, Array], args: Mapping[str, int]) -> PieceTiles:

@@ -16,6 +16,7 @@ from itertools import permutations
 import islpy as isl
 import numpy as np
 
+from attndsl.derive import derive
 from attndsl.effort import EFFORT, TooHard, bounded
 from attndsl.evaluate import evaluate
 from attndsl.isl_sets import project_param
@@ -31,6 +32,7 @@ from attndsl.program import (
     Minus,
     On,
     Program,
+    Read,
     Scalar,
     Set,
     Union,
@@ -98,15 +100,25 @@ class Choice:
 @functools.lru_cache(maxsize=256)
 def choose_pieces(program: Program, heads: tuple[int, int]) -> Choice:
     """The pieces of a program's pattern for (H, G) heads."""
+    program = derive(program)
     candidates = _candidates(program, heads)
     if not candidates:
         return Choice()
     lowering = Lowering(program, heads)
     relation = lowering.relation(program.branch.pattern)
+    if _reads_derived(program, relation):
+        return Choice(note="tokens in order: the pattern holds parts that are computed before the kernel")
     try:
         return bounded(lowering.ctx, lambda: _Search(program, relation, candidates).choice(), SEARCH_EFFORT)
     except TooHard:
         return Choice(note="layouts were not compared: too hard within the effort bound")
+
+
+def _reads_derived(program: Program, relation: Relation) -> bool:
+    """Whether a kernel of the pattern reads inputs that the runtime makes."""
+    derived = {decl.name for decl in program.inputs if decl.derivation is not None}
+    data = (*relation.uniform.values(), *relation.atoms.values())
+    return any(isinstance(x, Read) and x.input in derived for e in data for x in walk(e))
 
 
 # ------------------------------------------------------------------------------------- candidates

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+from attndsl.derive import derive, with_needed
 from attndsl.effort import TooHard, bounded
 from attndsl.layout import PLAIN, Layout
+from attndsl.learned import Learned
 from attndsl.linear import normalise
 from attndsl.program import (
     Arg,
@@ -110,6 +112,7 @@ class Spec:
     loads: Loads = Loads.POINTER
     scale_sign: int = 1  # sign of the scale where it is given at call time
     backend: Backend = Backend.TRITON
+    dropout: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -138,6 +141,11 @@ class Plan:
     weights: Scalar | None
     layout: Layout = field(default=PLAIN, kw_only=True)
     follows: bool = field(default=False, kw_only=True)
+
+    @property
+    def softmax(self) -> bool:
+        """Whether rows are normalised."""
+        return self.weights is None
 
     @property
     def positive_scale(self) -> bool:
@@ -182,29 +190,24 @@ class ForwardPlan(Plan):
     """A forward kernel."""
 
 
-class Over(Enum):
-    """What a kernel sums the gradient of a read over, where it may: what the read's index does not follow."""
-
-    TILE = "tile"  # the index reads neither q nor k: all pairs of a query tile
-    KEYS = "keys"  # it reads q: the keys of a row
-    ROWS = "rows"  # it reads k: the rows that see a key
-    NOTHING = "nothing"  # it reads both
-
-
 @dataclass(frozen=True, slots=True)
-class Learned:
-    """A read of a learnable input, in the logit (or weight) or in the sink, and the derivative by it."""
+class Printed:
+    """A forward kernel's text and what a launch takes beside it: what is left of a plan once it is printed.
 
-    read: Read
-    slope: Scalar
-    of_sink: bool
+    `layout`, `follows`: as in `Plan`.
+    """
+
+    program: Program
+    spec: Spec
+    tiling: Tiling
+    text: str
+    layout: Layout = PLAIN
+    follows: bool = False
 
     @property
-    def over(self) -> Over:
-        by_q, by_k = reads(self.read, "q"), reads(self.read, "k")
-        if by_q:
-            return Over.NOTHING if by_k else Over.KEYS
-        return Over.ROWS if by_k else Over.TILE
+    def tables(self) -> tuple[TableDecl, ...]:
+        """Every table that the kernel may read."""
+        return self.program.tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +275,7 @@ def default_tiling(spec: Spec) -> Tiling:
     if int(arch) < 90:
         # Products accumulate in registers that hold operands too: larger tiles spill.
         if dim <= 64:
-            return Tiling(128, 64, warps=4, stages=3)
+            return Tiling(128, 64, warps=8 if spec.dropout else 4, stages=3)
         if dim <= 128:
             return Tiling(128, 32, warps=8, stages=3)
         return Tiling(64, 16, warps=4, stages=2) if dim <= 192 else Tiling(64, 32, warps=8, stages=2)
@@ -292,22 +295,40 @@ def backward_tilings(spec: Spec) -> tuple[Tiling, Tiling]:
         return Tiling(16, 16, warps=8, stages=1), Tiling(16, 16, warps=8, stages=1)
     if dim > 128:
         return Tiling(32, 32, warps=4, stages=1), Tiling(32, 32, warps=4, stages=1)
+    if spec.loads is Loads.DESCRIPTOR:
+        # Two or three programs a multiprocessor: ahead of larger tiles, and twice as fast as eight warps (RESULTS.md).
+        tiling = Tiling(64, 64, warps=4, stages=3 if dim <= 64 else 2)
+        return tiling, tiling
     # Hopper's products read shared memory; elsewhere operands take registers too, and the larger tiles spill.
     if dim <= 64 and spec.target == "cuda:90":
         return Tiling(64, 64, warps=4, stages=2), Tiling(64, 64, warps=4, stages=2)
     return Tiling(64, 64, warps=8, stages=2), Tiling(32, 64, warps=8, stages=2)
 
 
+def learning_tiling(spec: Spec) -> Tiling:
+    """Tile sizes, square, of the kernels for inputs that q and k read together: all operands are loaded per tile."""
+    dim = max(spec.dim, spec.v_dim)
+    if spec.dtype is DType.FLOAT32:
+        return Tiling(32, 32, warps=8, stages=1) if dim <= 64 else Tiling(16, 16, warps=4, stages=1)
+    if dim > 128:
+        return Tiling(16, 16, warps=4, stages=1)
+    # Where products take registers for operands, larger tiles spill.
+    large = spec.target == "cuda:90" or spec.target.startswith("hip")
+    return Tiling(64, 64, warps=8, stages=1) if large else Tiling(32, 32, warps=4 if dim <= 64 else 8, stages=1)
+
+
 @functools.lru_cache(maxsize=1024)
 def forward_plan(program: Program, spec: Spec, tiling: Tiling) -> ForwardPlan:
-    """The forward kernel of a program for one kind of call."""
+    """The forward kernel of a program for one kind of call; the plan's program is the derived one."""
+    program = derive(program)
     lowering = Lowering(program, (spec.heads, spec.kv_heads))
     relation = lowering.relation(program.branch.pattern)
     runs = closed_runs(relation, program, spec, tiling, Side.QUERY)
     # The Hopper kernel visits a tile even where there is none, and masks it.
     masked = runs.partial or spec.backend is Backend.GLUON
     mask = pair_mask(relation, _written(lowering, spec)) if masked else None
-    return ForwardPlan(program, spec, tiling, runs, mask, **branch_scalars(program, spec))
+    plan = ForwardPlan(program, spec, tiling, runs, mask, **branch_scalars(program, spec))
+    return replace(plan, program=with_needed(program, plan.inputs))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -315,7 +336,7 @@ def backward_plan(
     program: Program, spec: Spec, tiling: Tiling, key_tiling: Tiling | None = None, uses_lse: bool = True
 ) -> BackwardPlan:
     """The backward kernels of a program for one kind of call; `key_tiling` (default: `tiling`) is that of dk and dv."""
-    key_tiling = key_tiling or tiling
+    program, key_tiling = derive(program), key_tiling or tiling
     lowering = Lowering(program, (spec.heads, spec.kv_heads))
     relation = lowering.relation(program.branch.pattern)
     runs = closed_runs(relation, program, spec, tiling, Side.QUERY)
@@ -327,10 +348,27 @@ def backward_plan(
     masked = runs.partial or key_runs.partial
     mask = pair_mask(relation, _written(lowering, spec)) if masked else None
     branch = branch_scalars(program, spec)
-    return BackwardPlan(
+    plan = BackwardPlan(
         program, spec, tiling, runs, mask, **branch, key_tiling=key_tiling, key_runs=key_runs,
         **slopes(program, branch), uses_lse=uses_lse,
     )  # fmt: skip
+    return replace(plan, program=with_needed(program, plan.inputs))
+
+
+@functools.lru_cache(maxsize=1024)
+def learning_plan(plan: BackwardPlan, tiling: Tiling, side: Side) -> BackwardPlan:
+    """The plan as the kernels for inputs that q and k read together have it: with runs and a mask of their own.
+
+    They go over the whole pattern, its tokens in order, of whichever piece the plan is.
+    """
+    program, spec = plan.program, replace(plan.spec, loads=Loads.POINTER)
+    lowering = Lowering(program, (spec.heads, spec.kv_heads))
+    relation = lowering.relation(program.branch.pattern)
+    runs = closed_runs(relation, program, spec, tiling, side)
+    mask = pair_mask(relation, _written(lowering, spec)) if runs.partial else None
+    return replace(
+        plan, spec=spec, tiling=tiling, runs=runs, key_runs=TileRuns((), ()), mask=mask, layout=PLAIN, follows=False
+    )
 
 
 def slopes(program: Program, branch: dict[str, Any]) -> dict[str, Any]:

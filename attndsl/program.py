@@ -3,8 +3,8 @@
     scalar  e ::= Const v | Var x | Arg x | Table t[e*] | Read input[e*]
                 | Unary op e | Binary op e e | Compare op e e | Logic op e* | If e e e | Call f e*
     set     P ::= Where e | Union P* | Inter P* | Minus P P | Complement P | Choose e P P
-                | On P place | Coarsen P
-    place     ::= Blocks B | Permuted input
+                | On P place | Coarsen P | Random P e
+    place     ::= Blocks B | Permuted input | Segment input
     branch    ::= attend P { scale e  score e  sink e  weights e }
     program   ::= inputs, arguments, tables, branch
 
@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias, assert_never
 
+from attndsl.call_shape import CallShape as CallShape
+from attndsl.derivation import Derivation, Random, Segment
 from attndsl.diagnostics import Source, Span
 
 
@@ -36,15 +38,16 @@ class Type(Enum):
 # The names a pattern may read: q and k are token positions, h the query head, g its KV head, b the
 # batch entry, s the scaled dot product of the pair, Nq and Nk one past the last position.
 BUILTINS = frozenset({"q", "k", "b", "h", "g", "s", "Nq", "Nk", "H", "G", "D", "Dv"})
-# Names that only the compiler introduces: the tile indices, the position of the first row of a call, and those of
-# a layout (`layout.py`): the residue, a query's and a key's index in its order, and the index of the first row.
-TILE_NAMES = frozenset({"q_tile", "k_tile", "start", "residue", "i", "j", "i_start"})
+# Names that only the compiler introduces: the tile indices, their difference, the position of a call's first row, and
+# those of a layout (`layout.py`): the residue, a query's and a key's index in its order, and that of the first row.
+TILE_NAMES = frozenset({"q_tile", "k_tile", "diagonal", "start", "residue", "i", "j", "i_start"})
 
 ARITHMETIC = frozenset({"+", "-", "*", "//", "%", "/"})
 COMPARISONS = frozenset({"<", "<=", ">", ">=", "==", "!="})
 # name -> number of arguments (None: one or more); the float functions follow in FLOAT_CALLS
 INT_CALLS: dict[str, int | None] = {"min": None, "max": None, "abs": 1, "clamp": 3, "bit_length": 1}
 BOOL_CALLS: dict[str, int | None] = {"is_power_of_two": 1}
+# Only the compiler calls `mix64(x, y)`, 64 bits of hash of y after x, and `drawn(hash, member, last_hash, last)`.
 FLOAT_CALLS: dict[str, int | None] = {
     "exp": 1, "exp2": 1, "log": 1, "sqrt": 1, "tanh": 1, "sigmoid": 1, "softcap": 2,
 }  # fmt: skip
@@ -182,7 +185,7 @@ class Call:
     type: Type = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.function in BOOL_CALLS:
+        if self.function in BOOL_CALLS or self.function == "drawn":
             type = Type.BOOL
         elif self.function in FLOAT_CALLS or any(a.type is Type.FLOAT for a in self.args):
             type = Type.FLOAT
@@ -292,7 +295,7 @@ class Permuted:
     lead: tuple[Scalar, ...]
 
 
-Place: TypeAlias = Blocks | Permuted
+Place: TypeAlias = Blocks | Permuted | Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,7 +318,8 @@ class Coarse(Enum):
 class Coarsen:
     """Block pairs of which any, all, or at least a fraction of the existing position pairs are in the operand.
 
-    Existing positions are 0 <= q < Nq, 0 <= k < Nk, whatever rows the call holds.
+    Existing positions are 0 <= q < Nq, 0 <= k < Nk, whatever rows the call holds. `map`: in a derived program, the
+    read that says so of a pair's blocks.
     """
 
     operand: Set
@@ -323,10 +327,11 @@ class Coarsen:
     block_k: int
     mode: Coarse
     fraction: float = 1.0
+    map: Scalar | None = None
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
-Set: TypeAlias = Where | Union | Inter | Minus | Complement | Choose | On | Coarsen
+Set: TypeAlias = Where | Union | Inter | Minus | Complement | Choose | On | Coarsen | Random
 
 
 # --------------------------------------------------------------------------------------- programs
@@ -356,13 +361,14 @@ class Dim:
 
 @dataclass(frozen=True, slots=True)
 class InputDecl:
-    """`input name : type[dims] learnable sorted`."""
+    """`input name : type[dims] learnable sorted`; `derivation`: how the runtime makes it, where no call gives it."""
 
     name: str
     type: Type
     dims: tuple[Dim, ...]
     learnable: bool = False
     sorted: bool = False
+    derivation: Derivation | None = None
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
@@ -424,7 +430,13 @@ def scalars(pattern: Set) -> Iterator[Scalar]:
         case Minus(left=a, right=b):
             yield from scalars(a)
             yield from scalars(b)
-        case Complement(operand=p) | Coarsen(operand=p):
+        case Complement(operand=p):
+            yield from scalars(p)
+        case Coarsen(operand=p, map=found):
+            yield from scalars(p)
+            yield from () if found is None else (found,)
+        case Random(seed=seed, among=p):
+            yield seed
             yield from scalars(p)
         case Choose(cond=c, then=a, other=b):
             yield c
@@ -432,29 +444,8 @@ def scalars(pattern: Set) -> Iterator[Scalar]:
             yield from scalars(b)
         case On(operand=p, place=place):
             yield from scalars(p)
-            if isinstance(place, Permuted):
+            if not isinstance(place, Blocks):
                 yield from place.lead
-
-
-@dataclass(frozen=True, slots=True)
-class CallShape:
-    """Sizes of one call: q [batch, heads, rows, dim], k [batch, kv_heads, k_len, dim], v [..., v_dim]."""
-
-    batch: int
-    heads: int
-    kv_heads: int
-    rows: int
-    k_len: int
-    dim: int
-    v_dim: int
-
-    def first_position(self, program: Program) -> int:
-        """Query position of row 0."""
-        return 0 if program.align_start else self.k_len - self.rows
-
-    def q_len(self, program: Program) -> int:
-        """Nq: one past the last query position."""
-        return self.rows if program.align_start else self.k_len
 
 
 def rebuild(e: Scalar, step: Callable[[Scalar], Scalar], memo: dict[int, Scalar] | None = None) -> Scalar:

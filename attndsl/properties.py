@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from attndsl.derive import derive
 from attndsl.effort import TooHard, bounded
 from attndsl.program import Inter, Minus, Program, Set, Union, reads, scalars
 from attndsl.relation import Lowering
@@ -12,7 +13,7 @@ from attndsl.relation import Lowering
 @functools.lru_cache(maxsize=256)
 def reads_positions(program: Program) -> bool:
     """Whether the meaning of a pair depends on where its query stands."""
-    branch = program.branch
+    branch = derive(program).branch
     parts = (branch.scale, branch.score, branch.sink, branch.weights)
     return any(reads(e, "q", "Nq") for e in (*scalars(branch.pattern), *(e for e in parts if e is not None)))
 
@@ -20,6 +21,7 @@ def reads_positions(program: Program) -> bool:
 @functools.lru_cache(maxsize=256)
 def within_causal(program: Program) -> bool:
     """Whether no row sees a later token, whatever the data; False if that is not decided within the effort bound."""
+    program = derive(program)
     lowering = Lowering(program)
 
     def within(pattern: Set) -> bool:

@@ -19,9 +19,10 @@ from typing import assert_never
 
 import islpy as isl
 
-from attndsl.diagnostics import Diagnostic, PatternError, Severity, Span
+from attndsl.derivation import Random, Segment
+from attndsl.derive import derive
 from attndsl.effort import TooHard, bounded
-from attndsl.isl_sets import choose, fold, project_param, rename_param
+from attndsl.isl_sets import choose, coarse_pairs, fold, place_pairs, project_param
 from attndsl.program import (
     Arg,
     Binary,
@@ -62,15 +63,6 @@ POSITION_BITS = 31
 
 class NotAffine(Exception):
     """The scalar is not quasi-affine in q, k and the uniform scalars."""
-
-
-class Unsupported(PatternError):
-    """The pattern says something that the compiler cannot yet lower: what, and where."""
-
-    def __init__(self, what: str, span: Span | None) -> None:
-        help = "write the pattern without it"
-        super().__init__([Diagnostic("A518", Severity.ERROR, f"not yet supported: {what}", span, help=help)])
-        self.what, self.span = what, span
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +108,12 @@ def build_relation(program: Program, heads: tuple[int, int] | None = None, ancho
 
     `anchor`, q or k, is the position in whose terms quotients are written where there is a choice.
     """
+    program = derive(program)
     return Lowering(program, heads, anchor).relation(program.branch.pattern)
 
 
 class Lowering:
-    """Lowers the sets of one program. One isl context, one table of uniform scalars and data atoms."""
+    """Lowers the sets of one derived program. One isl context, one table of uniform scalars and data atoms."""
 
     def __init__(self, program: Program, heads: tuple[int, int] | None = None, anchor: str = "q") -> None:
         self.program, self.heads, self.anchor = program, heads, anchor
@@ -129,6 +122,7 @@ class Lowering:
         self.atoms: dict[str, Scalar] = {}
         self.notes: list[str] = []
         self._names: dict[Scalar, str] = {}
+        self._too_hard: set[Coarsen] = set()
         self.space = self.set("{ [q, k] }").get_space()
         self.here = _Place(
             q=self.aff("{ [q, k] -> [q] }"),
@@ -225,12 +219,16 @@ class Lowering:
             case Coarsen(operand=operand):
                 inner = self.lower(operand, self.here)
                 step = lambda: self._coarsen(pattern, inner, place)  # noqa: E731
+            case Random():
+                raise AssertionError("the program is derived before it is lowered")
             case _:
                 assert_never(pattern)
         try:
             return bounded(self.ctx, lambda: step().coalesce())
         except TooHard:
             self.notes.append("too hard for exact sets within the effort bound: masked pair by pair")
+            if isinstance(pattern, Coarsen):
+                self._too_hard.add(pattern)
             return self._atom(self.predicate(pattern, place), self.here)
 
     def _blocks(self, place: _Place, size: int) -> _Place:
@@ -255,47 +253,34 @@ class Lowering:
             },
         )  # fmt: skip
 
-    def _permuted(self, place: _Place, permuted: Permuted) -> _Place:
+    def _permuted(self, place: _Place, permuted: Permuted | Segment) -> _Place:
+        assert isinstance(permuted, Permuted), "the program is derived before it is lowered"
+
         def entry(x: Scalar) -> Scalar:
             return Read(permuted.input, (*permuted.lead, x), Type.INT)
 
         return replace(place, names=place.names | {"q": entry(place.name("q")), "k": entry(place.name("k"))})
 
     def _coarsen(self, pattern: Coarsen, inner: isl.Set, place: _Place) -> isl.Set:
-        """Block pairs of which any or all existing position pairs are in `inner`, the operand's pairs."""
-        if any(self._involves(inner, name) for name in self.atoms):
-            raise Unsupported("coarsen of a pattern that depends on data", pattern.span)
-        existing = self.set("[Nq, Nk] -> { [q, k] : 0 <= q < Nq and 0 <= k < Nk }")
-        m, n = pattern.block_q, pattern.block_k
-        same_block = isl.Map.read_from_str(
-            self.ctx, f"{{ [q, k] -> [x, y] : floor(x/{m}) = floor(q/{m}) and floor(y/{n}) = floor(k/{n}) }}"
-        )
-        match pattern.mode:
-            case Coarse.ANY:
-                coarse = inner.intersect(existing).apply(same_block)
-            case Coarse.ALL:
-                missing = existing.subtract(inner).apply(same_block)
-                coarse = existing.apply(same_block).subtract(missing)
-            case Coarse.FRACTION:
-                raise Unsupported("coarsen by a fraction", pattern.span)
-            case _:
-                assert_never(pattern.mode)
-        coarse = coarse.coalesce()
-        if not place.names:
-            return coarse
-        # Read at another place: pull back along (q, k), and let its lengths be the place's.
-        coarse = rename_param(rename_param(coarse, "Nq", "Nq_inner"), "Nk", "Nk_inner")
-        at = isl.MultiPwAff.from_pw_aff_list(
-            isl.Space.alloc(self.ctx, 0, 2, 2)
-            .set_dim_name(isl.dim_type.in_, 0, "q")
-            .set_dim_name(isl.dim_type.in_, 1, "k"),
-            isl.PwAffList.from_pw_aff(place.q).add(place.k),
-        )
-        coarse = coarse.preimage_multi_pw_aff(at)
-        for name, length in (("Nq_inner", place.q_len), ("Nk_inner", place.k_len)):
-            coarse = coarse.intersect(self.aff(f"[{name}] -> {{ [q, k] -> [{name}] }}").eq_set(length))
-            coarse = project_param(coarse, name)
-        return coarse
+        """The pairs of a coarsened set, `inner` being its operand's.
+
+        Where these depend on data the map decides, within the blocks that some truth of the data allows.
+        """
+        data = self._is_data(pattern, inner)
+        for name in self.atoms:
+            inner = project_param(inner, name)
+        coarse = coarse_pairs(inner, pattern.block_q, pattern.block_k, every=pattern.mode is Coarse.ALL)
+        if place.names:
+            coarse = place_pairs(coarse, place.q, place.k, place.q_len, place.k_len)
+        return coarse.intersect(self._atom(_map(pattern), place)) if data else coarse
+
+    def _coarse_condition(self, pattern: Coarsen, inner: isl.Set) -> Scalar:
+        return condition(self._coarsen(pattern, inner, self.here), self.context(), self.uniform)
+
+    def _is_data(self, pattern: Coarsen, inner: isl.Set) -> bool:
+        """Whether only the runtime's map says which block pairs are in a coarsened set."""
+        known = pattern.mode is not Coarse.FRACTION and pattern not in self._too_hard
+        return not known or any(self._involves(inner, name) for name in self.atoms)
 
     # ------------------------------------------------------------------------------- conditions
 
@@ -324,7 +309,7 @@ class Lowering:
                     return self._atom(cond, place)
                 powers = " or ".join(f"x = {1 << i}" for i in range(POSITION_BITS))
                 return self.set(f"{{ [x] : {powers} }}").preimage_multi_pw_aff(isl.MultiPwAff.from_pw_aff(number))
-            case Read() | Table():
+            case Read() | Table() | Call(function="drawn"):
                 return self._atom(cond, place)
             case Var() | Arg() | Binary() | Call():
                 raise AssertionError(f"not a boolean: {cond}")
@@ -485,8 +470,15 @@ class Lowering:
                 return self.predicate(operand, self._permuted(place, inner_place))
             case Coarsen():
                 inner = self.lower(pattern.operand, self.here)
-                coarse = condition(self._coarsen(pattern, inner, self.here), self.context(), self.uniform)
+                coarse = _map(pattern) if self._is_data(pattern, inner) else None
+                if coarse is None:
+                    try:
+                        coarse = bounded(self.ctx, lambda: self._coarse_condition(pattern, inner))
+                    except TooHard:
+                        coarse = _map(pattern)
                 return substitute(coarse, place.names)
+            case Random():
+                raise AssertionError("the program is derived before it is lowered")
             case _:
                 assert_never(pattern)
 
@@ -495,3 +487,8 @@ class Lowering:
             self._names[scalar] = f"{prefix}{len(table)}"
             table[self._names[scalar]] = scalar
         return self._names[scalar]
+
+
+def _map(pattern: Coarsen) -> Scalar:
+    assert pattern.map is not None, "the program is derived before it is lowered"
+    return pattern.map

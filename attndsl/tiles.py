@@ -2,7 +2,8 @@
 
 For a query tile the visited key tiles are a few disjoint *runs* `first, first + step, …` (`count` of them), whose
 ends are quasi-affine in the tile's index, the lengths and the uniform scalars. A run is *full* (every pair of
-its tiles is allowed: no mask) or *partial*. The transpose gives, for a key tile, the query tiles that visit it.
+its tiles is allowed: no mask) or *partial*. The transpose gives, for a key tile, the query tiles that visit it, and the
+skewed relation, for a diagonal of square tiles, the query tiles at which it is visited.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from attndsl.simplify import fold
 SCAN_EFFORT = 2 * EFFORT
 # … and to writing one piece of it as an interval.
 PIECE_EFFORT = EFFORT // 10
+# After so many pieces past it the rest is not tried.
+MAX_HARD = 4
 # Up to so many pieces are tried for being parts of one interval.
 MAX_JOINED = 6
 
@@ -46,7 +49,8 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class TileRuns:
-    """The disjoint runs of one tile: of key tiles for query tile `q_tile`, or of query tiles for key tile `k_tile`."""
+    """The disjoint runs of one tile: of key tiles for query tile `q_tile`, or of query tiles for key tile `k_tile`,
+    or for the tiles with q_tile - k_tile = `diagonal`."""
 
     full: tuple[Run, ...]
     partial: tuple[Run, ...]
@@ -57,6 +61,7 @@ class Side(Enum):
 
     QUERY = "q_tile"
     KEY = "k_tile"
+    DIAGONAL = "diagonal"  # square tiles; the loops run over query tiles
 
 
 def tile_runs(
@@ -88,9 +93,11 @@ class _Tiler:
     def __init__(
         self, relation: Relation, block_q: int, block_k: int, side: Side, align_start: bool, layout: Layout
     ) -> None:
+        assert side is not Side.DIAGONAL or block_q == block_k
         self.relation, self.side, self.layout = relation, side, layout
         self.block_q, self.block_k = block_q, block_k
         self.align_start = align_start
+        self.hard = 0
         self.ctx = relation.pairs.get_ctx()
         # `start` is the position of row 0, or in a layout its index. Rows are always below Nq.
         start, length = ("0", "Nq") if align_start else ("start", "Nk")
@@ -156,11 +163,10 @@ class _Tiler:
 
     def _scan(self, full: isl.Set, partial: isl.Set) -> TileRuns:
         """The runs of both kinds: interval by interval, or where tiles are no intervals as isl's loops over them."""
-        own, other = (0, 1) if self.side is Side.QUERY else (1, 0)
-        context = self._own_tile(self.existing, own, other).params()
+        context = self._own_tile(self.existing).params()
         whole = isl.Set.from_params(context).add_dims(isl.dim_type.set, 1)
         lines = {
-            kind: self._intervals(self._own_tile(tiles, own, other)).gist(whole)
+            kind: self._intervals(self._own_tile(tiles)).gist(whole)
             for kind, tiles in ((TileKind.FULL, full), (TileKind.PARTIAL, partial))
         }
         full_runs, partial_runs = (self._interval_runs(line, kind, context) for kind, line in lines.items())
@@ -227,8 +233,11 @@ class _Tiler:
             return _tiles(self.layout.q.index(Var("Nq")), self.block_q)
         return _tiles(Binary("-", self.layout.q.index(Var("Nk")), self._start), self.block_q)
 
-    def _own_tile(self, tiles: isl.Set, own: int, other: int) -> isl.Set:
+    def _own_tile(self, tiles: isl.Set) -> isl.Set:
         """{ [x, y] } as the line of the other side's tiles, the own tile a parameter."""
+        if self.side is Side.DIAGONAL:
+            tiles = tiles.apply(self._map("{ [x, y] -> [x - y, x] }"))
+        own = 1 if self.side is Side.KEY else 0
         position = tiles.dim(isl.dim_type.param)
         tiles = tiles.insert_dims(isl.dim_type.param, position, 1)
         tiles = tiles.set_dim_name(isl.dim_type.param, position, self.side.value)
@@ -252,9 +261,12 @@ class _Tiler:
             hull = self._hull(piece)
             return hull if hull.is_subset(piece) else None
 
+        if self.hard >= MAX_HARD:
+            return None
         try:
             return bounded(self.ctx, compute, PIECE_EFFORT)
         except TooHard:
+            self.hard += 1
             return None
 
     def _hull(self, piece: isl.Set) -> isl.Set:
@@ -264,7 +276,7 @@ class _Tiler:
         return tile.ge_set(low).intersect(tile.le_set(high))
 
     def _scalar(self, expr: isl.AstExpr) -> Scalar:
-        names: dict[str, Scalar] = {name: Var(name) for name in ("Nq", "Nk", "q_tile", "k_tile", "residue")}
+        names: dict[str, Scalar] = {name: Var(name) for name in ("Nq", "Nk", "residue", self.side.value)}
         return to_scalar(expr, names | {"start": self._start} | self.relation.uniform)
 
     @property

@@ -1,4 +1,7 @@
-"""Tile sizes by a cost model: what a program of each tiling costs, times the tiles that the pattern makes it visit."""
+"""Tile sizes by a cost model: what a program of each tiling costs, times the tiles that the pattern makes it visit.
+
+And which programs take so long that they had better start first.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,17 @@ from dataclasses import replace
 import numpy as np
 
 from attndsl.evaluate import evaluate
-from attndsl.plan import Backend, Spec, Tiling, default_tiling, forward_plan
-from attndsl.program import Arg, Program, Read, Scalar, Table, walk
+from attndsl.plan import (
+    Backend,
+    BackwardPlan,
+    Loads,
+    Spec,
+    Tiling,
+    backward_tilings,
+    default_tiling,
+    forward_plan,
+)  # fmt: skip
+from attndsl.program import Arg, CallShape, Program, Read, Scalar, Table, walk
 from attndsl.tiles import TileRuns
 
 # Microseconds of a program that owns 128 rows on an H200, by head dimension: apart from its tiles, and for each tile.
@@ -23,6 +35,13 @@ _HOPPER: dict[int, tuple[tuple[Tiling, float, float], ...]] = {
 }
 # The portable kernel's at D = 64, two programs of 64 rows and their tiles of 64 keys.
 _PORTABLE_64 = (Tiling(64, 64, warps=4, stages=3), 1.6, 0.68)
+# The kernel of dq at D = 128 where it has tensor copies: what 128 rows cost by two programs of 64, and by one.
+_DQ_128 = (
+    (2, Tiling(64, 64, warps=4, stages=2), 0.013, 0.00535),
+    (1, Tiling(128, 64, warps=8, stages=3), 0.053, 0.0094),
+)
+# A key tile that so many times more query tiles visit than the others do on average is started first.
+_HEAVY = 4
 # The length for which tilings are compared: kernels do not depend on lengths.
 _TOKENS = 16384
 
@@ -54,6 +73,44 @@ def prefers_portable(program: Program, spec: Spec) -> bool:
     if wide is None or narrow is None:
         return False
     return small_own + small_tile * narrow < large_own + large_tile * wide
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_backward_tilings(program: Program, spec: Spec) -> tuple[Tiling, Tiling]:
+    """The tilings of dq, and of dk and dv, as `choose_tiling` does it."""
+    of_q, of_keys = backward_tilings(spec)
+    if spec.loads is not Loads.DESCRIPTOR or max(spec.dim, spec.v_dim) != 128:
+        return of_q, of_keys
+    (programs, small, own, per_tile), (_, large, large_own, large_tile) = _DQ_128
+    narrow = _visited(forward_plan(program, spec, small).runs, small, spec)
+    if narrow is None:
+        return of_q, of_keys
+    # Twice the rows visit the same tiles and, where a boundary crosses them, one more.
+    return (large if large_own + large_tile * (narrow + 1) < programs * (own + per_tile * narrow) else small), of_keys
+
+
+def heavy_tiles(plan: BackwardPlan, shape: CallShape) -> int:
+    """How many of a call's first key tiles are visited by far more query tiles than the average: those of sinks.
+
+    0 where data decides it, and in a layout. A program owns a key tile, and a long one that starts late is waited for.
+    """
+    key_tiles = -(-shape.k_len // plan.key_tiling.block_k)
+    counts = [run.count for run in plan.key_runs.full + plan.key_runs.partial]
+    if not plan.layout.plain or not key_tiles:
+        return 0
+    if any(isinstance(x, Read | Table | Arg) for e in counts for x in walk(e)):
+        return 0
+    start = shape.first_position(plan.program)
+    heads = np.arange(shape.heads)[:, None]
+    variables = {
+        "Nk": np.asarray(shape.k_len), "Nq": np.asarray(shape.q_len(plan.program)), "start": np.asarray(start),
+        "k_tile": np.arange(key_tiles), "h": heads, "g": heads // (shape.heads // shape.kv_heads), "b": np.asarray(0),
+    }  # fmt: skip
+    visits = np.zeros((shape.heads, key_tiles))
+    for e in counts:
+        visits += np.maximum(evaluate(e, variables, {}), 0)
+    heavy = visits.sum(0) > _HEAVY * visits.sum(0).mean()
+    return key_tiles if heavy.all() else int(np.argmin(heavy))
 
 
 def _visited(runs: TileRuns, tiling: Tiling, spec: Spec) -> float | None:

@@ -14,11 +14,13 @@ from typing import Any, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
+from attndsl.derivation import Random
 from attndsl.oracle import Evaluator, dim_size
 from attndsl.program import (
     Arg,
     Axis,
     Binary,
+    Blocks,
     Call,
     CallShape,
     Choose,
@@ -32,7 +34,6 @@ from attndsl.program import (
     Logic,
     Minus,
     On,
-    Permuted,
     Program,
     Read,
     Scalar,
@@ -175,17 +176,19 @@ def map_scalars(pattern: Set, change: Callable[[Scalar], Scalar]) -> Set:
         case Choose(cond=cond, then=then, other=other):
             return replace(pattern, cond=change(cond), then=inner(then), other=inner(other))
         case On(operand=operand, place=place):
-            if isinstance(place, Permuted):
+            if not isinstance(place, Blocks):
                 place = replace(place, lead=tuple(map(change, place.lead)))
             return replace(pattern, operand=inner(operand), place=place)
+        case Random(seed=seed, among=among):
+            return replace(pattern, seed=change(seed), among=inner(among))
         case _:
             assert_never(pattern)
 
 
 def has_coarsen(pattern: Set) -> bool:
-    """Whether a set is coarsened somewhere in it."""
+    """Whether somewhere in it a set is coarsened, or drawn from: a pair then depends on others."""
     match pattern:
-        case Coarsen():
+        case Coarsen() | Random():
             return True
         case Where():
             return False
@@ -235,7 +238,8 @@ class World:
 def realise(program: Program, witness: Witness, check: Callable[[World, Witness], bool]) -> bool:
     """Whether a call is found that agrees with the witness's values and in which `check` holds."""
     length = max(witness.q_len, witness.k_len)
-    if length > (MAX_COARSE if has_coarsen(program.branch.pattern) else MAX_LENGTH):
+    dense = has_coarsen(program.branch.pattern) or any(decl.derivation is not None for decl in program.inputs)
+    if length > (MAX_COARSE if dense else MAX_LENGTH):
         return False
     search = _Search(program, witness, np.random.default_rng(0))
     return any(check(world, witness) for world in search.worlds())

@@ -1,4 +1,4 @@
-"""`python -m benchmarks forward|backward|cpu|overhead|compile`: ours and every installed peer side by side."""
+"""`python -m benchmarks` and a command: ours and every installed peer side by side."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 
 from benchmarks import peers
 from benchmarks.compile_time import PATTERN, run_compile
+from benchmarks.decode import CONTENDERS, DecodeSizes, run_decode
+from benchmarks.memory import run_memory
 from benchmarks.overhead import run_overhead
 from benchmarks.report import Report, heading, render, timing_table
 from benchmarks.rows import CPU_ROWS, GPU_ROWS, Sizes, select
@@ -23,7 +25,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def parser() -> argparse.ArgumentParser:
     """The command line; sizes left out take the command's defaults."""
     top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    top.add_argument("command", choices=("forward", "backward", "cpu", "overhead", "compile"))
+    top.add_argument("command", choices=("forward", "backward", "memory", "decode", "cpu", "overhead", "compile"))
     top.add_argument("--rows", help="comma-separated rows of benchmarks/rows.py")
     top.add_argument("--peers", help="comma-separated peers; `none` for ours alone")
     top.add_argument("--batch", type=int, default=1)
@@ -85,13 +87,38 @@ def timing(options: argparse.Namespace, command: str) -> str:
     return text + notes if options.command == "cpu" else text
 
 
+def memory(options: argparse.Namespace, command: str) -> str:
+    sizes = sizes_of(options)
+    table = run_memory(select(options.rows, GPU_ROWS), peers_of(options), sizes)
+    dtype = str(sizes.dtype).removeprefix("torch.")
+    setting = (
+        f"B={sizes.batch} H={sizes.heads} N={sizes.n} D={sizes.dim} {dtype}, peak of forward and backward; MiB "
+        "(multiple of the least: q, k, v, the output, their gradients, lse and delta)"
+    )
+    return f"{heading(Report(command, setting))}\n\n{render(table, options.md)}"
+
+
+def decode(options: argparse.Namespace, command: str) -> int:
+    """Row by row, at one length or two."""
+    batch, dim, dtype = options.batch if options.batch > 1 else 8, options.dim or 128, DTYPES[options.dtype or "bf16"]
+    contenders = None
+    if options.peers is not None:
+        asked = [] if options.peers == "none" else options.peers.split(",")
+        contenders = [name for name in CONTENDERS if name.startswith("attndsl") or name in asked]
+    print(heading(Report(command, f"B={batch} Hq/Hkv=32/8 D={dim} {dtype}, one row, under a CUDA graph")))
+    for n in [options.n] if options.n else [32768, 131072]:
+        sizes = DecodeSizes(batch, 32, 8, n, dim, dtype, torch.device("cuda"))
+        print("\n" + render(list(run_decode(sizes, contenders)), options.md), flush=True)
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser().parse_args(given)
     if options.site is not None:
         peers.add_site(options.site)
     command = "python -m benchmarks " + shlex.join(given)
-    if options.command in ("forward", "backward") and not torch.cuda.is_available():
+    if options.command in ("forward", "backward", "memory", "decode") and not torch.cuda.is_available():
         print("this table needs a GPU; `python -m benchmarks cpu` does not", file=sys.stderr)
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -99,12 +126,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case "overhead":
             table = run_overhead(device)
             print(f"{heading(Report(command, f'B=1 H=2 N=64 D=64 on {device.type}'))}\n\n{render(table, options.md)}")
+        case "decode":
+            return decode(options, command)
         case "compile":
             table = run_compile(options.pattern, device, options.backward)
             print(f"{heading(Report(command, f'{options.pattern} on {device.type}'))}\n\n{render(table, options.md)}")
         case _:
             try:
-                print(timing(options, command))
+                print(memory(options, command) if options.command == "memory" else timing(options, command))
             except KeyError as error:
                 print(error.args[0], file=sys.stderr)
                 return 2

@@ -121,6 +121,7 @@ class TileLoop:
             [f"{decl.name}_input" for decl in plan.inputs]
             + [f"{table.name}_table" for table in plan.tables]
             + [f"arg_{name}" for name in plan.args]
+            + (["seed", "drop_below", "keep_scale"] if plan.spec.dropout else [])
         )
 
     def file(self, function: str, signature: str, title: str) -> str:
@@ -144,27 +145,33 @@ class TileLoop:
         )
 
     @contextmanager
+    def batches(self) -> Iterator[None]:
+        """A loop over batch entries, where the runs need it; inside, `at_b` selects those attended together."""
+        with self.lines.block("for b in range(batch):" if self.per_batch else "for b in [slice(None)]:"):
+            self.lines.add("at_b = slice(b, b + 1)" if self.per_batch else "at_b = b")
+            yield
+
+    @contextmanager
     def tiles(self) -> Iterator[None]:
         """Loops over heads (where the runs need it) and query tiles; inside, `at` selects the rows of a tile."""
         lines = self.lines
-        with lines.block("for b in range(batch):" if self.per_batch else "for b in [slice(None)]:"):
-            lines.add("at_b = slice(b, b + 1)" if self.per_batch else "at_b = b")
-            with lines.block("for h in range(kv_heads * group):" if self.per_head else "for h in [slice(None)]:"):
-                if self.per_head:
-                    lines.add("g = h // group", "at_g, at_r = slice(g, g + 1), slice(h % group, h % group + 1)")
-                else:
-                    lines.add("at_g, at_r = slice(None), slice(None)")
-                lines.add(
-                    "b_index, h_index = all_b[at_b], all_h[:, at_g, at_r]",
-                    "g_index = h_index // group",
-                )
-                if self.plan.scale is not None:
-                    lines.add(f"scale = {self.tensors.text(self.plan.scale)}")
-                classes = self.plan.layout.classes
-                residues = lines.block(f"for residue in range({classes}):") if classes > 1 else nullcontext()
-                with residues, self._query_tiles():
-                    self._spans()
-                    yield
+        heads = "for h in range(kv_heads * group):" if self.per_head else "for h in [slice(None)]:"
+        with self.batches(), lines.block(heads):
+            if self.per_head:
+                lines.add("g = h // group", "at_g, at_r = slice(g, g + 1), slice(h % group, h % group + 1)")
+            else:
+                lines.add("at_g, at_r = slice(None), slice(None)")
+            lines.add(
+                "b_index, h_index = all_b[at_b], all_h[:, at_g, at_r]",
+                "g_index = h_index // group",
+            )
+            if self.plan.scale is not None:
+                lines.add(f"scale = {self.tensors.text(self.plan.scale)}")
+            classes = self.plan.layout.classes
+            residues = lines.block(f"for residue in range({classes}):") if classes > 1 else nullcontext()
+            with residues, self._query_tiles():
+                self.spans()
+                yield
 
     @contextmanager
     def _query_tiles(self) -> Iterator[None]:
@@ -207,7 +214,7 @@ class TileLoop:
         printer.names.known[Var("i")] = nth
         return printer.text(comb.position(Var("i")))
 
-    def _spans(self) -> None:
+    def spans(self) -> None:
         runs, lines = self.plan.runs, self.lines
         where = self.plan.program.branch.span
         lines.add(f"# The keys that these rows visit{f'  [{where}]' if where else ''}")
@@ -222,6 +229,9 @@ class TileLoop:
             end = "k_len" if self.plan.layout.k.every else "k_end"
             lines.add("]", f"{label}_spans = key_spans({label}_runs, block_k, {end})")
 
+    def attended(self) -> None:
+        """What is to be done when all keys of a tile are attended."""
+
     def _number(self, e: Scalar) -> str:
         return self.numbers.text(e)
 
@@ -235,34 +245,35 @@ class TileLoop:
         with lines.block(f"for full, partial in chunks(full_spans, partial_spans, {CHUNK}):"):
             printer = self.tensors.within(self.tensors.names.inner())
             lines.add("spans = full + partial")
-            if self.plan.layout.k.every:
-                self.helpers.add("gather")
-                lines.add(
-                    "keys = gather(k[at_b, at_g], spans).to(compute)",
-                    "values = gather(v[at_b, at_g], spans).to(compute)",
-                )
-            else:
-                self._comb_keys()
-            lines.add("scores = (queries.flatten(2, 3) @ keys.mT).unflatten(2, queries.shape[2:4]) * scale")
+            if self.plan.layout.k.width > 1:
+                lines.add("k_nth = positions(spans)", f"k_tokens = {self._tokens(self.plan.layout.k, 'k_nth')}")
+            lines.add(
+                f"keys = {self.rows_of('k')}.to(compute)",
+                f"values = {self.rows_of('v')}.to(compute)",
+                "scores = (queries.flatten(2, 3) @ keys.mT).unflatten(2, queries.shape[2:4]) * scale",
+            )
             if self.reads_keys:
                 comb = self.plan.layout.k
                 lines.add(f"k_pos = {'k_tokens' if comb.width > 1 else self._tokens(comb, 'positions(spans)')}")
             yield printer
 
-    def _comb_keys(self) -> None:
-        """`keys` and `values` in a layout: without a copy where they lie at equal distances."""
-        comb, lines = self.plan.layout.k, self.lines
-        if comb.width == 1:
-            self.helpers.add("gather")
-            for name, x in (("keys", "k"), ("values", "v")):
-                lines.add(f"{name} = gather({x}[{self._keys}], spans).to(compute)")
-            return
-        lines.add(
-            "k_nth = positions(spans)",
-            f"k_tokens = {self._tokens(comb, 'k_nth')}",
-            "keys = k[at_b, at_g].index_select(-2, k_tokens).to(compute)",
-            "values = v[at_b, at_g].index_select(-2, k_tokens).to(compute)",
-        )
+    def drop(self, target: str) -> None:
+        """Dropout of what every pair has, what is left made up for what is not."""
+        if self.plan.spec.dropout:
+            self.lines.add(f"{target} = torch.where(keep, {target} * keep_scale, 0)")
+
+    def keep(self) -> None:
+        """Which pairs dropout keeps."""
+        if self.plan.spec.dropout:
+            self.helpers.add("kept")
+            self.lines.add("keep = kept(seed, b_index, h_index, q_pos, spans, drop_below)")
+
+    def rows_of(self, x: str) -> str:
+        """The keys or values of the spans: without a copy where they lie at equal distances in one span."""
+        if self.plan.layout.k.width > 1:
+            return f"{x}[at_b, at_g].index_select(-2, k_tokens)"
+        self.helpers.add("gather")
+        return f"gather({x}[{self._keys}], spans)"
 
     @property
     def _keys(self) -> str:
@@ -302,15 +313,22 @@ class TileLoop:
 def forward_source(plan: ForwardPlan) -> str:
     """Text of a Python file whose `attention_forward` writes `out` and `lse` (both preset by the caller)."""
     loop = TileLoop(plan, (plan.score, plan.weights))
-    lines = loop.lines
-    lines.add(
+    loop.lines.add(
         '"""Attend q [batch, kv_heads, group, rows, D] to k, v [batch, kv_heads, keys, D].',
         "",
         "Writes out [batch, kv_heads, group, rows, Dv] and lse [batch, kv_heads, group, rows].",
         '"""',
     )
+    attend(loop)
+    signature = ", ".join(["q", "k", "v", "out", "lse", "scale", *loop.parameters()])
+    return loop.file("attention_forward", signature, "forward, blocked PyTorch")
+
+
+def attend(loop: TileLoop) -> None:
+    """The body of a function that attends: the rows of a tile over portions of their keys."""
+    plan, lines = loop.plan, loop.lines
     loop.prologue()
-    softmax = plan.weights is None
+    softmax = plan.softmax
     with loop.tiles():
         lines.add("queries = q[at].to(compute)")
         if plan.follows:
@@ -348,7 +366,10 @@ def forward_source(plan: ForwardPlan) -> str:
                     "row_max = new_max",
                     "acc *= decay[..., None]",
                 )
+            loop.keep()
+            loop.drop("weights")
             lines.add("acc += (weights.flatten(2, 3) @ values).unflatten(2, queries.shape[2:4])")
+        loop.attended()
         if plan.sink is not None:
             lines.add(
                 f"sink = ({loop.tensors.text(plan.sink)} + torch.zeros_like(acc[..., :1]))[..., 0]",
@@ -364,5 +385,3 @@ def forward_source(plan: ForwardPlan) -> str:
                 "lse[at] = torch.where(row_sum == 0, -math.inf, row_max + torch.log(row_sum)).to(lse.dtype)",
             )
         lines.add("out[at] = acc.to(out.dtype)")
-    signature = ", ".join(["q", "k", "v", "out", "lse", "scale", *loop.parameters()])
-    return loop.file("attention_forward", signature, "forward, blocked PyTorch")

@@ -25,7 +25,7 @@ class _Backward:
         others = (x for pair in plan.learnable for x in pair)
         self.loop = TileLoop(plan, (plan.score, plan.weights, plan.d_score, *others))
         self.lines = self.loop.lines
-        self.softmax = plan.weights is None
+        self.softmax = plan.softmax
         # Weights that do not depend on the score: nothing flows to queries and keys.
         self.flows = plan.d_score != Const(0.0)
 
@@ -87,10 +87,17 @@ class _Backward:
             lines.add(f"logits = {copied}")
             loop.mask("logits", "-math.inf")
             lines.add("weights = torch.exp(logits - row_lse)")
-        loop.scatter("dv", "weights.flatten(2, 3).mT @ d_out.flatten(2, 3)")
+        left = "weights"
+        if plan.spec.dropout:
+            left = "left"
+            loop.keep()
+            lines.add("left = weights")
+            loop.drop("left")
+        loop.scatter("dv", f"{left}.flatten(2, 3).mT @ d_out.flatten(2, 3)")
         if not self.flows and not plan.learnable:
             return
         lines.add("d_weights = (d_out.flatten(2, 3) @ values.mT).unflatten(2, d_out.shape[2:4])")
+        loop.drop("d_weights")
         if self.softmax:
             lines.add("d_logits = weights * (d_weights - delta[..., None])")
         else:

@@ -13,19 +13,21 @@ from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import TRITON, Level, Names, Printer
 from attndsl.plan import DType, Loads, Part, Plan, head_parts
 from attndsl.program import Arg, Axis, Binary, Const, Dim, Read, Scalar, Table, TableDecl, Type, Var, reads, walk
-from attndsl.tiles import Run, TileRuns
+from attndsl.tiles import Run
 
 _VARIABLES = {
     "q": "q_pos", "k": "k_pos", "b": "b", "h": "h", "g": "g", "Nk": "k_len", "start": "start",
-    "q_tile": "q_tile", "k_tile": "k_tile", "residue": "residue", "i": "i_pos", "j": "j_pos", "i_start": "i_start",
+    "q_tile": "q_tile", "k_tile": "k_tile", "diagonal": "diagonal", "residue": "residue", "i": "i_pos", "j": "j_pos",
+    "i_start": "i_start",
 }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Leaves:
-    """Text of a Triton kernel's leaves."""
+    """Text of a Triton kernel's leaves. `ragged`: each sequence has its own length, and `last_key` its last index."""
 
     plan: Plan
+    ragged: bool = False
 
     def __call__(self, e: Scalar, printer: Printer) -> str:
         match e:
@@ -82,7 +84,9 @@ class Leaves:
             printer.helpers.add("clamp")
             return f"clamp({printer.text(e, Level.SUM)} - start, 0, rows - 1)"
         last = f"{dim.size - 1}" if dim.axis is Axis.CONST else f"{size} - 1"
-        if dim.axis is Axis.K and dim.block == 1:
+        if self.ragged and dim.axis in (Axis.K, Axis.Q):
+            last = "last_key" if dim.block == 1 else f"last_key // {dim.block}"
+        elif dim.axis is Axis.K and dim.block == 1:
             last = "k_len - 1"
         return self._clamped(e, dim, last, printer)
 
@@ -106,11 +110,12 @@ class KernelWriter:
     Tiles of q, k, v, dout are named after their tensors, one variable for each part of the head dimension.
     """
 
-    def __init__(self, plan: Plan, function: str, tensors: str) -> None:
+    def __init__(self, plan: Plan, function: str, tensors: str, ragged: bool = False) -> None:
         self.plan, self.function = plan, function
         self.tensors = tensors.split()
         self.lines = Lines(indent=1)
-        self.printer = Printer(TRITON, Names(Leaves(plan)))
+        self.leaves = Leaves(plan, ragged)
+        self.printer = Printer(TRITON, Names(self.leaves))
         self.q_parts = head_parts(plan.spec.dim)
         self.v_parts = head_parts(plan.spec.v_dim)
         self.combs = {"q": plan.layout.q, "k": plan.layout.k}
@@ -140,11 +145,12 @@ class KernelWriter:
         for x in self.tensors:
             names += [f"{x}_desc{part.suffix}" for part in (*self.q_parts, *self.v_parts)]
         names += [f"stride_{x}{axis}" for x in self.tensors for axis in "bhn"]
+        names += ["seed_ptr", "drop_below", "keep_scale"] if self.plan.spec.dropout else []
         return list(dict.fromkeys([*names, "scale", "rows", "k_len", *scalar_parameters(self.plan)]))
 
     def fresh(self) -> Printer:
         """A printer that knows no names: what was named inside the tile's loops has the shape of a tile."""
-        return self.printer.within(Names(Leaves(self.plan)))
+        return self.printer.within(Names(self.leaves))
 
     def constants(self) -> None:
         tiling = self.plan.tiling
@@ -248,9 +254,21 @@ class KernelWriter:
         elif plan.scale is not None:
             self.lines.add(f"scale = {scale}")
 
-    def name_ends(self, runs: TileRuns) -> None:
+    def seed(self) -> None:
+        """Load the seed of dropout, where a call has it."""
+        if self.plan.spec.dropout:
+            self.lines.add("seed = tl.load(seed_ptr)")
+
+    def keep(self, transposed: bool = False) -> None:
+        """`keep`: which pairs of a tile dropout keeps. First in a tile, where fewest registers are in use."""
+        if self.plan.spec.dropout:
+            self.printer.helpers.add("kept")
+            kept = "kept(seed, b, h, start + q_rows[:, None], k_tile * BLOCK_K, drop_below, BLOCK_Q, BLOCK_K)"
+            self.lines.add(f"keep = tl.trans({kept})" if transposed else f"keep = {kept}")
+
+    def name_ends(self, runs: tuple[Run, ...]) -> None:
         """Name what the ends of runs share."""
-        self.printer.share(self.lines, [x for run in runs.full + runs.partial for x in (run.first, run.count)], "tile_")
+        self.printer.share(self.lines, [x for run in runs for x in (run.first, run.count)], "tile_")
 
     def know_tile_start(self) -> None:
         """Give the position of the query tile's first row, or its index, its name in expressions."""

@@ -41,6 +41,22 @@ def bit_length(x):
 
 
 @triton.jit
+def mix64(x, y):
+    """The output of SplitMix64 in state x ^ y."""
+    z = (tl.cast(x, tl.uint64) ^ tl.cast(y, tl.uint64)) + 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def drawn(hash, member, last_hash, last):
+    """Whether a member comes no later than the last one drawn: by its hash, then by its index."""
+    last_hash = tl.cast(last_hash, tl.uint64)
+    return (hash < last_hash) | ((hash == last_hash) & (member <= last))
+
+
+@triton.jit
 def tanh(x):
     """Hyperbolic tangent, accurate to float32 (near 0 by a polynomial: Cephes)."""
     z = x * x
@@ -55,5 +71,26 @@ def tanh(x):
 
 
 @triton.jit
+def kept(seed, b, h, q_pos, k_first, drop_below, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Which pairs of a tile dropout keeps: q_pos [BLOCK_Q, 1], keys from k_first, a multiple of 4.
+
+    Philox-4x32-10 of the counter (k // 4, q, h, b) makes the words of four keys.
+    """
+    group = k_first // 4 + tl.arange(0, BLOCK_K // 4)[None, :]
+    word_0, word_1, word_2, word_3 = tl.philox(seed, group, q_pos, h, b)
+    even = tl.join((word_0 >= drop_below).to(tl.int8), (word_2 >= drop_below).to(tl.int8))
+    odd = tl.join((word_1 >= drop_below).to(tl.int8), (word_3 >= drop_below).to(tl.int8))
+    return tl.join(even, odd).reshape(BLOCK_Q, BLOCK_K) != 0
+
+
+@triton.jit
 def softcap(x, cap):
     return cap * tanh(x / cap)
+
+
+@triton.jit
+def from_e4m3(bits):
+    """float8 e4m3, given as its bits, as float16: exact for all finite numbers, on any device."""
+    bits = bits.to(tl.uint16)
+    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+    return half.to(tl.float16, bitcast=True) * 256.0

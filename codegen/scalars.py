@@ -77,6 +77,7 @@ class Dialect:
 TRITON = Dialect(
     functions={
         "min": "tl.minimum", "max": "tl.maximum", "abs": "tl.abs", "clamp": "clamp", "bit_length": "bit_length",
+        "mix64": "mix64", "drawn": "drawn",
         "is_power_of_two": "is_power_of_two", "exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "sqrt": "tl.sqrt",
         "tanh": "tanh", "sigmoid": "tl.sigmoid", "softcap": "softcap",
     },
@@ -91,6 +92,7 @@ GLUON = replace(
 TORCH = Dialect(
     functions={
         "min": "minimum", "max": "maximum", "abs": "abs", "clamp": "clamp", "bit_length": "bit_length",
+        "mix64": "mix64", "drawn": "drawn",
         "is_power_of_two": "is_power_of_two", "exp": "torch.exp", "exp2": "torch.exp2", "log": "torch.log",
         "sqrt": "torch.sqrt", "tanh": "torch.tanh", "sigmoid": "torch.sigmoid", "softcap": "softcap",
     },

@@ -41,6 +41,38 @@ def bit_length(x):
     return sum((x >= (1 << i)).to(torch.int64) for i in range(31))
 
 
+def kept(seed, b, h, q_pos, spans, drop_below):
+    """Which pairs of the spans' keys dropout keeps. Philox-4x32-10 of (k // 4, q, h, b) makes the words of four."""
+    low, found = 0xFFFFFFFF, []
+    for first, end in spans:
+        c0 = torch.arange(first // 4, -(-end // 4)) & low
+        c1, c2, c3 = q_pos & low, h & low, b & low
+        k0, k1 = int(seed) & low, (int(seed) >> 32) & low
+        for _ in range(10):
+            # Products of 64 bits, whose sign the masks take away.
+            left, right = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+            c0, c1 = ((right >> 32) & low) ^ c1 ^ k0, right & low
+            c2, c3 = ((left >> 32) & low) ^ c3 ^ k1, left & low
+            k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+        words = torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1).flatten(-2)
+        found.append(words[..., first % 4 : first % 4 + end - first] >= drop_below)
+    return torch.cat(found, dim=-1)
+
+
+def mix64(x, y):
+    """The output of SplitMix64 in state x ^ y, as the bits of a signed integer, whose shifts repeat the sign."""
+    z = (torch.as_tensor(x) ^ torch.as_tensor(y)).to(torch.int64) - 0x61C8864680B583EB
+    z = (z ^ (z >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
+    z = (z ^ (z >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
+    return z ^ (z >> 31 & (1 << 33) - 1)
+
+
+def drawn(hash, member, last_hash, last):
+    """Whether a member comes no later than the last one drawn: by its hash, unsigned, then by its index."""
+    hash, last_hash = hash ^ -(1 << 63), last_hash ^ -(1 << 63)
+    return (hash < last_hash) | ((hash == last_hash) & (member <= last))
+
+
 def softcap(x, cap):
     return cap * torch.tanh(x / cap)
 
@@ -84,6 +116,33 @@ def gather(x, spans):
     if len(spans) == 1:
         return x[..., spans[0][0] : spans[0][1], :]
     return torch.cat([x[..., low:high, :] for low, high in spans], dim=-2)
+
+
+def gather_pages(x, pages, heads, spans):
+    """The rows of a cache x [slots, heads, page, dim] in the spans of a sequence, as [1, heads, rows, dim].
+
+    A page that does not exist counts as zeros.
+    """
+    size = x.shape[2]
+    # By bytes where elements are of one: few operators take 8-bit floats.
+    bits = x.view(torch.uint8) if x.element_size() == 1 else x
+    cuts = [(page, low, high) for low, high in spans for page in range(low // size, (high - 1) // size + 1)]
+    if len(cuts) <= 32:
+        places = [
+            (pages[page].item(), max(low - page * size, 0), min(high - page * size, size)) for page, low, high in cuts
+        ]
+        pieces = [
+            bits[page : page + 1, heads, low:high]
+            if 0 <= page < x.shape[0]
+            else torch.zeros_like(bits[:1, heads, low:high])
+            for page, low, high in places
+        ]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)).view(x.dtype)
+    at = positions(spans)
+    page = pages[at // size]
+    exists = (page >= 0) & (page < x.shape[0])
+    rows = bits[:, heads][page.clamp(0, x.shape[0] - 1), :, at % size].transpose(0, 1)
+    return torch.where(exists[:, None], rows, 0)[None].view(x.dtype)
 
 
 def positions(spans):

@@ -2,14 +2,15 @@
 
 Two kernels, each owning what it writes, so there are no atomics and two runs agree to the bit:
 
-- `attention_dq` owns query tiles and loops over their key tiles. It also makes delta, the row sums of
-  out * dout less the gradient of lse, which the other kernel reads.
+- `attention_dq` owns query tiles and loops over their key tiles. It also makes what the other kernel reads of each
+  row: delta, the sum of out * dout less the gradient of lse, and lse as exponents of 2 take it.
 - `attention_dkdv` owns key tiles and loops over the query tiles that visit them: the transposed runs.
 
 With s = scale q . k, logit x(s), p = exp(x - lse) and dp = dout . v: dx = p (dp - delta), ds = dx x'(s).
 
 A learnable input gets dx times its derivative, summed by the kernel over whatever its index does not follow.
 For the n-th read `sum_n` receives the sums and `at_n` the entries they belong to; adding them up is the caller's.
+Inputs that q and k read together have kernels of their own: `triton_learned.py`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from abc import ABC, abstractmethod
 from attndsl.codegen.kernel import KernelWriter, Leaves, run_loop
 from attndsl.codegen.scalars import Level, Printer
 from attndsl.codegen.triton_forward import FULL, PARTIAL
-from attndsl.plan import BackwardPlan, Learned, Over, Part
+from attndsl.learned import Learned, Over
+from attndsl.plan import BackwardPlan, Loads, Part
 from attndsl.program import Axis, Const, Scalar, Var, reads
 from attndsl.tiles import TileRuns
 
 DQ = "attention_dq"
 DKDV = "attention_dkdv"
-_ROWS_THAT_SEE_NOTHING = "# Rows that see nothing have lse -inf: with +inf in its place their weights are 0."
 
 
 def backward_sources(plan: BackwardPlan) -> tuple[str, str]:
@@ -33,8 +34,8 @@ def backward_sources(plan: BackwardPlan) -> tuple[str, str]:
     return _Dq(plan).source(), _DkDv(plan).source()
 
 
-class _Backward(KernelWriter, ABC):
-    """What both kernels compute for a tile of pairs: probabilities, and the gradient of the scores."""
+class BackwardKernel(KernelWriter, ABC):
+    """What backward kernels compute for a tile of pairs: probabilities, and the gradient of the scores."""
 
     plan: BackwardPlan
 
@@ -42,7 +43,7 @@ class _Backward(KernelWriter, ABC):
         """`along_q`: how a vector over query rows lies in a tile of pairs. `over`: the learned sums made here."""
         super().__init__(plan, function, tensors)
         self.along_q = along_q
-        self.softmax = plan.weights is None
+        self.softmax = plan.softmax
         self.folded = self.softmax and plan.score is None
         # A logit that does not depend on the score: nothing flows to queries and keys.
         self.flows = plan.d_score != Const(0.0)
@@ -51,7 +52,8 @@ class _Backward(KernelWriter, ABC):
         self.reads_rows = any(dim.axis is Axis.Q and dim.block == 1 for decl in plan.inputs for dim in decl.dims)
 
     def _candidates(self) -> list[str]:
-        return [*super()._candidates(), *(f"{x}_{n}_ptr" for n, _ in self.learned for x in ("sum", "at"))]
+        kept = ("row_lse_ptr", "row_lse_desc", "delta_desc", "row_stride", "heavy")
+        return [*super()._candidates(), *kept, *(f"{x}_{n}_ptr" for n, _ in self.learned for x in ("sum", "at"))]
 
     def pairs(self, masked: bool) -> list[Scalar]:
         """What is computed for every pair of a tile."""
@@ -60,9 +62,9 @@ class _Backward(KernelWriter, ABC):
         return [e for e in (*found, *(x.slope for _, x in self.from_pairs)) if e is not None]
 
     def loops(self, runs: TileRuns, tile: str) -> None:
-        self.name_ends(runs)
         for found, label, comment in ((runs.full, "full", FULL), (runs.partial, "partial", PARTIAL)):
             if found:
+                self.name_ends(found)
                 self.lines.add(f"# {comment}{self.origin}")
                 with run_loop(self.lines, self.printer, found, label, tile):
                     self.tile(masked=label == "partial")
@@ -71,11 +73,14 @@ class _Backward(KernelWriter, ABC):
     def tile(self, masked: bool) -> None:
         """One tile of pairs: what it adds to the accumulators."""
 
-    def load_lse(self, base: str) -> None:
-        self.lines.add(
-            f'lse = tl.load(lse_ptr + {base}, mask=q_rows < rows, other=float("inf")) * LOG2_E',
-            'lse = tl.where(lse == float("-inf"), float("inf"), lse)',
-        )
+    def load_row(self, name: str, kept: str, other: str) -> None:
+        """A vector over the tile's rows, of what the kernel of dq kept. Rows that do not exist have a dout of zero, and
+        with it no gradient, whatever their weight."""
+        if self.plan.spec.loads is Loads.DESCRIPTOR:
+            self.lines.add(f"{name} = {kept}_desc.load([row_head, q_tile * BLOCK_Q]).reshape(BLOCK_Q)")
+            return
+        at = f"{kept}_ptr + row_head.to(tl.int64) * row_stride + q_rows"
+        self.lines.add(f"{name} = tl.load({at}, mask=q_rows < rows, other={other})")
 
     def scores(self, a: str, b: str) -> None:
         """`scores`: the product q . k, scaled where an expression reads it."""
@@ -121,6 +126,11 @@ class _Backward(KernelWriter, ABC):
         allowed = self._allowed(printer, masked, existing)
         lines.add(f"d_logits = tl.where({allowed}, d_weights, 0.0)" if allowed else "d_logits = d_weights")
 
+    def drop(self) -> None:
+        """What reaches a weight, of the gradient of what was left of it after dropout."""
+        if self.plan.spec.dropout:
+            self.lines.add("d_weights = tl.where(keep, d_weights * keep_scale, 0.0)")
+
     def passed_on(self, slope: Scalar | None, printer: Printer) -> str:
         """d_logits times a derivative, 0 where d_logits is, even where the derivative is infinite or not a number."""
         if slope is None or slope == Const(1.0):
@@ -152,7 +162,7 @@ class _Backward(KernelWriter, ABC):
         return " + ".join(self.dot(a.format(part.suffix), b.format(part.suffix)) for part in parts)
 
 
-class _Dq(_Backward):
+class _Dq(BackwardKernel):
     def __init__(self, plan: BackwardPlan) -> None:
         super().__init__(plan, DQ, "q k v out dout dq", "[:, None]", (Over.TILE, Over.KEYS))
         self.visits = self.flows or bool(self.from_pairs)
@@ -163,7 +173,7 @@ class _Dq(_Backward):
         self.query_tile()
         for x, parts, dim in (("q", self.q_parts, spec.dim), ("dout", self.v_parts, spec.v_dim)):
             lines.add(self.base(x, "h"))
-            self.load(x, parts, dim, "q", "h", bounded=True)
+            self.load(x, parts, dim, "q", "h", bounded=True, pointer=True)
         if self.softmax:
             self._delta()
         lines.add(*(f"dq{part.suffix} = tl.zeros([BLOCK_Q, {part.size}], tl.float32)" for part in self.q_parts))
@@ -171,7 +181,9 @@ class _Dq(_Backward):
             lines.add("row_at = head.to(tl.int64) * rows + q_rows")
         lines.add(*(f"sum_{n} = tl.zeros([BLOCK_Q], tl.float32)" for n, _ in self.learned))
         if self.visits:
-            lines.add(self.base("k", "g"), self.base("v", "g"))
+            if plan.spec.loads is Loads.POINTER:
+                lines.add(self.base("k", "g"), self.base("v", "g"))
+            self.seed()
             self.scale(folded=False)
             if self.folded:
                 lines.add("factor = scale * LOG2_E")
@@ -191,24 +203,30 @@ class _Dq(_Backward):
         lines = self.lines
         if self.plan.follows:
             lines.add(
-                "row_at = head.to(tl.int64) * rows + q_rows",
-                "delta = tl.load(delta_ptr + row_at, mask=q_rows < rows, other=0.0)",
-                _ROWS_THAT_SEE_NOTHING,
+                "kept_at = head.to(tl.int64) * row_stride + q_rows",
+                "delta = tl.load(delta_ptr + kept_at, mask=q_rows < rows, other=0.0)",
+                'lse = tl.load(row_lse_ptr + kept_at, mask=q_rows < rows, other=float("inf"))',
             )
-            self.load_lse("row_at")
             return
         lines.add(self.base("out", "h"))
-        self.load("out", self.v_parts, self.plan.spec.v_dim, "q", "h", bounded=True)
+        self.load("out", self.v_parts, self.plan.spec.v_dim, "q", "h", bounded=True, pointer=True)
         sums = (f"tl.sum(out{p.suffix}.to(tl.float32) * dout{p.suffix}.to(tl.float32), 1)" for p in self.v_parts)
         lines.add(f"delta = {' + '.join(sums)}", "row_at = head.to(tl.int64) * rows + q_rows")
         if self.plan.uses_lse:
             lines.add("delta -= tl.load(d_lse_ptr + row_at, mask=q_rows < rows, other=0.0)")
-        lines.add("tl.store(delta_ptr + row_at, delta, mask=q_rows < rows)", _ROWS_THAT_SEE_NOTHING)
-        self.load_lse("row_at")
+        lines.add(
+            "# Rows that see nothing have lse -inf: with +inf in its place their weights are 0.",
+            'lse = tl.load(lse_ptr + row_at, mask=q_rows < rows, other=float("inf")) * LOG2_E',
+            'lse = tl.where(lse == float("-inf"), float("inf"), lse)',
+            "kept_at = head.to(tl.int64) * row_stride + q_rows",
+            "tl.store(delta_ptr + kept_at, delta, mask=q_rows < rows)",
+            "tl.store(row_lse_ptr + kept_at, lse, mask=q_rows < rows)",
+        )
 
     def tile(self, masked: bool) -> None:
         spec, lines = self.plan.spec, self.lines
         printer = self.printer.within(self.printer.names.inner())
+        self.keep()
         # Rows that do not exist are not written; only sums over rows must leave them out.
         existing = bool(self.from_pairs)
         self.tokens("k")
@@ -219,6 +237,7 @@ class _Dq(_Backward):
         self.scores("q{}", "tl.trans(k{})")
         self.probabilities(printer, masked, "[BLOCK_Q, BLOCK_K]", existing)
         lines.add("d_weights = " + self.dots(self.v_parts, "dout{}", "tl.trans(v{})"))
+        self.drop()
         self.logit_gradient(printer, masked, existing)
         self.learn(printer)
         if self.flows:
@@ -253,7 +272,7 @@ class _Dq(_Backward):
             )
 
 
-class _DkDv(_Backward):
+class _DkDv(BackwardKernel):
     def __init__(self, plan: BackwardPlan) -> None:
         super().__init__(plan.of_keys(), DKDV, "q k v dout dk dv", "[None, :]", (Over.ROWS,))
         self.group = plan.spec.heads // plan.spec.kv_heads
@@ -266,9 +285,10 @@ class _DkDv(_Backward):
         self._key_tile()
         for x, parts, dim in (("k", self.q_parts, spec.dim), ("v", self.v_parts, spec.v_dim)):
             lines.add(self.base(x, "g"))
-            self.load(x, parts, dim, "k", "g", bounded=True)
+            self.load(x, parts, dim, "k", "g", bounded=True, pointer=True)
         lines.add(*(f"dk{part.suffix} = tl.zeros([BLOCK_K, {part.size}], tl.float32)" for part in self.q_parts))
         lines.add(*(f"dv{part.suffix} = tl.zeros([BLOCK_K, {part.size}], tl.float32)" for part in self.v_parts))
+        self.seed()
         if self.group == 1:
             lines.add("h = g")
         if not self.scale_per_head:
@@ -283,6 +303,8 @@ class _DkDv(_Backward):
         lines.add("")
         if self.flows and not self.scale_per_head:
             lines.add(*(f"dk{part.suffix} = dk{part.suffix} * scale" for part in self.q_parts))
+        if self.plan.spec.dropout:
+            lines.add(*(f"dv{part.suffix} = dv{part.suffix} * keep_scale" for part in self.v_parts))
         self.put("dk", self.q_parts, spec.dim, "k", "g")
         self.put("dv", self.v_parts, spec.v_dim, "k", "g")
         return self.file("gradients of k and v, portable Triton")
@@ -291,12 +313,27 @@ class _DkDv(_Backward):
         """Which key tile of which key head a program owns."""
         lines, spec, layout = self.lines, self.plan.spec, self.plan.layout
         tiles = f"k_tiles = tl.cdiv({self.most('k', 'k_len')}, BLOCK_K)"
-        if layout.classes == 1:
+        if layout.plain:
+            lines.add(
+                "",
+                "# Heads one after another; a head's first keys first: most rows see them. Before all others the key "
+                "tiles",
+                "# that far more rows see than the rest (`heavy` of them in each head): they take longest.",
+                tiles,
+                "heads = tl.num_programs(0) // k_tiles",
+                "program = tl.program_id(0)",
+                "rest = program - heavy * heads",
+                "light = tl.maximum(k_tiles - heavy, 1)",
+                "head = tl.where(rest < 0, program % heads, rest // light)",
+                "k_tile = tl.where(rest < 0, program // heads, heavy + rest % light)",
+            )
+        elif layout.classes == 1:
             lines.add(
                 "",
                 "# Heads one after another; a head's first keys first: most rows see them.",
                 tiles,
                 "head = tl.program_id(0) // k_tiles",
+                "k_tile = tl.program_id(0) % k_tiles",
             )
         else:
             lines.add(
@@ -305,13 +342,9 @@ class _DkDv(_Backward):
                 tiles,
                 f"head = tl.program_id(0) // (k_tiles * {layout.classes})",
                 f"residue = tl.program_id(0) // k_tiles % {layout.classes}",
+                "k_tile = tl.program_id(0) % k_tiles",
             )
-        lines.add(
-            "k_tile = tl.program_id(0) % k_tiles",
-            f"b = head // {spec.kv_heads}",
-            f"g = head % {spec.kv_heads}",
-            self.start,
-        )
+        lines.add(f"b = head // {spec.kv_heads}", f"g = head % {spec.kv_heads}", self.start)
         if not layout.k.every:
             self.skip_missing("k", "k_tile * BLOCK_K")
         if not layout.q.every:
@@ -325,9 +358,10 @@ class _DkDv(_Backward):
 
     def _head(self) -> None:
         plan, lines = self.plan, self.lines
-        lines.add(self.base("q", "h"), self.base("dout", "h"))
+        if plan.spec.loads is Loads.POINTER:
+            lines.add(self.base("q", "h"), self.base("dout", "h"))
         if self.softmax:
-            lines.add(f"row_base = (b * {plan.spec.heads} + h).to(tl.int64) * rows")
+            lines.add(f"row_head = b * {plan.spec.heads} + h")
         if self.scale_per_head:
             self.scale(folded=False)
         if self.folded:
@@ -349,14 +383,14 @@ class _DkDv(_Backward):
     def tile(self, masked: bool) -> None:
         spec, lines = self.plan.spec, self.lines
         printer = self.printer.within(self.printer.names.inner())
-        # A query tile may reach past the last row whatever its kind: such rows are zero, and must weigh nothing.
-        plain = self.plan.layout.q.every
-        if not plain:
+        if self.plan.layout.q.every:
+            lines.add("q_rows = q_tile * BLOCK_Q + q_offset")
+        else:
             self.tokens("q", "i_start + q_tile * BLOCK_Q")
+        self.keep(transposed=True)
+        # A query tile may reach past the last row whatever its kind: such rows are zero, and must weigh nothing.
         self.load("q", self.q_parts, spec.dim, "q", "h", bounded=True)
         self.load("dout", self.v_parts, spec.v_dim, "q", "h", bounded=True)
-        if plain:
-            lines.add("q_rows = q_tile * BLOCK_Q + q_offset")
         if pairs := self.pairs(masked):
             lines.add("q_pos = start + q_rows[None, :]")
             if any(reads(e, "i") for e in pairs):
@@ -364,17 +398,22 @@ class _DkDv(_Backward):
             if self.reads_rows:
                 lines.add("q_index = tl.minimum(q_rows, rows - 1)[None, :]")
         if self.softmax:
-            self.load_lse("row_base + q_rows")
+            self.load_row("lse", "row_lse", 'float("inf")')
         self.scores("k{}", "tl.trans(q{})")
         self.probabilities(printer, masked, "[BLOCK_K, BLOCK_Q]", existing=True)
+        left = "weights"
+        if self.plan.spec.dropout:
+            left = "left"
+            lines.add("left = tl.where(keep, weights, 0.0)")
         for part in self.v_parts:
             value, acc = f"dout{part.suffix}", f"dv{part.suffix}"
-            lines.add(f"{acc} = " + self.dot(f"weights.to({value}.dtype)", value, acc))
+            lines.add(f"{acc} = " + self.dot(f"{left}.to({value}.dtype)", value, acc))
         if not self.flows and not self.from_pairs:
             return
         if self.softmax:
-            lines.add("delta = tl.load(delta_ptr + row_base + q_rows, mask=q_rows < rows, other=0.0)")
+            self.load_row("delta", "delta", "0.0")
         lines.add("d_weights = " + self.dots(self.v_parts, "v{}", "tl.trans(dout{})"))
+        self.drop()
         self.logit_gradient(printer, masked, existing=True)
         self.learn(printer)
         if self.flows:

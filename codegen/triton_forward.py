@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attndsl.codegen.kernel import KernelWriter, run_loop
-from attndsl.plan import ForwardPlan, Loads
+from attndsl.plan import ForwardPlan, Loads, Plan
 from attndsl.program import Const, Scalar, Var, reads
 
 KERNEL = "attention_forward"
@@ -11,13 +11,15 @@ KERNEL = "attention_forward"
 
 def forward_source(plan: ForwardPlan) -> str:
     """Text of a Python file whose `attention_forward` is the plan's kernel."""
-    return _Forward(plan).source()
+    return ForwardWriter(plan, KERNEL, "q k v out").source()
 
 
-class _Forward(KernelWriter):
-    def __init__(self, plan: ForwardPlan) -> None:
-        super().__init__(plan, KERNEL, "q k v out")
-        self.softmax = plan.weights is None
+class ForwardWriter(KernelWriter):
+    """What kernels that attend have in common: a tile of k and v, the running softmax, and how a row ends."""
+
+    def __init__(self, plan: Plan, function: str, tensors: str, ragged: bool = False) -> None:
+        super().__init__(plan, function, tensors, ragged)
+        self.softmax = plan.softmax
         # With no score expression the scale goes into the exponent: one multiply-add per pair.
         self.folded = self.softmax and plan.score is None and plan.positive_scale
 
@@ -30,27 +32,39 @@ class _Forward(KernelWriter):
     # ---------------------------------------------------------------------------------- prologue
 
     def _prologue(self) -> None:
-        plan, lines, spec = self.plan, self.lines, self.plan.spec
+        lines, spec = self.lines, self.plan.spec
         self.constants()
         self.query_tile()
         lines.add(self.base("q", "h"))
         self.load("q", self.q_parts, spec.dim, "q", "h", bounded=True, pointer=True)
         if spec.loads is Loads.POINTER:
             lines.add(self.base("k", "g"), self.base("v", "g"))
-        if plan.follows:
+        if self.plan.follows:
             self._take_up()
         else:
-            lines.add(*(f"acc{part.suffix} = tl.zeros([BLOCK_Q, {part.size}], tl.float32)" for part in self.v_parts))
-        if self.softmax and not plan.follows:
+            self._nothing_seen()
+        self.seed()
+        self.scale(folded=self.folded)
+        self._hoist()
+
+    def _nothing_seen(self) -> None:
+        """The state of rows that have seen nothing."""
+        lines = self.lines
+        for part in self.v_parts:
+            lines.add(f"acc{part.suffix} = tl.zeros([BLOCK_Q, {part.size}], tl.float32)")
+        if self.softmax:
             lines.add(
                 "# Finite, so that rows that see nothing yet need no care: exp2(-inf - row_max) is 0.",
                 "row_max = tl.full([BLOCK_Q], -1.0e38, tl.float32)",
                 "row_sum = tl.zeros([BLOCK_Q], tl.float32)",
             )
-        self.scale(folded=self.folded)
+
+    def _hoist(self) -> None:
+        """Name what depends on the row alone."""
+        plan = self.plan
         pairs = [e for e in (plan.mask, plan.score, plan.weights) if e is not None]
-        self.printer.hoist(lines, pairs, ("k", "j", "s"), "row_")
-        lines.add("")
+        self.printer.hoist(self.lines, pairs, ("k", "j", "s"), "row_")
+        self.lines.add("")
 
     def _take_up(self) -> None:
         """Start from what the pieces before this one found, as if it were one more key of each row."""
@@ -70,7 +84,7 @@ class _Forward(KernelWriter):
 
     def _loops(self) -> None:
         runs, lines = self.plan.runs, self.lines
-        self.name_ends(runs)
+        self.name_ends(runs.full + runs.partial)
         for found, label, comment in ((runs.full, "full", FULL), (runs.partial, "partial", PARTIAL)):
             if found:
                 lines.add(f"# {comment}{self.origin}")
@@ -83,6 +97,7 @@ class _Forward(KernelWriter):
         plan, lines = self.plan, self.lines
         printer = self.printer.within(self.printer.names.inner())
         self.tokens("k")
+        self.keep()
         self.load("k", self.q_parts, plan.spec.dim, "k", "g", bounded=masked)
         lines.add("scores = " + " + ".join(self.dot(f"q{p.suffix}", f"tl.trans(k{p.suffix})") for p in self.q_parts))
         pairs = [e for e in (plan.mask if masked else None, plan.score, plan.weights) if e is not None]
@@ -106,6 +121,9 @@ class _Forward(KernelWriter):
             if masked and plan.mask is not None:
                 lines.add(f'scores = tl.where({printer.text(plan.mask)}, scores, float("-inf"))')
             self._softmax_step()
+        if plan.spec.dropout:
+            # The sum of a row's weights is that without dropout.
+            lines.add("weights = tl.where(keep, weights, 0.0)")
         self.load("v", self.v_parts, plan.spec.v_dim, "k", "g", bounded=masked)
         for part in self.v_parts:
             value = f"v{part.suffix}"
@@ -139,25 +157,36 @@ class _Forward(KernelWriter):
         if plan.sink is not None:
             # Sinks are a value a row: rows are a vector here.
             lines.add("q_pos = start + q_rows", "q_index = tl.minimum(q_rows, rows - 1)")
-            lines.add(
-                "# The sink: one more key in the denominator, with no value.",
-                f"sink = ({self.fresh().text(plan.sink)}) * LOG2_E + tl.zeros([BLOCK_Q], tl.float32)",
-                "final_max = tl.maximum(row_max, sink)",
-                "decay = tl.exp2(row_max - final_max)",
-                "row_sum = row_sum * decay + tl.exp2(sink - final_max)",
-                "row_max = final_max",
-            )
-            self._rescale("decay")
+            self._add_sink(plan.sink)
         if self.softmax:
-            lines.add("inverse = 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)")
-            self._rescale("inverse")
+            self._normalise()
             lines.add(
                 'lse = tl.where(row_sum == 0.0, float("-inf"), (row_max + tl.log2(row_sum)) / LOG2_E)',
                 "tl.store(lse_ptr + head.to(tl.int64) * rows + q_rows, lse, mask=q_rows < rows)",
             )
+        elif plan.spec.dropout:
+            lines.add(*(f"acc{part.suffix} = acc{part.suffix} * keep_scale" for part in self.v_parts))
         if not plan.follows:
             lines.add(self.base("out", "h"))
         self.store("out", self.v_parts, plan.spec.v_dim, "q", "acc")
+
+    def _add_sink(self, sink: Scalar, once: str = "") -> None:
+        """`once`: the condition under which a program adds it, where several share a row."""
+        self.lines.add(
+            "# The sink: one more key in the denominator, with no value.",
+            f"sink = ({self.fresh().text(sink)}) * LOG2_E + tl.zeros([BLOCK_Q], tl.float32)",
+            *([f'sink = tl.where({once}, sink, float("-inf"))'] if once else []),
+            "final_max = tl.maximum(row_max, sink)",
+            "decay = tl.exp2(row_max - final_max)",
+            "row_sum = row_sum * decay + tl.exp2(sink - final_max)",
+            "row_max = final_max",
+        )
+        self._rescale("decay")
+
+    def _normalise(self) -> None:
+        whole = "keep_scale" if self.plan.spec.dropout else "1.0"
+        self.lines.add(f"inverse = {whole} / tl.where(row_sum == 0.0, 1.0, row_sum)")
+        self._rescale("inverse")
 
 
 FULL = "Full tiles: every pair is allowed."

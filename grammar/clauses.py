@@ -10,6 +10,7 @@ from attndsl import syntax as ast
 from attndsl.diagnostics import Span
 from attndsl.grammar import views
 from attndsl.grammar.declare import declare_axes, declare_input, declare_params
+from attndsl.grammar.draws import settle
 from attndsl.grammar.scalars import number, static_float
 from attndsl.grammar.scope import BranchRef, Context, LevelsRef, PatternRef, PlanRef, Scope, Use
 from attndsl.grammar.selections import selection
@@ -49,6 +50,7 @@ def lower_bare(
     inner = replace(ctx, scope=scope, calls=calls)
     args, tables = declare_params(params, values, inner, at, assume=assume)
     pattern = pattern_set(body, inner)
+    pattern = None if pattern is None else settle(pattern, inner)
     if pattern is None:
         return None
     return Program(name, Branch(pattern, span=body.span), tuple(ctx.maker.inputs.values()), args, tables)
@@ -156,7 +158,8 @@ def _branch(node: ast.Branch, outer: _Modifiers | None, ctx: Context) -> Branch 
         )
     sets: list[Set | None] = []
     for part in node.parts:
-        sets.append(pattern_set(part.pattern, ctx))
+        found = pattern_set(part.pattern, ctx)
+        sets.append(None if found is None else settle(found, ctx))
         views.check_part(part, ctx)
     own = _modifiers(node.modifiers, ctx)
     if node.name is not None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from attndsl import syntax as ast
+from attndsl.derivation import Segment
 from attndsl.grammar.scalars import static_int
 from attndsl.grammar.scope import AxisRef, Context, InputRef, Poison
-from attndsl.grammar.unsupported import Feature, unsupported
 from attndsl.program import Axis, Blocks, InputDecl, Permuted, Place, Scalar, Type, Var
 
 _LEAD = {Axis.B: "b", Axis.H: "h", Axis.G: "g"}
@@ -20,10 +20,8 @@ def place_of(node: ast.Expr, ctx: Context) -> Place | None:
         case ast.Apply(function="permuted", args=[ast.Argument(name=None, value=ast.Name() as name)]):
             return _permuted(name, ctx)
         case ast.Apply(function="segment", args=[ast.Argument(name=None, value=ast.Name() as name)]):
-            if _permuted(name, ctx) is not None:
-                unsupported(Feature.SEGMENT, node.span, ctx)
-                return Blocks(1)
-            return None
+            found = _permuted(name, ctx)
+            return None if found is None else Segment(found.input, found.lead)
         case ast.Apply(function="tiles"):
             tiles(node, ctx)
             return Blocks(1)
@@ -81,6 +79,15 @@ def _permuted(node: ast.Name, ctx: Context) -> Permuted | None:
     if not isinstance(bound, InputRef) or not _places_tokens(bound.decl):
         ctx.report.error(
             "A045", f"`{node.id}` does not place tokens", node.span, "after `on`", "declare it: `input pi : int[b, k]`"
+        )
+        return None
+    if ctx.align_start:
+        ctx.report.error(
+            "A034",
+            f"under `align start`, `{node.id}` belongs to the keys and cannot place queries",
+            node.span,
+            "q and k count different sequences",
+            "write a condition that reads it at k",
         )
         return None
     if ctx.inside == "on":

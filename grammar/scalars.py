@@ -51,6 +51,7 @@ _READABLE = {
     Use.WEIGHTS: BUILTINS,
     Use.SINK: BUILTINS - {"s", "k", "Nq", "Nk"},
     Use.SCALE: BUILTINS - {"s"} - _POSITIONS,
+    Use.SEED: BUILTINS - {"s"} - _POSITIONS,
     Use.STATIC: frozenset[str](),
     Use.BY: BUILTINS - {"s"},
     Use.OUTPUT: BUILTINS - {"s", "k"},

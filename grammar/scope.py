@@ -25,6 +25,7 @@ class Use(Enum):
     WEIGHTS = "weights"
     SINK = "a sink"
     SCALE = "a scale"
+    SEED = "a seed"
     STATIC = "a compile-time value"
     BY = "a routing score"
     OUTPUT = "the output"

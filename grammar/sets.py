@@ -7,7 +7,7 @@ from typing import assert_never
 
 from attndsl import syntax as ast
 from attndsl.diagnostics import Span
-from attndsl.grammar import selections
+from attndsl.grammar import draws, selections
 from attndsl.grammar.arguments import match_arguments
 from attndsl.grammar.places import place_of
 from attndsl.grammar.scalars import FUNCTIONS, bind_locals, boolean, integer, scalar, static_float, static_int
@@ -27,7 +27,6 @@ from attndsl.grammar.scope import (
     Use,
     Value,
 )
-from attndsl.grammar.unsupported import Feature, unsupported
 from attndsl.program import (
     Axis,
     Choose,
@@ -226,7 +225,7 @@ def _apply(node: ast.Apply, ctx: Context) -> Set | None:
         case "coarsen":
             return _coarsen(node, ctx)
         case "random":
-            return _random(node, ctx)
+            return draws.random(node, ctx)
         case _ if name in SELECTIONS:
             return selections.selection(node, ctx)
         case _ if name in FUNCTIONS:
@@ -321,24 +320,22 @@ def _coarsen(node: ast.Apply, ctx: Context) -> Set | None:
     mode = _mode(matched["mode"].value, ctx)
     if operand is None or block_q is None or block_k is None or mode is None:
         return None
-    return Coarsen(operand, block_q, block_k, mode, span=node.span)
+    return Coarsen(operand, block_q, block_k, *mode, span=node.span)
 
 
-def _mode(node: ast.Expr, ctx: Context) -> Coarse | None:
+def _mode(node: ast.Expr, ctx: Context) -> tuple[Coarse, float] | None:
+    """The mode of `coarsen`, and the share of pairs that it asks for."""
     match node:
         case ast.Name(id="any"):
-            return Coarse.ANY
+            return Coarse.ANY, 1.0
         case ast.Name(id="all"):
-            return Coarse.ALL
+            return Coarse.ALL, 1.0
         case ast.Apply(function="fraction", args=[ast.Argument(name=None, value=value)]):
             share = static_float(value, ctx, "a fraction")
             if share is not None and not 0 < share <= 1:
                 ctx.report.error("A012", "a fraction lies in (0, 1]", value.span, f"this is {share}", "write a share")
                 return None
-            if share is None:
-                return None
-            unsupported(Feature.COARSEN_FRACTION, node.span, ctx)
-            return Coarse.FRACTION
+            return None if share is None else (Coarse.FRACTION, float(share))
         case _:
             ctx.report.error(
                 "A043",
@@ -348,21 +345,3 @@ def _mode(node: ast.Expr, ctx: Context) -> Coarse | None:
                 "write `any`, `all` or `fraction(t)`",
             )
             return None
-
-
-def _random(node: ast.Apply, ctx: Context) -> Set | None:
-    matched = match_arguments("random", ("n", "of", "per", "seed"), node.args, node.span, ctx)
-    if matched is None:
-        return None
-    missing = [word for word in ("n", "of", "per", "seed") if word not in matched]
-    if missing:
-        ctx.report.error(
-            "A013", f"`random` needs `{missing[0]}`", node.span, "left out here", "write `random(n, of, per, seed)`"
-        )
-        return None
-    static_int(matched["n"].value, ctx, "`n`")
-    selections.partition(matched["of"].value, ctx)
-    selections.rows(matched["per"].value, ctx)
-    integer(matched["seed"].value, ctx)
-    unsupported(Feature.RANDOM, node.span, ctx)
-    return Where(ctx.maker.const(True, node.span), node.span)

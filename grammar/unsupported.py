@@ -24,9 +24,6 @@ class Feature(Enum):
     SKIP = ("A909", "`skip below`", "leave it out: the result is then exact")
     OBSERVE = ("A910", "`observe`", "compute the probabilities from `return_lse`")
     BRANCHES = ("A911", "combining branches", "compile one attention per branch and combine the outputs")
-    RANDOM = ("A912", "`random`", "draw the pairs outside, and pass a bool input over blocks")
-    SEGMENT = ("A913", "`on segment(...)`", "pass each token's distance in its segment as an int input")
-    COARSEN_FRACTION = ("A914", "`coarsen` by a fraction", "write `any` or `all`")
 
     @property
     def code(self) -> str:

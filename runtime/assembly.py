@@ -12,11 +12,16 @@ import torch
 import triton
 from torch import Tensor
 
+from attndsl.decode import DecodePlan
 from attndsl.diagnostics import error
-from attndsl.plan import DType, ForwardPlan
+from attndsl.plan import BackwardPlan, DType, ForwardPlan
 from attndsl.program import CallShape, Program, Type
 from attndsl.runtime.build import KernelSource, compile_kernel, parameters
 from attndsl.runtime.call import dim_size
+from attndsl.runtime.decode import FP8, DecodeTensors
+from attndsl.runtime.derive import derived_dtype
+from attndsl.runtime.triton_backward import DKDV, DQ, backward_parameters
+from attndsl.runtime.triton_decode import DECODE, decode_sources
 from attndsl.runtime.triton_launch import FUNCTION, INTERPRETED, kernel_source, parameter_sources, shared_cache
 
 # Formats of each kind of device, in the order in which compilation makes them.
@@ -30,7 +35,7 @@ _TORCH = {
 _INPUTS = {Type.INT: torch.int32, Type.FLOAT: torch.float32, Type.BOOL: torch.bool}
 
 
-def assembly(plan: ForwardPlan, text: str, format: str) -> str:
+def assembly(plan: ForwardPlan | BackwardPlan | DecodePlan, text: str, format: str) -> str:
     """The text of a generated kernel after compilation.
 
     plan, text: the plan, for a CUDA or ROCm target, and what was generated from it.
@@ -53,13 +58,35 @@ def assembly(plan: ForwardPlan, text: str, format: str) -> str:
     return str(kernel.asm[format])
 
 
-def offline_source(plan: ForwardPlan, text: str) -> KernelSource:
+def offline_source(plan: ForwardPlan | BackwardPlan | DecodePlan, text: str) -> KernelSource:
     """A kernel as a launch on dense, aligned tensors compiles it (ints as int32, floats of inputs as float32)."""
+    if isinstance(plan, DecodePlan):
+        return _offline_decode(plan, text)
     q, k, v, inputs = meta_tensors(plan)
+    if isinstance(plan, BackwardPlan):
+        function = DQ if f"def {DQ}(" in text else DKDV
+        given = backward_parameters(plan, q, k, v, inputs)
+        return kernel_source(plan, text, parameters(text, function), given, aligned=True, function=function)
     return kernel_source(plan, text, parameters(text, FUNCTION), parameter_sources(plan, q, k, v, inputs), aligned=True)
 
 
-def meta_tensors(plan: ForwardPlan) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def _offline_decode(plan: DecodePlan, text: str) -> KernelSource:
+    spec, cache = plan.spec, plan.cache
+    page = _LENGTH if cache.page is None else cache.page
+    dtype = FP8 if cache.fp8 else _TORCH[spec.dtype]
+    q = torch.empty(2, spec.heads, plan.tiling.block_q, spec.dim, dtype=_TORCH[spec.dtype], device="meta")
+    k, v = (torch.empty(2, spec.kv_heads, page, dim, dtype=dtype, device="meta") for dim in (spec.dim, spec.v_dim))
+    lengths = torch.empty(2, dtype=torch.int32, device="meta")
+    table = None if cache.page is None else torch.empty(2, 2, dtype=torch.int32, device="meta")
+    number = torch.empty((), device="meta")
+    call = DecodeTensors(
+        q, k, v, lengths, table, number if cache.k_scaled else None, number if cache.v_scaled else None
+    )  # fmt: skip
+    sources = decode_sources(plan, 2, call, list(_meta_inputs(plan.program, call.shape)))
+    return kernel_source(plan, text, parameters(text, DECODE), sources, aligned=True, function=DECODE)
+
+
+def meta_tensors(plan: ForwardPlan | BackwardPlan) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """q, k, v and the inputs of a call that the plan serves, without memory."""
     spec = plan.spec
     shape = CallShape(2, spec.heads, spec.kv_heads, _LENGTH, _LENGTH, spec.dim, spec.v_dim)
@@ -73,7 +100,8 @@ def meta_tensors(plan: ForwardPlan) -> tuple[Tensor, Tensor, Tensor, list[Tensor
 def _meta_inputs(program: Program, shape: CallShape) -> Iterator[Tensor]:
     for decl in program.inputs:
         sizes = [dim_size(dim, program, shape) for dim in decl.dims]
-        yield torch.empty(sizes, dtype=_INPUTS[decl.type], device="meta")
+        dtype = _INPUTS[decl.type] if decl.derivation is None else derived_dtype(decl)
+        yield torch.empty(sizes, dtype=dtype, device="meta")
 
 
 def _disassembler() -> str:

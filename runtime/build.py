@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import tempfile
 import threading
@@ -18,6 +17,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from attndsl.runtime.cache import KernelCache, cache_key
+from attndsl.runtime.head_start import launcher_beside
 from attndsl.runtime.load import load_source
 
 # Triton's own settings are global: one compilation changes them at a time.
@@ -58,27 +58,34 @@ def compile_kernel(
     device: the index of the device that will run it. A compiled kernel holds one device's handle once it has run, so
     each device has its own.
     """
-    module = load_source(source.text, source.function)
-    fn = getattr(module, source.function)
-    names = [name for name, _ in source.types]
-    hints = {(names.index(name),): [["tt.divisibility", multiple]] for name, multiple in source.aligned}
-    kind = GluonASTSource if source.gluon else ASTSource
-    ast = kind(fn=fn, signature=dict(source.types), constexprs={}, attrs=hints)
-    options = {"num_warps": source.warps, "num_stages": source.stages}
 
     def build() -> Mapping[str, bytes]:
-        with tempfile.TemporaryDirectory() as directory, _SETTINGS, triton.knobs.cache.scope():
-            triton.knobs.cache.dir = directory
-            compiled = triton.compile(ast, target=parse_target(target), options=options)
-            return {name: Path(path).read_bytes() for name, path in compiled.metadata_group.items()}
+        with launcher_beside(source.types if device is not None else ()):
+            fn = getattr(load_source(source.text, source.function), source.function)
+            names = [name for name, _ in source.types]
+            hints = {(names.index(name),): [["tt.divisibility", multiple]] for name, multiple in source.aligned}
+            kind = GluonASTSource if source.gluon else ASTSource
+            ast = kind(fn=fn, signature=dict(source.types), constexprs={}, attrs=hints)
+            options = {"num_warps": source.warps, "num_stages": source.stages}
+            with tempfile.TemporaryDirectory() as directory, _SETTINGS, triton.knobs.cache.scope():
+                triton.knobs.cache.dir = directory
+                compiled = triton.compile(ast, target=parse_target(target), options=options)
+                return {name: Path(path).read_bytes() for name, path in compiled.metadata_group.items()}
 
     if cache is None:
-        return _restore(ast, build())
-    key = cache_key("triton kernel", source, target, triton.__version__)
-    return _restore(ast, cache.fetch(key, build))
+        return _restore(source, build())
+    return _restore(source, cache.fetch(cache_key("triton kernel", source, target, triton.__version__), build))
 
 
-def _restore(ast: ASTSource, files: Mapping[str, bytes]) -> CompiledKernel:
+@dataclass(frozen=True, slots=True)
+class _Signature:
+    """What Triton's launcher reads of the source of a kernel that was compiled before."""
+
+    signature: Mapping[str, str]
+    constants: Mapping[Any, Any]
+
+
+def _restore(source: KernelSource, files: Mapping[str, bytes]) -> CompiledKernel:
     """A compiled kernel from the files Triton made of it."""
     with tempfile.TemporaryDirectory(prefix="attndsl-") as directory:
         group = {}
@@ -87,11 +94,12 @@ def _restore(ast: ASTSource, files: Mapping[str, bytes]) -> CompiledKernel:
             path.write_bytes(content)
             group[name] = str(path)
         metadata = next(json.loads(content) for name, content in files.items() if name.endswith(".json"))
-        return CompiledKernel(ast, group, metadata["hash"])
+        return CompiledKernel(_Signature(dict(source.types), {}), group, metadata["hash"])
 
 
 @functools.lru_cache(maxsize=1024)
 def parameters(text: str, function: str) -> tuple[str, ...]:
-    """Names of a generated kernel's parameters, in order."""
-    fn: Any = getattr(load_source(text, function), function)
-    return tuple(inspect.signature(fn.fn).parameters)
+    """Names of a generated kernel's parameters, in order: as printed, one a line."""
+    _, _, signature = text.partition(f"\ndef {function}(\n")
+    lines, _, _ = signature.partition("\n):")
+    return tuple(line.strip().rstrip(",") for line in lines.splitlines())

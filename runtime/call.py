@@ -40,6 +40,12 @@ def call_shape(q: Tensor, k: Tensor, v: Tensor) -> CallShape:
             "A504", f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} do not go together",
             "q is [B, Hq, Nq, D], k [B, Hkv, Nk, D] and v [B, Hkv, Nk, Dv]",
         )  # fmt: skip
+    check_heads(heads, kv_heads, dim, v_dim)
+    return CallShape(batch, heads, kv_heads, rows, k_len, dim, v_dim)
+
+
+def check_heads(heads: int, kv_heads: int, dim: int, v_dim: int) -> None:
+    """Raises `PatternError` for heads that do not divide, or head dimensions that no kernel takes."""
     if kv_heads == 0 or heads % kv_heads:
         raise _wrong("A505", f"{heads} query heads are not a multiple of {kv_heads} key heads")
     for name, size in (("D", dim), ("Dv", v_dim)):
@@ -49,7 +55,6 @@ def call_shape(q: Tensor, k: Tensor, v: Tensor) -> CallShape:
                 f"{name} = {size}: head dimensions are multiples of 8 up to {MAX_DIM}",
                 "pad the last dimension with zeros",
             )
-    return CallShape(batch, heads, kv_heads, rows, k_len, dim, v_dim)
 
 
 def check_inputs(program: Program, shape: CallShape, inputs: Sequence[Tensor], device: torch.device) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attndsl.plan import ForwardPlan, Plan
 from attndsl.runtime.call import call_shape
+from attndsl.runtime.dropout import Dropout
 from attndsl.runtime.engine import default_scale, empty_output, table_tensor
 from attndsl.runtime.load import load_source
 
@@ -30,16 +31,17 @@ class CpuForward:
         self._tables = {f"{t.name}_table": table_tensor(t, torch.device("cpu")) for t in self.plan.tables}
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
-    ) -> tuple[Tensor, Tensor]:
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+        dropout: Dropout | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         out, lse = empty_output(q, call_shape(q, k, v))
         lse.fill_(-math.inf)
-        self.into(out, lse, q, k, v, inputs, args, scale)
+        self.into(out, lse, q, k, v, inputs, args, scale, dropout)
         return out, lse
 
     def into(
         self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
-        scale: float | None,
+        scale: float | None, dropout: Dropout | None,
     ) -> None:  # fmt: skip
         """Write out and lse (preset to -inf), or where the plan follows others, add to them."""
         shape = call_shape(q, k, v)
@@ -47,14 +49,16 @@ class CpuForward:
         self._function(
             q.unflatten(1, grouped), k, v, out.unflatten(1, grouped), lse.unflatten(1, grouped),
             default_scale(shape.dim) if scale is None else scale,
-            **call_values(self.plan, inputs, args), **self._tables,
+            **call_values(self.plan, inputs, args, dropout), **self._tables,
         )  # fmt: skip
 
 
-def call_values(plan: Plan, inputs: Sequence[Tensor], args: Sequence[int]) -> dict[str, Any]:
-    """The inputs and arguments that a CPU function reads, by the names of its parameters."""
+def call_values(plan: Plan, inputs: Sequence[Tensor], args: Sequence[int], dropout: Dropout | None) -> dict[str, Any]:
+    """The inputs, arguments and values of dropout that a CPU function reads, by the names of its parameters."""
     declared = dict(zip((decl.name for decl in plan.program.inputs), inputs, strict=True))
     given = dict(zip(plan.program.args, args, strict=True))
-    return {f"{decl.name}_input": declared[decl.name] for decl in plan.inputs} | {
-        f"arg_{name}": given[name] for name in plan.args
-    }
+    found: dict[str, Any] = {f"{decl.name}_input": declared[decl.name] for decl in plan.inputs}
+    found |= {f"arg_{name}": given[name] for name in plan.args}
+    if dropout is not None:
+        found |= zip(("seed", "drop_below", "keep_scale"), dropout.values(), strict=True)
+    return found

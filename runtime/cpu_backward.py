@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attndsl.plan import BackwardPlan
 from attndsl.runtime.cpu import call_values
+from attndsl.runtime.dropout import Dropout
 from attndsl.runtime.engine import Gradients, default_scale, empty_gradient, table_tensor
 from attndsl.runtime.load import load_source
 
@@ -30,13 +31,13 @@ class CpuBackward:
 
     def __call__(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-        inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+        inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, dropout: Dropout | None,
     ) -> Gradients:  # fmt: skip
-        return InTurn((self,))(dout, dlse, q, k, v, out, lse, inputs, args, scale)
+        return InTurn((self,))(dout, dlse, q, k, v, out, lse, inputs, args, scale, dropout)
 
     def run(
         self, tensors: Mapping[str, Tensor | None], gradients: Mapping[str, Tensor], learned: Mapping[str, Tensor],
-        inputs: Sequence[Tensor], args: Sequence[int], scale: float,
+        inputs: Sequence[Tensor], args: Sequence[int], scale: float, dropout: Dropout | None,
     ) -> None:  # fmt: skip
         """Add to the gradients.
 
@@ -51,8 +52,8 @@ class CpuBackward:
         names = {decl.name for decl in plan.learnable_inputs}
         self._function(
             **{name: x if name in of_keys else x.unflatten(1, grouped) for name, x in given.items()}, scale=scale,
-            **{f"d_{name}": x for name, x in learned.items() if name in names}, **call_values(plan, inputs, args),
-            **self._tables,
+            **{f"d_{name}": x for name, x in learned.items() if name in names},
+            **call_values(plan, inputs, args, dropout), **self._tables,
         )  # fmt: skip
 
 
@@ -64,7 +65,7 @@ class InTurn:
 
     def __call__(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-        inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+        inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, dropout: Dropout | None,
     ) -> Gradients:  # fmt: skip
         high = torch.float64 if q.dtype == torch.float64 else torch.float32
         # Sums over many query tiles, and of queries over the pieces: rounded once, at the end.
@@ -80,8 +81,9 @@ class InTurn:
         }
         tensors = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse, "d_lse": dlse}
         gradients = {"dq": dq, "dk": dk, "dv": dv}
+        scale = default_scale(q.shape[3]) if scale is None else scale
         for piece in self.pieces:
-            piece.run(tensors, gradients, learned, inputs, args, default_scale(q.shape[3]) if scale is None else scale)
+            piece.run(tensors, gradients, learned, inputs, args, scale, dropout)
         found = [
             learned[decl.name].to(x.dtype) if decl.name in learned else None
             for decl, x in zip(declared, inputs, strict=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from attndsl.diagnostics import error
+from attndsl.learned import Over
 from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.plan import (
     Backend,
@@ -20,14 +21,18 @@ from attndsl.plan import (
     Loads,
     Spec,
     Tiling,
-    backward_tilings,
-    default_tiling,
+    learning_plan,
+    learning_tiling,
 )  # fmt: skip
 from attndsl.program import CallShape, Program, TableDecl, Type
 from attndsl.properties import takes_more_rows_than_keys
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
+from attndsl.runtime.dropout import Dropout
 from attndsl.runtime.pieces import in_turn
-from attndsl.tiling import choose_tiling, prefers_portable
+from attndsl.tiles import Side
+
+if TYPE_CHECKING:
+    from attndsl.runtime.derive import Deriving
 
 Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor | None]]
 # Kinds of calls whose launches are kept.
@@ -39,7 +44,8 @@ BACKENDS = ("auto", "gluon", "triton", "cpu")
 class Generators:
     """Source printers, handed in by the API: the runtime knows plans, not how they are printed.
 
-    `triton_backward` prints two files: of the kernel of dq, and of that of dk and dv.
+    `triton_backward` prints two files: of the kernel of dq, and of that of dk and dv. For inputs that q and k read
+    together `triton_diagonals` prints one more, and `triton_pairs` one a read.
     """
 
     triton_forward: Callable[[ForwardPlan], str]
@@ -47,6 +53,8 @@ class Generators:
     triton_backward: Callable[[BackwardPlan], tuple[str, str]]
     cpu_backward: Callable[[BackwardPlan], str]
     gluon_forward: Callable[[ForwardPlan], str]
+    triton_diagonals: Callable[[BackwardPlan], str]
+    triton_pairs: Callable[[BackwardPlan], Mapping[int, str]]
 
 
 @dataclass(slots=True)
@@ -58,6 +66,7 @@ class Engine:
     tiling: Tiling | None = None
     _prepared: dict[Any, Any] = field(default_factory=dict)
     _texts: dict[Any, Any] = field(default_factory=dict)
+    _kept: dict[Any, dict[str, Tensor]] = field(default_factory=dict)
 
     def forward(
         self,
@@ -68,31 +77,38 @@ class Engine:
         args: Sequence[int],
         scale: float | None,
         backend: str,
+        dropout: Dropout | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Output [B, Hq, Nq, Dv] and lse float32 [B, Hq, Nq] (float64 for float64 tensors)."""
-        key = _kind(q, k, v, inputs, scale, backend, q.data_ptr() | k.data_ptr() | v.data_ptr())
+        key = _kind(q, k, v, inputs, scale, backend, dropout, q.data_ptr() | k.data_ptr() | v.data_ptr())
         launch = self._prepared.get(key)
         if launch is None:
-            launch = self._keep(key, self._prepare(q, k, v, inputs, scale, backend, aligned=key[-1]))
-        result: tuple[Tensor, Tensor] = launch(q, k, v, inputs, args, scale)
+            made = self._prepare(q, k, v, inputs, scale, backend, key[-1], dropout is not None)
+            launch = self._keep(key, made)
+        result: tuple[Tensor, Tensor] = launch(q, k, v, inputs, args, scale, dropout)
         return result
 
     def backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
         inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str,
+        dropout: Dropout | None = None,
     ) -> Gradients:  # fmt: skip
         """Gradients of q, k, v and of each input (None where it is not learnable, or does not count).
 
         dout [B, Hq, Nq, Dv], dlse [B, Hq, Nq] (None: zero): the gradients of what `forward` returned, out and lse.
         """
+        if dout.stride(-1) != 1:
+            # Otherwise it is read where it lies: a copy would be as large as the output.
+            dout = dout.contiguous()
         pointers = q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr() | dout.data_ptr()
-        kind = _kind(q, k, v, inputs, scale, backend, pointers)
+        kind = _kind(q, k, v, inputs, scale, backend, dropout, pointers)
         key = ("backward", dlse is None, dout.stride(), out.stride(), *kind)
         launch = self._prepared.get(key)
         if launch is None:
-            made = self._prepare_backward(q, k, v, inputs, scale, backend, kind[-1], uses_lse=dlse is not None)
+            drops, uses_lse = dropout is not None, dlse is not None
+            made = self._prepare_backward(dout, q, k, v, inputs, scale, backend, kind[-1], drops, uses_lse)
             launch = self._keep(key, made)
-        gradients: Gradients = launch(dout, dlse, q, k, v, out, lse, inputs, args, scale)
+        gradients: Gradients = launch(dout, dlse, q, k, v, out, lse, inputs, args, scale, dropout)
         return gradients
 
     def _keep(self, key: Any, launch: Any) -> Any:
@@ -120,54 +136,96 @@ class Engine:
         scale: float | None,
         backend: str,
         aligned: bool,
+        drops: bool,
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         """Checks a kind of call and prepares its launch."""
-        program, spec = self._program(scale), self._check(q, k, v, inputs, scale)
-        if self._choose(backend, spec) == "cpu":
+        program, spec = self.program_of(scale), replace(self._check(q, k, v, inputs, scale), dropout=drops)
+        if self.choose(backend, spec) == "cpu":
             from attndsl.runtime.cpu import CpuForward
 
-            plans = forward_plans(program, spec, self.tiling or default_tiling(spec))
-            return in_turn([CpuForward(plan, self._text(self.generators.cpu_forward, plan)) for plan in plans])
-        from attndsl.runtime.triton_launch import TritonForward, loads_for, why_not_gluon
+            plans = forward_plans(program, spec, self.tiling)
+            functions = [CpuForward(plan, self._text(self.generators.cpu_forward, plan)) for plan in plans]
+            return self._deriving(plans[0].program, q, k, v).forward(in_turn(functions))
+        from attndsl.runtime.printing import printed_forward
+        from attndsl.runtime.triton_launch import INTERPRETED, TritonForward, loads_for, shared_cache, why_not_gluon
 
-        spec = replace(spec, loads=loads_for(spec, k, v, aligned))
-        reason = (
-            why_not_gluon(program, spec, q) if backend in ("auto", "gluon") else "the portable backend was asked for"
-        )
-        if backend == "gluon" and reason:
-            raise error("A510", reason, help="leave `backend` out to get the portable kernel")
-        if backend == "auto" and not reason and prefers_portable(program, spec):
-            reason = "with these heads the portable kernel is predicted to be ahead"
-        if not reason:
-            spec = replace(spec, backend=Backend.GLUON)
-        plans = forward_plans(program, spec, self.tiling or choose_tiling(program, spec))
-        generate = self.generators.triton_forward if reason else self.generators.gluon_forward
-        return in_turn([TritonForward(x, self._text(generate, x), q, k, v, inputs, aligned) for x in plans])
+        spec = replace(spec, loads=loads_for(spec, aligned, k, v))
+        backends: tuple[Backend, ...] = (Backend.TRITON,)
+        if backend in ("auto", "gluon"):
+            reason = why_not_gluon(program, spec, q)
+            if backend == "gluon" and reason:
+                raise error("A510", reason, help="leave `backend` out to get the portable kernel")
+            if not reason:
+                backends = (Backend.GLUON,) if backend == "gluon" else (Backend.GLUON, Backend.TRITON)
+        printers = {
+            Backend.TRITON: self.generators.triton_forward,
+            Backend.GLUON: self.generators.gluon_forward,
+        }
+        cache = None if INTERPRETED else shared_cache()
+        kernels = printed_forward(program, spec, backends, self.tiling, printers, cache)
+        deriving = self._deriving(kernels[0].program, q, k, v)
+        inputs = [*inputs, *deriving.examples]
+        return deriving.forward(in_turn([TritonForward(x, q, k, v, inputs, aligned) for x in kernels]))
 
     def _prepare_backward(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None, backend: str,
-        aligned: bool, uses_lse: bool,
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None,
+        backend: str, aligned: bool, drops: bool, uses_lse: bool,
     ) -> Callable[..., Gradients]:  # fmt: skip
-        program, spec = self._program(scale), self._check(q, k, v, inputs, scale)
-        on_cpu = self._choose(backend, spec) == "cpu"
-        tilings = backward_tilings(spec) if self.tiling is None else (self.tiling, self.tiling)
+        program, spec = self.program_of(scale), replace(self._check(q, k, v, inputs, scale), dropout=drops)
+        on_cpu = self.choose(backend, spec) == "cpu"
+        tilings = None if self.tiling is None else (self.tiling, self.tiling)
         if on_cpu:
             from attndsl.runtime import cpu_backward
 
-            plans = backward_plans(program, replace(spec, backend=Backend.CPU), *tilings, uses_lse=uses_lse)
+            plans = backward_plans(program, replace(spec, backend=Backend.CPU), tilings, uses_lse=uses_lse)
             generate = self.generators.cpu_backward
-            return cpu_backward.InTurn(tuple(cpu_backward.CpuBackward(x, self._text(generate, x)) for x in plans))
+            functions = tuple(cpu_backward.CpuBackward(plan, self._text(generate, plan)) for plan in plans)
+            return self._deriving(plans[0].program, q, k, v).backward(cpu_backward.InTurn(functions))
         from attndsl.runtime import triton_backward
+        from attndsl.runtime.triton_launch import loads_for
 
-        plans = backward_plans(program, spec, *tilings, uses_lse=uses_lse)
+        spec = replace(spec, loads=loads_for(spec, aligned, q, k, v, dout))
+        plans = backward_plans(program, spec, tilings, uses_lse=uses_lse)
+        deriving = self._deriving(plans[0].program, q, k, v)
+        inputs = [*inputs, *deriving.examples]
         pieces = []
         for plan in plans:
-            triton_backward.check_learned(plan)
             of_q, of_keys = self._text(self.generators.triton_backward, plan)
-            pieces.append(triton_backward.TritonBackward(plan, of_q, of_keys, q, k, v, inputs, aligned))
-        return triton_backward.InTurn(tuple(pieces))
+            piece = triton_backward.TritonBackward(plan, of_q, of_keys, dout, q, k, v, inputs, aligned)
+            pieces.append(piece)
+        # These go over the whole pattern; what they need to know of scores the first piece's plan says.
+        further = tuple(self._further(plans[0], dout, q, k, v, inputs, aligned))
+        return deriving.backward(triton_backward.InTurn(tuple(pieces), further))
 
-    def _program(self, scale: float | None) -> Program:
+    def _further(
+        self, plan: BackwardPlan, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor],
+        aligned: bool,
+    ) -> Iterator[Any]:  # fmt: skip
+        """The kernels for inputs that q and k read together."""
+        from attndsl.runtime.triton_learned import DiagonalSums, PairSums
+
+        found = {x.over for x in plan.learned}
+        tiling = learning_tiling(plan.spec)
+        if self.tiling is not None:
+            block = min(self.tiling.block_q, self.tiling.block_k)
+            tiling = replace(self.tiling, block_q=block, block_k=block)
+        if Over.DIAGONALS in found:
+            own = learning_plan(plan, tiling, Side.DIAGONAL)
+            yield DiagonalSums(own, self._text(self.generators.triton_diagonals, own), dout, q, k, v, inputs, aligned)
+        if Over.PAIRS in found:
+            own = learning_plan(plan, tiling, Side.QUERY)
+            if not own.runs.full + own.runs.partial:
+                return
+            for n, text in self._text(self.generators.triton_pairs, own).items():
+                yield PairSums(own, text, n, dout, q, k, v, inputs, aligned)
+
+    def _deriving(self, program: Program, q: Tensor, k: Tensor, v: Tensor) -> Deriving:
+        """How launches of a plan's program get their derived inputs."""
+        from attndsl.runtime.derive import Deriver, Deriving
+
+        return Deriving(Deriver(program, call_shape(q, k, v), q.device, self._kept))
+
+    def program_of(self, scale: float | None) -> Program:
         """The program, whose own scale a call's takes the place of."""
         if scale is None or self.program.branch.scale is None:
             return self.program
@@ -190,7 +248,8 @@ class Engine:
             scale_sign=1 if scale is None or scale > 0 else -1,
         )  # fmt: skip
 
-    def _choose(self, backend: str, spec: Spec) -> str:
+    def choose(self, backend: str, spec: Spec) -> str:
+        """The backend of a call. Raises `PatternError` for one that does not exist, or does not run on the device."""
         if backend not in BACKENDS:
             raise error("A509", f"there is no backend {backend!r}", help=f"one of {', '.join(BACKENDS)}")
         target = spec.target
@@ -221,12 +280,19 @@ class Engine:
 
 
 def _kind(
-    q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None, backend: str, pointers: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Sequence[Tensor],
+    scale: float | None,
+    backend: str,
+    dropout: Dropout | None,
+    pointers: int,
 ) -> tuple[Any, ...]:
     """Everything that a launch depends on; last whether all pointers are aligned."""
     return (
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device, k.device,
-        v.device, backend, scale if scale is None else scale > 0,
+        v.device, backend, scale if scale is None else scale > 0, dropout is None,
         tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs), pointers & 15 == 0,
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from attndsl.diagnostics import error
 from attndsl.program import Axis, InputDecl, Program
+from attndsl.runtime.dropout import check_rate
 
 
 class Attend(Protocol):
@@ -31,6 +32,7 @@ class AttentionModule(nn.Module):
         *,
         head_dim: int | None = None,
         bias: bool = True,
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -40,6 +42,8 @@ class AttentionModule(nn.Module):
                 "A527", f"{embed_dim} dimensions do not divide into {num_heads} heads", help="pass `head_dim` as well"
             )
         self.attend = attend
+        # Not 0.0: for torch.compile that would be a value that changes.
+        self.dropout: float = check_rate(dropout) or 0
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
@@ -65,7 +69,8 @@ class AttentionModule(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None, **inputs: Any) -> Tensor:
         """Attend from x [batch, rows, embed_dim] to context [batch, keys, embed_dim] (default: x itself).
 
-        inputs: the pattern's inputs and runtime arguments, by name; those in `learned` may be left out.
+        inputs: the pattern's inputs and runtime arguments, by name; those in `learned` may be left out. Options of the
+        call, such as `seed`, may be among them.
         Returns [batch, rows, embed_dim].
         """
         context = x if context is None else context
@@ -73,6 +78,8 @@ class AttentionModule(nn.Module):
         k = self.k_proj(context).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(context).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         given = {**dict(self.learned.items()), **inputs}
+        if self.training and self.dropout:
+            given.setdefault("dropout", self.dropout)
         out: Tensor = self.out_proj(self.attend(q, k, v, **given).transpose(1, 2).flatten(2))
         return out
 

@@ -13,42 +13,53 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from attndsl.diagnostics import PatternError, error
 from attndsl.program import CallShape, Program
+from attndsl.runtime.dropout import Dropout, check_rate, seed_tensor
 from attndsl.runtime.engine import empty_gradient, empty_output, in_order_of
 from attndsl.runtime.registry import engine_of
 
 _LIBRARY = Library("attndsl", "DEF")
 _LIBRARY.define(
-    "forward(str program, Tensor q, Tensor k, Tensor v, Tensor[] inputs, SymInt[] args, float? scale, str backend) "
-    "-> (Tensor, Tensor)"
+    "forward(str program, Tensor q, Tensor k, Tensor v, Tensor[] inputs, SymInt[] args, float? scale, str backend, "
+    "float dropout=0.0, Tensor? seed=None) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "backward(str program, Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor[] inputs, SymInt[] args, float? scale, str backend) -> (Tensor, Tensor, Tensor, Tensor[])"
+    "Tensor[] inputs, SymInt[] args, float? scale, str backend, float dropout=0.0, Tensor? seed=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor[])"
 )
 
 
 def attend(
-    key: str, q: Tensor, k: Tensor, v: Tensor, inputs: list[Tensor], args: list[int], scale: float | None, backend: str
-) -> tuple[Tensor, Tensor]:
+    key: str, q: Tensor, k: Tensor, v: Tensor, inputs: list[Tensor], args: list[int], scale: float | None, backend: str,
+    dropout: float = 0, seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and lse. Where nothing watches the call (no tracing, no gradients, plain tensors) it skips the dispatcher,
     which costs several times a launch."""
-    if not all(isinstance(x, Tensor) for x in inputs) or not all(isinstance(x, int | torch.SymInt) for x in args):
-        raise _misfit(engine_of(key).program, inputs, args)
-    if torch.compiler.is_compiling() or _watched((q, k, v, *inputs)):
+    checked_values(key, inputs, args)
+    rate, given = 0.0, None
+    if dropout != 0:
+        rate, given = check_rate(dropout), seed_tensor(seed, q.device)
+    if torch.compiler.is_compiling() or watched((q, k, v, *inputs)):
         out: tuple[Tensor, Tensor]
         if _transformed():
             if torch.is_autocast_enabled(q.device.type):
                 q, k, v = _in_dtype(torch.get_autocast_dtype(q.device.type), q, k, v)
-            out = _Attend.apply(key, scale, backend, args, q, k, v, *inputs)
+            out = _Attend.apply(key, scale, backend, args, rate, given, q, k, v, *inputs)
         else:
-            out = torch.ops.attndsl.forward(key, q, k, v, inputs, args, scale, backend)
+            out = torch.ops.attndsl.forward(key, q, k, v, inputs, args, scale, backend, rate, given)
         return out
-    return _forward(key, q, k, v, inputs, args, scale, backend)
+    return _forward(key, q, k, v, inputs, args, scale, backend, rate, given)
 
 
 def _transformed() -> bool:
     """Whether torch.func transforms are at work: they take an autograd.Function, but not inside an operator."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def checked_values(key: str, inputs: Sequence[object], args: Sequence[object]) -> None:
+    """Raises `PatternError` for an input that is no tensor, or an argument that is no int."""
+    if not all(isinstance(x, Tensor) for x in inputs) or not all(isinstance(x, int | torch.SymInt) for x in args):
+        raise _misfit(engine_of(key).program, inputs, args)
 
 
 def _misfit(program: Program, inputs: Sequence[object], args: Sequence[object]) -> PatternError:
@@ -62,7 +73,8 @@ def _misfit(program: Program, inputs: Sequence[object], args: Sequence[object]) 
     return error("A516", f"`{name}` is a runtime int, not {repr(value)[:40]}", help="pass a Python int")
 
 
-def _watched(tensors: tuple[Tensor, ...]) -> bool:
+def watched(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a call has to go through torch's dispatcher."""
     if (
         tensors[0].is_meta
         or torch._C._len_torch_dispatch_stack()
@@ -77,6 +89,10 @@ def _watched(tensors: tuple[Tensor, ...]) -> bool:
     return False
 
 
+def _dropout(rate: float, seed: Tensor | None) -> Dropout | None:
+    return None if seed is None else Dropout(rate, seed)
+
+
 def _forward(
     key: str,
     q: Tensor,
@@ -86,11 +102,13 @@ def _forward(
     args: Sequence[int],
     scale: float | None,
     backend: str,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     # The kernels want the last dimension dense; other strides are theirs to handle.
     if q.dim() and k.dim() and v.dim() and not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    return engine_of(key).forward(q, k, v, inputs, args, scale, backend)
+    return engine_of(key).forward(q, k, v, inputs, args, scale, backend, _dropout(dropout, seed))
 
 
 def _forward_fake(
@@ -102,6 +120,8 @@ def _forward_fake(
     args: Sequence[int],
     scale: float | None,
     backend: str,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     shape = CallShape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
     return empty_output(q, shape)
@@ -123,14 +143,18 @@ def _backward(
     args: Sequence[int],
     scale: float | None,
     backend: str,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     originals = (q, k, v)
     if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    dout, out, lse = in_order_of(q, dout), in_order_of(q, out), lse.contiguous()
+    out, lse = in_order_of(q, out), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     engine = engine_of(key)
-    *found, learned = engine.backward(dout, dlse, q, k, v, out, lse, inputs, args, scale, backend)
+    *found, learned = engine.backward(
+        dout, dlse, q, k, v, out, lse, inputs, args, scale, backend, _dropout(dropout, seed)
+    )  # fmt: skip
     dq, dk, dv = (in_order_of(x, gradient) for x, gradient in zip(originals, found, strict=True))
     # An input that nothing reads gets zeros.
     gradients = [
@@ -154,6 +178,8 @@ def _backward_fake(
     args: Sequence[int],
     scale: float | None,
     backend: str,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     declared = zip(engine_of(key).program.inputs, inputs, strict=True)
     gradients = [x.new_empty(x.shape) for decl, x in declared if decl.learnable]
@@ -171,34 +197,38 @@ class _Attend(torch.autograd.Function):
         scale: float | None,
         backend: str,
         args: Sequence[int],
+        dropout: float,
+        seed: Tensor | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         *inputs: Tensor,
     ) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.attndsl.forward(key, q, k, v, list(inputs), args, scale, backend)
+            return torch.ops.attndsl.forward(key, q, k, v, list(inputs), args, scale, backend, dropout, seed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if any(ctx.needs_input_grad):
-            key, scale, backend, args, *tensors = inputs
-            _check_learnable(engine_of(key).program, ctx.needs_input_grad[7:])
+            key, scale, backend, args, dropout, *tensors = inputs
+            _check_learnable(engine_of(key).program, ctx.needs_input_grad[9:])
             ctx.save_for_backward(*output, *tensors)
-            ctx.call = (key, args, scale, backend)
+            ctx.call = (key, args, scale, backend, dropout)
             ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
-        out, lse, q, k, v, *inputs = ctx.saved_tensors
-        key, args, scale, backend = ctx.call
+        out, lse, seed, q, k, v, *inputs = ctx.saved_tensors
+        key, args, scale, backend, dropout = ctx.call
         if dout is None:
             dout = torch.zeros_like(out)
         differentiate = _backward_autograd if _transformed() else torch.ops.attndsl.backward
-        dq, dk, dv, found = differentiate(key, dout, dlse, q, k, v, out, lse, inputs, args, scale, backend)
+        dq, dk, dv, found = differentiate(
+            key, dout, dlse, q, k, v, out, lse, inputs, args, scale, backend, dropout, seed
+        )
         learned = iter(found)
         gradients = [next(learned) if decl.learnable else None for decl in engine_of(key).program.inputs]
-        return None, None, None, None, dq, dk, dv, *gradients
+        return None, None, None, None, None, None, dq, dk, dv, *gradients
 
 
 def _check_learnable(program: Program, wanted: Sequence[bool]) -> None:
@@ -219,12 +249,12 @@ class _Once(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(call: tuple[Any, ...], dout: Tensor, dlse: Tensor | None, *tensors: Tensor) -> Any:
-        key, args, scale, backend = call
+    def forward(call: tuple[Any, ...], dout: Tensor, dlse: Tensor | None, seed: Tensor | None, *tensors: Tensor) -> Any:
+        key, args, scale, backend, dropout = call
         q, k, v, out, lse, *inputs = tensors
         with torch._C._AutoDispatchBelowAutograd():
             dq, dk, dv, gradients = torch.ops.attndsl.backward(
-                key, dout, dlse, q, k, v, out, lse, inputs, args, scale, backend
+                key, dout, dlse, q, k, v, out, lse, inputs, args, scale, backend, dropout, seed
             )
         return dq, dk, dv, *gradients
 
@@ -250,8 +280,10 @@ def _forward_autograd(
     args: Sequence[int],
     scale: float | None,
     backend: str,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    out: tuple[Tensor, Tensor] = _Attend.apply(key, scale, backend, args, q, k, v, *inputs)
+    out: tuple[Tensor, Tensor] = _Attend.apply(key, scale, backend, args, dropout, seed, q, k, v, *inputs)
     return out
 
 
@@ -268,9 +300,11 @@ def _backward_autograd(
     args: Sequence[int],
     scale: float | None,
     backend: str,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    call = (key, args, scale, backend)
-    dq, dk, dv, *gradients = _Once.apply(call, dout, dlse, q, k, v, out, lse, *inputs)
+    call = (key, args, scale, backend, dropout)
+    dq, dk, dv, *gradients = _Once.apply(call, dout, dlse, seed, q, k, v, out, lse, *inputs)
     return dq, dk, dv, gradients
 
 
@@ -329,7 +363,8 @@ for _device in ("CPU", "CUDA"):
     _register_autocast(_device.lower())
 _LIBRARY.impl("forward", _forward_autograd, "Autograd")
 _LIBRARY.impl("backward", _backward_autograd, "Autograd")
-torch.library.register_fake("attndsl::forward", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("attndsl::backward", _backward_fake, lib=_LIBRARY)
+# On "Meta", which fake tensors take too: `register_fake` looks up this module's source, 10 ms each.
+_LIBRARY.impl("forward", _forward_fake, "Meta")
+_LIBRARY.impl("backward", _backward_fake, "Meta")
 torch.library.register_vmap("attndsl::forward", _one_by_one(torch.ops.attndsl.forward), lib=_LIBRARY)
 torch.library.register_vmap("attndsl::backward", _one_by_one(torch.ops.attndsl.backward), lib=_LIBRARY)

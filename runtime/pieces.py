@@ -8,18 +8,21 @@ from typing import Protocol
 
 from torch import Tensor
 
+from attndsl.runtime.dropout import Dropout
+
 
 class Forward(Protocol):
     """A forward kernel, ready to be launched."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
-    ) -> tuple[Tensor, Tensor]:
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+        dropout: Dropout | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The output and lse of a call."""
 
     def into(
         self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
-        scale: float | None,
+        scale: float | None, dropout: Dropout | None,
     ) -> None:  # fmt: skip
         """Add a piece to what those before it have found."""
 
@@ -32,11 +35,12 @@ class InTurn:
     others: tuple[Forward, ...]
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = self.first(q, k, v, inputs, args, scale)
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+        dropout: Dropout | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out, lse = self.first(q, k, v, inputs, args, scale, dropout)
         for piece in self.others:
-            piece.into(out, lse, q, k, v, inputs, args, scale)
+            piece.into(out, lse, q, k, v, inputs, args, scale, dropout)
         return out, lse
 
 

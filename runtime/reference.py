@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from attndsl import oracle
+from attndsl.dropout import kept
 from attndsl.program import (
     Arg,
     Binary,
@@ -58,6 +59,7 @@ def reference(
     args: Mapping[str, int],
     scale: float | None = None,
     return_lse: Literal[False] = False,
+    dropout: tuple[float, int] | None = None,
 ) -> Tensor: ...
 @overload
 def reference(
@@ -70,6 +72,7 @@ def reference(
     scale: float | None = None,
     *,
     return_lse: Literal[True],
+    dropout: tuple[float, int] | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def reference(
@@ -81,6 +84,7 @@ def reference(
     args: Mapping[str, int],
     scale: float | None = None,
     return_lse: bool = False,
+    dropout: tuple[float, int] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def reference(
     program: Program,
@@ -91,6 +95,7 @@ def reference(
     args: Mapping[str, int],
     scale: float | None = None,
     return_lse: bool = False,
+    dropout: tuple[float, int] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What a program computes, by definition.
 
@@ -103,6 +108,7 @@ def reference(
         args: the runtime ints.
         scale: multiplies q . k in place of the program's own scale, which is 1/sqrt(D) if it has none.
         return_lse: also return the logarithm of the softmax denominator.
+        dropout: the rate and the seed of dropout, of the weights after the softmax (or of `weights`).
 
     Returns:
         out float64 [B, Hq, rows, Dv]; with `return_lse` also lse float64 [B, Hq, rows], natural log, the
@@ -139,42 +145,54 @@ def reference(
             s = s * pairs.scalar(branch.scale)
         return s if e is None else replace(pairs, s=s, memo={}).scalar(e).to(torch.float64)
 
+    left: Tensor | None = None
+    if dropout is not None:
+        rate, seed = dropout
+        left = torch.from_numpy(kept(program, shape, rate, seed)).to(q.device, torch.float64) / (1.0 - rate)
     pairs = _Pairs(evaluator, floats, allowed)
     if branch.weights is not None:
         weights = dots.new_zeros(dots.shape).masked_scatter(allowed, scored(pairs, branch.weights))
-        return weights @ values
+        return (weights if left is None else weights * left) @ values
 
     # A score of -inf removes the pair. Taking it out before the differentiable evaluation keeps the
     # derivative at that point, infinite for log(0), out of the gradient.
     with torch.no_grad():
-        present = scored(pairs, branch.score) != -torch.inf
-    kept = allowed.masked_scatter(allowed, present)
-    logits = scored(_Pairs(evaluator, floats, kept), branch.score)
+        finite = scored(pairs, branch.score) != -torch.inf
+    present = allowed.masked_scatter(allowed, finite)
+    logits = scored(_Pairs(evaluator, floats, present), branch.score)
     sink: Tensor | None = None
     if branch.sink is not None:
         rows = torch.ones((*dots.shape[:3], 1), dtype=torch.bool, device=q.device)
         sink = _Pairs(evaluator, floats, rows).scalar(branch.sink).to(torch.float64).reshape(dots.shape[:3])
-    out, lse = _softmax(logits, kept, values, sink)
+    out, lse = _softmax(logits, present, values, sink, left)
     return (out, lse) if return_lse else out
 
 
-def _softmax(logits: Tensor, kept: Tensor, values: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Output and lse; `logits` float64 [pairs] lists the entries of `kept` bool [B, Hq, rows, Nk] in order."""
+def _softmax(
+    logits: Tensor, present: Tensor, values: Tensor, sink: Tensor | None, left: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Output and lse; `logits` float64 [pairs] lists the entries of `present` bool [B, Hq, rows, Nk] in order.
+
+    left: what dropout multiplies the weights by.
+    """
     with torch.no_grad():
-        dense = torch.full(kept.shape, -torch.inf, dtype=torch.float64, device=kept.device)
-        dense = dense.masked_scatter(kept, logits)
+        dense = torch.full(present.shape, -torch.inf, dtype=torch.float64, device=present.device)
+        dense = dense.masked_scatter(present, logits)
         top = dense.amax(-1) if dense.shape[-1] else dense.sum(-1) - torch.inf
         if sink is not None:
             top = torch.maximum(top, sink)
         top = torch.where(top == -torch.inf, 0.0, top)
-    masses = torch.zeros_like(dense).masked_scatter(kept, torch.exp(logits - top[..., None].expand_as(dense)[kept]))
+    masses = torch.zeros_like(dense).masked_scatter(
+        present, torch.exp(logits - top[..., None].expand_as(dense)[present])
+    )
     total = masses.sum(-1)
     if sink is not None:
         total = total + torch.exp(sink - top)
     # Selecting twice keeps the infinite derivative of log at an empty row out of the gradient.
     empty = total == 0
     total = torch.where(empty, 1.0, total)
-    out = (masses / total[..., None]) @ values
+    weights = masses / total[..., None]
+    out = (weights if left is None else weights * left) @ values
     return out, torch.where(empty, -torch.inf, top + torch.log(total))
 
 

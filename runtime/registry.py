@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING
 from attndsl.diagnostics import error
 
 if TYPE_CHECKING:
+    from attndsl.runtime.decode import DecodeGenerators, Decoder
     from attndsl.runtime.engine import Engine
 
 _MAKERS: dict[str, Callable[[], Engine]] = {}
 _ENGINES: dict[str, Engine] = {}
+_DECODERS: dict[str, Decoder] = {}
+_GENERATORS: dict[str, Callable[[], DecodeGenerators]] = {}
 
 
-def register(key: str, make: Callable[[], Engine]) -> None:
-    """Make a program known under its key; its engine is made when first asked for."""
+def register(key: str, make: Callable[[], Engine], decode: Callable[[], DecodeGenerators]) -> None:
+    """Make a program known under its key; its engine, and what decodes, are made when first asked for."""
     _MAKERS.setdefault(key, make)
+    _GENERATORS.setdefault(key, decode)
 
 
 def engine_of(key: str) -> Engine:
@@ -30,3 +34,13 @@ def engine_of(key: str) -> Engine:
             help="call attndsl.compile with the same program before running an exported graph",
         )  # fmt: skip
     return _ENGINES.setdefault(key, _MAKERS[key]())
+
+
+def decoder_of(key: str) -> Decoder:
+    """The decode kernels of a key, beside its engine."""
+    decoder = _DECODERS.get(key)
+    if decoder is None:
+        from attndsl.runtime.decode import Decoder
+
+        decoder = _DECODERS.setdefault(key, Decoder(engine_of(key), _GENERATORS[key]()))
+    return decoder

@@ -1,45 +1,41 @@
 """Launching the generated Triton kernels of the backward pass.
 
 The kernels write the gradients of q, k and v. Of those of learnable inputs they write sums, and for each sum the entry
-that it belongs to: here these are added up, in one order.
+that it belongs to: here these are added up, in one order. Kernels for inputs that q and k read together follow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attndsl.diagnostics import error
-from attndsl.plan import BackwardPlan, Learned, Over
-from attndsl.program import CallShape
-from attndsl.runtime.call import call_shape, dim_size
+from attndsl.learned import Learned, Over
+from attndsl.plan import BackwardPlan
+from attndsl.runtime.call import call_shape
+from attndsl.runtime.dropout import PARAMETERS, Dropout
 from attndsl.runtime.engine import Gradients, default_scale, empty_gradient, empty_output, in_order_of
-from attndsl.runtime.launcher import Slot
-from attndsl.runtime.triton_launch import ELEMENT, INPUTS, parameter_sources, prepare
+from attndsl.runtime.launcher import Descriptor, Slot
+from attndsl.runtime.sums import Totals
+from attndsl.runtime.triton_launch import ELEMENT, INPUTS, descriptors, parameter_sources, prepare, without_memory
+from attndsl.tiling import heavy_tiles
 
 DQ = "attention_dq"
 DKDV = "attention_dkdv"
-
-
-def check_learned(plan: BackwardPlan) -> None:
-    """Raises `PatternError` (A923) for a learnable input whose gradient no kernel sums."""
-    for x in plan.learned:
-        if x.over is Over.NOTHING:
-            raise error(
-                "A923", "the gradient of an input indexed by q and k together is not yet supported on the GPU",
-                plan.program.input(x.read.input).span, help="pass backend='cpu', or declare it without `learnable`",
-            )  # fmt: skip
+# What the kernels of dq and of dk and dv sum.
+_SIMPLE = (Over.TILE, Over.KEYS, Over.ROWS)
+# Given a call's values and the gradients of inputs, which it adds to.
+Further = Callable[[Sequence[Any], Totals], None]
 
 
 class TritonBackward:
     """The backward kernels for one kind of call: same shapes, strides, dtypes and alignment."""
 
     def __init__(
-        self, plan: BackwardPlan, dq_text: str, dkdv_text: str, q: Tensor, k: Tensor, v: Tensor,
+        self, plan: BackwardPlan, dq_text: str, dkdv_text: str, dout: Tensor, q: Tensor, k: Tensor, v: Tensor,
         inputs: Sequence[Tensor], aligned: bool,
     ) -> None:  # fmt: skip
         shape = call_shape(q, k, v)
@@ -50,7 +46,7 @@ class TritonBackward:
         grid = self.q_tiles * shape.batch * shape.heads
         key_tiles = -(-layout.k.most(shape.k_len) // plan.key_tiling.block_k) * layout.classes
         key_grid = key_tiles * shape.batch * shape.kv_heads
-        sources = backward_parameters(plan, q, k, v, inputs)
+        sources = backward_parameters(plan, q, k, v, inputs, dout)
         # Without rows the gradients of k and v are 0; without keys there are none.
         self._dq = prepare(plan, dq_text, DQ, grid, sources, aligned, q.device) if grid else None
         self._dkdv = None
@@ -59,25 +55,28 @@ class TritonBackward:
 
     def __call__(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-        inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+        inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, dropout: Dropout | None,
     ) -> Gradients:  # fmt: skip
-        return InTurn((self,))(dout, dlse, q, k, v, out, lse, inputs, args, scale)
+        return InTurn((self,))(dout, dlse, q, k, v, out, lse, inputs, args, scale, dropout)
 
-    def run(self, call: tuple[Any, ...], dk: Tensor, dv: Tensor, learned: dict[str, Tensor]) -> None:
+    def run(self, call: Sequence[Any], dk: Tensor, dv: Tensor, totals: Totals) -> list[Any]:
         """Write the gradients of q, k, v, or where the plan follows others, add to them; add those of inputs.
 
-        call: what the kernels take, from q to delta; dk and dv are among it. learned: float64, by the inputs' names.
+        call: what the kernels take, from q to row_lse; dk and dv are among it. Returns it with the sums of inputs.
         """
-        sums = [self._empty_sums(x, dk.device) for x in self.plan.learned]
-        call = (*call, *(tensor for pair in sums for tensor in pair))
+        sums = {n: self._empty_sums(x, dk.device) for n, x in enumerate(self.plan.learned) if x.over in _SIMPLE}
+        given = [*call]
+        for n in range(len(self.plan.learned)):
+            given += sums.get(n, (None, None))
         if not self.plan.follows and (self._dkdv is None or not self.plan.layout.all_keys):
             dk.zero_()
             dv.zero_()
         if self._dq is not None:
-            self._dq(call)
+            self._dq(given)
         if self._dkdv is not None:
-            self._dkdv(call)
-        self._learn(sums, learned)
+            self._dkdv(given)
+        self._add(totals, sums)
+        return given
 
     def _empty_sums(self, x: Learned, device: torch.device) -> tuple[Tensor, Tensor]:
         """Room for the sums of a read, [batch * heads, tiles, rows or keys], and for the entries they belong to."""
@@ -88,68 +87,82 @@ class TritonBackward:
         make = torch.empty if self.plan.layout.plain else torch.zeros
         return make(heads, size, dtype=torch.float32, device=device), make(places, dtype=torch.int64, device=device)
 
-    def _learn(self, sums: Sequence[tuple[Tensor, Tensor]], found: dict[str, Tensor]) -> None:
-        """Add to the gradients of the inputs."""
-        plan = self.plan
-        for x, (values, places) in zip(plan.learned, sums, strict=True):
-            name = x.read.input
-            if name not in found:
-                size = _declared_size(plan, name, self.shape)
-                found[name] = torch.zeros(size, dtype=torch.float64, device=values.device)
+    def _add(self, totals: Totals, sums: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        """Add the sums of dq's and dkdv's kernels to the gradients."""
+        for n, (values, places) in sums.items():
+            x = self.plan.learned[n]
             if (self._dkdv if x.over is Over.ROWS else self._dq) is None:
                 continue  # No kernel ran, and nothing was summed.
-            # In float64, where `index_put_` adds in one order on the CPU too.
-            wide = values.double()
-            terms = wide.sum(1) if x.over is Over.TILE else wide.flatten()
-            found[name].view(-1).index_put_((places,), terms, accumulate=True)
+            totals.add(x.read.input, values.double().sum(1) if x.over is Over.TILE else values, places)
 
 
 @dataclass(frozen=True, slots=True)
 class InTurn:
-    """The backward kernels of a program's pieces. Each but the first adds to the gradients of those before it."""
+    """The backward kernels of a program's pieces. Each but the first adds to the gradients of those before it.
+
+    `further`: kernels that add to the gradients of inputs afterwards, those of the whole pattern.
+    """
 
     pieces: tuple[TritonBackward, ...]
+    further: tuple[Further, ...] = ()
 
     def __call__(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-        inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+        inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, dropout: Dropout | None,
     ) -> Gradients:  # fmt: skip
         first = self.pieces[0]
+        plan, shape = first.plan, first.shape
         dq, dk, dv = map(empty_gradient, (q, k, v))
-        dout, out, lse = in_order_of(q, dout), in_order_of(q, out), lse.contiguous()
+        out, lse = in_order_of(q, out), lse.contiguous()
         d_lse = None if dlse is None else dlse.contiguous()
+        heads = shape.batch * shape.heads
+        delta, row_lse = lse.new_empty(2, heads, row_stride(shape.rows)) if plan.softmax else (None, None)
         scale = first.default_scale if scale is None else scale
-        call = (q, k, v, out, lse, scale, *inputs, *args, dout, d_lse, dq, dk, dv, torch.empty_like(lse))
-        learned: dict[str, Tensor] = {}
-        for piece in self.pieces:
-            piece.run(call, dk, dv, learned)
-        gradients = [
-            learned[decl.name].sum_to_size(x.shape).to(x.dtype) if decl.name in learned else None
-            for decl, x in zip(first.plan.program.inputs, inputs, strict=True)
-        ]
-        return dq, dk, dv, gradients
+        drops = dropout.values() if dropout else ()
+        call = (q, k, v, out, lse, scale, *inputs, *args, *drops, dout, d_lse, dq, dk, dv, delta, row_lse)
+        totals = Totals(plan.program, shape, q.device)
+        given = [piece.run(call, dk, dv, totals) for piece in self.pieces]
+        for kernel in self.further:
+            kernel(given[0], totals)
+        return dq, dk, dv, totals.gradients(plan, inputs)
 
 
-def _declared_size(plan: BackwardPlan, name: str, shape: CallShape) -> list[int]:
-    """The shape that an input has where nothing of it is broadcast."""
-    return [dim_size(dim, plan.program, shape) for dim in plan.program.input(name).dims]
+def row_stride(rows: int) -> int:
+    """Entries from one head's rows to the next's in what the kernels keep of each row: tensor copies want 16 bytes."""
+    return -(-rows // 4) * 4
 
 
 def backward_parameters(
-    plan: BackwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]
+    plan: BackwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], dout: Tensor | None = None
 ) -> Mapping[str, Any]:
-    """What each parameter that the kernels may have is given. Only shapes, strides and dtypes are read."""
-    found = dict(parameter_sources(plan, q, k, v, inputs))
-    first = INPUTS + len(inputs) + len(plan.program.args)
+    """What each parameter that the kernels may have is given. Only shapes, strides and dtypes are read.
+
+    dout: default one that is dense, in the memory order of q.
+    """
+    shape, found = call_shape(q, k, v), dict(parameter_sources(plan, q, k, v, inputs))
+    first = INPUTS + len(inputs) + len(plan.program.args) + (len(PARAMETERS) if plan.spec.dropout else 0)
     element, real = f"*{ELEMENT[plan.spec.dtype]}", "*fp32"
-    types = {"dout": element, "d_lse": real, "dq": element, "dk": element, "dv": element, "delta": real}
+    types = {
+        "dout": element, "d_lse": real, "dq": element, "dk": element, "dv": element, "delta": real, "row_lse": real,
+    }  # fmt: skip
     for n in range(len(plan.learned)):
         types |= {f"sum_{n}": real, f"at_{n}": "*i64"}
     found |= {f"{name}_ptr": Slot(first + i, type) for i, (name, type) in enumerate(types.items())}
-    dout, _ = empty_output(q, call_shape(q, k, v))
-    for name, x in (("dout", dout), ("dq", empty_gradient(q)), ("dk", empty_gradient(k)), ("dv", empty_gradient(v))):
+    q, k, v = map(without_memory, (q, k, v))
+    dout = empty_output(q, shape)[0] if dout is None else dout
+    found |= {"heavy": heavy_tiles(plan, shape), "row_stride": row_stride(shape.rows)}
+    for i, name in enumerate(types):
+        if name in ("delta", "row_lse"):
+            size, block = (shape.batch * shape.heads, shape.rows), (1, plan.key_tiling.block_q)
+            type = f"tensordesc<fp32{list(block)}>"
+            found[f"{name}_desc"] = Descriptor(first + i, size, (row_stride(shape.rows), 1), block, type)
+    # The kernel of dk and dv loops over tiles of q and dout; that of dq over those of k and v.
+    for index, name, x in ((0, "q", q), (first, "dout", dout)):
+        found |= descriptors(plan.spec, name, index, x, plan.key_tiling.block_q)
+    dq, dk, dv = map(empty_gradient, (q, k, v))
+    for name, x in (("dout", dout), ("dq", dq), ("dk", dk), ("dv", dv)):
         found |= {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bhn")}
     return found
 
 
-__all__ = ["InTurn", "TritonBackward", "backward_parameters", "check_learned"]
+__all__ = ["InTurn", "TritonBackward", "backward_parameters"]

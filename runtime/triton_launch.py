@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton
@@ -17,11 +17,12 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attndsl.plan import Backend, DType, ForwardPlan, Loads, Plan, Spec, head_parts
-from attndsl.program import Program
+from attndsl.plan import Backend, DType, Loads, Plan, Printed, Spec, head_parts
+from attndsl.program import CallShape, Program
 from attndsl.runtime.build import KernelSource, compile_kernel, parameters
 from attndsl.runtime.cache import KernelCache
 from attndsl.runtime.call import call_shape, dim_size
+from attndsl.runtime.dropout import PARAMETERS, Dropout
 from attndsl.runtime.engine import default_scale, empty_output, table_tensor
 from attndsl.runtime.launcher import Descriptor, Launcher, Slot
 from attndsl.runtime.load import load_source
@@ -31,7 +32,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 FUNCTION = "attention_forward"
 
 ELEMENT = {DType.BFLOAT16: "bf16", DType.FLOAT16: "fp16", DType.FLOAT32: "fp32"}
-_POINTER = {
+POINTER = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.bool: "*i1",
     torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8",
 }  # fmt: skip
@@ -63,18 +64,22 @@ def why_not_gluon(program: Program, spec: Spec, q: Tensor) -> str:
     return ""
 
 
-def loads_for(spec: Spec, k: Tensor, v: Tensor, aligned: bool) -> Loads:
-    """Hardware tensor copies where the device has them and the memory allows it: 16-byte strides and pointers."""
+def loads_for(spec: Spec, aligned: bool, *tensors: Tensor) -> Loads:
+    """Hardware tensor copies where the device has them and the memory of what a kernel's loop reads allows it: 16-byte
+    strides and pointers (`aligned`)."""
     if not aligned or not has_tensor_copies(spec):
         return Loads.POINTER
-    for x in (k, v):
+    for x in tensors:
         strides = [s for s, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
-        if x.stride(3) != 1 or any(s * x.element_size() % 16 for s in strides) or x.numel() == 0:
+        # A stride of 0 is that of an expanded tensor.
+        if x.stride(3) != 1 or any(not s or s * x.element_size() % 16 for s in strides) or x.numel() == 0:
             return Loads.POINTER
     return Loads.DESCRIPTOR
 
 
-# Where the values of a call stand in (q, k, v, out, lse, scale, *inputs, *args).
+# What a launch reads the sizes, tiling and inputs of a kernel from.
+Planned: TypeAlias = Plan | Printed
+# Where the values of a call stand in (q, k, v, out, lse, scale, *inputs, *args, and with dropout its three).
 _OUT, _LSE, _SCALE, INPUTS = 3, 4, 5, 6
 
 
@@ -82,35 +87,43 @@ class TritonForward:
     """The forward kernel for one kind of call: same shapes, strides, dtypes and alignment."""
 
     def __init__(
-        self, plan: ForwardPlan, text: str, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], aligned: bool
+        self, kernel: Printed, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], aligned: bool
     ) -> None:
         shape = call_shape(q, k, v)
-        self.plan, self.shape = plan, shape
-        layout = plan.layout
-        self.grid = -(-layout.q.most(shape.rows) // plan.tiling.block_q) * layout.classes * shape.batch * shape.heads
+        self.shape = shape
+        layout = kernel.layout
+        self.grid = -(-layout.q.most(shape.rows) // kernel.tiling.block_q) * layout.classes * shape.batch * shape.heads
         self.default_scale = default_scale(shape.dim)
         if self.grid:
-            sources = parameter_sources(plan, q, k, v, inputs)
-            self._launch = prepare(plan, text, FUNCTION, self.grid, sources, aligned, q.device)
+            sources = parameter_sources(kernel, q, k, v, inputs)
+            self._launch = prepare(kernel, kernel.text, FUNCTION, self.grid, sources, aligned, q.device)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
-    ) -> tuple[Tensor, Tensor]:
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+        dropout: Dropout | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         out, lse = empty_output(q, self.shape)
-        self.into(out, lse, q, k, v, inputs, args, scale)
+        self.into(out, lse, q, k, v, inputs, args, scale, dropout)
         return out, lse
 
     def into(
         self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
-        scale: float | None,
+        scale: float | None, dropout: Dropout | None,
     ) -> None:  # fmt: skip
         """Write out and lse, or where the plan follows others, add to them."""
         if self.grid:
-            self._launch((q, k, v, out, lse, self.default_scale if scale is None else scale, *inputs, *args))
+            scale = self.default_scale if scale is None else scale
+            self._launch((q, k, v, out, lse, scale, *inputs, *args, *(dropout.values() if dropout else ())))
 
 
 def prepare(
-    plan: Plan, text: str, function: str, grid: int, sources: Mapping[str, Any], aligned: bool, device: torch.device
+    plan: Planned,
+    text: str,
+    function: str,
+    grid: int,
+    sources: Mapping[str, Any],
+    aligned: bool,
+    device: torch.device,
 ) -> Callable[[Sequence[Any]], None]:
     """A generated kernel, compiled for its target or interpreted, as a function of a call's values.
 
@@ -144,7 +157,7 @@ class _Interpreted:
 # ------------------------------------------------------------------------------------ parameters
 
 
-def parameter_sources(plan: Plan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> dict[str, Any]:
+def parameter_sources(plan: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> dict[str, Any]:
     """What each parameter that a kernel may have is given, from shapes, strides and dtypes alone: meta tensors do."""
     shape = call_shape(q, k, v)
     element = f"*{ELEMENT[plan.spec.dtype]}"
@@ -153,14 +166,11 @@ def parameter_sources(plan: Plan, q: Tensor, k: Tensor, v: Tensor, inputs: Seque
         "out_ptr": Slot(_OUT, element), "lse_ptr": Slot(_LSE, "*fp32"), "scale": Slot(_SCALE, "fp32"),
         "rows": shape.rows, "k_len": shape.k_len,
     }  # fmt: skip
-    out, _ = empty_output(q, shape)
+    out, _ = empty_output(without_memory(q), shape)
     for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
         found |= {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bhn")}
     for index, name, x in ((1, "k", k), (2, "v", v)):
-        for part in head_parts(x.shape[3]):
-            block = (1, 1, plan.tiling.block_k, part.size)
-            type = f"tensordesc<{ELEMENT[plan.spec.dtype]}{list(block)}>"
-            found[f"{name}_desc{part.suffix}"] = Descriptor(index, tuple(x.shape), tuple(x.stride()), block, type)
+        found |= descriptors(plan.spec, name, index, x, plan.tiling.block_k)
     if plan.spec.backend is Backend.GLUON:
         half, block_k = plan.tiling.block_q // 2, plan.tiling.block_k
         for index, name, x, rows in (
@@ -170,20 +180,45 @@ def parameter_sources(plan: Plan, q: Tensor, k: Tensor, v: Tensor, inputs: Seque
             (_OUT, "out", out, half),
         ):
             found[f"{name}_desc"] = _gluon_descriptor(plan, index, x, rows)
+    return found | program_sources(plan, shape, inputs, q.device)
+
+
+def program_sources(plan: Planned, shape: CallShape, inputs: Sequence[Tensor], device: torch.device) -> dict[str, Any]:
+    """What the parameters of the program's inputs, tables and arguments are given."""
+    found: dict[str, Any] = {}
     for i, (decl, x) in enumerate(zip(plan.program.inputs, inputs, strict=True)):
-        found[f"{decl.name}_ptr"] = Slot(INPUTS + i, _POINTER[x.dtype])
+        found[f"{decl.name}_ptr"] = Slot(INPUTS + i, POINTER[x.dtype])
         for axis, size in enumerate(x.shape):
             # A dimension of size 1 is broadcast.
             found[f"{decl.name}_stride_{axis}"] = 0 if size == 1 else x.stride(axis)
             found[f"{decl.name}_size_{axis}"] = dim_size(decl.dims[axis], plan.program, shape)
     for table in plan.tables:
-        found[f"{table.name}_table"] = table_tensor(table, q.device)
+        found[f"{table.name}_table"] = table_tensor(table, device)
     for i, name in enumerate(plan.program.args):
         found[f"arg_{name}"] = Slot(INPUTS + len(inputs) + i, "i32")
+    if plan.spec.dropout:
+        first = INPUTS + len(inputs) + len(plan.program.args)
+        types = zip(PARAMETERS, ("*i64", "u32", "fp32"), strict=True)
+        found |= {name: Slot(first + i, type) for i, (name, type) in enumerate(types)}
     return found
 
 
-def _gluon_descriptor(plan: Plan, index: int, x: Tensor, rows: int) -> Descriptor:
+def descriptors(spec: Spec, name: str, index: int, x: Tensor, rows: int) -> dict[str, Descriptor]:
+    """Descriptors of tiles of `rows` rows of the call's value `index`, one for each part of the head dimension."""
+    found = {}
+    for part in head_parts(x.shape[3]):
+        block = (1, 1, rows, part.size)
+        type = f"tensordesc<{ELEMENT[spec.dtype]}{list(block)}>"
+        found[f"{name}_desc{part.suffix}"] = Descriptor(index, tuple(x.shape), tuple(x.stride()), block, type)
+    return found
+
+
+def without_memory(x: Tensor) -> Tensor:
+    """A tensor like x, strides included, that takes no room."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _gluon_descriptor(plan: Planned, index: int, x: Tensor, rows: int) -> Descriptor:
     """A descriptor of tiles of `rows` rows; in Gluon its type says how they lie in shared memory."""
     element = {DType.BFLOAT16: gl.bfloat16, DType.FLOAT16: gl.float16}[plan.spec.dtype]
     block = (1, 1, rows, x.shape[3])
@@ -193,7 +228,12 @@ def _gluon_descriptor(plan: Plan, index: int, x: Tensor, rows: int) -> Descripto
 
 
 def kernel_source(
-    plan: Plan, text: str, names: Sequence[str], sources: Mapping[str, Any], aligned: bool, function: str = FUNCTION
+    plan: Planned,
+    text: str,
+    names: Sequence[str],
+    sources: Mapping[str, Any],
+    aligned: bool,
+    function: str = FUNCTION,
 ) -> KernelSource:
     """How to compile a kernel whose parameters are `names`."""
     types = tuple((name, _type(name, sources[name])) for name in names)
@@ -204,10 +244,21 @@ def kernel_source(
 
 def _alignments(names: Sequence[str], sources: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     for name in names:
-        if name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr"):
+        if name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "part_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr"):
             yield name, POINTER_ALIGNMENT
-        elif name.startswith("stride_") and sources[name] % STRIDE_ALIGNMENT == 0:
-            yield name, STRIDE_ALIGNMENT
+        elif name.startswith("stride_"):
+            multiple = POINTER_ALIGNMENT if _is_bytes(sources, name) else STRIDE_ALIGNMENT
+            if sources[name] % multiple == 0:
+                yield name, multiple
+
+
+def _is_bytes(sources: Mapping[str, Any], stride: str) -> bool:
+    """Whether the stride is one of a cache of 8-bit elements."""
+    match sources.get(f"{stride.removeprefix('stride_')[:-1]}_ptr"):
+        case Slot(type="*u8"):
+            return True
+        case _:
+            return False
 
 
 def _type(name: str, source: Any) -> str:
@@ -216,6 +267,6 @@ def _type(name: str, source: Any) -> str:
         case Slot(type=type) | Descriptor(type=type):
             return type
         case Tensor():
-            return _POINTER[source.dtype]
+            return POINTER[source.dtype]
         case _:
             return "i64" if "_stride_" in name or name.startswith("stride_") else "i32"

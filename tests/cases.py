@@ -53,6 +53,21 @@ CASES: dict[str, Case] = {
                    bq = (if zq then q - n else q) // 7, bk = (if zk then k - n else k) // 7 }"""
     ),
     "coarsen": case("causal & coarsen(dilated(40), 8, any)"),
+    "coarsen_share": case("causal & coarsen(causal & window(30) | dilated(9), (16, 12), fraction(0.4))"),
+    "coarsen_data": case(
+        """attention grown { input flag : bool[b, k]
+        attend causal & (coarsen({ flag[k] and (flag[q] or h == 0) }, (9, 7), any) | window(3)) }""",
+        heads=(4, 2), rows=50, inputs={"flag": RNG.random((2, 70)) < 0.1},
+    ),
+    "random": case(
+        "causal & (window(3) | random(2, of = blocks(8), per = rows(6), seed = h % 2) | random(1, tokens, query, 5))",
+        heads=(4, 2), rows=50,
+    ),
+    "segment": case(
+        """attention joined { input doc : int[b, k]
+        attend causal & (window(9) | sink(2) on segment(doc)) }""",
+        rows=50, inputs={"doc": np.repeat(ints(0, 2, 2, 14), 5, axis=1)},
+    ),
     "documents": case(
         "attention documents { input doc : int[b, k] sorted\n attend causal & document(doc) }",
         inputs={"doc": np.sort(ints(0, 5, 2, 70), axis=1)},

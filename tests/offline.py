@@ -19,8 +19,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
+class Decode:
+    """A decode of so many rows, over a cache in pages or contiguous, of 8-bit elements or the dtype's."""
+
+    rows: int
+    page: int | None
+    fp8: bool = False
+
+
+@dataclass(frozen=True)
 class Job:
-    """A piece's kernel at the default tiling. `tiling`: another one (block_q, block_k, warps, stages)."""
+    """A piece's kernel at the default tiling, forward or `decode`. `tiling`: another one (block_q, block_k, warps,
+    stages)."""
 
     text: str
     target: str
@@ -30,6 +40,7 @@ class Job:
     dtype: str = "bfloat16"
     tiling: tuple[int, int, int, int] | None = None
     piece: int = 0
+    decode: Decode | None = None
 
 
 @dataclass(frozen=True)
@@ -66,16 +77,25 @@ def compile_one(job: Job) -> Found:
     import triton
 
     import attndsl
+    from attndsl.codegen.triton_decode import decode_source
     from attndsl.codegen.triton_forward import forward_source
+    from attndsl.decode import Cache, decode_plan
     from attndsl.piece_plans import forward_plans
-    from attndsl.plan import DType, Loads, Spec, Tiling, default_tiling
+    from attndsl.plan import DType, Loads, Spec, Tiling
     from attndsl.runtime.assembly import offline_source
     from attndsl.runtime.build import compile_kernel
 
     spec = Spec(*job.heads, job.dim, job.dim, DType(job.dtype), job.target, Loads(job.loads))
-    tiling = Tiling(*job.tiling) if job.tiling else default_tiling(spec)
-    plan = forward_plans(attndsl.compile(job.text).program, spec, tiling)[job.piece]
-    kernel = compile_kernel(offline_source(plan, forward_source(plan)), job.target)
+    tiling = Tiling(*job.tiling) if job.tiling else None
+    program = attndsl.compile(job.text).program
+    if job.decode is None:
+        plan = forward_plans(program, spec, tiling)[job.piece]
+        source = offline_source(plan, forward_source(plan))
+    else:
+        cache = Cache(job.decode.page, job.decode.fp8, job.decode.fp8, job.decode.fp8)
+        decode = decode_plan(program, spec, job.decode.rows, cache, tiling=Tiling(*job.tiling) if job.tiling else None)
+        source = offline_source(decode, decode_source(decode))
+    kernel = compile_kernel(source, job.target)
     shared = int(kernel.metadata.shared)
     if job.target.startswith("hip"):
         text = str(kernel.asm["amdgcn"])
@@ -106,5 +126,5 @@ def _resources(cubin: bytes) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    jobs = [Job(**job) for job in json.load(sys.stdin)]
+    jobs = [Job(**job | {"decode": job["decode"] and Decode(**job["decode"])}) for job in json.load(sys.stdin)]
     json.dump([asdict(compile_one(job)) for job in jobs], sys.stdout)

@@ -101,6 +101,16 @@ SCATTERED: dict[str, Case] = {
         f"attention weighed {{ {BIASED} weights sigmoid(s + prior[k] + lift[q])\n attend window(5) | dilated(8) }}",
         40, 40, batch=1, inputs={"prior": floats(1, 40), "lift": floats(1, 2, 40)},
     ),
+    "tables": case(
+        """attention tables { input near : float[h, 9] learnable
+        input whole : float[q, k] learnable
+        input sinks : float[h] learnable
+        score s + near[h, clamp(q - k, -4, 4) + 4] * whole[q, k]
+        softmax with sink sinks[h]
+        attend causal & (window(5) | dilated(8)) }""",
+        20, 40, batch=1, inputs={"near": floats(2, 9), "whole": floats(20, 40), "sinks": floats(2)},
+    ),
+    "coarse": case("causal & (window(3) | dilated(8) & coarsen(causal - window(10), 4, any))", 50, 50, batch=1),
     "documents": case(
         """attention articles { input doc : int[b, k] sorted
         attend causal & document(doc) & (window(9) | dilated(5)) }""",

@@ -315,9 +315,11 @@ class _Writer:
             lambda: f"(if {self.bool_expr(1)} then {sub()} else {sub()})",
             lambda: self.on_place(depth, f"blocks({self.param(self.one(STEPS))})"),
             lambda: self.coarsened(depth),
+            lambda: self.drawn(depth),
         ]
         if "q" in self.tokens:
             options.append(lambda: self.on_place(depth, self.use("order")))
+            options.append(lambda: self.on_place(depth, f"segment({self.use('ids')})"))
         return self.pick(options)
 
     def on_place(self, depth: int, place: str) -> str:
@@ -331,7 +333,16 @@ class _Writer:
         inner = self.set_expr(depth - 1)
         self.gathered = outer
         block = self.one((str(self.integer(1, 9)), "16", "32", f"({self.integer(1, 9)}, {self.integer(1, 20)})"))
-        return f"coarsen({inner}, {block}, {self.one(('any', 'all'))})"
+        return f"coarsen({inner}, {block}, {self.one(('any', 'all', 'fraction(0.3)'))})"
+
+    def drawn(self, depth: int) -> str:
+        rows = self.one(("query", "head", f"rows({self.integer(2, 20)})"))
+        outer, self.gathered = self.gathered, self.gathered or rows != "query"
+        among = self.set_expr(depth - 1)
+        self.gathered = outer
+        keys = self.one(("tokens", f"blocks({self.integer(2, 20)})"))
+        seed = self.one(("3", "h", "g - 1", f"{self.use('reach')}[b]"))
+        return f"random({self.integer(1, 5)}, {keys}, {rows}, {seed}, among = {among})"
 
     # ----------------------------------------------------------------------------- scores
     def float_leaf(self) -> str:

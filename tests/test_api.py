@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import attndsl
+import attndsl.serving
 from attndsl.blockgraph import TileCode
 
 ROOT = Path(__file__).parent.parent
@@ -108,6 +109,7 @@ def call(pattern: str, *given: torch.Tensor, **options: object) -> Callable[[], 
 
 Q, K, V = tensors()
 IDS = torch.zeros(1, 32, dtype=torch.int32)
+LENGTHS = torch.tensor([32], dtype=torch.int32)
 WRONG: dict[str, Callable[[], object]] = {
     "A501": call("causal", Q[0], K, V),
     "A502": call("causal", Q, K.half(), V),
@@ -124,7 +126,7 @@ WRONG: dict[str, Callable[[], object]] = {
     "A514": lambda: attndsl.compile("attention a(w : int[h]) { attend causal & window(w[h]) }", w=[1, 2, 3])(Q, K, V),
     "A516": call("attention a(w : runtime int) { attend causal & window(w) }", Q, K, V, w=1.5),
     "A517": call(DOCUMENTS, Q, K, V, doc=[0, 1]),
-    "A518": call("attention a { input x : int[b, k]  attend coarsen({ x[q] == x[k] }, 4, any) }", Q, K, V, x=IDS),
+    "A519": call("coarsen(causal, 64, fraction(0.1))", *(torch.empty(1, 1, 1 << 17, 8) for _ in range(3))),
     "A521": call("attention a { weights s  attend causal }", Q, K, V, return_lse=True),
     "A522": call(DOCUMENTS, Q, K, V, docs=IDS),
     "A523": lambda: attndsl.compile(DOCUMENTS).mask(4, 4),
@@ -137,13 +139,26 @@ WRONG: dict[str, Callable[[], object]] = {
         bias=torch.zeros(2, requires_grad=True),
     ),
     "A527": lambda: attndsl.nn.Attention("causal", 30, 4),
+    "A528": call("causal", Q, K, V, dropout=1.5),
+    "A529": call("causal", Q, K, V, dropout=0.5, seed=0.5),
     "A530": lambda: attndsl.compile("causal").source(target="sm_1"),
     "A531": lambda: attndsl.compile("causal").source("sideways"),
     "A532": lambda: attndsl.compile("causal").assembly("forward", "amdgcn", target="sm_90"),
+    "A550": lambda: attndsl.compile("causal").decode(Q, K, V, torch.tensor([32])),
+    "A551": lambda: attndsl.compile("causal").decode(Q, K, V, LENGTHS, torch.zeros(1, 4, dtype=torch.int64)),
+    "A552": lambda: attndsl.compile("causal").decode(Q, K, V, LENGTHS, layout="dhn"),
+    "A553": lambda: attndsl.compile("causal").decode(Q, K, V, LENGTHS, k_scale=torch.ones(2)),
+    "A554": lambda: attndsl.compile("attention a { align start  attend all }").decode(Q, K, V, LENGTHS),
+    "A555": lambda: attndsl.compile("causal").decode(Q.clone().requires_grad_(), K, V, LENGTHS),
+    "A557": lambda: attndsl.serving.PagedCache(
+        attndsl.compile("causal"), 1, 2, 16, pages=1, page=16, max_len=64
+    ).append(K, V),
+    "A559": lambda: attndsl.compile("causal & random(1, blocks(64), rows(64), 0)").decode(Q, K, V, LENGTHS),
+    "A558": lambda: attndsl.compile("attention a { align start  attend all }").evictable(8),
     "A541": lambda: attndsl.compare("causal", "attention a { align start  attend causal }"),
 }
 # Raised for what a test cannot bring about here, or brings about elsewhere.
-ELSEWHERE = {"A510", "A520", "A525", "A533", "A534", "A540", "A921", "A922", "A923"}
+ELSEWHERE = {"A510", "A520", "A525", "A533", "A534", "A540", "A556", "A921", "A922"}
 
 
 @pytest.mark.parametrize("code", sorted(WRONG))

@@ -14,13 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, reject
+from hypothesis import given
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from attndsl.api import _engine
-from attndsl.diagnostics import PatternError
-from attndsl.plan import Tiling
+from attndsl.codegen.triton_backward import backward_sources
+from attndsl.plan import DType, Loads, Spec, Tiling, backward_plan
 from attndsl.program import CallShape, Program
+from attndsl.runtime.call import call_shape, device_target, dtype_of
+from attndsl.runtime.engine import Gradients
+from attndsl.runtime.triton_backward import TritonBackward, backward_parameters
+from attndsl.tiling import heavy_tiles
 from tests.accuracy import examples
 from tests.cases import CASES, case, floats, ints
 from tests.gradients import Run, expected_gradients, judge, upstream
@@ -35,7 +41,9 @@ NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type == "cpu", reason="n
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_GPU)]
 
 
-def runner(tiling: Tiling | None = SMALL) -> Run:
+def runner(tiling: Tiling | None = SMALL, loads: Loads | None = None) -> Run:
+    """Gradients by the kernels; `loads` other than those that the device gets."""
+
     def run(
         program: Program, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
         inputs: Mapping[str, Tensor], args: Mapping[str, int], scale: float | None,
@@ -47,10 +55,27 @@ def runner(tiling: Tiling | None = SMALL) -> Run:
         out, lse = engine.forward(q, k, v, listed, numbers, scale, "cpu")
         dout, q, k, v, out, lse, *listed = (x.to(DEVICE) for x in (dout, q, k, v, out, lse, *listed))
         dlse = None if dlse is None else dlse.to(DEVICE)
-        *found, learned = engine.backward(dout, dlse, q, k, v, out, lse, listed, numbers, scale, "triton")
+        if loads is not None:
+            *found, learned = directly(
+                program, tiling or SMALL, loads, dout, dlse, q, k, v, out, lse, listed, numbers, scale, None
+            )
+        else:
+            *found, learned = engine.backward(dout, dlse, q, k, v, out, lse, listed, numbers, scale, "triton")
         return [x.cpu() for x in found], [None if x is None else x.cpu() for x in learned]
 
     return run
+
+
+def directly(
+    program: Program, tiling: Tiling, loads: Loads, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    *rest: Any,
+) -> Gradients:  # fmt: skip
+    shape = call_shape(q, k, v)
+    spec = Spec(shape.heads, shape.kv_heads, shape.dim, shape.v_dim, dtype_of(q), device_target(DEVICE), loads)
+    plan = backward_plan(program, spec, tiling, uses_lse=dlse is not None)
+    inputs = rest[2]
+    kernels = TritonBackward(plan, *backward_sources(plan), dout.contiguous(), q, k, v, inputs, aligned=True)
+    return kernels(dout.contiguous(), dlse, q, k, v, *rest)
 
 
 LEARNED: dict[str, Case] = {
@@ -109,13 +134,18 @@ LEARNED: dict[str, Case] = {
 }  # fmt: skip
 FIXED = (
     "streaming", "chunk", "more_rows", "none", "empty_rows", "dilated", "blocks", "documents", "duo", "until",
-    "align_start", "guarded", "sink", "weights", "counted",
+    "align_start", "guarded", "sink", "weights", "counted", "coarsen_share", "coarsen_data", "random", "segment",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*FIXED, *LEARNED])
 def test_program(name: str) -> None:
     judge(runner(), (CASES | LEARNED)[name], torch.float32)
+
+
+@pytest.mark.parametrize("name", ["streaming", "chunk", "more_rows", "empty_rows", "documents", "align_start", "sink"])
+def test_descriptor_loads(name: str) -> None:
+    judge(runner(loads=Loads.DESCRIPTOR), CASES[name], torch.float32)
 
 
 @pytest.mark.parametrize("name", ["chunk", "softcap"])
@@ -138,21 +168,7 @@ def test_scale_of_a_call(name: str, scale: float) -> None:
 @given(case=composed_programs(max_depth=2, lengths=(1, 16, 33, 40), dims=(8, 16)))
 @examples(20)
 def test_random(case: Case) -> None:
-    try:
-        judge(runner(Tiling(32, 16)), case, torch.float32)
-    except PatternError as refused:
-        # Patterns that are not yet supported; and a bias by q and k together, which is tested below.
-        if refused.diagnostics[0].code not in ("A518", "A923"):
-            raise
-        reject()
-
-
-def test_bias_by_both_positions_is_refused() -> None:
-    with pytest.raises(PatternError) as caught:
-        judge(runner(), CASES["bias"], torch.float32)
-    (diagnostic,) = caught.value.diagnostics
-    assert diagnostic.code == "A923"
-    assert "bias : float[h, 9]" in diagnostic.render()
+    judge(runner(Tiling(32, 16)), case, torch.float32)
 
 
 def test_no_rows_and_no_keys() -> None:
@@ -218,32 +234,47 @@ def test_default_tilings_do_not_spill() -> None:
     done = subprocess.run(command, text=True, capture_output=True, cwd=root, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     stacks = json.loads(done.stdout)
-    assert len(stacks) == 8
+    assert len(stacks) == 12
+    # In its masked loop this one keeps some scalars in local memory; without, at eight warps, it takes twice as long.
+    assert stacks.pop("attention_dkdv cuda:90 descriptor 128") <= 64
     assert not any(stacks.values()), stacks
 
 
 def compiled_stacks() -> dict[str, int]:
     """Bytes of stack, which is what spills take, of the kernels at default tilings."""
-    from attndsl.codegen.triton_backward import DKDV, DQ, backward_sources
-    from attndsl.plan import DType, Spec, backward_plan, backward_tilings, default_tiling, forward_plan
+    from attndsl.codegen.triton_backward import DKDV, DQ
+    from attndsl.plan import backward_tilings, default_tiling, forward_plan
     from attndsl.runtime.assembly import meta_tensors
     from attndsl.runtime.build import compile_kernel, parameters
-    from attndsl.runtime.triton_backward import backward_parameters
     from attndsl.runtime.triton_launch import kernel_source
     from tests.offline import _resources
 
     found = {}
     program = Case("causal & (window(512) | sink(4))", {}, {}, {}, CallShape(1, 8, 8, 1, 1, 64, 64)).load()
-    for target in ("cuda:80", "cuda:90"):
+    kinds = (("cuda:80", Loads.POINTER), ("cuda:90", Loads.POINTER), ("cuda:90", Loads.DESCRIPTOR))
+    for target, loads in kinds:
         for dim in (64, 128):
-            spec = Spec(8, 8, dim, dim, DType.BFLOAT16, target)
+            spec = Spec(8, 8, dim, dim, DType.BFLOAT16, target, loads)
             plan = backward_plan(program, spec, *backward_tilings(spec))
             given = backward_parameters(plan, *meta_tensors(forward_plan(program, spec, default_tiling(spec))))
             for name, side, text in zip((DQ, DKDV), (plan, plan.of_keys()), backward_sources(plan), strict=True):
                 source = kernel_source(side, text, parameters(text, name), given, aligned=True, function=name)
                 used = _resources(compile_kernel(source, target).asm["cubin"])
-                found[f"{name} {target} {dim}"] = int(used["STACK"]) + int(used["LOCAL"])
+                found[f"{name} {target} {loads.value} {dim}"] = int(used["STACK"]) + int(used["LOCAL"])
     return found
+
+
+def test_heavy_key_tiles_come_first() -> None:
+    """Sinks: far more rows see the first tile than the others, and a program per head starts with it."""
+    chosen = case("causal & (sink(3) | window(40))", 700, 700, (4, 2), batch=1)
+    program = chosen.load()
+    spec = Spec(4, 2, 16, 16, DType.FLOAT32, device_target(DEVICE))
+    plan = backward_plan(program, spec, SMALL)
+    shape = CallShape(1, 4, 2, 700, 700, 16, 16)
+    assert heavy_tiles(plan, shape) == 1
+    assert heavy_tiles(plan, replace(shape, rows=60, k_len=60)) == 0
+    assert heavy_tiles(backward_plan(CASES["chunk"].load(), spec, SMALL), shape) == 0
+    judge(runner(), chosen, torch.float32)
 
 
 def test_through_autograd() -> None:
@@ -256,6 +287,45 @@ def test_through_autograd() -> None:
     found = torch.autograd.grad(attention(q, k, v, backend="triton").sum(), (q, k, v))
     for x, y in zip(found, right, strict=True):
         torch.testing.assert_close(x, y.to(x.dtype), rtol=1e-4, atol=1e-5)
+
+
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records the memory that is taken while it is on, and keeps it, so that no two pieces are one."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made: list[torch.UntypedStorage] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        fresh = [x for x in tree_leaves(out) if isinstance(x, Tensor) and not x.is_meta]
+        # The interpreter wraps each pointer that it is given in a tensor of its own (`set_`).
+        if func is not torch.ops.aten.set_.source_Storage:
+            self.made += [x.untyped_storage() for x in fresh if x.untyped_storage().data_ptr() not in known]
+        return out
+
+
+@pytest.mark.parametrize("order", [(1, 1), (1, 2), (2, 1), (2, 2)], ids=str)
+def test_memory(order: tuple[int, int]) -> None:
+    """The backward pass makes the gradients and delta, and nothing else, from the first call on: whether heads lie
+    outside tokens (1) or inside (2) in q, k, v, and in the gradient of the output."""
+    import attndsl
+    from attndsl.runtime import ops
+
+    def dense(heads: int, tokens_at: int) -> Tensor:
+        outer = (heads, 40) if tokens_at == 1 else (40, heads)
+        x = torch.randn(2, *outer, 16, device=DEVICE)
+        return x if tokens_at == 1 else x.transpose(1, 2)
+
+    attn: Any = attndsl.compile("causal & window(20)")
+    q, k, v, dout = dense(4, order[0]), dense(2, order[0]), dense(2, order[0]), dense(4, order[1])
+    for _ in range(2):
+        out, lse = attn(q, k, v, backend="triton", return_lse=True)
+        with Allocations() as seen:
+            ops._backward(attn._key, dout, None, q, k, v, out, lse, [], [], None, "triton")
+        sizes = [memory.nbytes() for memory in seen.made]
+        assert sorted(x for x in sizes if x) == sorted(x.untyped_storage().nbytes() for x in (q, k, v, lse))
 
 
 if __name__ == "__main__":

@@ -176,12 +176,3 @@ def test_lse_of_weights() -> None:
 def test_argument_type() -> None:
     refused("A516", "`span` is a runtime int, not 2.5", lambda: LOCAL(*qkv(), span=2.5))
     refused("A517", "input `doc` is a tensor, not [[0, 0", lambda: DOCUMENTS(*qkv(), doc=[[0] * 20] * 2))
-
-
-def test_unsupported_pattern() -> None:
-    coarse = attndsl.compile("attention a { input flag : bool[b, k]\n attend coarsen({ flag[k] }, 8, any) }")
-    flag = torch.zeros(2, 20, dtype=torch.bool)
-    error = refused(
-        "A518", "not yet supported: coarsen of a pattern that depends on data", lambda: coarse(*qkv(), flag=flag)
-    )
-    assert "coarsen({ flag[k] }, 8, any)" in str(error)

@@ -56,7 +56,7 @@ def test_run_reports_what_it_made_up() -> None:
         (["run", "causal", "--n", "8", "--dim", "12"], "A506"),
         (["run", "causal", "--heads", "3", "--kv-heads", "2"], "A505"),
         (["check", "{ k <= q", "--name", "x"], "A002"),
-        (["explain", "random(3, of = blocks(8), per = rows(8), seed = h)"], "A912"),
+        (["explain", "~random(3, of = blocks(8), per = rows(8), seed = h)"], "A044"),
         (["explain", "causal", "--target", "sm_1"], "A530"),
         (["source", "causal", "--assembly", "amdgcn"], "A532"),
         (["source", "causal", "--kernel", "sideways"], "A531"),

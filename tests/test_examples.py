@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import check_cases, dense, gpu_check, rows
+from benchmarks import check_cases, decode, dense, gpu_check, memory, rows
 from benchmarks.__main__ import main as benchmark
 from benchmarks.peers import CannotRun, Job, Peer
 from benchmarks.tables import make_job, measure
@@ -157,9 +157,28 @@ def test_cpu_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert row.endswith(f" {peer / ours:.2f}x |")
 
 
+def test_decode_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours agrees with dense attention, contiguous and paged; what does not is not timed."""
+    monkeypatch.setattr(decode, "milliseconds", lambda call, device: 0.5)
+    sizes = decode.DecodeSizes(2, 4, 2, n=1600, dim=16, dtype=torch.float32, device=CPU)
+    header, *table = decode.run_decode(sizes, ["attndsl", "attndsl, pages of 16", "SDPA"])
+    assert header == ["pattern", "tokens", "floor MB", "attndsl", "attndsl, pages of 16", "SDPA"]
+    assert [row[:3] for row in table] == [["full", "1600", "0.8"], ["sink(64) | window(1024)", "1600", "0.6"]]
+    assert all(cell.startswith("500.0 us (") for row in table for cell in row[3:])
+    monkeypatch.setitem(decode.CONTENDERS, "SDPA", lambda row, caches: lambda i: caches.q[i] + 1)
+    assert [*decode.run_decode(sizes, ["SDPA"])][1][3].startswith("FAILED: error")
+
+
 def test_unknown_rows_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark(["cpu", "--rows", "causal,nope"]) == 2
     assert "no row called nope; there are causal" in capsys.readouterr().err
+
+
+def test_least_memory_counts_every_tensor_once_and_its_gradient() -> None:
+    q, k, v = torch.empty(2, 4, 10, 16), torch.empty(2, 2, 30, 16), torch.empty(2, 2, 30, 24)
+    out, lse = torch.empty(2, 4, 10, 24), torch.empty(2, 4, 10)
+    expected = sum(2 * x.untyped_storage().nbytes() for x in (q, k, v, out, lse))
+    assert memory.least_bytes(q, k, v) == expected
 
 
 @pytest.mark.parametrize("case", check_cases.CASES, ids=lambda case: case.name)

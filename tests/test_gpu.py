@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
 
 import attndsl
+from attndsl.api import load_attention
+from benchmarks import memory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -39,6 +42,53 @@ def test_cuda_graph_replays_on_new_contents() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert close(attn, out, q, k, v)
+
+
+DRAWN = "causal & (window(40) | random(2, of = blocks(32), per = rows(16), seed = h))"
+GROWN = """attention grown { input d : int[b, k]
+    attend causal & (coarsen({ d[q] == d[k] }, 32, all) | sink(2) on segment(d)) }"""
+
+
+@pytest.mark.parametrize("text", [DRAWN, GROWN])
+def test_derived_inputs_are_captured(text: str) -> None:
+    attn = load_attention(text)
+    d = torch.arange(333, device="cuda").div(37, rounding_mode="floor").repeat(2, 1)
+    inputs: dict[str, Any] = {"d": d} if attn.program.inputs else {}
+    q, k, v = tensors(2, 4, 333, 64)
+    attn(q, k, v, **inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attn(q, k, v, **inputs)
+    # Before a replay what was captured holds nothing: a call must not rest on it.
+    between = attn(q, k, v, **inputs)
+    assert (between.double() - attn.reference(q, k, v, **inputs)).abs().max().item() < 2e-2
+    d.copy_(torch.randint(0, 3, d.shape, device="cuda").cumsum(1) // 9)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert (out.double() - attn.reference(q, k, v, **inputs)).abs().max().item() < 2e-2
+
+
+def test_a_decode_graph_serves_all_lengths() -> None:
+    attn = attndsl.compile(PATTERN)
+    (q, _, _), (_, k, v) = tensors(3, 8, 1, 128), tensors(3, 2, 4096, 128)
+    pages = torch.randperm(3 * 256, device="cuda", dtype=torch.int32).view(3, 256)
+    pools = [torch.empty(3 * 256, 2, 16, 128, device="cuda", dtype=q.dtype) for _ in (k, v)]
+    keys, values = pools
+    for pool, x in zip(pools, (k, v), strict=True):
+        pool[pages.flatten().long()] = x.view(3, 2, 256, 16, 128).transpose(1, 2).flatten(0, 1)
+    lengths = torch.ones(3, device="cuda", dtype=torch.int32)
+    attn.decode(q, keys, values, lengths, pages)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attn.decode(q, keys, values, lengths, pages)
+    for known in ([4096, 1, 77], [0, 3000, 105]):
+        lengths.copy_(torch.tensor(known))
+        graph.replay()
+        for b, length in enumerate(known):
+            if length:
+                assert close(attn, out[b : b + 1], q[b : b + 1], k[b : b + 1, :, :length], v[b : b + 1, :, :length])
+            else:
+                assert not out[b].any()
 
 
 def test_launches_on_the_current_stream() -> None:
@@ -90,6 +140,23 @@ def test_one_attention_on_two_devices() -> None:
     for index in (0, 1, 0):
         q, k, v = (x.to(f"cuda:{index}") for x in tensors(1, 2, 200, 64))
         assert close(attn, attn(q, k, v), q, k, v)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["heads outside tokens", "heads inside tokens"])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_memory_of_forward_and_backward(backend: str, inside: bool) -> None:
+    """From the first call on, and wherever the gradient of the output lies: no copies, and nothing as large beside."""
+    attn = attndsl.compile("causal & (sink(64) | window(1024))")
+    q = torch.randn(1, 8, 4096, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(1, 2, 4096, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    dout = torch.randn(1, 4096, 8, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    if inside:
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    for x in (q, k, v):
+        x.requires_grad_()
+    for order in (dout, dout.contiguous()):
+        peak = memory.peak_bytes(lambda: attn(q, k, v, backend=backend), q, k, v, order)
+        assert peak <= memory.BAR * memory.least_bytes(q, k, v)
 
 
 SCRIPT = """

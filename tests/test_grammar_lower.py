@@ -89,9 +89,9 @@ def test_constant_conditions_choose() -> None:
     text = "pattern p(layer = 0) = if layer % 2 == 0 then sink(1) else causal"
     assert pattern(text) == sink(1)
     assert pattern(text, layer=3) == CAUSAL
-    # What is ruled out is not judged: no division by zero, no missing feature.
+    # What is ruled out is not judged: no division by zero, no missing `among`.
     guarded = "pattern p(step = 0) = if step > 0 then strided(step) else random(1, tokens, query, 0) & causal"
-    assert codes(guarded) == ["A912"]
+    assert codes(guarded) == ["A044"]
     assert "A025" not in codes(guarded)
     assert isinstance(pattern(guarded, step=2), Where)
     assert pattern("pattern p(n = 0) = { n > 0 and q % n == 0 or k <= q }") == CAUSAL
@@ -222,7 +222,7 @@ def test_mistakes_outside_the_program_count() -> None:
     assert codes("pattern unused = windw(3)\npattern p = causal") == ["A010"]
     assert codes("pattern unused = windw(3)\nattention a { attend causal }") == ["A010"]
     # Features do not: the program that runs does not use them.
-    assert pattern("pattern unused = random(1, tokens, query, 0)\npattern p = causal") == CAUSAL
+    assert pattern("pattern unused = top(1, tokens, by = dot(Q, K))\npattern p = causal") == CAUSAL
 
 
 def test_spans_point_into_the_text() -> None:

@@ -22,10 +22,10 @@ PARAMS: dict[str, dict[str, object]] = {
     "proxy_attn": {"n": [4, 8]},
 }
 UNSUPPORTED: dict[str, set[str]] = {
-    "bigbird": {"A912"}, "block_attention": {"A913"}, "stochastic": {"A911"}, "combiner": {"A902"}, "swin": {"A901"},
+    "stochastic": {"A911"}, "combiner": {"A902"}, "swin": {"A901"},
     "rmt": {"A901"}, "rmt_sigmoid": {"A901"}, "davit": {"A901"}, "gna": {"A901"}, "radial": {"A901"},
     "rettention": {"A901", "A911"}, "gated": {"A911"}, "affine_scaled": {"A911"}, "axial": {"A901"},
-    "axial_heads": {"A901"}, "causal_video": {"A901"}, "doc_sinks": {"A913"}, "sta": {"A901"}, "registers": {"A901"},
+    "axial_heads": {"A901"}, "causal_video": {"A901"}, "sta": {"A901"}, "registers": {"A901"},
     "moba": {"A905"}, "vmoba": {"A901", "A905"}, "nsa": {"A902", "A905", "A911"}, "seer": {"A910", "A905", "A911"},
     "vsa": {"A901", "A902", "A903", "A905", "A911"}, "hsa": {"A902", "A904", "A905", "A911"}, "psa": {"A902", "A905"},
     "pisa": {"A902", "A905"}, "quest": {"A905"}, "blasst": {"A909"}, "packed_doc": {"A907"},

@@ -104,11 +104,11 @@ def test_what_is_shown_is_what_a_launch_on_dense_tensors_runs() -> None:
         spec = make_spec(target, "triton", 2, 1, 64)
         plan = forward_plan(program, spec, default_tiling(spec))
         q, k, v, inputs = meta_tensors(plan)
-        assert spec.loads is loads_for(spec, k, v, aligned=True)
+        assert spec.loads is loads_for(spec, True, k, v)
         assert inputs[0].dtype == torch.int32
         assert "doc_ptr" in parameter_sources(plan, q, k, v, inputs)
     strided = torch.empty(1, 1, 64, 72, dtype=torch.bfloat16)[..., 1:65]
-    assert loads_for(make_spec("sm_90", "triton", 1, 1, 64), strided, strided, aligned=False) is Loads.POINTER
+    assert loads_for(make_spec("sm_90", "triton", 1, 1, 64), False, strided, strided) is Loads.POINTER
 
 
 def test_nothing_is_compiled_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,53 @@
+"""What a user hands to a question about a pattern: arrays, sizes, and what they lack, as diagnostics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from attndsl.diagnostics import PatternError, error
+from attndsl.program import Axis, CallShape, Program
+
+_Answer = TypeVar("_Answer")
+
+
+def as_array(x: Any) -> Any:
+    """A tensor or array-like as a numpy array."""
+    import numpy as np
+
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        x = x.float() if x.is_floating_point() else x
+    return np.asarray(x)
+
+
+def batch_of(program: Program, arrays: Mapping[str, Any]) -> int:
+    """Batch entries that the inputs have."""
+    sizes = [
+        size
+        for decl in program.inputs
+        if decl.name in arrays
+        for dim, size in zip(decl.dims, arrays[decl.name].shape, strict=False)
+        if dim.axis is Axis.B
+    ]
+    return max(sizes, default=1)
+
+
+def asked(question: Callable[[], _Answer]) -> _Answer:
+    """The answer, or as a diagnostic what the inputs lack."""
+    try:
+        return question()
+    except PatternError:
+        raise
+    except ValueError as problem:
+        raise error("A523", str(problem), help="pass inputs by name, each of its declared shape") from None
+
+
+def checked(shape: CallShape) -> CallShape:
+    """The shape. Raises `PatternError` (A524) where there is no such call."""
+    if min(shape.rows, shape.k_len) < 0 or shape.heads < 1 or shape.kv_heads < 1 or shape.heads % shape.kv_heads:
+        sizes = f"{shape.rows} rows, {shape.k_len} keys, {shape.heads} query heads, {shape.kv_heads} key heads"
+        raise error(
+            "A524", f"there is no call with {sizes}", help="lengths are 0 or more, heads a multiple of key heads"
+        )
+    return shape

@@ -1,0 +1,185 @@
+"""Decode plans: the last rows of many sequences, each of its own length, over a cache.
+
+The runs of a plan are closed forms in Nk and in the position of a tile's first row, so what a sequence visits follows
+from its own length inside the kernel; no plan, and no grid, depends on one. The heads that share a key head are packed
+into one tile of queries, and the tiles that it visits are dealt out in slices, so that few rows keep a device busy.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from attndsl.derive import derive
+from attndsl.diagnostics import error
+from attndsl.evaluate import evaluate
+from attndsl.plan import DType, ForwardPlan, Plan, Spec, Tiling, forward_plan, head_parts, run_scalars
+from attndsl.program import Arg, Program, Read, Table, Var, reads, scalars, substitute, walk
+from attndsl.tiles import Run, TileRuns
+
+# Programs a multiprocessor gets where tiles are scarce (as many as it runs at once, so none waits for another), and
+# where each still gets a long slice of them (then the last to start leave little idle).
+_FEW, _MANY = 3, 16
+# Tiles of a slice that is long: its start and the merge are then small beside it.
+_LONG_SLICE = 32
+# Query rows of a tile, the rows of all its heads together: products take 16 at least.
+_LEAST_ROWS, _MOST_ROWS = 16, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """How keys and values are kept.
+
+    `page`: tokens of a page, None where a sequence's tokens lie together. `fp8`: elements are float8 (e4m3).
+    `k_scaled`, `v_scaled`: what elements are multiplied by is given, one number or one a key head.
+    """
+
+    page: int | None = None
+    fp8: bool = False
+    k_scaled: bool = False
+    v_scaled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan(Plan):
+    """A decode kernel: `tiling.block_q` rows of `pack` heads each make a tile of queries.
+
+    `pack`: a power of two; heads past those that share a key head are padding. `split`: several programs share a
+    tile's keys, and their results are merged.
+    """
+
+    cache: Cache
+    pack: int
+    split: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.spec.heads // self.spec.kv_heads
+
+    @property
+    def head_tiles(self) -> int:
+        """Tiles of queries for the heads of a key head."""
+        return -(-self.group // self.pack)
+
+    def units(self, batch: int, rows: int) -> int:
+        """Tiles of queries in a call."""
+        return -(-rows // self.tiling.block_q) * self.head_tiles * self.spec.kv_heads * batch
+
+
+@functools.lru_cache(maxsize=1024)
+def decode_plan(
+    program: Program, spec: Spec, rows: int, cache: Cache, split: bool = True, tiling: Tiling | None = None
+) -> DecodePlan:
+    """The decode kernel of a program for calls of so many rows a sequence.
+
+    Raises `PatternError` (A559) for a pattern with derived inputs, which follow from one length of keys.
+
+    tiling: its `block_q` counts the rows of all heads in a tile. Where the tiles that a row visits depend on its head,
+    a tile is of one head: the union over heads could be all keys.
+    """
+    if any(decl.derivation is not None for decl in derive(program).inputs):
+        raise error(
+            "A559", "decode over caches does not yet take `random`, `on segment` and `coarsen` of data",
+            program.branch.span, help="call the attention on each sequence's own keys",
+        )  # fmt: skip
+    plan = _plan(program, spec, rows, cache, split, _pack(spec, rows), tiling)
+    if plan.pack > 1 and any(reads(x, "h") for x in run_scalars(plan.runs)):
+        return _plan(program, spec, rows, cache, split, 1, tiling)
+    return plan
+
+
+def _pack(spec: Spec, rows: int) -> int:
+    """Heads of a tile: those that share a key head, and where few rows leave room, padding."""
+    group = spec.heads // spec.kv_heads
+    if group == 1 and rows > 1:
+        return 1
+    room = _LEAST_ROWS // (1 << (max(rows, 1) - 1).bit_length())
+    return max(1 << (min(group, _MOST_ROWS) - 1).bit_length(), room)
+
+
+def _plan(
+    program: Program, spec: Spec, rows: int, cache: Cache, split: bool, pack: int, tiling: Tiling | None
+) -> DecodePlan:
+    tiling = tiling or decode_tiling(spec, cache, rows, pack)
+    of_rows = replace(tiling, block_q=max(tiling.block_q // pack, 1))
+    base = forward_plan(program, spec, of_rows)
+    runs = _of_key_heads(base)
+    return DecodePlan(
+        program, spec, of_rows, runs, base.mask, base.scale, base.score, base.sink, base.weights, cache, pack, split
+    )
+
+
+def _of_key_heads(base: ForwardPlan) -> TileRuns:
+    """The runs, in terms of the key head where the pattern knows no other."""
+    program, spec, runs = base.program, base.spec, base.runs
+    if any(reads(e, "h", "H") for e in scalars(program.branch.pattern)) and spec.heads != spec.kv_heads:
+        return runs
+    if any(reads(x, "h") for x in run_scalars(runs)):
+        # As if a key head had one head.
+        runs = forward_plan(program, replace(spec, heads=spec.kv_heads), base.tiling).runs
+    return TileRuns(tuple(map(_said_of_g, runs.full)), tuple(map(_said_of_g, runs.partial)))
+
+
+def _said_of_g(run: Run) -> Run:
+    return replace(run, first=substitute(run.first, {"h": Var("g")}), count=substitute(run.count, {"h": Var("g")}))
+
+
+def decode_tiling(spec: Spec, cache: Cache, rows: int, pack: int) -> Tiling:
+    """Tile sizes of a decode kernel; `block_q` counts the rows of all heads in a tile."""
+    backend, _, arch = spec.target.partition(":")
+    dim = max(spec.dim, spec.v_dim)
+    if backend == "cpu":
+        return Tiling(128 * pack, 64)
+    most = 16 if spec.dtype is DType.FLOAT32 else _MOST_ROWS if dim <= 128 else 32
+    block_q = max(_LEAST_ROWS, pack)
+    while block_q < min(rows * pack, most):
+        block_q *= 2
+    block_k, parts = 64 if dim <= 128 else 32, len(head_parts(dim))
+    before_hopper = backend == "cuda" and int(arch) < 90
+    if spec.dtype is DType.FLOAT32:
+        warps = 8 if before_hopper and dim > 64 else 4
+        return Tiling(block_q, 32 if dim <= 64 else 16, warps=warps, stages=2 if dim <= 128 else 1)
+    if backend == "hip":
+        return Tiling(block_q, block_k, warps=4, stages=1)
+    # With 100 KB of shared memory one tile in flight leaves room for more programs.
+    ahead = (1 if arch in ("86", "89") and parts == 1 else 2) + cache.fp8
+    # Where a page lies is loaded before the page: the pipeline is deeper for as many tiles in flight.
+    stages = 1 + ahead * (1 if cache.page is None else 2)
+    return Tiling(block_q, block_k, warps=8 if before_hopper and (block_q >= 64 or parts > 1) else 4, stages=stages)
+
+
+def split_count(plan: DecodePlan, batch: int, rows: int, capacity: int, multiprocessors: int) -> int:
+    """Into how many slices the visited tiles are dealt.
+
+    From the number of heads and rows, what the pattern visits at the cache's capacity, and the device: never from the
+    lengths, so that a recorded grid serves all of them.
+    """
+    units, tiles = plan.units(batch, rows), most_tiles(plan, rows, capacity)
+    if units == 0 or tiles == 0:
+        return 1
+    few, many = (wanted * multiprocessors // units for wanted in (_FEW, _MANY))
+    return max(1, min(max(few, min(many, tiles // _LONG_SLICE)), tiles))
+
+
+def most_tiles(plan: DecodePlan, rows: int, capacity: int) -> int:
+    """Key tiles that a tile of queries visits at most at a length of `capacity`; all of them where that depends on
+    data."""
+    ends = run_scalars(plan.runs)
+    if capacity == 0 or rows == 0:
+        return 0
+    if any(isinstance(x, Read | Table | Arg) for e in ends for x in walk(e)):
+        return -(-capacity // plan.tiling.block_k)
+    h, tile = np.arange(plan.spec.heads)[:, None], plan.tiling.block_k
+    # Every way in which a length can stand to the tiles.
+    lengths = np.arange(max(capacity - tile + 1, 1), capacity + 1)[:, None, None]
+    variables = {
+        "Nk": lengths, "Nq": lengths, "start": lengths - rows, "b": np.asarray(0), "h": h, "g": h // plan.group,
+        "q_tile": np.arange(-(-rows // plan.tiling.block_q)),
+    }  # fmt: skip
+    most = np.zeros((1, 1, 1), int)
+    for run in plan.runs.full + plan.runs.partial:
+        most = most + np.maximum(evaluate(run.count, variables, {}), 0)
+    return int(most.max())

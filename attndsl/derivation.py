@@ -1,0 +1,84 @@
+"""Sets that no closed form holds, and the tensors that the runtime computes for them before a kernel runs.
+
+A *derived input* is read by a kernel like any other input; what it holds follows from a call's inputs, arguments and
+lengths. `derive` puts reads of derived inputs in the place of the sets below; `runtime.derive` computes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from attndsl.diagnostics import Span
+    from attndsl.program import Coarse, Scalar, Set
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A place: the distance from the first token of the segment, a maximal run of equal entries of an int input.
+
+    The input's last dimension is k; `lead` holds its other indices. Inside, Nq and Nk stay what they are: distances
+    lie below them.
+    """
+
+    input: str
+    lead: tuple[Scalar, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Random:
+    """A set: the pairs of `among` whose key member is one of the `count` drawn for their row class.
+
+    Row class r of q is q // rows (None: 0, all rows are one class), member m of k is k // keys. Of the members with
+    an existing pair in `among`, those with the least `splitmix64(seed, h, r, m)` are drawn, ties to the lower m.
+    `written`: the text says `among`; otherwise everything around the set is within it already.
+    """
+
+    count: int
+    keys: int
+    rows: int | None
+    seed: Scalar
+    among: Set
+    written: bool
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+# ------------------------------------------------------------------------------------- derivations
+
+
+@dataclass(frozen=True, slots=True)
+class Offsets:
+    """int32 of the input's own dimensions: each token's distance from the first of its segment."""
+
+    input: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMap:
+    """bool [b?, h?, q blocks, k blocks]: whether any, all, or a fraction of a block pair's pairs are in `operand`.
+
+    `unit`: coordinates are positions // unit (1 unless under `on blocks`). `everywhere`: blocks of rows that the call
+    does not hold are read too.
+    """
+
+    operand: Set
+    block_q: int
+    block_k: int
+    mode: Coarse
+    fraction: float
+    unit: int
+    everywhere: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """int64 [b?, h, row classes, 2]: the greatest hash drawn for a row class, as the bits of an unsigned number, and
+    the greatest member drawn with that hash. `unit` and `everywhere` as in `BlockMap`."""
+
+    drawn: Random
+    unit: int
+    everywhere: bool
+
+
+Derivation: TypeAlias = Offsets | BlockMap | Draw

@@ -1,0 +1,211 @@
+"""Puts reads of derived inputs in the place of sets that no closed form holds.
+
+    P on segment(ids)    P on offset_ids                        where offset_ids holds distances
+    coarsen(P, B, mode)  coarsen(P, B, mode), its map a read    read only where P depends on data, or by `fraction`
+    random(…)            { drawn(hash, member, …) } & among     where the last hash drawn is a read
+
+After it a program holds neither `Segment` nor `Random`, and every `Coarsen` has its map.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import assert_never
+
+from attndsl.derivation import BlockMap, Derivation, Draw, Offsets, Random, Segment
+from attndsl.program import (
+    Axis,
+    Binary,
+    Blocks,
+    Call,
+    Choose,
+    Coarsen,
+    Complement,
+    Const,
+    Dim,
+    InputDecl,
+    Inter,
+    Minus,
+    On,
+    Permuted,
+    Program,
+    Read,
+    Scalar,
+    Set,
+    Type,
+    Union,
+    Var,
+    Where,
+    reads,
+    scalars,
+    walk,
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def derive(program: Program) -> Program:
+    """The program with its derived inputs declared after its own; the program itself where it needs none."""
+    deriver = _Deriver(program)
+    pattern = deriver.set(program.branch.pattern, _Context())
+    if not deriver.found:
+        return program
+    inputs = (*program.inputs, *deriver.found.values())
+    return replace(program, branch=replace(program.branch, pattern=pattern), inputs=inputs)
+
+
+def with_needed(program: Program, used: Iterable[InputDecl]) -> Program:
+    """A derived program without the derived inputs that neither a kernel (`used`) nor such an input reads."""
+    pending, names = list(used), set[str]()
+    while pending:
+        decl = pending.pop()
+        if decl.name not in names:
+            names.add(decl.name)
+            pending += [program.input(name) for name in _read_by(decl.derivation)]
+    return replace(program, inputs=tuple(d for d in program.inputs if d.derivation is None or d.name in names))
+
+
+def own_inputs(program: Program) -> tuple[InputDecl, ...]:
+    """The inputs that a call gives."""
+    return tuple(decl for decl in program.inputs if decl.derivation is None)
+
+
+def _read_by(derivation: Derivation | None) -> set[str]:
+    match derivation:
+        case None | Offsets():
+            return set()
+        case BlockMap(operand=operand):
+            pattern: Set = operand
+        case Draw(drawn=drawn):
+            pattern = drawn
+        case _:
+            assert_never(derivation)
+    found = {x.input for e in scalars(pattern) for x in walk(e) if isinstance(x, Read)}
+    return found | {p.input for p in _permutations(pattern)}
+
+
+def _permutations(pattern: Set) -> list[Permuted]:
+    """The inputs by which parts of a set are placed."""
+    match pattern:
+        case Where():
+            return []
+        case Union(parts=parts) | Inter(parts=parts):
+            return [x for part in parts for x in _permutations(part)]
+        case Minus(left=a, right=b) | Choose(then=a, other=b):
+            return _permutations(a) + _permutations(b)
+        case Complement(operand=p) | Coarsen(operand=p) | Random(among=p):
+            return _permutations(p)
+        case On(operand=p, place=place):
+            return ([place] if isinstance(place, Permuted) else []) + _permutations(p)
+        case _:
+            assert_never(pattern)
+
+
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """Where a set stands: coordinates are positions // unit; `everywhere`, it is read at rows beyond the call's."""
+
+    unit: int = 1
+    everywhere: bool = False
+
+
+@dataclass(slots=True)
+class _Deriver:
+    program: Program
+    found: dict[Derivation, InputDecl] = field(default_factory=dict)
+
+    def set(self, pattern: Set, at: _Context) -> Set:
+        match pattern:
+            case Where():
+                return pattern
+            case Union(parts=parts) | Inter(parts=parts):
+                return replace(pattern, parts=tuple(self.set(p, at) for p in parts))
+            case Minus(left=left, right=right):
+                return replace(pattern, left=self.set(left, at), right=self.set(right, at))
+            case Complement(operand=operand):
+                return replace(pattern, operand=self.set(operand, at))
+            case Choose(then=then, other=other):
+                return replace(pattern, then=self.set(then, at), other=self.set(other, at))
+            case On(operand=operand, place=Blocks(size=size)):
+                return replace(pattern, operand=self.set(operand, replace(at, unit=at.unit * size)))
+            case On(operand=operand, place=place):
+                if isinstance(place, Segment):
+                    place = Permuted(self._offsets(place.input), place.lead)
+                return replace(pattern, operand=self.set(operand, replace(at, everywhere=True)), place=place)
+            case Coarsen():
+                return self._coarsen(pattern, at)
+            case Random():
+                return self._random(pattern, at)
+            case _:
+                assert_never(pattern)
+
+    def _offsets(self, name: str) -> str:
+        return self._input(Offsets(name), f"offset_{name}", Type.INT, self.program.input(name).dims).name
+
+    def _coarsen(self, pattern: Coarsen, at: _Context) -> Set:
+        operand = self.set(pattern.operand, replace(at, everywhere=True))
+        block_q, block_k = pattern.block_q, pattern.block_k
+        derivation = BlockMap(operand, block_q, block_k, pattern.mode, pattern.fraction, at.unit, at.everywhere)
+        dims, lead = _lead(operand)
+        dims = (*dims, self._absolute(block_q * at.unit), Dim(Axis.K, block_k * at.unit))
+        decl = self._input(derivation, "blocks", Type.BOOL, dims)
+        index = (*lead, _quotient(Var("q"), block_q), _quotient(Var("k"), block_k))
+        return replace(pattern, operand=operand, map=Read(decl.name, index, Type.BOOL))
+
+    def _random(self, pattern: Random, at: _Context) -> Set:
+        among = self.set(pattern.among, at if pattern.rows == 1 else replace(at, everywhere=True))
+        row, dim = self._row_class(pattern.rows, at)
+        member = _quotient(Var("k"), pattern.keys)
+        lead = [Var("h")]
+        dims = [Dim(Axis.H)]
+        if any(reads(e, "b") for e in (*scalars(among), pattern.seed)):
+            lead, dims = [Var("b"), *lead], [Dim(Axis.B), *dims]
+        derivation = Draw(replace(pattern, among=among), at.unit, at.everywhere)
+        decl = self._input(derivation, "drawn", Type.INT, (*dims, dim, Dim(Axis.CONST, size=2)))
+        last_hash, last = (Read(decl.name, (*lead, row, Const(i)), Type.INT) for i in range(2))
+        hashed = Call("mix64", (class_hash(pattern.seed, row), member))
+        drawn = Where(Call("drawn", (hashed, member, last_hash, last)), pattern.span)
+        return Inter((among, drawn), pattern.span) if pattern.written else drawn
+
+    def _row_class(self, rows: int | None, at: _Context) -> tuple[Scalar, Dim]:
+        if rows is None:
+            return Const(0), Dim(Axis.CONST, size=1)
+        if rows == at.unit == 1 and not at.everywhere:
+            return Var("q"), Dim(Axis.Q)
+        return _quotient(Var("q"), rows), self._absolute(rows * at.unit)
+
+    def _absolute(self, block: int) -> Dim:
+        """Blocks of all query positions: a `q` dimension without blocks holds the rows of the call alone."""
+        return Dim(Axis.Q if self.program.align_start else Axis.K, block)
+
+    def _input(self, derivation: Derivation, name: str, type: Type, dims: tuple[Dim, ...]) -> InputDecl:
+        if derivation not in self.found:
+            taken = {decl.name for decl in (*self.program.inputs, *self.found.values())}
+            numbered = (f"{name}_{i}" for i in range(len(taken) + 1))
+            chosen = next(n for n in ([name] if name not in taken else numbered) if n not in taken)
+            self.found[derivation] = InputDecl(chosen, type, dims, derivation=derivation)
+        return self.found[derivation]
+
+
+def class_hash(seed: Scalar, row: Scalar) -> Scalar:
+    """64 bits for a row class of head h; hashed on with a member they say how early that member is drawn."""
+    found: Scalar = Const(0)
+    for x in (seed, Var("h"), row):
+        found = Call("mix64", (found, x))
+    return found
+
+
+def _quotient(x: Scalar, size: int) -> Scalar:
+    return x if size == 1 else Binary("//", x, Const(size))
+
+
+def _lead(operand: Set) -> tuple[tuple[Dim, ...], tuple[Scalar, ...]]:
+    """The dimensions of batch and head that a set depends on, and where they are read."""
+    written = tuple(scalars(operand))
+    dims, index = list[Dim](), list[Scalar]()
+    for axis, name, heads in ((Axis.B, "b", ("b",)), (Axis.H, "h", ("h", "g"))):
+        if any(reads(e, *heads) for e in written):
+            dims.append(Dim(axis))
+            index.append(Var(name))
+    return tuple(dims), tuple(index)

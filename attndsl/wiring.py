@@ -1,0 +1,103 @@
+"""Joins the spokes: the printers that the runtime is given, and the text of any one kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from attndsl.decode import Cache, DecodePlan, decode_plan
+from attndsl.diagnostics import error
+from attndsl.piece_plans import backward_plans, forward_plans
+from attndsl.plan import Backend, BackwardPlan, ForwardPlan
+from attndsl.program import Program
+from attndsl.targets import check_kernel, hopper_refusal, layout_refusal, make_spec
+
+if TYPE_CHECKING:
+    from attndsl.runtime.decode import DecodeGenerators
+    from attndsl.runtime.engine import Engine
+
+
+def engine(program: Program) -> Engine:
+    """A program's kernels at run time."""
+    from attndsl.codegen.cpu import forward_source as cpu_forward
+    from attndsl.codegen.cpu_backward import backward_source as cpu_backward
+    from attndsl.codegen.gluon_forward import forward_source as gluon_forward
+    from attndsl.codegen.triton_backward import backward_sources as triton_backward
+    from attndsl.codegen.triton_forward import forward_source as triton_forward
+    from attndsl.codegen.triton_learned import diagonals_source, pairs_sources
+    from attndsl.runtime.engine import Engine, Generators
+
+    printers = Generators(
+        triton_forward, cpu_forward, triton_backward, cpu_backward, gluon_forward, diagonals_source, pairs_sources
+    )
+    return Engine(program, printers)
+
+
+def decode_generators() -> DecodeGenerators:
+    """The printers of decode kernels."""
+    from attndsl.codegen.cpu_decode import decode_source as cpu_decode
+    from attndsl.codegen.triton_decode import decode_source as triton_decode
+    from attndsl.runtime.decode import DecodeGenerators
+
+    return DecodeGenerators(triton_decode, cpu_decode)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A kernel to look at. Parameters as in `Attention.source`."""
+
+    kernel: str
+    target: str
+    backend: str
+    heads: int
+    kv_heads: int | None
+    dim: int
+    v_dim: int | None
+    dtype: str
+    rows: int
+    page: int | None
+
+    def plan(self, program: Program) -> ForwardPlan | BackwardPlan | DecodePlan:
+        """The plan behind it, for dense tensors. Raises `PatternError` for what there is not."""
+        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        spec = make_spec(self.target, self.backend, self.heads, kv_heads, self.dim, self.v_dim, self.dtype)
+        name, piece = check_kernel(self.kernel, program, self.heads, kv_heads)
+        if self.backend == "gluon":
+            of_another = f"the kernel {self.kernel!r} has no Hopper lowering"
+            reason = hopper_refusal(program, spec) or layout_refusal(program, spec)
+            if reason := reason if name == "forward" else of_another:
+                raise error("A510", reason, help="choose backend 'triton'")
+            spec = replace(spec, backend=Backend.GLUON)
+        match name:
+            case "decode":
+                return decode_plan(program, spec, self.rows, Cache(self.page), split=self.backend != "cpu")
+            case "dq" | "dkdv":
+                on_cpu = self.backend == "cpu"
+                plan = backward_plans(program, replace(spec, backend=Backend.CPU) if on_cpu else spec)[piece]
+                return plan.of_keys() if name == "dkdv" and not on_cpu else plan
+            case _:
+                return forward_plans(program, spec)[piece]
+
+    def text(self, plan: ForwardPlan | BackwardPlan | DecodePlan) -> str:
+        """What is generated from the plan."""
+        if isinstance(plan, BackwardPlan):
+            from attndsl.codegen import cpu_backward, triton_backward
+
+            if self.backend == "cpu":
+                return cpu_backward.backward_source(plan)
+            return triton_backward.backward_sources(plan)[0 if self.kernel.startswith("dq") else 1]
+        return generated(plan)
+
+
+def generated(plan: ForwardPlan | DecodePlan) -> str:
+    """The text of a kernel that attends."""
+    from attndsl.codegen import cpu, cpu_decode, gluon_forward, triton_decode, triton_forward
+
+    on_cpu = plan.spec.target == "cpu"
+    if isinstance(plan, DecodePlan):
+        return cpu_decode.decode_source(plan) if on_cpu else triton_decode.decode_source(plan)
+    if on_cpu:
+        return cpu.forward_source(plan)
+    if plan.spec.backend is Backend.GLUON:
+        return gluon_forward.forward_source(plan)
+    return triton_forward.forward_source(plan)

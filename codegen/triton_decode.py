@@ -1,0 +1,324 @@
+"""The decode kernels in portable Triton: a slice of the keys of a sequence's last rows, and the merge of slices."""
+
+from __future__ import annotations
+
+from attndsl.codegen.kernel import Visits
+from attndsl.codegen.lines import Lines
+from attndsl.codegen.triton_forward import FULL, PARTIAL, ForwardWriter
+from attndsl.decode import DecodePlan
+from attndsl.plan import Part
+from attndsl.program import Axis, Binary, Var
+
+KERNEL = "attention_decode"
+MERGE = "merge_slices"
+# Slices that the merge reads at once.
+_MERGED = 16
+
+
+def decode_source(plan: DecodePlan) -> str:
+    """Text of a Python file with the plan's kernel, `attention_decode`, and where it is split `merge_slices` too."""
+    return _Decode(plan).source()
+
+
+class _Decode(ForwardWriter):
+    """`plan.tiling.block_q` rows of `plan.pack` heads make the BLOCK_Q rows of a tile: heads inside rows."""
+
+    plan: DecodePlan
+
+    def __init__(self, plan: DecodePlan) -> None:
+        super().__init__(plan, KERNEL, "q k v out", ragged=True)
+        self.cache = plan.cache
+        self.paged = plan.cache.page is not None
+        # The sign of what comes in a tensor is not known.
+        self.folded = self.folded and not plan.cache.k_scaled
+
+    def source(self) -> str:
+        self._prologue()
+        self._loops()
+        self._epilogue()
+        where = "a contiguous cache" if self.cache.page is None else f"a cache in pages of {self.cache.page}"
+        text = self.file(f"decode kernel over {where}, portable Triton")
+        return text + "\n\n" + _merge(self.plan) if self.plan.split else text
+
+    def _candidates(self) -> list[str]:
+        given = ["part_ptr", "part_lse_ptr", "seq_lens_ptr", "page_table_ptr", "k_scale_ptr", "v_scale_ptr"]
+        sizes = ["stride_lens", "stride_table", "stride_k_scale", "stride_v_scale", "capacity", "pages", "splits"]
+        # A sequence's length is read in the kernel.
+        return [name for name in (*given, *super()._candidates(), *sizes) if name != "k_len"]
+
+    def constants(self) -> None:
+        plan, tiling = self.plan, self.plan.tiling
+        rows = f"{tiling.block_q} row{'s' * (tiling.block_q > 1)}"
+        heads = (
+            "" if plan.pack == 1 else f"  # {rows} of {plan.pack} heads, {min(plan.pack, plan.group)} of which exist"
+        )
+        self.lines.add(
+            f"BLOCK_Q: tl.constexpr = {tiling.block_q * plan.pack}{heads}",
+            f"BLOCK_K: tl.constexpr = {tiling.block_k}",
+            *([f"PAGE: tl.constexpr = {self.cache.page}"] if self.paged else []),
+            "LOG2_E: tl.constexpr = 1.4426950408889634",
+        )
+
+    # ---------------------------------------------------------------------------------- prologue
+
+    def _prologue(self) -> None:
+        self.constants()
+        self._unit()
+        self._rows()
+        self._load_q()
+        self._find_cache()
+        self._nothing_seen()
+        self.scale(folded=self.folded)
+        if self.cache.k_scaled:
+            self.lines.add("scale = scale * tl.load(k_scale_ptr + g * stride_k_scale).to(tl.float32)")
+        self._hoist()
+
+    def _unit(self) -> None:
+        """Which tile of queries a program owns, and which slice of its keys."""
+        plan, lines = self.plan, self.lines
+        rows, kv_heads = plan.tiling.block_q, plan.spec.kv_heads
+        slice_of = ", and a slice of the key tiles that they visit" if plan.split else ""
+        lines.add("", f"# A program owns rows of the heads of one key head{slice_of}.")
+        unit = "tl.program_id(0)"
+        if plan.split:
+            lines.add("split = tl.program_id(0) % splits", "unit = tl.program_id(0) // splits")
+            unit = "unit"
+        lines.add(
+            f"q_tiles = {'rows' if rows == 1 else f'tl.cdiv(rows, {rows})'}",
+            f"q_tile = {unit} % q_tiles",
+            f"head = {unit} // q_tiles",
+        )
+        if plan.pack == 1:
+            lines.add(f"b = head // {plan.spec.heads}", f"h = head % {plan.spec.heads}")
+            lines.add(f"g = h // {plan.group}" if plan.group > 1 else "g = h")
+        elif plan.head_tiles == 1:
+            lines.add(f"b = head // {kv_heads}", f"g = head % {kv_heads}")
+        else:
+            lines.add(
+                f"b = head // {plan.head_tiles * kv_heads}",
+                f"g = head // {plan.head_tiles} % {kv_heads}",
+                f"first_head = head % {plan.head_tiles} * {plan.pack}",
+            )
+        self.printer.helpers.add("clamp")
+        lines.add(
+            "k_len = clamp(tl.load(seq_lens_ptr + b * stride_lens), 0, capacity)",
+            "start = k_len - rows",
+            "q_first = start" + (f" + q_tile * {rows}" if rows > 1 else " + q_tile"),
+        )
+        if any(dim.axis is Axis.K or (dim.axis is Axis.Q and dim.block > 1) for x in plan.inputs for dim in x.dims):
+            lines.add("last_key = tl.maximum(k_len - 1, 0)")
+        self.know_tile_start()
+        if rows == 1:
+            self.printer.names.known[Binary("+", Var("start"), Var("q_tile"))] = "q_first"
+
+    def _rows(self) -> None:
+        """The rows and heads of a tile, and where they stand."""
+        plan, lines = self.plan, self.lines
+        rows, pack, group = plan.tiling.block_q, plan.pack, plan.group
+        tile = "q_tile" if rows == 1 else f"q_tile * {rows}"
+        lines.add("", "q_offset = tl.arange(0, BLOCK_Q)", "k_offset = tl.arange(0, BLOCK_K)")
+        exists = "q_rows < rows"
+        if pack == 1:
+            lines.add(f"q_rows = {tile} + q_offset")
+        else:
+            place = f"q_offset % {pack}" if plan.head_tiles == 1 else f"first_head + q_offset % {pack}"
+            lines.add(f"q_rows = {tile} + q_offset // {pack}")
+            if plan.head_tiles * pack > group:
+                lines.add(f"own_head = {place}")
+                exists = f"(q_rows < rows) & (own_head < {group})"
+                place = f"tl.minimum(own_head, {group - 1})"
+            lines.add(f"q_heads = g * {group} + {place}", "h = q_heads[:, None]")
+        lines.add(f"exists = {exists}", "q_pos = start + q_rows[:, None]")
+        if any(dim.axis is Axis.Q and dim.block == 1 for decl in plan.inputs for dim in decl.dims):
+            lines.add("q_index = tl.minimum(q_rows, rows - 1)[:, None]")
+
+    def _load_q(self) -> None:
+        lines = self.lines
+        lines.add(self.base("q", "h"), self._row_pointers("q"))
+        for part in self.q_parts:
+            dims, mask = self._columns(part, self.plan.spec.dim)
+            lines.add(f"q{part.suffix} = tl.load(q_ptrs + {dims}, mask={mask}, other=0.0)")
+
+    def _row_pointers(self, x: str) -> str:
+        return f"{x}_ptrs = {x}_at + q_rows[:, None].to(tl.int64) * stride_{x}n"
+
+    def _columns(self, part: Part, dim: int) -> tuple[str, str]:
+        """The elements of a row that a part holds, and which of the tile's exist."""
+        dims = f"{self.dims(part)}[None, :]"
+        return dims, "exists[:, None]" + (f" & ({dims} < {dim})" if part.padded else "")
+
+    def _find_cache(self) -> None:
+        if self.paged:
+            self.lines.add(
+                "k_at = k_ptr + g.to(tl.int64) * stride_kh",
+                "v_at = v_ptr + g.to(tl.int64) * stride_vh",
+                "table_at = page_table_ptr + b.to(tl.int64) * stride_table",
+            )
+        else:
+            self.lines.add(self.base("k", "g"), self.base("v", "g"))
+
+    # ------------------------------------------------------------------------------------- loops
+
+    def _loops(self) -> None:
+        runs, lines = self.plan.runs, self.lines
+        kinds = [("full", runs.full, FULL), ("partial", runs.partial, PARTIAL)]
+        kinds = [kind for kind in kinds if kind[1]]
+        if not kinds:
+            return
+        self.name_ends(runs.full + runs.partial)
+        visits = {label: Visits(lines, self.printer, found, label) for label, found, _ in kinds}
+        total = " + ".join(visits[label].total for label, _, _ in kinds)
+        lines.add(f"visited = tl.where(k_len > 0, {total}, 0)")
+        first, last = "0", "visited"
+        if self.plan.split:
+            lines.add(
+                "share = tl.cdiv(visited, splits)", "first = split * share", "last = tl.minimum(first + share, visited)"
+            )
+            first, last = "first", "last"
+        lines.add("")
+        before = ""
+        for label, _, comment in kinds:
+            begin, end = first, last
+            if before:
+                begin = f"tl.maximum({first} - {before}, 0)" if self.plan.split else "0"
+                end = f"{last} - {before}"
+            elif len(kinds) > 1:
+                end = f"tl.minimum({last}, {visits[label].total})"
+            lines.add(f"# {comment}{self.origin}")
+            with lines.block(f"for i in range({end if begin == '0' else f'{begin}, {end}'}):"):
+                lines.add(f"k_tile = {visits[label].tile('i')}")
+                self._tile(masked=label == "partial")
+            lines.add("")
+            before = visits[label].total
+
+    def load(
+        self, x: str, parts: tuple[Part, ...], dim: int, side: str, head: str, bounded: bool, pointer: bool = False
+    ) -> None:
+        if x == "k":
+            self._find_keys(bounded)
+        page = f" + page * stride_{x}b" if self.paged else ""
+        self.lines.add(f"{x}_ptrs = {x}_at{page} + {'in_page' if self.paged else 'keys'} * stride_{x}n")
+        for part in parts:
+            dims = f"{self.dims(part)}[None, :]"
+            conds = [*(["present"] if bounded else []), *([f"({dims} < {dim})"] if part.padded else [])]
+            mask = f", mask={' & '.join(conds)}, other=0" if conds else ""
+            loaded = f"tl.load({x}_ptrs + {dims}{mask})"
+            if self.cache.fp8:
+                self.printer.helpers.add("from_e4m3")
+                loaded = f"from_e4m3({loaded}).to(q.dtype)"
+            self.lines.add(f"{x}{part.suffix} = {loaded}")
+
+    def _find_keys(self, bounded: bool) -> None:
+        """Where the keys of a tile lie. A page that does not exist is never read: it counts as zeros."""
+        lines = self.lines
+        if self.cache.page is None:
+            lines.add("keys = (k_tile * BLOCK_K + k_offset[:, None]).to(tl.int64)")
+            lines.add(*(["present = keys < k_len"] if bounded else []))
+            return
+        exists = "(page >= 0) & (page < pages)"
+        if self.cache.page % self.plan.tiling.block_k == 0:
+            # All on one page.
+            entry = "tl.load(table_at + k_tile * BLOCK_K // PAGE)"
+            lines.add("in_page = k_tile * BLOCK_K % PAGE + k_offset[:, None]")
+            exists = f"(k_tile * BLOCK_K + k_offset[:, None] < k_len) & {exists}"
+        else:
+            lines.add("keys = k_tile * BLOCK_K + k_offset[:, None]", "in_page = keys % PAGE")
+            entry = f"tl.load(table_at + keys // PAGE{', mask=keys < k_len, other=-1' if bounded else ''})"
+        if bounded:
+            lines.add(f"page = {entry}.to(tl.int64)", f"present = {exists}")
+        else:
+            lines.add(f"page = clamp({entry}, 0, pages - 1).to(tl.int64)")
+
+    # ---------------------------------------------------------------------------------- epilogue
+
+    def _epilogue(self) -> None:
+        plan, lines = self.plan, self.lines
+        heads = "h" if plan.pack == 1 else "q_heads"
+        lines.add("# Rows before the first token are empty.", "q_pos = start + q_rows")
+        for part in self.v_parts:
+            lines.add(f"acc{part.suffix} = tl.where(q_pos[:, None] < 0, 0.0, acc{part.suffix})")
+        if self.softmax:
+            lines.add("row_max = tl.where(q_pos < 0, -1.0e38, row_max)", "row_sum = tl.where(q_pos < 0, 0.0, row_sum)")
+        if plan.sink is not None:
+            # Sinks are a value a row: rows are a vector here.
+            lines.add("q_index = tl.minimum(q_rows, rows - 1)", *([] if plan.pack == 1 else ["h = q_heads"]))
+            self._add_sink(plan.sink, once="split == 0" if plan.split else "")
+        if self.softmax:
+            self._normalise()
+        if self.cache.v_scaled:
+            lines.add("v_scale = tl.load(v_scale_ptr + g * stride_v_scale).to(tl.float32)")
+            lines.add(*(f"acc{part.suffix} = acc{part.suffix} * v_scale" for part in self.v_parts))
+        if self.softmax or plan.split:
+            lines.add(f"row_at = (b.to(tl.int64) * {plan.spec.heads} + {heads}) * rows + q_rows")
+        if plan.split:
+            lines.add("slice_at = row_at * splits + split")
+        if self.softmax:
+            lines.add('lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum))')
+            if plan.split:
+                lines.add("tl.store(part_lse_ptr + slice_at, lse, mask=exists)")
+            else:
+                lines.add("tl.store(lse_ptr + row_at, lse / LOG2_E, mask=exists)")
+        if plan.split:
+            lines.add(f"out_ptrs = part_ptr + slice_at[:, None] * {plan.spec.v_dim}")
+        else:
+            lines.add(self.base("out", f"{heads}[:, None]" if plan.pack > 1 else heads), self._row_pointers("out"))
+        for part in self.v_parts:
+            dims, mask = self._columns(part, plan.spec.v_dim)
+            value = f"acc{part.suffix}" if plan.split else f"acc{part.suffix}.to(out_ptr.dtype.element_ty)"
+            lines.add(f"tl.store(out_ptrs + {dims}, {value}, mask={mask})")
+
+
+def _merge(plan: DecodePlan) -> str:
+    """The kernel that merges the slices of a row: by their lse, or where nothing is normalised by adding them up."""
+    softmax, dim, heads = plan.weights is None, plan.spec.v_dim, plan.spec.heads
+    width = max(16, 1 << (dim - 1).bit_length())
+    padded = f" & (dims[None, :] < {dim})" if width > dim else ""
+    lines = Lines()
+    lines.add("@triton.jit")
+    names = ["part_ptr", *(["part_lse_ptr"] if softmax else []), "out_ptr", *(["lse_ptr"] if softmax else [])]
+    names += ["stride_outb", "stride_outh", "stride_outn", "rows", "splits"]
+    with lines.block(f"def {MERGE}("):
+        lines.add(*(f"{name}," for name in names))
+    with lines.block("):"):
+        lines.add('"""One row of one head: its slices, merged in order."""')
+        if softmax:
+            lines.add("LOG2_E: tl.constexpr = 1.4426950408889634")
+        lines.add(
+            "row_at = tl.program_id(0).to(tl.int64)",
+            f"b = row_at // rows // {heads}",
+            f"h = row_at // rows % {heads}",
+            "q_row = row_at % rows",
+            f"dims = tl.arange(0, {width})",
+            f"acc = tl.zeros([{width}], tl.float32)",
+        )
+        if softmax:
+            lines.add("row_max = -1.0e38", "row_sum = 0.0")
+        with lines.block(f"for first in range(0, splits, {_MERGED}):"):
+            lines.add(
+                f"slices = first + tl.arange(0, {_MERGED})",
+                f"part_ptrs = part_ptr + (row_at * splits + slices)[:, None] * {dim} + dims[None, :]",
+                f"part = tl.load(part_ptrs, mask=(slices < splits)[:, None]{padded}, other=0.0)",
+            )
+            if softmax:
+                lines.add(
+                    'lse = tl.load(part_lse_ptr + row_at * splits + slices, mask=slices < splits, other=float("-inf"))',
+                    "new_max = tl.maximum(row_max, tl.max(lse, 0))",
+                    "weights = tl.exp2(lse - new_max)",
+                    "decay = tl.exp2(row_max - new_max)",
+                    "row_sum = row_sum * decay + tl.sum(weights, 0)",
+                    "row_max = new_max",
+                    "acc = acc * decay + tl.sum(part * weights[:, None], 0)",
+                )
+            else:
+                lines.add("acc = acc + tl.sum(part, 0)")
+        if softmax:
+            lines.add(
+                "acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)",
+                'lse = tl.where(row_sum == 0.0, float("-inf"), (row_max + tl.log2(row_sum)) / LOG2_E)',
+                "tl.store(lse_ptr + row_at, lse)",
+            )
+        lines.add(
+            "out_ptrs = out_ptr + b * stride_outb + h * stride_outh + q_row * stride_outn + dims",
+            f"tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty){f', mask=dims < {dim}' if width > dim else ''})",
+        )
+    return lines.text()

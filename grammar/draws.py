@@ -1,0 +1,180 @@
+"""`random`: its arguments, and what it draws among where the text leaves that to the place where it stands."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import assert_never
+
+from attndsl import syntax as ast
+from attndsl.derivation import Random
+from attndsl.diagnostics import Span
+from attndsl.grammar import selections, sets
+from attndsl.grammar.arguments import match_arguments
+from attndsl.grammar.scalars import integer, static_int
+from attndsl.grammar.scope import Context, Use
+from attndsl.program import (
+    Axis,
+    Choose,
+    Coarsen,
+    Complement,
+    Const,
+    InputDecl,
+    Inter,
+    Minus,
+    On,
+    Read,
+    Scalar,
+    Set,
+    Union,
+    Where,
+    reads,
+    scalars,
+    walk,
+)  # fmt: skip
+
+_WORDS = ("n", "of", "per", "seed", "among")
+
+
+def random(node: ast.Apply, ctx: Context) -> Set | None:
+    """The set of a `random(n, of, per, seed)`; None if a mistake in it was reported.
+
+    Without `among` it is left open here, and `settle` fills it in once the whole pattern is known.
+    """
+    matched = match_arguments("random", _WORDS, node.args, node.span, ctx)
+    if matched is None:
+        return None
+    missing = [word for word in _WORDS[:4] if word not in matched]
+    if missing:
+        ctx.report.error(
+            "A013", f"`random` needs `{missing[0]}`", node.span, "left out here", "write `random(n, of, per, seed)`"
+        )
+        return None
+    ctx.maker.term(node.span)
+    written = matched.get("among")
+    if ctx.among and written is None and not ctx.maker.dead:
+        ctx.report.error(
+            "A044",
+            f"`random` in {ctx.among} must say what it draws among",
+            node.span,
+            "no `among`",
+            "write `among = causal`",
+        )
+    count = static_int(matched["n"].value, ctx, "`n`")
+    keys = _keys(matched["of"].value, ctx)
+    rows = _rows(matched["per"].value, ctx)
+    seed = _seed(matched["seed"].value, ctx.of(Use.SEED))
+    among: Set | None = Where(Const(True))
+    if written is not None:
+        among = sets.pattern_set(written.value, replace(ctx, among="an option"))
+    if count is None or keys is None or rows is None or seed is None or among is None:
+        return None
+    found = Random(count, keys, rows or None, seed, among, written is not None, node.span)
+    return found if written is None or _rows_are_known(found, ctx.maker.inputs, ctx) else None
+
+
+def _seed(node: ast.Expr, ctx: Context) -> Scalar | None:
+    """An int of the head; an input with a `q` dimension reads q without saying so."""
+    seed = integer(node, ctx)
+    if seed is not None and reads(seed, "q"):
+        ctx.report.error("A035", "a seed may not read `q`", node.span, "it has a row", "draw for a head, not for a row")
+        return None
+    return seed
+
+
+def _keys(node: ast.Expr, ctx: Context) -> int | None:
+    """Keys of a member."""
+    match node:
+        case ast.Name(id="tokens"):
+            return 1
+        case ast.Apply(function="blocks", args=[ast.Argument(name=None, value=size)]):
+            return static_int(size, ctx, "a block size")
+        case _:
+            if selections.partition(node, ctx):
+                _refused(node.span, "keys", "write `tokens` or `blocks(64)`", ctx)
+            return None
+
+
+def _rows(node: ast.Expr, ctx: Context) -> int | None:
+    """Rows of a row class; 0 for all of them."""
+    match node:
+        case ast.Name(id="query"):
+            return 1
+        case ast.Name(id="head"):
+            return 0
+        case ast.Apply(function="rows", args=[ast.Argument(name=None, value=size)]):
+            return static_int(size, ctx, "a block size")
+        case _:
+            if selections.rows(node, ctx):
+                _refused(node.span, "rows", "write `query`, `rows(64)` or `head`", ctx)
+            return None
+
+
+def _refused(span: Span, what: str, help: str, ctx: Context) -> None:
+    ctx.report.error("A043", f"`random` does not divide the {what} so", span, "not for `random`", help)
+
+
+# ------------------------------------------------------------------------------------- candidates
+
+
+def settle(pattern: Set, ctx: Context) -> Set | None:
+    """The pattern with every `random` drawing among what the `&` around it allow; None if a mistake was reported."""
+    before = len(ctx.report.errors)
+    found = _settled(pattern, (), ctx)
+    return found if len(ctx.report.errors) == before else None
+
+
+def _settled(pattern: Set, around: tuple[Set, ...], ctx: Context) -> Set:
+    """`around`: the operands of each `&` on the path from the root that draw nothing themselves."""
+    match pattern:
+        case Where():
+            return pattern
+        case Union(parts=parts):
+            return replace(pattern, parts=tuple(_settled(p, around, ctx) for p in parts))
+        case Inter(parts=parts):
+            fixed = [p for p in parts if not _draws(p)]
+            return replace(pattern, parts=tuple(_settled(p, (*around, *fixed), ctx) for p in parts))
+        case Minus(left=left):
+            return replace(pattern, left=_settled(left, around, ctx))
+        case Random(written=False):
+            if around:
+                pattern = replace(pattern, among=around[0] if len(around) == 1 else Inter(around))
+            _rows_are_known(pattern, ctx.maker.inputs, ctx)
+            return pattern
+        # What stands in these wrote its `among`.
+        case Complement() | Choose() | On() | Coarsen() | Random():
+            return pattern
+        case _:
+            assert_never(pattern)
+
+
+def _draws(pattern: Set) -> bool:
+    match pattern:
+        case Random():
+            return True
+        case Where():
+            return False
+        case Union(parts=parts) | Inter(parts=parts):
+            return any(map(_draws, parts))
+        case Minus(left=a, right=b) | Choose(then=a, other=b):
+            return _draws(a) or _draws(b)
+        case Complement(operand=p) | On(operand=p) | Coarsen(operand=p):
+            return _draws(p)
+        case _:
+            assert_never(pattern)
+
+
+def _rows_are_known(found: Random, inputs: dict[str, InputDecl], ctx: Context) -> bool:
+    """Rows beyond those of the call decide the candidates of a block of rows: what belongs to a call's rows may not."""
+    if found.rows == 1 or found.span is None:
+        return True
+    found_in = {e.input for root in scalars(found.among) for e in walk(root) if isinstance(e, Read)}
+    rows = sorted(n for n in found_in if any(d.axis is Axis.Q and d.block == 1 for d in inputs[n].dims))
+    if rows:
+        ctx.report.error(
+            "A031",
+            f"`{rows[0]}` holds the rows of a call, and `random` draws for rows beyond them",
+            found.span,
+            f"its candidates read `{rows[0]}`",
+            "write `per = query`, or `among` without it",
+        )
+    return not rows

@@ -1,0 +1,74 @@
+"""Running the CPU lowering of decode, one sequence after another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attndsl.decode import DecodePlan
+from attndsl.program import Axis, InputDecl
+from attndsl.runtime.decode import DecodeTensors
+from attndsl.runtime.engine import default_scale, empty_output, table_tensor
+from attndsl.runtime.load import load_source
+
+
+@dataclass(slots=True)
+class CpuDecode:
+    """A generated decode function, with what it takes besides the call's tensors."""
+
+    plan: DecodePlan
+    source: str
+    _function: Any = field(init=False)
+    _tables: dict[str, Tensor] = field(init=False)
+    _read: tuple[tuple[int, InputDecl], ...] = field(init=False)
+    _args: tuple[tuple[int, str], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._function = load_source(self.source, "cpu_decode").attention_decode
+        self._tables = {f"{t.name}_table": table_tensor(t, torch.device("cpu")) for t in self.plan.tables}
+        read, args = set(self.plan.inputs), set(self.plan.args)
+        self._read = tuple((i, decl) for i, decl in enumerate(self.plan.program.inputs) if decl in read)
+        self._args = tuple((i, name) for i, name in enumerate(self.plan.program.args) if name in args)
+
+    def __call__(
+        self, call: DecodeTensors, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
+    ) -> tuple[Tensor, Tensor]:
+        shape = call.shape
+        out, lse = empty_output(call.q, shape)
+        lse.fill_(-math.inf)
+        wide = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+        grouped = (shape.kv_heads, shape.heads // shape.kv_heads)
+        q, result, sums = call.q.unflatten(1, grouped), out.unflatten(1, grouped), lse.unflatten(1, grouped)
+        if call.k_scale is not None:
+            q = q.to(wide) * call.k_scale.to(wide).view(-1, 1, 1, 1)
+        if call.v_scale is not None:
+            result = torch.empty_like(result, dtype=wide)
+        # A contiguous cache is one of a page a sequence.
+        table = torch.arange(shape.batch)[:, None] if call.page_table is None else call.page_table
+        lengths = call.seq_lens.clamp(0, call.capacity).tolist()
+        numbers = {f"arg_{name}": args[i] for i, name in self._args}
+        for b, k_len in enumerate(lengths):
+            at = slice(b, b + 1)
+            given = {f"{decl.name}_input": _of_length(decl, inputs[i], k_len) for i, decl in self._read}
+            self._function(
+                b, q[at], call.k, call.v, table[b], k_len, result[at], sums[at],
+                default_scale(shape.dim) if scale is None else scale,
+                **given, **numbers, **self._tables,
+            )  # fmt: skip
+        if call.v_scale is not None:
+            out.copy_((result * call.v_scale.to(wide).view(-1, 1, 1, 1)).flatten(1, 2))
+        return out, lse
+
+
+def _of_length(decl: InputDecl, x: Tensor, k_len: int) -> Tensor:
+    """The part of an input that a sequence of a length has; what is broadcast stays."""
+    for axis, dim in enumerate(decl.dims):
+        positions = dim.axis is Axis.K or (dim.axis is Axis.Q and dim.block > 1)
+        if positions and x.shape[axis] > 1:
+            x = x.narrow(axis, 0, max(-(-k_len // dim.block), 1))
+    return x

@@ -1,0 +1,106 @@
+"""The torch operator of decode: how it takes part in torch.compile, export and CUDA graphs. It has no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from attndsl.diagnostics import error
+from attndsl.program import CallShape
+from attndsl.runtime.decode import DecodeTensors
+from attndsl.runtime.engine import empty_output
+from attndsl.runtime.ops import checked_values, watched
+from attndsl.runtime.registry import decoder_of
+
+LAYOUTS = ("hnd", "nhd")
+_LIBRARY = Library("attndsl", "FRAGMENT")
+_LIBRARY.define(
+    "decode(str program, Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens, Tensor? page_table, "
+    "Tensor? k_scale, Tensor? v_scale, Tensor[] inputs, SymInt[] args, float? scale, str layout, str backend) "
+    "-> (Tensor, Tensor)"
+)
+
+
+def decode(
+    key: str,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    page_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    inputs: list[Tensor],
+    args: list[int],
+    scale: float | None,
+    layout: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Output and lse; past the dispatcher where nothing watches the call."""
+    checked_values(key, inputs, args)
+    call = (
+        key, q, k_cache, v_cache, seq_lens, page_table, k_scale, v_scale, inputs, args, scale, layout, backend
+    )  # fmt: skip
+    if torch.compiler.is_compiling() or watched((q, k_cache, v_cache, *inputs)):
+        found: tuple[Tensor, Tensor] = torch.ops.attndsl.decode(*call)
+        return found
+    return _decode(*call)
+
+
+def _decode(
+    key: str,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    page_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    inputs: Sequence[Tensor],
+    args: Sequence[int],
+    scale: float | None,
+    layout: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if layout not in LAYOUTS:
+        raise error("A552", f"there is no layout {layout!r}", help=f"one of {', '.join(LAYOUTS)}")
+    # Caches are large: one whose elements are not dense is refused, and not copied at every step.
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.dim() == 4 and x.shape[3] > 1 and x.stride(3) != 1:
+            raise error("A552", f"the last dimension of {name} has stride {x.stride(3)}", help="keep heads dense")
+    if layout == "nhd" and k_cache.dim() == v_cache.dim() == 4:
+        k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    if q.dim() and q.stride(-1) != 1:
+        q = q.contiguous()
+    if page_table is not None and page_table.dim() and page_table.stride(-1) != 1:
+        page_table = page_table.contiguous()
+    call = DecodeTensors(q, k_cache, v_cache, seq_lens, page_table, k_scale, v_scale)
+    return decoder_of(key).decode(call, inputs, args, scale, backend)
+
+
+def _decode_fake(
+    key: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    # The cache's heads and tokens do not show in the output.
+    shape = CallShape(q.shape[0], q.shape[1], q.shape[1], q.shape[2], 0, q.shape[3], v_cache.shape[3])
+    return empty_output(q, shape)
+
+
+def _decode_autograd(key: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> Any:
+    inputs = rest[4]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache, *inputs)):
+        raise error(
+            "A555", "decode has no gradient", help="call it under torch.no_grad(), or train with the attention itself"
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.attndsl.decode(key, q, k_cache, v_cache, *rest)
+
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("decode", _decode, _device)
+_LIBRARY.impl("decode", _decode_autograd, "Autograd")
+torch.library.register_fake("attndsl::decode", _decode_fake, lib=_LIBRARY)

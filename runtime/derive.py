@@ -1,0 +1,373 @@
+"""Computes the derived inputs of a call on its device, strip by strip: never all pairs at once, and without waiting.
+
+How many pairs of a block pair are in a set, or which members of a row class are candidates, is counted over strips of
+rows and keys. What follows from lengths alone is kept for the next call of the same lengths.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from math import ceil, prod
+from typing import Any, assert_never
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from attndsl.derivation import BlockMap, Derivation, Draw, Offsets
+from attndsl.derive import class_hash, own_inputs
+from attndsl.diagnostics import error
+from attndsl.program import (
+    Arg,
+    Axis,
+    CallShape,
+    Coarse,
+    InputDecl,
+    Program,
+    Read,
+    Scalar,
+    Set,
+    Var,
+    reads,
+    scalars,
+    walk,
+)
+from attndsl.relation import Lowering
+from attndsl.runtime.call import dim_size
+from attndsl.runtime.engine import Gradients, table_tensor
+from attndsl.runtime.values import Values, mix64, ordered
+from attndsl.simplify import fold
+
+# Pairs that a call may look at for one derived input, and entries that this may have.
+MAX_PAIRS = 1 << 32
+MAX_ENTRIES = 1 << 28
+# Pairs of one strip.
+_STRIP = {"cpu": 1 << 20, "cuda": 1 << 24}
+# Calls of which derived inputs are kept, and the entries of one that is.
+MAX_KEPT = 32
+MAX_KEPT_ENTRIES = 1 << 26
+_GREATEST = (1 << 63) - 1
+
+Kept = dict[Any, dict[str, Tensor]]
+Piece = tuple[int, int]
+
+
+@functools.lru_cache(maxsize=256)
+def _condition(program: Program, heads: tuple[int, int], derivation: Derivation) -> Scalar:
+    """What is counted for a derived input, as one condition on q and k."""
+    pattern = _counted(derivation)
+    assert pattern is not None
+    return fold(Lowering(program, heads).predicate(pattern))
+
+
+def _counted(derivation: Derivation | None) -> Set | None:
+    """The set whose pairs are counted."""
+    match derivation:
+        case BlockMap(operand=operand):
+            return operand
+        case Draw(drawn=drawn):
+            return drawn.among
+        case Offsets() | None:
+            return None
+        case _:
+            assert_never(derivation)
+
+
+@dataclass(slots=True)
+class Deriver:
+    """The derived inputs of one kind of call of a derived program. `kept` is shared by the calls of a program."""
+
+    program: Program
+    shape: CallShape
+    device: torch.device
+    kept: Kept = field(default_factory=dict)
+    _own: tuple[InputDecl, ...] = field(init=False)
+    _derived: tuple[InputDecl, ...] = field(init=False)
+    _fixed: frozenset[str] = field(init=False)
+    _conditions: dict[str, Scalar] = field(init=False)
+    _tables: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Raises `PatternError` (A519) where a derived input would take too much of a call."""
+        self._own = own_inputs(self.program)
+        self._derived = self.program.inputs[len(self._own) :]
+        self._tables = {table.name: table_tensor(table, self.device) for table in self.program.tables}
+        heads = (self.shape.heads, self.shape.kv_heads)
+        self._conditions = {}
+        fixed = set[str]()
+        for decl in self._derived:
+            if (pattern := _counted(decl.derivation)) is None or decl.derivation is None:
+                continue
+            self._check(decl, pattern)
+            self._conditions[decl.name] = _condition(self.program, heads, decl.derivation)
+            seeds = (decl.derivation.drawn.seed,) if isinstance(decl.derivation, Draw) else ()
+            nodes = [x for e in (self._conditions[decl.name], *seeds) for x in walk(e)]
+            if not any(isinstance(x, Arg) or (isinstance(x, Read) and x.input not in fixed) for x in nodes):
+                fixed.add(decl.name)
+        self._fixed = frozenset(fixed)
+
+    def _check(self, decl: InputDecl, pattern: Set) -> None:
+        unit = decl.derivation.unit if isinstance(decl.derivation, BlockMap | Draw) else 1
+        q_len, k_len = self._lengths(unit)
+        rows = q_len - self._first_row(decl)
+        heads = self.shape.heads if any(reads(e, "h", "g") for e in scalars(pattern)) else 1
+        batch = self.shape.batch if any(reads(e, "b") for e in scalars(pattern)) else 1
+        pairs, entries = batch * heads * rows * k_len, prod(self._size(decl))
+        if isinstance(decl.derivation, Draw):
+            drawn = decl.derivation.drawn
+            classes = 1 if drawn.rows is None else -(-rows // drawn.rows)
+            pairs = max(pairs, batch * self.shape.heads * classes * -(-k_len // drawn.keys))
+        if pairs > MAX_PAIRS or entries > MAX_ENTRIES:
+            what = "`random`" if isinstance(decl.derivation, Draw) else "`coarsen` of a pattern that depends on data"
+            raise error(
+                "A519",
+                f"{what} looks at {pairs:,} pairs of this call, and makes {entries:,} entries",
+                self.program.branch.span,
+                help=f"at most {MAX_PAIRS:,} pairs and {MAX_ENTRIES:,} entries: take larger blocks or fewer rows",
+            )
+
+    def examples(self) -> list[Tensor]:
+        """Tensors of the shapes, strides and dtypes of the derived inputs, without memory."""
+        return [torch.empty(self._size(d), dtype=derived_dtype(d), device="meta") for d in self._derived]
+
+    def __call__(self, inputs: Sequence[Tensor], args: Sequence[int]) -> list[Tensor]:
+        """The derived inputs, in their order, from a call's own inputs and arguments."""
+        kept = self._kept_here()
+        known = dict(zip((decl.name for decl in self._own), inputs, strict=True)) | kept
+        arguments = dict(zip(self.program.args, args, strict=True))
+        shape = self.shape
+        h = self._range(0, shape.heads).view(1, -1, 1, 1)
+        variables: dict[str, Any] = {
+            "H": shape.heads, "G": shape.kv_heads, "D": shape.dim, "Dv": shape.v_dim,
+            "b": self._range(0, shape.batch).view(-1, 1, 1, 1), "h": h, "g": h // (shape.heads // shape.kv_heads),
+        }  # fmt: skip
+        values = Values(self.program, shape, self.device, known, self._tables, arguments, variables)
+        for decl in self._derived:
+            if decl.name not in known:
+                known[decl.name] = found = self._made(decl, values)
+                if decl.name in self._fixed and found.numel() <= MAX_KEPT_ENTRIES:
+                    kept[decl.name] = found
+        return [known[decl.name] for decl in self._derived]
+
+    def _kept_here(self) -> dict[str, Tensor]:
+        """What calls of these sizes share on the current stream.
+
+        What is made while a graph is captured holds nothing until that is replayed: it is not kept.
+        """
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        key = (self.shape, self.device, stream)
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return dict(self.kept.get(key, {}))
+        if key not in self.kept and len(self.kept) >= MAX_KEPT:
+            self.kept.clear()
+        return self.kept.setdefault(key, {})
+
+    # ----------------------------------------------------------------------------------- derivations
+
+    def _made(self, decl: InputDecl, values: Values) -> Tensor:
+        match decl.derivation:
+            case Offsets(input=name):
+                return self._offsets(decl, values.tensors[name])
+            case BlockMap():
+                return self._map(decl, decl.derivation, values)
+            case Draw():
+                return self._draw(decl, decl.derivation, values)
+            case None:
+                raise AssertionError(f"`{decl.name}` is given")
+            case _:
+                assert_never(decl.derivation)
+
+    def _offsets(self, decl: InputDecl, ids: Tensor) -> Tensor:
+        """Each token's distance from the first of its run of equal ids."""
+        ids = ids.expand(self._size(decl))
+        position = torch.arange(self.shape.k_len, dtype=torch.int32, device=self.device)
+        if self.shape.k_len == 0:
+            return position.expand(ids.shape)
+        begins = pad(ids[..., 1:] != ids[..., :-1], (1, 0), value=True)
+        return position - torch.where(begins, position, 0).cummax(-1).values
+
+    def _map(self, decl: InputDecl, d: BlockMap, values: Values) -> Tensor:
+        found = torch.zeros(self._size(decl), dtype=torch.bool, device=self.device)
+        for blocks, count in self._counts(decl, d.block_q, d.block_k, values):
+            chosen = count > 0 if d.mode is Coarse.ANY else count >= self._needed(d, blocks, count.shape[-1])
+            found[..., blocks, :] = _leading(chosen, decl)
+        return found
+
+    def _needed(self, d: BlockMap, blocks: slice, columns: int) -> Tensor:
+        """How many pairs a block pair must have, int64 [row blocks, key blocks]: the last ones hold fewer."""
+        share = Fraction(repr(d.fraction)) if d.mode is Coarse.FRACTION else Fraction(1)
+        q_len, k_len = self._lengths(d.unit)
+        last_rows = min(d.block_q, q_len - (blocks.stop - 1) * d.block_q)
+        last_keys = k_len - (columns - 1) * d.block_k
+        needed = torch.empty(blocks.stop - blocks.start, columns, dtype=torch.int64, device=self.device)
+        for rows, at in ((d.block_q, slice(-1)), (last_rows, slice(-1, None))):
+            needed[at, :-1] = ceil(share * rows * d.block_k)
+            needed[at, -1] = ceil(share * rows * last_keys)
+        return needed
+
+    def _draw(self, decl: InputDecl, d: Draw, values: Values) -> Tensor:
+        """Hash and index of the last member drawn for each row class; past every member where all are drawn."""
+        found = torch.zeros(self._size(decl), dtype=torch.int64, device=self.device)
+        of_class = class_hash(d.drawn.seed, Var("q"))
+        rows = decl.dims[-2]
+        first = self.shape.first_position(self.program) if (rows.axis, rows.block) == (Axis.Q, 1) else 0
+        block_q = max(1, self._lengths(d.unit)[0]) if d.drawn.rows is None else d.drawn.rows
+        for classes, count in self._counts(decl, block_q, d.drawn.keys, values):
+            members = count.shape[-1]
+            at = self._range(classes.start, classes.stop).view(1, 1, -1, 1)
+            hashed = ordered(mix64(values.at(q=at).tensor(of_class), self._range(0, members)))
+            hashed, candidate = torch.broadcast_tensors(hashed, count > 0)
+            hashed = torch.where(candidate, hashed, _GREATEST)
+            last_hash = hashed.topk(min(d.drawn.count, members), largest=False).values.amax(-1, keepdim=True)
+            # Of several members with that hash the first ones, as many as there is room for.
+            room = d.drawn.count - (hashed < last_hash).sum(-1, keepdim=True)
+            nth = ((hashed == last_hash) & candidate).cumsum(-1)
+            enough = (nth >= room).to(torch.int8).argmax(-1, keepdim=True)
+            last = torch.where(nth[..., -1:] >= room, enough, members)
+            where = slice(classes.start - first, classes.stop - first)
+            found[..., where, :] = _leading(torch.cat((ordered(last_hash), last), -1), decl)
+        return found
+
+    # ---------------------------------------------------------------------------------------- strips
+
+    def _counts(self, decl: InputDecl, block_q: int, block_k: int, values: Values) -> Iterator[tuple[slice, Tensor]]:
+        """Some blocks of rows after the other, and how many pairs of each of their block pairs are in the counted set.
+
+        The counts are int64 [batch or 1, heads or 1, row blocks, key blocks].
+        """
+        assert isinstance(decl.derivation, BlockMap | Draw)
+        q_len, k_len = self._lengths(decl.derivation.unit)
+        begin = self._first_row(decl) // block_q * block_q
+        if begin >= q_len or k_len == 0:
+            return
+        condition = self._conditions[decl.name]
+        values = values.at(Nq=q_len, Nk=k_len)
+        # What is held for each pair, and for each member of a row class, under its heads and batch entries.
+        lead = prod(dim_size(dim, self.program, self.shape) for dim in decl.dims if dim.axis in (Axis.B, Axis.H))
+        sparse = lead if reads(condition, "b", "h", "g") else max(1, lead // (block_q * block_k))
+        strip = max(1, _STRIP[self.device.type] // max(1, sparse))
+        columns = list(_pieces(0, k_len, block_k, strip))
+        rows = _pieces(begin, q_len, block_q, max(1, strip // min(k_len, strip)))
+
+        def of_rows(low: int, high: int) -> Tensor:
+            q_pos = self._range(low, high).view(-1, 1)
+
+            def of_keys(first: int, end: int) -> Tensor:
+                inside = values.at(q=q_pos, k=self._range(first, end)).tensor(condition)
+                whole = torch.broadcast_shapes(inside.shape, (1, 1, high - low, end - first))
+                return _block_sums(inside.expand(whole), block_q, block_k)
+
+            return torch.cat([count for _, count in _gathered(columns, block_k, k_len, of_keys)], -1)
+
+        yield from _gathered(rows, block_q, q_len, of_rows)
+
+    def _first_row(self, decl: InputDecl) -> int:
+        """The first coordinate whose row is read: those of the call are the last ones."""
+        d = decl.derivation
+        assert isinstance(d, BlockMap | Draw)
+        if d.everywhere or (isinstance(d, Draw) and d.drawn.rows is None):
+            return 0
+        return max(0, self.shape.first_position(self.program)) // d.unit
+
+    def _lengths(self, unit: int) -> tuple[int, int]:
+        """Nq and Nk in coordinates."""
+        return -(-self.shape.q_len(self.program) // unit), -(-self.shape.k_len // unit)
+
+    def _range(self, low: int, high: int) -> Tensor:
+        return torch.arange(low, high, device=self.device)
+
+    def _size(self, decl: InputDecl) -> list[int]:
+        return [dim_size(dim, self.program, self.shape) for dim in decl.dims]
+
+
+class Deriving:
+    """Launches of a plan that take derived inputs after a call's own."""
+
+    def __init__(self, deriver: Deriver) -> None:
+        self.deriver = deriver
+        self.examples = deriver.examples()
+
+    def forward(self, launch: Callable[..., Any]) -> Callable[..., Any]:
+        """The launch as a function of a call's own inputs."""
+        if not self.examples:
+            return launch
+
+        def call(*given: Any) -> Any:
+            *tensors, inputs, args, scale, dropout = given
+            return launch(*tensors, [*inputs, *self.deriver(inputs, args)], args, scale, dropout)
+
+        return call
+
+    def backward(self, launch: Callable[..., Gradients]) -> Callable[..., Gradients]:
+        """The launch as a function of a call's own inputs, with their gradients."""
+        if not self.examples:
+            return launch
+
+        def call(*given: Any) -> Gradients:
+            *tensors, inputs, args, scale, dropout = given
+            derived = self.deriver(inputs, args)
+            dq, dk, dv, learned = launch(*tensors, [*inputs, *derived], args, scale, dropout)
+            return dq, dk, dv, learned[: len(inputs)]
+
+        return call
+
+
+def derived_dtype(decl: InputDecl) -> torch.dtype:
+    """The dtype of a derived input."""
+    match decl.derivation:
+        case Offsets():
+            return torch.int32
+        case BlockMap():
+            return torch.bool
+        case Draw():
+            return torch.int64
+        case None:
+            raise AssertionError(f"`{decl.name}` is given")
+        case _:
+            assert_never(decl.derivation)
+
+
+def _leading(x: Tensor, decl: InputDecl) -> Tensor:
+    """[batch or 1, heads or 1, ...] with those of the two dimensions that the input has."""
+    axes = [dim.axis for dim in decl.dims]
+    if Axis.H not in axes:
+        x = x[:, 0]
+    return x if Axis.B in axes else x[0]
+
+
+def _pieces(low: int, high: int, block: int, size: int) -> Iterator[Piece]:
+    """The coordinates from `low`, a block's first, to `high` in pieces: several whole blocks, or part of one."""
+    step = size // block * block
+    while low < high:
+        end = low + step if step else min(low + size, (low // block + 1) * block)
+        yield low, min(end, high)
+        low = end
+
+
+def _gathered(
+    pieces: Iterator[Piece] | list[Piece], block: int, length: int, count: Callable[[int, int], Tensor]
+) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks, and the sum of what is counted in their pieces."""
+    total: Tensor | None = None
+    for low, high in pieces:
+        found = count(low, high)
+        total = found if total is None else total + found
+        if high % block == 0 or high == length:
+            yield slice(low // block, -(-high // block)), total
+            total = None
+
+
+def _block_sums(inside: Tensor, block_q: int, block_k: int) -> Tensor:
+    """How many pairs of each block pair are true, int64; a piece smaller than a block counts as one block."""
+    rows, keys = inside.shape[-2:]
+    if block_q == block_k == 1:
+        return inside.to(torch.int64)
+    block_q, block_k = min(block_q, rows), min(block_k, keys)
+    inside = pad(inside, (0, -keys % block_k, 0, -rows % block_q))
+    # Along the dense dimension first, in the narrowest type that holds a block.
+    of_rows: Tensor = inside.unflatten(2, (-1, block_q)).sum(3, dtype=torch.int32)
+    of_blocks: Tensor = of_rows.unflatten(3, (-1, block_k)).sum(4)
+    return of_blocks

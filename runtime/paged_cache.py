@@ -1,0 +1,153 @@
+"""A pool of pages for the keys and values of sequences, which gives back what the pattern can no longer read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attndsl.diagnostics import error
+from attndsl.eviction import Retention
+
+
+class Decode(Protocol):
+    """A compiled attention."""
+
+    def decode(self, q: Tensor, *call: Any, **options: Any) -> Any: ...
+
+
+class PagePool:
+    """`attndsl.serving.PagedCache` is the public class; see there."""
+
+    def __init__(
+        self,
+        attend: Decode,
+        retention: Retention,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        v_dim: int,
+        pages: int,
+        max_len: int,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        bounds: bool,
+    ) -> None:
+        self.attend, self.retention, self.page, self.max_len = attend, retention, retention.page, max_len
+        shape = (pages, kv_heads, self.page)
+        # Zeros, since a pool is read in tiles: a masked key counts nothing only if its value is a number.
+        self.k = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
+        self.v = torch.zeros(*shape, v_dim, dtype=dtype, device=device)
+        self.page_table = torch.full((batch, -(-max_len // self.page)), -1, dtype=torch.int32, device=device)
+        self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.lengths = [0] * batch
+        self.k_min = self.k_max = None
+        if bounds:
+            kept = torch.float32 if self.k.element_size() == 1 else self.k.dtype
+            self.k_min = torch.full((pages, kv_heads, head_dim), torch.inf, dtype=kept, device=device)
+            self.k_max = torch.full_like(self.k_min, -torch.inf)
+        self._free = list(range(pages - 1, -1, -1))
+        # For each sequence, place in the sequence -> page.
+        self._held: list[dict[int, int]] = [{} for _ in range(batch)]
+
+    @property
+    def pages_held(self) -> int:
+        """Pages in use."""
+        return sum(map(len, self._held))
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the pool, its table and its bounds."""
+        tensors = (self.k, self.v, self.page_table, self.seq_lens, self.k_min, self.k_max)
+        return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+    def append(self, k: Tensor, v: Tensor, sequences: Sequence[int] | None = None) -> None:
+        """Add the keys [b, Hkv, n, D] and values [b, Hkv, n, Dv] of n new tokens to each sequence (default: all).
+
+        Before that, pages that no row from here on can read are given back. Raises `PatternError` (A557) where the pool
+        has no page left, or a sequence would pass `max_len`; nothing has changed then but what was given back.
+        """
+        chosen = range(len(self.lengths)) if sequences is None else sequences
+        self._give_back(chosen)
+        new = k.shape[2]
+        places = [
+            (b, i)
+            for b in chosen
+            for i in range(-(-self.lengths[b] // self.page), -(-(self.lengths[b] + new) // self.page))
+        ]
+        self._check_room(chosen, new, len(places))
+        if places:
+            pages = [self._free.pop() for _ in places]
+            for (b, i), page in zip(places, pages, strict=True):
+                self._held[b][i] = page
+            self._set_entries(places, pages)
+            for x, nothing in ((self.k_min, torch.inf), (self.k_max, -torch.inf)):
+                if x is not None:
+                    x[torch.tensor(pages, device=x.device)] = nothing
+        self._write(k, v, chosen, new, whole=sequences is None)
+        for b in chosen:
+            self.lengths[b] += new
+
+    def _write(self, k: Tensor, v: Tensor, chosen: Sequence[int], new: int, whole: bool) -> None:
+        device = self.k.device
+        rows = slice(None) if whole else torch.tensor(list(chosen), device=device)
+        at = self.seq_lens[rows, None] + torch.arange(new, device=device, dtype=torch.int32)
+        page = self.page_table[rows].gather(1, (at // self.page).long()).long()
+        for pool, x in ((self.k, k), (self.v, v)):
+            x = x.to(pool.dtype).transpose(1, 2)
+            if pool.element_size() == 1:
+                # Few operators take 8-bit floats.
+                pool, x = pool.view(torch.uint8), x.view(torch.uint8)
+            pool[page, :, at % self.page] = x
+        keys = k.transpose(1, 2).flatten(0, 1)
+        for bound, kind in ((self.k_min, "amin"), (self.k_max, "amax")):
+            if bound is not None:
+                entries = page.view(-1, 1).expand(-1, bound[0].numel())
+                values = keys.to(self.k.dtype).to(bound.dtype).flatten(1)
+                bound.view(len(bound), -1).scatter_reduce_(0, entries, values, kind)
+        self.seq_lens[rows] += new
+
+    def decode(self, q: Tensor, **options: Any) -> Any:
+        """`attn.decode` of q [B, Hq, n, D], the last n tokens of each sequence, over the pool."""
+        return self.attend.decode(q, self.k, self.v, self.seq_lens, self.page_table, **options)
+
+    def release(self, b: int) -> None:
+        """Give back all pages of a sequence, which is then empty."""
+        places = [(b, i) for i in self._held[b]]
+        self._drop(places)
+        self.lengths[b] = 0
+        self.seq_lens[b] = 0
+
+    # -------------------------------------------------------------------------------------- pages
+
+    def _give_back(self, sequences: Sequence[int]) -> None:
+        places: list[tuple[int, int]] = []
+        for b in sequences:
+            held = np.fromiter(self._held[b], dtype=np.int64)
+            places += [(b, int(i)) for i in held[self.retention.evictable(self.lengths[b], held)]]
+        self._drop(places)
+
+    def _drop(self, places: list[tuple[int, int]]) -> None:
+        if places:
+            self._free += [self._held[b].pop(i) for b, i in places]
+            self._set_entries(places, [-1] * len(places))
+
+    def _set_entries(self, places: list[tuple[int, int]], pages: list[int]) -> None:
+        b, i = torch.tensor(places, device=self.page_table.device).T
+        self.page_table[b, i] = torch.tensor(pages, dtype=torch.int32, device=self.page_table.device)
+
+    def _check_room(self, sequences: Sequence[int], new: int, wanted: int) -> None:
+        longest = max((self.lengths[b] + new for b in sequences), default=0)
+        if longest > self.max_len:
+            raise error(
+                "A557", f"a sequence of {longest} tokens passes max_len = {self.max_len}", help="make the table longer"
+            )
+        if wanted > len(self._free):
+            raise error(
+                "A557", f"{wanted} more pages are needed and {len(self._free)} of {len(self.k)} are free: "
+                f"the pattern keeps {self.pages_held} pages of the {sum(self.lengths)} tokens so far",
+                help="make the pool larger, or release a sequence",
+            )  # fmt: skip

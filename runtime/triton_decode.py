@@ -1,0 +1,113 @@
+"""Launching generated decode kernels: what depends only on the kind of a call is settled once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attndsl.decode import DecodePlan, decode_plan, split_count
+from attndsl.plan import Spec, Tiling
+from attndsl.program import CallShape, Program
+from attndsl.runtime.decode import FP8, DecodeTensors
+from attndsl.runtime.engine import default_scale, empty_output
+from attndsl.runtime.launcher import Slot
+from attndsl.runtime.triton_launch import ELEMENT, INPUTS, POINTER, prepare, program_sources
+
+DECODE = "attention_decode"
+MERGE = "merge_slices"
+# Where no device is asked: the interpreter.
+_MULTIPROCESSORS = 4
+
+
+def prepare_decode(
+    program: Program,
+    spec: Spec,
+    call: DecodeTensors,
+    inputs: Sequence[Tensor],
+    generate: Callable[[DecodePlan], str],
+    tiling: Tiling | None = None,
+    splits: int | None = None,
+) -> TritonDecode:
+    """The launch of a kind of call."""
+    shape = call.shape
+    plan = decode_plan(program, spec, shape.rows, call.cache, split=True, tiling=tiling)
+    if splits is None:
+        splits = split_count(plan, shape.batch, shape.rows, shape.k_len, _multiprocessors(call.q.device))
+    if splits == 1:
+        plan = decode_plan(program, spec, shape.rows, call.cache, split=False, tiling=tiling)
+    return TritonDecode(plan, generate(plan), splits, call, inputs)
+
+
+class TritonDecode:
+    """The decode kernel for one kind of call, and the merge where it is split."""
+
+    def __init__(self, plan: DecodePlan, text: str, splits: int, call: DecodeTensors, inputs: Sequence[Tensor]) -> None:
+        shape, device = call.shape, call.q.device
+        self.plan, self.shape, self.splits = plan, shape, splits
+        self.default_scale = default_scale(shape.dim)
+        self.fp8 = plan.cache.fp8
+        self._decode = self._merge = None
+        rows = shape.batch * shape.heads * shape.rows
+        if rows:
+            aligned = (call.q.data_ptr() | call.k.data_ptr() | call.v.data_ptr()) % 16 == 0
+            sources = decode_sources(plan, splits, call, inputs)
+            grid = plan.units(shape.batch, shape.rows) * splits
+            self._decode = prepare(plan, text, DECODE, grid, sources, aligned, device)
+            if plan.split:
+                self._merge = prepare(plan, text, MERGE, rows, sources, aligned, device)
+
+    def __call__(
+        self, call: DecodeTensors, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = empty_output(call.q, self.shape)
+        if self._decode is None:
+            return out, lse
+        part = part_lse = None
+        if self._merge is not None:
+            part = torch.empty((lse.numel(), self.splits, self.shape.v_dim), dtype=torch.float32, device=lse.device)
+            part_lse = torch.empty((lse.numel(), self.splits), dtype=torch.float32, device=lse.device)
+        k, v = (call.k.view(torch.uint8), call.v.view(torch.uint8)) if self.fp8 else (call.k, call.v)
+        values = (
+            call.q, k, v, out, lse, self.default_scale if scale is None else scale, *inputs, *args, call.seq_lens,
+            call.page_table, call.k_scale, call.v_scale, part, part_lse,
+        )  # fmt: skip
+        self._decode(values)
+        if self._merge is not None:
+            self._merge(values)
+        return out, lse
+
+
+def decode_sources(plan: DecodePlan, splits: int, call: DecodeTensors, inputs: Sequence[Tensor]) -> Mapping[str, Any]:
+    """What each parameter that the kernels may have is given. Only shapes, strides and dtypes are read."""
+    shape: CallShape = call.shape
+    element = f"*{ELEMENT[plan.spec.dtype]}"
+    kept = "*u8" if call.k.dtype == FP8 else element
+    first = INPUTS + len(inputs) + len(plan.program.args)
+    found: dict[str, Any] = {
+        "q_ptr": Slot(0, element), "k_ptr": Slot(1, kept), "v_ptr": Slot(2, kept), "out_ptr": Slot(3, element),
+        "lse_ptr": Slot(4, "*fp32"), "scale": Slot(5, "fp32"), "seq_lens_ptr": Slot(first, "*i32"),
+        "page_table_ptr": Slot(first + 1, "*i32"), "part_ptr": Slot(first + 4, "*fp32"),
+        "part_lse_ptr": Slot(first + 5, "*fp32"), "rows": shape.rows, "capacity": call.capacity,
+        "pages": call.k.shape[0], "splits": splits, "stride_lens": call.seq_lens.stride(0),
+        "stride_table": 0 if call.page_table is None else call.page_table.stride(0),
+    }  # fmt: skip
+    for i, (name, x) in enumerate((("k_scale", call.k_scale), ("v_scale", call.v_scale))):
+        if x is not None:
+            found[f"{name}_ptr"] = Slot(first + 2 + i, POINTER[x.dtype])
+            found[f"stride_{name}"] = x.stride(0) if x.numel() > 1 else 0
+    out, _ = empty_output(call.q, shape)
+    for name, x in (("q", call.q), ("k", call.k), ("v", call.v), ("out", out)):
+        found |= {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bhn")}
+    return found | program_sources(plan, shape, inputs, call.q.device)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+__all__ = ["DECODE", "MERGE", "TritonDecode", "decode_sources", "prepare_decode"]

@@ -1,0 +1,111 @@
+"""`attn.decode` against the oracle on each sequence alone: interpreted where there is no GPU, and on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, reject
+from hypothesis import strategies as st
+
+from attndsl.diagnostics import PatternError
+from attndsl.plan import Tiling
+from attndsl.program import Axis, CallShape, Dim
+from tests.accuracy import examples
+from tests.cases import CASES
+from tests.decoding import check_decode, decoder, tensors_of
+from tests.strategies import Case, composed_programs, tensors
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter"),
+    pytest.mark.filterwarnings("ignore::attndsl.PatternWarning"),
+]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SMALL = Tiling(16, 32)
+BACKENDS = ("triton", "cpu")
+DECODED = [name for name in CASES if name != "align_start"]
+
+
+def judge(
+    case: Case, lengths: Sequence[int], backend: str, page: int | None = None, splits: int | None = 3,
+    tiling: Tiling | None = SMALL, dtype: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
+    """The case's call as a decode, its keys the capacity of the cache."""
+    program = case.load()
+    q, k, v, inputs = tensors(case, dtype=dtype)
+    # Sizes of a batch of one hold for more; sequences differ.
+    device = DEVICE if backend == "triton" else torch.device("cpu")
+    call = tensors_of(q, k, v, lengths, page, device)
+    given = [inputs[decl.name].to(device) for decl in program.inputs]
+    numbers = [case.args[name] for name in program.args]
+    made = decoder(program, tiling=tiling if backend == "triton" else Tiling(64, 32), splits=splits)
+    try:
+        out, lse = made.decode(call, given, numbers, None, backend)
+    except PatternError as refused:
+        if refused.diagnostics[0].code != "A559":
+            raise
+        reject()
+    check_decode(program, q, k, v, lengths, inputs, case.args, out.cpu(), lse.cpu())
+
+
+def some_lengths(case: Case, seed: int = 0) -> list[int]:
+    rng = np.random.default_rng(seed)
+    rows, capacity = case.shape.rows, case.shape.k_len
+    known = [0, 1, min(rows, capacity), capacity, max(capacity - 1, 0), int(rng.integers(0, capacity + 1))]
+    return [known[rng.integers(len(known))] for _ in range(case.shape.batch)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", DECODED)
+def test_program(name: str, backend: str) -> None:
+    case = CASES[name]
+    shape, number = case.shape, DECODED.index(name)
+    if not any(decl.dims and Dim(Axis.Q) in decl.dims for decl in case.load().inputs):
+        case = replace(case, shape=replace(shape, rows=min(shape.rows, 5)))
+    judge(case, some_lengths(case, number), backend, page=page_of(shape.k_len) if number % 2 else None)
+
+
+def page_of(capacity: int) -> int:
+    """A page size that divides the capacity, which inputs over k have."""
+    return next(size for size in (16, 10, 8, 7, 1) if capacity % size == 0)
+
+
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")]
+
+
+@pytest.mark.parametrize(("rows", "dim", "page"), [(1, 128, 16), (20, 64, 64), (3, 80, None)])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_GPU)], ids=str)
+def test_dtype(dtype: torch.dtype, rows: int, dim: int, page: int | None) -> None:
+    """Tiles and slices as they are chosen for a device."""
+    shape = CallShape(2, 8, 2, rows, 192, dim, dim)
+    case = replace(CASES["streaming"], text="causal & (sink(4) | window(100))", shape=shape)
+    judge(case, [192, 115], "triton", page, splits=None, tiling=None, dtype=dtype)
+
+
+@st.composite
+def decodes(draw: st.DrawFn) -> tuple[Case, list[int], int | None]:
+    case = draw(composed_programs(lengths=(1, 7, 33, 64, 100)))
+    if case.load().align_start:
+        reject()
+    capacity = case.shape.k_len
+    known = st.sampled_from([0, 1, min(case.shape.rows, capacity), capacity])
+    lengths = [draw(st.one_of(known, st.integers(0, capacity))) for _ in range(case.shape.batch)]
+    return case, lengths, draw(st.sampled_from((None, None, 1, 16, 24)))
+
+
+@given(drawn=decodes(), splits=st.sampled_from((1, 2, 5)))
+@examples(15)
+def test_random(drawn: tuple[Case, list[int], int | None], splits: int) -> None:
+    case, lengths, page = drawn
+    # A capacity of whole pages would ask for longer inputs.
+    judge(case, lengths, "triton", page if page and case.shape.k_len % page == 0 else None, splits)
+
+
+@given(drawn=decodes())
+@examples(15)
+def test_random_on_the_cpu(drawn: tuple[Case, list[int], int | None]) -> None:
+    case, lengths, page = drawn
+    judge(case, lengths, "cpu", page if page and case.shape.k_len % page == 0 else None)

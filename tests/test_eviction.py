@@ -1,0 +1,148 @@
+"""What may be forgotten: against the oracle's masks of all later rows, and a cache that forgets it."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, reject
+from hypothesis import strategies as st
+
+import attndsl
+import attndsl.serving
+from attndsl import oracle
+from attndsl.eviction import retention
+from attndsl.program import CallShape
+from tests.accuracy import examples
+from tests.strategies import Case, composed_programs
+
+pytestmark = pytest.mark.filterwarnings("ignore::attndsl.PatternWarning")
+STREAMING = "causal & (window(20) | sink(3))"
+
+
+@given(case=composed_programs(lengths=(24, 33), scores=False), page=st.sampled_from((1, 4)), tokens=st.integers(0, 33))
+@examples(15)
+def test_what_is_evictable_is_not_read(case: Case, page: int, tokens: int) -> None:
+    """No row from `tokens` on, of the case's own length, reads an evictable page."""
+    program, shape = case.load(), case.shape
+    if program.align_start:
+        reject()
+    whole = CallShape(shape.batch, shape.heads, shape.kv_heads, shape.k_len, shape.k_len, 8, 8)
+    rows_of = {d for decl in program.inputs for d in decl.dims if d.axis.value == "q" and d.block == 1}
+    if rows_of and shape.rows != shape.k_len:
+        reject()  # Its rows are given for a part of the positions.
+    kept = retention(program, page)
+    mask = oracle.mask(program, whole, case.inputs, case.args)
+    read = np.asarray(mask[:, :, tokens:].any((0, 1, 2)))
+    pages = np.arange(-(-shape.k_len // page))
+    for i in pages[kept.evictable(tokens, pages)]:
+        assert (i + 1) * page <= tokens
+        assert not read[i * page : (i + 1) * page].any()
+
+
+@pytest.mark.parametrize(
+    ("text", "needed"),
+    [
+        ("causal", range(100)),
+        ("causal & window(10)", range(91, 100)),
+        ("causal & (window(10) | sink(4))", [*range(4), *range(91, 100)]),
+        # A column comes back 16 rows later, and again.
+        ("causal & dilated(16)", range(100)),
+        ("causal & dilated(16) & window(33)", range(68, 100)),
+        ("{ q - k == 40 }", range(60, 100)),
+        ("causal & same_block(32)", range(96, 100)),
+        ("causal & (strided(25) | window(3))", [0, 25, 50, 75, 98, 99]),
+        ("{ k <= q and (k < Nk // 4 or q - k < 3) }", range(100)),
+        ("none", ()),
+    ],
+)
+def test_evictable(text: str, needed: range | list[int]) -> None:
+    assert attndsl.compile(text).evictable(100) == sorted(set(range(100)) - set(needed))
+
+
+def test_evictable_with_what_is_known() -> None:
+    local = attndsl.compile("attention a(span : runtime int) { attend causal & window(span) }")
+    assert local.evictable(100, 4) == []
+    assert local.evictable(100, 4, span=10) == list(range(22))
+    duo = attndsl.compile(
+        "attention duo { input full : bool[g]  attend causal & (if full[g] then all else window(10)) }"
+    )
+    assert duo.evictable(100, 4) == []
+    assert duo.evictable(100, 4, full=np.array([False, True])) == []
+    assert duo.evictable(100, 4, full=np.array([False, False])) == list(range(22))
+    spans = attndsl.compile("attention a(span : int[h]) { attend causal & window(span[h]) }", span=[5, 30])
+    assert spans.evictable(100, 4) == list(range(17))
+    documents = attndsl.compile("attention a { input doc : int[b, k]  attend causal & document(doc) & window(10) }")
+    assert documents.evictable(100, 4) == list(range(22))
+
+
+# ----------------------------------------------------------------------------------------- the pool
+
+
+def draw(*size: int) -> torch.Tensor:
+    return torch.randn(size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+def test_a_cache_that_forgets(dtype: torch.dtype) -> None:
+    """Generation token by token, after a prompt in chunks, equals attention to everything; memory stays flat."""
+    torch.manual_seed(0)
+    attn = attndsl.compile(STREAMING)
+    cache = attndsl.serving.PagedCache(
+        attn, batch=2, kv_heads=1, head_dim=8, pages=16, page=4, max_len=80, dtype=dtype, bounds=True
+    )
+    size = cache.bytes
+    k, v = draw(2, 1, 65, 8).to(dtype), draw(2, 1, 65, 8).to(dtype)
+    at = 0
+    for step in (7, 1, 12, *[1] * 45):
+        rows = slice(at, at + step)
+        at += step
+        q = draw(2, 2, step, 8)
+        cache.append(k[:, :, rows], v[:, :, rows])
+        out = cache.decode(q)
+        if at % 11 < 2 or step > 1:
+            exact = attn.reference(q, k[:, :, :at].float(), v[:, :, :at].float())
+            torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    assert cache.lengths == [65, 65] == cache.seq_lens.tolist()
+    assert cache.pages_held <= 2 * 7 and cache.bytes == size
+    # The bounds of a page are those of its keys.
+    assert cache.k_min is not None and cache.k_max is not None
+    for b in range(2):
+        for place in (0, 15, 16):
+            page = int(cache.page_table[b, place])
+            keys = k[b, 0, 4 * place : 4 * place + 4].float()
+            assert torch.equal(cache.k_min[page, 0].float(), keys.amin(0))
+            assert torch.equal(cache.k_max[page, 0].float(), keys.amax(0))
+
+
+def test_sequences_come_and_go() -> None:
+    attn = attndsl.compile("causal")
+    cache = attndsl.serving.PagedCache(attn, batch=3, kv_heads=1, head_dim=8, pages=6, page=4, max_len=16)
+    k = draw(3, 1, 5, 8)
+    cache.append(k[:2], k[:2], sequences=[2, 0])
+    assert cache.lengths == [5, 0, 5] and cache.pages_held == 4
+    q = draw(3, 1, 1, 8)
+    out = cache.decode(q)
+    assert not out[1].any()
+    torch.testing.assert_close(out[2:].double(), attn.reference(q[2:], k[:1], k[:1]), rtol=1e-5, atol=1e-5)
+    with pytest.raises(attndsl.PatternError, match="3 more pages are needed and 2 of 6 are free") as caught:
+        cache.append(draw(1, 1, 9, 8), draw(1, 1, 9, 8), sequences=[1])
+    assert caught.value.diagnostics[0].code == "A557"
+    assert cache.lengths == [5, 0, 5]
+    cache.release(2)
+    cache.append(draw(1, 1, 9, 8), draw(1, 1, 9, 8), sequences=[1])
+    assert cache.lengths == [5, 9, 0] and cache.pages_held == 5
+    with pytest.raises(attndsl.PatternError, match="passes max_len = 16"):
+        cache.append(draw(1, 1, 8, 8), draw(1, 1, 8, 8), sequences=[1])
+
+
+def test_a_million_tokens_in_constant_memory() -> None:
+    """What is held after 2^20 tokens is what was held after 2^10: the sets hold for every length."""
+    kept = attndsl.compile("causal & (window(1024) | sink(64))").retention(16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for tokens in (1 << 14, 1 << 20, (1 << 20) + 7):
+            pages = np.arange(-(-tokens // 16))
+            assert (~kept.evictable(tokens, pages)).sum() in (4 + 64, 4 + 65)

@@ -1,0 +1,112 @@
+"""Kernels printed once: what decides the text decides the entry, and a printed kernel is not planned again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import attndsl
+from attndsl.codegen.gluon_forward import forward_source as gluon_source
+from attndsl.codegen.triton_forward import forward_source as triton_source
+from attndsl.piece_plans import forward_plans
+from attndsl.plan import Backend, ForwardPlan, Printed, Spec, Tiling
+from attndsl.runtime.build import parameters
+from attndsl.runtime.cache import KernelCache
+from attndsl.runtime.printing import compiler_digest, printed_forward
+from attndsl.targets import make_spec
+
+SPEC = make_spec("sm_90", "triton", 4, 2, 128)
+PROGRAM = attndsl.compile("causal & (sink(4) | window(100))").program
+PRINTERS = {Backend.TRITON: triton_source, Backend.GLUON: gluon_source}
+
+
+def refuse(plan: ForwardPlan) -> str:
+    raise AssertionError("planned again")
+
+
+NOTHING = {Backend.TRITON: refuse, Backend.GLUON: refuse}
+
+
+def printed(folder: Path, spec: Spec = SPEC, tiling: Tiling | None = None, again: bool = False) -> Printed:
+    """As a process of its own would: with a cache that holds nothing in memory."""
+    cache = KernelCache(folder / "kernels")
+    (found,) = printed_forward(PROGRAM, spec, (Backend.TRITON,), tiling, NOTHING if again else PRINTERS, cache)
+    return found
+
+
+def test_a_printed_kernel_is_not_planned_again(tmp_path: Path) -> None:
+    first = printed(tmp_path)
+    assert first == printed(tmp_path, again=True)
+    assert first.text == triton_source_of(first)
+
+
+def triton_source_of(kernel: Printed) -> str:
+    (found,) = printed_forward(PROGRAM, SPEC, (Backend.TRITON,), kernel.tiling, PRINTERS, None)
+    return found.text
+
+
+@pytest.mark.parametrize("other", ["spec", "tiling", "sources", "pattern"])
+def test_what_decides_a_text_decides_its_entry(tmp_path: Path, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed(tmp_path)
+    with pytest.raises(AssertionError, match="planned again"):
+        match other:
+            case "spec":
+                printed(tmp_path, replace(SPEC, dim=64, v_dim=64), again=True)
+            case "tiling":
+                printed(tmp_path, tiling=Tiling(32, 32), again=True)
+            case "sources":
+                monkeypatch.setattr("attndsl.runtime.printing.compiler_digest", lambda: "another compiler")
+                printed(tmp_path, again=True)
+            case _:
+                program = attndsl.compile("causal & (sink(4) | window(101))").program
+                cache = KernelCache(tmp_path / "kernels")
+                printed_forward(program, SPEC, (Backend.TRITON,), None, NOTHING, cache)
+
+
+def test_the_choice_of_a_lowering_is_kept(tmp_path: Path) -> None:
+    both, spec = (Backend.GLUON, Backend.TRITON), replace(SPEC, heads=2)
+    caches = (KernelCache(tmp_path / "kernels") for _ in range(2))
+    first, again = (
+        printed_forward(PROGRAM, spec, both, None, printers, cache)
+        for printers, cache in zip((PRINTERS, NOTHING), caches, strict=True)
+    )
+    assert first == again
+    assert first[0].spec.backend is Backend.GLUON
+    assert "gluon" in first[0].text
+
+
+@pytest.mark.parametrize("text", ["causal & window(100)", "causal & (window(128) | dilated(128))"])
+def test_layouts_are_kept(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A printed pattern is not searched again, be it whole or in pieces."""
+    program = attndsl.compile(text).program
+    both = (Backend.GLUON, Backend.TRITON)
+    first = printed_forward(program, SPEC, both, None, PRINTERS, KernelCache(tmp_path / "kernels"))
+    plans = forward_plans(program, first[0].spec)
+    assert [(x.layout, x.follows, x.tiling, x.spec) for x in first] == [
+        (x.layout, x.follows, x.tiling, x.spec) for x in plans
+    ]
+
+    def refuse_to_search(*_: object) -> None:
+        raise AssertionError("searched again")
+
+    for module in ("pieces", "piece_plans", "targets"):
+        monkeypatch.setattr(f"attndsl.{module}.choose_pieces", refuse_to_search)
+    assert printed_forward(program, SPEC, both, None, NOTHING, KernelCache(tmp_path / "kernels")) == first
+
+
+def test_pieces_have_no_hopper_lowering() -> None:
+    program = attndsl.compile("causal & (window(128) | dilated(128))").program
+    with pytest.raises(attndsl.PatternError, match="A510"):
+        printed_forward(program, SPEC, (Backend.GLUON,), None, PRINTERS, None)
+
+
+def test_parameters_are_those_of_the_printed_function(tmp_path: Path) -> None:
+    names = parameters(printed(tmp_path).text, "attention_forward")
+    assert {"q_ptr", "k_desc", "lse_ptr", "scale", "rows", "k_len"} <= set(names)
+    assert all(name.isidentifier() for name in names)
+
+
+def test_digest_covers_the_compiler() -> None:
+    assert len(compiler_digest()) == 64
