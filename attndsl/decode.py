@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from attndsl.derive import derive
 from attndsl.diagnostics import error
 from attndsl.evaluate import evaluate
 from attndsl.plan import DType, ForwardPlan, Plan, Spec, Tiling, forward_plan, head_parts, run_scalars
@@ -80,11 +79,6 @@ def decode_plan(
     tiling: its `block_q` counts the rows of all heads in a tile. Where the tiles that a row visits depend on its head,
     a tile is of one head: the union over heads could be all keys.
     """
-    if any(decl.derivation is not None for decl in derive(program).inputs):
-        raise error(
-            "A559", "decode over caches does not yet take `random`, `on segment` and `coarsen` of data",
-            program.branch.span, help="call the attention on each sequence's own keys",
-        )  # fmt: skip
     plan = _plan(program, spec, rows, cache, split, _pack(spec, rows), tiling)
     if plan.pack > 1 and any(reads(x, "h") for x in run_scalars(plan.runs)):
         return _plan(program, spec, rows, cache, split, 1, tiling)
@@ -106,6 +100,11 @@ def _plan(
     tiling = tiling or decode_tiling(spec, cache, rows, pack)
     of_rows = replace(tiling, block_q=max(tiling.block_q // pack, 1))
     base = forward_plan(program, spec, of_rows)
+    if any(decl.derivation is not None for decl in base.program.inputs):
+        raise error(
+            "A559", "decode over caches does not yet take `random`, `on segment` and `coarsen` of data",
+            program.branch.span, help="call the attention on each sequence's own keys",
+        )  # fmt: skip
     runs = _of_key_heads(base)
     return DecodePlan(
         program, spec, of_rows, runs, base.mask, base.scale, base.score, base.sink, base.weights, cache, pack, split

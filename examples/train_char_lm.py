@@ -4,7 +4,7 @@
     python examples/train_char_lm.py --pattern "causal & (window(128) | sink(4))" --steps 500 --out runs
 
 The text is the language reference that every Python carries; the last tenth of it is held out. On a CPU the default
-run takes about two minutes on two cores; on a GPU, where the model runs under bfloat16 autocast, sizes are larger.
+run takes about two minutes, even with one core; on a GPU, under bfloat16 autocast, sizes are larger.
 
 Three copies of one model take every step on the same batch, from the same seed:
 
@@ -282,7 +282,7 @@ def settings_for(
         config = Config(vocabulary, pattern, context or 2048, layers=6, dim=512, heads=8, kv_heads=2)
         return Settings(config, steps or 500, batch or 16, device, DTYPES[dtype or "bfloat16"], rate=1e-3, seed=seed)
     config = Config(vocabulary, pattern, context or 1024)
-    return Settings(config, steps or 150, batch or 2, device, DTYPES[dtype or "float32"], seed=seed)
+    return Settings(config, steps or 100, batch or 2, device, DTYPES[dtype or "float32"], seed=seed)
 
 
 def check_pattern(attn: attndsl.Attention) -> None:
@@ -300,7 +300,7 @@ def check_pattern(attn: attndsl.Attention) -> None:
 def main(
     pattern: Annotated[str, typer.Option(help="Who attends to whom: a pattern, or an .attn file.")] = PATTERN,
     out: Annotated[Path, typer.Option(help="Folder for the picture and the checkpoint.")] = Path(),
-    steps: Annotated[int | None, typer.Option(min=1, help="Default 150; on a GPU 500.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default 100; on a GPU 500.")] = None,
     context: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a sequence; default 1024, on a GPU 2048.")
     ] = None,

@@ -13,7 +13,7 @@ from attndsl.diagnostics import error
 from attndsl.program import CallShape
 from attndsl.runtime.decode import DecodeTensors
 from attndsl.runtime.engine import empty_output
-from attndsl.runtime.ops import checked_values, watched
+from attndsl.runtime.ops import checked_values, traced, wants_gradients
 from attndsl.runtime.registry import decoder_of
 
 LAYOUTS = ("hnd", "nhd")
@@ -40,12 +40,13 @@ def decode(
     layout: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output and lse; past the dispatcher where nothing watches the call."""
+    """Output and lse; past the dispatcher where nothing traces the call or asks for gradients."""
     checked_values(key, inputs, args)
     call = (
         key, q, k_cache, v_cache, seq_lens, page_table, k_scale, v_scale, inputs, args, scale, layout, backend
     )  # fmt: skip
-    if torch.compiler.is_compiling() or watched((q, k_cache, v_cache, *inputs)):
+    tensors = (q, k_cache, v_cache, *inputs)
+    if traced(tensors) or wants_gradients(tensors):
         found: tuple[Tensor, Tensor] = torch.ops.attndsl.decode(*call)
         return found
     return _decode(*call)

@@ -33,20 +33,23 @@ def attend(
     key: str, q: Tensor, k: Tensor, v: Tensor, inputs: list[Tensor], args: list[int], scale: float | None, backend: str,
     dropout: float = 0, seed: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and lse. Where nothing watches the call (no tracing, no gradients, plain tensors) it skips the dispatcher,
-    which costs several times a launch."""
+    """Output and lse. Where nothing traces the call (no modes, plain tensors) it skips the dispatcher, which costs
+    several times a launch."""
     checked_values(key, inputs, args)
     rate, given = 0.0, None
     if dropout != 0:
         rate, given = check_rate(dropout), seed_tensor(seed, q.device)
-    if torch.compiler.is_compiling() or watched((q, k, v, *inputs)):
-        out: tuple[Tensor, Tensor]
+    out: tuple[Tensor, Tensor]
+    if traced((q, k, v, *inputs)):
         if _transformed():
             if torch.is_autocast_enabled(q.device.type):
                 q, k, v = _in_dtype(torch.get_autocast_dtype(q.device.type), q, k, v)
             out = _Attend.apply(key, scale, backend, args, rate, given, q, k, v, *inputs)
         else:
             out = torch.ops.attndsl.forward(key, q, k, v, inputs, args, scale, backend, rate, given)
+        return out
+    if wants_gradients((q, k, v, *inputs)):
+        out = _Attend.apply(key, scale, backend, args, rate, given, q, k, v, *inputs)
         return out
     return _forward(key, q, k, v, inputs, args, scale, backend, rate, given)
 
@@ -73,20 +76,25 @@ def _misfit(program: Program, inputs: Sequence[object], args: Sequence[object]) 
     return error("A516", f"`{name}` is a runtime int, not {repr(value)[:40]}", help="pass a Python int")
 
 
-def watched(tensors: tuple[Tensor, ...]) -> bool:
+def traced(tensors: tuple[Tensor, ...]) -> bool:
     """Whether a call has to go through torch's dispatcher."""
     if (
-        tensors[0].is_meta
+        torch.compiler.is_compiling()
+        or tensors[0].is_meta
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._is_any_autocast_enabled()
     ):
         return True
-    grad = torch.is_grad_enabled()
     for x in tensors:  # noqa: SIM110 (a generator costs more than the loop)
-        if (grad and x.requires_grad) or (type(x) is not Tensor and type(x) is not Parameter):
+        if type(x) is not Tensor and type(x) is not Parameter:
             return True
     return False
+
+
+def wants_gradients(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether autograd records a call."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _dropout(rate: float, seed: Tensor | None) -> Dropout | None:
@@ -204,6 +212,8 @@ class _Attend(torch.autograd.Function):
         v: Tensor,
         *inputs: Tensor,
     ) -> Any:
+        if not traced((q, k, v, *inputs)):
+            return _forward(key, q, k, v, inputs, args, scale, backend, dropout, seed)
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.attndsl.forward(key, q, k, v, list(inputs), args, scale, backend, dropout, seed)
 
@@ -222,7 +232,10 @@ class _Attend(torch.autograd.Function):
         key, args, scale, backend, dropout = ctx.call
         if dout is None:
             dout = torch.zeros_like(out)
-        differentiate = _backward_autograd if _transformed() else torch.ops.attndsl.backward
+        differentiate: Callable[..., Any] = _backward
+        # A second derivative was asked for (and is refused there), or something traces the call.
+        if torch.is_grad_enabled() or traced((dout, q, k, v, *inputs)):
+            differentiate = _backward_autograd if _transformed() else torch.ops.attndsl.backward
         dq, dk, dv, found = differentiate(
             key, dout, dlse, q, k, v, out, lse, inputs, args, scale, backend, dropout, seed
         )

@@ -232,10 +232,10 @@ def test_torch_compile(layout: str) -> None:
 
 def test_empty_calls() -> None:
     attn = attndsl.compile("causal")
-    k = random(2, 1, 8, 16)
-    for backend in ("cpu", "triton"):
-        assert attn.decode(random(2, 1, 0, 16), k, k, ints(8, 8), backend=backend).shape == (2, 1, 0, 16)
-        assert attn.decode(random(0, 1, 1, 16), k[:0], k[:0], ints(), backend=backend).shape == (0, 1, 1, 16)
+    for backend, device in (("cpu", "cpu"), ("triton", DEVICE)):
+        none, one, k = (random(*size, 16).to(device) for size in ((2, 1, 0), (0, 1, 1), (2, 1, 8)))
+        assert attn.decode(none, k, k, ints(8, 8).to(device), backend=backend).shape == (2, 1, 0, 16)
+        assert attn.decode(one, k[:0], k[:0], ints().to(device), backend=backend).shape == (0, 1, 1, 16)
 
 
 def test_heads_that_see_different_keys_have_programs_of_their_own() -> None:

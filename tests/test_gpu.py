@@ -91,6 +91,40 @@ def test_a_decode_graph_serves_all_lengths() -> None:
                 assert not out[b].any()
 
 
+LEARNED = """attention learned { input sinks : float[h] learnable
+    input bias : float[h, 65] learnable
+    input table : float[h, 8, 8] learnable
+    softmax with sink sinks[h]
+    score s + bias[h, clamp(q - k, 0, 64)] + table[h, q % 8, k % 8]
+    attend causal & window(100) }"""
+
+
+def test_a_graph_of_training_steps_replays_on_new_contents() -> None:
+    """Forward and backward, gradients of learnable inputs included, captured once."""
+    attn = attndsl.compile(LEARNED)
+    given = [x.requires_grad_() for x in tensors(1, 2, 300, 64)]
+    learned = [torch.randn(2, *size, device="cuda", requires_grad=True) for size in ((), (65,), (8, 8))]
+    inputs: dict[str, Any] = dict(zip(("sinks", "bias", "table"), learned, strict=True))
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(attn(*given, **inputs).float().square().sum(), (*given, *learned))
+
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(side):
+        gradients()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients()
+    with torch.no_grad():
+        for x in (*given, *learned):
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.cuda.synchronize()
+    for found, again in zip(captured, gradients(), strict=True):
+        assert torch.equal(found, again)
+
+
 def test_launches_on_the_current_stream() -> None:
     attn = attndsl.compile(PATTERN)
     q, k, v = tensors(1, 2, 4096, 64)

@@ -28,6 +28,7 @@ from tests.cases import CASES
 from tests.derived import derived
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WORD = (1 << 64) - 1
 
 
@@ -203,8 +204,9 @@ def test_nested(name: str, backend: str) -> None:
     attn = load_attention(NESTED[name])
     for n, rows in ((65, 65), (41, 3)):
         q, k, v = qkv(n, rows)
-        out, lse = attn(q, k, v, backend=backend, return_lse=True)
-        check(attn.program, q, k, v, {}, {}, out, lse)
+        given = (x.to(DEVICE if backend == "triton" else "cpu") for x in (q, k, v))
+        out, lse = attn(*given, backend=backend, return_lse=True)
+        check(attn.program, q, k, v, {}, {}, out.cpu(), lse.cpu())
 
 
 @pytest.mark.parametrize("strip", [1, 7, 200])
