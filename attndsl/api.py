@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from attndsl.blockgraph import BlockGraph
     from attndsl.eviction import Retention
     from attndsl.explain import Explanation, Question
+    from attndsl.piece_tiles import PieceTiles
     from attndsl.runtime.cache import KernelCache
     from attndsl.runtime.decode import DecodeGenerators
     from attndsl.runtime.engine import Engine
@@ -310,11 +311,34 @@ class Attention:
         shape = CallShape(batch_of(self.program, arrays), heads, kv_heads, q_len, k_len, 64, 64)
         return asked(lambda: block_graph(self.program, checked(shape), block_q, block_k, arrays, args))
 
-    def kernels(self) -> tuple[str, ...]:
-        """Names of the kernels that `source` and `assembly` show."""
-        from attndsl.targets import KERNELS
+    def pieces(
+        self, q_len: int, k_len: int, block_q: int = 128, block_k: int = 128, heads: int = 1, kv_heads: int = 1,
+        **inputs: Any,
+    ) -> tuple[PieceTiles, ...]:  # fmt: skip
+        """The pieces in which a call visits the pattern, each in its own order of tokens, and how many tiles each has.
 
-        return KERNELS
+        >>> import attndsl
+        >>> [(piece.layout, piece.tiles) for piece in attndsl.compile("dilated(16)").pieces(4096, 4096)]
+        [('queries and keys 1 of every 16, from residue on', 64)]
+
+        `blocks` shows the tiles of tokens in order. inputs: as there.
+        """
+        from attndsl.piece_tiles import count_pieces
+
+        arrays, args = self._known(inputs)
+        shape = CallShape(batch_of(self.program, arrays), heads, kv_heads, q_len, k_len, 64, 64)
+        return asked(lambda: count_pieces(self.program, checked(shape), block_q, block_k, arrays, args))
+
+    def kernels(self, heads: int = 8, kv_heads: int | None = None) -> tuple[str, ...]:
+        """Names of the kernels that `source` and `assembly` show; a pattern in several pieces has one for each.
+
+        >>> import attndsl
+        >>> attndsl.compile("causal & (window(128) | dilated(128))").kernels()
+        ('forward', 'forward_2', 'dq', 'dkdv', 'dq_2', 'dkdv_2', 'decode')
+        """
+        from attndsl.targets import kernel_names
+
+        return kernel_names(self.program, heads, heads if kv_heads is None else kv_heads)
 
     def source(
         self,
@@ -333,7 +357,8 @@ class Attention:
         """The generated source text of a kernel, for dense tensors of these sizes. Needs neither GPU nor torch.
 
         kernel: "forward", "dq" and "dkdv" (gradients; on the CPU one function makes all, and either name shows it), or
-            "decode" of `rows` rows over a cache in pages of `page` tokens (None: contiguous).
+            "decode" of `rows` rows over a cache in pages of `page` tokens (None: contiguous). "forward_2" is that of
+            the pattern's second piece: see `kernels`.
         target: sm_80, sm_86, sm_89, sm_90, sm_100, gfx90a or gfx942; the CPU backend ignores it.
         backend: "triton", "gluon" (Hopper) or "cpu".
         """
@@ -410,13 +435,13 @@ class Attention:
         """The first and the last stage: the syntax tree, and the generated source."""
         from rich.pretty import pretty_repr
 
-        from attndsl.plan import default_tiling, forward_plan
+        from attndsl.piece_plans import forward_plans
         from attndsl.wiring import generated
 
         source = self.program.source
         syntax = "" if source is None else pretty_repr(parse(source.text, name=source.name), max_width=100)
-        plan = forward_plan(self.program, question.spec, default_tiling(question.spec))
-        return syntax, generated(plan)
+        plans = forward_plans(self.program, question.spec)
+        return syntax, "\n".join(map(generated, plans))
 
     def _known(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
         """Inputs as numpy arrays, and runtime arguments. Inputs may be missing: what needs one says so itself."""

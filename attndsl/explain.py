@@ -13,14 +13,18 @@ from numpy.typing import NDArray
 from attndsl.blockgraph import BlockGraph, block_graph
 from attndsl.derivation import BlockMap, Draw, Offsets
 from attndsl.diagnostics import Diagnostic
+from attndsl.layout import PLAIN
 from attndsl.notation import Level, input_text, program_text, scalar_text, set_text
 from attndsl.pairs import allowed, count_pairs, spans, spans_text, too_dense
-from attndsl.plan import ForwardPlan, Loads, Spec, default_tiling, forward_plan
+from attndsl.piece_plans import forward_plans
+from attndsl.piece_tiles import piece_tiles
+from attndsl.pieces import BLOCK_K, BLOCK_Q, TOKENS, choose_pieces
+from attndsl.plan import ForwardPlan, Loads, Spec
 from attndsl.program import Binary, Call, CallShape, Const, If, InputDecl, Program, Read, Scalar, substitute, walk
 from attndsl.quasi_affine import condition
 from attndsl.relation import Relation, build_relation
 from attndsl.simplify import fold
-from attndsl.targets import BYTES, RATES, hopper_refusal
+from attndsl.targets import BYTES, RATES, hopper_refusal, layout_refusal
 from attndsl.tiles import Run
 from attndsl.tiling import prefers_portable
 
@@ -74,22 +78,23 @@ class Question:
 
 def explain(question: Question) -> Explanation:
     """The explanation, section by section."""
-    plan = forward_plan(question.program, question.spec, default_tiling(question.spec))
+    plans = forward_plans(question.program, question.spec)
     relation = build_relation(question.program, (question.spec.heads, question.spec.kv_heads))
     sections = [
         Section("understood", tuple(_understood(question))),
         Section("rows", tuple(_rows(question))),
         Section("simplified", tuple(_simplified(relation))),
         Section("warnings", tuple(_warnings(question.warnings))),
-        Section("planned", tuple(_planned(plan, Const(question.shape.first_position(question.program))))),
-        Section("cost", tuple(_cost(question, plan))),
+        Section("pieces", tuple(_pieces(question))),
+        Section("planned", tuple(_planned(question, plans, Const(question.shape.first_position(question.program))))),
+        Section("cost", tuple(_cost(question, plans))),
     ]
     return Explanation(tuple(s for s in sections if s.lines))
 
 
 def stages(question: Question, syntax: str, source: str) -> Explanation:
     """Every stage's own result: syntax, typed program, relation, runs, plan, source text."""
-    plan = forward_plan(question.program, question.spec, default_tiling(question.spec))
+    plans = forward_plans(question.program, question.spec)
     relation = build_relation(question.program, (question.spec.heads, question.spec.kv_heads))
     found = {
         "syntax": syntax.splitlines(),
@@ -98,11 +103,12 @@ def stages(question: Question, syntax: str, source: str) -> Explanation:
             str(relation.pairs),
             *(f"{name} stands for {scalar_text(e)}" for name, e in (relation.uniform | relation.atoms).items()),
         ],
-        "runs": list(_run_lines(plan)),
-        "plan": list(_planned(plan, None)),
+        "pieces": list(_pieces(question)),
+        "runs": [line for plan in plans for line in _run_lines(plan)],
+        "plan": list(_planned(question, plans, None)),
         "source": source.splitlines(),
     }
-    return Explanation(tuple(Section(title, tuple(lines)) for title, lines in found.items()))
+    return Explanation(tuple(Section(title, tuple(lines)) for title, lines in found.items() if lines))
 
 
 # ------------------------------------------------------------------------------------- understood
@@ -209,42 +215,72 @@ def _warnings(warnings: tuple[Diagnostic, ...]) -> list[str]:
     return [line for warning in warnings for line in warning.render().splitlines()] if warnings else []
 
 
+# ----------------------------------------------------------------------------------------- pieces
+
+
+def _pieces(question: Question) -> list[str]:
+    """The layouts that were considered, and the pieces chosen."""
+    spec = question.spec
+    choice = choose_pieces(question.program, (spec.heads, spec.kv_heads))
+    if choice.note:
+        return [choice.note]
+    if len(choice.considered) < 2:
+        return []
+    chosen = (PLAIN,) if choice.plain else tuple(piece.layout for piece in choice.pieces)
+    lines = [f"considered, each with its cost at {TOKENS:,} tokens in tiles of {BLOCK_Q} x {BLOCK_K}:"]
+    for division in sorted(choice.considered, key=lambda division: division.cost):
+        mark = "chosen: " if set(division.layouts) == set(chosen) else ""
+        lines.append(f"  {division.cost:,.0f}  {mark}{'; then '.join(map(str, division.layouts))}")
+        if mark:
+            chosen = ()
+    return lines if choice.plain else [*lines, "with dropout: tokens in order"]
+
+
 # ---------------------------------------------------------------------------------------- planned
 
 
-def _lowering(plan: ForwardPlan) -> str:
+def _lowering(program: Program, spec: Spec) -> str:
     """Which lowering a call on the target gets."""
-    if plan.spec.target == "cpu":
+    if spec.target == "cpu":
         return "blocked PyTorch"
-    if reason := hopper_refusal(plan.program, plan.spec):
+    if reason := hopper_refusal(program, spec) or layout_refusal(program, spec):
         return f"portable Triton, since {reason}"
-    if prefers_portable(plan.program, plan.spec):
+    if prefers_portable(program, spec):
         return "portable Triton, predicted to be ahead of the Hopper lowering with these heads and so few tiles a row"
     tested = "the Hopper lowering (Gluon), with the Triton versions it was tested on"
     return f"{tested}; else, and with dropout, portable Triton"
 
 
-def _planned(plan: ForwardPlan, start: Scalar | None) -> list[str]:
-    spec, tiling = plan.spec, plan.tiling
+def _planned(question: Question, plans: tuple[ForwardPlan, ...], start: Scalar | None) -> list[str]:
+    plan = plans[0]
+    spec = plan.spec
     if spec.target == "cpu":
         backend = "blocked PyTorch, since there is no GPU to compile for"
     elif spec.loads is Loads.DESCRIPTOR:
         backend = f"portable Triton for {spec.target}, with hardware tensor copies (TMA) of k and v"
     else:
         backend = f"portable Triton for {spec.target}, loading k and v through pointers"
-    warps = "" if spec.target == "cpu" else f", {tiling.warps} warps, {tiling.stages} stages"
     lines = [
         f"backend: {backend}",
-        f"tiles of {tiling.block_q} rows x {tiling.block_k} keys{warps} (the default for "
-        f"{spec.dtype.value}, D = {spec.dim}, on this target)",
-        f"on a call: {_lowering(plan)}",
+        f"{_tiles_text(plan)} (the default for {spec.dtype.value}, D = {spec.dim}, on this target)",
+        f"on a call: {_lowering(question.program, question.spec)}",
         *(f"computed before the kernel: {input_text(d)}, {_made_of(d)}" for d in plan.program.inputs if d.derivation),
-        *_run_lines(plan, start),
     ]
-    if plan.runs.partial:
-        mask = "none: nothing but the ends of the keys" if plan.mask is None else scalar_text(plan.mask)
-        lines.append(f"mask of partial tiles: {mask}")
+    for number, piece in enumerate(plans, 1):
+        if len(plans) > 1 or not piece.layout.plain:
+            tiles = "" if piece.tiling == plan.tiling else f", in {_tiles_text(piece)}"
+            lines.append(f"piece {number} of {len(plans)}: {piece.layout}{tiles}")
+        lines += _run_lines(piece, start)
+        if piece.runs.partial:
+            mask = "none: nothing but the ends of the keys" if piece.mask is None else scalar_text(piece.mask)
+            lines.append(f"mask of partial tiles: {mask}")
     return lines
+
+
+def _tiles_text(plan: ForwardPlan) -> str:
+    tiling = plan.tiling
+    warps = "" if plan.spec.target == "cpu" else f", {tiling.warps} warps, {tiling.stages} stages"
+    return f"tiles of {tiling.block_q} rows x {tiling.block_k} keys{warps}"
 
 
 def _made_of(decl: InputDecl) -> str:
@@ -267,7 +303,10 @@ def _run_lines(plan: ForwardPlan, start: Scalar | None = None) -> list[str]:
     if not (plan.runs.full or plan.runs.partial):
         return ["no tile is visited"]
     first = "start" if start is None else scalar_text(start)
-    lines = [f"query tile q_tile, whose first row stands at {first} + {plan.tiling.block_q} * q_tile, visits"]
+    where = f"stands at {first} + {plan.tiling.block_q} * q_tile"
+    if not plan.layout.q.every:
+        where = f"is the residue's number i_start + {plan.tiling.block_q} * q_tile"
+    lines = [f"query tile q_tile, whose first row {where}, visits"]
     known = {} if start is None else {"start": start}
     return lines + [f"  {_run_text(run, known)}" for run in (*plan.runs.full, *plan.runs.partial)]
 
@@ -291,8 +330,8 @@ def _run_text(run: Run, known: Mapping[str, Scalar]) -> str:
 # ------------------------------------------------------------------------------------------- cost
 
 
-def _cost(question: Question, plan: ForwardPlan) -> list[str]:
-    shape, spec, tiling = question.shape, question.spec, plan.tiling
+def _cost(question: Question, plans: tuple[ForwardPlan, ...]) -> list[str]:
+    shape, spec, tiling = question.shape, question.spec, plans[0].tiling
     inputs, args = question.inputs or {}, question.args or {}
     lines = [
         f"call: batch {shape.batch}, {shape.heads} query and {shape.kv_heads} key heads, {shape.rows:,} rows, "
@@ -303,13 +342,22 @@ def _cost(question: Question, plan: ForwardPlan) -> list[str]:
     except ValueError as missing:
         return [*lines, f"tiles: {missing}"]
     flops_of_pair = 2 * (spec.dim + spec.v_dim)
-    area = tiling.block_q * tiling.block_k
-    lines.append(
-        f"tiles: {graph.tiles:,} of {graph.classes.size * graph.q_tiles * graph.k_tiles:,} visited "
-        f"({100 * graph.density:.2f} %), {graph.full:,} full and {graph.partial:,} partial"
-    )
+    area = graph.tiles * tiling.block_q * tiling.block_k
+    every = graph.classes.size * graph.q_tiles * graph.k_tiles
+    share = f"({100 * graph.density:.2f} %)"
+    if len(plans) == 1 and plans[0].layout.plain:
+        lines.append(
+            f"tiles: {graph.tiles:,} of {every:,} visited {share}, {graph.full:,} full and {graph.partial:,} partial"
+        )
+    else:
+        pieces = [piece_tiles(plan, shape, inputs, args) for plan in plans]
+        tiles = sum(piece.tiles for piece in pieces)
+        area = sum(x.tiles * plan.tiling.block_q * plan.tiling.block_k for x, plan in zip(pieces, plans, strict=True))
+        found = " + ".join(f"{piece.full:,} full and {piece.partial:,} partial" for piece in pieces)
+        lines.append(f"tiles: {tiles:,} visited in {len(plans)} piece{'s' * (len(plans) > 1)}, {found}")
+        lines.append(f"tokens in order: {graph.tiles:,} of {every:,} tiles {share}")
     lines.append(_pairs_line(question, graph, flops_of_pair))
-    flops = graph.tiles * area * flops_of_pair
+    flops = area * flops_of_pair
     moved = BYTES[spec.dtype] * shape.batch * (
         shape.rows * shape.heads * (spec.dim + spec.v_dim) + shape.k_len * shape.kv_heads * (spec.dim + spec.v_dim)
     )  # fmt: skip

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 from attndsl.derive import derive, with_needed
 from attndsl.effort import TooHard, bounded
+from attndsl.layout import PLAIN, Layout
 from attndsl.learned import Learned
 from attndsl.linear import normalise
 from attndsl.program import (
@@ -33,6 +35,9 @@ from attndsl.quasi_affine import condition
 from attndsl.relation import Lowering, Relation
 from attndsl.simplify import fold, specialise
 from attndsl.tiles import Run, Side, TileRuns, tile_runs
+
+# A pair's tokens, and their indices in a layout.
+PAIR = ("q", "k", "i", "j")
 
 
 class DType(Enum):
@@ -121,6 +126,8 @@ class Plan:
     `runs`: key tiles of a query tile. `mask`: the condition under which a pair of a partial tile is allowed
     (None: all are). `scale`: an expression of the program, or None where it is a kernel argument.
     `score`, `sink`, `weights`: as in `program.Branch`, specialised.
+    `layout`: the order in which it counts tokens; the runs are in its indices, which a mask calls i and j.
+    `follows`: it is a further piece of the program's pattern, and adds to what the pieces before it have found.
     """
 
     program: Program
@@ -132,6 +139,8 @@ class Plan:
     score: Scalar | None
     sink: Scalar | None
     weights: Scalar | None
+    layout: Layout = field(default=PLAIN, kw_only=True)
+    follows: bool = field(default=False, kw_only=True)
 
     @property
     def softmax(self) -> bool:
@@ -183,12 +192,17 @@ class ForwardPlan(Plan):
 
 @dataclass(frozen=True, slots=True)
 class Printed:
-    """A forward kernel's text and what a launch takes beside it: what is left of a plan once it is printed."""
+    """A forward kernel's text and what a launch takes beside it: what is left of a plan once it is printed.
+
+    `layout`, `follows`: as in `Plan`.
+    """
 
     program: Program
     spec: Spec
     tiling: Tiling
     text: str
+    layout: Layout = PLAIN
+    follows: bool = False
 
     @property
     def tables(self) -> tuple[TableDecl, ...]:
@@ -309,11 +323,11 @@ def forward_plan(program: Program, spec: Spec, tiling: Tiling) -> ForwardPlan:
     program = derive(program)
     lowering = Lowering(program, (spec.heads, spec.kv_heads))
     relation = lowering.relation(program.branch.pattern)
-    runs = _runs(relation, program, spec, tiling, Side.QUERY)
+    runs = closed_runs(relation, program, spec, tiling, Side.QUERY)
     # The Hopper kernel visits a tile even where there is none, and masks it.
     masked = runs.partial or spec.backend is Backend.GLUON
     mask = pair_mask(relation, _written(lowering, spec)) if masked else None
-    plan = ForwardPlan(program, spec, tiling, runs, mask, **_branch(program, spec))
+    plan = ForwardPlan(program, spec, tiling, runs, mask, **branch_scalars(program, spec))
     return replace(plan, program=with_needed(program, plan.inputs))
 
 
@@ -322,44 +336,60 @@ def backward_plan(
     program: Program, spec: Spec, tiling: Tiling, key_tiling: Tiling | None = None, uses_lse: bool = True
 ) -> BackwardPlan:
     """The backward kernels of a program for one kind of call; `key_tiling` (default: `tiling`) is that of dk and dv."""
-    # Here, since sympy takes a while to import and no other plan needs it.
-    from attndsl.score import derivative, derivatives
-
     program, key_tiling = derive(program), key_tiling or tiling
     lowering = Lowering(program, (spec.heads, spec.kv_heads))
     relation = lowering.relation(program.branch.pattern)
-    runs = _runs(relation, program, spec, tiling, Side.QUERY)
+    runs = closed_runs(relation, program, spec, tiling, Side.QUERY)
     if spec.backend is Backend.CPU:
         key_runs = TileRuns((), ())
     else:
         transposed = Lowering(program, (spec.heads, spec.kv_heads), anchor="k").relation(program.branch.pattern)
-        key_runs = _runs(transposed, program, spec, key_tiling, Side.KEY)
+        key_runs = closed_runs(transposed, program, spec, key_tiling, Side.KEY)
     masked = runs.partial or key_runs.partial
     mask = pair_mask(relation, _written(lowering, spec)) if masked else None
-    branch = _branch(program, spec)
-    logit = branch["score"] if branch["weights"] is None else branch["weights"]
-    slope = Const(1.0) if logit is None else derivative(logit, Var("s"))
+    branch = branch_scalars(program, spec)
     plan = BackwardPlan(
         program, spec, tiling, runs, mask, **branch, key_tiling=key_tiling, key_runs=key_runs,
-        d_score=None if slope == Const(1.0) else slope, learnable=derivatives(logit, program),
-        sink_learnable=derivatives(branch["sink"], program), uses_lse=uses_lse,
+        **slopes(program, branch), uses_lse=uses_lse,
     )  # fmt: skip
     return replace(plan, program=with_needed(program, plan.inputs))
 
 
 @functools.lru_cache(maxsize=1024)
 def learning_plan(plan: BackwardPlan, tiling: Tiling, side: Side) -> BackwardPlan:
-    """The plan as the kernels for inputs that q and k read together have it: with runs and a mask of their own."""
+    """The plan as the kernels for inputs that q and k read together have it: with runs and a mask of their own.
+
+    They go over the whole pattern, its tokens in order, of whichever piece the plan is.
+    """
     program, spec = plan.program, replace(plan.spec, loads=Loads.POINTER)
     lowering = Lowering(program, (spec.heads, spec.kv_heads))
     relation = lowering.relation(program.branch.pattern)
-    runs = _runs(relation, program, spec, tiling, side)
+    runs = closed_runs(relation, program, spec, tiling, side)
     mask = pair_mask(relation, _written(lowering, spec)) if runs.partial else None
-    return replace(plan, spec=spec, tiling=tiling, runs=runs, key_runs=TileRuns((), ()), mask=mask)
+    return replace(
+        plan, spec=spec, tiling=tiling, runs=runs, key_runs=TileRuns((), ()), mask=mask, layout=PLAIN, follows=False
+    )
 
 
-def _runs(relation: Relation, program: Program, spec: Spec, tiling: Tiling, side: Side) -> TileRuns:
-    runs = tile_runs(relation, tiling.block_q, tiling.block_k, side, program.align_start)
+def slopes(program: Program, branch: dict[str, Any]) -> dict[str, Any]:
+    """The derivatives that a backward plan holds."""
+    # Here, since sympy takes a while to import and no other plan needs it.
+    from attndsl.score import derivative, derivatives
+
+    logit = branch["score"] if branch["weights"] is None else branch["weights"]
+    slope = Const(1.0) if logit is None else derivative(logit, Var("s"))
+    return {
+        "d_score": None if slope == Const(1.0) else slope,
+        "learnable": derivatives(logit, program),
+        "sink_learnable": derivatives(branch["sink"], program),
+    }
+
+
+def closed_runs(
+    relation: Relation, program: Program, spec: Spec, tiling: Tiling, side: Side, layout: Layout = PLAIN
+) -> TileRuns:
+    """The runs of one side's tiles, with the sizes of a call put in."""
+    runs = tile_runs(relation, tiling.block_q, tiling.block_k, side, program.align_start, layout)
     return _specialised(runs, spec.sizes)
 
 
@@ -388,7 +418,7 @@ def without_redundant(lowering: Lowering, cond: Scalar) -> Scalar:
     return kept[0] if len(kept) == 1 else Logic("and", tuple(kept))
 
 
-def _branch(program: Program, spec: Spec) -> dict[str, Scalar | None]:
+def branch_scalars(program: Program, spec: Spec) -> dict[str, Any]:
     """What the program's branch says of scores, with the sizes of a call put in."""
     branch = program.branch
     said = {"scale": branch.scale, "score": branch.score, "sink": branch.sink, "weights": branch.weights}
@@ -404,22 +434,25 @@ def pair_mask(relation: Relation, written: Scalar) -> Scalar | None:
     candidates = [written if relation.keys_bounded else fold(Logic("and", (written, in_range)))]
     if not relation.atoms:
         candidates.append(fold(condition(relation.pairs, relation.context, relation.uniform)))
-    best = min(candidates, key=pair_cost)
-    if best == Const(True):
+    return shaped(min(candidates, key=pair_cost))
+
+
+def shaped(cond: Scalar) -> Scalar | None:
+    """None for a condition that always holds. One that does not read the pair must have a tile's shape all the same."""
+    if cond == Const(True):
         return None
-    # A condition that does not read the pair must have the shape of a tile all the same.
-    if best == Const(False):
+    if cond == Const(False):
         return Compare("<", Var("k"), Const(0))
-    return best if reads(best, "q", "k") else Logic("and", (best, Compare(">=", Var("k"), Const(0))))
+    return cond if reads(cond, *PAIR) else Logic("and", (cond, Compare(">=", Var("k"), Const(0))))
 
 
 def pair_cost(e: Scalar) -> int:
-    """Rough number of operations per pair: what reads neither q nor k is computed once."""
+    """Rough number of operations per pair: what does not read the pair is computed once."""
     costs: dict[int, int] = {}
 
     def cost(x: Scalar) -> int:
         if id(x) not in costs:
-            costs[id(x)] = 0 if not reads(x, "q", "k") else _own_cost(x) + sum(cost(y) for y in children(x))
+            costs[id(x)] = 0 if not reads(x, *PAIR) else _own_cost(x) + sum(cost(y) for y in children(x))
         return costs[id(x)]
 
     return cost(e)

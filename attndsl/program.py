@@ -38,8 +38,9 @@ class Type(Enum):
 # The names a pattern may read: q and k are token positions, h the query head, g its KV head, b the
 # batch entry, s the scaled dot product of the pair, Nq and Nk one past the last position.
 BUILTINS = frozenset({"q", "k", "b", "h", "g", "s", "Nq", "Nk", "H", "G", "D", "Dv"})
-# Names that only the compiler introduces: the tile indices, their difference, and the position of a call's first row.
-TILE_NAMES = frozenset({"q_tile", "k_tile", "diagonal", "start"})
+# Names that only the compiler introduces: the tile indices, their difference, the position of a call's first row, and
+# those of a layout (`layout.py`): the residue, a query's and a key's index in its order, and that of the first row.
+TILE_NAMES = frozenset({"q_tile", "k_tile", "diagonal", "start", "residue", "i", "j", "i_start"})
 
 ARITHMETIC = frozenset({"+", "-", "*", "//", "%", "/"})
 COMPARISONS = frozenset({"<", "<=", ">", ">=", "==", "!="})

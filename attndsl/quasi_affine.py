@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import islpy as isl
 
+from attndsl.layout import PLAIN, Layout
 from attndsl.program import Binary, Call, Compare, Const, If, Logic, Scalar, Type, Unary, Var
 
 _BINARY = {
@@ -48,9 +49,10 @@ def to_scalar(expr: isl.AstExpr, names: Mapping[str, Scalar]) -> Scalar:
     op = expr.get_op_type()
     args = tuple(to_scalar(expr.get_op_arg(i), names) for i in range(expr.get_op_n_arg()))
     if op in _COMPARE:
-        compared = _truth(Compare(_COMPARE[op], *args))
+        written = Compare(_COMPARE[op], *args)
+        compared = _truth(written)
         # A boolean compared with more than 0 or 1.
-        return Compare(_COMPARE[op], *map(_number, args)) if isinstance(compared, Compare) else compared
+        return Compare(_COMPARE[op], *map(_number, args)) if compared is written else compared
     if op in _BINARY:
         return Binary(_BINARY[op], *map(_number, args))
     if op in _LOGIC:
@@ -77,16 +79,23 @@ def dims_to_params(pairs: isl.Set, *dims: str) -> isl.Set:
     return pairs.params()
 
 
-def condition(pairs: isl.Set, context: isl.Set, names: Mapping[str, Scalar]) -> Scalar:
+def condition(pairs: isl.Set, context: isl.Set, names: Mapping[str, Scalar], layout: Layout = PLAIN) -> Scalar:
     """A set { [q, k] } as a condition on q and k, simplified under what the context says of the parameters.
 
     `names` says what its parameters other than Nq and Nk stand for; a boolean is 0 or 1 in the set and a
-    condition in the result.
+    condition in the result. In a layout the set is in its indices, and the condition on i and j, where
+    these are not q and k.
     """
     # Keys are not negative; what rows that do not exist would see does not matter.
-    existing = isl.Set.read_from_str(pairs.get_ctx(), "[q, k, Nq, Nk] -> { : 0 <= k and q < Nq }")
+    existing = isl.Set.read_from_str(
+        pairs.get_ctx(), f"[q, k, Nq, Nk, residue] -> {{ : 0 <= k and {layout.q.text('q')} < Nq }}"
+    )
     build = isl.AstBuild.from_context(existing.intersect(context))
-    known: dict[str, Scalar] = {name: Var(name) for name in ("q", "k", "Nq", "Nk")}
+    known: dict[str, Scalar] = {name: Var(name) for name in ("q", "k", "Nq", "Nk", "residue")}
+    if not layout.q.every:
+        known["q"] = Var("i")
+    if not layout.k.every:
+        known["k"] = Var("j")
     found = to_scalar(build.expr_from_set(dims_to_params(pairs, "q", "k")), known | dict(names))
     return Const(bool(found.value)) if isinstance(found, Const) else found
 

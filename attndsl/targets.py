@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 from attndsl.diagnostics import error
+from attndsl.pieces import choose_pieces
 from attndsl.plan import DType, Loads, Spec, head_parts
 from attndsl.program import Program
 
@@ -23,7 +24,6 @@ DTYPE_NAMES = {dtype.value: dtype for dtype in DType} | {
     "bf16": DType.BFLOAT16, "fp16": DType.FLOAT16, "fp32": DType.FLOAT32, "fp64": DType.FLOAT64,
 }  # fmt: skip
 BYTES = {DType.BFLOAT16: 2, DType.FLOAT16: 2, DType.FLOAT32: 4, DType.FLOAT64: 8}
-KERNELS = ("forward", "dq", "dkdv", "decode")
 BACKENDS = ("triton", "gluon", "cpu")
 
 
@@ -36,10 +36,24 @@ def parse_target(target: str) -> str:
     return TARGETS[target]
 
 
-def check_kernel(kernel: str) -> None:
-    """Raises `PatternError` (A531) unless a program has such a kernel."""
-    if kernel not in KERNELS:
-        raise error("A531", f"there is no kernel {kernel!r}", help=f"one of {', '.join(KERNELS)}")
+def kernel_names(program: Program, heads: int, kv_heads: int) -> tuple[str, ...]:
+    """The kernels of a program: `forward`, `dq` and `dkdv`, once more for each further piece, and `decode`."""
+    pieces = range(2, len(choose_pieces(program, (heads, kv_heads)).pieces) + 1)
+    suffixes = ("", *(f"_{n}" for n in pieces))
+    of_piece = [f"{name}{suffix}" for names in (("forward",), ("dq", "dkdv")) for suffix in suffixes for name in names]
+    return (*of_piece, "decode")
+
+
+def check_kernel(kernel: str, program: Program, heads: int, kv_heads: int) -> tuple[str, int]:
+    """A kernel's name without its number, and which piece it is of, from 0.
+
+    Raises `PatternError` (A531) unless the program has such a kernel.
+    """
+    names = kernel_names(program, heads, kv_heads)
+    if kernel not in names:
+        raise error("A531", f"there is no kernel {kernel!r}", help=f"one of {', '.join(names)}")
+    name, _, number = kernel.partition("_")
+    return name, int(number or 1) - 1
 
 
 def make_spec(
@@ -65,7 +79,8 @@ def make_spec(
 
 
 def hopper_refusal(program: Program, spec: Spec) -> str:
-    """Why a program has no Hopper lowering for a spec (with its `loads`); empty where it has one."""
+    """Why a program has no Hopper lowering for a spec (with its `loads`); empty where it has one, or where only the
+    order of its tokens can be in the way (`layout_refusal`)."""
     if spec.target != "cuda:90":
         return f"the Hopper lowering is for sm_90, not {spec.target}"
     if spec.dropout:
@@ -77,6 +92,13 @@ def hopper_refusal(program: Program, spec: Spec) -> str:
     if spec.loads is not Loads.DESCRIPTOR:
         return "q, k and v do not lie in memory as hardware tensor copies need"
     return ""
+
+
+def layout_refusal(program: Program, spec: Spec) -> str:
+    """Why the order in which tokens are visited has no Hopper lowering, empty where it has: known after a search."""
+    if choose_pieces(program, (spec.heads, spec.kv_heads)).plain:
+        return ""
+    return "it visits tokens out of order, in pieces, which the Hopper lowering does not yet"
 
 
 def has_tensor_copies(spec: Spec) -> bool:

@@ -15,6 +15,7 @@ from enum import Enum
 import islpy as isl
 
 from attndsl.effort import EFFORT, TooHard, bounded
+from attndsl.layout import PLAIN, Layout
 from attndsl.linear import normalise
 from attndsl.program import Binary, Call, Compare, Const, If, Logic, Scalar, Unary, Var, children
 from attndsl.quasi_affine import to_scalar
@@ -65,14 +66,25 @@ class Side(Enum):
     DIAGONAL = "diagonal"  # square tiles; the loops run over query tiles
 
 
-def tile_runs(relation: Relation, block_q: int, block_k: int, side: Side, align_start: bool = False) -> TileRuns:
+def tile_runs(
+    relation: Relation, block_q: int, block_k: int, side: Side, align_start: bool = False, layout: Layout = PLAIN
+) -> TileRuns:
     """Closed-form runs for one side's tiles.
 
     Query tile t holds the rows [t * block_q, (t + 1) * block_q) of a call, whose positions start at Nk - rows
     (0 under `align start`); key tile t holds keys [t * block_k, (t + 1) * block_k).
+
+    With a layout, `relation` is in its indices, and tiles are of these: the rows of a residue start at index `i_start`.
     """
-    runs = _Tiler(relation, block_q, block_k, side, align_start).runs()
+    runs = _Tiler(relation, block_q, block_k, side, align_start, layout).runs()
     return TileRuns(tuple(map(_plain, runs.full)), tuple(map(_plain, runs.partial)))
+
+
+def touched_runs(
+    relation: Relation, block_q: int, block_k: int, align_start: bool = False, layout: Layout = PLAIN
+) -> TileRuns:
+    """The key tiles that query tiles visit, all taken for partial: less work, where only their number counts."""
+    return _Tiler(relation, block_q, block_k, Side.QUERY, align_start, layout).touched_runs()
 
 
 def _written_out(runs: TileRuns) -> int:
@@ -91,22 +103,24 @@ def _plain(run: Run) -> Run:
 
 
 class _Tiler:
-    def __init__(self, relation: Relation, block_q: int, block_k: int, side: Side, align_start: bool) -> None:
+    def __init__(
+        self, relation: Relation, block_q: int, block_k: int, side: Side, align_start: bool, layout: Layout
+    ) -> None:
         assert side is not Side.DIAGONAL or block_q == block_k
-        self.relation, self.side = relation, side
+        self.relation, self.side, self.layout = relation, side, layout
         self.block_q, self.block_k = block_q, block_k
         self.align_start = align_start
         self.hard = 0
         self.ctx = relation.pairs.get_ctx()
-        # `start` is the position of row 0. Rows are always below Nq.
+        # `start` is the position of row 0, or in a layout its index. Rows are always below Nq.
         start, length = ("0", "Nq") if align_start else ("start", "Nk")
         self.tiles = self._map(
             f"[start] -> {{ [q, k] -> [x, y] : {block_q} x <= q - {start} < {block_q} x + {block_q} and "
             f"{block_k} y <= k < {block_k} y + {block_k} }}"
         )
         self.existing = self._set(
-            f"[Nq, Nk, start] -> {{ [x, y] : x >= 0 and {block_q} x + {start} < {length} and "
-            f"y >= 0 and {block_k} y < Nk and Nk >= 1 and Nq >= 1 }}"
+            f"[Nq, Nk, start, residue] -> {{ [x, y] : x >= 0 and {layout.q.text(f'{block_q} x + {start}')} < {length} "
+            f"and y >= 0 and {layout.k.text(f'{block_k} y')} < Nk and Nk >= 1 and Nq >= 1 }}"
         ).intersect_params(relation.context)
         # A full key tile has all its keys below Nk; a full query tile (transposed) has no such duty, since the
         # rows that do not exist are zero where the kernel reads them.
@@ -134,6 +148,11 @@ class _Tiler:
             if _written_out(found) <= MAX_WRITTEN:
                 return found
         return self._scan(nothing, self.existing)
+
+    def touched_runs(self) -> TileRuns:
+        touched = self._touched()
+        nothing = isl.Set.empty(touched.get_space())
+        return bounded(self.ctx, lambda: self._scan(nothing, touched), SCAN_EFFORT)
 
     def _split(self, touched: isl.Set) -> tuple[isl.Set, isl.Set]:
         """The full tiles, and the partial ones."""
@@ -224,8 +243,10 @@ class _Tiler:
     def _other_tiles(self) -> Scalar:
         """The number of tiles on the other side."""
         if self.side is Side.QUERY:
-            return _tiles(Var("Nk"), self.block_k)
-        return _tiles(Var("Nq") if self.align_start else Binary("-", Var("Nk"), Var("start")), self.block_q)
+            return _tiles(self.layout.k.index(Var("Nk")), self.block_k)
+        if self.align_start:
+            return _tiles(self.layout.q.index(Var("Nq")), self.block_q)
+        return _tiles(Binary("-", self.layout.q.index(Var("Nk")), self._start), self.block_q)
 
     def _own_tile(self, tiles: isl.Set) -> isl.Set:
         """{ [x, y] } as the line of the other side's tiles, the own tile a parameter."""
@@ -270,8 +291,12 @@ class _Tiler:
         return tile.ge_set(low).intersect(tile.le_set(high))
 
     def _scalar(self, expr: isl.AstExpr) -> Scalar:
-        names: dict[str, Scalar] = {name: Var(name) for name in ("Nq", "Nk", "start", self.side.value)}
-        return to_scalar(expr, names | self.relation.uniform)
+        names: dict[str, Scalar] = {name: Var(name) for name in ("Nq", "Nk", "residue", self.side.value)}
+        return to_scalar(expr, names | {"start": self._start} | self.relation.uniform)
+
+    @property
+    def _start(self) -> Scalar:
+        return Var("start" if self.layout.q.every else "i_start")
 
 
 class _Scan:

@@ -92,11 +92,13 @@ def choose_backward_tilings(program: Program, spec: Spec) -> tuple[Tiling, Tilin
 def heavy_tiles(plan: BackwardPlan, shape: CallShape) -> int:
     """How many of a call's first key tiles are visited by far more query tiles than the average: those of sinks.
 
-    0 where data decides it. A program owns a key tile, and a long one that starts late is waited for.
+    0 where data decides it, and in a layout. A program owns a key tile, and a long one that starts late is waited for.
     """
     key_tiles = -(-shape.k_len // plan.key_tiling.block_k)
     counts = [run.count for run in plan.key_runs.full + plan.key_runs.partial]
-    if not key_tiles or any(isinstance(x, Read | Table | Arg) for e in counts for x in walk(e)):
+    if not plan.layout.plain or not key_tiles:
+        return 0
+    if any(isinstance(x, Read | Table | Arg) for e in counts for x in walk(e)):
         return 0
     start = shape.first_position(plan.program)
     heads = np.arange(shape.heads)[:, None]

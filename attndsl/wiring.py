@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from attndsl.decode import Cache, DecodePlan, decode_plan
 from attndsl.diagnostics import error
-from attndsl.plan import Backend, BackwardPlan, ForwardPlan, Spec, backward_plan, forward_plan
+from attndsl.piece_plans import backward_plans, forward_plans
+from attndsl.plan import Backend, BackwardPlan, ForwardPlan
 from attndsl.program import Program
-from attndsl.targets import check_kernel, hopper_refusal, make_spec
-from attndsl.tiling import choose_backward_tilings, choose_tiling
+from attndsl.targets import check_kernel, hopper_refusal, layout_refusal, make_spec
 
 if TYPE_CHECKING:
     from attndsl.runtime.decode import DecodeGenerators
@@ -59,27 +59,24 @@ class Shown:
 
     def plan(self, program: Program) -> ForwardPlan | BackwardPlan | DecodePlan:
         """The plan behind it, for dense tensors. Raises `PatternError` for what there is not."""
-        check_kernel(self.kernel)
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         spec = make_spec(self.target, self.backend, self.heads, kv_heads, self.dim, self.v_dim, self.dtype)
+        name, piece = check_kernel(self.kernel, program, self.heads, kv_heads)
         if self.backend == "gluon":
             of_another = f"the kernel {self.kernel!r} has no Hopper lowering"
-            if reason := hopper_refusal(program, spec) if self.kernel == "forward" else of_another:
+            reason = hopper_refusal(program, spec) or layout_refusal(program, spec)
+            if reason := reason if name == "forward" else of_another:
                 raise error("A510", reason, help="choose backend 'triton'")
             spec = replace(spec, backend=Backend.GLUON)
-        match self.kernel:
+        match name:
             case "decode":
                 return decode_plan(program, spec, self.rows, Cache(self.page), split=self.backend != "cpu")
             case "dq" | "dkdv":
-                return self._backward(program, spec)
+                on_cpu = self.backend == "cpu"
+                plan = backward_plans(program, replace(spec, backend=Backend.CPU) if on_cpu else spec)[piece]
+                return plan.of_keys() if name == "dkdv" and not on_cpu else plan
             case _:
-                return forward_plan(program, spec, choose_tiling(program, spec))
-
-    def _backward(self, program: Program, spec: Spec) -> BackwardPlan:
-        if self.backend == "cpu":
-            spec = replace(spec, backend=Backend.CPU)
-        plan = backward_plan(program, spec, *choose_backward_tilings(program, spec))
-        return plan.of_keys() if self.kernel == "dkdv" and self.backend != "cpu" else plan
+                return forward_plans(program, spec)[piece]
 
     def text(self, plan: ForwardPlan | BackwardPlan | DecodePlan) -> str:
         """What is generated from the plan."""
@@ -88,7 +85,7 @@ class Shown:
 
             if self.backend == "cpu":
                 return cpu_backward.backward_source(plan)
-            return triton_backward.backward_sources(plan)[0 if self.kernel == "dq" else 1]
+            return triton_backward.backward_sources(plan)[0 if self.kernel.startswith("dq") else 1]
         return generated(plan)
 
 

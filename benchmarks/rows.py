@@ -182,6 +182,11 @@ ALL_ROWS: tuple[Row, ...] = (
         "causal & (window(128) | dilated(128))",
         lambda b, h, q, k: (k <= q) & ((q - k < 128) | ((q - k) % 128 == 0)),
     ),
+    static(
+        "fixed",
+        "causal & (same_block(128) | { k % 128 >= 120 })",
+        lambda b, h, q, k: (k <= q) & ((q // 128 == k // 128) | (k % 128 >= 120)),
+    ),
     Row(
         "neighborhood",
         "neighborhood 13x13, width 128",
@@ -206,7 +211,16 @@ ALL_ROWS: tuple[Row, ...] = (
 )
 ROWS: dict[str, Row] = {row.name: row for row in ALL_ROWS}
 GPU_ROWS: tuple[str, ...] = tuple(name for name in ROWS if not name.endswith("512"))
-CPU_ROWS: tuple[str, ...] = ("window512", "sink_window512", "documents", "dilated", "strided", "neighborhood", "causal")
+CPU_ROWS: tuple[str, ...] = (
+    "window512",
+    "sink_window512",
+    "documents",
+    "dilated",
+    "strided",
+    "fixed",
+    "neighborhood",
+    "causal",
+)
 
 
 def select(names: str | None, default: tuple[str, ...]) -> tuple[Row, ...]:

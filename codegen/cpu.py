@@ -7,13 +7,14 @@ Heads and batch entries go together unless the runs depend on them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from attndsl.codegen.header import header
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import PYTHON, TORCH, Level, Names, Printer
+from attndsl.layout import Comb
 from attndsl.plan import ForwardPlan, Plan, run_scalars
 from attndsl.program import Arg, Axis, Dim, Read, Scalar, Table, Type, Var, reads
 
@@ -37,6 +38,8 @@ class TensorLeaves:
                 return "rows" if self.plan.program.align_start else "k_len"
             case Var(name="Nk"):
                 return "k_len"
+            case Var(name="i" | "j" as name):
+                return f"{name}_pos"
             case Var(name="b" | "h" | "g" as name):
                 return f"{name}_index"
             case Var(name=name):
@@ -105,7 +108,7 @@ class TileLoop:
         self.plan = plan
         self.reads_keys = any(reads(e, "k") for e in per_pair if e is not None)
         self.lines = Lines(indent=1)
-        self.helpers: set[str] = {"key_spans", "chunks", "positions", self.rows_of("k").partition("(")[0]}
+        self.helpers: set[str] = {"key_spans", "chunks", "positions"}
         self.numbers = Printer(PYTHON, Names(NumberLeaves(plan)), self.helpers)
         self.tensors = Printer(TORCH, Names(TensorLeaves(plan)), self.helpers)
         self.per_batch = any(reads(x, "b") for x in run_scalars(plan.runs))
@@ -164,14 +167,52 @@ class TileLoop:
             )
             if self.plan.scale is not None:
                 lines.add(f"scale = {self.tensors.text(self.plan.scale)}")
+            classes = self.plan.layout.classes
+            residues = lines.block(f"for residue in range({classes}):") if classes > 1 else nullcontext()
+            with residues, self._query_tiles():
+                self.spans()
+                yield
+
+    @contextmanager
+    def _query_tiles(self) -> Iterator[None]:
+        lines, comb = self.lines, self.plan.layout.q
+        if not self.plan.layout.plain:
+            lines.add(f"# Tokens: {self.plan.layout}. `nth` counts them.")
+        if not self.plan.layout.k.every:
+            lines.add(f"k_end = {self._index(self.plan.layout.k, 'Nk')}")
+        if comb.every:
             with lines.block("for q_tile in range(-(-rows // block_q)):"):
                 lines.add(
                     "low, high = q_tile * block_q, min((q_tile + 1) * block_q, rows)",
                     "at = (at_b, at_g, at_r, slice(low, high))",
                     "q_pos = torch.arange(start + low, start + high).view(-1, 1)",
                 )
-                self.spans()
                 yield
+            return
+        end = "Nq" if self.plan.program.align_start else "Nk"
+        lines.add(f"i_start, i_end = {self._index(comb, 'start')}, {self._index(comb, end)}")
+        with lines.block("for q_tile in range(-(-(i_end - i_start) // block_q)):"):
+            lines.add(
+                "low, high = i_start + q_tile * block_q, min(i_start + (q_tile + 1) * block_q, i_end)",
+                "i_pos = torch.arange(low, high).view(-1, 1)",
+                f"q_pos = {self._tokens(comb, 'i_pos')}",
+            )
+            if comb.width == 1:
+                rows = ", ".join(f"{self._tokens(comb, x)} - start" for x in ("low", "high"))
+                lines.add(f"at = (at_b, at_g, at_r, slice({rows}, {comb.period}))")
+            else:
+                lines.add("at = (at_b, at_g, at_r, q_pos[:, 0] - start)")
+            yield
+
+    def _index(self, comb: Comb, variable: str) -> str:
+        """The index of the first token at or after a position, as text."""
+        return self.numbers.within(Names(NumberLeaves(self.plan))).text(comb.index(Var(variable)))
+
+    def _tokens(self, comb: Comb, nth: str) -> str:
+        """The tokens of indices, as text."""
+        printer = self.tensors.within(Names(TensorLeaves(self.plan)))
+        printer.names.known[Var("i")] = nth
+        return printer.text(comb.position(Var("i")))
 
     def spans(self) -> None:
         runs, lines = self.plan.runs, self.lines
@@ -185,7 +226,8 @@ class TileLoop:
                 continue
             lines.add(f"{label}_runs = [")
             lines.add(*(f"    ({self._number(run.first)}, {self._number(run.count)}, {run.step})," for run in found))
-            lines.add("]", f"{label}_spans = key_spans({label}_runs, block_k, k_len)")
+            end = "k_len" if self.plan.layout.k.every else "k_end"
+            lines.add("]", f"{label}_spans = key_spans({label}_runs, block_k, {end})")
 
     def attended(self) -> None:
         """What is to be done when all keys of a tile are attended."""
@@ -202,14 +244,17 @@ class TileLoop:
         lines = self.lines
         with lines.block(f"for full, partial in chunks(full_spans, partial_spans, {CHUNK}):"):
             printer = self.tensors.within(self.tensors.names.inner())
+            lines.add("spans = full + partial")
+            if self.plan.layout.k.width > 1:
+                lines.add("k_nth = positions(spans)", f"k_tokens = {self._tokens(self.plan.layout.k, 'k_nth')}")
             lines.add(
-                "spans = full + partial",
                 f"keys = {self.rows_of('k')}.to(compute)",
                 f"values = {self.rows_of('v')}.to(compute)",
                 "scores = (queries.flatten(2, 3) @ keys.mT).unflatten(2, queries.shape[2:4]) * scale",
             )
             if self.reads_keys:
-                lines.add("k_pos = positions(spans)")
+                comb = self.plan.layout.k
+                lines.add(f"k_pos = {'k_tokens' if comb.width > 1 else self._tokens(comb, 'positions(spans)')}")
             yield printer
 
     def drop(self, target: str) -> None:
@@ -224,19 +269,44 @@ class TileLoop:
             self.lines.add("keep = kept(seed, b_index, h_index, q_pos, spans, drop_below)")
 
     def rows_of(self, x: str) -> str:
-        """The keys or values of the spans."""
-        return f"gather({x}[at_b, at_g], spans)"
+        """The keys or values of the spans: without a copy where they lie at equal distances in one span."""
+        if self.plan.layout.k.width > 1:
+            return f"{x}[at_b, at_g].index_select(-2, k_tokens)"
+        self.helpers.add("gather")
+        return f"gather({x}[{self._keys}], spans)"
+
+    @property
+    def _keys(self) -> str:
+        """The keys that spans are counted in, of a tensor [batch, kv_heads, keys, D], where they are a slice."""
+        comb = self.plan.layout.k
+        return "at_b, at_g" if comb.every else f"at_b, at_g, {self.numbers.text(comb.first)}::{comb.period}"
+
+    def scatter(self, x: str, values: str) -> None:
+        """Add values to tensor `x` at the keys of a chunk."""
+        if self.plan.layout.k.width > 1:
+            # No two of the tokens are the same: the sum has one order.
+            self.lines.add(f"{x}[at_b, at_g].index_add_(-2, k_tokens, {values})")
+            return
+        self.helpers.add("scatter")
+        self.lines.add(f"scatter({x}[{self._keys}], spans, {values})")
 
     def mask(self, target: str, value: str) -> None:
         """Put `value` in place of pairs that are not allowed: only among the keys of partial tiles, which come last."""
         if self.plan.mask is not None:
             printer = self.tensors.within(self.tensors.names.inner())
-            printer.names.known[Var("k")] = "partial_pos"
+            printer.names.known |= {Var("k"): "partial_pos", Var("j"): "partial_nth"}
+            comb, place = self.plan.layout.k, "partial_pos"
             with self.lines.block("if partial:"):
+                if comb.every:
+                    self.lines.add("partial_pos = positions(partial)")
+                else:
+                    place = "partial_nth"
+                    self.lines.add("partial_nth = positions(partial)")
+                    if reads(self.plan.mask, "k"):
+                        self.lines.add(f"partial_pos = {self._tokens(comb, 'partial_nth')}")
                 self.lines.add(
-                    "partial_pos = positions(partial)",
                     f"allowed = torch.as_tensor({printer.text(self.plan.mask)})",
-                    f"{target}[..., -partial_pos.shape[0] :].masked_fill_(~allowed, {value})",
+                    f"{target}[..., -{place}.shape[0] :].masked_fill_(~allowed, {value})",
                 )
 
 
@@ -261,8 +331,18 @@ def attend(loop: TileLoop) -> None:
     softmax = plan.softmax
     with loop.tiles():
         lines.add("queries = q[at].to(compute)")
-        lines.add("acc = torch.zeros(*queries.shape[:-1], v.shape[-1], dtype=compute)")
-        if softmax:
+        if plan.follows:
+            lines.add("# What earlier pieces found, as one more key with their output for its value.")
+            lines.add("acc = out[at].to(compute).clone()")
+            if softmax:
+                lines.add(
+                    "found = lse[at].to(compute)",
+                    "row_max = found.clamp(min=-torch.finfo(compute).max)",
+                    "row_sum = (found > -math.inf).to(compute)",
+                )
+        else:
+            lines.add("acc = torch.zeros(*queries.shape[:-1], v.shape[-1], dtype=compute)")
+        if softmax and not plan.follows:
             lines.add(
                 "row_max = torch.full(queries.shape[:-1], -torch.finfo(compute).max, dtype=compute)",
                 "row_sum = torch.zeros(queries.shape[:-1], dtype=compute)",

@@ -34,7 +34,8 @@ class _Backward:
         lines.add(
             '"""Gradients of q [batch, kv_heads, group, rows, D], k and v [batch, kv_heads, keys, D], and inputs.',
             "",
-            "dk, dv and the gradients of inputs are zero, and added to in their own dtype; dq is written.",
+            "dk, dv and the gradients of inputs are added to in their own dtype, "
+            + ("and so is dq." if plan.follows else "dq is written."),
             '"""',
         )
         loop.prologue()
@@ -47,7 +48,8 @@ class _Backward:
             with loop.chunk() as printer:
                 self._chunk(printer)
             if self.flows:
-                lines.add("dq[at] = (dq_tile * scale).to(dq.dtype)")
+                added = "+" if plan.follows else ""
+                lines.add(f"dq[at] {added}= (dq_tile * scale).to(dq.dtype)")
         names = ["q", "k", "v", "dout"]
         names += ["out", "lse"] * self.softmax + ["d_lse"] * (self.softmax and plan.uses_lse)
         names += ["dq", "dk", "dv", *(f"d_{decl.name}" for decl in plan.learnable_inputs), "scale"]
@@ -91,8 +93,7 @@ class _Backward:
             loop.keep()
             lines.add("left = weights")
             loop.drop("left")
-        lines.add(f"scatter(dv[at_b, at_g], spans, {left}.flatten(2, 3).mT @ d_out.flatten(2, 3))")
-        loop.helpers.add("scatter")
+        loop.scatter("dv", f"{left}.flatten(2, 3).mT @ d_out.flatten(2, 3)")
         if not self.flows and not plan.learnable:
             return
         lines.add("d_weights = (d_out.flatten(2, 3) @ values.mT).unflatten(2, d_out.shape[2:4])")
@@ -108,8 +109,8 @@ class _Backward:
             lines.add(
                 f"d_scores = {self._times('d_logits', plan.d_score, printer)}",
                 "dq_tile += (d_scores.flatten(2, 3) @ keys).unflatten(2, d_out.shape[2:4])",
-                "scatter(dk[at_b, at_g], spans, d_scores.flatten(2, 3).mT @ scaled.flatten(2, 3))",
             )
+            loop.scatter("dk", "d_scores.flatten(2, 3).mT @ scaled.flatten(2, 3)")
 
     def _learn(self, read: Read, slope: Scalar, factor: str, printer: Printer) -> None:
         """Add to the gradient of an input, at the entry that was read."""

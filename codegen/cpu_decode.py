@@ -36,6 +36,7 @@ class _SequenceLoop(TileLoop):
             self.lines.add("full_spans, partial_spans = [], []")
 
     def rows_of(self, x: str) -> str:
+        self.helpers.add("gather_pages")
         return f"gather_pages({x}, pages, at_g, spans)"
 
     def attended(self) -> None:

@@ -12,12 +12,13 @@ from attndsl.codegen.lines import Lines
 from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import TRITON, Level, Names, Printer
 from attndsl.plan import DType, Loads, Part, Plan, head_parts
-from attndsl.program import Arg, Axis, Binary, Const, Dim, Read, Scalar, Table, TableDecl, Type, Var, walk
+from attndsl.program import Arg, Axis, Binary, Const, Dim, Read, Scalar, Table, TableDecl, Type, Var, reads, walk
 from attndsl.tiles import Run
 
 _VARIABLES = {
     "q": "q_pos", "k": "k_pos", "b": "b", "h": "h", "g": "g", "Nk": "k_len", "start": "start",
-    "q_tile": "q_tile", "k_tile": "k_tile", "diagonal": "diagonal",
+    "q_tile": "q_tile", "k_tile": "k_tile", "diagonal": "diagonal", "residue": "residue", "i": "i_pos", "j": "j_pos",
+    "i_start": "i_start",
 }  # fmt: skip
 
 
@@ -117,6 +118,7 @@ class KernelWriter:
         self.printer = Printer(TRITON, Names(self.leaves))
         self.q_parts = head_parts(plan.spec.dim)
         self.v_parts = head_parts(plan.spec.v_dim)
+        self.combs = {"q": plan.layout.q, "k": plan.layout.k}
 
     def file(self, title: str) -> str:
         """The text of the file, once the body is written."""
@@ -160,27 +162,88 @@ class KernelWriter:
 
     def query_tile(self) -> None:
         """Which query tile of which head a program owns, and where its rows stand."""
-        spec = self.plan.spec
-        self.lines.add(
-            "",
-            "# Heads one after another: programs in flight share keys. A head's last rows first: they are longest.",
-            "q_tiles = tl.cdiv(rows, BLOCK_Q)",
-            "head = tl.program_id(0) // q_tiles",
-            "q_tile = q_tiles - 1 - tl.program_id(0) % q_tiles",
+        spec, lines, classes = self.plan.spec, self.lines, self.plan.layout.classes
+        tile = "q_tile = q_tiles - 1 - tl.program_id(0) % q_tiles"
+        if classes == 1:
+            lines.add(
+                "",
+                "# Heads one after another: programs in flight share keys. A head's last rows first: they are longest.",
+                f"q_tiles = tl.cdiv({self.most('q', 'rows')}, BLOCK_Q)",
+                "head = tl.program_id(0) // q_tiles",
+                tile,
+            )
+        else:
+            lines.add(
+                "",
+                "# Heads one after another, of a head one residue after another, of a residue the last rows first.",
+                f"q_tiles = tl.cdiv({self.most('q', 'rows')}, BLOCK_Q)",
+                f"head = tl.program_id(0) // (q_tiles * {classes})",
+                f"residue = tl.program_id(0) // q_tiles % {classes}",
+                tile,
+            )
+        lines.add(
             f"b = head // {spec.heads}",
             f"h = head % {spec.heads}",
             f"g = h // {spec.heads // spec.kv_heads}" if spec.heads != spec.kv_heads else "g = h",
             self.start,
-            "q_first = start + q_tile * BLOCK_Q",
-            "",
-            "q_offset = tl.arange(0, BLOCK_Q)",
-            "k_offset = tl.arange(0, BLOCK_K)",
-            "q_rows = q_tile * BLOCK_Q + q_offset",
-            "q_pos = start + q_rows[:, None]",
         )
+        offsets = ("", "q_offset = tl.arange(0, BLOCK_Q)", "k_offset = tl.arange(0, BLOCK_K)")
+        if self.combs["q"].every:
+            lines.add("q_first = start + q_tile * BLOCK_Q", *offsets, "q_rows = q_tile * BLOCK_Q + q_offset")
+        else:
+            self.first_row()
+            lines.add("i_first = i_start + q_tile * BLOCK_Q")
+            self.skip_missing("q", "i_first")
+            lines.add(*offsets)
+            self.tokens("q", "i_first")
+        lines.add("q_pos = start + q_rows[:, None]")
+        if not self.combs["q"].every:
+            lines.add("i_pos = q_nth[:, None]")
         if any(dim.axis is Axis.Q and dim.block == 1 for decl in self.plan.inputs for dim in decl.dims):
             self.lines.add("q_index = tl.minimum(q_rows, rows - 1)[:, None]")
         self.know_tile_start()
+
+    def first_row(self) -> None:
+        """`i_start`, the index of the first row of the call that belongs to the residue."""
+        comb = self.combs["q"]
+        self.lines.add(f"# The program's tokens: {self.plan.layout}. `nth` counts them.")
+        self.lines.add(f"i_start = {self.fresh().text(comb.index(Var('start')))}")
+
+    def skip_missing(self, side: str, first: str) -> None:
+        """Leave a program whose tile, of tokens from the index `first` on, lies past the end."""
+        length = "rows" if side == "q" and self.aligned else "k_len"
+        with self.lines.block(f"if {self._token(side, first)} >= {length}:"):
+            self.lines.add("return  # Not every residue has as many tokens.")
+
+    def tokens(self, side: str, first: str = "k_tile * BLOCK_K") -> None:
+        """In a layout: the indices of a tile's tokens, from `first` on, and their rows in the tensors."""
+        if self.combs[side].every:
+            return
+        index = f"{side}_nth"
+        rows = self._token(side, index)
+        self.lines.add(f"{index} = {first} + {side}_offset", f"{side}_rows = {rows}{' - start' if side == 'q' else ''}")
+
+    def positions(self, axis: str, pairs: list[Scalar]) -> None:
+        """The keys of a tile, in a layout their indices too, along an axis of a tile of pairs."""
+        plain = self.combs["k"].every
+        if plain or any(reads(e, "k") for e in pairs):
+            self.lines.add(f"k_pos = {'k_tile * BLOCK_K + k_offset' if plain else 'k_rows'}{axis}")
+        if not plain and any(reads(e, "j") for e in pairs):
+            self.lines.add(f"j_pos = k_nth{axis}")
+
+    def _token(self, side: str, index: str) -> str:
+        """The token of an index, as text."""
+        printer = self.fresh()
+        printer.names.known[Var("i")] = index if index.isidentifier() else f"({index})"
+        return printer.text(self.combs[side].position(Var("i")))
+
+    def most(self, side: str, length: str) -> str:
+        """How many tokens of a residue so many tokens in a row hold at most, as text."""
+        comb = self.combs[side]
+        if comb.width == 1:
+            return length if comb.every else f"tl.cdiv({length}, {comb.period})"
+        period, width = comb.period, comb.width
+        return f"{length} // {period} * {width} + tl.minimum({length} % {period}, {width})"
 
     def scale(self, folded: bool) -> None:
         """The factor of q . k, or where nothing needs the score itself, that factor for exponents of 2."""
@@ -208,15 +271,21 @@ class KernelWriter:
         self.printer.share(self.lines, [x for run in runs for x in (run.first, run.count)], "tile_")
 
     def know_tile_start(self) -> None:
-        """Give the position of the query tile's first row its name in expressions."""
+        """Give the position of the query tile's first row, or its index, its name in expressions."""
         first = Binary("*", Const(self.plan.tiling.block_q), Var("q_tile"))
-        if not self.plan.program.align_start:
-            first = Binary("+", Var("start"), first)
-        self.printer.names.known[first] = "q_first"
+        plain = self.combs["q"].every
+        if not self.aligned:
+            first = Binary("+", Var("start" if plain else "i_start"), first)
+        self.printer.names.known[first] = "q_first" if plain else "i_first"
+
+    @property
+    def aligned(self) -> bool:
+        """Whether row i stands at position i."""
+        return self.plan.program.align_start
 
     @property
     def start(self) -> str:
-        return "start = 0" if self.plan.program.align_start else "start = k_len - rows"
+        return "start = 0" if self.aligned else "start = k_len - rows"
 
     @property
     def origin(self) -> str:
@@ -247,7 +316,7 @@ class KernelWriter:
         self.rows_of(x, side)
         for part in parts:
             dims = self.dims(part)
-            conds = [f"({side}_tile * {block} + {side}_offset[:, None] < {length})"] if bounded else []
+            conds = [f"({self._row(side)} < {length})"] if bounded else []
             if part.padded:
                 conds.append(f"({dims}[None, :] < {dim})")
             mask = f", mask={' & '.join(conds)}, other=0.0" if conds else ""
@@ -255,8 +324,17 @@ class KernelWriter:
 
     def rows_of(self, x: str, side: str) -> None:
         """The line that points at the rows of a tile."""
+        if not self.combs[side].every:
+            self.lines.add(f"{x}_ptrs = {x}_at + {self._row(side)}.to(tl.int64) * stride_{x}n")
+            return
         tile = f"({side}_tile * BLOCK_{side.upper()}).to(tl.int64) * stride_{x}n"
         self.lines.add(f"{x}_ptrs = {x}_at + {tile} + {side}_offset[:, None] * stride_{x}n")
+
+    def _row(self, side: str) -> str:
+        """The rows of a tile's tokens, as a column."""
+        if not self.combs[side].every:
+            return f"{side}_rows[:, None]"
+        return f"{side}_tile * BLOCK_{side.upper()} + {side}_offset[:, None]"
 
     def store(self, x: str, parts: tuple[Part, ...], dim: int, side: str, value: str) -> None:
         """Store the accumulators `value` as a tile of tensor `x`."""
@@ -264,7 +342,7 @@ class KernelWriter:
         length = "rows" if side == "q" else "k_len"
         for part in parts:
             dims = self.dims(part)
-            mask = f"({side}_tile * BLOCK_{side.upper()} + {side}_offset[:, None] < {length})"
+            mask = f"({self._row(side)} < {length})"
             mask += f" & ({dims}[None, :] < {dim})" if part.padded else ""
             text = f"{value}{part.suffix}.to({x}_ptr.dtype.element_ty)"
             self.lines.add(f"tl.store({x}_ptrs + {dims}[None, :], {text}, mask={mask})")

@@ -27,7 +27,6 @@ from attndsl.tiles import TileRuns
 
 DQ = "attention_dq"
 DKDV = "attention_dkdv"
-_ROWS_THAT_SEE_NOTHING = "# Rows that see nothing have lse -inf: with +inf in its place their weights are 0."
 
 
 def backward_sources(plan: BackwardPlan) -> tuple[str, str]:
@@ -143,6 +142,17 @@ class BackwardKernel(KernelWriter, ABC):
         for n, x in self.from_pairs:
             self.lines.add(f"sum_{n} += tl.sum({self.passed_on(x.slope, printer)}, 1)")
 
+    def put(self, x: str, parts: tuple[Part, ...], dim: int, side: str, head: str) -> None:
+        """Store a gradient from the accumulators of its name, or where the plan follows others, add it to theirs."""
+        self.lines.add(self.base(x, head))
+        if self.plan.follows:
+            self.lines.add("# Earlier pieces have written theirs.")
+            self.lines.add(*(f"found{part.suffix} = {x}{part.suffix}" for part in parts))
+            self.load(x, parts, dim, side, head, bounded=True, pointer=True)
+            for part in parts:
+                self.lines.add(f"{x}{part.suffix} = found{part.suffix} + {x}{part.suffix}.to(tl.float32)")
+        self.store(x, parts, dim, side, x)
+
     def place(self, x: Learned, block: str) -> str:
         """The entry that a read takes, as a column."""
         return f"{Leaves(self.plan).flat(x.read, self.printer)} + tl.zeros([{block}, 1], tl.int64)"
@@ -177,7 +187,7 @@ class _Dq(BackwardKernel):
             self.scale(folded=False)
             if self.folded:
                 lines.add("factor = scale * LOG2_E")
-            self.printer.hoist(lines, self.pairs(masked=bool(plan.runs.partial)), ("k", "s"), "row_")
+            self.printer.hoist(lines, self.pairs(masked=bool(plan.runs.partial)), ("k", "j", "s"), "row_")
             lines.add("")
             self.loops(plan.runs, "k_tile")
             lines.add("")
@@ -185,13 +195,19 @@ class _Dq(BackwardKernel):
             self._write_sum(n, learned)
         if self.flows:
             lines.add(*(f"dq{part.suffix} = dq{part.suffix} * scale" for part in self.q_parts))
-        lines.add(self.base("dq", "h"))
-        self.store("dq", self.q_parts, spec.dim, "q", "dq")
+        self.put("dq", self.q_parts, spec.dim, "q", "h")
         return self.file("gradient of q, portable Triton")
 
     def _delta(self) -> None:
-        """Row sums of out * dout less the gradient of lse, kept for the other kernel too."""
+        """Row sums of out * dout less the gradient of lse, kept for the other kernel and further pieces too."""
         lines = self.lines
+        if self.plan.follows:
+            lines.add(
+                "kept_at = head.to(tl.int64) * row_stride + q_rows",
+                "delta = tl.load(delta_ptr + kept_at, mask=q_rows < rows, other=0.0)",
+                'lse = tl.load(row_lse_ptr + kept_at, mask=q_rows < rows, other=float("inf"))',
+            )
+            return
         lines.add(self.base("out", "h"))
         self.load("out", self.v_parts, self.plan.spec.v_dim, "q", "h", bounded=True, pointer=True)
         sums = (f"tl.sum(out{p.suffix}.to(tl.float32) * dout{p.suffix}.to(tl.float32), 1)" for p in self.v_parts)
@@ -199,7 +215,7 @@ class _Dq(BackwardKernel):
         if self.plan.uses_lse:
             lines.add("delta -= tl.load(d_lse_ptr + row_at, mask=q_rows < rows, other=0.0)")
         lines.add(
-            _ROWS_THAT_SEE_NOTHING,
+            "# Rows that see nothing have lse -inf: with +inf in its place their weights are 0.",
             'lse = tl.load(lse_ptr + row_at, mask=q_rows < rows, other=float("inf")) * LOG2_E',
             'lse = tl.where(lse == float("-inf"), float("inf"), lse)',
             "kept_at = head.to(tl.int64) * row_stride + q_rows",
@@ -213,10 +229,11 @@ class _Dq(BackwardKernel):
         self.keep()
         # Rows that do not exist are not written; only sums over rows must leave them out.
         existing = bool(self.from_pairs)
+        self.tokens("k")
         self.load("k", self.q_parts, spec.dim, "k", "g", bounded=masked)
         self.load("v", self.v_parts, spec.v_dim, "k", "g", bounded=masked)
-        if self.pairs(masked):
-            lines.add("k_pos = k_tile * BLOCK_K + k_offset[None, :]")
+        if pairs := self.pairs(masked):
+            self.positions("[None, :]", pairs)
         self.scores("q{}", "tl.trans(k{})")
         self.probabilities(printer, masked, "[BLOCK_Q, BLOCK_K]", existing)
         lines.add("d_weights = " + self.dots(self.v_parts, "dout{}", "tl.trans(v{})"))
@@ -229,6 +246,11 @@ class _Dq(BackwardKernel):
                 key, acc = f"k{part.suffix}", f"dq{part.suffix}"
                 lines.add(f"{acc} = " + self.dot(f"d_scores.to({key}.dtype)", key, acc))
 
+    @property
+    def _program(self) -> str:
+        """The number of the program: heads one after another."""
+        return "head * q_tiles + q_tile" if self.plan.layout.classes == 1 else "tl.program_id(0)"
+
     def _write_sum(self, n: int, x: Learned) -> None:
         plan, lines = self.plan, self.lines
         if x.of_sink and plan.sink is not None:
@@ -240,7 +262,7 @@ class _Dq(BackwardKernel):
             )
         if x.over is Over.TILE:
             lines.add(
-                f"tl.store(sum_{n}_ptr + head * q_tiles + q_tile, tl.sum(sum_{n}, 0))",
+                f"tl.store(sum_{n}_ptr + {self._program}, tl.sum(sum_{n}, 0))",
                 f"tl.store(at_{n}_ptr + head, {Leaves(plan).flat(x.read, self.printer)})",
             )
         else:
@@ -260,25 +282,7 @@ class _DkDv(BackwardKernel):
     def source(self) -> str:
         lines, spec = self.lines, self.plan.spec
         self.constants()
-        lines.add(
-            "",
-            "# Heads one after another; a head's first keys first: most rows see them. Before all others the key tiles",
-            "# that far more rows see than the rest (`heavy` of them in each head): they take longest.",
-            "k_tiles = tl.cdiv(k_len, BLOCK_K)",
-            "heads = tl.num_programs(0) // k_tiles",
-            "program = tl.program_id(0)",
-            "rest = program - heavy * heads",
-            "light = tl.maximum(k_tiles - heavy, 1)",
-            "head = tl.where(rest < 0, program % heads, rest // light)",
-            "k_tile = tl.where(rest < 0, program // heads, heavy + rest % light)",
-            f"b = head // {spec.kv_heads}",
-            f"g = head % {spec.kv_heads}",
-            self.start,
-            "",
-            "q_offset = tl.arange(0, BLOCK_Q)",
-            "k_offset = tl.arange(0, BLOCK_K)",
-            "k_pos = k_tile * BLOCK_K + k_offset[:, None]",
-        )
+        self._key_tile()
         for x, parts, dim in (("k", self.q_parts, spec.dim), ("v", self.v_parts, spec.v_dim)):
             lines.add(self.base(x, "g"))
             self.load(x, parts, dim, "k", "g", bounded=True, pointer=True)
@@ -301,10 +305,56 @@ class _DkDv(BackwardKernel):
             lines.add(*(f"dk{part.suffix} = dk{part.suffix} * scale" for part in self.q_parts))
         if self.plan.spec.dropout:
             lines.add(*(f"dv{part.suffix} = dv{part.suffix} * keep_scale" for part in self.v_parts))
-        lines.add(self.base("dk", "g"), self.base("dv", "g"))
-        self.store("dk", self.q_parts, spec.dim, "k", "dk")
-        self.store("dv", self.v_parts, spec.v_dim, "k", "dv")
+        self.put("dk", self.q_parts, spec.dim, "k", "g")
+        self.put("dv", self.v_parts, spec.v_dim, "k", "g")
         return self.file("gradients of k and v, portable Triton")
+
+    def _key_tile(self) -> None:
+        """Which key tile of which key head a program owns."""
+        lines, spec, layout = self.lines, self.plan.spec, self.plan.layout
+        tiles = f"k_tiles = tl.cdiv({self.most('k', 'k_len')}, BLOCK_K)"
+        if layout.plain:
+            lines.add(
+                "",
+                "# Heads one after another; a head's first keys first: most rows see them. Before all others the key "
+                "tiles",
+                "# that far more rows see than the rest (`heavy` of them in each head): they take longest.",
+                tiles,
+                "heads = tl.num_programs(0) // k_tiles",
+                "program = tl.program_id(0)",
+                "rest = program - heavy * heads",
+                "light = tl.maximum(k_tiles - heavy, 1)",
+                "head = tl.where(rest < 0, program % heads, rest // light)",
+                "k_tile = tl.where(rest < 0, program // heads, heavy + rest % light)",
+            )
+        elif layout.classes == 1:
+            lines.add(
+                "",
+                "# Heads one after another; a head's first keys first: most rows see them.",
+                tiles,
+                "head = tl.program_id(0) // k_tiles",
+                "k_tile = tl.program_id(0) % k_tiles",
+            )
+        else:
+            lines.add(
+                "",
+                "# Heads one after another, of a head one residue after another, of a residue the first keys first.",
+                tiles,
+                f"head = tl.program_id(0) // (k_tiles * {layout.classes})",
+                f"residue = tl.program_id(0) // k_tiles % {layout.classes}",
+                "k_tile = tl.program_id(0) % k_tiles",
+            )
+        lines.add(f"b = head // {spec.kv_heads}", f"g = head % {spec.kv_heads}", self.start)
+        if not layout.k.every:
+            self.skip_missing("k", "k_tile * BLOCK_K")
+        if not layout.q.every:
+            self.first_row()
+        lines.add("", "q_offset = tl.arange(0, BLOCK_Q)", "k_offset = tl.arange(0, BLOCK_K)")
+        self.tokens("k")
+        if layout.k.every:
+            lines.add("k_pos = k_tile * BLOCK_K + k_offset[:, None]")
+        else:
+            lines.add("k_pos, j_pos = k_rows[:, None], k_nth[:, None]")
 
     def _head(self) -> None:
         plan, lines = self.plan, self.lines
@@ -317,7 +367,7 @@ class _DkDv(BackwardKernel):
         if self.folded:
             lines.add("factor = scale * LOG2_E")
         lines.add(*(f"sum_{n} = tl.zeros([BLOCK_K], tl.float32)" for n, _ in self.learned))
-        self.printer.hoist(lines, self.pairs(masked=bool(plan.runs.partial)), ("q", "s"), "column_")
+        self.printer.hoist(lines, self.pairs(masked=bool(plan.runs.partial)), ("q", "i", "s"), "column_")
         self.loops(plan.runs, "q_tile")
         if self.learned:
             lines.add(
@@ -333,13 +383,18 @@ class _DkDv(BackwardKernel):
     def tile(self, masked: bool) -> None:
         spec, lines = self.plan.spec, self.lines
         printer = self.printer.within(self.printer.names.inner())
-        lines.add("q_rows = q_tile * BLOCK_Q + q_offset")
+        if self.plan.layout.q.every:
+            lines.add("q_rows = q_tile * BLOCK_Q + q_offset")
+        else:
+            self.tokens("q", "i_start + q_tile * BLOCK_Q")
         self.keep(transposed=True)
         # A query tile may reach past the last row whatever its kind: such rows are zero, and must weigh nothing.
         self.load("q", self.q_parts, spec.dim, "q", "h", bounded=True)
         self.load("dout", self.v_parts, spec.v_dim, "q", "h", bounded=True)
-        if self.pairs(masked):
+        if pairs := self.pairs(masked):
             lines.add("q_pos = start + q_rows[None, :]")
+            if any(reads(e, "i") for e in pairs):
+                lines.add("i_pos = q_nth[None, :]")
             if self.reads_rows:
                 lines.add("q_index = tl.minimum(q_rows, rows - 1)[None, :]")
         if self.softmax:

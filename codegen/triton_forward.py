@@ -39,7 +39,10 @@ class ForwardWriter(KernelWriter):
         self.load("q", self.q_parts, spec.dim, "q", "h", bounded=True, pointer=True)
         if spec.loads is Loads.POINTER:
             lines.add(self.base("k", "g"), self.base("v", "g"))
-        self._nothing_seen()
+        if self.plan.follows:
+            self._take_up()
+        else:
+            self._nothing_seen()
         self.seed()
         self.scale(folded=self.folded)
         self._hoist()
@@ -60,8 +63,22 @@ class ForwardWriter(KernelWriter):
         """Name what depends on the row alone."""
         plan = self.plan
         pairs = [e for e in (plan.mask, plan.score, plan.weights) if e is not None]
-        self.printer.hoist(self.lines, pairs, ("k", "s"), "row_")
+        self.printer.hoist(self.lines, pairs, ("k", "j", "s"), "row_")
         self.lines.add("")
+
+    def _take_up(self) -> None:
+        """Start from what the pieces before this one found, as if it were one more key of each row."""
+        plan, lines = self.plan, self.lines
+        lines.add(
+            "# What earlier pieces found, as one more key with their output for its value.", self.base("out", "h")
+        )
+        self.load("out", self.v_parts, plan.spec.v_dim, "q", "h", bounded=True, pointer=True)
+        lines.add(*(f"acc{part.suffix} = out{part.suffix}.to(tl.float32)" for part in self.v_parts))
+        if self.softmax:
+            found = 'tl.load(lse_ptr + head.to(tl.int64) * rows + q_rows, mask=q_rows < rows, other=float("-inf"))'
+            lines.add(
+                f"row_max = tl.maximum({found} * LOG2_E, -1.0e38)", "row_sum = tl.where(row_max == -1.0e38, 0.0, 1.0)"
+            )
 
     # ------------------------------------------------------------------------------------- loops
 
@@ -79,12 +96,13 @@ class ForwardWriter(KernelWriter):
         """Load a tile of k and v, score it, and add it to the accumulators."""
         plan, lines = self.plan, self.lines
         printer = self.printer.within(self.printer.names.inner())
+        self.tokens("k")
         self.keep()
         self.load("k", self.q_parts, plan.spec.dim, "k", "g", bounded=masked)
         lines.add("scores = " + " + ".join(self.dot(f"q{p.suffix}", f"tl.trans(k{p.suffix})") for p in self.q_parts))
         pairs = [e for e in (plan.mask if masked else None, plan.score, plan.weights) if e is not None]
         if pairs:
-            lines.add("k_pos = k_tile * BLOCK_K + k_offset[None, :]")
+            self.positions("[None, :]", pairs)
         if not self.folded:
             lines.add("scores = scores * scale")
             printer.names.known[Var("s")] = "scores"
@@ -148,7 +166,8 @@ class ForwardWriter(KernelWriter):
             )
         elif plan.spec.dropout:
             lines.add(*(f"acc{part.suffix} = acc{part.suffix} * keep_scale" for part in self.v_parts))
-        lines.add(self.base("out", "h"))
+        if not plan.follows:
+            lines.add(self.base("out", "h"))
         self.store("out", self.v_parts, plan.spec.v_dim, "q", "acc")
 
     def _add_sink(self, sink: Scalar, once: str = "") -> None:

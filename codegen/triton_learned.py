@@ -51,7 +51,8 @@ class _Learning(BackwardKernel):
         if self.folded:
             self.lines.add("factor = scale * LOG2_E")
 
-    def positions(self) -> None:
+    def place_tile(self) -> None:
+        """The positions of a tile's rows and keys."""
         self.lines.add(
             "q_rows = q_tile * BLOCK_Q + q_offset",
             "q_pos = start + q_rows[:, None]",
@@ -120,7 +121,7 @@ class _Diagonals(_Learning):
                 lines.add(f"# {comment}{self.origin}")
                 with run_loop(lines, self.printer, found, label, "q_tile"):
                     lines.add("k_tile = q_tile - diagonal")
-                    self.positions()
+                    self.place_tile()
                     self.tile(masked=label == "partial")
         lines.add(
             "",
@@ -190,7 +191,7 @@ class _Pairs(_Learning):
         )
         self.know_tile_start()
         self._visit()
-        self.positions()
+        self.place_tile()
         lines.add(f"sum_{n} = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)")
         self.seed()
         sharers = self._sharers()

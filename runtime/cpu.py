@@ -34,16 +34,23 @@ class CpuForward:
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
         dropout: Dropout | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        shape = call_shape(q, k, v)
-        out, lse = empty_output(q, shape)
+        out, lse = empty_output(q, call_shape(q, k, v))
         lse.fill_(-math.inf)
+        self.into(out, lse, q, k, v, inputs, args, scale, dropout)
+        return out, lse
+
+    def into(
+        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
+        scale: float | None, dropout: Dropout | None,
+    ) -> None:  # fmt: skip
+        """Write out and lse (preset to -inf), or where the plan follows others, add to them."""
+        shape = call_shape(q, k, v)
         grouped = (shape.kv_heads, shape.heads // shape.kv_heads)
         self._function(
             q.unflatten(1, grouped), k, v, out.unflatten(1, grouped), lse.unflatten(1, grouped),
             default_scale(shape.dim) if scale is None else scale,
             **call_values(self.plan, inputs, args, dropout), **self._tables,
         )  # fmt: skip
-        return out, lse
 
 
 def call_values(plan: Plan, inputs: Sequence[Tensor], args: Sequence[int], dropout: Dropout | None) -> dict[str, Any]:

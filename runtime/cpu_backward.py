@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from attndsl.plan import BackwardPlan
-from attndsl.runtime.call import call_shape
 from attndsl.runtime.cpu import call_values
 from attndsl.runtime.dropout import Dropout
 from attndsl.runtime.engine import Gradients, default_scale, empty_gradient, table_tensor
@@ -34,29 +33,59 @@ class CpuBackward:
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
         inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, dropout: Dropout | None,
     ) -> Gradients:  # fmt: skip
-        plan, shape = self.plan, call_shape(q, k, v)
+        return InTurn((self,))(dout, dlse, q, k, v, out, lse, inputs, args, scale, dropout)
+
+    def run(
+        self, tensors: Mapping[str, Tensor | None], gradients: Mapping[str, Tensor], learned: Mapping[str, Tensor],
+        inputs: Sequence[Tensor], args: Sequence[int], scale: float, dropout: Dropout | None,
+    ) -> None:  # fmt: skip
+        """Add to the gradients.
+
+        tensors: q, k, v, dout, out, lse and d_lse, of a call. gradients: dq, dk, dv. learned: those of inputs by name.
+        """
+        plan = self.plan
+        spec = plan.spec
+        left_out = () if plan.weights is None else ("out", "lse", "d_lse")
+        given = {n: x for n, x in {**tensors, **gradients}.items() if x is not None and n not in left_out}
+        grouped = (spec.kv_heads, spec.heads // spec.kv_heads)
+        of_keys = ("k", "v", "dk", "dv")
+        names = {decl.name for decl in plan.learnable_inputs}
+        self._function(
+            **{name: x if name in of_keys else x.unflatten(1, grouped) for name, x in given.items()}, scale=scale,
+            **{f"d_{name}": x for name, x in learned.items() if name in names},
+            **call_values(plan, inputs, args, dropout), **self._tables,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class InTurn:
+    """The backward functions of a program's pieces, all adding to the same gradients."""
+
+    pieces: tuple[CpuBackward, ...]
+
+    def __call__(
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, dropout: Dropout | None,
+    ) -> Gradients:  # fmt: skip
         high = torch.float64 if q.dtype == torch.float64 else torch.float32
-        dq = empty_gradient(q).zero_()
-        # Sums over many query tiles: rounded once, at the end.
+        # Sums over many query tiles, and of queries over the pieces: rounded once, at the end.
+        dq = empty_gradient(q).to(high if len(self.pieces) > 1 else q.dtype).zero_()
         dk, dv = (empty_gradient(x).to(high).zero_() for x in (k, v))
         # In float64 `index_put_` adds in one order; in float32 its threads race.
+        declared = self.pieces[0].plan.program.inputs
+        names = {decl.name for piece in self.pieces for decl in piece.plan.learnable_inputs}
         learned = {
             decl.name: torch.zeros(x.shape, dtype=torch.float64)
-            for decl, x in zip(plan.program.inputs, inputs, strict=True)
-            if decl in plan.learnable_inputs
+            for decl, x in zip(declared, inputs, strict=True)
+            if decl.name in names
         }
-        tensors = {"q": q, "dout": dout, "out": out, "lse": lse, "d_lse": dlse, "dq": dq}
-        if plan.weights is not None:
-            tensors = {name: tensors[name] for name in ("q", "dout", "dq")}
-        grouped = (shape.kv_heads, shape.heads // shape.kv_heads)
-        self._function(
-            **{name: x.unflatten(1, grouped) for name, x in tensors.items() if x is not None},
-            k=k, v=v, dk=dk, dv=dv, scale=default_scale(shape.dim) if scale is None else scale,
-            **{f"d_{name}": x for name, x in learned.items()}, **call_values(plan, inputs, args, dropout),
-            **self._tables,
-        )  # fmt: skip
+        tensors = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse, "d_lse": dlse}
+        gradients = {"dq": dq, "dk": dk, "dv": dv}
+        scale = default_scale(q.shape[3]) if scale is None else scale
+        for piece in self.pieces:
+            piece.run(tensors, gradients, learned, inputs, args, scale, dropout)
         found = [
             learned[decl.name].to(x.dtype) if decl.name in learned else None
-            for decl, x in zip(plan.program.inputs, inputs, strict=True)
+            for decl, x in zip(declared, inputs, strict=True)
         ]
-        return dq, dk.to(k.dtype), dv.to(v.dtype), found
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), found

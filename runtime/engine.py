@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attndsl.diagnostics import error
 from attndsl.learned import Over
+from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.plan import (
     Backend,
     BackwardPlan,
@@ -20,10 +21,6 @@ from attndsl.plan import (
     Loads,
     Spec,
     Tiling,
-    backward_plan,
-    backward_tilings,
-    default_tiling,
-    forward_plan,
     learning_plan,
     learning_tiling,
 )  # fmt: skip
@@ -31,8 +28,8 @@ from attndsl.program import CallShape, Program, TableDecl, Type
 from attndsl.properties import takes_more_rows_than_keys
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
 from attndsl.runtime.dropout import Dropout
+from attndsl.runtime.pieces import in_turn
 from attndsl.tiles import Side
-from attndsl.tiling import choose_backward_tilings
 
 if TYPE_CHECKING:
     from attndsl.runtime.derive import Deriving
@@ -146,9 +143,9 @@ class Engine:
         if self.choose(backend, spec) == "cpu":
             from attndsl.runtime.cpu import CpuForward
 
-            plan = forward_plan(program, spec, self.tiling or default_tiling(spec))
-            printed = self._text(self.generators.cpu_forward, plan)
-            return self._deriving(plan.program, q, k, v).forward(CpuForward(plan, printed))
+            plans = forward_plans(program, spec, self.tiling)
+            functions = [CpuForward(plan, self._text(self.generators.cpu_forward, plan)) for plan in plans]
+            return self._deriving(plans[0].program, q, k, v).forward(in_turn(functions))
         from attndsl.runtime.printing import printed_forward
         from attndsl.runtime.triton_launch import INTERPRETED, TritonForward, loads_for, shared_cache, why_not_gluon
 
@@ -165,9 +162,10 @@ class Engine:
             Backend.GLUON: self.generators.gluon_forward,
         }
         cache = None if INTERPRETED else shared_cache()
-        kernel = printed_forward(program, spec, backends, self.tiling, printers, cache)
-        deriving = self._deriving(kernel.program, q, k, v)
-        return deriving.forward(TritonForward(kernel, q, k, v, [*inputs, *deriving.examples], aligned))
+        kernels = printed_forward(program, spec, backends, self.tiling, printers, cache)
+        deriving = self._deriving(kernels[0].program, q, k, v)
+        inputs = [*inputs, *deriving.examples]
+        return deriving.forward(in_turn([TritonForward(x, q, k, v, inputs, aligned) for x in kernels]))
 
     def _prepare_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None,
@@ -175,24 +173,29 @@ class Engine:
     ) -> Callable[..., Gradients]:  # fmt: skip
         program, spec = self.program_of(scale), replace(self._check(q, k, v, inputs, scale), dropout=drops)
         on_cpu = self.choose(backend, spec) == "cpu"
+        tilings = None if self.tiling is None else (self.tiling, self.tiling)
         if on_cpu:
-            from attndsl.runtime.cpu_backward import CpuBackward
+            from attndsl.runtime import cpu_backward
 
-            tilings = backward_tilings(spec) if self.tiling is None else (self.tiling, self.tiling)
-            plan = backward_plan(program, replace(spec, backend=Backend.CPU), *tilings, uses_lse=uses_lse)
-            printed = self._text(self.generators.cpu_backward, plan)
-            return self._deriving(plan.program, q, k, v).backward(CpuBackward(plan, printed))
-        from attndsl.runtime.triton_backward import TritonBackward
+            plans = backward_plans(program, replace(spec, backend=Backend.CPU), tilings, uses_lse=uses_lse)
+            generate = self.generators.cpu_backward
+            functions = tuple(cpu_backward.CpuBackward(plan, self._text(generate, plan)) for plan in plans)
+            return self._deriving(plans[0].program, q, k, v).backward(cpu_backward.InTurn(functions))
+        from attndsl.runtime import triton_backward
         from attndsl.runtime.triton_launch import loads_for
 
         spec = replace(spec, loads=loads_for(spec, aligned, q, k, v, dout))
-        tilings = choose_backward_tilings(program, spec) if self.tiling is None else (self.tiling, self.tiling)
-        plan = backward_plan(program, spec, *tilings, uses_lse=uses_lse)
-        of_q, of_keys = self._text(self.generators.triton_backward, plan)
-        deriving = self._deriving(plan.program, q, k, v)
+        plans = backward_plans(program, spec, tilings, uses_lse=uses_lse)
+        deriving = self._deriving(plans[0].program, q, k, v)
         inputs = [*inputs, *deriving.examples]
-        further = tuple(self._further(plan, dout, q, k, v, inputs, aligned))
-        return deriving.backward(TritonBackward(plan, of_q, of_keys, dout, q, k, v, inputs, aligned, further))
+        pieces = []
+        for plan in plans:
+            of_q, of_keys = self._text(self.generators.triton_backward, plan)
+            piece = triton_backward.TritonBackward(plan, of_q, of_keys, dout, q, k, v, inputs, aligned)
+            pieces.append(piece)
+        # These go over the whole pattern; what they need to know of scores the first piece's plan says.
+        further = tuple(self._further(plans[0], dout, q, k, v, inputs, aligned))
+        return deriving.backward(triton_backward.InTurn(tuple(pieces), further))
 
     def _further(
         self, plan: BackwardPlan, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor],

@@ -7,6 +7,7 @@ that it belongs to: here these are added up, in one order. Kernels for inputs th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,15 +36,16 @@ class TritonBackward:
 
     def __init__(
         self, plan: BackwardPlan, dq_text: str, dkdv_text: str, dout: Tensor, q: Tensor, k: Tensor, v: Tensor,
-        inputs: Sequence[Tensor], aligned: bool, further: Sequence[Further] = (),
+        inputs: Sequence[Tensor], aligned: bool,
     ) -> None:  # fmt: skip
-        """`further`: kernels that add to the gradients of inputs after dq's."""
         shape = call_shape(q, k, v)
-        self.plan, self.shape, self.further = plan, shape, further
+        self.plan, self.shape = plan, shape
         self.default_scale = default_scale(shape.dim)
-        self.q_tiles = -(-shape.rows // plan.tiling.block_q)
+        layout = plan.layout
+        self.q_tiles = -(-layout.q.most(shape.rows) // plan.tiling.block_q) * layout.classes
         grid = self.q_tiles * shape.batch * shape.heads
-        key_grid = -(-shape.k_len // plan.key_tiling.block_k) * shape.batch * shape.kv_heads
+        key_tiles = -(-layout.k.most(shape.k_len) // plan.key_tiling.block_k) * layout.classes
+        key_grid = key_tiles * shape.batch * shape.kv_heads
         sources = backward_parameters(plan, q, k, v, inputs, dout)
         # Without rows the gradients of k and v are 0; without keys there are none.
         self._dq = prepare(plan, dq_text, DQ, grid, sources, aligned, q.device) if grid else None
@@ -55,40 +57,35 @@ class TritonBackward:
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
         inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, dropout: Dropout | None,
     ) -> Gradients:  # fmt: skip
-        dq, dk, dv = map(empty_gradient, (q, k, v))
-        out, lse = in_order_of(q, out), lse.contiguous()
-        d_lse = None if dlse is None else dlse.contiguous()
-        heads = self.shape.batch * self.shape.heads
-        delta, row_lse = lse.new_empty(2, heads, row_stride(self.shape.rows)) if self.plan.softmax else (None, None)
-        sums = {n: self._empty_sums(x, q.device) for n, x in enumerate(self.plan.learned) if x.over in _SIMPLE}
-        scale = self.default_scale if scale is None else scale
-        drops = dropout.values() if dropout else ()
-        call = (
-            q, k, v, out, lse, scale, *inputs, *args, *drops, dout, d_lse, dq, dk, dv, delta, row_lse,
-            *(tensor for n in range(len(self.plan.learned)) for tensor in sums.get(n, (None, None))),
-        )  # fmt: skip
-        if self._dq is not None:
-            self._dq(call)
-        if self._dkdv is None:
+        return InTurn((self,))(dout, dlse, q, k, v, out, lse, inputs, args, scale, dropout)
+
+    def run(self, call: Sequence[Any], dk: Tensor, dv: Tensor, totals: Totals) -> list[Any]:
+        """Write the gradients of q, k, v, or where the plan follows others, add to them; add those of inputs.
+
+        call: what the kernels take, from q to row_lse; dk and dv are among it. Returns it with the sums of inputs.
+        """
+        sums = {n: self._empty_sums(x, dk.device) for n, x in enumerate(self.plan.learned) if x.over in _SIMPLE}
+        given = [*call]
+        for n in range(len(self.plan.learned)):
+            given += sums.get(n, (None, None))
+        if not self.plan.follows and (self._dkdv is None or not self.plan.layout.all_keys):
             dk.zero_()
             dv.zero_()
-        else:
-            self._dkdv(call)
-        totals = Totals(self.plan.program, self.shape, q.device)
+        if self._dq is not None:
+            self._dq(given)
+        if self._dkdv is not None:
+            self._dkdv(given)
         self._add(totals, sums)
-        for kernel in self.further:
-            kernel(call, totals)
-        return dq, dk, dv, totals.gradients(self.plan, inputs)
+        return given
 
     def _empty_sums(self, x: Learned, device: torch.device) -> tuple[Tensor, Tensor]:
         """Room for the sums of a read, [batch * heads, tiles, rows or keys], and for the entries they belong to."""
         heads = self.shape.batch * self.shape.heads
         size = {Over.TILE: self.q_tiles, Over.KEYS: self.shape.rows, Over.ROWS: self.shape.k_len}[x.over]
         places = heads if x.over is Over.TILE else heads * size
-        return (
-            torch.empty(heads, size, dtype=torch.float32, device=device),
-            torch.empty(places, dtype=torch.int64, device=device),
-        )
+        # In a layout some programs have no tokens, and some tokens no program.
+        make = torch.empty if self.plan.layout.plain else torch.zeros
+        return make(heads, size, dtype=torch.float32, device=device), make(places, dtype=torch.int64, device=device)
 
     def _add(self, totals: Totals, sums: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         """Add the sums of dq's and dkdv's kernels to the gradients."""
@@ -97,6 +94,37 @@ class TritonBackward:
             if (self._dkdv if x.over is Over.ROWS else self._dq) is None:
                 continue  # No kernel ran, and nothing was summed.
             totals.add(x.read.input, values.double().sum(1) if x.over is Over.TILE else values, places)
+
+
+@dataclass(frozen=True, slots=True)
+class InTurn:
+    """The backward kernels of a program's pieces. Each but the first adds to the gradients of those before it.
+
+    `further`: kernels that add to the gradients of inputs afterwards, those of the whole pattern.
+    """
+
+    pieces: tuple[TritonBackward, ...]
+    further: tuple[Further, ...] = ()
+
+    def __call__(
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, dropout: Dropout | None,
+    ) -> Gradients:  # fmt: skip
+        first = self.pieces[0]
+        plan, shape = first.plan, first.shape
+        dq, dk, dv = map(empty_gradient, (q, k, v))
+        out, lse = in_order_of(q, out), lse.contiguous()
+        d_lse = None if dlse is None else dlse.contiguous()
+        heads = shape.batch * shape.heads
+        delta, row_lse = lse.new_empty(2, heads, row_stride(shape.rows)) if plan.softmax else (None, None)
+        scale = first.default_scale if scale is None else scale
+        drops = dropout.values() if dropout else ()
+        call = (q, k, v, out, lse, scale, *inputs, *args, *drops, dout, d_lse, dq, dk, dv, delta, row_lse)
+        totals = Totals(plan.program, shape, q.device)
+        given = [piece.run(call, dk, dv, totals) for piece in self.pieces]
+        for kernel in self.further:
+            kernel(given[0], totals)
+        return dq, dk, dv, totals.gradients(plan, inputs)
 
 
 def row_stride(rows: int) -> int:
@@ -137,4 +165,4 @@ def backward_parameters(
     return found
 
 
-__all__ = ["TritonBackward", "backward_parameters"]
+__all__ = ["InTurn", "TritonBackward", "backward_parameters"]

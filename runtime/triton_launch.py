@@ -91,7 +91,8 @@ class TritonForward:
     ) -> None:
         shape = call_shape(q, k, v)
         self.shape = shape
-        self.grid = -(-shape.rows // kernel.tiling.block_q) * shape.batch * shape.heads
+        layout = kernel.layout
+        self.grid = -(-layout.q.most(shape.rows) // kernel.tiling.block_q) * layout.classes * shape.batch * shape.heads
         self.default_scale = default_scale(shape.dim)
         if self.grid:
             sources = parameter_sources(kernel, q, k, v, inputs)
@@ -102,10 +103,17 @@ class TritonForward:
         dropout: Dropout | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         out, lse = empty_output(q, self.shape)
+        self.into(out, lse, q, k, v, inputs, args, scale, dropout)
+        return out, lse
+
+    def into(
+        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
+        scale: float | None, dropout: Dropout | None,
+    ) -> None:  # fmt: skip
+        """Write out and lse, or where the plan follows others, add to them."""
         if self.grid:
             scale = self.default_scale if scale is None else scale
             self._launch((q, k, v, out, lse, scale, *inputs, *args, *(dropout.values() if dropout else ())))
-        return out, lse
 
 
 def prepare(

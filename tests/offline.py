@@ -29,7 +29,8 @@ class Decode:
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel at the default tiling, forward or `decode`. `tiling`: another one (block_q, block_k, warps, stages)."""
+    """A piece's kernel at the default tiling, forward or `decode`. `tiling`: another one (block_q, block_k, warps,
+    stages)."""
 
     text: str
     target: str
@@ -38,6 +39,7 @@ class Job:
     heads: tuple[int, int] = (8, 8)
     dtype: str = "bfloat16"
     tiling: tuple[int, int, int, int] | None = None
+    piece: int = 0
     decode: Decode | None = None
 
 
@@ -78,15 +80,16 @@ def compile_one(job: Job) -> Found:
     from attndsl.codegen.triton_decode import decode_source
     from attndsl.codegen.triton_forward import forward_source
     from attndsl.decode import Cache, decode_plan
-    from attndsl.plan import DType, Loads, Spec, Tiling, default_tiling, forward_plan
+    from attndsl.piece_plans import forward_plans
+    from attndsl.plan import DType, Loads, Spec, Tiling
     from attndsl.runtime.assembly import offline_source
     from attndsl.runtime.build import compile_kernel
 
     spec = Spec(*job.heads, job.dim, job.dim, DType(job.dtype), job.target, Loads(job.loads))
-    tiling = Tiling(*job.tiling) if job.tiling else default_tiling(spec)
+    tiling = Tiling(*job.tiling) if job.tiling else None
     program = attndsl.compile(job.text).program
     if job.decode is None:
-        plan = forward_plan(program, spec, tiling)
+        plan = forward_plans(program, spec, tiling)[job.piece]
         source = offline_source(plan, forward_source(plan))
     else:
         cache = Cache(job.decode.page, job.decode.fp8, job.decode.fp8, job.decode.fp8)

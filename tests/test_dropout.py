@@ -31,6 +31,7 @@ from attndsl.targets import hopper_refusal, make_spec
 from tests.accuracy import examples
 from tests.cases import CASES, case, floats
 from tests.gradients import upstream
+from tests.scattered import SCATTERED
 from tests.strategies import Case, composed_programs, tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter")
@@ -160,7 +161,9 @@ def close(found: Tensor, right: Tensor, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
-@pytest.mark.parametrize("chosen", [LEARNED, WEIGHTS, ODD], ids=["learned", "weights", "odd"])
+@pytest.mark.parametrize(
+    "chosen", [LEARNED, WEIGHTS, ODD, SCATTERED["strided"]], ids=["learned", "weights", "odd", "scattered"]
+)
 def test_program(chosen: Case, backend: str) -> None:
     compare(chosen, backend, tiling=Tiling(32, 16) if backend == "triton" else Tiling(8, 12))
 

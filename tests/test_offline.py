@@ -40,6 +40,8 @@ QUICK += [
     Job(SOFTCAP, "hip:gfx942", 256, "pointer", (32, 8), decode=Decode(1, 16)),
 ]
 QUICK.append(Job(DOCUMENTS, "cuda:90", 128, "descriptor", (8, 2)))
+# The piece whose tokens lie apart, which loads through pointers.
+QUICK += [Job(SCATTERED, target, dim, "pointer", piece=1) for target in ("cuda:80", "cuda:90") for dim in (64, 128)]
 DECODES = [Decode(rows, page, fp8) for rows in (1, 16) for page in (None, 16) for fp8 in (False, True)]
 PATTERNS = ("causal", STREAMING, DOCUMENTS, SOFTCAP, SINK, SCATTERED)
 THOROUGH = [

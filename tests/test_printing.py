@@ -10,6 +10,7 @@ import pytest
 import attndsl
 from attndsl.codegen.gluon_forward import forward_source as gluon_source
 from attndsl.codegen.triton_forward import forward_source as triton_source
+from attndsl.piece_plans import forward_plans
 from attndsl.plan import Backend, ForwardPlan, Printed, Spec, Tiling
 from attndsl.runtime.build import parameters
 from attndsl.runtime.cache import KernelCache
@@ -31,7 +32,8 @@ NOTHING = {Backend.TRITON: refuse, Backend.GLUON: refuse}
 def printed(folder: Path, spec: Spec = SPEC, tiling: Tiling | None = None, again: bool = False) -> Printed:
     """As a process of its own would: with a cache that holds nothing in memory."""
     cache = KernelCache(folder / "kernels")
-    return printed_forward(PROGRAM, spec, (Backend.TRITON,), tiling, NOTHING if again else PRINTERS, cache)
+    (found,) = printed_forward(PROGRAM, spec, (Backend.TRITON,), tiling, NOTHING if again else PRINTERS, cache)
+    return found
 
 
 def test_a_printed_kernel_is_not_planned_again(tmp_path: Path) -> None:
@@ -41,7 +43,8 @@ def test_a_printed_kernel_is_not_planned_again(tmp_path: Path) -> None:
 
 
 def triton_source_of(kernel: Printed) -> str:
-    return printed_forward(PROGRAM, SPEC, (Backend.TRITON,), kernel.tiling, PRINTERS, None).text
+    (found,) = printed_forward(PROGRAM, SPEC, (Backend.TRITON,), kernel.tiling, PRINTERS, None)
+    return found.text
 
 
 @pytest.mark.parametrize("other", ["spec", "tiling", "sources", "pattern"])
@@ -70,8 +73,33 @@ def test_the_choice_of_a_lowering_is_kept(tmp_path: Path) -> None:
         for printers, cache in zip((PRINTERS, NOTHING), caches, strict=True)
     )
     assert first == again
-    assert first.spec.backend is Backend.GLUON
-    assert "gluon" in first.text
+    assert first[0].spec.backend is Backend.GLUON
+    assert "gluon" in first[0].text
+
+
+@pytest.mark.parametrize("text", ["causal & window(100)", "causal & (window(128) | dilated(128))"])
+def test_layouts_are_kept(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A printed pattern is not searched again, be it whole or in pieces."""
+    program = attndsl.compile(text).program
+    both = (Backend.GLUON, Backend.TRITON)
+    first = printed_forward(program, SPEC, both, None, PRINTERS, KernelCache(tmp_path / "kernels"))
+    plans = forward_plans(program, first[0].spec)
+    assert [(x.layout, x.follows, x.tiling, x.spec) for x in first] == [
+        (x.layout, x.follows, x.tiling, x.spec) for x in plans
+    ]
+
+    def refuse_to_search(*_: object) -> None:
+        raise AssertionError("searched again")
+
+    for module in ("pieces", "piece_plans", "targets"):
+        monkeypatch.setattr(f"attndsl.{module}.choose_pieces", refuse_to_search)
+    assert printed_forward(program, SPEC, both, None, NOTHING, KernelCache(tmp_path / "kernels")) == first
+
+
+def test_pieces_have_no_hopper_lowering() -> None:
+    program = attndsl.compile("causal & (window(128) | dilated(128))").program
+    with pytest.raises(attndsl.PatternError, match="A510"):
+        printed_forward(program, SPEC, (Backend.GLUON,), None, PRINTERS, None)
 
 
 def test_parameters_are_those_of_the_printed_function(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from attndsl.tiles import Side, tile_runs
 from tests.accuracy import examples
 from tests.derived import derived
 from tests.strategies import Case, composed_programs
-from tests.tiling import Array, call, check_tiles, side_runs, visits
+from tests.tiling import SIDES, Array, call, check_tiles, side_runs, visits
 
 PATTERNS = [
     "all",
@@ -179,7 +179,7 @@ def test_past_the_effort_tiles_are_a_superset(text: str, monkeypatch: pytest.Mon
     }
     monkeypatch.setattr("attndsl.tiles.SCAN_EFFORT", 1)
     relation = build_relation(program, (1, 1))
-    for side in Side:
+    for side in SIDES:
         runs = tile_runs(relation, 4, 4, side)
         visited, full = visits(program, shape, runs, 4, 4, side, {}, {})
         assert full.sum() == 0

@@ -26,6 +26,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "attndsl.relation",
         "attndsl.quasi_affine",
         "attndsl.tiles",
+        "attndsl.pieces",
         "attndsl.compare",
         "attndsl.findings",
         "attndsl.eviction",

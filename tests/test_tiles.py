@@ -13,7 +13,7 @@ from attndsl.grammar import load
 from attndsl.tiles import Side, TileKind
 from tests.accuracy import examples
 from tests.strategies import Case, composed_programs
-from tests.tiling import call, check_tiles, side_runs, visits
+from tests.tiling import SIDES, call, check_tiles, side_runs, visits
 
 # Tile shapes: powers of two and others, square and not.
 BLOCKS = ((4, 4), (3, 5), (8, 2))
@@ -55,7 +55,7 @@ PATTERNS = [
 def test_runs_match_the_mask(text: str) -> None:
     program = load(text).program
     for block_q, block_k in BLOCKS:
-        runs = {side: side_runs(program, call(1, 1), block_q, block_k, side)[1] for side in Side}
+        runs = {side: side_runs(program, call(1, 1), block_q, block_k, side)[1] for side in SIDES}
         for k_len in LENGTHS:
             for rows in {1, k_len // 2, k_len} - {0}:
                 check_tiles(program, call(rows, k_len), block_q, block_k, runs=runs)
@@ -131,7 +131,7 @@ def test_data_is_visited_and_never_full(text: str) -> None:
 def test_the_tiles_are_the_least_there_are(text: str, full: int, partial: int) -> None:
     # Not only safe but tight: exactly the tiles that have a pair, full wherever the mask is.
     program, shape = load(text).program, call(128, 128)
-    for side in Side:
+    for side in SIDES:
         _, runs = side_runs(program, shape, 32, 32, side)
         visited, complete = visits(program, shape, runs, 32, 32, side, {}, {})
         assert (complete.sum(), visited.sum() - complete.sum()) == (full, partial)
@@ -141,7 +141,7 @@ def test_the_check_sees_wrong_tiles() -> None:
     causal, window = (load(text).program for text in ("causal", "causal & window(3)"))
     shape = call(16, 16)
     for wrong, right, why in ((window, causal, "missed"), (causal, window, "not full")):
-        runs = {side: side_runs(wrong, shape, 4, 4, side)[1] for side in Side}
+        runs = {side: side_runs(wrong, shape, 4, 4, side)[1] for side in SIDES}
         with pytest.raises(AssertionError, match=why):
             check_tiles(right, shape, 4, 4, runs=runs)
 

@@ -15,6 +15,8 @@ from attndsl.relation import Relation, build_relation
 from attndsl.tiles import Side, TileRuns, tile_runs
 
 Array = NDArray[Any]
+# The sides that own tiles; the third owns diagonals of square ones.
+SIDES = (Side.QUERY, Side.KEY)
 
 
 def call(rows: int, k_len: int, heads: int = 1, kv_heads: int = 1, batch: int = 1) -> CallShape:
@@ -66,7 +68,7 @@ def check_tiles(
     block_k: int,
     inputs: Mapping[str, Array] = {},
     args: Mapping[str, int] = {},
-    sides: tuple[Side, ...] = (Side.QUERY, Side.KEY),
+    sides: tuple[Side, ...] = SIDES,
     runs: Mapping[Side, TileRuns] | None = None,
 ) -> None:
     """Every tile with a pair is visited once, no tile twice, and a full one has all its pairs and all its keys."""

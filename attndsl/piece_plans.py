@@ -1,0 +1,129 @@
+"""Kernel plans of programs in pieces: one plan a piece, all of one program."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+from attndsl.derive import derive, with_needed
+from attndsl.linear import normalise
+from attndsl.pieces import Piece, choose_pieces
+from attndsl.plan import (
+    Backend,
+    BackwardPlan,
+    ForwardPlan,
+    Loads,
+    Spec,
+    Tiling,
+    backward_plan,
+    backward_tilings,
+    branch_scalars,
+    closed_runs,
+    default_tiling,
+    forward_plan,
+    shaped,
+    slopes,
+)  # fmt: skip
+from attndsl.program import Program, Scalar
+from attndsl.quasi_affine import condition
+from attndsl.simplify import fold, specialise
+from attndsl.tiles import Side, TileRuns
+from attndsl.tiling import choose_backward_tilings, choose_tiling
+
+
+@functools.lru_cache(maxsize=1024)
+def forward_plans(program: Program, spec: Spec, tiling: Tiling | None = None) -> tuple[ForwardPlan, ...]:
+    """The forward kernels of a program's pieces, in the order in which they run; one where it stays whole.
+
+    tiling: None lets the cost model choose, and in a layout the default for how it loads.
+    """
+    pieces = _pieces(program, spec)
+    if not pieces:
+        return (forward_plan(program, spec, tiling or choose_tiling(program, spec)),)
+    program = _of_pieces(program)
+    branch = branch_scalars(program, spec)
+    return tuple(_piece_plan(program, piece, spec, tiling, branch, n) for n, piece in enumerate(pieces))
+
+
+def _pieces(program: Program, spec: Spec) -> tuple[Piece, ...]:
+    """The pieces of a program, none where it stays whole, its tokens in order."""
+    # What is dropped is drawn for whole tiles of keys in a row.
+    return () if spec.dropout else choose_pieces(program, (spec.heads, spec.kv_heads)).pieces
+
+
+def _of_pieces(program: Program) -> Program:
+    """The program that the plans of its pieces have: they read no derived inputs."""
+    return with_needed(derive(program), ())
+
+
+def _piece_plan(
+    program: Program, piece: Piece, spec: Spec, tiling: Tiling | None, branch: dict[str, Any], number: int
+) -> ForwardPlan:
+    spec = _spec_of(piece, spec)
+    tiling = _tiling_of(piece, spec, tiling or default_tiling(spec))
+    if number:
+        # What all pieces share enters with the first.
+        branch = branch | {"sink": None}
+    runs = closed_runs(piece.relation, program, spec, tiling, Side.QUERY, piece.layout)
+    mask = piece_mask(piece, spec) if runs.partial else None
+    return ForwardPlan(program, spec, tiling, runs, mask, **branch, layout=piece.layout, follows=number > 0)
+
+
+def _tiling_of(piece: Piece, spec: Spec, tiling: Tiling) -> Tiling:
+    """Addresses of single rows take registers: below Hopper, where operands do too, more warps share them."""
+    older = spec.target.startswith("cuda:") and int(spec.target.partition(":")[2]) < 90
+    spread = older and not piece.layout.plain and tiling.block_q >= 128 and tiling.warps < 8
+    return replace(tiling, warps=8) if spread else tiling
+
+
+def _spec_of(piece: Piece, spec: Spec) -> Spec:
+    """A piece's tokens do not lie in a row, as hardware copies of tiles need."""
+    return spec if piece.layout.plain else replace(spec, loads=Loads.POINTER)
+
+
+@functools.lru_cache(maxsize=1024)
+def backward_plans(
+    program: Program, spec: Spec, tilings: tuple[Tiling, Tiling] | None = None, uses_lse: bool = True
+) -> tuple[BackwardPlan, ...]:
+    """The backward kernels of a program's pieces, in the order in which they run; one plan where it stays whole.
+
+    tilings: of dq, and of dk and dv; None as in `forward_plans`.
+    """
+    pieces = _pieces(program, spec)
+    if not pieces:
+        return (backward_plan(program, spec, *(tilings or choose_backward_tilings(program, spec)), uses_lse=uses_lse),)
+    program = _of_pieces(program)
+    branch = branch_scalars(program, spec)
+    return tuple(
+        _backward_piece(program, piece, spec, tilings, branch, uses_lse, number) for number, piece in enumerate(pieces)
+    )
+
+
+def _backward_piece(
+    program: Program, piece: Piece, spec: Spec, tilings: tuple[Tiling, Tiling] | None, branch: dict[str, Any],
+    uses_lse: bool, number: int,
+) -> BackwardPlan:  # fmt: skip
+    spec = _spec_of(piece, spec)
+    tiling, key_tiling = tilings or backward_tilings(spec)
+    if number:
+        branch = branch | {"sink": None}
+    runs = closed_runs(piece.relation, program, spec, tiling, Side.QUERY, piece.layout)
+    key_runs = TileRuns((), ())
+    if spec.backend is not Backend.CPU:
+        key_runs = closed_runs(piece.relation, program, spec, key_tiling, Side.KEY, piece.layout)
+    mask = piece_mask(piece, spec) if runs.partial or key_runs.partial else None
+    return BackwardPlan(
+        program, spec, tiling, runs, mask, **branch, key_tiling=key_tiling, key_runs=key_runs,
+        **slopes(program, branch), uses_lse=uses_lse, layout=piece.layout, follows=number > 0,
+    )  # fmt: skip
+
+
+def piece_mask(piece: Piece, spec: Spec) -> Scalar | None:
+    """The condition for a pair of a visited tile of a piece, in the indices of its layout; None where it always holds.
+
+    Conditions on data in it read the tokens.
+    """
+    relation, layout = piece.relation, piece.layout
+    found = condition(relation.pairs, relation.context, relation.uniform | relation.atoms, layout)
+    return shaped(specialise(fold(normalise(found)), spec.sizes))

@@ -1,0 +1,66 @@
+"""The tiles that the pieces of a program visit in one call, counted from their closed-form runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attndsl.blockruns import Reader
+from attndsl.piece_plans import forward_plans
+from attndsl.plan import DType, Plan, Spec, Tiling
+from attndsl.program import Binary, CallShape, Const, Program, Var
+from attndsl.tiles import Run
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PieceTiles:
+    """What a piece visits, over all batch entries and heads: query tiles that exist, full tiles, partial tiles.
+
+    `layout`: the order in which it counts tokens, in words.
+    """
+
+    layout: str
+    q_tiles: int
+    full: int
+    partial: int
+
+    @property
+    def tiles(self) -> int:
+        return self.full + self.partial
+
+
+def count_pieces(
+    program: Program, shape: CallShape, block_q: int, block_k: int, inputs: Mapping[str, Array], args: Mapping[str, int]
+) -> tuple[PieceTiles, ...]:
+    """Counts the tiles of each piece of a program, as `piece_tiles`."""
+    # Tiles do not depend on the device.
+    spec = Spec(shape.heads, shape.kv_heads, shape.dim, shape.v_dim, DType.FLOAT32, "cpu")
+    plans = forward_plans(program, spec, Tiling(block_q, block_k))
+    return tuple(piece_tiles(plan, shape, inputs, args) for plan in plans)
+
+
+def piece_tiles(plan: Plan, shape: CallShape, inputs: Mapping[str, Array], args: Mapping[str, int]) -> PieceTiles:
+    """Counts the tiles of one piece. Raises ValueError where an input or argument that decides tiles is missing."""
+    layout, block_q = plan.layout, plan.tiling.block_q
+    reader = Reader(plan.program, shape, inputs, args)
+    b, h = np.divmod(np.arange(shape.batch * shape.heads), max(1, shape.heads))
+    variables = reader.variables(b[:, None, None], h[:, None, None])
+    variables["residue"] = np.arange(layout.classes)[:, None]
+    variables["q_tile"] = np.arange(-(-layout.q.most(shape.rows) // block_q))
+    variables["i_start"] = reader.value(layout.q.index(Var("start")), variables)
+    first = Binary("+", Var("i_start"), Binary("*", Const(block_q), Var("q_tile")))
+    size = (b.size, layout.classes, variables["q_tile"].size)
+    length = variables["Nq"] if plan.program.align_start else variables["Nk"]
+    exists = np.broadcast_to(reader.value(layout.q.position(first), variables) < length, size)
+
+    def visited(runs: tuple[Run, ...]) -> int:
+        counts = (np.maximum(reader.value(run.count, variables), 0) for run in runs)
+        return sum(int(np.where(exists, count, 0).sum(dtype=np.int64)) for count in counts)
+
+    return PieceTiles(str(layout), int(exists.sum()), visited(plan.runs.full), visited(plan.runs.partial))

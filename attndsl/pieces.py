@@ -1,0 +1,340 @@
+"""The layout search: a pattern as disjoint pieces, each in the layout in which it visits the fewest tiles.
+
+Candidates come from the pattern itself: the constants by which it divides. A part of the pattern fits a candidate if
+its keys have a residue that follows from the query's, or lie in one band of every period. Parts that fit go there,
+earlier pieces are subtracted from later ones, and of all such divisions the one that should cost least is taken, by
+the tiles that it visits at one length. Nothing of it depends on the lengths of a call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import permutations
+
+import islpy as isl
+import numpy as np
+
+from attndsl.derive import derive
+from attndsl.effort import EFFORT, TooHard, bounded
+from attndsl.evaluate import evaluate
+from attndsl.isl_sets import project_param
+from attndsl.layout import PLAIN, Comb, Layout
+from attndsl.program import (
+    Binary,
+    Blocks,
+    Choose,
+    Coarsen,
+    Complement,
+    Const,
+    Inter,
+    Minus,
+    On,
+    Program,
+    Read,
+    Scalar,
+    Set,
+    Union,
+    Var,
+    Where,
+    walk,
+)  # fmt: skip
+from attndsl.relation import Lowering, Relation
+from attndsl.simplify import specialise
+from attndsl.tiles import touched_runs
+
+# Periods beyond this leave too few tokens to a residue.
+MAX_PERIOD = 4096
+# Bounds of the search: candidates, parts of the pattern, residues that a row's keys have.
+MAX_CANDIDATES = 6
+MAX_PARTS = 8
+MAX_SHIFTS = 4
+# Tile sizes and length for which divisions are compared: kernels do not depend on lengths.
+BLOCK_Q, BLOCK_K, TOKENS = 128, 64, 16384
+# What a program costs apart from its tiles, and more of it where it takes up the results of earlier pieces, in tiles.
+PROGRAM, TAKEN_UP = 2.5, 2.5
+# Tokens in order are kept unless the pieces cost less than this share.
+WORTH_IT = 0.75
+# Elementary isl operations allowed to the whole search.
+SEARCH_EFFORT = 2 * EFFORT
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """Pairs of a pattern, and the layout in which they are visited: `relation` is in the layout's indices."""
+
+    layout: Layout
+    relation: Relation
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Division:
+    """A way to divide a pattern: layouts, the parts that each holds, and their cost, in tiles of 128 x 64."""
+
+    groups: tuple[tuple[Layout, frozenset[int]], ...]
+    cost: float
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        return tuple(layout for layout, _ in self.groups)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """The pieces of a pattern, in the order in which they run, none where it stays whole, its tokens in order.
+
+    `considered`: every division, tokens in order first, where there was something to compare.
+    """
+
+    pieces: tuple[Piece, ...] = ()
+    considered: tuple[Division, ...] = ()
+    note: str = ""
+
+    @property
+    def plain(self) -> bool:
+        """Whether the pattern stays whole, its tokens in order."""
+        return not self.pieces
+
+
+@functools.lru_cache(maxsize=256)
+def choose_pieces(program: Program, heads: tuple[int, int]) -> Choice:
+    """The pieces of a program's pattern for (H, G) heads."""
+    program = derive(program)
+    candidates = _candidates(program, heads)
+    if not candidates:
+        return Choice()
+    lowering = Lowering(program, heads)
+    relation = lowering.relation(program.branch.pattern)
+    if _reads_derived(program, relation):
+        return Choice(note="tokens in order: the pattern holds parts that are computed before the kernel")
+    try:
+        return bounded(lowering.ctx, lambda: _Search(program, relation, candidates).choice(), SEARCH_EFFORT)
+    except TooHard:
+        return Choice(note="layouts were not compared: too hard within the effort bound")
+
+
+def _reads_derived(program: Program, relation: Relation) -> bool:
+    """Whether a kernel of the pattern reads inputs that the runtime makes."""
+    derived = {decl.name for decl in program.inputs if decl.derivation is not None}
+    data = (*relation.uniform.values(), *relation.atoms.values())
+    return any(isinstance(x, Read) and x.input in derived for e in data for x in walk(e))
+
+
+# ------------------------------------------------------------------------------------- candidates
+
+
+def _candidates(program: Program, heads: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """Periods and widths (of combs) that the pattern's own constants suggest, few and without repetition."""
+    found = dict.fromkeys(_periods(program.branch.pattern, {"H": heads[0], "G": heads[1]}, 1))
+    return tuple((p, w) for p, w in found if w < p <= MAX_PERIOD)[:MAX_CANDIDATES]
+
+
+def _periods(pattern: Set, sizes: dict[str, int], unit: int) -> Iterator[tuple[int, int]]:
+    match pattern:
+        case Where(cond=cond):
+            for period, width in _divisors(cond, sizes):
+                yield period * unit, width * unit
+        case Union(parts=parts) | Inter(parts=parts):
+            for part in parts:
+                yield from _periods(part, sizes, unit)
+        case Minus(left=a, right=b) | Choose(then=a, other=b):
+            yield from _periods(a, sizes, unit)
+            yield from _periods(b, sizes, unit)
+        case Complement(operand=p) | Coarsen(operand=p):
+            yield from _periods(p, sizes, unit)
+        case On(operand=p, place=place):
+            if isinstance(place, Blocks):
+                yield from _periods(p, sizes, unit * place.size)
+
+
+def _divisors(e: Scalar, sizes: dict[str, int]) -> Iterator[tuple[int, int]]:
+    """The constants that a scalar divides by, with width 1; those of the rest of a quotient, (x // w) % c, with w."""
+    for x in walk(e):
+        if isinstance(x, Binary) and x.op in ("//", "%") and (c := _constant(x, sizes)):
+            yield c, 1
+            if x.op == "%":
+                quotients = (y for y in walk(x.left) if isinstance(y, Binary) and y.op == "//")
+                yield from ((c * w, w) for y in quotients if (w := _constant(y, sizes)))
+
+
+def _constant(quotient: Binary, sizes: dict[str, int]) -> int:
+    """The divisor, 0 where it is not a constant above 1."""
+    divisor = specialise(quotient.right, sizes)
+    return divisor.value if isinstance(divisor, Const) and isinstance(divisor.value, int) and divisor.value > 1 else 0
+
+
+# ----------------------------------------------------------------------------------------- search
+
+
+class _Search:
+    """The divisions of one pattern, compared."""
+
+    def __init__(self, program: Program, relation: Relation, candidates: tuple[tuple[int, int], ...]) -> None:
+        self.program, self.relation, self.candidates = program, relation, candidates
+        self.ctx = relation.pairs.get_ctx()
+        self.parts = [relation.pairs]
+        basic = relation.pairs.get_basic_sets()
+        fits_whole = any(len(family) == 1 for family, _ in self._families())
+        if 1 < len(basic) <= MAX_PARTS and not fits_whole:
+            self.parts = [isl.Set.from_basic_set(part) for part in basic]
+        self.costs: dict[tuple[Layout, frozenset[int]], float] = {}
+        # The relation at the length for which costs are compared.
+        length = f"Nq = {TOKENS} and Nk = {TOKENS} and start = 0"
+        known = relation.context.intersect(isl.Set.read_from_str(self.ctx, f"[Nq, Nk, start] -> {{ : {length} }}"))
+        self.known = replace(relation, context=known)
+
+    def choice(self) -> Choice:
+        families = dict(self._families())
+        if not families:
+            return Choice()
+        plain = self._divide((), families)
+        alone = {family: self._divide((family,), families) for family in families}
+        # Two candidates together, of those that gain by themselves; what fits neither stays in order.
+        gaining = sorted((f for f in families if alone[f].cost < plain.cost), key=lambda f: alone[f].cost)[:2]
+        together = [self._divide(chosen, families) for chosen in permutations(gaining, 2)]
+        considered = tuple({division.groups: division for division in (plain, *alone.values(), *together)}.values())
+        best = min(considered, key=lambda division: division.cost)
+        if best.cost >= WORTH_IT * plain.cost:
+            return Choice(considered=considered)
+        return Choice(self._pieces(dict(best.groups)), considered)
+
+    def _divide(
+        self, chosen: tuple[tuple[Layout, ...], ...], families: dict[tuple[Layout, ...], frozenset[int]]
+    ) -> Division:
+        """Parts that fit the first of some families go there, of the rest those that fit the next."""
+        groups: dict[Layout, frozenset[int]] = {}
+        left = frozenset(range(len(self.parts)))
+        for family in chosen:
+            fits = families[family] & left
+            groups |= {layout: fits for layout in family if fits}
+            left -= fits
+        groups = ({PLAIN: left} if left else {}) | groups
+        return Division(tuple(groups.items()), self._cost(groups))
+
+    def _families(self) -> Iterator[tuple[tuple[Layout, ...], frozenset[int]]]:
+        """Layouts that together hold some parts, and those parts."""
+        found: dict[tuple[Layout, ...], set[int]] = {}
+        for period, width in self.candidates:
+            for n, part in enumerate(self.parts):
+                for family in self._fitting(part, period, width):
+                    found.setdefault(family, set()).add(n)
+        for family, parts in found.items():
+            yield family, frozenset(parts)
+
+    def _fitting(self, part: isl.Set, period: int, width: int) -> Iterator[tuple[Layout, ...]]:
+        """The families that hold a part: by residues that follow from the query's, and by a band of the keys."""
+        classes = period // width
+        shifts = self._values(
+            part, f"e : exists a, b, c : {width} a <= q < {width} a + {width} and {width} b <= k < {width} b + {width} "
+            f"and e = b - a - {classes} c and 0 <= e < {classes}", MAX_SHIFTS,
+        )  # fmt: skip
+        if shifts and 2 * len(shifts) <= classes:
+            rows = Comb(period, width, step=width)
+            yield tuple(Layout(rows, Comb(period, width, width, width * s), classes) for s in shifts)
+        if width == 1:
+            low, high = self._ends(part, f"e : exists c : e = k - {period} c and 0 <= e < {period}")
+            if 0 <= low <= high < low + period // 2:
+                yield (Layout(k=Comb(period, high - low + 1, shift=low)),)
+
+    def _image(self, part: isl.Set, text: str) -> isl.Set:
+        pairs = self.relation.project_atoms(part).project_out_all_params()
+        return pairs.apply(isl.Map.read_from_str(self.ctx, f"{{ [q, k] -> [e] : {text.removeprefix('e : ')} }}"))
+
+    def _values(self, part: isl.Set, text: str, limit: int) -> tuple[int, ...]:
+        """The values that a function takes on the part's pairs, none where there are more than `limit`."""
+        image, found = self._image(part, text), list[int]()
+        while not image.is_empty():
+            if len(found) == limit:
+                return ()
+            found.append(int(image.dim_min_val(0).to_python()))
+            image = image.subtract(isl.Set.read_from_str(self.ctx, f"{{ [{found[-1]}] }}"))
+        return tuple(found)
+
+    def _ends(self, part: isl.Set, text: str) -> tuple[int, int]:
+        """The least and the greatest value, (1, 0) where there is none."""
+        image = self._image(part, text)
+        if image.is_empty():
+            return 1, 0
+        return int(image.dim_min_val(0).to_python()), int(image.dim_max_val(0).to_python())
+
+    # ------------------------------------------------------------------------------------- costs
+
+    def _cost(self, groups: dict[Layout, frozenset[int]]) -> float:
+        cost = sum(self._cost_of(layout, parts) for layout, parts in groups.items())
+        taken_up = sum(_programs(layout) for layout in list(groups)[1:])
+        return cost + TAKEN_UP * taken_up
+
+    def _cost_of(self, layout: Layout, parts: frozenset[int]) -> float:
+        key = (layout, parts)
+        if key not in self.costs:
+            found = self.relation.project_atoms(self._union(parts))
+            for name in self.relation.uniform:
+                # The pairs of any head, any call.
+                found = project_param(found, name)
+            found = found.intersect_params(self.known.context)
+            tiles = _tiles(_in_layout(self.known, found, layout), layout, self.program.align_start)
+            self.costs[key] = PROGRAM * _programs(layout) + tiles
+        return self.costs[key]
+
+    def _union(self, parts: frozenset[int]) -> isl.Set:
+        found = self.parts[min(parts)]
+        for n in sorted(parts)[1:]:
+            found = found.union(self.parts[n])
+        return found.coalesce()
+
+    # ------------------------------------------------------------------------------------ pieces
+
+    def _pieces(self, groups: dict[Layout, frozenset[int]]) -> tuple[Piece, ...]:
+        """The pieces of a division, each without the pairs of those before it."""
+        pieces: list[Piece] = []
+        for n, (layout, parts) in enumerate(groups.items()):
+            found = _in_layout(self.relation, self._union(parts), layout)
+            # Layouts that hold the same parts hold other residues of them.
+            for other in dict.fromkeys(p for p in list(groups.values())[:n] if p != parts):
+                # In the layout, where periods are gone.
+                earlier = _in_layout(self.relation, self._union(other), layout)
+                found = _with_pairs(found, found.pairs.subtract(earlier.pairs).coalesce())
+            if pieces and found.pairs.intersect_params(found.context).is_empty():
+                continue
+            pieces.append(Piece(layout, found))
+        return tuple(pieces)
+
+
+def _programs(layout: Layout) -> int:
+    """Query tiles over all residues."""
+    return layout.classes * -(-layout.q.most(TOKENS) // BLOCK_Q)
+
+
+def _tiles(relation: Relation, layout: Layout, align_start: bool) -> float:
+    """Tiles visited over all residues."""
+    runs = touched_runs(relation, BLOCK_Q, BLOCK_K, align_start, layout)
+    length, zero = np.asarray(TOKENS), np.asarray(0)
+    residue = np.arange(layout.classes)[:, None]
+    variables = {"Nq": length, "Nk": length, "start": zero, "i_start": zero, "residue": residue}
+    variables["q_tile"] = np.arange(-(-layout.q.most(TOKENS) // BLOCK_Q))
+    size = (layout.classes, variables["q_tile"].size)
+    first = evaluate(layout.q.position(Binary("*", Const(BLOCK_Q), Var("q_tile"))), variables, {})
+    total = 0.0
+    for run in runs.full + runs.partial:
+        count = np.where(first < length, np.maximum(evaluate(run.count, variables, {}), 0), 0)
+        total += float(np.broadcast_to(count, size).sum())
+    return total
+
+
+def _in_layout(relation: Relation, pairs: isl.Set, layout: Layout) -> Relation:
+    """The pairs in a layout's indices, as a relation that stands for the same scalars."""
+    if layout.plain:
+        return _with_pairs(relation, pairs)
+    ctx = pairs.get_ctx()
+    residues = isl.Set.read_from_str(ctx, f"[residue] -> {{ : 0 <= residue < {layout.classes} }}")
+    context = relation.context.intersect(residues)
+    at = isl.MultiPwAff.read_from_str(ctx, f"[residue] -> {{ [q, k] -> [{layout.q.text('q')}, {layout.k.text('k')}] }}")
+    found = pairs.preimage_multi_pw_aff(at).intersect_params(residues)
+    exists = isl.Set.read_from_str(ctx, "{ [q, k] : k >= 0 }")
+    found = found.intersect(exists).coalesce().gist_params(residues)
+    return replace(relation, pairs=found, context=context, keys_bounded=False)
+
+
+def _with_pairs(relation: Relation, pairs: isl.Set) -> Relation:
+    return replace(relation, pairs=pairs, keys_bounded=False)
