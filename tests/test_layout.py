@@ -29,6 +29,8 @@ from tests.strategies import Case, tensors
 from tests.test_backward_cpu import runner as cpu_runner
 from tests.test_backward_triton import runner as triton_runner
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter")
 
 SMALL = Tiling(16, 16)
@@ -185,9 +187,11 @@ def attend(case: Case, dtype: torch.dtype, backend: str) -> None:
     q, k, v, inputs = tensors(case, dtype=dtype)
     engine = _engine(program)
     engine.tiling = SMALL
-    listed = [inputs[decl.name] for decl in program.inputs]
-    out, lse = engine.forward(q, k, v, listed, [case.args[name] for name in program.args], None, backend)
-    check(program, q, k, v, inputs, case.args, out, lse)
+    device = DEVICE if backend == "triton" else torch.device("cpu")
+    listed = [inputs[decl.name].to(device) for decl in program.inputs]
+    there, numbers = [x.to(device) for x in (q, k, v)], [case.args[name] for name in program.args]
+    out, lse = engine.forward(there[0], there[1], there[2], listed, numbers, None, backend)
+    check(program, q, k, v, inputs, case.args, out.cpu(), lse.cpu())
 
 
 @pytest.mark.parametrize("name", SCATTERED)
@@ -312,7 +316,8 @@ def test_pieces_are_counted() -> None:
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_nothing_to_attend_to(rows: int, k_len: int, backend: str) -> None:
     engine = _engine(SCATTERED["more_rows"].load())
-    q, k, v = torch.randn(1, 2, rows, 16), torch.randn(1, 1, k_len, 16), torch.randn(1, 1, k_len, 16)
+    device = DEVICE if backend == "triton" else torch.device("cpu")
+    q, k, v = (torch.randn(1, *size, 16, device=device) for size in ((2, rows), (1, k_len), (1, k_len)))
     out, lse = engine.forward(q, k, v, [], [], None, backend)
     dq, dk, dv, _ = engine.backward(torch.randn_like(out), None, q, k, v, out, lse, [], [], None, backend)
     assert all(x.isfinite().all() for x in (out, dq, dk, dv))
