@@ -81,8 +81,8 @@ class Leaves:
         if dim.axis is Axis.Q and dim.block == 1:
             if e == Var("q"):
                 return "q_index"
-            printer.helpers.add("clamp")
-            return f"clamp({printer.text(e, Level.SUM)} - start, 0, rows - 1)"
+            printer.helpers.add("within")
+            return f"within({printer.text(e, Level.SUM)} - start, rows - 1)"
         last = f"{dim.size - 1}" if dim.axis is Axis.CONST else f"{size} - 1"
         if self.ragged and dim.axis in (Axis.K, Axis.Q):
             last = "last_key" if dim.block == 1 else f"last_key // {dim.block}"
@@ -100,8 +100,8 @@ class Leaves:
             case Var(name="k") if dim.axis is Axis.K:
                 return f"{printer.dialect.language}.minimum(k_pos, {last})"
             case _:
-                printer.helpers.add("clamp")
-                return f"clamp({printer.text(e)}, 0, {last})"
+                printer.helpers.add("within")
+                return f"within({printer.text(e)}, {last})"
 
 
 class KernelWriter:

@@ -23,6 +23,12 @@ def clamp(x, low, high):
 
 
 @triton.jit
+def within(x, last):
+    """An index between 0 and the last one; 0 where there is none."""
+    return tl.maximum(tl.minimum(x, last), 0)
+
+
+@triton.jit
 def is_power_of_two(x):
     return (x > 0) & ((x & (x - 1)) == 0)
 

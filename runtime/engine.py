@@ -85,6 +85,8 @@ class Engine:
         if launch is None:
             made = self._prepare(q, k, v, inputs, scale, backend, key[-1], dropout is not None)
             launch = self._keep(key, made)
+        if not k.shape[2]:
+            inputs = _readable(inputs)
         result: tuple[Tensor, Tensor] = launch(q, k, v, inputs, args, scale, dropout)
         return result
 
@@ -108,8 +110,12 @@ class Engine:
             drops, uses_lse = dropout is not None, dlse is not None
             made = self._prepare_backward(dout, q, k, v, inputs, scale, backend, kind[-1], drops, uses_lse)
             launch = self._keep(key, made)
-        gradients: Gradients = launch(dout, dlse, q, k, v, out, lse, inputs, args, scale, dropout)
-        return gradients
+        given = inputs if k.shape[2] else _readable(inputs)
+        dq, dk, dv, learned = launch(dout, dlse, q, k, v, out, lse, given, args, scale, dropout)
+        if given is not inputs:
+            pairs = zip(learned, inputs, strict=True)
+            learned = [g if g is None or x.numel() else torch.zeros_like(x) for g, x in pairs]
+        return dq, dk, dv, learned
 
     def _keep(self, key: Any, launch: Any) -> Any:
         """Keep a prepared launch; a decode makes one a length, so the store is emptied now and then."""
@@ -140,6 +146,8 @@ class Engine:
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         """Checks a kind of call and prepares its launch."""
         program, spec = self.program_of(scale), replace(self._check(q, k, v, inputs, scale), dropout=drops)
+        if not k.shape[2]:
+            inputs = _readable(inputs)
         if self.choose(backend, spec) == "cpu":
             from attndsl.runtime.cpu import CpuForward
 
@@ -172,6 +180,8 @@ class Engine:
         backend: str, aligned: bool, drops: bool, uses_lse: bool,
     ) -> Callable[..., Gradients]:  # fmt: skip
         program, spec = self.program_of(scale), replace(self._check(q, k, v, inputs, scale), dropout=drops)
+        if not k.shape[2]:
+            inputs = _readable(inputs)
         on_cpu = self.choose(backend, spec) == "cpu"
         tilings = None if self.tiling is None else (self.tiling, self.tiling)
         if on_cpu:
@@ -277,6 +287,12 @@ class Engine:
                     "A508", "Triton's interpreter does not multiply bfloat16", help="convert to float16 or float32"
                 )
         return backend
+
+
+def _readable(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The inputs, a zero in the place of those without entries: where there are no keys, a kernel may read what follows
+    a query's position all the same, and throws it away."""
+    return [x if x.numel() else x.new_zeros([1] * x.dim()) for x in inputs]
 
 
 def _kind(

@@ -10,11 +10,15 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
+from attndsl.api import _engine
 from attndsl.codegen.triton_forward import forward_source
+from attndsl.diagnostics import PatternError
+from attndsl.grammar import load
 from attndsl.plan import Loads, Printed, Spec, Tiling, default_tiling, forward_plan
 from attndsl.program import CallShape, Program
 from attndsl.runtime.call import call_shape, device_target, dtype_of
 from attndsl.runtime.derive import Deriver
+from attndsl.runtime.reference import reference
 from attndsl.runtime.triton_launch import TritonForward
 from tests.accuracy import check, examples
 from tests.cases import CASES
@@ -167,3 +171,19 @@ def test_large_scores() -> None:
     for factor in (1e3, -1e3):
         out, lse = run(program, q * factor, k, v, {})
         check(program, q * factor, k, v, {}, {}, out, lse)
+
+
+def test_no_keys_and_inputs_over_them() -> None:
+    """What follows the position of a row is read all the same, from tensors without entries."""
+    program = load("attention a { input doc : int[b, k]\n input t : float[k]\n score s + t[k] + t[q]\n"
+                   " softmax with sink 0.5\n attend causal & {doc[q] == doc[k]} }").program  # fmt: skip
+    q, k = torch.randn(1, 2, 3, 16, device=DEVICE), torch.randn(1, 2, 0, 16, device=DEVICE)
+    inputs = [torch.zeros(1, 0, dtype=torch.int32, device=DEVICE), torch.zeros(0, device=DEVICE)]
+    engine = _engine(program)
+    out, lse = engine.forward(q, k, k, inputs, [], None, "triton")
+    expected, expected_lse = reference(program, q, k, k, dict(zip(("doc", "t"), inputs, strict=True)), {}, None, True)
+    torch.testing.assert_close(out.double(), expected)
+    torch.testing.assert_close(lse.double(), expected_lse)
+    wrong = [inputs[0], torch.zeros(0, 3, device=DEVICE)]
+    with pytest.raises(PatternError, match="A513"):
+        engine.forward(q, k, k, wrong, [], None, "triton")
