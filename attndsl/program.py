@@ -359,6 +359,12 @@ class Dim:
     size: int = 0
 
 
+# Tensors that kernels have whatever the program, beside q, k and v.
+KERNEL_TENSORS = frozenset(
+    "out lse dout d_lse dq dk dv delta row_lse seed part part_lse page_table seq_lens k_scale v_scale".split()
+)
+
+
 @dataclass(frozen=True, slots=True)
 class InputDecl:
     """`input name : type[dims] learnable sorted`; `derivation`: how the runtime makes it, where no call gives it."""
@@ -370,6 +376,12 @@ class InputDecl:
     sorted: bool = False
     derivation: Derivation | None = None
     span: Span | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def parameter(self) -> str:
+        """What its parameters in a kernel are named after: kernels have tensors of their own."""
+        taken = self.name in KERNEL_TENSORS or self.name.startswith(("sum_", "at_")) or self.name.endswith("_input")
+        return f"{self.name}_input" if taken else self.name
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,20 +58,20 @@ class Leaves:
         decl = self.plan.program.input(name)
         terms, language = [], printer.dialect.language
         for i, (e, dim) in enumerate(zip(index, decl.dims, strict=True)):
-            text = self._index(e, dim, f"{name}_size_{i}", printer)
+            text = self._index(e, dim, f"{decl.parameter}_size_{i}", printer)
             # All but the last dimension may carry an offset past 2**31.
             if i < len(index) - 1 and not text.isdecimal():
                 text = f"{text}.to({language}.int64)" if text.isidentifier() else f"({text}).to({language}.int64)"
-            terms.append(f"{text} * {name}_stride_{i}")
-        load = f"{language}.load({' + '.join([f'{name}_ptr', *terms])})"
+            terms.append(f"{text} * {decl.parameter}_stride_{i}")
+        load = f"{language}.load({' + '.join([f'{decl.parameter}_ptr', *terms])})"
         return f"{load}.to({language}.float32)" if decl.type is Type.FLOAT else load
 
     def flat(self, read: Read, printer: Printer) -> str:
         """The place of an entry among all of the input's declared shape, row-major, in 64 bits."""
-        dims, found = self.plan.program.input(read.input).dims, ""
-        for i, (e, dim) in enumerate(zip(read.index, dims, strict=True)):
-            size = str(dim.size) if dim.axis is Axis.CONST else f"{read.input}_size_{i}"
-            text = self._index(e, dim, f"{read.input}_size_{i}", printer)
+        decl, found = self.plan.program.input(read.input), ""
+        for i, (e, dim) in enumerate(zip(read.index, decl.dims, strict=True)):
+            size = str(dim.size) if dim.axis is Axis.CONST else f"{decl.parameter}_size_{i}"
+            text = self._index(e, dim, f"{decl.parameter}_size_{i}", printer)
             if not text.isdecimal():
                 text = f"{text}.to(tl.int64)" if text.isidentifier() else f"({text}).to(tl.int64)"
             found = f"({found}) * {size} + {text}" if " " in found else f"{found} * {size} + {text}" if found else text
@@ -356,9 +356,9 @@ def scalar_parameters(plan: Plan) -> list[str]:
     """Parameters of the program's inputs, tables and arguments; sizes and strides only where the text reads them."""
     found: list[str] = []
     for decl in plan.inputs:
-        found.append(f"{decl.name}_ptr")
-        found += [f"{decl.name}_stride_{i}" for i in range(len(decl.dims))]
-        found += [f"{decl.name}_size_{i}" for i in range(len(decl.dims))]
+        found.append(f"{decl.parameter}_ptr")
+        found += [f"{decl.parameter}_stride_{i}" for i in range(len(decl.dims))]
+        found += [f"{decl.parameter}_size_{i}" for i in range(len(decl.dims))]
     found += [f"{table.name}_table" for table in plan.tables]
     return found + [f"arg_{name}" for name in plan.args]
 

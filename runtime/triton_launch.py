@@ -187,11 +187,11 @@ def program_sources(plan: Planned, shape: CallShape, inputs: Sequence[Tensor], d
     """What the parameters of the program's inputs, tables and arguments are given."""
     found: dict[str, Any] = {}
     for i, (decl, x) in enumerate(zip(plan.program.inputs, inputs, strict=True)):
-        found[f"{decl.name}_ptr"] = Slot(INPUTS + i, POINTER[x.dtype])
+        found[f"{decl.parameter}_ptr"] = Slot(INPUTS + i, POINTER[x.dtype])
         for axis, size in enumerate(x.shape):
             # A dimension of size 1 is broadcast.
-            found[f"{decl.name}_stride_{axis}"] = 0 if size == 1 else x.stride(axis)
-            found[f"{decl.name}_size_{axis}"] = dim_size(decl.dims[axis], plan.program, shape)
+            found[f"{decl.parameter}_stride_{axis}"] = 0 if size == 1 else x.stride(axis)
+            found[f"{decl.parameter}_size_{axis}"] = dim_size(decl.dims[axis], plan.program, shape)
     for table in plan.tables:
         found[f"{table.name}_table"] = table_tensor(table, device)
     for i, name in enumerate(plan.program.args):

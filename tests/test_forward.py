@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from torch import Tensor
 
+import attndsl
 from attndsl.api import _engine
 from attndsl.codegen.triton_forward import forward_source
 from attndsl.diagnostics import PatternError
@@ -187,3 +189,17 @@ def test_no_keys_and_inputs_over_them() -> None:
     wrong = [inputs[0], torch.zeros(0, 3, device=DEVICE)]
     with pytest.raises(PatternError, match="A513"):
         engine.forward(q, k, k, wrong, [], None, "triton")
+
+
+@pytest.mark.parametrize("name", ["out", "lse", "dout", "delta", "sum_0", "out_input"])
+def test_inputs_named_like_tensors_of_the_kernels(name: str) -> None:
+    """Forward and backward: what is written must not be what was given."""
+    text = f"attention a {{ input {name} : float[h] learnable\n score s + {name}[h] * k\n attend causal }}"
+    attn = attndsl.compile(text)
+    q, k, v = (torch.randn(1, 2, 40, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    given: dict[str, Any] = {name: torch.randn(2, device=DEVICE, requires_grad=True)}
+    leaves = (q, k, v, given[name])
+    found = torch.autograd.grad(attn(q, k, v, backend="triton", **given).sum(), leaves)
+    expected = torch.autograd.grad(attn.reference(q, k, v, **given).sum(), leaves)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
