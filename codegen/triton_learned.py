@@ -211,7 +211,7 @@ class _Pairs(_Learning):
         if self.owned.takes_each_entry_once(self.read.read, plan.program.input(self.read.read.input)):
             lines.add(
                 f"at = {Leaves(plan).flat(self.read.read, self.fresh())}",
-                "exists = visited & (q_rows[:, None] < rows) & (k_pos < k_len)",
+                "exists = (q_rows[:, None] < tl.where(visited, rows, 0)) & (k_pos < k_len)",
                 f"tl.store(sum_{n}_ptr + portion.to(tl.int64) * stride_portion + at, sum_{n}, mask=exists)",
             )
         else:
