@@ -110,12 +110,8 @@ class Layout:
         return self.q.every and self.k.every
 
     @property
-    def all_rows(self) -> bool:
-        """Whether every row of a call belongs to one of its residues."""
-        return self.q.every or (self.q.step > 0 and self.classes * self.q.width == self.q.period)
-
-    @property
     def all_keys(self) -> bool:
+        """Whether every key of a call belongs to one of its residues."""
         return self.k.every or (self.k.step > 0 and self.classes * self.k.width == self.k.period)
 
     def __str__(self) -> str:
