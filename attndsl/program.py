@@ -8,9 +8,9 @@
     branch    ::= attend P { scale e  score e  sink e  weights e }
     program   ::= inputs, arguments, tables, branch
 
-`grammar.lower` makes it, the oracle (`attndsl.oracle`, `runtime.reference`) says what it means, and
-the compiler (`relation`, `tiles`, `plan`) turns it into kernels. Substituted `where` bindings make
-expressions a graph with shared nodes; the front end bounds their expanded size.
+`grammar.lower` makes it, the oracle (`attndsl.oracle`, `runtime.reference`) says what it means, and the compiler
+turns it into kernels. Substituted `where` bindings make expressions a graph with shared nodes; the front end bounds
+their expanded size.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import TypeAlias, assert_never
 from attndsl.call_shape import CallShape as CallShape
 from attndsl.derivation import Derivation, Random, Segment
 from attndsl.diagnostics import Source, Span
+from attndsl.selection import Selection
 
 
 class Type(Enum):
@@ -35,8 +36,8 @@ class Type(Enum):
 
 # ---------------------------------------------------------------------------------------- scalars
 
-# The names a pattern may read: q and k are token positions, h the query head, g its KV head, b the
-# batch entry, s the scaled dot product of the pair, Nq and Nk one past the last position.
+# What a pattern may read: positions q and k, query head h, its KV head g, batch entry b, the pair's scaled dot product
+# s, and Nq and Nk, one past the last positions.
 BUILTINS = frozenset({"q", "k", "b", "h", "g", "s", "Nq", "Nk", "H", "G", "D", "Dv"})
 # Names that only the compiler introduces: the tile indices, their difference, the position of a call's first row, and
 # those of a layout (`layout.py`): the residue, a query's and a key's index in its order, and that of the first row.
@@ -102,8 +103,8 @@ class Table:
 class Read:
     """An entry of an input, one index per declared dimension; every index is clamped to its dimension.
 
-    The index of a `q` dimension is a query position; the tensor holds the rows of the call, so its
-    row is the position less (Nk - rows), or the position itself under `align start`.
+    The index of a `q` dimension is a query position; the tensor holds the rows of the call, so its row is the position
+    less (Nk - rows), or the position itself under `align start`.
     """
 
     input: str
@@ -300,8 +301,7 @@ Place: TypeAlias = Blocks | Permuted | Segment
 
 @dataclass(frozen=True, slots=True)
 class On:
-    """(q, k) is in it when (place(q), place(k)) is in the operand; inside, Nq and Nk are one past the
-    last coordinate."""
+    """(q, k) is in it when (place(q), place(k)) is in the operand; inside, Nq and Nk: one past the last coordinate."""
 
     operand: Set
     place: Place
@@ -386,8 +386,7 @@ class InputDecl:
 
 @dataclass(frozen=True, slots=True)
 class TableDecl:
-    """A compile-time table; `values` is flat, row-major; a dimension declared `h` or `g`
-    is checked against the heads of a call."""
+    """A compile-time table; `values` is flat, row-major; a dimension `h` or `g` is checked against a call's heads."""
 
     name: str
     type: Type
@@ -400,8 +399,8 @@ class TableDecl:
 class Branch:
     """One softmax (or one weighted sum) over a pattern.
 
-    `scale` multiplies q . k (None: 1/sqrt(D)); `score` maps s to the logit (None: s itself); `sink` adds
-    e**sink to the denominator; `weights` replaces the softmax.
+    `scale` multiplies q . k (None: 1/sqrt(D)); `score` maps s to the logit (None: s itself); `sink` adds e**sink to
+    the denominator; `weights` replaces the softmax.
     """
 
     pattern: Set
@@ -422,6 +421,7 @@ class Program:
     args: tuple[str, ...] = ()
     tables: tuple[TableDecl, ...] = ()
     align_start: bool = False
+    selections: tuple[Selection, ...] = ()
     source: Source | None = field(default=None, compare=False, repr=False)
 
     def input(self, name: str) -> InputDecl:

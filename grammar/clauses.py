@@ -12,7 +12,7 @@ from attndsl.grammar import views
 from attndsl.grammar.declare import declare_axes, declare_input, declare_params
 from attndsl.grammar.draws import settle
 from attndsl.grammar.scalars import number, static_float
-from attndsl.grammar.scope import BranchRef, Context, LevelsRef, PatternRef, PlanRef, Scope, Use
+from attndsl.grammar.scope import SELECTIONS, BranchRef, Context, LevelsRef, PatternRef, PlanRef, Poison, Scope, Use
 from attndsl.grammar.selections import selection
 from attndsl.grammar.sets import pattern_set
 from attndsl.grammar.unsupported import Feature, unsupported
@@ -91,7 +91,8 @@ def lower_attention(
     _combination(node, ctx)
     if not branches or branches[0] is None or outer is None:
         return None
-    return Program(node.name, branches[0], tuple(ctx.maker.inputs.values()), args, tables, aligned)
+    inputs, chosen = tuple(ctx.maker.inputs.values()), tuple(ctx.maker.selections.values())
+    return Program(node.name, branches[0], inputs, args, tables, aligned, selections=chosen)
 
 
 def _once(clauses: tuple[ast.Clause, ...], kinds: tuple[type[ast.Clause], ...], ctx: Context) -> None:
@@ -122,12 +123,13 @@ def _clause(clause: ast.Clause, outer: _Modifiers | None, ctx: Context) -> Branc
             return _branch(clause, outer, ctx)
         case ast.Plan(name=name, value=value):
             at = _name_span(clause.span, name)
-            if isinstance(value, ast.Apply) and value.function == "levels":
-                selection(value, replace(ctx, among="a plan"))
-                ctx.scope.declare(name, LevelsRef(), at, ctx.report)
-            else:
-                pattern_set(value, replace(ctx, among="a plan"))
-                ctx.scope.declare(name, PlanRef(), at, ctx.report)
+            if not isinstance(value, ast.Apply) or value.function not in SELECTIONS:
+                what = f"`{name}` is not a selection"
+                ctx.report.error("A023", what, value.span, "a set", "write `pattern` where nothing is selected")
+                ctx.scope.declare(name, Poison(), at, ctx.report)
+                return None
+            selection(value, replace(ctx, among="a plan"), name)
+            ctx.scope.declare(name, LevelsRef() if value.function == "levels" else PlanRef(), at, ctx.report)
         case ast.Packed(input=name):
             if views.segment_input(name, ctx, clause):
                 unsupported(Feature.PACKED, clause.span, ctx)

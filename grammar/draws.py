@@ -8,7 +8,7 @@ from typing import assert_never
 from attndsl import syntax as ast
 from attndsl.derivation import Random
 from attndsl.diagnostics import Span
-from attndsl.grammar import selections, sets
+from attndsl.grammar import routing, sets
 from attndsl.grammar.arguments import match_arguments
 from attndsl.grammar.scalars import integer, static_int
 from attndsl.grammar.scope import Context, Use
@@ -83,30 +83,20 @@ def _seed(node: ast.Expr, ctx: Context) -> Scalar | None:
 
 def _keys(node: ast.Expr, ctx: Context) -> int | None:
     """Keys of a member."""
-    match node:
-        case ast.Name(id="tokens"):
-            return 1
-        case ast.Apply(function="blocks", args=[ast.Argument(name=None, value=size)]):
-            return static_int(size, ctx, "a block size")
-        case _:
-            if selections.partition(node, ctx):
-                _refused(node.span, "keys", "write `tokens` or `blocks(64)`", ctx)
-            return None
+    before = len(ctx.report.errors)
+    found = routing.keys_of(node, ctx)
+    if found is None and len(ctx.report.errors) == before and routing.partition(node, ctx):
+        _refused(node.span, "keys", "write `tokens` or `blocks(64)`", ctx)
+    return found
 
 
 def _rows(node: ast.Expr, ctx: Context) -> int | None:
     """Rows of a row class; 0 for all of them."""
-    match node:
-        case ast.Name(id="query"):
-            return 1
-        case ast.Name(id="head"):
-            return 0
-        case ast.Apply(function="rows", args=[ast.Argument(name=None, value=size)]):
-            return static_int(size, ctx, "a block size")
-        case _:
-            if selections.rows(node, ctx):
-                _refused(node.span, "rows", "write `query`, `rows(64)` or `head`", ctx)
-            return None
+    before = len(ctx.report.errors)
+    found = routing.rows_of(node, ctx)
+    if found is None and len(ctx.report.errors) == before and routing.rows(node, ctx):
+        _refused(node.span, "rows", "write `query`, `rows(64)` or `head`", ctx)
+    return found
 
 
 def _refused(span: Span, what: str, help: str, ctx: Context) -> None:

@@ -30,6 +30,7 @@ from attndsl.program import (
     Var,
     children,
 )
+from attndsl.selection import Selection
 
 MAX_SIZE = 20_000
 MAX_DEPTH = 128
@@ -68,10 +69,18 @@ class Maker:
         self.work = work
         self.tables: dict[str, TableDecl] = {}
         self.inputs: dict[str, InputDecl] = {}
+        self.selections: dict[str, Selection] = {}
+        # Selections that leave to the place where they stand what they choose among.
+        self.open_selections: set[str] = set()
         self._facts: dict[int, _Facts] = {}
         self._terms = 0
         # In a branch that a constant condition has ruled out, values are not judged.
         self.dead = 0
+
+    def selection_name(self, function: str) -> str:
+        """A name for a selection that has none: `top`, `top_2`, …"""
+        numbered = (function if i == 1 else f"{function}_{i}" for i in range(1, len(self.selections) + 2))
+        return next(name for name in numbered if name not in self.selections)
 
     # -------------------------------------------------------------------------------- budgets
     def step(self, span: Span) -> None:

@@ -1,27 +1,40 @@
-"""Checks data-dependent selections (`top`, `cover`, `above`, `levels`): their form, option words and types.
-
-They are not compiled yet, so nothing is lowered: a good selection stands for the set of all pairs.
-"""
+"""Lowers data-dependent selections (`top`, `cover`, `above`, `levels`): their options, and what is refused."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from attndsl import syntax as ast
 from attndsl.grammar import sets
 from attndsl.grammar.arguments import match_arguments
-from attndsl.grammar.places import place_of, tiles
-from attndsl.grammar.report import nearest
-from attndsl.grammar.scalars import integer, number, static_float, static_int
-from attndsl.grammar.scope import BranchRef, Context, InputRef, Poison, TableRef, Use
+from attndsl.grammar.routing import keys_of, nearest_word, partition, routing_score, rows, rows_of
+from attndsl.grammar.scalars import integer, static_float, static_int
+from attndsl.grammar.scope import Context, Use
 from attndsl.grammar.unsupported import Feature, unsupported
-from attndsl.program import Set, Where
+from attndsl.program import Arg, Const, Read, Set, Where, reads, walk
+from attndsl.selection import (
+    Above,
+    Antidiagonal,
+    Bound,
+    Cover,
+    Dot,
+    Forced,
+    Levels,
+    Normalise,
+    Probs,
+    Rule,
+    Score,
+    Selection,
+    Share,
+    Top,
+)
 
 # The words each option takes, in the order of the specification.
 WORDS = {
-    "share": ("none", "group", "heads"),
-    "forced": ("counted", "extra", "overlay"),
-    "normalise": ("none", "softmax", "minmax"),
+    "share": tuple(word.value for word in Share),
+    "forced": tuple(word.value for word in Forced),
+    "normalise": tuple(word.value for word in Normalise),
     "compete": ("row", "head", "all"),
 }
 _COMMON = ("of", "per", "share", "among", "always", "forced", "by", "normalise")
@@ -32,41 +45,35 @@ _OPTIONS = {
     "levels": ("factors", *_COMMON, "quantiles", "masses"),
 }
 _FLAGS = ("exclusive", "relative")
-_POOLERS = ("mean", "max", "min", "first", "last", "sum")
 
 
-def selection(node: ast.Apply, ctx: Context) -> Set | None:
-    """Checks a selection, and reports it as unsupported if nothing else is wrong with it."""
+def selection(node: ast.Apply, ctx: Context, name: str | None = None) -> Selection | None:
+    """The selection of a call, kept under a name of its own or that of its plan; None if a mistake was reported.
+
+    Without `among` that is left open here, and `settle` fills it in once the whole pattern is known.
+    """
     matched = _matched(node, ctx)
     if matched is None:
         return None
-    name, good = node.function, True
-    required = (_OPTIONS[name][0], "of", "by")
+    ctx.maker.term(node.span)
+    before = len(ctx.report.errors)
+    function = node.function
+    required = (_OPTIONS[function][0], "of", "by")
     for word in required:
         if word not in matched:
-            ctx.report.error(
-                "A013",
-                f"`{name}` needs `{word}`",
-                node.span,
-                "left out here",
-                f"write `{name}({', '.join(required[:2])}, by = ...)`",
-            )
-            good = False
-    if ctx.among and "among" not in matched:
-        ctx.report.error(
-            "A044",
-            f"`{name}` in {ctx.among} must say what it selects among",
-            node.span,
-            "no `among`",
-            "write `among = causal`",
-        )
-        good = False
-    for word, arg in matched.items():
-        good = _option(name, word, arg.value, ctx) and good
-    if not good:
+            help = f"write `{function}({', '.join(required[:2])}, by = ...)`"
+            ctx.report.error("A013", f"`{function}` needs `{word}`", node.span, "left out here", help)
+    if ctx.among and "among" not in matched and not ctx.maker.dead:
+        what = f"`{function}` in {ctx.among} must say what it selects among"
+        ctx.report.error("A044", what, node.span, "no `among`", "write `among = causal`")
+    found = _Options(function, {word: arg.value for word, arg in matched.items()}, ctx)
+    made = found.selection(node, name or ctx.maker.selection_name(function))
+    if made is None or len(ctx.report.errors) > before:
         return None
-    unsupported(Feature.SELECTIONS, node.span, ctx)
-    return Where(ctx.maker.const(True, node.span), node.span)
+    ctx.maker.selections[made.name] = made
+    if "among" not in matched:
+        ctx.maker.open_selections.add(made.name)
+    return made
 
 
 def _matched(node: ast.Apply, ctx: Context) -> dict[str, ast.Argument] | None:
@@ -85,177 +92,191 @@ def _matched(node: ast.Apply, ctx: Context) -> dict[str, ast.Argument] | None:
                 "A043", f"`{name}` has no option `{arg.value.id}`", arg.span, "unknown word", "leave it out"
             )
             return None
+        matched[arg.value.id] = replace(arg, value=ast.Truth(True, arg.span))
     return matched
 
 
-def _option(name: str, word: str, node: ast.Expr, ctx: Context) -> bool:
-    match word:
-        case "n":
-            return _budget(node, ctx)
-        case "p" | "t":
-            share = static_float(node, ctx, f"`{word}`")
-            if share is not None and not 0 <= share <= 1:
-                ctx.report.error("A012", f"`{word}` lies in [0, 1]", node.span, f"this is {share}", "write a share")
-                return False
-            return share is not None
-        case "factors":
-            return _numbers(node, ctx, whole=True)
-        case "quantiles" | "masses":
-            return _numbers(node, ctx, whole=False)
-        case "of":
-            return partition(node, ctx)
-        case "per":
-            return rows(node, ctx)
-        case "among" | "always":
-            return sets.pattern_set(node, replace(ctx, among="an option")) is not None
-        case "by":
-            return routing_score(node, replace(ctx, use=Use.BY))
-        case "exclusive" | "relative":
-            if isinstance(node, ast.Truth):
-                return True
-            ctx.report.error("A043", f"`{word}` is true or false", node.span, "unknown word", f"write `{word} = true`")
-            return False
-        case "at_least" | "at_most":
-            return static_int(node, ctx, f"`{word}`") is not None
-        case _:
-            return _word(word, node, ctx)
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """The options of one selection. Each method reports its own mistakes, and then gives something harmless."""
 
+    function: str
+    given: Mapping[str, ast.Expr]
+    ctx: Context
 
-def _word(option: str, node: ast.Expr, ctx: Context) -> bool:
-    words = WORDS[option]
-    if isinstance(node, ast.Name) and node.id in words:
-        return True
-    help = (
-        nearest(node.id, words) if isinstance(node, ast.Name) else ""
-    ) or f"write {', '.join(words[:-1])} or {words[-1]}"
-    ctx.report.error("A043", f"this is not a word of `{option}`", node.span, "unknown word", help)
-    return False
-
-
-def _budget(node: ast.Expr, ctx: Context) -> bool:
-    if isinstance(node, ast.Apply) and node.function == "fraction":
-        if len(node.args) != 1:
-            ctx.report.error(
-                "A013", "`fraction` takes 1 argument", node.span, f"{len(node.args)} given", "write `fraction(0.1)`"
-            )
-            return False
-        return static_float(node.args[0].value, ctx, "a fraction") is not None
-    return integer(node, replace(ctx, use=Use.SET)) is not None
-
-
-def _numbers(node: ast.Expr, ctx: Context, *, whole: bool) -> bool:
-    if not isinstance(node, ast.Group):
-        ctx.report.error("A020", "a tuple of numbers belongs here", node.span, "one value", "write `(1, 2, 4)`")
-        return False
-    values = [static_int(i, ctx, "a factor") if whole else static_float(i, ctx, "a share") for i in node.items]
-    return None not in values
-
-
-def partition(node: ast.Expr, ctx: Context) -> bool:
-    """Checks `of`: how the keys are divided into members."""
-    match node:
-        case ast.Name(id="tokens"):
-            return True
-        case ast.Apply(function="blocks" | "diagonals", args=[ast.Argument(name=None, value=size)]):
-            return static_int(size, ctx, "a block size") is not None
-        case ast.Apply(function="segments", args=[ast.Argument(name=None, value=ids)]):
-            return (
-                place_of(ast.Apply("permuted", (ast.Argument(None, ids, ids.span),), node.span, node.span), ctx)
-                is not None
-            )
-        case ast.Apply(function="tiles"):
-            return tiles(node, ctx)
-        case ast.Place(operand=operand, place=place):
-            return partition(operand, ctx) and place_of(place, ctx) is not None
-        case _:
-            help = "write `tokens`, `blocks(64)`, `tiles(...)`, `segments(ids)` or `diagonals(1)`"
-            ctx.report.error("A043", "this does not divide the keys", node.span, "unknown partition", help)
-            return False
-
-
-def rows(node: ast.Expr, ctx: Context) -> bool:
-    """Checks `per`: how the queries are divided into row classes."""
-    match node:
-        case ast.Name(id="query" | "head"):
-            return True
-        case ast.Apply(function="rows", args=[ast.Argument(name=None, value=size)]):
-            return static_int(size, ctx, "a block size") is not None
-        case ast.Apply(function="tiles"):
-            return tiles(node, ctx)
-        case _:
-            help = "write `query`, `rows(64)`, `head` or `tiles(...)`"
-            ctx.report.error("A043", "this does not divide the rows", node.span, "unknown row class", help)
-            return False
-
-
-def routing_score(node: ast.Expr, ctx: Context) -> bool:
-    """Checks `by`: what ranks the members."""
-    match node:
-        case ast.Apply(function="dot" | "bound" | "antidiagonal" as name, args=args):
-            wanted = 2 if name == "dot" else 3
-            if len(args) != wanted or any(arg.name for arg in args):
-                ctx.report.error(
-                    "A013",
-                    f"`{name}` takes {wanted} arguments",
-                    node.span,
-                    f"{len(args)} given",
-                    "give them without names",
-                )
-                return False
-            if name == "antidiagonal":
-                vectors = _vectors(args[0].value, "Q", ctx) and _vectors(args[1].value, "K", ctx)
-                return vectors and static_int(args[2].value, ctx, "a stride") is not None
-            good = [_vectors(arg.value, "K" if position else "Q", ctx) for position, arg in enumerate(args)]
-            return all(good)
-        case ast.Apply(function="probs"):
-            return probabilities(node, ctx)
-        case ast.Name(id=name) if isinstance(bound := ctx.scope.find(name), InputRef | TableRef):
-            # A tensor over rows and members: its own dimensions say which entry is meant.
-            return bound is not None
-        case _:
-            return number(node, ctx) is not None
-
-
-def _vectors(node: ast.Expr, which: str, ctx: Context) -> bool:
-    match node:
-        case ast.Name(id="Q" | "K" as name) if name == which:
-            return True
-        case ast.Apply(function=pooler, args=[ast.Argument(name=None, value=inner)]) if pooler in _POOLERS:
-            return _vectors(inner, which, ctx)
-        case ast.Name(id=name) if isinstance(ctx.scope.find(name), InputRef | Poison):
-            return True
-        case ast.Name(id=name) if ctx.scope.find(name) is None and name not in ("Q", "K", "V"):
-            ctx.unknown(name, node.span)
-            return False
-        case _:
-            help = f"write `{which}`, `mean({which})` or an input"
-            ctx.report.error("A043", f"this is not made of {which}", node.span, "unknown vectors", help)
-            return False
-
-
-def probabilities(node: ast.Apply, ctx: Context) -> bool:
-    """Checks `probs(branch, sum | max, per, of)`."""
-    words = ("branch", "reduce", "per", "of")
-    matched = match_arguments("probs", words, node.args, node.span, ctx)
-    if matched is None:
-        return False
-    branch = matched.get("branch")
-    if branch is None or not isinstance(branch.value, ast.Name):
-        ctx.report.error("A013", "`probs` reads a branch", node.span, "no branch", "write `probs(name)`")
-        return False
-    bound = ctx.scope.find(branch.value.id)
-    if bound is None:
-        ctx.unknown(branch.value.id, branch.span)
-        return False
-    if not isinstance(bound, BranchRef | Poison):
-        ctx.report.error("A023", f"`{branch.value.id}` is not a branch", branch.span, "here", "name an earlier branch")
-        return False
-    reduce = matched.get("reduce")
-    if reduce is not None and not (isinstance(reduce.value, ast.Name) and reduce.value.id in ("sum", "max")):
-        ctx.report.error(
-            "A043", "`probs` sums or takes the largest", reduce.span, "unknown word", "write `sum` or `max`"
+    def selection(self, node: ast.Apply, name: str) -> Selection | None:
+        keys, per = self._keys(), self._rows()
+        share = Share(self._word("share", "none"))
+        forced = Forced(self._word("forced", "counted"))
+        if self._word("compete", "row") != "row":
+            unsupported(Feature.COMPETE, self.given["compete"].span, self.ctx)
+        among, always = self._set("among"), self._set("always")
+        score: Score | None = None
+        if "by" in self.given:
+            score = routing_score(self.given["by"], keys or 1, 1 if per is None else per, replace(self.ctx, use=Use.BY))
+        # Masses are normalised already, and what only ranks needs it not.
+        plain = self.function == "top" or isinstance(score, Antidiagonal | Probs)
+        normalise = Normalise(self._word("normalise", "none" if plain else "softmax"))
+        rule = self._rule(node)
+        if rule is None or score is None or keys is None or per is None:
+            return None
+        everything = Where(Const(True), node.span)
+        made = Selection(
+            name, rule, keys, per or None, share, among or everything, always, forced, score, normalise, node.span
         )
+        return made if self._fits(made, node) else None
+
+    def _fits(self, made: Selection, node: ast.Apply) -> bool:
+        """Refuses what means nothing, and what has no good kernel."""
+        sums = isinstance(made.rule, Cover) or (isinstance(made.rule, Levels) and made.rule.masses)
+        if sums and made.normalise is Normalise.NONE and isinstance(made.score, Dot | Bound):
+            self.ctx.report.error(
+                "A071", f"`{self.function}` sums masses, and these scores may be negative", node.span, "not masses",
+                "write `normalise = softmax`, or leave it out",
+            )  # fmt: skip
+            return False
+        if made.rows == 1 and not made.bounded:
+            bound = "`per = rows(64)`" if self.function == "levels" else "`at_most = 64`"
+            self.ctx.report.error(
+                "A072", f"`{self.function}` for each query may choose every member", node.span, "without a bound",
+                f"add {bound}",
+            )  # fmt: skip
+            return False
+        return True
+
+    # -------------------------------------------------------------------------------------- division
+
+    def _keys(self) -> int | None:
+        node = self.given.get("of")
+        if node is None:
+            return None
+        before = len(self.ctx.report.errors)
+        found = keys_of(node, self.ctx)
+        if found is None and len(self.ctx.report.errors) == before and partition(node, self.ctx):
+            unsupported(Feature.PARTITIONS, node.span, self.ctx)
+        return found
+
+    def _rows(self) -> int | None:
+        """Rows of a class, 0 for all of them."""
+        node = self.given.get("per")
+        if node is None:
+            return 1
+        before = len(self.ctx.report.errors)
+        found = rows_of(node, self.ctx)
+        if found is None and len(self.ctx.report.errors) == before and rows(node, self.ctx):
+            unsupported(Feature.PARTITIONS, node.span, self.ctx)
+        return found
+
+    def _set(self, option: str) -> Set | None:
+        node = self.given.get(option)
+        return None if node is None else sets.pattern_set(node, replace(self.ctx, among="an option"))
+
+    def _word(self, option: str, default: str) -> str:
+        node = self.given.get(option)
+        if node is None:
+            return default
+        words = WORDS[option]
+        if isinstance(node, ast.Name) and node.id in words:
+            return node.id
+        what = f"this is not a word of `{option}`"
+        self.ctx.report.error("A043", what, node.span, "unknown word", nearest_word(node, words))
+        return default
+
+    # ------------------------------------------------------------------------------------------ rule
+
+    def _rule(self, node: ast.Apply) -> Rule | None:
+        match self.function:
+            case "top":
+                return None if "n" not in self.given else self._top(self.given["n"])
+            case "cover":
+                share, least, most = self._share("p"), self._count("at_least"), self._count("at_most")
+                return None if share is None else Cover(share, self._flag("exclusive"), least or 0, most)
+            case "above":
+                share, most = self._share("t"), self._count("at_most")
+                return None if share is None else Above(share, self._flag("relative"), most)
+            case _:
+                return self._levels(node)
+
+    def _top(self, node: ast.Expr) -> Top | None:
+        if isinstance(node, ast.Apply) and node.function == "fraction":
+            if len(node.args) != 1:
+                given = f"{len(node.args)} given"
+                self.ctx.report.error(
+                    "A013", "`fraction` takes 1 argument", node.span, given, "write `fraction(0.1)`"
+                )  # fmt: skip
+                return None
+            share = self._in_unit(node.args[0].value, "a fraction")
+            return None if share is None else Top(None, share)
+        count = integer(node, replace(self.ctx, use=Use.SET))
+        if count is None:
+            return None
+        if reads(count, "q", "k", "b", "Nq", "Nk") or any(isinstance(x, Arg | Read) for x in walk(count)):
+            what = "how many are chosen is known at compile time, for each head"
+            self.ctx.report.error("A024", what, node.span, "not known", "write a number, or a table `n[h]`")
+            return None
+        if isinstance(count, Const) and int(count.value) < 1 and not self.ctx.maker.dead:
+            self.ctx.report.error(
+                "A012", "`n` must be at least 1", node.span, f"this is {count.value}", "write 1 or more"
+            )
+            return None
+        return Top(count)
+
+    def _levels(self, node: ast.Apply) -> Levels | None:
+        given = [word for word in ("quantiles", "masses") if word in self.given]
+        factors = self._numbers("factors", whole=True)
+        bounds = self._numbers(given[0], whole=False) if given else None
+        if len(given) != 1:
+            label = "both are given" if given else "left out here"
+            self.ctx.report.error(
+                "A013", "`levels` needs `quantiles` or `masses`", node.span, label, "write `quantiles = (0.2, 0.5)`"
+            )  # fmt: skip
+        if factors is None or bounds is None:
+            return None
+        keys = self._keys() or 1
+        ordered = list(bounds) == sorted(bounds) and all(0 <= x <= 1 for x in bounds)
+        whole = tuple(int(x) for x in factors)
+        if len(factors) != len(bounds) or not ordered or any(keys % x for x in whole) or max(whole) > 255:
+            self.ctx.report.error(
+                "A012", "`levels` takes as many ascending shares as factors, which divide the block", node.span, "here",
+                "write `levels((1, 2, 4), blocks(64), quantiles = (0.1, 0.3, 0.6), ...)`",
+            )  # fmt: skip
+            return None
+        return Levels(whole, tuple(bounds), given == ["masses"])
+
+    def _numbers(self, option: str, *, whole: bool) -> tuple[float, ...] | None:
+        node = self.given.get(option)
+        if node is None:
+            return None
+        if not isinstance(node, ast.Group):
+            self.ctx.report.error(
+                "A020", "a tuple of numbers belongs here", node.span, "one value", "write `(1, 2, 4)`"
+            )  # fmt: skip
+            return None
+        ctx = self.ctx
+        values = [static_int(i, ctx, "a factor") if whole else static_float(i, ctx, "a share") for i in node.items]
+        found = tuple(x for x in values if x is not None)
+        return found if len(found) == len(values) else None
+
+    def _share(self, option: str) -> float | None:
+        node = self.given.get(option)
+        return None if node is None else self._in_unit(node, f"`{option}`")
+
+    def _in_unit(self, node: ast.Expr, what: str) -> float | None:
+        share = static_float(node, self.ctx, what)
+        if share is not None and not 0 <= share <= 1:
+            self.ctx.report.error("A012", f"{what} lies in [0, 1]", node.span, f"this is {share}", "write a share")
+            return None
+        return None if share is None else float(share)
+
+    def _count(self, option: str) -> int | None:
+        node = self.given.get(option)
+        return None if node is None else static_int(node, self.ctx, f"`{option}`")
+
+    def _flag(self, option: str) -> bool:
+        node = self.given.get(option)
+        if node is None or isinstance(node, ast.Truth):
+            return node is not None and node.value
+        self.ctx.report.error(
+            "A043", f"`{option}` is true or false", node.span, "unknown word", f"write `{option} = true`"
+        )  # fmt: skip
         return False
-    return ("per" not in matched or rows(matched["per"].value, ctx)) and (
-        "of" not in matched or partition(matched["of"].value, ctx)
-    )

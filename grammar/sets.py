@@ -27,6 +27,7 @@ from attndsl.grammar.scope import (
     Use,
     Value,
 )
+from attndsl.grammar.unsupported import Feature, unsupported
 from attndsl.program import (
     Axis,
     Choose,
@@ -177,7 +178,9 @@ def _name(node: ast.Name, ctx: Context) -> Set | None:
                 return None
             return value
         case PlanRef():
-            # The plan itself is reported as unsupported where it is declared.
+            # A plan that is an input is reported as unsupported where it is declared.
+            if name in ctx.maker.selections:
+                unsupported(Feature.SELECTIONS, span, ctx)
             return Where(ctx.maker.const(True, span), span)
         case Poison():
             return None
@@ -227,7 +230,12 @@ def _apply(node: ast.Apply, ctx: Context) -> Set | None:
         case "random":
             return draws.random(node, ctx)
         case _ if name in SELECTIONS:
-            return selections.selection(node, ctx)
+            if selections.selection(node, ctx) is None:
+                return None
+            # A plan that is an input is reported as unsupported where it is declared.
+            if name in ctx.maker.selections:
+                unsupported(Feature.SELECTIONS, span, ctx)
+            return Where(ctx.maker.const(True, span), span)
         case _ if name in FUNCTIONS:
             ctx.report.error(
                 "A023", f"`{name}` gives a value, and a set belongs here", span, "a value", "compare it in braces"

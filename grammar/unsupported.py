@@ -13,7 +13,13 @@ class Feature(Enum):
     VIEWS = ("A902", "attending `over` a view", "pool the keys outside and pass them as k and v")
     POOLED_QUERIES = ("A903", "`from` pooled queries", "pool the queries outside")
     WITHIN = ("A904", "`within`", "run one attention per member and combine the outputs")
-    SELECTIONS = ("A905", "data-dependent selection", "choose outside, and pass a bool input over blocks")
+    SELECTIONS = ("A905", "attending a selection", "choose outside, and pass a bool input over blocks")
+    PARTITIONS = (
+        "A905",
+        "selecting by these members or row classes",
+        "write `blocks(B)` or `tokens`, `rows(B)` or `query`",
+    )
+    COMPETE = ("A905", "a `cover` over more than a row class", "write `compete = row`, or leave it out")
     PLAN_INPUTS = ("A906", "an input that holds a plan", "pass a bool input, as `keep : bool[b, k/64]`")
     PACKED = (
         "A907",

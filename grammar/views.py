@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from attndsl import syntax as ast
 from attndsl.grammar.report import nearest
+from attndsl.grammar.routing import partition, probabilities
 from attndsl.grammar.scalars import number, static_int
 from attndsl.grammar.scope import BranchRef, Context, InputRef, LevelsRef, Poison
-from attndsl.grammar.selections import partition, probabilities, selection
+from attndsl.grammar.selections import selection
 from attndsl.grammar.unsupported import Feature, unsupported
 
 _POOLS = ("mean", "max", "min", "sum")

@@ -1,0 +1,448 @@
+"""The oracle of selections: which members each row class chooses, dense, in float64, straight from the program.
+
+Represent, score, withdraw, normalise, sum over the heads that share, choose: one function each, in this order. Like
+`attndsl.oracle` it shares nothing with what computes plans on a device. Rows of a class are those of the call.
+
+Where the language leaves a choice, this is what it is: fractions are the decimals as written; a row whose scores are
+all equal has `minmax` 1; the members that are forced are chosen even where they are more than `n`, and get the first
+of the `levels`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import reduce
+from typing import Any, TypeAlias, assert_never
+
+import numpy as np
+import numpy.typing as npt
+
+from attndsl.oracle import COMPARE, Array, Evaluator, index_origin
+from attndsl.program import (
+    Arg,
+    Binary,
+    Call,
+    CallShape,
+    Compare,
+    Const,
+    Dim,
+    If,
+    Inter,
+    Logic,
+    Program,
+    Read,
+    Scalar,
+    Set,
+    Table,
+    Type,
+    Unary,
+    Var,
+    children,
+    reads,
+    scalars,
+    walk,
+)
+from attndsl.selection import (
+    Above,
+    Antidiagonal,
+    Bound,
+    Cover,
+    Dot,
+    Forced,
+    Given,
+    Levels,
+    Normalise,
+    Pool,
+    Probs,
+    Selection,
+    Share,
+    Top,
+    Vectors,
+)
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What a selection chooses in a call, for every head: arrays [B, Hq, R, M] over row classes and members.
+
+    Attributes:
+        level: 0 where a member is out, else its factor (1 where the selection is no `levels`); uint8.
+        score: what the candidates are ranked by (their masses), float64; -inf where a member is none.
+        free: candidates that are not forced.
+    """
+
+    level: npt.NDArray[np.uint8]
+    score: Floats
+    free: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """What a call gives: q float64 [B, Hq, rows, D], k [B, Hkv, Nk, D], inputs and arguments by name, the factor of
+    q . k, and for each branch that `probs` reads its probabilities over the raw tokens, [B, Hq, rows, Nk]."""
+
+    q: Floats
+    k: Floats
+    inputs: Mapping[str, Array]
+    args: Mapping[str, int]
+    scale: float
+    masses: Mapping[str, Floats]
+
+
+def choose(program: Program, selection: Selection, shape: CallShape, data: Data) -> Chosen:
+    """What a selection of the program chooses.
+
+    Raises:
+        ValueError: an input, or the probabilities of a branch, are missing.
+    """
+    call = _Call(program, selection, shape, data)
+    return call.chosen()
+
+
+def plan_heads(selection: Selection) -> Share:
+    """Which heads have one plan: those that share, unless what is allowed, or how many are chosen, reads the head."""
+    written: list[Scalar] = [*scalars(selection.among)]
+    if selection.always is not None:
+        written += scalars(selection.always)
+    if isinstance(selection.rule, Top) and selection.rule.count is not None:
+        written.append(selection.rule.count)
+    finer = {Share.NONE: (), Share.GROUP: ("h",), Share.HEADS: ("h", "g")}[selection.share]
+    return Share.NONE if any(reads(e, *finer) for e in written) else selection.share
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    program: Program
+    selection: Selection
+    shape: CallShape
+    data: Data
+
+    # --------------------------------------------------------------------------------- row classes
+
+    @property
+    def positions(self) -> Array:
+        return np.arange(self.shape.rows) + self.shape.first_position(self.program)
+
+    @property
+    def classes(self) -> int:
+        """How many row classes a plan has: the call's rows, blocks of all positions, or one."""
+        match self.selection.rows:
+            case 1:
+                return self.shape.rows
+            case None:
+                return 1
+            case size:
+                return -(-self.shape.q_len(self.program) // size)
+
+    @property
+    def members(self) -> int:
+        return -(-self.shape.k_len // self.selection.keys)
+
+    def rows_of(self, row_class: int) -> Array:
+        """The rows of the call (their indices, not positions) of a class; none before the first token."""
+        existing = np.flatnonzero(self.positions >= 0)
+        match self.selection.rows:
+            case 1:
+                chosen = existing == row_class
+            case None:
+                return existing
+            case size:
+                chosen = self.positions[existing] // size == row_class
+        return np.asarray(existing[chosen])
+
+    def keys_of(self, member: int) -> slice:
+        return slice(member * self.selection.keys, min((member + 1) * self.selection.keys, self.shape.k_len))
+
+    def _touched(self, pattern: Set) -> Array:
+        """The (r, m) with a present pair in a set."""
+        shape = (self.shape.batch, self.shape.heads, self.shape.rows, self.shape.k_len)
+        call = Evaluator.of_call(self.program, self.shape, self.data.inputs, self.data.args)
+        inside = np.broadcast_to(call.members(pattern), shape)
+        found = np.zeros((*shape[:2], self.classes, self.members), np.bool_)
+        for r in range(self.classes):
+            of_rows = np.asarray(inside[:, :, self.rows_of(r)].any(2))
+            for m in range(self.members):
+                found[:, :, r, m] = of_rows[..., self.keys_of(m)].any(-1)
+        return found
+
+    # ----------------------------------------------------------------------------------- represent
+
+    def vectors(self, v: Vectors, *, of_rows: bool) -> Floats:
+        """[B, Hq, R or M, D]: one vector a row class, or one a member; NaN where there is nothing to pool."""
+        given = {"Q": self.data.q, "K": self.data.k}.get(v.source)
+        if given is None:
+            given = self._input_vectors(v.source)
+        if given.shape[1] != self.shape.heads:
+            given = given.repeat(self.shape.heads // given.shape[1], axis=1)
+        count = self.classes if of_rows else self.members
+        if v.pool is None:
+            return given
+        found = np.full((*given.shape[:2], count, given.shape[3]), np.nan)
+        for i in range(count):
+            tokens = given[:, :, self.rows_of(i) if of_rows else self.keys_of(i)]
+            if tokens.shape[2]:
+                found[:, :, i] = _POOLS[v.pool](tokens)
+        return found
+
+    def _input_vectors(self, name: str) -> Floats:
+        decl, values = self.program.input(name), np.asarray(self.data.inputs[name], np.float64)
+        axes = [dim.axis.value for dim in decl.dims[:-2]]
+        lead = [values.shape[axes.index(a)] if a in axes else 1 for a in "b"]
+        heads = values.shape[axes.index("h" if "h" in axes else "g")] if {"h", "g"} & set(axes) else 1
+        values = values.reshape(*lead, heads, *values.shape[-2:])
+        along = self.shape.k_len if decl.dims[-2].axis.value == "k" else self.shape.q_len(self.program)
+        if decl.dims[-2].axis.value == "q" and decl.dims[-2].block == 1:
+            along = self.shape.rows
+        tokens = -(-along // decl.dims[-2].block)
+        return np.broadcast_to(values, (self.shape.batch, heads, tokens, self.shape.dim))
+
+    # --------------------------------------------------------------------------------------- score
+
+    def scores(self, candidates: Array) -> Floats:
+        """[B, Hq, R, M], of whatever is no candidate too."""
+        scale = self.data.scale
+        match self.selection.score:
+            case Dot(x=x, y=y):
+                left, right = self.vectors(x, of_rows=True), self.vectors(y, of_rows=False)
+                return np.asarray(scale * np.einsum("bhrd,bhmd->bhrm", left, right))
+            case Bound(x=x, low=low, high=high):
+                left = self.vectors(x, of_rows=True)[..., None, :]
+                ends = [self.vectors(y, of_rows=False)[:, :, None] for y in (low, high)]
+                return np.asarray(scale * np.maximum(left * ends[0], left * ends[1]).sum(-1))
+            case Antidiagonal(stride=stride):
+                return self._antidiagonal(stride)
+            case Probs(branch=branch, largest=largest):
+                return self._mass(self.data.masses[branch], largest)
+            case Given(value=value):
+                return self._given(value, candidates.shape)
+            case _ as never:
+                assert_never(never)
+
+    def _mass(self, probabilities: Floats, largest: bool) -> Floats:
+        found = np.zeros((*probabilities.shape[:2], self.classes, self.members))
+        for r in range(self.classes):
+            of_rows = probabilities[:, :, self.rows_of(r)]
+            for m in range(self.members):
+                block = of_rows[..., self.keys_of(m)].reshape(*found.shape[:2], -1)
+                if block.shape[-1]:
+                    found[:, :, r, m] = block.max(-1) if largest else block.sum(-1)
+        return found
+
+    def _antidiagonal(self, stride: int) -> Floats:
+        """Groups of `stride` positions, missing tokens zero; what a group may see is what `among` lets it touch."""
+        groups = replace(self, selection=replace(self.selection, keys=stride, rows=stride))
+        candidates = groups._touched(self.selection.among)
+        q_groups, k_groups = candidates.shape[2:]
+        queries = np.zeros((*self.data.q.shape[:2], q_groups * stride, self.shape.dim))
+        here = self.positions >= 0
+        queries[:, :, self.positions[here]] = self.data.q[:, :, here]
+        keys = np.zeros((*self.data.q.shape[:2], k_groups * stride, self.shape.dim))
+        keys[:, :, : self.shape.k_len] = self.data.k.repeat(self.shape.heads // self.shape.kv_heads, axis=1)
+        reversed_keys = keys.reshape(*keys.shape[:2], k_groups, stride, -1)[..., ::-1, :]
+        of_groups = queries.reshape(*queries.shape[:2], q_groups, stride, -1)
+        logits = np.einsum("bhqsd,bhksd->bhqk", of_groups, reversed_keys) * self.data.scale / stride
+        mass = _softmax(logits, candidates)
+        rows, keys_ = self.selection.rows, self.selection.keys
+        assert rows is not None
+        found = np.zeros((*mass.shape[:2], self.classes, self.members))
+        for r in range(self.classes):
+            for m in range(self.members):
+                block = mass[:, :, r * rows // stride : (r + 1) * rows // stride]
+                found[:, :, r, m] = block[..., m * keys_ // stride : (m + 1) * keys_ // stride].sum((-1, -2))
+        return found
+
+    def _given(self, value: Scalar, shape: tuple[int, ...]) -> Floats:
+        first = self.positions if self.selection.rows == 1 else np.arange(self.classes) * (self.selection.rows or 1)
+        call = Evaluator.of_call(self.program, self.shape, self.data.inputs, self.data.args)
+        at = call.at(
+            first.reshape(1, 1, -1, 1), (np.arange(self.members) * self.selection.keys).reshape(1, 1, 1, -1),
+            call.variables["Nq"], call.variables["Nk"],
+        )  # fmt: skip
+        return np.broadcast_to(np.asarray(real(at, value), np.float64), shape)
+
+    # -------------------------------------------------------------------------------------- choose
+
+    def chosen(self) -> Chosen:
+        selection = self.selection
+        extra = selection.forced is Forced.EXTRA
+        candidates = self._touched(selection.among)
+        forced = np.zeros_like(candidates)
+        if selection.always is not None:
+            forced = self._touched(Inter((selection.among, selection.always)))
+        with np.errstate(invalid="ignore", over="ignore"):
+            raw = np.where(candidates, self.scores(candidates), -np.inf)
+        raw = np.minimum(np.where(np.isnan(raw), -np.inf, raw), np.finfo(np.float32).max)
+        withdrawn = candidates & ~forced & (raw == -np.inf)
+        competing = candidates & ~withdrawn & ~(forced & extra)
+        score = _normalised(raw, competing, selection.normalise)
+        score, withdrawn = self._summed(score, competing, withdrawn)
+        competing = candidates & ~withdrawn & ~(forced & extra)
+        score = np.where(competing, score, -np.inf)
+        first = forced & (selection.forced is Forced.COUNTED)
+        # The last key counts first, and the sort is stable: ties go to the lower index.
+        order = np.lexsort((-score, ~first, ~competing), axis=-1)
+        level = self._levels(score, competing, order) * competing
+        level = np.where(forced, self._forced_level(level), level)
+        return Chosen(level.astype(np.uint8), score, competing & ~forced)
+
+    def _forced_level(self, level: Array) -> Array:
+        rule = self.selection.rule
+        return np.full_like(level, rule.factors[0] if isinstance(rule, Levels) else 1)
+
+    def _summed(self, score: Floats, competing: Array, withdrawn: Array) -> tuple[Array, Array]:
+        """Scores, and which members are withdrawn, after the heads that share have added theirs up.
+
+        A head adds nothing for a member that is no candidate of its own. A mass is withdrawn where all heads withdraw
+        it, another score where one does.
+        """
+        heads = self.shape.heads
+        size = {Share.NONE: 1, Share.GROUP: heads // self.shape.kv_heads, Share.HEADS: heads}[self.selection.share]
+        plain = self.selection.normalise is Normalise.NONE
+        masses = not plain or isinstance(self.selection.score, Antidiagonal | Probs)
+        groups = (score.shape[0], heads // size, size, *score.shape[2:])
+        added = np.where(competing, score, 0.0).reshape(groups).sum(2)
+        of_heads = withdrawn.reshape(groups)
+        gone = of_heads.any(2) & ~(competing.reshape(groups).any(2) if masses else False)
+        return added.repeat(size, axis=1), gone.repeat(size, axis=1)
+
+    def _levels(self, score: Floats, competing: Array, order: Array) -> Array:
+        """What each competing member gets, `order` listing members by their rank: 0 where it is out."""
+        rule = self.selection.rule
+        rank = np.argsort(order, axis=-1, kind="stable")
+        count = competing.sum(-1, keepdims=True)
+        inside = np.where(competing, np.maximum(score, 0), 0)
+        ranked = np.take_along_axis(inside, order, -1)
+        total = inside.sum(-1, keepdims=True)
+        until = np.concatenate((np.zeros_like(total), np.cumsum(ranked, -1)), -1)
+        before, after = (np.take_along_axis(until, rank + i, -1) for i in range(2))
+        match rule:
+            case Top(count=None, fraction=fraction):
+                assert fraction is not None
+                return np.asarray(rank < np.maximum(1, _floor(fraction, count)))
+            case Top(count=budget):
+                assert budget is not None
+                call = Evaluator.of_call(self.program, self.shape, self.data.inputs, self.data.args)
+                return np.asarray(rank < call.scalar(budget))
+            case Cover(share=share, exclusive=exclusive, at_least=least, at_most=most):
+                within = (after <= share * total) if exclusive else (before < share * total)
+                chosen = (within & (inside > 0)) | (rank < least)
+                return np.asarray(chosen if most is None else chosen & (rank < most))
+            case Above(share=share, relative=relative, at_most=most):
+                largest = score.max(-1, keepdims=True, initial=-np.inf)
+                reached = score >= (share * largest if relative else share)
+                return np.asarray(reached if most is None else reached & (rank < most))
+            case Levels(factors=factors, bounds=bounds, masses=masses):
+                level = np.zeros(rank.shape, np.int64)
+                for factor, bound in reversed(list(zip(factors, bounds, strict=True))):
+                    below = before < bound * total if masses else rank < _floor(bound, count)
+                    level = np.where(below, factor, level)
+                return level
+            case _ as never:
+                assert_never(never)
+
+
+# ---------------------------------------------------------------------------------------- numbers
+
+_POOLS: dict[Pool, Callable[[Floats], Floats]] = {
+    Pool.MEAN: lambda x: x.mean(2),
+    Pool.MAX: lambda x: x.max(2),
+    Pool.MIN: lambda x: x.min(2),
+    Pool.SUM: lambda x: x.sum(2),
+    Pool.FIRST: lambda x: x[:, :, 0],
+    Pool.LAST: lambda x: x[:, :, -1],
+}
+
+
+def _floor(share: float, count: Array) -> Array:
+    """floor(share * count), of the decimal as written."""
+    exact = Fraction(repr(share))
+    return np.asarray([math.floor(exact * int(n)) for n in count.flat]).reshape(count.shape)
+
+
+def _softmax(logits: Floats, present: Array) -> Floats:
+    top = np.where(present, logits, -np.inf).max(-1, keepdims=True, initial=-np.inf)
+    mass = np.where(present, np.exp(np.where(present, logits, 0) - np.where(top == -np.inf, 0, top)), 0.0)
+    total = mass.sum(-1, keepdims=True)
+    return np.asarray(mass / np.where(total == 0, 1, total))
+
+
+def _normalised(score: Floats, competing: Array, how: Normalise) -> Floats:
+    match how:
+        case Normalise.NONE:
+            return score
+        case Normalise.SOFTMAX:
+            return _softmax(score, competing)
+        case Normalise.MINMAX:
+            finite = competing & (score > -np.inf)
+            low = np.where(finite, score, np.inf).min(-1, keepdims=True, initial=np.inf)
+            high = np.where(finite, score, -np.inf).max(-1, keepdims=True, initial=-np.inf)
+            width = np.where(high > low, high - low, 1.0)
+            at = np.where(finite, score, 0) - np.where(finite.any(-1, keepdims=True), low, 0)
+            return np.where(finite, np.where(high > low, at / width, 1.0), 0.0)
+        case _ as never:
+            assert_never(never)
+
+
+_FLOAT_CALLS: dict[str, Callable[..., Any]] = {
+    "min": lambda *x: reduce(np.minimum, x),
+    "max": lambda *x: reduce(np.maximum, x),
+    "abs": np.abs,
+    "clamp": lambda x, low, high: np.minimum(np.maximum(x, low), high),
+    "exp": np.exp,
+    "exp2": np.exp2,
+    "log": np.log,
+    "sqrt": np.sqrt,
+    "tanh": np.tanh,
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "softcap": lambda x, cap: cap * np.tanh(x / cap),
+}
+_FLOAT_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide,
+}  # fmt: skip
+
+
+def real(call: Evaluator, e: Scalar) -> Array:
+    """Value of a scalar that may read floats."""
+    if not any(node.type is Type.FLOAT for node in walk(e)):
+        return call.scalar(e)
+    operands = [real(call, child) for child in children(e)]
+    match e:
+        case Const(value=value):
+            return np.asarray(value)
+        case Table(name=name, index=_):
+            table = call.program.table(name)
+            return _entry(call, np.asarray(table.values).reshape(table.shape), table.dims, operands)
+        case Read(input=name, index=_):
+            if name not in call.inputs:
+                raise ValueError(f"input `{name}` is missing")
+            return _entry(call, np.asarray(call.inputs[name], np.float64), call.program.input(name).dims, operands)
+        case If():
+            return np.where(operands[0], operands[1], operands[2])
+        case Unary(op=op):
+            return -operands[0] if op == "-" else ~operands[0]
+        case Binary(op=op):
+            with np.errstate(divide="ignore", invalid="ignore"):
+                return np.asarray(_FLOAT_ARITHMETIC[op](*operands))
+        case Compare(op=op):
+            return np.asarray(COMPARE[op](*operands))
+        case Logic(op=op):
+            return np.asarray(reduce(np.logical_and if op == "and" else np.logical_or, operands))
+        case Call(function=function):
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+                return np.asarray(_FLOAT_CALLS[function](*operands))
+        case Var() | Arg():
+            raise ValueError("`s` is read where there is no pair")
+        case _ as never:
+            assert_never(never)
+
+
+def _entry(call: Evaluator, values: Array, dims: tuple[Dim, ...], index: list[Array]) -> Array:
+    places = []
+    for dim, size, at in zip(dims, values.shape, index, strict=True):
+        places.append(np.clip(at - index_origin(dim, call.program, call.shape), 0, size - 1))
+    return np.asarray(values[tuple(places)])
