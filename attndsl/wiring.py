@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attndsl.decode import Cache, DecodePlan, decode_plan
 from attndsl.diagnostics import error
@@ -19,27 +22,35 @@ if TYPE_CHECKING:
 
 def engine(program: Program) -> Engine:
     """A program's kernels at run time."""
-    from attndsl.codegen.cpu import forward_source as cpu_forward
-    from attndsl.codegen.cpu_backward import backward_source as cpu_backward
-    from attndsl.codegen.gluon_forward import forward_source as gluon_forward
-    from attndsl.codegen.triton_backward import backward_sources as triton_backward
-    from attndsl.codegen.triton_forward import forward_source as triton_forward
-    from attndsl.codegen.triton_learned import diagonals_source, pairs_sources
     from attndsl.runtime.engine import Engine, Generators
 
     printers = Generators(
-        triton_forward, cpu_forward, triton_backward, cpu_backward, gluon_forward, diagonals_source, pairs_sources
+        triton_forward=_printer("triton_forward", "forward_source"),
+        cpu_forward=_printer("cpu", "forward_source"),
+        triton_backward=_printer("triton_backward", "backward_sources"),
+        cpu_backward=_printer("cpu_backward", "backward_source"),
+        gluon_forward=_printer("gluon_forward", "forward_source"),
+        triton_diagonals=_printer("triton_learned", "diagonals_source"),
+        triton_pairs=_printer("triton_learned", "pairs_sources"),
     )
     return Engine(program, printers)
 
 
 def decode_generators() -> DecodeGenerators:
     """The printers of decode kernels."""
-    from attndsl.codegen.cpu_decode import decode_source as cpu_decode
-    from attndsl.codegen.triton_decode import decode_source as triton_decode
     from attndsl.runtime.decode import DecodeGenerators
 
-    return DecodeGenerators(triton_decode, cpu_decode)
+    return DecodeGenerators(_printer("triton_decode", "decode_source"), _printer("cpu_decode", "decode_source"))
+
+
+@functools.cache
+def _printer(module: str, function: str) -> Callable[[Any], Any]:
+    """A printer, imported when it first prints: where a kernel was printed before, none is."""
+
+    def printer(plan: Any) -> Any:
+        return getattr(importlib.import_module(f"attndsl.codegen.{module}"), function)(plan)
+
+    return printer
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,12 +22,12 @@ LENGTHS = (1, 17, 130, 513)
 RELATIVE_SLACK = 1e-4
 
 
-def draw_programs(count: int, seed: int) -> list[Any]:
-    """That many cases of `strategies.composed_programs`; the same ones for the same seed."""
+def drawn(count: int, seed: int, **sizes: Any) -> list[Any]:
+    """That many cases of `strategies.composed_programs(**sizes)`; the same ones for the same seed."""
     import hypothesis
 
     strategies: Any = importlib.import_module("tests.strategies")
-    drawn: list[Any] = []
+    found: list[Any] = []
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
@@ -37,19 +37,19 @@ def draw_programs(count: int, seed: int) -> list[Any]:
         phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    @hypothesis.given(strategies.composed_programs(dims=DIMS, lengths=LENGTHS))
+    @hypothesis.given(strategies.composed_programs(**sizes))
     def collect(case: Any) -> None:
-        drawn.append(case)
+        found.append(case)
 
     collect()
-    return drawn
+    return found
 
 
 def check_composed(count: int, seed: int, device: torch.device, stop: float) -> tuple[int, list[Failure]]:
     """Check random programs until `count` are done or the clock passes `stop`; how many were run, and what failed."""
     failures: list[Failure] = []
     run = 0
-    for number, case in enumerate(draw_programs(count, seed)):
+    for number, case in enumerate(drawn(count, seed, dims=DIMS, lengths=LENGTHS)):
         if time.perf_counter() > stop:
             break
         run += 1

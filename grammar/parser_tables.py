@@ -17,6 +17,7 @@ import lark
 from lark import Lark
 from lark.grammar import Rule
 from lark.lexer import TerminalDef
+from lark.parsers.lalr_analysis import Reduce, Shift
 
 GRAMMAR = "attn.lark"
 TABLES = "attn.tables.json"
@@ -37,9 +38,39 @@ def make_parser() -> Lark:
 
 
 def make_tables() -> str:
-    """The text of the tables of the grammar as it stands."""
+    """The text of the tables of the grammar as it stands.
+
+    Most of them are what a state of the parser does on each token. A pattern comes to a few of the states, so each is a
+    string of its own, that is read when the parser first comes to it.
+    """
     data, memo = make_parser().memo_serialize([TerminalDef, Rule])
+    table = data["parser"]["parser"]
+    table["states"] = {state: _written(actions) for state, actions in table["states"].items()}
     return json.dumps({"digest": digest(), "data": data, "memo": memo}, separators=(",", ":")) + "\n"
+
+
+def _written(actions: dict[int, Any]) -> str:
+    """`3r56 4s18`: on token 3 reduce by rule 56, on token 4 go to state 18."""
+    return " ".join(f"{token}r{to['@']}" if reduces else f"{token}s{to}" for token, (reduces, to) in actions.items())
+
+
+class _States(dict[int, dict[str, Any]]):
+    """What each state of the parser does on each token, read when it is first asked for."""
+
+    def __init__(self, written: dict[str, str], tokens: dict[str, str], rules: dict[int, Rule]) -> None:
+        self._written, self._tokens, self._rules = written, tokens, rules
+
+    def __missing__(self, state: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for action in self._written[str(state)].split():
+            token, reduces, rule = action.partition("r")
+            if reduces:
+                found[self._tokens[token]] = Reduce, self._rules[int(rule)]
+            else:
+                token, _, to = action.partition("s")
+                found[self._tokens[token]] = Shift, int(to)
+        self[state] = found
+        return found
 
 
 @cache
@@ -48,17 +79,14 @@ def parser() -> Lark:
     tables = json.loads(files("attndsl.grammar").joinpath(TABLES).read_text("utf-8"))
     if tables["digest"] != digest():
         return make_parser()
-    data, memo = tables["data"], _integer_keys(tables["memo"])
-    table = data["parser"]["parser"]
     # JSON has strings for keys.
-    table["states"] = {int(state): _integer_keys(actions) for state, actions in table["states"].items()}
-    table["tokens"] = _integer_keys(table["tokens"])
+    data, memo = tables["data"], {int(key): value for key, value in tables["memo"].items()}
+    table = data["parser"]["parser"]
+    written, table["states"] = table["states"], {}
     loaded: Lark = Lark._load_from_dict(data, memo)  # type: ignore[no-untyped-call]
+    rules = {entry["@"]: rule for entry, rule in zip(data["rules"], loaded.rules, strict=True)}
+    loaded.parser.parser._parse_table.states = _States(written, table["tokens"], rules)
     return loaded
-
-
-def _integer_keys(entries: dict[str, Any]) -> dict[int, Any]:
-    return {int(key): value for key, value in entries.items()}
 
 
 if __name__ == "__main__":

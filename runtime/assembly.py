@@ -54,8 +54,8 @@ def assembly(plan: ForwardPlan | BackwardPlan | DecodePlan, text: str, format: s
     disassembler = _disassembler() if format == "sass" else ""
     kernel = compile_kernel(offline_source(plan, text), plan.spec.target, shared_cache())
     if format == "sass":
-        return _disassembled(disassembler, kernel.asm["cubin"])
-    return str(kernel.asm[format])
+        return _disassembled(disassembler, kernel.binary)
+    return kernel.text(format)
 
 
 def offline_source(plan: ForwardPlan | BackwardPlan | DecodePlan, text: str) -> KernelSource:

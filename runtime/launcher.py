@@ -1,23 +1,28 @@
-"""Starting a compiled kernel: Triton's own launch, less what need not be done again at every call.
+"""Starting a compiled kernel: what does not differ from call to call is laid out once, and the rest written into it.
 
-Triton's launcher encodes a tensor map for every descriptor at every launch, and looks through all arguments for
-them. Here the arguments are laid out once, and the map of an address is kept. That reaches into one version's
-launcher; under other versions the launch goes through Triton's public path.
+On NVIDIA GPUs a launch is one call of the driver (`cuda.py`) on arguments in memory that is kept. That is how one
+version's compiled kernels take their parameters; under others, and on AMD's, a launch goes through Triton.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from ctypes import addressof, c_float, c_uint64, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+
+from attndsl.diagnostics import error
+from attndsl.runtime.build import Kernel, triton_kernel
+from attndsl.runtime.cuda import LaunchConfig, TensorMap, launch, load_kernel
 
 # Addresses whose tensor maps are kept: a training loop reuses a handful.
 MAX_MAPS = 256
-FAST_VERSIONS = ("3.6.",)
+DIRECT_VERSIONS = ("3.6.",)
+Launch = Callable[[Sequence[Any]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,117 @@ class Descriptor:
     type: str
 
 
+def launcher(kernel: Kernel, grid: int, device: int, template: Sequence[Any]) -> Launch:
+    """A function of a call's values that launches one kernel on one device, on its current stream, with one grid.
+
+    template: the value of each parameter, a constant, a `Slot` or a `Descriptor`.
+    """
+    return (DirectLauncher if _is_direct(kernel) else TritonLauncher)(kernel, grid, device, template)
+
+
+def _is_direct(kernel: Kernel) -> bool:
+    """Whether the kernel takes parameters as this module lays them out: as declared, a descriptor as a tensor map with
+    its shape and strides behind it, and two addresses of scratch memory that it does not use."""
+    facts = kernel.metadata
+    needs = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
+    described = sum(type.startswith("tensordesc") for _, type in kernel.source.types)
+    return (
+        kernel.target.startswith("cuda:")
+        and facts["triton_version"].startswith(DIRECT_VERSIONS)
+        and facts["num_ctas"] == 1
+        and not any(facts.get(name) for name in needs)
+        and len(facts.get("tensordesc_meta") or ()) == described
+    )
+
+
+class DirectLauncher:
+    """Launches through the driver. Every argument has eight bytes, of which the kernel reads what its type has."""
+
+    def __init__(self, kernel: Kernel, grid: int, device: int, template: Sequence[Any]) -> None:
+        facts = kernel.metadata
+        threads = 32 * facts["num_warps"]
+        with torch.cuda.device(device):
+            self._function = load_kernel(kernel.binary, facts["name"], facts["shared"], threads, device)
+        self._device, self._facts = device, facts.get("tensordesc_meta") or ()
+        self._maps: dict[tuple[int, int], TensorMap] = {}
+        # Tables, which a kernel reads as long as it is launched.
+        self._held = [x for x in template if isinstance(x, Tensor)]
+        pointers: list[tuple[int, int]] = []
+        numbers: list[tuple[int, int]] = []
+        floats: list[tuple[int, int]] = []
+        descriptors: list[tuple[int, int, Descriptor]] = []
+        constants: list[int] = []
+        for x in template:
+            place = len(constants)
+            match x:
+                case Slot(index=index, type=type):
+                    chosen = pointers if type.startswith("*") else floats if type.startswith("fp") else numbers
+                    chosen.append((place, index))
+                    constants.append(0)
+                case Descriptor(index=index):
+                    descriptors.append((place, len(descriptors), x))
+                    constants += [0, *x.shape, *x.strides]
+                case Tensor():
+                    constants.append(x.data_ptr())
+                case _:
+                    constants.append(int(x))
+        self._pointers, self._numbers, self._floats = tuple(pointers), tuple(numbers), tuple(floats)
+        self._descriptors = tuple(descriptors)
+        constants += [0, 0]
+        self._cells = (c_uint64 * len(constants))(*constants)
+        # The same memory as floats: a float lies in the first half of its eight bytes.
+        self._reals = (c_float * (2 * len(constants))).from_buffer(self._cells)
+        first = addressof(self._cells)
+        self._parameters = (c_void_p * len(constants))(*(first + 8 * i for i in range(len(constants))))
+        self._config = LaunchConfig(grid, 1, 1, threads, 1, 1, facts["shared"], None, None, 0)
+        # As integers they take ctypes no conversion.
+        self._at = addressof(self._config), addressof(self._parameters)
+        self._lock = threading.Lock()
+
+    def __call__(self, call: Sequence[Any]) -> None:
+        """Launch. `call`: the values that slots and descriptors refer to."""
+        if torch._C._cuda_getDevice() == self._device:
+            self._launch(call)
+        else:
+            with torch.cuda.device(self._device):
+                self._launch(call)
+
+    def _launch(self, call: Sequence[Any]) -> None:
+        # Another thread writes its arguments into the same memory.
+        with self._lock:
+            cells = self._cells
+            for place, index in self._pointers:
+                x = call[index]
+                cells[place] = 0 if x is None else x.data_ptr()
+            for place, index in self._floats:
+                self._reals[2 * place] = call[index]
+            for place, index in self._numbers:
+                cells[place] = _int32(call[index])
+            for place, number, x in self._descriptors:
+                self._parameters[place] = self._map(number, x, call[x.index])
+            self._config.stream = torch._C._cuda_getCurrentRawStream(self._device)
+            launch(self._at[0], self._function, self._at[1], self._device)
+
+    def _map(self, number: int, descriptor: Descriptor, tensor: Tensor) -> int:
+        """Where the tensor map of an address lies. Only shapes and the address matter, so it holds no tensor."""
+        key = (number, tensor.data_ptr())
+        found = self._maps.get(key)
+        if found is None:
+            # Not between two maps of one launch, which needs both.
+            if number == 0 and len(self._maps) >= MAX_MAPS:
+                self._maps.clear()
+            found = TensorMap(self._facts[number], key[1], descriptor.shape, descriptor.strides)
+            self._maps[key] = found
+        return found.address
+
+
+def _int32(x: int) -> int:
+    """A runtime argument, or dropout's threshold, as a kernel takes it."""
+    if -(1 << 31) <= x < 1 << 32:
+        return x
+    raise error("A516", f"a runtime int has 32 bits, and {x} does not fit")
+
+
 class _Region:
     """What Triton's launcher reads of a `TensorDescriptor`, without the checks that the latter makes at every call."""
 
@@ -50,79 +166,30 @@ class _Region:
         self.base, self.shape, self.strides = base, shape, strides
 
 
-class Launcher:
-    """Launches one kernel on one device with one grid. `template`: the value of each parameter, a constant, a `Slot` or
-    a `Descriptor`."""
+class TritonLauncher:
+    """Launches through Triton's public path."""
 
-    def __init__(self, kernel: Any, grid: int, device: int, template: Sequence[Any]) -> None:
-        self._kernel, self._grid, self._device = kernel, grid, device
+    def __init__(self, kernel: Kernel, grid: int, device: int, template: Sequence[Any]) -> None:
+        self._kernel, self._grid, self._device = triton_kernel(kernel), grid, device
+        self._template = tuple(template)
         with torch.cuda.device(device):
-            run = kernel.run  # loads the kernel on the current device
-        raw = _raw_launch(run) if triton.__version__.startswith(FAST_VERSIONS) else None
-        self._raw: Any = raw and raw[0]
-        self._encode: Any = raw and raw[1]
-        self._maps: dict[tuple[int, int], Any] = {}
-        values: list[Any] = []
-        self._slots: list[tuple[int, int]] = []
-        self._descriptors: list[tuple[int, int, Descriptor]] = []
-        for x in template:
-            if isinstance(x, Slot):
-                self._slots.append((len(values), x.index))
-            elif isinstance(x, Descriptor):
-                self._descriptors.append((len(values), len(self._descriptors), x))
-                if raw is not None:
-                    values += [None, *x.shape, *x.strides]
-                    continue
-            values.append(x)
-        self._values = values
-        self._options = (run.launch_cooperative_grid, run.launch_pdl, None, None) if raw is not None else ()
+            self._run = self._kernel.run  # loads the kernel on the current device
 
     def __call__(self, call: Sequence[Any]) -> None:
-        """Launch on the device's current stream. `call`: the values that slots and descriptors refer to."""
-        if torch._C._cuda_getDevice() == self._device:
-            self._launch(call)
-        else:
-            with torch.cuda.device(self._device):
-                self._launch(call)
+        """Launch. `call`: the values that slots and descriptors refer to."""
+        kernel = self._kernel
 
-    def _launch(self, call: Sequence[Any]) -> None:
-        values = self._values.copy()
-        for position, index in self._slots:
-            values[position] = call[index]
-        kernel, stream = self._kernel, torch._C._cuda_getCurrentRawStream(self._device)
-        if self._raw is None:
-            for position, _, x in self._descriptors:
-                values[position] = _Region(call[x.index], x.shape, x.strides)
-            kernel.run(self._grid, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *values)
-            return
-        for position, number, x in self._descriptors:
-            values[position] = self._map(number, x, call[x.index])
-        self._raw(
-            self._grid, 1, 1, stream, kernel.function, *self._options, kernel.packed_metadata, None, None, None, *values
-        )
+        def value(x: Any) -> Any:
+            if isinstance(x, Descriptor):
+                return _Region(call[x.index], x.shape, x.strides)
+            return call[x.index] if isinstance(x, Slot) else x
 
-    def _map(self, number: int, descriptor: Descriptor, tensor: Tensor) -> Any:
-        """The tensor map of an address. It holds no reference to the tensor: only shapes and the address matter."""
-        key = (number, tensor.data_ptr())
-        found = self._maps.get(key)
-        if found is None:
-            if len(self._maps) >= MAX_MAPS:
-                self._maps.clear()
-            assert self._encode is not None
-            found = self._maps[key] = self._encode(_Region(tensor, descriptor.shape, descriptor.strides), number)
-        return found
+        with torch.cuda.device(self._device):
+            stream = torch._C._cuda_getCurrentRawStream(self._device)
+            self._run(
+                self._grid, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None,
+                *map(value, self._template),
+            )  # fmt: skip
 
 
-def _raw_launch(run: Any) -> tuple[Any, Any] | None:
-    """The launcher inside Triton's wrapper and a function that encodes its descriptors, where they are as known."""
-    if run.global_scratch_size or run.profile_scratch_size:
-        return None
-    launch = run.launch
-    if getattr(launch, "__closure__", None) is None:
-        return launch, None  # No descriptors: the wrapper was left out.
-    cells = dict(zip(launch.__code__.co_freevars, (cell.cell_contents for cell in launch.__closure__), strict=True))
-    make = launch.__globals__.get("make_tensordesc_arg")
-    if not {"launcher", "tensordesc_meta"} <= cells.keys() or make is None:
-        return None
-    metadata = cells["tensordesc_meta"]
-    return cells["launcher"], lambda region, number: make(region, metadata[number])[0]
+__all__ = ["Descriptor", "DirectLauncher", "Launch", "Slot", "TritonLauncher", "launcher"]

@@ -60,7 +60,7 @@ def printed_forward(
         written = None if program.source is None else (program.source.name, program.source.text)
         place = None if program.branch.span is None else str(program.branch.span)
         key = cache_key("printed forward", compiler_digest(), program, written, place, spec, backends, tiling)
-        files = cache.fetch(key, lambda: _compiled_next(make))
+        files = cache.fetch(key, make)
     choices = json.loads(files[_CHOICES])
     inputs = (d for d in derive(program).inputs if d.derivation is None or d.name in choices["derived"])
     program = replace(derive(program), inputs=tuple(inputs))
@@ -74,14 +74,6 @@ def printed_forward(
 
 def _layout(said: dict[str, Any]) -> Layout:
     return Layout(Comb(**said["q"]), Comb(**said["k"]), said["classes"])
-
-
-def _compiled_next(make: Callable[[], dict[str, bytes]]) -> dict[str, bytes]:
-    """A kernel that was never printed will have to be compiled: what that waits for begins now."""
-    from attndsl.runtime.head_start import begin
-
-    begin()
-    return make()
 
 
 def _choice(program: Program, spec: Spec, backends: tuple[Backend, ...]) -> Backend:

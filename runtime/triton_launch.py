@@ -12,10 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-import triton
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attndsl.plan import Backend, DType, Loads, Plan, Printed, Spec, head_parts
 from attndsl.program import CallShape, Program
@@ -24,11 +21,12 @@ from attndsl.runtime.cache import KernelCache
 from attndsl.runtime.call import call_shape, dim_size
 from attndsl.runtime.dropout import PARAMETERS, Dropout
 from attndsl.runtime.engine import default_scale, empty_output, table_tensor
-from attndsl.runtime.launcher import Descriptor, Launcher, Slot
+from attndsl.runtime.launcher import Descriptor, Slot, launcher
 from attndsl.runtime.load import load_source
+from attndsl.runtime.triton_version import interpreted, version
 from attndsl.targets import has_tensor_copies, hopper_refusal
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = interpreted()
 FUNCTION = "attention_forward"
 
 ELEMENT = {DType.BFLOAT16: "bf16", DType.FLOAT16: "fp16", DType.FLOAT32: "fp32"}
@@ -55,8 +53,8 @@ def why_not_gluon(program: Program, spec: Spec, q: Tensor) -> str:
     """Why a call does not get the Hopper lowering, empty where it does. `spec` has its `loads`."""
     if reason := hopper_refusal(program, spec):
         return reason
-    if not triton.__version__.startswith(GLUON_VERSIONS):
-        return f"the Hopper lowering was not tested on triton {triton.__version__}"
+    if not version().startswith(GLUON_VERSIONS):
+        return f"the Hopper lowering was not tested on triton {version()}"
     if INTERPRETED:
         return "the interpreter does not run Gluon"
     if q.stride(3) != 1 or any(s * q.element_size() % 16 for s in q.stride()[:3]):
@@ -134,8 +132,8 @@ def prepare(
     if INTERPRETED:
         return _Interpreted(getattr(load_source(text, function), function)[(grid,)], template)
     source = kernel_source(plan, text, names, sources, aligned, function)
-    kernel = compile_kernel(source, plan.spec.target, shared_cache(), device.index)
-    return Launcher(kernel, grid, device.index, template)
+    kernel = compile_kernel(source, plan.spec.target, shared_cache(), whole=False)
+    return launcher(kernel, grid, device.index, template)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +144,8 @@ class _Interpreted:
     template: list[Any]
 
     def __call__(self, call: Sequence[Any]) -> None:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
         def value(x: Any) -> Any:
             if isinstance(x, Descriptor):
                 return TensorDescriptor(call[x.index], list(x.shape), list(x.strides), list(x.block))
@@ -179,7 +179,7 @@ def parameter_sources(plan: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Se
             (2, "v", v, block_k),
             (_OUT, "out", out, half),
         ):
-            found[f"{name}_desc"] = _gluon_descriptor(plan, index, x, rows)
+            found[f"{name}_desc"] = _descriptor(plan.spec, index, x, rows, x.shape[3])
     return found | program_sources(plan, shape, inputs, q.device)
 
 
@@ -205,26 +205,21 @@ def program_sources(plan: Planned, shape: CallShape, inputs: Sequence[Tensor], d
 
 def descriptors(spec: Spec, name: str, index: int, x: Tensor, rows: int) -> dict[str, Descriptor]:
     """Descriptors of tiles of `rows` rows of the call's value `index`, one for each part of the head dimension."""
-    found = {}
-    for part in head_parts(x.shape[3]):
-        block = (1, 1, rows, part.size)
-        type = f"tensordesc<{ELEMENT[spec.dtype]}{list(block)}>"
-        found[f"{name}_desc{part.suffix}"] = Descriptor(index, tuple(x.shape), tuple(x.stride()), block, type)
-    return found
+    return {
+        f"{name}_desc{part.suffix}": _descriptor(spec, index, x, rows, part.size) for part in head_parts(x.shape[3])
+    }
+
+
+def _descriptor(spec: Spec, index: int, x: Tensor, rows: int, columns: int) -> Descriptor:
+    block = (1, 1, rows, columns)
+    return Descriptor(
+        index, tuple(x.shape), tuple(x.stride()), block, f"tensordesc<{ELEMENT[spec.dtype]}{list(block)}>"
+    )
 
 
 def without_memory(x: Tensor) -> Tensor:
     """A tensor like x, strides included, that takes no room."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-
-def _gluon_descriptor(plan: Planned, index: int, x: Tensor, rows: int) -> Descriptor:
-    """A descriptor of tiles of `rows` rows; in Gluon its type says how they lie in shared memory."""
-    element = {DType.BFLOAT16: gl.bfloat16, DType.FLOAT16: gl.float16}[plan.spec.dtype]
-    block = (1, 1, rows, x.shape[3])
-    layout = gl.NVMMASharedLayout.get_default_for(list(block), element)
-    type = f"tensordesc<{ELEMENT[plan.spec.dtype]}{list(block)},{layout!r}>"
-    return Descriptor(index, tuple(x.shape), tuple(x.stride()), block, type)
 
 
 def kernel_source(

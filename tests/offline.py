@@ -96,9 +96,9 @@ def compile_one(job: Job) -> Found:
         decode = decode_plan(program, spec, job.decode.rows, cache, tiling=Tiling(*job.tiling) if job.tiling else None)
         source = offline_source(decode, decode_source(decode))
     kernel = compile_kernel(source, job.target)
-    shared = int(kernel.metadata.shared)
+    shared = int(kernel.metadata["shared"])
     if job.target.startswith("hip"):
-        text = str(kernel.asm["amdgcn"])
+        text = kernel.text("amdgcn")
 
         def counted(name: str) -> int:
             return max(int(x) for x in re.findall(rf"\.{name}:\s+(\d+)", text))
@@ -106,7 +106,7 @@ def compile_one(job: Job) -> Found:
         # Scalar registers spill into lanes of vector registers, not into memory.
         spills = counted("vgpr_spill_count") + counted("private_segment_fixed_size")
         return Found(spills, counted("vgpr_count"), shared, False, False, triton.__version__)
-    ptx, used = str(kernel.asm["ptx"]), _resources(kernel.asm["cubin"])
+    ptx, used = kernel.text("ptx"), _resources(kernel.binary)
     spills = int(used["STACK"]) + int(used["LOCAL"])
     copies = "cp.async.bulk.tensor" in ptx
     return Found(spills, int(used["REG"]), shared, "wgmma.mma_async" in ptx, copies, triton.__version__)

@@ -259,7 +259,7 @@ def compiled_stacks() -> dict[str, int]:
             given = backward_parameters(plan, *meta_tensors(forward_plan(program, spec, default_tiling(spec))))
             for name, side, text in zip((DQ, DKDV), (plan, plan.of_keys()), backward_sources(plan), strict=True):
                 source = kernel_source(side, text, parameters(text, name), given, aligned=True, function=name)
-                used = _resources(compile_kernel(source, target).asm["cubin"])
+                used = _resources(compile_kernel(source, target).binary)
                 found[f"{name} {target} {loads.value} {dim}"] = int(used["STACK"]) + int(used["LOCAL"])
     return found
 

@@ -379,7 +379,7 @@ def compiled_stacks() -> dict[str, int]:
     )  # fmt: skip
     for name, plan, text in kernels:
         source = kernel_source(plan, text, parameters(text, name), given, aligned=True, function=name)
-        used = _resources(compile_kernel(source, spec.target).asm["cubin"])
+        used = _resources(compile_kernel(source, spec.target).binary)
         found[name] = int(used["STACK"]) + int(used["LOCAL"])
     return found
 

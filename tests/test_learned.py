@@ -329,7 +329,7 @@ def compiled_stacks() -> dict[str, int]:
         printed = diagonals_source(own) if side is Side.DIAGONAL else pairs_sources(own)[1]
         given = {**backward_parameters(own, *tensors), **dict.fromkeys(integers, 1)}
         source = kernel_source(own, printed, parameters(printed, name), given, aligned=True, function=name)
-        used = _resources(compile_kernel(source, spec.target).asm["cubin"])
+        used = _resources(compile_kernel(source, spec.target).binary)
         found[name] = int(used["STACK"]) + int(used["LOCAL"])
     return found
 
