@@ -18,6 +18,7 @@ from typing import Any, assert_never
 import islpy as isl
 
 from attndsl.compare import Existing, Undecided
+from attndsl.coordinates import on_grid
 from attndsl.derivation import Random
 from attndsl.derive import derive
 from attndsl.diagnostics import Diagnostic, Severity, Span
@@ -88,6 +89,7 @@ class _Analysis:
         self.pattern = derived.branch.pattern
         self.lowering = Lowering(derived)
         self.existing = Existing(self.lowering, self.pattern)
+        self.gridded = None if program.grid is None else canonical(Where(on_grid(program.grid)))
         self.terms = self.failures = 0
 
     def run(self) -> Iterator[Diagnostic]:
@@ -129,7 +131,11 @@ class _Analysis:
         """Rows that no value of the data, the heads or the arguments lets see a key."""
 
         def rows() -> isl.Set:
-            return self._without_data(self.existing.domain).subtract(self._any_key(self._without_data(pairs)))
+            asked = self._without_data(self.existing.domain)
+            if self.gridded is not None:
+                # Rows past a grid of known size see nothing, and that is what its size says.
+                asked = asked.intersect(self._any_key(self.existing.of(self.gridded)))
+            return asked.subtract(self._any_key(self._without_data(pairs)))
 
         empty = self._ask(rows)
         if not isinstance(empty, isl.Set) or not self._holds(lambda: not empty.is_empty()):
@@ -265,7 +271,8 @@ class _Analysis:
                 continue
             if self._changes_nothing(node, part, matters):
                 kept = rest
-                if not _is_habit(node, part):
+                # That tokens lie on the grid, no text says.
+                if not _is_habit(node, part) and part != self.gridded:
                     yield self._idle(part, within, "the terms beside and around it decide every pair already")
             else:
                 yield from self._idle_terms(part, matters, within)

@@ -6,6 +6,7 @@ from enum import IntEnum
 from typing import assert_never
 
 from attndsl.derivation import Random, Segment
+from attndsl.grid import Along
 from attndsl.program import (
     Arg,
     Axis,
@@ -207,5 +208,7 @@ def _place(place: Place) -> str:
             return f"{name}[{', '.join(map(scalar_text, lead))}]" if lead else name
         case Segment(input=name):
             return f"segment({name})"
+        case Along(grid=grid, axis=axis):
+            return grid.axes[axis]
         case _:
             assert_never(place)

@@ -16,13 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import reduce
-from math import ceil
+from math import ceil, prod
 from typing import Any, TypeAlias, assert_never
 
 import numpy as np
 import numpy.typing as npt
 
 from attndsl.derivation import Random, Segment
+from attndsl.grid import Along, Grid
 from attndsl.program import (
     Arg,
     Axis,
@@ -281,6 +282,10 @@ class Evaluator:
         match place:
             case Blocks(size=size):
                 return self.at(q_pos // size, k_pos // size, -(-q_len // size), -(-k_len // size))
+            case Along(grid=grid, axis=axis):
+                q_new, k_new = (coordinates(grid, x)[axis] for x in (q_pos, k_pos))
+                lengths = (axis_size(grid, axis, int(n)) for n in (q_len, k_len))
+                return self.at(q_new, k_new, *map(np.asarray, lengths))
             case Permuted(input=name, lead=lead):
                 values = self._input(name)
                 head = [np.clip(self.scalar(e), 0, n - 1) for e, n in zip(lead, values.shape[:-1], strict=True)]
@@ -348,6 +353,24 @@ class Evaluator:
         rank = np.argsort(order, axis=-1)
         drawn = candidate & (rank < e.count)
         return self._of_blocks(drawn, rows, e.keys) & self.members(e.among)
+
+
+def coordinates(grid: Grid, x: Array) -> list[Array]:
+    """The coordinates of tokens; those of a token off the grid are of no matter."""
+    cell = np.maximum(x - grid.first, 0)
+    layers = grid.sizes[0] if grid.sizes[0] is not None else int(cell.max(initial=0)) // grid.stride + grid.tiles[0]
+    sizes = [-(-layers // grid.tiles[0]) * grid.tiles[0], *(size or 0 for size in grid.sizes[1:])]
+    counts = [size // tile for size, tile in zip(sizes, grid.tiles, strict=True)]
+    # Tiles in order, and in each its cells.
+    place = np.unravel_index(np.minimum(cell, prod(sizes) - 1), (*counts, *grid.tiles))
+    tiles, inside = place[: len(sizes)], place[len(sizes) :]
+    return [t * size + i for t, i, size in zip(tiles, inside, grid.tiles, strict=True)]
+
+
+def axis_size(grid: Grid, axis: int, tokens: int) -> int:
+    """The size of an axis, where it is open one past the last coordinate in so many tokens."""
+    size = grid.sizes[axis]
+    return int(coordinates(grid, np.arange(tokens))[axis].max(initial=-1)) + 1 if size is None else size
 
 
 def splitmix64(x: Array) -> npt.NDArray[np.uint64]:

@@ -4,7 +4,7 @@
                 | Unary op e | Binary op e e | Compare op e e | Logic op e* | If e e e | Call f e*
     set     P ::= Where e | Union P* | Inter P* | Minus P P | Complement P | Choose e P P
                 | On P place | Coarsen P | Random P e
-    place     ::= Blocks B | Permuted input | Segment input
+    place     ::= Blocks B | Permuted input | Segment input | Along axis
     branch    ::= attend P { scale e  score e  sink e  weights e }
     program   ::= inputs, arguments, tables, branch
 
@@ -23,6 +23,7 @@ from typing import TypeAlias, assert_never
 from attndsl.call_shape import CallShape as CallShape
 from attndsl.derivation import Derivation, Random, Segment
 from attndsl.diagnostics import Source, Span
+from attndsl.grid import Along, Grid
 from attndsl.selection import Selection
 
 
@@ -296,7 +297,7 @@ class Permuted:
     lead: tuple[Scalar, ...]
 
 
-Place: TypeAlias = Blocks | Permuted | Segment
+Place: TypeAlias = Blocks | Permuted | Segment | Along
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,10 +317,8 @@ class Coarse(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Coarsen:
-    """Block pairs of which any, all, or at least a fraction of the existing position pairs are in the operand.
-
-    Existing positions are 0 <= q < Nq, 0 <= k < Nk, whatever rows the call holds. `map`: in a derived program, the
-    read that says so of a pair's blocks.
+    """Block pairs of which any, all, or at least a fraction of the existing pairs (0 <= q < Nq, 0 <= k < Nk) are in
+    the operand, whatever rows the call holds. `map`: in a derived program, the read that says so of a pair's blocks.
     """
 
     operand: Set
@@ -422,6 +421,7 @@ class Program:
     tables: tuple[TableDecl, ...] = ()
     align_start: bool = False
     selections: tuple[Selection, ...] = ()
+    grid: Grid | None = None
     source: Source | None = field(default=None, compare=False, repr=False)
 
     def input(self, name: str) -> InputDecl:
@@ -456,8 +456,7 @@ def scalars(pattern: Set) -> Iterator[Scalar]:
             yield from scalars(b)
         case On(operand=p, place=place):
             yield from scalars(p)
-            if not isinstance(place, Blocks):
-                yield from place.lead
+            yield from place.lead if isinstance(place, Permuted | Segment) else ()
 
 
 def rebuild(e: Scalar, step: Callable[[Scalar], Scalar], memo: dict[int, Scalar] | None = None) -> Scalar:

@@ -14,19 +14,19 @@ islpy is imported by the modules about integer sets (`tests/test_structure.py` n
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import assert_never
 
 import islpy as isl
 
-from attndsl.derivation import Random, Segment
+from attndsl.derivation import Random
 from attndsl.derive import derive
 from attndsl.effort import TooHard, bounded
 from attndsl.isl_sets import choose, coarse_pairs, fold, place_pairs, project_param
+from attndsl.placing import Coordinates, placed
 from attndsl.program import (
     Arg,
     Binary,
-    Blocks,
     Call,
     Choose,
     Coarse,
@@ -39,7 +39,6 @@ from attndsl.program import (
     Logic,
     Minus,
     On,
-    Permuted,
     Program,
     Read,
     Scalar,
@@ -89,20 +88,6 @@ class Relation:
         return pairs
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """The coordinates in which a set is read: q, k and the lengths as affine functions and as scalars."""
-
-    q: isl.PwAff
-    k: isl.PwAff
-    q_len: isl.PwAff
-    k_len: isl.PwAff
-    names: dict[str, Scalar] = field(default_factory=dict)
-
-    def name(self, variable: str) -> Scalar:
-        return self.names.get(variable, Var(variable))
-
-
 def build_relation(program: Program, heads: tuple[int, int] | None = None, anchor: str = "q") -> Relation:
     """The relation of a program's pattern; `heads` = (H, G) where they are known, else they stay symbolic.
 
@@ -124,7 +109,7 @@ class Lowering:
         self._names: dict[Scalar, str] = {}
         self._too_hard: set[Coarsen] = set()
         self.space = self.set("{ [q, k] }").get_space()
-        self.here = _Place(
+        self.here = Coordinates(
             q=self.aff("{ [q, k] -> [q] }"),
             k=self.aff("{ [q, k] -> [k] }"),
             q_len=self.aff("[Nq] -> { [q, k] -> [Nq] }"),
@@ -191,7 +176,7 @@ class Lowering:
 
     # ------------------------------------------------------------------------------------- sets
 
-    def lower(self, pattern: Set, place: _Place) -> isl.Set:
+    def lower(self, pattern: Set, place: Coordinates) -> isl.Set:
         """The pairs of a set read at a place; a part that is too hard becomes a data atom."""
         step: Callable[[], isl.Set]
         match pattern:
@@ -213,9 +198,10 @@ class Lowering:
                 a, b = self.lower(then, place), self.lower(other, place)
                 step = lambda: choose(self.holds(cond, place), a, b)  # noqa: E731
             case On(operand=operand, place=inner_place):
-                if isinstance(inner_place, Blocks):
-                    return self.lower(operand, self._blocks(place, inner_place.size))
-                return self._atom(self.predicate(operand, self._permuted(place, inner_place)), self.here)
+                inner = placed(place, inner_place, self.affine)
+                if inner.affine:
+                    return self.lower(operand, inner)
+                return self._atom(self.predicate(operand, inner), self.here)
             case Coarsen(operand=operand):
                 inner = self.lower(operand, self.here)
                 step = lambda: self._coarsen(pattern, inner, place)  # noqa: E731
@@ -231,37 +217,7 @@ class Lowering:
                 self._too_hard.add(pattern)
             return self._atom(self.predicate(pattern, place), self.here)
 
-    def _blocks(self, place: _Place, size: int) -> _Place:
-        def divided(x: isl.PwAff) -> isl.PwAff:
-            return x.scale_down_val(isl.Val.int_from_si(self.ctx, size)).floor()
-
-        def quotient(x: Scalar) -> Scalar:
-            return Binary("//", x, Const(size))
-
-        def count(x: Scalar) -> Scalar:
-            return Binary("+", quotient(Binary("-", x, Const(1))), Const(1))
-
-        one = isl.Val.int_from_si(self.ctx, 1)
-        minus_one = isl.Val.int_from_si(self.ctx, -1)
-        return _Place(
-            divided(place.q), divided(place.k),
-            divided(place.q_len.add_constant_val(minus_one)).add_constant_val(one),
-            divided(place.k_len.add_constant_val(minus_one)).add_constant_val(one),
-            {
-                "q": quotient(place.name("q")), "k": quotient(place.name("k")),
-                "Nq": count(place.name("Nq")), "Nk": count(place.name("Nk")),
-            },
-        )  # fmt: skip
-
-    def _permuted(self, place: _Place, permuted: Permuted | Segment) -> _Place:
-        assert isinstance(permuted, Permuted), "the program is derived before it is lowered"
-
-        def entry(x: Scalar) -> Scalar:
-            return Read(permuted.input, (*permuted.lead, x), Type.INT)
-
-        return replace(place, names=place.names | {"q": entry(place.name("q")), "k": entry(place.name("k"))})
-
-    def _coarsen(self, pattern: Coarsen, inner: isl.Set, place: _Place) -> isl.Set:
+    def _coarsen(self, pattern: Coarsen, inner: isl.Set, place: Coordinates) -> isl.Set:
         """The pairs of a coarsened set, `inner` being its operand's.
 
         Where these depend on data the map decides, within the blocks that some truth of the data allows.
@@ -284,7 +240,7 @@ class Lowering:
 
     # ------------------------------------------------------------------------------- conditions
 
-    def holds(self, cond: Scalar, place: _Place) -> isl.Set:
+    def holds(self, cond: Scalar, place: Coordinates) -> isl.Set:
         """The pairs for which a boolean holds. What is not affine becomes an atom, as small as possible."""
         match cond:
             case Const(value=value):
@@ -316,7 +272,7 @@ class Lowering:
             case _:
                 assert_never(cond)
 
-    def _compare(self, op: str, left: Scalar, right: Scalar, place: _Place) -> isl.Set:
+    def _compare(self, op: str, left: Scalar, right: Scalar, place: Coordinates) -> isl.Set:
         if op == "==":
             # x // m == y // m as m * (x // m) <= y < m * (x // m) + m, with the quotient of the anchor's side, so
             # that the other position's values are an interval whose ends isl writes in terms of the anchor.
@@ -349,7 +305,7 @@ class Lowering:
 
     # ---------------------------------------------------------------------------------- numbers
 
-    def affine(self, e: Scalar, place: _Place) -> isl.PwAff:
+    def affine(self, e: Scalar, place: Coordinates) -> isl.PwAff:
         """The integer scalar as a piecewise quasi-affine function of q, k and the parameters."""
         try:
             return self._affine(e, place)
@@ -359,7 +315,7 @@ class Lowering:
                 raise
             return self._parameter(placed)
 
-    def _affine(self, e: Scalar, place: _Place) -> isl.PwAff:
+    def _affine(self, e: Scalar, place: Coordinates) -> isl.PwAff:
         match e:
             case Const(value=bool()):
                 raise AssertionError("a boolean is no number")
@@ -440,14 +396,14 @@ class Lowering:
 
     # ------------------------------------------------------------------------------------ atoms
 
-    def _atom(self, cond: Scalar, place: _Place) -> isl.Set:
+    def _atom(self, cond: Scalar, place: Coordinates) -> isl.Set:
         """The pairs where a boolean parameter, standing for a condition, is true."""
         placed = substitute(cond, place.names)
         table, prefix = (self.atoms, "d") if reads(placed, "q", "k") else (self.uniform, "u")
         name = self._name(placed, table, prefix)
         return self.set(f"[{name}] -> {{ [q, k] : {name} = 1 }}")
 
-    def predicate(self, pattern: Set, place: _Place | None = None) -> Scalar:
+    def predicate(self, pattern: Set, place: Coordinates | None = None) -> Scalar:
         """The pattern as one condition on q and k, written as its author wrote it."""
         place = place or self.here
         match pattern:
@@ -465,9 +421,7 @@ class Lowering:
                 chosen = substitute(cond, place.names)
                 return If(chosen, self.predicate(then, place), self.predicate(other, place))
             case On(operand=operand, place=inner_place):
-                if isinstance(inner_place, Blocks):
-                    return self.predicate(operand, self._blocks(place, inner_place.size))
-                return self.predicate(operand, self._permuted(place, inner_place))
+                return self.predicate(operand, placed(place, inner_place, self.affine))
             case Coarsen():
                 inner = self.lower(pattern.operand, self.here)
                 coarse = _map(pattern) if self._is_data(pattern, inner) else None

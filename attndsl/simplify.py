@@ -68,6 +68,8 @@ def _fold(e: Scalar) -> Scalar:
             return x
         case Binary(op="*", left=Const(value=1), right=x) if x.type is e.type:
             return x
+        case Binary(op="%", right=Const(value=1)):
+            return Const(0)
         case Compare(op=op, left=Const(value=a), right=Const(value=b)):
             return Const(bool(_COMPARE[op](a, b)))
         case Logic(op=op, operands=xs):

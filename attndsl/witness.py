@@ -14,13 +14,12 @@ from typing import Any, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.derivation import Random
+from attndsl.derivation import Random, Segment
 from attndsl.oracle import Evaluator, dim_size
 from attndsl.program import (
     Arg,
     Axis,
     Binary,
-    Blocks,
     Call,
     CallShape,
     Choose,
@@ -34,6 +33,7 @@ from attndsl.program import (
     Logic,
     Minus,
     On,
+    Permuted,
     Program,
     Read,
     Scalar,
@@ -176,7 +176,7 @@ def map_scalars(pattern: Set, change: Callable[[Scalar], Scalar]) -> Set:
         case Choose(cond=cond, then=then, other=other):
             return replace(pattern, cond=change(cond), then=inner(then), other=inner(other))
         case On(operand=operand, place=place):
-            if not isinstance(place, Blocks):
+            if isinstance(place, Permuted | Segment):
                 place = replace(place, lead=tuple(map(change, place.lead)))
             return replace(pattern, operand=inner(operand), place=place)
         case Random(seed=seed, among=among):

@@ -16,6 +16,7 @@ from attndsl.grammar.scope import SELECTIONS, BranchRef, Context, LevelsRef, Pat
 from attndsl.grammar.selections import selection
 from attndsl.grammar.sets import pattern_set
 from attndsl.grammar.unsupported import Feature, unsupported
+from attndsl.grid import Grid
 from attndsl.program import Branch, Program, Scalar, Set
 
 M = TypeVar("M", bound=ast.Modifier)
@@ -67,12 +68,13 @@ def lower_attention(
     aligned = _align(node, ctx)
     ctx = replace(ctx, align_start=aligned)
     # Inputs, patterns and axes may be used before they are written.
+    grid: Grid | None = None
     for clause in node.clauses:
         match clause:
             case ast.Pattern():
                 scope.declare(clause.name, PatternRef(clause, scope), clause.name_span, ctx.report)
             case ast.Axes():
-                declare_axes(clause, ctx)
+                grid = declare_axes(clause, ctx)
             case ast.Input():
                 declare_input(clause, ctx)
             case _:
@@ -92,7 +94,7 @@ def lower_attention(
     if not branches or branches[0] is None or outer is None:
         return None
     inputs, chosen = tuple(ctx.maker.inputs.values()), tuple(ctx.maker.selections.values())
-    return Program(node.name, branches[0], inputs, args, tables, aligned, selections=chosen)
+    return Program(node.name, branches[0], inputs, args, tables, aligned, chosen, grid)
 
 
 def _once(clauses: tuple[ast.Clause, ...], kinds: tuple[type[ast.Clause], ...], ctx: Context) -> None:

@@ -7,15 +7,19 @@ from dataclasses import replace
 
 from attndsl import syntax as ast
 from attndsl.diagnostics import Span
-from attndsl.grammar.places import tiles
 from attndsl.grammar.report import nearest
 from attndsl.grammar.scalars import scalar, static_int
 from attndsl.grammar.scope import AxisRef, Context, InputRef, PlanRef, Poison, TableRef, Use, Value
 from attndsl.grammar.tables import table_value
 from attndsl.grammar.unsupported import Feature, unsupported
+from attndsl.grid import Grid
 from attndsl.program import Arg, Axis, Const, Dim, InputDecl, TableDecl, Type
 
 TYPES = {"int": Type.INT, "float": Type.FLOAT, "bool": Type.BOOL}
+# More axes than these no kernel is written for.
+MAX_AXES = 4
+# Positions are below 2**POSITION_BITS.
+POSITION_BITS = 31
 _AXES = {"b": Axis.B, "h": Axis.H, "g": Axis.G, "q": Axis.Q, "k": Axis.K, "D": Axis.D, "Dv": Axis.DV}
 
 
@@ -262,26 +266,66 @@ def _table(
 
 
 # ------------------------------------------------------------------------------------------- axes
-def declare_axes(node: ast.Axes, ctx: Context) -> None:
-    good = True
+def declare_axes(node: ast.Axes, ctx: Context) -> Grid | None:
+    """Declares the axes; returns their grid, None where a mistake in it was reported."""
+    sizes = _axis_sizes(node, ctx)
+    first = 0 if node.first is None else static_int(node.first, ctx, "the first token", least=0)
+    order = _order(node, sizes, ctx)
+    grid = None
+    if sizes is not None and first is not None and order is not None:
+        grid = Grid(tuple(axis.name for axis in node.axes), sizes, first, order)
+        if max(first, grid.stride * (sizes[0] or 1)) >= 1 << POSITION_BITS:
+            ctx.report.error("A045", "this grid has more cells than a sequence has tokens", node.span, "too large",
+                             "take smaller sizes")  # fmt: skip
+            grid = None
     for position, axis in enumerate(node.axes):
-        if axis.size is not None:
-            good = static_int(axis.size, ctx, "the size of an axis") is not None and good
-        elif position:
+        bound = AxisRef(grid, position)
+        ctx.scope.declare(axis.name, bound, _name_span(axis.span, "", axis.name), ctx.report)
+    return grid
+
+
+def _axis_sizes(node: ast.Axes, ctx: Context) -> tuple[int | None, ...] | None:
+    good, sizes = True, list[int | None]()
+    if len(node.axes) > MAX_AXES:
+        ctx.report.error("A045", f"a grid has at most {MAX_AXES} axes", node.span, f"{len(node.axes)} here",
+                         "join axes that no set tells apart")  # fmt: skip
+        good = False
+    for position, axis in enumerate(node.axes):
+        size = None if axis.size is None else static_int(axis.size, ctx, "the size of an axis")
+        good = good and (axis.size is None or size is not None)
+        if axis.size is None and position:
             ctx.report.error(
                 "A045", f"axis `{axis.name}` needs a size", axis.span, "only the first may be open", "write `x[64]`"
             )
             good = False
-        ctx.scope.declare(axis.name, AxisRef(), _name_span(axis.span, "", axis.name), ctx.report)
-    if node.first is not None:
-        good = static_int(node.first, ctx, "the first token", least=0) is not None and good
-    if node.order is not None:
-        if isinstance(node.order, ast.Apply) and node.order.function == "tiles":
-            good = tiles(node.order, ctx) and good
-        else:
+        sizes.append(size)
+    return tuple(sizes) if good else None
+
+
+def _order(node: ast.Axes, sizes: tuple[int | None, ...] | None, ctx: Context) -> tuple[int, ...] | None:
+    """The tiles by which tokens run."""
+    if node.order is None:
+        return (1,) * len(node.axes)
+    if not (isinstance(node.order, ast.Apply) and node.order.function == "tiles"):
+        ctx.report.error(
+            "A043", "this is not an order of tokens", node.order.span, "after `in`", "write `tiles(4, 8, 8)`"
+        )
+        return None
+    found = [static_int(arg.value, ctx, "a tile size") for arg in node.order.args]
+    good = tuple(size for size in found if size is not None)
+    if len(found) != len(node.axes):
+        ctx.report.error(
+            "A013", f"`tiles` takes one size for each of {len(node.axes)} axes", node.order.span,
+            f"{len(found)} given", "write one size an axis",
+        )  # fmt: skip
+        return None
+    if sizes is None or len(good) < len(found):
+        return None
+    for size, tile, arg, axis in zip(sizes, good, node.order.args, node.axes, strict=True):
+        if size is not None and size % tile:
             ctx.report.error(
-                "A043", "this is not an order of tokens", node.order.span, "after `in`", "write `tiles(4, 8, 8)`"
-            )
-            good = False
-    if good:
-        unsupported(Feature.AXES, node.span, ctx)
+                "A045", f"tiles of {tile} do not divide axis `{axis.name}` of {size}", arg.value.span,
+                "tiles would be cut off", "pad the grid to whole tiles",
+            )  # fmt: skip
+            return None
+    return good

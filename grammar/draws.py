@@ -10,6 +10,7 @@ from attndsl.derivation import Random
 from attndsl.diagnostics import Span
 from attndsl.grammar import routing, sets
 from attndsl.grammar.arguments import match_arguments
+from attndsl.grammar.places import not_along
 from attndsl.grammar.scalars import integer, static_int
 from attndsl.grammar.scope import Context, Use
 from attndsl.program import (
@@ -48,6 +49,9 @@ def random(node: ast.Apply, ctx: Context) -> Set | None:
         ctx.report.error(
             "A013", f"`random` needs `{missing[0]}`", node.span, "left out here", "write `random(n, of, per, seed)`"
         )
+        return None
+    if ctx.along:
+        not_along("random", node.span, ctx)
         return None
     ctx.maker.term(node.span)
     written = matched.get("among")

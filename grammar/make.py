@@ -29,6 +29,7 @@ from attndsl.program import (
     Unary,
     Var,
     children,
+    walk,
 )
 from attndsl.selection import Selection
 
@@ -73,6 +74,7 @@ class Maker:
         # Selections that leave to the place where they stand what they choose among.
         self.open_selections: set[str] = set()
         self._facts: dict[int, _Facts] = {}
+        self._coordinates = set[int]()
         self._terms = 0
         # In a branch that a constant condition has ruled out, values are not judged.
         self.dead = 0
@@ -114,6 +116,20 @@ class Maker:
             )
         self._facts[id(e)] = _Facts(e, size, depth, self._bounds(e, [f.bounds for f in below]))
         return e
+
+    def coordinate(self, e: Scalar, span: Span) -> Scalar:
+        """Notes a coordinate of a grid, as arithmetic of a position, and whatever is under it."""
+        self._coordinates.add(id(e))
+        return self._adopt(e, span)
+
+    def _adopt(self, e: Scalar, span: Span) -> Scalar:
+        for child in children(e):
+            self._adopt(child, span)
+        return self.keep(e, span)
+
+    def reads_grid(self, e: Scalar) -> bool:
+        """Whether a scalar reads a coordinate."""
+        return any(id(x) in self._coordinates for x in walk(e))
 
     # -------------------------------------------------------------------------------- making
     def const(self, value: int | float | bool, span: Span) -> Scalar:

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from attndsl import syntax as ast
 from attndsl.derivation import Segment
+from attndsl.diagnostics import Span
 from attndsl.grammar.scalars import static_int
 from attndsl.grammar.scope import AxisRef, Context, InputRef, Poison
+from attndsl.grammar.unsupported import Feature, unsupported
+from attndsl.grid import Along, Grid
 from attndsl.program import Axis, Blocks, InputDecl, Permuted, Place, Scalar, Type, Var
 
 _LEAD = {Axis.B: "b", Axis.H: "h", Axis.G: "g"}
 
 
+def places_of(node: ast.Expr, ctx: Context) -> tuple[Place, ...] | None:
+    """The places of an expression, several for a tuple of axes; None if it is wrong or not supported (reported)."""
+    match node:
+        case ast.Group(items=items) if items:
+            axes = [_axis(item, ctx) for item in items]
+            good = tuple(x for x in axes if x is not None)
+            return good if len(good) == len(axes) else None
+        case _:
+            place = place_of(node, ctx)
+            return None if place is None else (place,)
+
+
 def place_of(node: ast.Expr, ctx: Context) -> Place | None:
-    """The place of an expression; None if it is wrong or not supported (reported)."""
+    """The place of an expression that is one; None if it is wrong or not supported (reported)."""
     match node:
         case ast.Apply(function="blocks", args=[ast.Argument(name=None | "size", value=value)]):
             size = static_int(value, ctx, "a block size")
@@ -23,12 +38,13 @@ def place_of(node: ast.Expr, ctx: Context) -> Place | None:
             found = _permuted(name, ctx)
             return None if found is None else Segment(found.input, found.lead)
         case ast.Apply(function="tiles"):
-            tiles(node, ctx)
+            if tiles(node, ctx):
+                unsupported(Feature.TILES, node.span, ctx)
             return Blocks(1)
         case ast.Name(id=name):
             bound = ctx.scope.find(name)
             if isinstance(bound, AxisRef):
-                return Blocks(1)
+                return _axis(node, ctx)
             if isinstance(bound, Poison):
                 return None
             if isinstance(bound, InputRef):
@@ -36,9 +52,6 @@ def place_of(node: ast.Expr, ctx: Context) -> Place | None:
             if bound is None and name not in ("tokens", "q", "k"):
                 ctx.unknown(name, node.span)
                 return None
-        case ast.Group(items=items) if items:
-            good = [_axis(item, ctx) for item in items]
-            return Blocks(1) if all(good) else None
         case _:
             pass
     ctx.report.error(
@@ -62,11 +75,36 @@ def tiles(node: ast.Apply, ctx: Context) -> bool:
     return None not in sizes
 
 
-def _axis(node: ast.Expr, ctx: Context) -> bool:
-    if isinstance(node, ast.Name) and isinstance(ctx.scope.find(node.id), AxisRef | Poison):
-        return True
-    ctx.report.error("A045", "a tuple of places holds axes", node.span, "not an axis", "declare it: `axes y, x[64]`")
-    return False
+def grid_of(ctx: Context) -> Grid | None:
+    """The grid that is declared here; None if there is none, or a mistake in it was reported."""
+    found = (ctx.scope.find(name) for name in ctx.scope.names())
+    return next((axis.grid for axis in found if isinstance(axis, AxisRef)), None)
+
+
+def not_along(what: str, span: Span, ctx: Context) -> None:
+    """Reports what chooses among tokens, and stands where positions are coordinates along an axis."""
+    ctx.report.error(
+        "A031", f"`{what}` chooses among tokens and may not stand under an axis", span, "coordinates here",
+        "intersect it outside: `(P on y) & ...`",
+    )  # fmt: skip
+
+
+def _axis(node: ast.Expr, ctx: Context) -> Along | None:
+    axis = ctx.scope.find(node.id) if isinstance(node, ast.Name) else None
+    if isinstance(axis, Poison):
+        return None
+    if not isinstance(axis, AxisRef):
+        ctx.report.error(
+            "A045", "a tuple of places holds axes", node.span, "not an axis", "declare it: `axes y, x[64]`"
+        )
+        return None
+    if ctx.inside == "on":
+        ctx.report.error(
+            "A031", "an axis places tokens and may not stand under `on`", node.span, "no tokens here",
+            "write it last: `P on blocks(4) on y` places by y first",
+        )  # fmt: skip
+        return None
+    return None if axis.grid is None else Along(axis.grid, axis.axis)
 
 
 def _permuted(node: ast.Name, ctx: Context) -> Permuted | None:

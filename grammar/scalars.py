@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from attndsl import syntax as ast
+from attndsl.coordinates import coordinate
 from attndsl.diagnostics import Span
 from attndsl.grammar.guards import divisor_may_stand, negated
 from attndsl.grammar.indexing import read_input, read_table
@@ -290,8 +291,19 @@ def _coordinate(node: ast.Coordinate, ctx: Context) -> Scalar | None:
         return None
     if node.name not in _READABLE[ctx.use]:
         return _builtin(node.name, node.span, ctx)
-    # Grids are reported as unsupported at their `axes` clause; any int stands in for checking.
-    return ctx.maker.keep(Var(node.name), node.span)
+    if ctx.inside == "on":
+        ctx.report.error(
+            "A031",
+            f"`{node.name}.{node.axis}` belongs to a token and may not be read under `on`",
+            node.span,
+            "coordinates of something else here",
+            "intersect it outside: `(P on ...) & { ... }`",
+        )
+        return None
+    axis = ctx.scope.find(node.axis)
+    if not isinstance(axis, AxisRef) or axis.grid is None:
+        return None
+    return ctx.maker.coordinate(coordinate(axis.grid, axis.axis, Var(node.name)), node.span)
 
 
 # -------------------------------------------------------------------------------------- operators

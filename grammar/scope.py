@@ -11,6 +11,7 @@ from attndsl import syntax as ast
 from attndsl.diagnostics import Span
 from attndsl.grammar.make import Maker
 from attndsl.grammar.report import Report, nearest
+from attndsl.grid import Grid
 from attndsl.program import BUILTINS, InputDecl, Scalar, Set, TableDecl
 
 RESERVED = BUILTINS | {"Q", "K", "V"}
@@ -74,7 +75,10 @@ class BranchRef:
 
 @dataclass(frozen=True, slots=True)
 class AxisRef:
-    pass
+    """An axis of the grid; None where a mistake in its declaration was reported."""
+
+    grid: Grid | None
+    axis: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +147,8 @@ class Context:
     # patterns being expanded (declaration and name), outermost first
     calls: tuple[tuple[int, str], ...] = ()
     level: int = 0
+    # whether positions are coordinates along an axis here
+    along: bool = False
     # why a selection here must write `among`
     among: str = ""
     # conditions that hold here, as `and`, `or` and `if` guard what follows them

@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import assert_never
 
 from attndsl import syntax as ast
+from attndsl.coordinates import on_grid
 from attndsl.diagnostics import Span
 from attndsl.grammar import draws, selections
 from attndsl.grammar.arguments import match_arguments
-from attndsl.grammar.places import place_of
+from attndsl.grammar.places import grid_of, not_along, places_of
 from attndsl.grammar.scalars import FUNCTIONS, bind_locals, boolean, integer, scalar, static_float, static_int
 from attndsl.grammar.scope import (
     RESERVED,
@@ -28,6 +29,7 @@ from attndsl.grammar.scope import (
     Value,
 )
 from attndsl.grammar.unsupported import Feature, unsupported
+from attndsl.grid import Along
 from attndsl.program import (
     Axis,
     Choose,
@@ -45,6 +47,7 @@ from attndsl.program import (
     scalars,
     walk,
 )
+from attndsl.simplify import negated
 
 MAX_LEVEL = 80
 SET_FUNCTIONS = frozenset({"coarsen", "random", *SELECTIONS})
@@ -63,7 +66,9 @@ def pattern_set(node: ast.Expr, ctx: Context) -> Set | None:
         case ast.Comprehension(cond=cond, bindings=bindings):
             ctx.maker.term(span)
             e = boolean(cond, bind_locals(bindings, ctx))
-            return None if e is None else Where(e, span)
+            if e is None:
+                return None
+            return _on_grid(Where(e, span), ctx) if ctx.maker.reads_grid(e) else Where(e, span)
         case ast.Algebra(op=op, operands=operands):
             sets = [pattern_set(operand, ctx) for operand in operands]
             good = tuple(s for s in sets if s is not None)
@@ -81,10 +86,8 @@ def pattern_set(node: ast.Expr, ctx: Context) -> Set | None:
             return _name(node, ctx)
         case ast.Apply():
             return _apply(node, ctx)
-        case ast.Place(operand=operand, place=place):
-            where = place_of(place, ctx)
-            inner = pattern_set(operand, replace(ctx, places=ctx.places + 1, inside="on", among="`on`"))
-            return None if inner is None or where is None else On(inner, where, span)
+        case ast.Place():
+            return _placed(node, ctx)
         case ast.Logic(op=op):
             word = "&" if op == "and" else "|"
             ctx.report.error(
@@ -185,13 +188,7 @@ def _name(node: ast.Name, ctx: Context) -> Set | None:
         case Poison():
             return None
         case None if name == "off_grid":
-            axes = [n for n in ctx.scope.names() if isinstance(ctx.scope.find(n), AxisRef)]
-            if not axes:
-                ctx.report.error(
-                    "A045", "`off_grid` needs axes", span, "there is no grid", "declare it: `axes y, x[64]`"
-                )
-                return None
-            return Where(ctx.maker.const(True, span), span)
+            return _off_grid(span, ctx)
         case None:
             if name in RESERVED:
                 help = "write a condition in braces: `{ ... }`"
@@ -207,6 +204,39 @@ def _name(node: ast.Name, ctx: Context) -> Set | None:
                 "A023", "a set belongs here", span, f"`{name}` is not a set", "write a condition in braces: `{ ... }`"
             )
             return None
+
+
+def _placed(node: ast.Place, ctx: Context) -> Set | None:
+    """`P on place`; along several axes one after another."""
+    where = places_of(node.place, ctx)
+    along = where is not None and isinstance(where[0], Along)
+    deeper = replace(ctx, places=ctx.places + 1, inside="on", among="`on`", along=ctx.along or along)
+    inner = pattern_set(node.operand, deeper)
+    if inner is None or where is None:
+        return None
+    placed = tuple(On(inner, place, node.span) for place in where)
+    found = placed[0] if len(placed) == 1 else Inter(placed, node.span)
+    return _on_grid(found, ctx) if along else found
+
+
+def _on_grid(pattern: Set, ctx: Context) -> Set:
+    """The pairs of a set whose tokens lie on the grid."""
+    grid = grid_of(ctx)
+    return pattern if grid is None or grid.everywhere else Inter((pattern, Where(on_grid(grid))), pattern.span)
+
+
+def _off_grid(span: Span, ctx: Context) -> Set | None:
+    if not any(isinstance(ctx.scope.find(n), AxisRef) for n in ctx.scope.names()):
+        ctx.report.error("A045", "`off_grid` needs axes", span, "there is no grid", "declare it: `axes y, x[64]`")
+        return None
+    if ctx.inside == "on":
+        ctx.report.error(
+            "A031", "`off_grid` tells tokens apart and may not stand under `on`", span, "no tokens here",
+            "combine it outside: `(P on ...) | off_grid`",
+        )  # fmt: skip
+        return None
+    grid = grid_of(ctx)
+    return None if grid is None else Where(negated(on_grid(grid)), span)
 
 
 def _reads_positions(value: Set, ctx: Context) -> bool:
@@ -312,6 +342,9 @@ def _coarsen(node: ast.Apply, ctx: Context) -> Set | None:
             f"{len(matched)} given",
             "add `any` or `all`",
         )
+        return None
+    if ctx.along:
+        not_along("coarsen", node.span, ctx)
         return None
     inside = ctx.inside or "coarsen"
     operand = pattern_set(

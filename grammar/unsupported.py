@@ -9,7 +9,11 @@ from attndsl.grammar.scope import Context
 
 
 class Feature(Enum):
-    AXES = ("A901", "grids (`axes`)", "write coordinates out: `q // 64 == k // 64` for rows of 64")
+    TILES = (
+        "A901",
+        "placing tokens by `tiles`",
+        "place them by each axis: `P on blocks(4) on y & P on blocks(8) on x`",
+    )
     VIEWS = ("A902", "attending `over` a view", "pool the keys outside and pass them as k and v")
     POOLED_QUERIES = ("A903", "`from` pooled queries", "pool the queries outside")
     WITHIN = ("A904", "`within`", "run one attention per member and combine the outputs")
@@ -41,6 +45,4 @@ def unsupported(feature: Feature, span: Span, ctx: Context) -> None:
     if ctx.maker.dead:
         return
     code, what, help = feature.value
-    ctx.report.error(
-        code, f"{what} is not yet supported" if what[0] != "g" else f"{what} are not yet supported", span, help=help
-    )
+    ctx.report.error(code, f"{what} is not yet supported", span, help=help)
