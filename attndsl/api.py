@@ -16,7 +16,7 @@ from attndsl.compare import compare as compare_programs
 from attndsl.diagnostics import Diagnostic, PatternWarning, Source, error
 from attndsl.findings import findings
 from attndsl.grammar import format_source, load, parse, read_source
-from attndsl.program import CallShape, Program
+from attndsl.program import CallShape, Program, has_lse
 from attndsl.runtime.cache import cache_key
 from attndsl.runtime.registry import register
 
@@ -204,7 +204,7 @@ class Attention:
             reason = (
                 "under `align start` a row's keys need not come before it" if page > 0 else f"pages of {page} tokens"
             )
-            raise error("A558", f"there is no eviction: {reason}", self.program.branch.span, help="keep all pages")
+            raise error("A558", f"there is no eviction: {reason}", self.program.span, help="keep all pages")
         return retention(self.program, page, known_scalars(self.program, *self._known(inputs)))
 
     def _given(self, inputs: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
@@ -218,8 +218,10 @@ class Attention:
             raise
 
     def _with_lse(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        if self.program.branch.weights is not None:
-            raise error("A521", "`weights` replaces the softmax: there is no lse", self.program.branch.span)
+        if not has_lse(self.program):
+            several = self.program.output is not None
+            reason = "this is not the output of one softmax" if several else "`weights` replaces the softmax"
+            raise error("A521", f"{reason}: there is no lse", self.program.span)
         return out, lse
 
     def _check_names(self, given: Mapping[str, object]) -> None:

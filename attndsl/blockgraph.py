@@ -71,8 +71,8 @@ class Reach:
 class BlockGraph:
     """Which key tiles each query tile of a call visits.
 
-    >>> from attndsl.program import Branch, Compare, Var, Where
-    >>> causal = Program("causal", Branch(Where(Compare("<=", Var("k"), Var("q")))))
+    >>> from attndsl.program import Compare, Var, Where
+    >>> causal = Program.of("causal", Where(Compare("<=", Var("k"), Var("q"))))
     >>> graph = block_graph(causal, CallShape(1, 1, 1, rows=512, k_len=512, dim=64, v_dim=64))
     >>> graph.full, graph.partial, graph.density
     (6, 4, 0.625)

@@ -75,11 +75,11 @@ class Comparison:
 def compare(a: Program, b: Program) -> Comparison:
     """How the patterns of two programs relate; scores play no part.
 
-    >>> from attndsl.program import Binary, Branch, Inter, Where
+    >>> from attndsl.program import Binary, Inter, Where
     >>> def window(n: int) -> Program:
     ...     distance = Binary("-", Var("q"), Var("k"))
     ...     parts = Where(Compare("<=", Var("k"), Var("q"))), Where(Compare("<", distance, Const(n)))
-    ...     return Program(f"window{n}", Branch(Inter(parts)))
+    ...     return Program.of(f"window{n}", Inter(parts))
     >>> print(compare(window(4), window(8)))
     contained: `window4` allows only pairs that `window8` allows, and not all of them
       only in `window8`: q = 4, k = 0 at Nk = 5
@@ -151,8 +151,7 @@ def _joined(a: Program, b: Program) -> tuple[Program, Set, Set]:
         # What holds for any values holds for sorted ones, so a promise counts only where both make it.
         inputs[decl.name] = replace(other, sorted=other.sorted and decl.sorted)
     program = replace(
-        a,
-        branch=replace(a.branch, pattern=Union((first, second))),
+        a.with_branch(pattern=Union((first, second))),
         inputs=tuple(inputs.values()),
         args=tuple(dict.fromkeys((*a.args, *b.args))),
         tables=tuple(tables.values()),

@@ -103,7 +103,7 @@ def _plan(
     if any(decl.derivation is not None for decl in base.program.inputs):
         raise error(
             "A559", "decode over caches does not yet take `random`, `on segment` and `coarsen` of data",
-            program.branch.span, help="call the attention on each sequence's own keys",
+            program.span, help="call the attention on each sequence's own keys",
         )  # fmt: skip
     runs = _of_key_heads(base)
     return DecodePlan(

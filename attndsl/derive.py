@@ -52,7 +52,7 @@ def derive(program: Program) -> Program:
     if not deriver.found:
         return program
     inputs = (*program.inputs, *deriver.found.values())
-    return replace(program, branch=replace(program.branch, pattern=pattern), inputs=inputs)
+    return replace(program.with_branch(pattern=pattern), inputs=inputs)
 
 
 def with_needed(program: Program, used: Iterable[InputDecl]) -> Program:

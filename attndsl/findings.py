@@ -56,12 +56,13 @@ _CAUSAL = canonical(Where(Compare("<=", Var("k"), Var("q"))))
 def findings(program: Program) -> tuple[Diagnostic, ...]:
     """Warnings about a program's pattern, in the order of the text.
 
-    >>> from attndsl.program import Branch
-    >>> never = Program("never", Branch(Inter((_CAUSAL, Where(Compare("<", Var("q"), Var("k")))))))
+    >>> never = Program.of("never", Inter((_CAUSAL, Where(Compare("<", Var("q"), Var("k"))))))
     >>> print(*findings(never))
     warning[W302]: the pattern allows no pair
       = help: look at the signs and ends of its comparisons
     """
+    if not program.plain:
+        return ()
     found: list[Diagnostic] = []
     try:
         analysis = _Analysis(program)
@@ -85,7 +86,7 @@ class _Analysis:
         self.program = program
         self.written = canonical(program.branch.pattern)
         # Derived inputs are taken for any values: what then holds, holds for theirs.
-        derived = derive(replace(program, branch=replace(program.branch, pattern=self.written)))
+        derived = derive(program.with_branch(pattern=self.written))
         self.pattern = derived.branch.pattern
         self.lowering = Lowering(derived)
         self.existing = Existing(self.lowering, self.pattern)

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias, assert_never
 import numpy as np
 import numpy.typing as npt
 
+from attndsl.branches import Part, View, Visible
 from attndsl.derivation import Random, Segment
 from attndsl.grid import Along, Grid
 from attndsl.program import (
@@ -82,8 +83,8 @@ def mask(
 ) -> npt.NDArray[np.bool_]:
     """Which pairs the program allows in a call.
 
-    >>> from attndsl.program import Branch, Compare, Var
-    >>> causal = Program("causal", Branch(Where(Compare("<=", Var("k"), Var("q")))))
+    >>> from attndsl.program import Compare, Var
+    >>> causal = Program.of("causal", Where(Compare("<=", Var("k"), Var("q"))))
     >>> mask(causal, CallShape(1, 1, 1, rows=2, k_len=3, dim=8, v_dim=8)).astype(int)
     array([[[[1, 1, 0],
              [1, 1, 1]]]])
@@ -105,8 +106,7 @@ def mask(
     if 0 in full:
         return np.zeros(full, np.bool_)
     call = Evaluator.of_call(program, shape, inputs, args)
-    inside = call.members(program.branch.pattern) & (call.variables["q"] >= 0)
-    return np.array(np.broadcast_to(inside, full))
+    return call.seen(program.branch.parts[0])
 
 
 def evaluate(
@@ -159,6 +159,11 @@ def dim_size(dim: Dim, program: Program, shape: CallShape) -> int:
 def index_origin(dim: Dim, program: Program, shape: CallShape) -> int:
     """The index that stands for entry 0 of a dimension: a `q` dimension holds the rows of the call."""
     return shape.first_position(program) if dim.axis is Axis.Q and dim.block == 1 else 0
+
+
+def entries(view: View | None, k_len: int) -> int:
+    """How many keys a part has in a call of so many tokens: entry j exists when token j * stride does."""
+    return k_len if view is None else -(-k_len // view.stride)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +255,34 @@ class Evaluator:
             return np.zeros(np.broadcast_shapes(*(i.shape for i in place)), values.dtype)
         entry: Array = np.asarray(values[tuple(place)])
         return entry if entry.dtype == np.bool_ else entry.astype(np.int64)
+
+    # ---------------------------------------------------------------------------------- views
+
+    def seen(self, part: Part) -> npt.NDArray[np.bool_]:
+        """Which keys of a part each row sees, tokens or entries of its view: bool [batch, heads, rows, keys]."""
+        shape, view = self.shape, part.view
+        full = (shape.batch, shape.heads, shape.rows, entries(view, shape.k_len))
+        if 0 in full:
+            return np.zeros(full, np.bool_)
+        exists = self.variables["q"] >= 0
+        if view is None:
+            return np.array(np.broadcast_to(self.members(part.pattern) & exists, full))
+        # The nominal extents reach past the last token: the pattern is asked there too.
+        reach = (full[-1] - 1) * view.stride + view.size
+        tokens = self.at(self.variables["q"], np.arange(reach).reshape(1, 1, 1, -1), *self._lengths)
+        inside = np.broadcast_to(tokens.members(part.pattern), (*full[:3], reach))
+        found = np.zeros(full, np.bool_)
+        for j in range(full[-1]):
+            first = j * view.stride
+            if view.visible is Visible.EVERY:
+                found[..., j] = inside[..., first : first + view.size].all(-1)
+            else:
+                found[..., j] = inside[..., first : min(first + view.size, shape.k_len)].any(-1)
+        return np.array(found & exists)
+
+    @property
+    def _lengths(self) -> tuple[Array, Array]:
+        return self.variables["Nq"], self.variables["Nk"]
 
     # ----------------------------------------------------------------------------------- sets
 

@@ -5,8 +5,7 @@
     set     P ::= Where e | Union P* | Inter P* | Minus P P | Complement P | Choose e P P
                 | On P place | Coarsen P | Random P e
     place     ::= Blocks B | Permuted input | Segment input | Along axis
-    branch    ::= attend P { scale e  score e  sink e  weights e }
-    program   ::= inputs, arguments, tables, branch
+    program   ::= inputs, arguments, tables, branches, output      branches and output: see `branches`
 
 `grammar.lower` makes it, the oracle (`attndsl.oracle`, `runtime.reference`) says what it means, and the compiler
 turns it into kernels. Substituted `where` bindings make expressions a graph with shared nodes; the front end bounds
@@ -16,14 +15,21 @@ their expanded size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import TypeAlias, assert_never
+from typing import Any, TypeAlias, assert_never
 
+from attndsl.branches import Attended, Merged, Output, Part
+from attndsl.branches import Branch as Branch
 from attndsl.call_shape import CallShape as CallShape
-from attndsl.derivation import Derivation, Random, Segment
-from attndsl.diagnostics import Source, Span
+from attndsl.derivation import Random, Segment
+from attndsl.diagnostics import Source, Span, error
 from attndsl.grid import Along, Grid
+from attndsl.inputs import KERNEL_TENSORS as KERNEL_TENSORS
+from attndsl.inputs import Axis as Axis
+from attndsl.inputs import Dim as Dim
+from attndsl.inputs import InputDecl as InputDecl
+from attndsl.inputs import TableDecl as TableDecl
 from attndsl.selection import Selection
 
 
@@ -40,9 +46,10 @@ class Type(Enum):
 # What a pattern may read: positions q and k, query head h, its KV head g, batch entry b, the pair's scaled dot product
 # s, and Nq and Nk, one past the last positions.
 BUILTINS = frozenset({"q", "k", "b", "h", "g", "s", "Nq", "Nk", "H", "G", "D", "Dv"})
-# Names that only the compiler introduces: the tile indices, their difference, the position of a call's first row, and
-# those of a layout (`layout.py`): the residue, a query's and a key's index in its order, and that of the first row.
-TILE_NAMES = frozenset({"q_tile", "k_tile", "diagonal", "start", "residue", "i", "j", "i_start"})
+# Names that only the compiler introduces: the tile indices, their difference, the position of a call's first row,
+# those of a layout (`layout.py`): the residue, a query's and a key's index in its order, and that of the first row;
+# and in an output the channel.
+TILE_NAMES = frozenset({"q_tile", "k_tile", "diagonal", "start", "residue", "i", "j", "i_start", "d"})
 
 ARITHMETIC = frozenset({"+", "-", "*", "//", "%", "/"})
 COMPARISONS = frozenset({"<", "<=", ">", ">=", "==", "!="})
@@ -336,99 +343,71 @@ Set: TypeAlias = Where | Union | Inter | Minus | Complement | Choose | On | Coar
 # --------------------------------------------------------------------------------------- programs
 
 
-class Axis(Enum):
-    """What a dimension of an input ranges over."""
-
-    B = "b"
-    H = "h"
-    G = "g"
-    Q = "q"  # rows of the call; with block > 1, blocks of absolute query positions
-    K = "k"  # absolute tokens; with block > 1, blocks of them
-    D = "D"
-    DV = "Dv"
-    CONST = "const"
-
-
-@dataclass(frozen=True, slots=True)
-class Dim:
-    """A dimension of an input: `q/64` is Dim(Axis.Q, block=64), `3` is Dim(Axis.CONST, size=3)."""
-
-    axis: Axis
-    block: int = 1
-    size: int = 0
-
-
-# Tensors that kernels have whatever the program, beside q, k and v.
-KERNEL_TENSORS = frozenset(
-    "out lse dout d_lse dq dk dv delta row_lse seed part part_lse page_table seq_lens k_scale v_scale".split()
-)
-
-
-@dataclass(frozen=True, slots=True)
-class InputDecl:
-    """`input name : type[dims] learnable sorted`; `derivation`: how the runtime makes it, where no call gives it."""
-
-    name: str
-    type: Type
-    dims: tuple[Dim, ...]
-    learnable: bool = False
-    sorted: bool = False
-    derivation: Derivation | None = None
-    span: Span | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def parameter(self) -> str:
-        """What its parameters in a kernel are named after: kernels have tensors of their own."""
-        taken = self.name in KERNEL_TENSORS or self.name.startswith(("sum_", "at_")) or self.name.endswith("_input")
-        return f"{self.name}_input" if taken else self.name
-
-
-@dataclass(frozen=True, slots=True)
-class TableDecl:
-    """A compile-time table; `values` is flat, row-major; a dimension `h` or `g` is checked against a call's heads."""
-
-    name: str
-    type: Type
-    dims: tuple[Dim, ...]
-    shape: tuple[int, ...]
-    values: tuple[int | float | bool, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """One softmax (or one weighted sum) over a pattern.
-
-    `scale` multiplies q . k (None: 1/sqrt(D)); `score` maps s to the logit (None: s itself); `sink` adds e**sink to
-    the denominator; `weights` replaces the softmax.
-    """
-
-    pattern: Set
-    scale: Scalar | None = None
-    score: Scalar | None = None
-    sink: Scalar | None = None
-    weights: Scalar | None = None
-    span: Span | None = field(default=None, compare=False, repr=False)
-
-
 @dataclass(frozen=True, slots=True)
 class Program:
     """A whole attention. Equality and hash ignore spans, so equal programs share kernels."""
 
     name: str
-    branch: Branch
+    branches: tuple[Branch, ...]
     inputs: tuple[InputDecl, ...] = ()
     args: tuple[str, ...] = ()
     tables: tuple[TableDecl, ...] = ()
     align_start: bool = False
     selections: tuple[Selection, ...] = ()
     grid: Grid | None = None
+    output: Output | None = None  # None: that of the only branch
     source: Source | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, name: str, pattern: Set, **parts: Any) -> Program:
+        """A program of one branch over one pattern of raw tokens."""
+        return cls(name, (Branch((Part(pattern),)),), **parts)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is one branch over one pattern of raw tokens."""
+        return self.output is None and len(parts := self.branches[0].parts) == 1 and parts[0].view is None
+
+    @property
+    def branch(self) -> Branch:
+        """The branch of a plain program. Raises `PatternError` (A911) for another: whoever asks knows but one."""
+        if not self.plain:
+            raise error(
+                "A911", "this is not yet supported for views and several branches", self.span,
+                help="ask one branch over raw tokens",
+            )  # fmt: skip
+        return self.branches[0]
+
+    @property
+    def span(self) -> Span | None:
+        return self.branches[0].span
+
+    def with_branch(self, **changes: Any) -> Program:
+        """The plain program with its branch changed; `pattern` stands for its only part's."""
+        branch = self.branch
+        if "pattern" in changes:
+            changes["parts"] = (replace(branch.parts[0], pattern=changes.pop("pattern")),)
+        return replace(self, branches=(replace(branch, **changes),))
+
+    def named(self, branch: str) -> Branch:
+        return next(x for x in self.branches if x.name == branch)
 
     def input(self, name: str) -> InputDecl:
         return next(decl for decl in self.inputs if decl.name == name)
 
     def table(self, name: str) -> TableDecl:
         return next(decl for decl in self.tables if decl.name == name)
+
+
+def has_lse(program: Program) -> bool:
+    """Whether the output is that of one softmax."""
+    match program.output:
+        case None:
+            return program.branches[0].weights is None
+        case Attended(branch=name):
+            return program.named(name).weights is None
+        case output:
+            return isinstance(output, Merged)
 
 
 def scalars(pattern: Set) -> Iterator[Scalar]:

@@ -216,7 +216,7 @@ class TileLoop:
 
     def spans(self) -> None:
         runs, lines = self.plan.runs, self.lines
-        where = self.plan.program.branch.span
+        where = self.plan.program.span
         lines.add(f"# The keys that these rows visit{f'  [{where}]' if where else ''}")
         self.numbers.names.known.clear()
         self.numbers.share(lines, list(run_scalars(runs)), "tile_")

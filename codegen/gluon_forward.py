@@ -208,7 +208,7 @@ class _Forward:
 
     @property
     def _origin(self) -> str:
-        span = self.plan.program.branch.span
+        span = self.plan.program.span
         return f"  [{span}]" if span else ""
 
     def _score(self, lines: Lines, printer: Printer, masked: bool) -> None:

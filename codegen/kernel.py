@@ -290,7 +290,7 @@ class KernelWriter:
     @property
     def origin(self) -> str:
         """Where the pattern stands in its file, for the comment on a loop."""
-        span = self.plan.program.branch.span
+        span = self.plan.program.span
         return f"  [{span}]" if span else ""
 
     def dims(self, part: Part) -> str:

@@ -7,17 +7,19 @@ from dataclasses import dataclass, replace
 from typing import TypeVar, assert_never
 
 from attndsl import syntax as ast
+from attndsl.branches import Attended, Branch, Factor, Output, Part
 from attndsl.diagnostics import Span
 from attndsl.grammar import views
 from attndsl.grammar.declare import declare_axes, declare_input, declare_params
 from attndsl.grammar.draws import settle
+from attndsl.grammar.outputs import lower_output
 from attndsl.grammar.scalars import number, static_float
 from attndsl.grammar.scope import SELECTIONS, BranchRef, Context, LevelsRef, PatternRef, PlanRef, Poison, Scope, Use
 from attndsl.grammar.selections import selection
 from attndsl.grammar.sets import pattern_set
 from attndsl.grammar.unsupported import Feature, unsupported
 from attndsl.grid import Grid
-from attndsl.program import Branch, Program, Scalar, Set
+from attndsl.program import Program, Scalar, reads
 
 M = TypeVar("M", bound=ast.Modifier)
 
@@ -54,7 +56,8 @@ def lower_bare(
     pattern = None if pattern is None else settle(pattern, inner)
     if pattern is None:
         return None
-    return Program(name, Branch(pattern, span=body.span), tuple(ctx.maker.inputs.values()), args, tables)
+    branch = Branch((Part(pattern, span=body.span),), span=body.span)
+    return Program(name, (branch,), tuple(ctx.maker.inputs.values()), args, tables)
 
 
 def lower_attention(
@@ -90,11 +93,15 @@ def lower_attention(
         ctx.report.error(
             "A041", f"`{node.name}` attends to nothing", node.name_span, "no `attend`", "add `attend causal`"
         )
-    _combination(node, ctx)
-    if not branches or branches[0] is None or outer is None:
+    output = _combination(node, branches, ctx)
+    found = tuple(branch for branch in branches if branch is not None)
+    if not found or len(found) < len(branches) or outer is None or output is None:
         return None
+    # The output of the only branch is that of a program that does not name it.
+    only = len(found) == 1 and isinstance(output, Attended)
     inputs, chosen = tuple(ctx.maker.inputs.values()), tuple(ctx.maker.selections.values())
-    return Program(node.name, branches[0], inputs, args, tables, aligned, chosen, grid)
+    combined = None if only else output
+    return Program(node.name, found, inputs, args, tables, aligned, chosen, grid, combined)
 
 
 def _once(clauses: tuple[ast.Clause, ...], kinds: tuple[type[ast.Clause], ...], ctx: Context) -> None:
@@ -160,18 +167,42 @@ def _branch(node: ast.Branch, outer: _Modifiers | None, ctx: Context) -> Branch 
         ctx.report.error(
             "A042", "two parts attend to the raw tokens", extra.span, "a second one", "write `|` between them: `a | b`"
         )
-    sets: list[Set | None] = []
+    parts: list[Part | None] = []
     for part in node.parts:
         found = pattern_set(part.pattern, ctx)
-        sets.append(None if found is None else settle(found, ctx))
-        views.check_part(part, ctx)
+        parts.append(views.lower_part(part, None if found is None else settle(found, ctx), ctx))
     own = _modifiers(node.modifiers, ctx)
     if node.name is not None:
         at = Span(node.span.source, node.span.start, node.span.start + len(node.name))
         ctx.scope.declare(node.name, BranchRef(), at, ctx.report)
-    if own is None or outer is None or sets[0] is None:
+    lowered = tuple(part for part in parts if part is not None)
+    if own is None or outer is None or len(lowered) < len(parts):
         return None
-    return Branch(sets[0], *_effective(own, outer), span=node.span)
+    branch = Branch(lowered, *_effective(own, outer), node.name, node.span)
+    return branch if _fits_views(branch, node, ctx) else None
+
+
+def _fits_views(branch: Branch, node: ast.Branch, ctx: Context) -> bool:
+    """Reports what a branch says of scores that has no meaning for the entries of a view."""
+    views = [(part.view, written) for part, written in zip(branch.parts, node.parts, strict=True) if part.view]
+    if not views:
+        return True
+    first = views[0][1].span
+    for word, e in (("scale", branch.scale), ("score", branch.score), ("weights", branch.weights)):
+        if e is not None and reads(e, "q", "k"):
+            ctx.report.error(
+                "A047", f"`{word}` reads a position, and a view has none", first, "over a view",
+                "attend to the view in a branch of its own, with its own `score s`",
+            )  # fmt: skip
+            return False
+    for view, written in views:
+        if view.counted and branch.weights is not None:
+            ctx.report.error(
+                "A047", "`counted` adds to a score, and `weights` takes its place", written.span, "counted here",
+                "leave out `counted`",
+            )  # fmt: skip
+            return False
+    return True
 
 
 def _effective(own: _Modifiers, outer: _Modifiers) -> tuple[Scalar | None, Scalar | None, Scalar | None, Scalar | None]:
@@ -245,22 +276,23 @@ def _skip(clause: ast.Skip, word: str, value: ast.Expr, ctx: Context) -> None:
     unsupported(Feature.SKIP, clause.span, ctx)
 
 
-def _combination(node: ast.Attention, ctx: Context) -> None:
-    """Checks `output`, and that several branches have one."""
-    branches = [clause for clause in node.clauses if isinstance(clause, ast.Branch)]
+def _combination(node: ast.Attention, branches: list[Branch | None], ctx: Context) -> Output | None:
+    """What `output` says, or the only branch; None if a mistake in it was reported."""
+    written = [clause for clause in node.clauses if isinstance(clause, ast.Branch)]
     output = next((clause for clause in node.clauses if isinstance(clause, ast.Output)), None)
     if output is None:
-        if len(branches) > 1:
+        if len(written) > 1:
             ctx.report.error(
-                "A046", "several branches need an `output`", branches[1].span, "a second branch", "add `output a + b`"
+                "A046", "several branches need an `output`", written[1].span, "a second branch", "add `output a + b`"
             )
-        return
-    whole = len(branches) == 1 and isinstance(output.value, ast.Name) and output.value.id == branches[0].name
-    if not views.output(output.value, ctx.of(Use.OUTPUT)):
+            return None
+        return Attended(written[0].name or "") if written else None
+    named = {clause.name: branch for clause, branch in zip(written, branches, strict=True) if clause.name is not None}
+    found = lower_output(output.value, named, ctx.of(Use.OUTPUT))
+    if isinstance(found, Factor):
         if not ctx.report.errors:
             ctx.report.error(
                 "A046", "`output` names no branch", output.span, "no branch here", "name a branch: `near = attend ...`"
             )
-        return
-    if not whole:
-        unsupported(Feature.BRANCHES, output.span, ctx)
+        return None
+    return found

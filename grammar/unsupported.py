@@ -14,7 +14,7 @@ class Feature(Enum):
         "placing tokens by `tiles`",
         "place them by each axis: `P on blocks(4) on y & P on blocks(8) on x`",
     )
-    VIEWS = ("A902", "attending `over` a view", "pool the keys outside and pass them as k and v")
+    VIEWS = ("A902", "attending `over` such a view", "write `pool(mean, 64)`, or hand in entries with `given`")
     POOLED_QUERIES = ("A903", "`from` pooled queries", "pool the queries outside")
     WITHIN = ("A904", "`within`", "run one attention per member and combine the outputs")
     SELECTIONS = ("A905", "attending a selection", "choose outside, and pass a bool input over blocks")
@@ -33,7 +33,6 @@ class Feature(Enum):
     LENGTHS = ("A908", "`lengths`", "write `{ q < n[b] and k < n[b] }`")
     SKIP = ("A909", "`skip below`", "leave it out: the result is then exact")
     OBSERVE = ("A910", "`observe`", "compute the probabilities from `return_lse`")
-    BRANCHES = ("A911", "combining branches", "compile one attention per branch and combine the outputs")
 
     @property
     def code(self) -> str:

@@ -1,25 +1,33 @@
-"""Checks views and the further words of a branch's part: `over`, `from`, `within`."""
+"""Lowers the views of a branch's parts; checks the further words of a part: `from`, `within`."""
 
 from __future__ import annotations
 
 from attndsl import syntax as ast
+from attndsl.branches import Given, Part, Pool, PoolFunction, View, Visible
 from attndsl.grammar.report import nearest
 from attndsl.grammar.routing import partition, probabilities
-from attndsl.grammar.scalars import number, static_int
-from attndsl.grammar.scope import BranchRef, Context, InputRef, LevelsRef, Poison
+from attndsl.grammar.scalars import static_int
+from attndsl.grammar.scope import Context, InputRef, LevelsRef, Poison
 from attndsl.grammar.selections import selection
 from attndsl.grammar.unsupported import Feature, unsupported
+from attndsl.program import Axis, Dim, InputDecl, Set, Type
 
-_POOLS = ("mean", "max", "min", "sum")
-_VISIBLE = ("every", "any")
+_POOLS = tuple(function.value for function in PoolFunction)
+_VISIBLE = tuple(visible.value for visible in Visible)
 
 
-def check_part(part: ast.Part, ctx: Context) -> None:
-    """Reports what a part asks for beside its pattern."""
-    if part.over is not None and view(part.over, ctx):
-        unsupported(Feature.VIEWS, part.over.span, ctx)
-    if part.queries is not None and view(part.queries, ctx):
+def lower_part(part: ast.Part, pattern: Set | None, ctx: Context) -> Part | None:
+    """A part over its view; None if a mistake in it was reported."""
+    over = None if part.over is None else view(part.over, ctx)
+    if part.queries is not None and view(part.queries, ctx) is not None:
         unsupported(Feature.POOLED_QUERIES, part.queries.span, ctx)
+    _check_within(part, ctx)
+    if pattern is None or (part.over is not None and over is None):
+        return None
+    return Part(pattern, over, part.span)
+
+
+def _check_within(part: ast.Part, ctx: Context) -> None:
     if part.within is not None and part.weight is not None:
         good = partition(part.within, ctx)
         if isinstance(part.weight, ast.Apply) and part.weight.function == "probs":
@@ -37,29 +45,32 @@ def check_part(part: ast.Part, ctx: Context) -> None:
             unsupported(Feature.WITHIN, part.within.span.to(part.weight.span), ctx)
 
 
-def view(node: ast.Expr, ctx: Context) -> bool:
-    """Checks a view: `pool`, `given`, `pick`, `levels`, or the name of a `levels` plan."""
+def view(node: ast.Expr, ctx: Context) -> View | None:
+    """Lowers `pool` and `given`; checks `pick`, `levels`, and the name of a `levels` plan, which come later."""
     match node:
         case ast.Apply(function="pool"):
             return _pool(node, ctx)
         case ast.Apply(function="given"):
             return _given(node, ctx)
         case ast.Apply(function="pick", args=[ast.Argument(name=None, value=idx), *rest]):
-            return all([_is_input(idx, ctx), *(_is_input(arg.value, ctx) for arg in rest if arg.name == "weight")])
+            good = [_input(idx, ctx), *(_input(arg.value, ctx) for arg in rest if arg.name == "weight")]
+            if None not in good:
+                unsupported(Feature.VIEWS, node.span, ctx)
         case ast.Apply(function="levels"):
-            return selection(node, ctx) is not None
+            if selection(node, ctx) is not None:
+                unsupported(Feature.VIEWS, node.span, ctx)
         case ast.Name(id=name) if isinstance(ctx.scope.find(name), LevelsRef | Poison):
-            return True
+            if isinstance(ctx.scope.find(name), LevelsRef):
+                unsupported(Feature.VIEWS, node.span, ctx)
         case ast.Name(id=name) if ctx.scope.find(name) is None:
             ctx.unknown(name, node.span)
-            return False
         case _:
             help = "write `pool(mean, 64)`, `given(kc, vc, 64)` or a `levels` plan"
             ctx.report.error("A023", "this is not a view", node.span, "a view belongs here", help)
-            return False
+    return None
 
 
-def _pool(node: ast.Apply, ctx: Context) -> bool:
+def _pool(node: ast.Apply, ctx: Context) -> Pool | None:
     positional: list[ast.Expr] = []
     named: dict[str, ast.Expr] = {}
     counted = False
@@ -75,7 +86,7 @@ def _pool(node: ast.Apply, ctx: Context) -> bool:
         ctx.report.error(
             "A013", "`pool` takes a function, a size and a stride", node.span, f"{len(positional)} given", help
         )
-        return False
+        return None
     good = True
     function = positional[0]
     if not (isinstance(function, ast.Name) and function.id in _POOLS):
@@ -95,7 +106,9 @@ def _pool(node: ast.Apply, ctx: Context) -> bool:
             ctx.report.error("A013", f"`pool` has no argument `{key}`", value.span, "unknown argument", "leave it out")
             good = False
     if isinstance(positional[1], ast.Apply) and positional[1].function == "segments":
-        return partition(positional[1], ctx) and good
+        if partition(positional[1], ctx) and good:
+            unsupported(Feature.VIEWS, node.span, ctx)
+        return None
     size = static_int(positional[1], ctx, "a pool's size")
     step = positional[2] if len(positional) == 3 else named.get("stride")
     stride = static_int(step, ctx, "a stride") if step is not None else size
@@ -104,75 +117,56 @@ def _pool(node: ast.Apply, ctx: Context) -> bool:
             "A012", "`counted` needs stride = size", node.span, "entries overlap or leave gaps", "leave out `counted`"
         )
         good = False
-    return good and size is not None and stride is not None
+    if not good or size is None or stride is None or not isinstance(function, ast.Name):
+        return None
+    word = named.get("visible")
+    visible = Visible(word.id) if isinstance(word, ast.Name) else Visible.EVERY
+    return Pool(PoolFunction(function.id), size, stride, visible, counted)
 
 
-def _given(node: ast.Apply, ctx: Context) -> bool:
+def _given(node: ast.Apply, ctx: Context) -> Given | None:
     if not 2 <= len(node.args) <= 4 or any(arg.name for arg in node.args):
         help = "write `given(kc, vc, size, stride)`"
         ctx.report.error(
             "A013", "`given` takes two inputs, a size and a stride", node.span, f"{len(node.args)} given", help
         )
-        return False
-    inputs = [_is_input(arg.value, ctx) for arg in node.args[:2]]
+        return None
+    keys, values = (_input(arg.value, ctx) for arg in node.args[:2])
     sizes = [static_int(arg.value, ctx, "a size") for arg in node.args[2:]]
-    return all(inputs) and None not in sizes
+    if keys is None or values is None or None in sizes:
+        return None
+    if len(node.args) == 2:
+        # Entries as wide as the blocks that the keys are declared over.
+        sizes = [keys.dims[2].block if len(keys.dims) == 4 else 1]
+    size, stride = sizes[0], sizes[-1]
+    assert size is not None and stride is not None
+    good = True
+    for decl, axes, last, at in ((keys, (Axis.D,), "D", node.args[0]), (values, (Axis.DV, Axis.D), "Dv", node.args[1])):
+        lead = (Dim(Axis.B), Dim(Axis.G), Dim(Axis.K, stride))
+        if decl.type is not Type.FLOAT or decl.dims[:3] != lead or len(decl.dims) != 4 or decl.dims[3].axis not in axes:
+            over = f"k/{stride}" if stride > 1 else "k"
+            ctx.report.error(
+                "A048", f"`{decl.name}` does not hold the entries of this view", at.span,
+                f"one entry every {stride} tokens", f"declare `input {decl.name} : float[b, g, {over}, {last}]`",
+            )  # fmt: skip
+            good = False
+    return Given(keys.name, values.name, size, stride) if good else None
 
 
-def _is_input(node: ast.Expr, ctx: Context) -> bool:
+def _input(node: ast.Expr, ctx: Context) -> InputDecl | None:
+    """The declaration of an input; None where there is none, or one with a mistake."""
     bound = ctx.scope.find(node.id) if isinstance(node, ast.Name) else None
-    if isinstance(bound, InputRef | Poison):
-        return True
+    if isinstance(bound, InputRef):
+        return bound.decl
+    if isinstance(bound, Poison):
+        return None
     if isinstance(node, ast.Name) and bound is None:
         ctx.unknown(node.id, node.span)
     else:
         ctx.report.error(
             "A023", "an input belongs here", node.span, "not an input", "declare one: `input x : float[b, k, D]`"
         )
-    return False
-
-
-def output(node: ast.Expr, ctx: Context) -> bool:
-    """Checks `output`: whether an expression combines branches (true) or is a factor (false)."""
-    match node:
-        case ast.Name(id=name) if isinstance(ctx.scope.find(name), BranchRef):
-            return True
-        case ast.Arithmetic(first=first, rest=rest):
-            left = output(first, ctx)
-            for op, operand in rest:
-                right = output(operand, ctx)
-                if op not in ("+", "-", "*", "/") or (op == "/" and right):
-                    help = "branches combine with `+`, `-`, `*` and `merge`"
-                    ctx.report.error("A046", f"`{op}` does not combine branches", node.span, "here", help)
-                elif op == "*" and left and right:
-                    ctx.report.error(
-                        "A046", "two branches cannot be multiplied", node.span, "here", "multiply by an input"
-                    )
-                left = left or right
-            return left
-        case ast.Prefix(op="-", operand=operand):
-            return output(operand, ctx)
-        case ast.Apply(function="merge", args=args):
-            for arg in args:
-                if not (isinstance(arg.value, ast.Apply) and arg.value.function == "given"):
-                    if not output(arg.value, ctx):
-                        ctx.report.error("A046", "`merge` joins branches", arg.span, "not a branch", "name a branch")
-                else:
-                    _given(arg.value, ctx)
-            return True
-        case ast.Apply(function="sigmoid", args=[ast.Argument(value=value)]):
-            if output(value, ctx):
-                ctx.report.error(
-                    "A046", "`sigmoid` gates, it does not take a branch", node.span, "here", "gate with an input"
-                )
-            return False
-        case ast.Name(id=name) if isinstance(ctx.scope.find(name), InputRef | Poison):
-            return False
-        case ast.Subscript(name=name) if isinstance(ctx.scope.find(name), InputRef):
-            return False
-        case _:
-            number(node, ctx)
-            return False
+    return None
 
 
 def observe(node: ast.Expr, ctx: Context) -> None:

@@ -142,7 +142,7 @@ def check_tensors(program: Program, call: DecodeTensors) -> None:
     if program.align_start:
         raise error(
             "A554", "`align start` has no decode: where a row stands does not follow from the number of keys",
-            program.branch.span, help="leave `align start` out if the pattern does not depend on q",
+            program.span, help="leave `align start` out if the pattern does not depend on q",
         )  # fmt: skip
     _check_types(call)
     q, k, v = call.q, call.k, call.v

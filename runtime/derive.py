@@ -125,7 +125,7 @@ class Deriver:
             raise error(
                 "A519",
                 f"{what} looks at {pairs:,} pairs of this call, and makes {entries:,} entries",
-                self.program.branch.span,
+                self.program.span,
                 help=f"at most {MAX_PAIRS:,} pairs and {MAX_ENTRIES:,} entries: take larger blocks or fewer rows",
             )
 

@@ -239,7 +239,7 @@ class Engine:
         """The program, whose own scale a call's takes the place of."""
         if scale is None or self.program.branch.scale is None:
             return self.program
-        return replace(self.program, branch=replace(self.program.branch, scale=None))
+        return self.program.with_branch(scale=None)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None) -> Spec:
         """What the call's plan is made for. Raises `PatternError` when the call does not fit the program."""
@@ -250,7 +250,7 @@ class Engine:
             raise error(
                 "A507",
                 f"{shape.rows} query rows for {shape.k_len} keys: the first rows would stand before the first token",
-                self.program.branch.span,
+                self.program.span,
                 help="write `align start` if row i stands at position i",
             )
         return Spec(

@@ -58,7 +58,7 @@ def printed_forward(
         files: Mapping[str, bytes] = make()
     else:
         written = None if program.source is None else (program.source.name, program.source.text)
-        place = None if program.branch.span is None else str(program.branch.span)
+        place = None if program.span is None else str(program.span)
         key = cache_key("printed forward", compiler_digest(), program, written, place, spec, backends, tiling)
         files = cache.fetch(key, make)
     choices = json.loads(files[_CHOICES])

@@ -19,6 +19,21 @@ import torch
 from torch import Tensor
 
 from attndsl import oracle
+from attndsl.branches import (
+    Attended,
+    Branch,
+    Factor,
+    Given,
+    Handed,
+    Merged,
+    Output,
+    Part,
+    Pool,
+    PoolFunction,
+    Product,
+    Sum,
+    View,
+)
 from attndsl.dropout import kept
 from attndsl.program import (
     Arg,
@@ -116,56 +131,164 @@ def reference(
         differentiable in q, k, v and the float inputs.
 
     Raises:
-        ValueError: an input is missing or misshapen, or lse is asked of `weights`, which has none.
+        ValueError: an input is missing or misshapen, or lse is asked of `weights`, or of branches that are not merged
+            to one softmax, which have none.
     """
-    branch = program.branch
-    if branch.weights is not None and (branch.score is not None or branch.sink is not None):
-        raise ValueError("`weights` stands in place of `score` and `softmax`")
-    if branch.weights is not None and return_lse:
-        raise ValueError("lse is undefined under `weights`")
     shape = CallShape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
     oracle.check_inputs(program, shape, {name: tensor.shape for name, tensor in inputs.items()})
     exact = {name: x.detach().cpu().numpy() for name, x in inputs.items() if not x.is_floating_point()}
     floats = {name: x.to(torch.float64) for name, x in inputs.items() if x.is_floating_point()}
-    allowed = torch.from_numpy(oracle.mask(program, shape, exact, args)).to(q.device)
-
-    share = shape.heads // shape.kv_heads
-    keys, values = (x.to(torch.float64).repeat_interleave(share, dim=1) for x in (k, v))
-    dots = q.to(torch.float64) @ keys.transpose(-1, -2)
-    evaluator = oracle.Evaluator.of_call(program, shape, exact, args)
-
-    def scored(pairs: _Pairs, e: Scalar | None) -> Tensor:
-        """The scalar on these pairs, given s; s itself without one."""
-        s = dots[pairs.where]
-        if scale is not None:
-            s = s * scale
-        elif branch.scale is None:
-            s = s / shape.dim**0.5
-        else:
-            s = s * pairs.scalar(branch.scale)
-        return s if e is None else replace(pairs, s=s, memo={}).scalar(e).to(torch.float64)
-
     left: Tensor | None = None
     if dropout is not None:
+        if not program.plain:
+            raise ValueError("dropout is that of one branch over raw tokens")
         rate, seed = dropout
         left = torch.from_numpy(kept(program, shape, rate, seed)).to(q.device, torch.float64) / (1.0 - rate)
-    pairs = _Pairs(evaluator, floats, allowed)
-    if branch.weights is not None:
-        weights = dots.new_zeros(dots.shape).masked_scatter(allowed, scored(pairs, branch.weights))
-        return (weights if left is None else weights * left) @ values
+    evaluator = oracle.Evaluator.of_call(program, shape, exact, args)
+    q, k, v = (x.to(torch.float64) for x in (q, k, v))
+    call = _Call(program, shape, q, k, v, evaluator, floats, scale, left)
+    out, lse = call.branch(program.branches[0]) if program.output is None else call.output(program.output)
+    if not return_lse:
+        return out
+    if lse is None:
+        raise ValueError("lse is undefined under `weights` and of what is not one softmax")
+    return out, lse
 
-    # A score of -inf removes the pair. Taking it out before the differentiable evaluation keeps the
-    # derivative at that point, infinite for log(0), out of the gradient.
-    with torch.no_grad():
-        finite = scored(pairs, branch.score) != -torch.inf
-    present = allowed.masked_scatter(allowed, finite)
-    logits = scored(_Pairs(evaluator, floats, present), branch.score)
-    sink: Tensor | None = None
-    if branch.sink is not None:
-        rows = torch.ones((*dots.shape[:3], 1), dtype=torch.bool, device=q.device)
-        sink = _Pairs(evaluator, floats, rows).scalar(branch.sink).to(torch.float64).reshape(dots.shape[:3])
-    out, lse = _softmax(logits, present, values, sink, left)
-    return (out, lse) if return_lse else out
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of a program, its tensors in float64."""
+
+    program: Program
+    shape: CallShape
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    evaluator: oracle.Evaluator
+    floats: Mapping[str, Tensor]
+    scale: float | None
+    left: Tensor | None  # what dropout multiplies weights by
+
+    def branch(self, branch: Branch) -> tuple[Tensor, Tensor | None]:
+        """Output and lse of a branch, whose parts share one softmax."""
+        if branch.weights is not None and (branch.score is not None or branch.sink is not None):
+            raise ValueError("`weights` stands in place of `score` and `softmax`")
+        parts = [self._scores(branch, part) for part in branch.parts]
+        present, dense, values = (
+            torch.cat(x, dim) for x, dim in zip(zip(*parts, strict=True), (-1, -1, -2), strict=True)
+        )
+        if branch.weights is not None:
+            return (dense if self.left is None else dense * self.left) @ values, None
+        sink: Tensor | None = None
+        if branch.sink is not None:
+            sink = self._over(branch.sink, 1)[..., 0]
+        return _softmax(dense[present], present, values, sink, self.left)
+
+    def _scores(self, branch: Branch, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a part: which keys each row sees and do not score -inf, their logits or weights, and the values.
+
+        bool and float64 [B, Hq, rows, keys] (what is not seen is 0), float64 [B, Hq, keys, Dv].
+        """
+        share = self.shape.heads // self.shape.kv_heads
+        keys, values = (x.repeat_interleave(share, dim=1) for x in self._entries(part.view))
+        dots = self.q @ keys.transpose(-1, -2)
+        allowed = torch.from_numpy(self.evaluator.seen(part)).to(self.q.device)
+        more: Tensor | None = None
+        if part.view is not None and part.view.counted:
+            first = torch.arange(keys.shape[-2], device=self.q.device) * part.view.stride
+            more = (self.shape.k_len - first).clamp(max=part.view.size).to(torch.float64).log().expand_as(dots)
+
+        def scored(where: Tensor, e: Scalar | None) -> Tensor:
+            """The scalar on these pairs, given s; s itself without one."""
+            pairs = _Pairs(self.evaluator, self.floats, where)
+            s = dots[where]
+            if self.scale is not None:
+                s = s * self.scale
+            elif branch.scale is None:
+                s = s / self.shape.dim**0.5
+            else:
+                s = s * pairs.scalar(branch.scale)
+            found = s if e is None else replace(pairs, s=s, memo={}).scalar(e).to(torch.float64)
+            return found if more is None else found + more[where]
+
+        zero = dots.new_zeros(dots.shape)
+        if branch.weights is not None:
+            return allowed, zero.masked_scatter(allowed, scored(allowed, branch.weights)), values
+        # A score of -inf removes the pair. Taking it out before the differentiable evaluation keeps the
+        # derivative at that point, infinite for log(0), out of the gradient.
+        with torch.no_grad():
+            finite = scored(allowed, branch.score) != -torch.inf
+        present = allowed.masked_scatter(allowed, finite)
+        return present, zero.masked_scatter(present, scored(present, branch.score)), values
+
+    def _entries(self, view: View | None) -> tuple[Tensor, Tensor]:
+        """Keys and values of a part: float64 [B, Hkv, keys, D] and [B, Hkv, keys, Dv]."""
+        match view:
+            case None:
+                return self.k, self.v
+            case Pool():
+                return self._pooled(self.k, view), self._pooled(self.v, view)
+            case Given(keys=keys, values=values):
+                lead = (self.shape.batch, self.shape.kv_heads, oracle.entries(view, self.shape.k_len), -1)
+                return self.floats[keys].expand(lead), self.floats[values].expand(lead)
+            case _ as never:
+                assert_never(never)
+
+    def _pooled(self, x: Tensor, view: Pool) -> Tensor:
+        """Each entry's function of the tokens of its extent that are present."""
+        found = []
+        for j in range(oracle.entries(view, self.shape.k_len)):
+            tokens = x[:, :, j * view.stride : j * view.stride + view.size]
+            match view.function:
+                case PoolFunction.MEAN:
+                    found.append(tokens.mean(2))
+                case PoolFunction.SUM:
+                    found.append(tokens.sum(2))
+                case PoolFunction.MAX:
+                    # The first of the largest, to which alone the gradient flows.
+                    found.append(tokens.gather(2, tokens.argmax(2, keepdim=True))[:, :, 0])
+                case PoolFunction.MIN:
+                    found.append(tokens.gather(2, tokens.argmin(2, keepdim=True))[:, :, 0])
+                case _ as never:
+                    assert_never(never)
+        return torch.stack(found, 2) if found else x[:, :, :0]
+
+    # ------------------------------------------------------------------------------------- output
+
+    def output(self, output: Output) -> tuple[Tensor, Tensor | None]:
+        """Value of an output, and its lse where it is that of one softmax."""
+        match output:
+            case Attended(branch=name):
+                return self.branch(self.program.named(name))
+            case Handed(out=out, lse=lse):
+                return self._over(out, self.shape.v_dim), self._over(lse, 1)[..., 0]
+            case Merged(operands=operands):
+                outs, found = zip(*map(self.output, operands), strict=True)
+                total = torch.logsumexp(torch.stack([_below(x) for x in found]), 0)
+                weights = [torch.exp(_below(x) - total) for x in found]
+                empty = torch.stack([x == -torch.inf for x in found]).all(0)
+                merged = sum(w[..., None] * x for w, x in zip(weights, outs, strict=True))
+                return torch.where(empty[..., None], 0.0, merged), torch.where(empty, -torch.inf, total)
+            case Factor(value=value):
+                return self._over(value, self.shape.v_dim), None
+            case Sum(left=left, right=right):
+                return self.output(left)[0] + self.output(right)[0], None
+            case Product(factor=factor, operand=operand):
+                return self._over(factor, self.shape.v_dim) * self.output(operand)[0], None
+            case _ as never:
+                assert_never(never)
+
+    def _over(self, e: Scalar, channels: int) -> Tensor:
+        """A scalar of rows, and of so many channels: float64 [B, Hq, rows, channels]."""
+        where = torch.ones((*self.q.shape[:3], channels), dtype=torch.bool, device=self.q.device)
+        variables = {**self.evaluator.variables, "d": np.arange(channels)}
+        evaluator = replace(self.evaluator, variables=variables, memo={})
+        return _Pairs(evaluator, self.floats, where).scalar(e).to(torch.float64).reshape(where.shape)
+
+
+def _below(lse: Tensor) -> Tensor:
+    """An lse, finite where a row is empty: its share is 0 all the same, and no gradient is NaN."""
+    return torch.where(lse == -torch.inf, -1e30, lse)
 
 
 def _softmax(

@@ -52,7 +52,7 @@ def plain(
     if scale is None and branch.scale is None:
         scale = q.shape[3] ** -0.5
     lse: Tensor | None = None
-    asked = (replace(program, branch=branch), dots, one_hot, one_hot, inputs, args, scale)
+    asked = (replace(program, branches=(branch,)), dots, one_hot, one_hot, inputs, args, scale)
     if branch.weights is None:
         weights, lse = reference(*asked, return_lse=True)
         lse = lse.to(high)

@@ -155,6 +155,7 @@ WRONG: dict[str, Callable[[], object]] = {
     ).append(K, V),
     "A559": lambda: attndsl.compile("causal & random(1, blocks(64), rows(64), 0)").decode(Q, K, V, LENGTHS),
     "A558": lambda: attndsl.compile("attention a { align start  attend all }").evictable(8),
+    "A911": lambda: attndsl.compile("attention a { attend causal over pool(mean, 4) }").mask(4, 4),
     "A541": lambda: attndsl.compare("causal", "attention a { align start  attend causal }"),
 }
 # Raised for what a test cannot bring about here, or brings about elsewhere.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -217,7 +216,7 @@ def test_text_of_a_comparison() -> None:
 @examples(60)
 def test_canonical_form_keeps_the_mask(case: Case) -> None:
     whole = case.load()
-    changed = replace(whole, branch=replace(whole.branch, pattern=canonical(whole.branch.pattern)))
+    changed = whole.with_branch(pattern=canonical(whole.branch.pattern))
     expected = mask(whole, case.shape, case.inputs, case.args)
     np.testing.assert_array_equal(mask(changed, case.shape, case.inputs, case.args), expected)
 

@@ -22,14 +22,13 @@ PARAMS: dict[str, dict[str, object]] = {
     "proxy_attn": {"n": [4, 8]},
 }
 UNSUPPORTED: dict[str, set[str]] = {
-    "stochastic": {"A911"}, "combiner": {"A902"},
-    "rettention": {"A911"}, "gated": {"A911"}, "affine_scaled": {"A911"},
-    "moba": {"A905"}, "vmoba": {"A901", "A905"}, "nsa": {"A902", "A905", "A911"}, "seer": {"A910", "A905", "A911"},
-    "vsa": {"A902", "A903", "A905", "A911"}, "hsa": {"A902", "A904", "A905", "A911"}, "psa": {"A902"},
-    "pisa": {"A902", "A905"}, "quest": {"A905"}, "blasst": {"A909"}, "packed_doc": {"A907"},
-    "snap": {"A906", "A908", "A910", "A911"}, "hyper": {"A911"}, "tide": {"A906"}, "flash_moba": {"A905"},
-    "dsa": {"A906"}, "dma": {"A905"}, "biformer": {"A905"}, "cca": {"A902"}, "minference_blocks": {"A905"},
-    "minference_vertical_slash": {"A905", "A911"}, "xattention": {"A905"}, "sparge": {"A905"}, "pbs": {"A905"},
+
+        "moba": {"A905"}, "vmoba": {"A901", "A905"}, "nsa": {"A905"}, "seer": {"A910", "A905"},
+    "vsa": {"A903", "A905"}, "hsa": {"A904", "A905"}, "psa": {"A902"},
+    "pisa": {"A905"}, "quest": {"A905"}, "blasst": {"A909"}, "packed_doc": {"A907"},
+    "snap": {"A906", "A908", "A910"}, "tide": {"A906"}, "flash_moba": {"A905"},
+    "dsa": {"A906"}, "dma": {"A905"}, "biformer": {"A905"}, "minference_blocks": {"A905"},
+    "minference_vertical_slash": {"A905"}, "xattention": {"A905"}, "sparge": {"A905"}, "pbs": {"A905"},
     "hip": {"A906"}, "svg_ear": {"A902", "A905"}, "long_heads": {"A905"}, "proxy_attn": {"A905"}, "dhsa": {"A905"},
     "token_select": {"A905"},
 }  # fmt: skip

@@ -18,7 +18,6 @@ from attndsl.program import (
     Axis,
     Binary,
     Blocks,
-    Branch,
     Call,
     CallShape,
     Choose,
@@ -56,7 +55,7 @@ Rule = Callable[[int, int, int, int], bool]
 
 
 def program_of(pattern: Set, **parts: Any) -> Program:
-    return Program("test", Branch(pattern), **parts)
+    return Program.of("test", pattern, **parts)
 
 
 def mask_of(pattern: Set, shape: CallShape, given: Mapping[str, Any] = {}, **parts: Any) -> oracle.Array:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attndsl import oracle
 from attndsl.grammar import load
-from attndsl.program import Axis, Branch, Const, Program, Type, Var, Where
+from attndsl.program import Axis, Const, Program, Type, Var, Where
 from attndsl.runtime.reference import reference
 from tests.rules import BATCH, HEADS, SCORES, Array, Pairs, ScoreRule, shape_of
 from tests.strategies import Case, composed_programs, tensors
@@ -89,8 +89,8 @@ def test_weights_are_not_normalised() -> None:
 def test_weights_beside_a_score_or_a_sink_are_refused() -> None:
     q, k, v = qkv(2, 2)
     every = Where(Const(True))
-    for branch in (Branch(every, weights=Const(1), score=Var("s")), Branch(every, weights=Const(1), sink=Const(0))):
-        program = Program("a", branch)
+    for beside in ({"score": Var("s")}, {"sink": Const(0)}):
+        program = Program.of("a", every).with_branch(weights=Const(1), **beside)
         with pytest.raises(ValueError, match="in place of"):
             reference(program, q, k, v, {}, {})
 

@@ -1,0 +1,180 @@
+"""What an attention attends to and how its branches combine.
+
+    view    V ::= Pool f size stride visible counted | Given keys values size stride visible counted
+    part    p ::= P (over V)?                                      over the raw tokens where there is no view
+    branch    ::= (name =)? attend p+ { scale e  score e  sink e  weights e }
+    output  o ::= Attended name | Merged o+ | Handed e e | Factor e | Sum o o | Product e o
+
+The keys of a view are *entries*: entry j stands for the tokens [j * stride, j * stride + size), its nominal extent,
+and exists when j * stride < Nk. Row q sees it where the part's pattern holds at q for every token of that extent,
+present or not (`visible = any`: for some token that is present).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from attndsl.diagnostics import Span
+    from attndsl.program import Scalar, Set
+
+
+# ------------------------------------------------------------------------------------------- views
+
+
+class PoolFunction(Enum):
+    """How an entry follows from the tokens of its extent that are present."""
+
+    MEAN = "mean"
+    MAX = "max"
+    MIN = "min"
+    SUM = "sum"
+
+
+class Visible(Enum):
+    """For which tokens of an entry the pattern has to hold."""
+
+    EVERY = "every"
+    ANY = "any"
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Keys and values pooled over the entries' extents; `counted`: log(tokens present) is added to the logit."""
+
+    function: PoolFunction
+    size: int
+    stride: int
+    visible: Visible = Visible.EVERY
+    counted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Entries handed in as inputs: `keys` float[b, g, k/stride, D], `values` float[b, g, k/stride, Dv]."""
+
+    keys: str
+    values: str
+    size: int
+    stride: int
+    visible: Visible = Visible.EVERY
+    counted: bool = False
+
+
+View: TypeAlias = Pool | Given
+
+
+# ---------------------------------------------------------------------------------------- branches
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A pattern over a view; without one, over the raw tokens."""
+
+    pattern: Set
+    view: View | None = None
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One softmax (or one weighted sum) over its parts; what two of them reach counts in both.
+
+    `scale` multiplies q . k (None: 1/sqrt(D)); `score` maps s to the logit (None: s itself); `sink` adds
+    e**sink to the denominator; `weights` replaces the softmax.
+    """
+
+    parts: tuple[Part, ...]
+    scale: Scalar | None = None
+    score: Scalar | None = None
+    sink: Scalar | None = None
+    weights: Scalar | None = None
+    name: str | None = None
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def pattern(self) -> Set:
+        """The pattern of a branch of one part."""
+        (part,) = self.parts
+        return part.pattern
+
+
+# ------------------------------------------------------------------------------------------ output
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """The output of a branch, which has an lse unless `weights` made it."""
+
+    branch: str
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """An output and its lse that a call hands in: the operand `given(o, lse)` of `merge`."""
+
+    out: Scalar
+    lse: Scalar
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """Outputs of disjoint keys as if of one softmax: each weighs e**lse."""
+
+    operands: tuple[Attended | Handed | Merged, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A number, of b, h, g, q and the channel `d` of the output."""
+
+    value: Scalar
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    left: Output
+    right: Output
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    factor: Scalar
+    operand: Output
+
+
+Output: TypeAlias = Attended | Handed | Merged | Factor | Sum | Product
+
+
+def factors(output: Output) -> tuple[Scalar, ...]:
+    """Every scalar written in an output, in order."""
+    match output:
+        case Attended():
+            return ()
+        case Handed(out=out, lse=lse):
+            return (out, lse)
+        case Merged(operands=operands):
+            return tuple(e for x in operands for e in factors(x))
+        case Factor(value=value):
+            return (value,)
+        case Sum(left=left, right=right):
+            return (*factors(left), *factors(right))
+        case Product(factor=factor, operand=operand):
+            return (factor, *factors(operand))
+
+
+def combined(output: Output) -> tuple[str, ...]:
+    """The branches that an output reads, each once, in order."""
+    match output:
+        case Attended(branch=name):
+            return (name,)
+        case Handed() | Factor():
+            return ()
+        case Merged(operands=operands):
+            return tuple(dict.fromkeys(name for x in operands for name in combined(x)))
+        case Sum(left=left, right=right):
+            return tuple(dict.fromkeys((*combined(left), *combined(right))))
+        case Product(operand=operand):
+            return combined(operand)

@@ -1,0 +1,71 @@
+"""Declarations of what a program reads beside q, k and v: inputs of a call, and compile-time tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from attndsl.derivation import Derivation
+    from attndsl.diagnostics import Span
+    from attndsl.program import Type
+
+
+class Axis(Enum):
+    """What a dimension of an input ranges over."""
+
+    B = "b"
+    H = "h"
+    G = "g"
+    Q = "q"  # rows of the call; with block > 1, blocks of absolute query positions
+    K = "k"  # absolute tokens; with block > 1, blocks of them
+    D = "D"
+    DV = "Dv"
+    CONST = "const"
+
+
+@dataclass(frozen=True, slots=True)
+class Dim:
+    """A dimension of an input: `q/64` is Dim(Axis.Q, block=64), `3` is Dim(Axis.CONST, size=3)."""
+
+    axis: Axis
+    block: int = 1
+    size: int = 0
+
+
+# Tensors that kernels have whatever the program, beside q, k and v.
+KERNEL_TENSORS = frozenset(
+    "out lse dout d_lse dq dk dv delta row_lse seed part part_lse page_table seq_lens k_scale v_scale".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class InputDecl:
+    """`input name : type[dims] learnable sorted`; `derivation`: how the runtime makes it, where no call gives it."""
+
+    name: str
+    type: Type
+    dims: tuple[Dim, ...]
+    learnable: bool = False
+    sorted: bool = False
+    derivation: Derivation | None = None
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def parameter(self) -> str:
+        """What its parameters in a kernel are named after: kernels have tensors of their own."""
+        taken = self.name in KERNEL_TENSORS or self.name.startswith(("sum_", "at_")) or self.name.endswith("_input")
+        return f"{self.name}_input" if taken else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class TableDecl:
+    """A compile-time table; `values` is flat, row-major; a dimension declared `h` or `g`
+    is checked against the heads of a call."""
+
+    name: str
+    type: Type
+    dims: tuple[Dim, ...]
+    shape: tuple[int, ...]
+    values: tuple[int | float | bool, ...]
