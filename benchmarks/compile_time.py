@@ -1,11 +1,13 @@
 """Time from a pattern to its first result: cold, from the disk cache, and at a new length.
 
-Each measurement is a process of its own with cache folders of its own. `import torch` and the device's
-start-up are not counted; everything after them is, `import attndsl` included.
+Each measurement is a process of its own with cache folders of its own. `import torch` and the device's start-up are not
+counted; everything after them is, `import attndsl` included. The rows "imported" have our imports, and Triton's, before
+the clock starts.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -28,7 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def run_compile(pattern: str, device: torch.device, backward: bool, repeats: int = 3) -> list[list[str]]:
     """A table in ms: the stages of a cold process, and of one that finds the first one's caches."""
     table = [["ms", *STAGES]]
-    for peer in ("attndsl", "Flex") if device.type == "cuda" else ("attndsl",):
+    ours = ("attndsl", "attndsl imported")
+    for peer in (*ours, "attndsl imported portable", "Flex") if device.type == "cuda" else ours:
         cold, warm = [], []
         for _ in range(repeats):
             with tempfile.TemporaryDirectory(prefix="attndsl-bench-") as folder:
@@ -63,16 +66,22 @@ def stages(peer: str, pattern: str, device: torch.device, backward: bool) -> dic
         return [torch.randn(1, 4, length, 128, device=device, dtype=dtype, requires_grad=backward) for _ in range(3)]
 
     first, longer = tensors(n), tensors(n + 640)
+    if "imported" in peer:
+        importlib.import_module("triton.experimental.gluon.language")
+        importlib.import_module("attndsl.runtime.assembly")
+        importlib.import_module("attndsl.runtime.ops")
     clock = Stopwatch(device)
-    if peer == "attndsl":
+    if peer.startswith("attndsl"):
         import attndsl
 
         clock.lap("import")
         attn = attndsl.compile(pattern)
         clock.lap("compile")
 
+        backend = "triton" if "portable" in peer else "auto"
+
         def call(x: list[Tensor]) -> None:
-            out = attn(*x)
+            out = attn(*x, backend=backend)
             if backward:
                 torch.autograd.backward(out.sum())
     else:
