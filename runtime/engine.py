@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,25 +12,13 @@ import torch
 from torch import Tensor
 
 from attndsl.diagnostics import error
-from attndsl.learned import Over
 from attndsl.piece_plans import backward_plans, forward_plans
-from attndsl.plan import (
-    Backend,
-    BackwardPlan,
-    DType,
-    ForwardPlan,
-    Loads,
-    Spec,
-    Tiling,
-    learning_plan,
-    learning_tiling,
-)  # fmt: skip
+from attndsl.plan import Backend, BackwardPlan, DType, ForwardPlan, Loads, Spec, Tiling
 from attndsl.program import CallShape, Program, TableDecl, Type
 from attndsl.properties import takes_more_rows_than_keys
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
 from attndsl.runtime.dropout import Dropout
 from attndsl.runtime.pieces import in_turn
-from attndsl.tiles import Side
 
 if TYPE_CHECKING:
     from attndsl.runtime.derive import Deriving
@@ -155,7 +144,14 @@ class Engine:
             functions = [CpuForward(plan, self._text(self.generators.cpu_forward, plan)) for plan in plans]
             return self._deriving(plans[0].program, q, k, v).forward(in_turn(functions))
         from attndsl.runtime.printing import printed_forward
-        from attndsl.runtime.triton_launch import INTERPRETED, TritonForward, loads_for, shared_cache, why_not_gluon
+        from attndsl.runtime.triton_launch import (
+            INTERPRETED,
+            TritonForward,
+            loads_for,
+            shared_cache,
+            together,
+            why_not_gluon,
+        )  # fmt: skip
 
         spec = replace(spec, loads=loads_for(spec, aligned, k, v))
         backends: tuple[Backend, ...] = (Backend.TRITON,)
@@ -173,7 +169,8 @@ class Engine:
         kernels = printed_forward(program, spec, backends, self.tiling, printers, cache)
         deriving = self._deriving(kernels[0].program, q, k, v)
         inputs = [*inputs, *deriving.examples]
-        return deriving.forward(in_turn([TritonForward(x, q, k, v, inputs, aligned) for x in kernels]))
+        steps = [functools.partial(TritonForward, x, q, k, v, inputs, aligned) for x in kernels]
+        return deriving.forward(in_turn(together(steps)))
 
     def _prepare_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None,
@@ -182,52 +179,24 @@ class Engine:
         program, spec = self.program_of(scale), replace(self._check(q, k, v, inputs, scale), dropout=drops)
         if not k.shape[2]:
             inputs = _readable(inputs)
-        on_cpu = self.choose(backend, spec) == "cpu"
-        tilings = None if self.tiling is None else (self.tiling, self.tiling)
-        if on_cpu:
+        if self.choose(backend, spec) == "cpu":
             from attndsl.runtime import cpu_backward
 
+            tilings = None if self.tiling is None else (self.tiling, self.tiling)
             plans = backward_plans(program, replace(spec, backend=Backend.CPU), tilings, uses_lse=uses_lse)
             generate = self.generators.cpu_backward
             functions = tuple(cpu_backward.CpuBackward(plan, self._text(generate, plan)) for plan in plans)
             return self._deriving(plans[0].program, q, k, v).backward(cpu_backward.InTurn(functions))
-        from attndsl.runtime import triton_backward
-        from attndsl.runtime.triton_launch import loads_for
+        from attndsl.runtime.printing import printed_backward
+        from attndsl.runtime.triton_backward import prepare_backward
+        from attndsl.runtime.triton_launch import INTERPRETED, loads_for, shared_cache
 
         spec = replace(spec, loads=loads_for(spec, aligned, q, k, v, dout))
-        plans = backward_plans(program, spec, tilings, uses_lse=uses_lse)
-        deriving = self._deriving(plans[0].program, q, k, v)
+        cache = None if INTERPRETED else shared_cache()
+        kernels = printed_backward(program, spec, uses_lse, self.tiling, self.generators, cache)
+        deriving = self._deriving(kernels.pieces[0][0].program, q, k, v)
         inputs = [*inputs, *deriving.examples]
-        pieces = []
-        for plan in plans:
-            of_q, of_keys = self._text(self.generators.triton_backward, plan)
-            piece = triton_backward.TritonBackward(plan, of_q, of_keys, dout, q, k, v, inputs, aligned)
-            pieces.append(piece)
-        # These go over the whole pattern; what they need to know of scores the first piece's plan says.
-        further = tuple(self._further(plans[0], dout, q, k, v, inputs, aligned))
-        return deriving.backward(triton_backward.InTurn(tuple(pieces), further))
-
-    def _further(
-        self, plan: BackwardPlan, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor],
-        aligned: bool,
-    ) -> Iterator[Any]:  # fmt: skip
-        """The kernels for inputs that q and k read together."""
-        from attndsl.runtime.triton_learned import DiagonalSums, PairSums
-
-        found = {x.over for x in plan.learned}
-        tiling = learning_tiling(plan.spec)
-        if self.tiling is not None:
-            block = min(self.tiling.block_q, self.tiling.block_k)
-            tiling = replace(self.tiling, block_q=block, block_k=block)
-        if Over.DIAGONALS in found:
-            own = learning_plan(plan, tiling, Side.DIAGONAL)
-            yield DiagonalSums(own, self._text(self.generators.triton_diagonals, own), dout, q, k, v, inputs, aligned)
-        if Over.PAIRS in found:
-            own = learning_plan(plan, tiling, Side.QUERY)
-            if not own.runs.full + own.runs.partial:
-                return
-            for n, text in self._text(self.generators.triton_pairs, own).items():
-                yield PairSums(own, text, n, dout, q, k, v, inputs, aligned)
+        return deriving.backward(prepare_backward(kernels, dout, q, k, v, inputs, aligned))
 
     def _deriving(self, program: Program, q: Tensor, k: Tensor, v: Tensor) -> Deriving:
         """How launches of a plan's program get their derived inputs."""

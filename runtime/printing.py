@@ -1,8 +1,9 @@
-"""Forward kernels printed once for all processes: planning and printing take longer than loading what they make.
+"""Kernels printed once for all processes: planning and printing take longer than loading what they make.
 
-An entry of the kernel cache holds the texts of a program's pieces, their tilings and layouts, under a key of everything
-that decides them: the program and how it was written (comments of a text quote it), the kind of call, and the
-compiler's own sources. What it takes to make them, the search for layouts too, is spared where an entry is found.
+An entry of the kernel cache holds the texts of a program's pieces and what a launch has to know beside them (of forward
+kernels tilings and layouts, of backward kernels their plans), under a key of everything that decides them: the program
+and how it was written (comments of a text quote it), the kind of call, and the compiler's own sources. What it takes to
+make them, the search for layouts too, is spared where an entry is found.
 """
 
 from __future__ import annotations
@@ -11,22 +12,40 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attndsl
+from attndsl import layout as layouts
+from attndsl import plan as plans_module
+from attndsl import program as programs
+from attndsl import records, tiles
 from attndsl.derive import derive
 from attndsl.diagnostics import error
-from attndsl.layout import Comb, Layout
-from attndsl.piece_plans import forward_plans
-from attndsl.plan import Backend, ForwardPlan, Loads, Printed, Spec, Tiling
+from attndsl.learned import Over
+from attndsl.piece_plans import backward_plans, forward_plans
+from attndsl.plan import (
+    Backend,
+    BackwardPlan,
+    ForwardPlan,
+    Printed,
+    Spec,
+    Tiling,
+    learning_plan,
+    learning_tiling,
+)  # fmt: skip
 from attndsl.program import Program
 from attndsl.runtime.cache import KernelCache, cache_key
 from attndsl.targets import layout_refusal
+from attndsl.tiles import Side
 from attndsl.tiling import prefers_portable
 
+if TYPE_CHECKING:
+    from attndsl.runtime.engine import Generators
+
 _TEXT, _CHOICES = "kernel_{}.py", "choices.json"
+_DQ, _DKDV, _DIAGONALS, _PAIRS = "dq_{}.py", "dkdv_{}.py", "diagonals.py", "pairs_{}.py"
 Printers = Mapping[Backend, Callable[[ForwardPlan], str]]
 
 
@@ -45,35 +64,107 @@ def printed_forward(
     def make() -> dict[str, bytes]:
         backend = _choice(program, spec, backends)
         plans = forward_plans(program, replace(spec, backend=backend), tiling)
-        derived = [decl.name for decl in plans[0].program.inputs if decl.derivation is not None]
-        pieces = [
-            {"tiling": asdict(plan.tiling), "loads": plan.spec.loads.value, "layout": asdict(plan.layout)}
-            for plan in plans
-        ]
-        choices = {"backend": backend.value, "derived": derived, "pieces": pieces}
         texts = {_TEXT.format(n): printers[backend](plan).encode() for n, plan in enumerate(plans, 1)}
-        return texts | {_CHOICES: json.dumps(choices).encode()}
+        return texts | _choices(plans[0].program, tuple((x.spec, x.tiling, x.layout) for x in plans))
 
+    files = _kept(cache, make, "printed forward", program, spec, backends, tiling)
+    program, pieces = _chosen(files, program)
+    return tuple(
+        Printed(program, made, chosen, files[_TEXT.format(n)].decode(), layout, n > 1)
+        for n, (made, chosen, layout) in enumerate(pieces, 1)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PrintedBackward:
+    """The backward kernels of a kind of call.
+
+    `pieces`: of each piece its plan, the text of dq and that of dk and dv. `diagonals`, `pairs`: for inputs that q and
+    k read together, a plan and its text, or one text for each read.
+    """
+
+    pieces: tuple[tuple[BackwardPlan, str, str], ...]
+    diagonals: tuple[BackwardPlan, str] | None
+    pairs: tuple[BackwardPlan, Mapping[int, str]] | None
+
+
+def printed_backward(
+    program: Program, spec: Spec, uses_lse: bool, tiling: Tiling | None, printers: Generators, cache: KernelCache | None
+) -> PrintedBackward:
+    """The backward kernels of a kind of call. uses_lse: a gradient of lse comes in. Others as in `printed_forward`."""
+
+    def make() -> dict[str, bytes]:
+        plans = backward_plans(program, spec, None if tiling is None else (tiling, tiling), uses_lse=uses_lse)
+        texts: dict[str, str] = {}
+        for n, plan in enumerate(plans, 1):
+            texts[_DQ.format(n)], texts[_DKDV.format(n)] = printers.triton_backward(plan)
+        # These go over the whole pattern; what they need to know of scores the first piece's plan says.
+        found, square = {x.over for x in plans[0].learned}, _square(tiling) or learning_tiling(spec)
+        diagonals = pairs = None
+        if Over.DIAGONALS in found:
+            diagonals = learning_plan(plans[0], square, Side.DIAGONAL)
+            texts[_DIAGONALS] = printers.triton_diagonals(diagonals)
+        if Over.PAIRS in found:
+            pairs = learning_plan(plans[0], square, Side.QUERY)
+            if pairs.runs.full + pairs.runs.partial:
+                texts |= {_PAIRS.format(n): text for n, text in printers.triton_pairs(pairs).items()}
+        encoded = {name: text.encode() for name, text in texts.items()}
+        return encoded | _choices(plans[0].program, (plans, diagonals, pairs))
+
+    files = _kept(cache, make, "printed backward", program, spec, uses_lse, tiling)
+    _, (plans, diagonals, pairs) = _chosen(files, program)
+    texts = {name: content.decode() for name, content in files.items()}
+    of_pairs = {n: texts[_PAIRS.format(n)] for n in range(len(plans[0].learned)) if _PAIRS.format(n) in texts}
+    return PrintedBackward(
+        tuple((plan, texts[_DQ.format(n)], texts[_DKDV.format(n)]) for n, plan in enumerate(plans, 1)),
+        None if diagonals is None else (diagonals, texts[_DIAGONALS]),
+        None if pairs is None or not of_pairs else (pairs, of_pairs),
+    )
+
+
+def _square(tiling: Tiling | None) -> Tiling | None:
+    if tiling is None:
+        return None
+    block = min(tiling.block_q, tiling.block_k)
+    return replace(tiling, block_q=block, block_k=block)
+
+
+# ---------------------------------------------------------------------------------------- entries
+
+# The program is not written: whoever asks for its kernels has it.
+_LEFT_OUT = {"BackwardPlan": ("program",)}
+
+
+def _kept(
+    cache: KernelCache | None, make: Callable[[], dict[str, bytes]], kind: str, program: Program, *decisive: Any
+) -> Mapping[str, bytes]:
+    """The entry of a program's kernels, or what `make` makes of it. decisive: what else decides the texts."""
     if cache is None:
-        files: Mapping[str, bytes] = make()
-    else:
-        written = None if program.source is None else (program.source.name, program.source.text)
-        place = None if program.span is None else str(program.span)
-        key = cache_key("printed forward", compiler_digest(), program, written, place, spec, backends, tiling)
-        files = cache.fetch(key, make)
+        return make()
+    written = None if program.source is None else (program.source.name, program.source.text)
+    place = None if program.span is None else str(program.span)
+    return cache.fetch(cache_key(kind, compiler_digest(), program, written, place, *decisive), make)
+
+
+def _choices(program: Program, said: Any) -> dict[str, bytes]:
+    """What an entry holds beside texts. program: the derived one, that the plans have."""
+    derived = [decl.name for decl in program.inputs if decl.derivation is not None]
+    return {_CHOICES: json.dumps({"derived": derived, "said": records.write(said, _LEFT_OUT)}).encode()}
+
+
+def _chosen(files: Mapping[str, bytes], program: Program) -> tuple[Program, Any]:
+    """The derived program, and what was said beside the texts."""
     choices = json.loads(files[_CHOICES])
-    inputs = (d for d in derive(program).inputs if d.derivation is None or d.name in choices["derived"])
-    program = replace(derive(program), inputs=tuple(inputs))
-    found = []
-    for n, piece in enumerate(choices["pieces"], 1):
-        made = replace(spec, backend=Backend(choices["backend"]), loads=Loads(piece["loads"]))
-        text = files[_TEXT.format(n)].decode()
-        found.append(Printed(program, made, Tiling(**piece["tiling"]), text, _layout(piece["layout"]), n > 1))
-    return tuple(found)
+    derived = derive(program)
+    inputs = (d for d in derived.inputs if d.derivation is None or d.name in choices["derived"])
+    program = replace(derived, inputs=tuple(inputs))
+    return program, records.read(choices["said"], _recorded(), {"BackwardPlan": {"program": program}})
 
 
-def _layout(said: dict[str, Any]) -> Layout:
-    return Layout(Comb(**said["q"]), Comb(**said["k"]), said["classes"])
+@functools.cache
+def _recorded() -> Mapping[str, type]:
+    """The classes that an entry may hold."""
+    return records.classes_of((programs, layouts, tiles, plans_module))
 
 
 def _choice(program: Program, spec: Spec, backends: tuple[Backend, ...]) -> Backend:

@@ -6,9 +6,10 @@ that it belongs to: here these are added up, in one order. Kernels for inputs th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,19 @@ from attndsl.runtime.dropout import PARAMETERS, Dropout
 from attndsl.runtime.engine import Gradients, default_scale, empty_gradient, empty_output, in_order_of
 from attndsl.runtime.launcher import Descriptor, Slot
 from attndsl.runtime.sums import Totals
-from attndsl.runtime.triton_launch import ELEMENT, INPUTS, descriptors, parameter_sources, prepare, without_memory
+from attndsl.runtime.triton_launch import (
+    ELEMENT,
+    INPUTS,
+    descriptors,
+    parameter_sources,
+    prepare,
+    together,
+    without_memory,
+)
 from attndsl.tiling import heavy_tiles
+
+if TYPE_CHECKING:
+    from attndsl.runtime.printing import PrintedBackward
 
 DQ = "attention_dq"
 DKDV = "attention_dkdv"
@@ -47,11 +59,15 @@ class TritonBackward:
         key_tiles = -(-layout.k.most(shape.k_len) // plan.key_tiling.block_k) * layout.classes
         key_grid = key_tiles * shape.batch * shape.kv_heads
         sources = backward_parameters(plan, q, k, v, inputs, dout)
-        # Without rows the gradients of k and v are 0; without keys there are none.
-        self._dq = prepare(plan, dq_text, DQ, grid, sources, aligned, q.device) if grid else None
-        self._dkdv = None
+        self._dq = self._dkdv = None
         if grid and key_grid:
-            self._dkdv = prepare(plan.of_keys(), dkdv_text, DKDV, key_grid, sources, aligned, q.device)
+            self._dq, self._dkdv = together([
+                lambda: prepare(plan, dq_text, DQ, grid, sources, aligned, q.device),
+                lambda: prepare(plan.of_keys(), dkdv_text, DKDV, key_grid, sources, aligned, q.device),
+            ])  # fmt: skip
+        elif grid:
+            # Without rows the gradients of k and v are 0; without keys there are none.
+            self._dq = prepare(plan, dq_text, DQ, grid, sources, aligned, q.device)
 
     def __call__(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
@@ -127,6 +143,27 @@ class InTurn:
         return dq, dk, dv, totals.gradients(plan, inputs)
 
 
+def prepare_backward(
+    kernels: PrintedBackward, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], aligned: bool
+) -> InTurn:
+    """The launch of a kind of call."""
+    from attndsl.runtime.triton_learned import DiagonalSums, PairSums
+
+    further: list[Callable[[], Further]] = []
+    if kernels.diagonals is not None:
+        plan, text = kernels.diagonals
+        further.append(functools.partial(DiagonalSums, plan, text, dout, q, k, v, inputs, aligned))
+    if kernels.pairs is not None:
+        plan, texts = kernels.pairs
+        for n, text in texts.items():
+            further.append(functools.partial(PairSums, plan, text, n, dout, q, k, v, inputs, aligned))
+    pieces = [
+        functools.partial(TritonBackward, plan, of_q, of_keys, dout, q, k, v, inputs, aligned)
+        for plan, of_q, of_keys in kernels.pieces
+    ]
+    return InTurn(tuple(together(pieces)), tuple(together(further)))
+
+
 def row_stride(rows: int) -> int:
     """Entries from one head's rows to the next's in what the kernels keep of each row: tensor copies want 16 bytes."""
     return -(-rows // 4) * 4
@@ -165,4 +202,4 @@ def backward_parameters(
     return found
 
 
-__all__ = ["InTurn", "TritonBackward", "backward_parameters"]
+__all__ = ["InTurn", "TritonBackward", "backward_parameters", "prepare_backward"]

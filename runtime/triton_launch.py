@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -134,6 +135,17 @@ def prepare(
     source = kernel_source(plan, text, names, sources, aligned, function)
     kernel = compile_kernel(source, plan.spec.target, shared_cache(), whole=False)
     return launcher(kernel, grid, device.index, template)
+
+
+_Made = TypeVar("_Made")
+
+
+def together(steps: Sequence[Callable[[], _Made]]) -> list[_Made]:
+    """What these steps make, each on a thread of its own: most of a compilation holds no lock of the interpreter."""
+    if len(steps) < 2 or INTERPRETED:
+        return [step() for step in steps]
+    with ThreadPoolExecutor(len(steps)) as threads:
+        return [step.result() for step in [threads.submit(step) for step in steps]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ from attndsl.piece_plans import forward_plans
 from attndsl.plan import Backend, ForwardPlan, Printed, Spec, Tiling
 from attndsl.runtime.build import parameters
 from attndsl.runtime.cache import KernelCache
-from attndsl.runtime.printing import compiler_digest, printed_forward
+from attndsl.runtime.printing import compiler_digest, printed_backward, printed_forward
 from attndsl.targets import make_spec
+from attndsl.wiring import engine
 
 SPEC = make_spec("sm_90", "triton", 4, 2, 128)
 PROGRAM = attndsl.compile("causal & (sink(4) | window(100))").program
@@ -94,6 +95,32 @@ def test_layouts_are_kept(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyP
     for module in ("pieces", "piece_plans", "targets"):
         monkeypatch.setattr(f"attndsl.{module}.choose_pieces", refuse_to_search)
     assert printed_forward(program, SPEC, both, None, NOTHING, KernelCache(tmp_path / "kernels")) == first
+
+
+LEARNED = """attention learned { input bias : float[h, 65] learnable
+    input table : float[h, 8, 8] learnable
+    score s + bias[h, clamp(q - k, 0, 64)] + table[h, q % 8, k % 8]
+    attend causal & window(100) }"""
+DRAWN = "causal & random(2, of = blocks(32), per = rows(16), seed = h)"
+
+
+@pytest.mark.parametrize("text", ["causal & (window(128) | dilated(128))", LEARNED, DRAWN])
+def test_backward_kernels_are_kept(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = attndsl.compile(text).program
+    spec = replace(SPEC, dim=64, v_dim=64)
+    printers = engine(program).generators
+    first = printed_backward(program, spec, False, None, printers, KernelCache(tmp_path / "kernels"))
+    assert first == printed_backward(program, spec, False, None, printers, None)
+
+    def refuse_to_plan(*_: object, **__: object) -> None:
+        raise AssertionError("planned again")
+
+    for name in ("backward_plans", "learning_plan"):
+        monkeypatch.setattr(f"attndsl.runtime.printing.{name}", refuse_to_plan)
+    assert printed_backward(program, spec, False, None, printers, KernelCache(tmp_path / "kernels")) == first
+    # A gradient of lse takes another kernel.
+    with pytest.raises(AssertionError, match="planned again"):
+        printed_backward(program, spec, True, None, printers, KernelCache(tmp_path / "kernels"))
 
 
 def test_pieces_have_no_hopper_lowering() -> None:

@@ -1,0 +1,87 @@
+"""Frozen dataclasses as JSON: what is kept of a plan beside its printed kernels.
+
+A record is a list of nodes, each after those it refers to, so expressions that share parts still do when they are read
+again. Only the classes handed in are ever made; fields that do not count in comparisons (source spans) are left out.
+
+    node   ::= [class, field*] | ["", entry*]          the second is a tuple
+    field, entry ::= null | bool | number | string | [index of a node] | [enum, member]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from types import ModuleType
+from typing import Any
+
+
+def classes_of(modules: Iterable[ModuleType]) -> dict[str, type]:
+    """The dataclasses and enums that these modules define, by name."""
+    return {
+        name: found
+        for module in modules
+        for name, found in vars(module).items()
+        if isinstance(found, type)
+        and found.__module__ == module.__name__
+        and (is_dataclass(found) or issubclass(found, Enum))
+    }
+
+
+def write(value: Any, left_out: Mapping[str, Iterable[str]] = {}) -> str:
+    """A value as text. left_out: fields by class, which whoever reads it puts in again.
+
+    Raises TypeError for what is neither a plain value nor a dataclass, an enum member or a tuple of such.
+    """
+    nodes: list[list[Any]] = []
+    places: dict[int, int] = {}
+
+    def written(x: Any) -> Any:
+        if x is None or isinstance(x, bool | int | float | str):
+            return x
+        if isinstance(x, Enum):
+            return [type(x).__name__, x.name]
+        # The value lives as long as this call, so an identity is its own.
+        if id(x) not in places:
+            if isinstance(x, tuple):
+                node = ["", *map(written, x)]
+            elif is_dataclass(x) and not isinstance(x, type):
+                name = type(x).__name__
+                node = [name, *(written(getattr(x, field)) for field in _kept(type(x), left_out))]
+            else:
+                raise TypeError(f"a record cannot hold {type(x).__qualname__}")
+            places[id(x)] = len(nodes)
+            nodes.append(node)
+        return [places[id(x)]]
+
+    root = written(value)
+    return json.dumps([nodes, root], separators=(",", ":"))
+
+
+def read(text: str, classes: Mapping[str, type], put_in: Mapping[str, Mapping[str, Any]] = {}) -> Any:
+    """The value that `write` wrote. put_in: by class, the fields that were left out, and their values.
+
+    Raises KeyError, TypeError or ValueError for any other text.
+    """
+    nodes, root = json.loads(text)
+    made: list[Any] = []
+
+    def known(x: Any) -> Any:
+        if not isinstance(x, list):
+            return x
+        return made[x[0]] if len(x) == 1 else classes[x[0]][x[1]]  # type: ignore[index]
+
+    for name, *values in nodes:
+        if not name:
+            made.append(tuple(map(known, values)))
+            continue
+        cls, given = classes[name], put_in.get(name, {})
+        names = _kept(cls, {name: given})
+        made.append(cls(**dict(zip(names, map(known, values), strict=True)), **given))
+    return known(root)
+
+
+def _kept(cls: Any, left_out: Mapping[str, Iterable[str]]) -> list[str]:
+    without = set(left_out.get(cls.__name__, ()))
+    return [field.name for field in fields(cls) if field.compare and field.init and field.name not in without]
