@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     from attndsl.diagnostics import Span
     from attndsl.program import Coarse, Scalar, Set
+    from attndsl.tiles import TileRuns
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,4 +82,30 @@ class Draw:
     everywhere: bool
 
 
-Derivation: TypeAlias = Offsets | BlockMap | Draw
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """bool of the plan's dimensions, its list replaced by all members, of `keys` tokens: which of them it chooses."""
+
+    plan: str
+    keys: int
+
+
+@dataclass(frozen=True, slots=True)
+class TileList:
+    """int32 [b?, h or g?, n]: the tiles that a plan chooses, in lists as `tiles.listed_runs` reads them.
+
+    `rows`: the queries of a row class (None: all rows are one class), `keys`: the tokens of a member; tiles lie inside
+    them. `of_keys`: the query tiles of each key tile, instead of the key tiles of each query tile. `runs`: which tiles,
+    were they chosen, are full or partial.
+    """
+
+    plan: str
+    rows: int | None
+    keys: int
+    block_q: int
+    block_k: int
+    of_keys: bool
+    runs: TileRuns
+
+
+Derivation: TypeAlias = Offsets | BlockMap | Draw | Chosen | TileList

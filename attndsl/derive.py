@@ -3,8 +3,9 @@
     P on segment(ids)    P on offset_ids                        where offset_ids holds distances
     coarsen(P, B, mode)  coarsen(P, B, mode), its map a read    read only where P depends on data, or by `fraction`
     random(…)            { drawn(hash, member, …) } & among     where the last hash drawn is a read
+    plan                 { chosen[row class, k // keys] }       where `chosen` says of every member whether it is
 
-After it a program holds neither `Segment` nor `Random`, and every `Coarsen` has its map.
+After it a program holds neither `Segment`, `Random` nor `Selected`, and every `Coarsen` has its map.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
-from attndsl.derivation import BlockMap, Derivation, Draw, Offsets, Random, Segment
+from attndsl.derivation import BlockMap, Chosen, Derivation, Draw, Offsets, Random, Segment, TileList
 from attndsl.program import (
     Axis,
     Binary,
@@ -33,6 +34,7 @@ from attndsl.program import (
     Program,
     Read,
     Scalar,
+    Selected,
     Set,
     Type,
     Union,
@@ -73,7 +75,7 @@ def own_inputs(program: Program) -> tuple[InputDecl, ...]:
 
 def _read_by(derivation: Derivation | None) -> set[str]:
     match derivation:
-        case None | Offsets():
+        case None | Offsets() | Chosen() | TileList():
             return set()
         case BlockMap(operand=operand):
             pattern: Set = operand
@@ -88,7 +90,7 @@ def _read_by(derivation: Derivation | None) -> set[str]:
 def _permutations(pattern: Set) -> list[Permuted]:
     """The inputs by which parts of a set are placed."""
     match pattern:
-        case Where():
+        case Where() | Selected():
             return []
         case Union(parts=parts) | Inter(parts=parts):
             return [x for part in parts for x in _permutations(part)]
@@ -137,8 +139,17 @@ class _Deriver:
                 return self._coarsen(pattern, at)
             case Random():
                 return self._random(pattern, at)
+            case Selected():
+                return self._selected(pattern)
             case _:
                 assert_never(pattern)
+
+    def _selected(self, pattern: Selected) -> Set:
+        dims = (*self.program.input(pattern.plan).dims[:-1], Dim(Axis.K, pattern.keys))
+        derivation = Chosen(pattern.plan, pattern.keys)
+        decl = self._input(derivation, f"chosen_{pattern.plan}", Type.BOOL, dims)
+        index = (*pattern.index, _quotient(Var("k"), pattern.keys))
+        return Where(Read(decl.name, index, Type.BOOL), pattern.span)
 
     def _offsets(self, name: str) -> str:
         return self._input(Offsets(name), f"offset_{name}", Type.INT, self.program.input(name).dims).name

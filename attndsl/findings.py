@@ -34,6 +34,7 @@ from attndsl.program import (
     Minus,
     On,
     Program,
+    Selected,
     Set,
     Union,
     Var,
@@ -250,7 +251,7 @@ class _Analysis:
                     # A side that is never taken says nothing of its terms.
                     if not self._holds(matters.is_empty):
                         yield from self._idle_terms(side, matters, within)
-            case Where() | On() | Coarsen() | Random():
+            case Where() | On() | Coarsen() | Random() | Selected():
                 return
             case _:
                 assert_never(node)

@@ -23,6 +23,7 @@ class Axis(Enum):
     D = "D"
     DV = "Dv"
     CONST = "const"
+    LIST = "list"  # the entries of a list, as many as a tensor has
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,12 @@ KERNEL_TENSORS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class InputDecl:
-    """`input name : type[dims] learnable sorted`; `derivation`: how the runtime makes it, where no call gives it."""
+    """`input name : type[dims] learnable sorted`; `derivation`: how the runtime makes it, where no call gives it.
+
+    members: of a plan, the tokens of a member (`blocks(64)` has 64, `tokens` 1); its last dimension is a list. A plan
+    is int32, the members chosen for a row class in increasing order and -1 after them (an entry that is no member, or
+    not above all before it, is skipped), or uint8, with an entry for every member, not 0 where it is chosen.
+    """
 
     name: str
     type: Type
@@ -50,6 +56,7 @@ class InputDecl:
     learnable: bool = False
     sorted: bool = False
     derivation: Derivation | None = None
+    members: int | None = None
     span: Span | None = field(default=None, compare=False, repr=False)
 
     @property

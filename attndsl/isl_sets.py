@@ -56,3 +56,9 @@ def place_pairs(pairs: isl.Set, q: isl.PwAff, k: isl.PwAff, q_len: isl.PwAff, k_
         own = isl.PwAff.read_from_str(ctx, f"[{name}] -> {{ [q, k] -> [{name}] }}")
         pairs = project_param(pairs.intersect(own.eq_set(length)), name)
     return pairs
+
+
+def where_param(pairs: isl.Set, name: str, value: int) -> isl.Set:
+    """The pairs for which a parameter has a value, without it."""
+    known = isl.Set.read_from_str(pairs.get_ctx(), f"[{name}] -> {{ [q, k] : {name} = {value} }}")
+    return project_param(pairs.intersect(known), name).coalesce()

@@ -31,6 +31,7 @@ from attndsl.program import (
     Program,
     Read,
     Scalar,
+    Selected,
     Set,
     Table,
     Unary,
@@ -196,6 +197,8 @@ def _set(pattern: Set) -> _Written:
             per = "head" if rows is None else "query" if rows == 1 else f"rows({rows})"
             among = f", among = {set_text(p)}" if written else ""
             return f"random({n}, of = {of}, per = {per}, seed = {scalar_text(seed)}{among})", Level.ATOM
+        case Selected(plan=plan):
+            return plan, Level.ATOM
         case _:
             assert_never(pattern)
 

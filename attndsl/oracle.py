@@ -49,6 +49,7 @@ from attndsl.program import (
     Program,
     Read,
     Scalar,
+    Selected,
     Set,
     Table,
     Unary,
@@ -127,6 +128,9 @@ def check_inputs(program: Program, shape: CallShape, given: Mapping[str, Sequenc
             continue
         sizes = tuple(given[decl.name])
         expected = tuple(dim_size(dim, program, shape) for dim in decl.dims)
+        if decl.members is not None and len(sizes) == len(expected):
+            # A list of members, of whatever length, or one entry a member.
+            expected = (*expected[:-1], sizes[-1])
         if len(sizes) != len(expected) or any(n not in (1, m) for n, m in zip(sizes, expected, strict=True)):
             raise ValueError(f"input `{decl.name}` has shape {sizes}, and this call needs {expected}")
 
@@ -150,7 +154,7 @@ def dim_size(dim: Dim, program: Program, shape: CallShape) -> int:
             return shape.dim
         case Axis.DV:
             return shape.v_dim
-        case Axis.CONST:
+        case Axis.CONST | Axis.LIST:
             return dim.size
         case _ as never:
             assert_never(never)
@@ -307,6 +311,8 @@ class Evaluator:
                 return self._coarsened(pattern)
             case Random():
                 return self._drawn(pattern)
+            case Selected():
+                return self._selected(pattern)
             case _ as never:
                 assert_never(never)
 
@@ -386,6 +392,30 @@ class Evaluator:
         rank = np.argsort(order, axis=-1)
         drawn = candidate & (rank < e.count)
         return self._of_blocks(drawn, rows, e.keys) & self.members(e.among)
+
+    def _selected(self, e: Selected) -> Array:
+        plan = self._input(e.plan)
+        members = -(-int(self.variables["Nk"]) // e.keys)
+        chosen = plan != 0 if plan.dtype == np.uint8 else _listed(plan, members)
+        if 0 in chosen.shape:
+            return np.zeros((1, 1, 1, 1), np.bool_)
+        index = (*e.index, Binary("//", Var("k"), Const(e.keys)))
+        return self._entry(chosen, (*self.program.input(e.plan).dims[:-1], Dim(Axis.K, e.keys)), index)
+
+
+def _listed(plan: Array, members: int) -> npt.NDArray[np.bool_]:
+    """Which of so many members the rows of a plan [..., C] list: bool [..., members].
+
+    An entry that is no member, or not above all before it, is skipped.
+    """
+    chosen = np.zeros((*plan.shape[:-1], members), np.bool_)
+    for place in np.ndindex(plan.shape[:-1]):
+        before = -1
+        for entry in plan[place].tolist():
+            if before < entry < members:
+                chosen[(*place, entry)] = True
+            before = max(before, entry)
+    return chosen
 
 
 def coordinates(grid: Grid, x: Array) -> list[Array]:

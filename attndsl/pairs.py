@@ -23,6 +23,7 @@ from attndsl.program import (
     On,
     Program,
     Read,
+    Selected,
     Set,
     Union,
     Where,
@@ -72,7 +73,7 @@ def nodes(pattern: Set) -> Iterator[Set]:
     """Every set expression in a pattern, the pattern itself first."""
     yield pattern
     match pattern:
-        case Where():
+        case Where() | Selected():
             parts: tuple[Set, ...] = ()
         case Union(parts=parts) | Inter(parts=parts):
             pass
@@ -111,7 +112,7 @@ def count_pairs(
 def _heads_differ(program: Program) -> bool:
     """Whether pairs inside a tile may differ between heads or batch entries."""
     pattern = program.branch.pattern
-    drawn = any(isinstance(node, Random) for node in nodes(pattern))
+    drawn = any(isinstance(node, Random | Selected) for node in nodes(pattern))
     placed = any(isinstance(node, On) and not isinstance(node.place, Blocks) for node in nodes(pattern))
     return (
         drawn

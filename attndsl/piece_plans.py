@@ -8,6 +8,7 @@ from typing import Any
 
 from attndsl.derive import derive, with_needed
 from attndsl.linear import normalise
+from attndsl.mask import shaped
 from attndsl.pieces import Piece, choose_pieces
 from attndsl.plan import (
     Backend,
@@ -22,7 +23,6 @@ from attndsl.plan import (
     closed_runs,
     default_tiling,
     forward_plan,
-    shaped,
     slopes,
 )  # fmt: skip
 from attndsl.program import Program, Scalar

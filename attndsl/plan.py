@@ -4,40 +4,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
 from attndsl.derive import derive, with_needed
-from attndsl.effort import TooHard, bounded
 from attndsl.layout import PLAIN, Layout
-from attndsl.learned import Learned
+from attndsl.learned import Learned, Over
 from attndsl.linear import normalise
+from attndsl.listing import Listable, listables
+from attndsl.mask import pair_mask, written_condition
 from attndsl.program import (
     Arg,
-    Binary,
-    Compare,
     Const,
     InputDecl,
-    Logic,
     Program,
     Read,
     Scalar,
     Table,
     TableDecl,
     Var,
-    children,
-    reads,
     walk,
 )  # fmt: skip
-from attndsl.quasi_affine import condition
 from attndsl.relation import Lowering, Relation
 from attndsl.simplify import fold, specialise
 from attndsl.tiles import Run, Side, TileRuns, tile_runs
-
-# A pair's tokens, and their indices in a layout.
-PAIR = ("q", "k", "i", "j")
 
 
 class DType(Enum):
@@ -113,6 +104,7 @@ class Spec:
     scale_sign: int = 1  # sign of the scale where it is given at call time
     backend: Backend = Backend.TRITON
     dropout: bool = False
+    even_start: bool = False  # the first row's position is a multiple of EVEN; only where the program asks (`listing`)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -250,8 +242,10 @@ class BackwardPlan(Plan):
 
 
 def run_scalars(runs: TileRuns) -> tuple[Scalar, ...]:
-    """The ends of the runs."""
-    return tuple(x for run in runs.full + runs.partial for x in (run.first, run.count))
+    """The ends of the runs, and the lists that they are places of."""
+    found = runs.full + runs.partial
+    ends = tuple(x for run in found for x in (run.first, run.count))
+    return (*ends, *(run.list for run in found if run.list is not None))
 
 
 def default_tiling(spec: Spec) -> Tiling:
@@ -320,13 +314,10 @@ def learning_tiling(spec: Spec) -> Tiling:
 @functools.lru_cache(maxsize=1024)
 def forward_plan(program: Program, spec: Spec, tiling: Tiling) -> ForwardPlan:
     """The forward kernel of a program for one kind of call; the plan's program is the derived one."""
-    program = derive(program)
-    lowering = Lowering(program, (spec.heads, spec.kv_heads))
-    relation = lowering.relation(program.branch.pattern)
-    runs = closed_runs(relation, program, spec, tiling, Side.QUERY)
+    visits = _visits(derive(program), spec, tiling, Side.QUERY)
+    program, runs = visits.program, visits.runs
     # The Hopper kernel visits a tile even where there is none, and masks it.
-    masked = runs.partial or spec.backend is Backend.GLUON
-    mask = pair_mask(relation, _written(lowering, spec)) if masked else None
+    mask = visits.mask() if runs.partial or spec.backend is Backend.GLUON else None
     plan = ForwardPlan(program, spec, tiling, runs, mask, **branch_scalars(program, spec))
     return replace(plan, program=with_needed(program, plan.inputs))
 
@@ -336,23 +327,56 @@ def backward_plan(
     program: Program, spec: Spec, tiling: Tiling, key_tiling: Tiling | None = None, uses_lse: bool = True
 ) -> BackwardPlan:
     """The backward kernels of a program for one kind of call; `key_tiling` (default: `tiling`) is that of dk and dv."""
-    program, key_tiling = derive(program), key_tiling or tiling
-    lowering = Lowering(program, (spec.heads, spec.kv_heads))
-    relation = lowering.relation(program.branch.pattern)
-    runs = closed_runs(relation, program, spec, tiling, Side.QUERY)
+    key_tiling = key_tiling or tiling
+    visits = _visits(derive(program), spec, tiling, Side.QUERY, key_tiling)
+    program, runs = visits.program, visits.runs
     if spec.backend is Backend.CPU:
         key_runs = TileRuns((), ())
     else:
-        transposed = Lowering(program, (spec.heads, spec.kv_heads), anchor="k").relation(program.branch.pattern)
-        key_runs = closed_runs(transposed, program, spec, key_tiling, Side.KEY)
-    masked = runs.partial or key_runs.partial
-    mask = pair_mask(relation, _written(lowering, spec)) if masked else None
+        of_keys = _visits(program, spec, key_tiling, Side.KEY, tiling)
+        program, key_runs = of_keys.program, of_keys.runs
+    mask = visits.mask() if runs.partial or key_runs.partial else None
     branch = branch_scalars(program, spec)
     plan = BackwardPlan(
         program, spec, tiling, runs, mask, **branch, key_tiling=key_tiling, key_runs=key_runs,
         **slopes(program, branch), uses_lse=uses_lse,
     )  # fmt: skip
-    return replace(plan, program=with_needed(program, plan.inputs))
+    # Kernels that go over the whole pattern once more read what these need not.
+    whole = any(x.over in (Over.DIAGONALS, Over.PAIRS) for x in plan.learned)
+    return plan if whole else replace(plan, program=with_needed(program, plan.inputs))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Visits:
+    """The runs of one side's tiles, and what decides the pairs in them.
+
+    `selection`: what their lists are made of, which the program then declares; `relation` is that where it holds.
+    """
+
+    program: Program
+    spec: Spec
+    runs: TileRuns
+    lowering: Lowering
+    relation: Relation
+    selection: Listable | None = None
+
+    def mask(self) -> Scalar | None:
+        written = written_condition(self.lowering, self.spec.sizes)
+        return pair_mask(self.relation, written if self.selection is None else self.selection.assumed(written))
+
+
+def _visits(program: Program, spec: Spec, tiling: Tiling, side: Side, other: Tiling | None = None) -> _Visits:
+    """What the tiles of one side visit. `other`: the tiling of a plan's other kernels, which share its mask."""
+    lowering = Lowering(program, (spec.heads, spec.kv_heads), anchor="k" if side is Side.KEY else "q")
+    relation = lowering.relation(program.branch.pattern)
+    for found in listables(program, relation):
+        if all(found.fits(t.block_q, t.block_k, spec.even_start) for t in (tiling, other or tiling)):
+            relation = found.within(relation)
+            runs = closed_runs(relation, program, spec, tiling, side)
+            program, runs = found.listed(program, runs, tiling.block_q, tiling.block_k, side)
+            return _Visits(program, spec, runs, lowering, relation, found)
+    runs = closed_runs(relation, program, spec, tiling, side)
+    return _Visits(program, spec, runs, lowering, relation)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -365,7 +389,7 @@ def learning_plan(plan: BackwardPlan, tiling: Tiling, side: Side) -> BackwardPla
     lowering = Lowering(program, (spec.heads, spec.kv_heads))
     relation = lowering.relation(program.branch.pattern)
     runs = closed_runs(relation, program, spec, tiling, side)
-    mask = pair_mask(relation, _written(lowering, spec)) if runs.partial else None
+    mask = pair_mask(relation, written_condition(lowering, spec.sizes)) if runs.partial else None
     return replace(
         plan, spec=spec, tiling=tiling, runs=runs, key_runs=TileRuns((), ()), mask=mask, layout=PLAIN, follows=False
     )
@@ -393,79 +417,11 @@ def closed_runs(
     return _specialised(runs, spec.sizes)
 
 
-def _written(lowering: Lowering, spec: Spec) -> Scalar:
-    """The pattern as its author wrote it, as a condition, less what is redundant."""
-    program = lowering.program
-    written = fold(lowering.predicate(program.branch.pattern))
-    with suppress(TooHard):  # … in which case the condition stays as it was written.
-        written = bounded(lowering.ctx, lambda: without_redundant(lowering, written))
-    return specialise(written, spec.sizes)
-
-
-def without_redundant(lowering: Lowering, cond: Scalar) -> Scalar:
-    """The condition less those of its conjuncts that the others imply for existing pairs."""
-    if not isinstance(cond, Logic) or cond.op != "and":
-        return cond
-    existing = lowering.set("[Nq, Nk] -> { [q, k] : q < Nq and 0 <= k < Nk }").intersect_params(lowering.context())
-    sets = {x: lowering.holds(x, lowering.here) for x in cond.operands}
-    kept = list(cond.operands)
-    for x in cond.operands:
-        left = existing
-        for y in kept:
-            left = left if y == x else left.intersect(sets[y])
-        if len(kept) > 1 and left.is_subset(sets[x]):
-            kept.remove(x)
-    return kept[0] if len(kept) == 1 else Logic("and", tuple(kept))
-
-
 def branch_scalars(program: Program, spec: Spec) -> dict[str, Any]:
     """What the program's branch says of scores, with the sizes of a call put in."""
     branch = program.branch
     said = {"scale": branch.scale, "score": branch.score, "sink": branch.sink, "weights": branch.weights}
     return {name: None if e is None else specialise(e, spec.sizes) for name, e in said.items()}
-
-
-def pair_mask(relation: Relation, written: Scalar) -> Scalar | None:
-    """The condition for a pair of a visited tile, None where it always holds.
-
-    The cheaper of the pattern as its author wrote it and as the integer sets simplified it.
-    """
-    in_range = Compare("<", Var("k"), Var("Nk"))
-    candidates = [written if relation.keys_bounded else fold(Logic("and", (written, in_range)))]
-    if not relation.atoms:
-        candidates.append(fold(condition(relation.pairs, relation.context, relation.uniform)))
-    return shaped(min(candidates, key=pair_cost))
-
-
-def shaped(cond: Scalar) -> Scalar | None:
-    """None for a condition that always holds. One that does not read the pair must have a tile's shape all the same."""
-    if cond == Const(True):
-        return None
-    if cond == Const(False):
-        return Compare("<", Var("k"), Const(0))
-    return cond if reads(cond, *PAIR) else Logic("and", (cond, Compare(">=", Var("k"), Const(0))))
-
-
-def pair_cost(e: Scalar) -> int:
-    """Rough number of operations per pair: what does not read the pair is computed once."""
-    costs: dict[int, int] = {}
-
-    def cost(x: Scalar) -> int:
-        if id(x) not in costs:
-            costs[id(x)] = 0 if not reads(x, *PAIR) else _own_cost(x) + sum(cost(y) for y in children(x))
-        return costs[id(x)]
-
-    return cost(e)
-
-
-def _own_cost(e: Scalar) -> int:
-    match e:
-        case Read() | Table():
-            return 8
-        case Binary(op="//" | "%"):
-            return 4
-        case _:
-            return 1
 
 
 def _specialised(runs: TileRuns, sizes: dict[str, int]) -> TileRuns:

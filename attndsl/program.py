@@ -3,7 +3,7 @@
     scalar  e ::= Const v | Var x | Arg x | Table t[e*] | Read input[e*]
                 | Unary op e | Binary op e e | Compare op e e | Logic op e* | If e e e | Call f e*
     set     P ::= Where e | Union P* | Inter P* | Minus P P | Complement P | Choose e P P
-                | On P place | Coarsen P | Random P e
+                | On P place | Coarsen P | Random P e | Selected plan[e*]
     place     ::= Blocks B | Permuted input | Segment input | Along axis
     program   ::= inputs, arguments, tables, branches, output      branches and output: see `branches`
 
@@ -48,8 +48,8 @@ class Type(Enum):
 BUILTINS = frozenset({"q", "k", "b", "h", "g", "s", "Nq", "Nk", "H", "G", "D", "Dv"})
 # Names that only the compiler introduces: the tile indices, their difference, the position of a call's first row,
 # those of a layout (`layout.py`): the residue, a query's and a key's index in its order, and that of the first row;
-# and in an output the channel.
-TILE_NAMES = frozenset({"q_tile", "k_tile", "diagonal", "start", "residue", "i", "j", "i_start", "d"})
+# in an output the channel; and the place of an entry in a list of tiles.
+TILE_NAMES = frozenset({"q_tile", "k_tile", "diagonal", "start", "residue", "i", "j", "i_start", "d", "place"})
 
 ARITHMETIC = frozenset({"+", "-", "*", "//", "%", "/"})
 COMPARISONS = frozenset({"<", "<=", ">", ">=", "==", "!="})
@@ -337,7 +337,20 @@ class Coarsen:
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
-Set: TypeAlias = Where | Union | Inter | Minus | Complement | Choose | On | Coarsen | Random
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """The pairs whose key member, k // keys, is chosen for their row class in a plan.
+
+    `plan` is an input with `members`, and `index` says the row class: an index for each of its dimensions but the last.
+    """
+
+    plan: str
+    index: tuple[Scalar, ...]
+    keys: int
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+Set: TypeAlias = Where | Union | Inter | Minus | Complement | Choose | On | Coarsen | Random | Selected
 
 
 # --------------------------------------------------------------------------------------- programs
@@ -429,6 +442,8 @@ def scalars(pattern: Set) -> Iterator[Scalar]:
         case Random(seed=seed, among=p):
             yield seed
             yield from scalars(p)
+        case Selected(index=index):
+            yield from index
         case Choose(cond=c, then=a, other=b):
             yield c
             yield from scalars(a)

@@ -42,6 +42,7 @@ from attndsl.program import (
     Program,
     Read,
     Scalar,
+    Selected,
     Set,
     Table,
     Type,
@@ -205,7 +206,7 @@ class Lowering:
             case Coarsen(operand=operand):
                 inner = self.lower(operand, self.here)
                 step = lambda: self._coarsen(pattern, inner, place)  # noqa: E731
-            case Random():
+            case Random() | Selected():
                 raise AssertionError("the program is derived before it is lowered")
             case _:
                 assert_never(pattern)
@@ -431,7 +432,7 @@ class Lowering:
                     except TooHard:
                         coarse = _map(pattern)
                 return substitute(coarse, place.names)
-            case Random():
+            case Random() | Selected():
                 raise AssertionError("the program is derived before it is lowered")
             case _:
                 assert_never(pattern)

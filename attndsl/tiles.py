@@ -2,8 +2,9 @@
 
 For a query tile the visited key tiles are a few disjoint *runs* `first, first + step, …` (`count` of them), whose
 ends are quasi-affine in the tile's index, the lengths and the uniform scalars. A run is *full* (every pair of
-its tiles is allowed: no mask) or *partial*. The transpose gives, for a key tile, the query tiles that visit it, and the
-skewed relation, for a diagonal of square tiles, the query tiles at which it is visited.
+its tiles is allowed: no mask) or *partial*. Where data decides, the tiles are read from a list (`listed_runs`). The
+transpose gives, for a key tile, the query tiles that visit it, and the skewed relation, for a diagonal of square tiles,
+the query tiles at which it is visited.
 """
 
 from __future__ import annotations
@@ -17,7 +18,20 @@ import islpy as isl
 from attndsl.effort import EFFORT, TooHard, bounded
 from attndsl.layout import PLAIN, Layout
 from attndsl.linear import normalise
-from attndsl.program import Binary, Call, Compare, Const, If, Logic, Scalar, Unary, Var, children
+from attndsl.program import (
+    Binary,
+    Call,
+    Compare,
+    Const,
+    If,
+    Logic,
+    Read,
+    Scalar,
+    Type,
+    Unary,
+    Var,
+    children,
+)  # fmt: skip
 from attndsl.quasi_affine import to_scalar
 from attndsl.relation import Relation
 from attndsl.simplify import fold
@@ -32,6 +46,9 @@ MAX_HARD = 4
 MAX_WRITTEN = 20_000
 # Up to so many pieces are tried for being parts of one interval.
 MAX_JOINED = 6
+# The place of an entry in a list of tiles, and how many places stand before the tiles, for each own tile.
+PLACE = Var("place")
+LIST_HEAD = 3
 
 
 class TileKind(Enum):
@@ -41,12 +58,16 @@ class TileKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The tiles first, first + step, …, `count` of them (none where `count` is not positive)."""
+    """The tiles first, first + step, …, `count` of them (none where `count` is not positive).
+
+    A *list run* has a `list`: the tiles are the entries of a list, at the places first, first + step, ….
+    """
 
     first: Scalar
     count: Scalar
     step: int
     kind: TileKind
+    list: Read | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +77,28 @@ class TileRuns:
 
     full: tuple[Run, ...]
     partial: tuple[Run, ...]
+
+
+def listed_runs(name: str, lead: tuple[Scalar, ...], own: Var) -> TileRuns:
+    """The runs of tiles that a derived input lists, for the own tile `q_tile` or `k_tile`.
+
+    `name`: an int32 input [..., n] whose last dimension is `Dim(Axis.LIST)`; `lead` indexes its other dimensions,
+    which may be of size 1. A row of it begins with three places for each own tile t, at 3 t: where its full tiles
+    begin, where its partial ones do, and where they end. The tiles themselves stand at these places, each once.
+
+    Whoever makes the input owes the kernels that every tile in it exists, 0 <= tile < the other side's tiles: places
+    are clamped to the row, and what stands there is taken without a check.
+    """
+
+    def entry(place: Scalar) -> Read:
+        return Read(name, (*lead, place), Type.INT)
+
+    begin = Binary("*", Const(LIST_HEAD), own)
+    full, partial, end = (entry(fold(Binary("+", begin, Const(i)))) for i in range(LIST_HEAD))
+    return TileRuns(
+        (Run(full, Binary("-", partial, full), 1, TileKind.FULL, entry(PLACE)),),
+        (Run(partial, Binary("-", end, partial), 1, TileKind.PARTIAL, entry(PLACE)),),
+    )
 
 
 class Side(Enum):

@@ -10,7 +10,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from attndsl.derive import derive
 from attndsl.evaluate import evaluate
+from attndsl.listing import Listable, fitting, listables
 from attndsl.plan import (
     Backend,
     BackwardPlan,
@@ -22,6 +24,7 @@ from attndsl.plan import (
     forward_plan,
 )  # fmt: skip
 from attndsl.program import Arg, CallShape, Program, Read, Scalar, Table, walk
+from attndsl.relation import Lowering
 from attndsl.tiles import TileRuns
 
 # Microseconds of a program that owns 128 rows on an H200, by head dimension: apart from its tiles, and for each tile.
@@ -48,7 +51,30 @@ _TOKENS = 16384
 
 @functools.lru_cache(maxsize=1024)
 def choose_tiling(program: Program, spec: Spec) -> Tiling:
-    """The tiling with the least predicted time, where several are known for the spec; else the default."""
+    """The tiling with the least predicted time, where several are known for the spec; else the default.
+
+    Where a plan can list the tiles, they fit into its row classes and members.
+    """
+    return _fitted(_choose_tiling(program, spec), program, spec)
+
+
+def _fitted(tiling: Tiling, program: Program, spec: Spec) -> Tiling:
+    for found in _listables(program, (spec.heads, spec.kv_heads)):
+        block_q, block_k = fitting(tiling.block_q, found.rows), fitting(tiling.block_k, found.keys)
+        if found.fits(block_q, block_k, spec.even_start):
+            return replace(tiling, block_q=block_q, block_k=block_k)
+    return tiling
+
+
+@functools.lru_cache(maxsize=256)
+def _listables(program: Program, heads: tuple[int, int]) -> tuple[Listable, ...]:
+    if not any(decl.members for decl in program.inputs):
+        return ()
+    program = derive(program)
+    return tuple(listables(program, Lowering(program, heads).relation(program.branch.pattern)))
+
+
+def _choose_tiling(program: Program, spec: Spec) -> Tiling:
     candidates = _HOPPER.get(spec.dim, ()) if spec.backend is Backend.GLUON else ()
     best, least = default_tiling(spec), float("inf")
     for tiling, own, per_tile in candidates:
@@ -78,6 +104,11 @@ def prefers_portable(program: Program, spec: Spec) -> bool:
 @functools.lru_cache(maxsize=1024)
 def choose_backward_tilings(program: Program, spec: Spec) -> tuple[Tiling, Tiling]:
     """The tilings of dq, and of dk and dv, as `choose_tiling` does it."""
+    of_q, of_keys = _choose_backward_tilings(program, spec)
+    return _fitted(of_q, program, spec), _fitted(of_keys, program, spec)
+
+
+def _choose_backward_tilings(program: Program, spec: Spec) -> tuple[Tiling, Tiling]:
     of_q, of_keys = backward_tilings(spec)
     if spec.loads is not Loads.DESCRIPTOR or max(spec.dim, spec.v_dim) != 128:
         return of_q, of_keys

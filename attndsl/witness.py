@@ -37,6 +37,7 @@ from attndsl.program import (
     Program,
     Read,
     Scalar,
+    Selected,
     Set,
     Table,
     Type,
@@ -181,6 +182,8 @@ def map_scalars(pattern: Set, change: Callable[[Scalar], Scalar]) -> Set:
             return replace(pattern, operand=inner(operand), place=place)
         case Random(seed=seed, among=among):
             return replace(pattern, seed=change(seed), among=inner(among))
+        case Selected(index=index):
+            return replace(pattern, index=tuple(map(change, index)))
         case _:
             assert_never(pattern)
 
@@ -190,7 +193,7 @@ def has_coarsen(pattern: Set) -> bool:
     match pattern:
         case Coarsen() | Random():
             return True
-        case Where():
+        case Where() | Selected():
             return False
         case Union(parts=parts) | Inter(parts=parts):
             return any(map(has_coarsen, parts))
@@ -222,7 +225,9 @@ class World:
         inputs = {}
         for name, values in self.inputs.items():
             dims = self.program.input(name).dims
-            sizes = (dim_size(dim, self.program, shape) for dim in dims)
+            sizes = [dim_size(dim, self.program, shape) for dim in dims]
+            if (members := self.program.input(name).members) is not None:
+                sizes[-1] = -(-k_len // members)
             inputs[name] = values[tuple(slice(0, size) for size in sizes)]
         return replace(self, shape=shape, inputs=inputs)
 
@@ -312,6 +317,9 @@ class _Search:
 
     def _values(self, decl: InputDecl, shape: CallShape) -> Array:
         sizes = [dim_size(dim, self.program, shape) for dim in decl.dims]
+        if decl.members is not None:
+            sizes[-1] = -(-shape.k_len // decl.members)
+            return (self.rng.random(sizes) < 0.5).astype(np.uint8)
         if decl.type is Type.BOOL:
             return self.rng.random(sizes) < 0.5
         # A few values at a time, so that entries are equal often.

@@ -17,6 +17,7 @@ from attndsl.codegen.scalars import PYTHON, TORCH, Level, Names, Printer
 from attndsl.layout import Comb
 from attndsl.plan import ForwardPlan, Plan, run_scalars
 from attndsl.program import Arg, Axis, Dim, Read, Scalar, Table, Type, Var, reads
+from attndsl.tiles import Run
 
 # Keys attended in one product: bounds the scores held at once.
 CHUNK = 8192
@@ -225,12 +226,23 @@ class TileLoop:
                 lines.add(f"{label}_spans = []")
                 continue
             lines.add(f"{label}_runs = [")
-            lines.add(*(f"    ({self._number(run.first)}, {self._number(run.count)}, {run.step})," for run in found))
+            lines.add(*(f"    {self._run(run)}," for run in found))
             end = "k_len" if self.plan.layout.k.every else "k_end"
             lines.add("]", f"{label}_spans = key_spans({label}_runs, block_k, {end})")
 
     def attended(self) -> None:
         """What is to be done when all keys of a tile are attended."""
+
+    def _run(self, run: Run) -> str:
+        """A run as (first, count, step), or those that the tiles of its list make."""
+        first, count = self._number(run.first), self._number(run.count)
+        if run.list is None:
+            return f"({first}, {count}, {run.step})"
+        self.helpers.add("listed")
+        *index, _ = run.list.index
+        tensor = f"{run.list.input}_input"
+        at = [f"min(max({self._number(e)}, 0), {tensor}.shape[{i}] - 1)" for i, e in enumerate(index)]
+        return f"*listed({tensor}[{', '.join(at)}], {first}, {count}, {run.step})"
 
     def _number(self, e: Scalar) -> str:
         return self.numbers.text(e)

@@ -13,7 +13,7 @@ from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import TRITON, Level, Names, Printer
 from attndsl.plan import DType, Loads, Part, Plan, head_parts
 from attndsl.program import Arg, Axis, Binary, Const, Dim, Read, Scalar, Table, TableDecl, Type, Var, reads, walk
-from attndsl.tiles import Run
+from attndsl.tiles import PLACE, Run
 
 _VARIABLES = {
     "q": "q_pos", "k": "k_pos", "b": "b", "h": "h", "g": "g", "Nk": "k_len", "start": "start",
@@ -382,7 +382,7 @@ class Visits:
     """Several runs as one sequence: its length, and the tile that an iteration visits."""
 
     def __init__(self, lines: Lines, printer: Printer, runs: tuple[Run, ...], label: str) -> None:
-        self.runs, self.label, self.select = runs, label, printer.dialect.select
+        self.runs, self.label, self.select, self.printer = runs, label, printer.dialect.select, printer
         for i, run in enumerate(runs):
             suffix = f"_{i}" if len(runs) > 1 else ""
             for end, e in (("first", run.first), ("count", run.count)):
@@ -407,13 +407,24 @@ class Visits:
         """The tile of iteration `i`."""
         runs, label = self.runs, self.label
         if len(runs) == 1:
-            return f"{label}_first + {i}{_times(runs[0])}"
-        same_step = len({run.step for run in runs}) == 1
+            return self._at(runs[0], f"{label}_first + {i}{_times(runs[0])}")
+        alike = len({run.step for run in runs}) == 1 and all(run.list is None for run in runs)
         choice = ""
         for n in reversed(range(len(runs))):
-            value = f"{label}_base_{n}" if same_step else f"{label}_base_{n} + {i}{_times(runs[n])}"
+            value = f"{label}_base_{n}"
+            if not alike:
+                value = self._at(runs[n], f"{value} + {i}{_times(runs[n])}")
             choice = f"{self.select}({i} < {label}_end_{n}, {value}, {choice})" if choice else value
-        return f"{choice} + {i}{_times(runs[0])}" if same_step else choice
+        return f"{choice} + {i}{_times(runs[0])}" if alike else choice
+
+    def _at(self, run: Run, place: str) -> str:
+        """The tile at a place of a run: itself, or the entry of the run's list."""
+        if run.list is None:
+            return place
+        printer = self.printer.within(self.printer.names.inner())
+        printer.names.known[PLACE] = place
+        language = printer.dialect.language
+        return f"{printer.text(run.list, Level.UNARY)}.to({language}.int32)"
 
 
 def _times(run: Run) -> str:

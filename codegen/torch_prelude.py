@@ -94,6 +94,11 @@ def key_spans(runs, block, k_len):
     return joined
 
 
+def listed(entries, first, count, step):
+    """The tiles at the places first, first + step, … of a list, each as a run of one tile."""
+    return [(tile, 1, 1) for tile in entries[first : first + count * step : step].tolist()]
+
+
 def chunks(full, partial, size):
     """Spans in portions of at most `size` keys: (full spans, partial spans) each."""
     portion, room = ([], []), size

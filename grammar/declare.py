@@ -11,7 +11,6 @@ from attndsl.grammar.report import nearest
 from attndsl.grammar.scalars import scalar, static_int
 from attndsl.grammar.scope import AxisRef, Context, InputRef, PlanRef, Poison, TableRef, Use, Value
 from attndsl.grammar.tables import table_value
-from attndsl.grammar.unsupported import Feature, unsupported
 from attndsl.grid import Grid
 from attndsl.program import Arg, Axis, Const, Dim, InputDecl, TableDecl, Type
 
@@ -30,12 +29,10 @@ def declare_input(node: ast.Input, ctx: Context) -> None:
     dims = [dim(item, ctx) for item in node.type.dims]
     good = [d for d in dims if d is not None]
     if kind in ("tokens", "blocks"):
-        if (kind == "blocks") != (node.type.size is not None):
-            help = "write `blocks(64)[b, q]`" if kind == "blocks" else "write `tokens[b, q]`"
-            ctx.report.error("A030", f"this is not how `{kind}` is written", node.type.span, "an input type", help)
-        elif node.type.size is None or static_int(node.type.size, ctx, "a block size") is not None:
-            unsupported(Feature.PLAN_INPUTS, node.type.span, ctx)
-        ctx.scope.declare(node.name, PlanRef(), at, ctx.report)
+        decl = _plan(node, dims, ctx)
+        if decl is not None:
+            ctx.maker.inputs[node.name] = decl
+        ctx.scope.declare(node.name, Poison() if decl is None else PlanRef(decl), at, ctx.report)
         return
     if kind not in TYPES or node.type.size is not None:
         help = nearest(kind, [*TYPES, "tokens", "blocks"]) or "write int, float, bool, tokens or blocks(B)"
@@ -51,6 +48,32 @@ def declare_input(node: ast.Input, ctx: Context) -> None:
     _check_flags(node, decl, ctx)
     ctx.maker.inputs[node.name] = decl
     ctx.scope.declare(node.name, InputRef(decl), at, ctx.report)
+
+
+def _plan(node: ast.Input, dims: list[Dim | None], ctx: Context) -> InputDecl | None:
+    """The declaration of an input that holds a plan; None if a mistake was reported."""
+    kind, size = node.type.name, node.type.size
+    if (kind == "blocks") != (size is not None):
+        help = "write `blocks(64)[b, q]`" if kind == "blocks" else "write `tokens[b, q]`"
+        ctx.report.error("A030", f"this is not how `{kind}` is written", node.type.span, "an input type", help)
+        return None
+    members = 1 if size is None else static_int(size, ctx, "a block size")
+    good = tuple(d for d in dims if d is not None)
+    if members is None or len(good) < len(dims):
+        return None
+    if any(d.axis not in (Axis.B, Axis.H, Axis.G, Axis.Q) for d in good):
+        ctx.report.error(
+            "A030", "a plan is chosen for b, h or g, and q or blocks of q", node.type.span, "other dimensions",
+            "leave the members out: a plan lists them in a last dimension of its own",
+        )  # fmt: skip
+        return None
+    if node.flags:
+        ctx.report.error("A030", "a plan has no flags", node.span, "here", f"leave out `{node.flags[0]}`")
+        return None
+    decl = InputDecl(node.name, Type.INT, (*good, Dim(Axis.LIST)), members=members, span=node.span)
+    before = len(ctx.report.errors)
+    _check_flags(node, decl, ctx)
+    return decl if len(ctx.report.errors) == before else None
 
 
 def _check_flags(node: ast.Input, decl: InputDecl, ctx: Context) -> None:

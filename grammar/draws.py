@@ -13,6 +13,7 @@ from attndsl.grammar.arguments import match_arguments
 from attndsl.grammar.places import not_along
 from attndsl.grammar.scalars import integer, static_int
 from attndsl.grammar.scope import Context, Use
+from attndsl.pairs import nodes
 from attndsl.program import (
     Axis,
     Choose,
@@ -25,6 +26,7 @@ from attndsl.program import (
     On,
     Read,
     Scalar,
+    Selected,
     Set,
     Union,
     Where,
@@ -120,7 +122,7 @@ def settle(pattern: Set, ctx: Context) -> Set | None:
 def _settled(pattern: Set, around: tuple[Set, ...], ctx: Context) -> Set:
     """`around`: the operands of each `&` on the path from the root that draw nothing themselves."""
     match pattern:
-        case Where():
+        case Where() | Selected():
             return pattern
         case Union(parts=parts):
             return replace(pattern, parts=tuple(_settled(p, around, ctx) for p in parts))
@@ -145,7 +147,7 @@ def _draws(pattern: Set) -> bool:
     match pattern:
         case Random():
             return True
-        case Where():
+        case Where() | Selected():
             return False
         case Union(parts=parts) | Inter(parts=parts):
             return any(map(_draws, parts))
@@ -162,6 +164,7 @@ def _rows_are_known(found: Random, inputs: dict[str, InputDecl], ctx: Context) -
     if found.rows == 1 or found.span is None:
         return True
     found_in = {e.input for root in scalars(found.among) for e in walk(root) if isinstance(e, Read)}
+    found_in |= {p.plan for p in nodes(found.among) if isinstance(p, Selected)}
     rows = sorted(n for n in found_in if any(d.axis is Axis.Q and d.block == 1 for d in inputs[n].dims))
     if rows:
         ctx.report.error(

@@ -60,7 +60,9 @@ class InputRef:
 
 @dataclass(frozen=True, slots=True)
 class PlanRef:
-    """A selection: a `plan`, or an input that holds one."""
+    """A selection: a `plan`, or an input that holds one (`decl`)."""
+
+    decl: InputDecl | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,19 +30,24 @@ from attndsl.grammar.scope import (
 )
 from attndsl.grammar.unsupported import Feature, unsupported
 from attndsl.grid import Along
+from attndsl.pairs import nodes
 from attndsl.program import (
     Axis,
+    Binary,
     Choose,
     Coarse,
     Coarsen,
     Complement,
     Const,
+    InputDecl,
     Inter,
     Minus,
     On,
     Read,
+    Selected,
     Set,
     Union,
+    Var,
     Where,
     scalars,
     walk,
@@ -180,8 +185,9 @@ def _name(node: ast.Name, ctx: Context) -> Set | None:
                 )
                 return None
             return value
+        case PlanRef(decl=InputDecl() as decl):
+            return _planned(decl, span, ctx)
         case PlanRef():
-            # A plan that is an input is reported as unsupported where it is declared.
             if name in ctx.maker.selections:
                 unsupported(Feature.SELECTIONS, span, ctx)
             return Where(ctx.maker.const(True, span), span)
@@ -239,7 +245,28 @@ def _off_grid(span: Span, ctx: Context) -> Set | None:
     return None if grid is None else Where(negated(on_grid(grid)), span)
 
 
+def _planned(decl: InputDecl, span: Span, ctx: Context) -> Set | None:
+    """The pairs that a plan chooses, read at the current row."""
+    if ctx.places:
+        ctx.report.error(
+            "A031",
+            f"`{decl.name}` is read by position and may not stand under `{ctx.inside}`",
+            span,
+            "placed here",
+            "intersect it outside",
+        )
+        return None
+    ctx.maker.term(span)
+    rows = tuple(
+        Binary("//", Var("q"), Const(dim.block)) if dim.block > 1 else Var(dim.axis.value) for dim in decl.dims[:-1]
+    )
+    assert decl.members is not None
+    return Selected(decl.name, rows, decl.members, span)
+
+
 def _reads_positions(value: Set, ctx: Context) -> bool:
+    if any(isinstance(node, Selected) for node in nodes(value)):
+        return True
     found = (e for root in scalars(value) for e in walk(root) if isinstance(e, Read))
     return any(dim.axis in (Axis.Q, Axis.K) for e in found for dim in ctx.maker.inputs[e.input].dims)
 
@@ -262,7 +289,6 @@ def _apply(node: ast.Apply, ctx: Context) -> Set | None:
         case _ if name in SELECTIONS:
             if selections.selection(node, ctx) is None:
                 return None
-            # A plan that is an input is reported as unsupported where it is declared.
             if name in ctx.maker.selections:
                 unsupported(Feature.SELECTIONS, span, ctx)
             return Where(ctx.maker.const(True, span), span)

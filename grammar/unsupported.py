@@ -24,7 +24,6 @@ class Feature(Enum):
         "write `blocks(B)` or `tokens`, `rows(B)` or `query`",
     )
     COMPETE = ("A905", "a `cover` over more than a row class", "write `compete = row`, or leave it out")
-    PLAN_INPUTS = ("A906", "an input that holds a plan", "pass a bool input, as `keep : bool[b, k/64]`")
     PACKED = (
         "A907",
         "`packed`",

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from attndsl.diagnostics import PatternError, Span, error
 from attndsl.plan import DType
-from attndsl.program import Axis, CallShape, Dim, Program, Type
+from attndsl.program import Axis, CallShape, Dim, InputDecl, Program, Type
 
 _DTYPES = {
     torch.bfloat16: DType.BFLOAT16, torch.float16: DType.FLOAT16, torch.float32: DType.FLOAT32,
     torch.float64: DType.FLOAT64,
 }  # fmt: skip
 _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+_PLANS = (torch.int32, torch.int64, torch.uint8)
 MAX_DIM = 256
 
 
@@ -62,17 +63,28 @@ def check_inputs(program: Program, shape: CallShape, inputs: Sequence[Tensor], d
     for decl, x in zip(program.inputs, inputs, strict=True):
         name = f"input `{decl.name}`"
         allowed = {Type.INT: _INTEGERS, Type.BOOL: (torch.bool,), Type.FLOAT: tuple(_DTYPES)}[decl.type]
+        if decl.members is not None and x.dtype not in _PLANS:
+            said = "an int32 list of members, or uint8 with one entry a member"
+            raise _wrong("A511", f"{name} is a plan, {said}, and the tensor is {_dtype(x)}", span=decl.span)
         if x.dtype not in allowed:
             raise _wrong("A511", f"{name} is declared {decl.type.value} and the tensor is {_dtype(x)}", span=decl.span)
         if x.device != device:
             raise _wrong("A512", f"{name} is on {x.device} and q on {device}", span=decl.span)
-        sizes = [dim_size(dim, program, shape) for dim in decl.dims]
+        sizes = declared_sizes(decl, program, shape, x)
         fits = len(sizes) == x.dim() and all(have in (1, want) for have, want in zip(x.shape, sizes, strict=True))
         if not fits:
             raise _wrong(
                 "A513", f"{name} has shape {list(x.shape)}; this call needs {sizes}",
                 "a dimension may also have size 1, and is then broadcast", span=decl.span,
             )  # fmt: skip
+
+
+def declared_sizes(decl: InputDecl, program: Program, shape: CallShape, x: Tensor) -> list[int]:
+    """The sizes that an input has in a call. A plan lists as many members as it likes, or in uint8 says it of each."""
+    sizes = [dim_size(dim, program, shape) for dim in decl.dims]
+    if decl.members is not None and x.dim() == len(sizes):
+        sizes[-1] = -(-shape.k_len // decl.members) if x.dtype == torch.uint8 else x.shape[-1]
+    return sizes
 
 
 def check_tables(program: Program, shape: CallShape) -> None:
@@ -104,7 +116,7 @@ def dim_size(dim: Dim, program: Program, shape: CallShape) -> int:
             return shape.dim
         case Axis.DV:
             return shape.v_dim
-        case Axis.CONST:
+        case Axis.CONST | Axis.LIST:
             return dim.size
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attndsl.derivation import BlockMap, Derivation, Draw, Offsets
+from attndsl.derivation import BlockMap, Chosen, Derivation, Draw, Offsets, TileList
 from attndsl.derive import class_hash, own_inputs
 from attndsl.diagnostics import error
 from attndsl.program import (
@@ -38,6 +38,7 @@ from attndsl.program import (
 from attndsl.relation import Lowering
 from attndsl.runtime.call import dim_size
 from attndsl.runtime.engine import Gradients, table_tensor
+from attndsl.runtime.plans import chosen_members, list_size, tile_list
 from attndsl.runtime.values import Values, mix64, ordered
 from attndsl.simplify import fold
 
@@ -70,7 +71,7 @@ def _counted(derivation: Derivation | None) -> Set | None:
             return operand
         case Draw(drawn=drawn):
             return drawn.among
-        case Offsets() | None:
+        case Offsets() | Chosen() | TileList() | None:
             return None
         case _:
             assert_never(derivation)
@@ -84,6 +85,8 @@ class Deriver:
     shape: CallShape
     device: torch.device
     kept: Kept = field(default_factory=dict)
+    # The call's own inputs, or tensors of their shapes and dtypes: of plans, sizes follow from these.
+    given: Sequence[Tensor] = ()
     _own: tuple[InputDecl, ...] = field(init=False)
     _derived: tuple[InputDecl, ...] = field(init=False)
     _fixed: frozenset[str] = field(init=False)
@@ -175,6 +178,14 @@ class Deriver:
                 return self._map(decl, decl.derivation, values)
             case Draw():
                 return self._draw(decl, decl.derivation, values)
+            case Chosen(plan=plan, keys=keys):
+                return chosen_members(values.tensors[plan], self._members(keys))
+            case TileList():
+                plan, first = decl.derivation.plan, self.shape.first_position(self.program)
+                q_len, k_len = self._lengths(1)
+                values = values.at(start=first, i_start=first, Nq=q_len, Nk=k_len)
+                dims = self.program.input(plan).dims
+                return tile_list(decl.derivation, decl, values.tensors[plan], dims, values)
             case None:
                 raise AssertionError(f"`{decl.name}` is given")
             case _:
@@ -279,8 +290,21 @@ class Deriver:
     def _range(self, low: int, high: int) -> Tensor:
         return torch.arange(low, high, device=self.device)
 
+    def _members(self, keys: int) -> int:
+        return -(-self.shape.k_len // keys)
+
+    def _plan(self, name: str) -> Tensor:
+        return next(x for decl, x in zip(self._own, self.given, strict=True) if decl.name == name)
+
     def _size(self, decl: InputDecl) -> list[int]:
-        return [dim_size(dim, self.program, self.shape) for dim in decl.dims]
+        match decl.derivation:
+            case Chosen(plan=plan, keys=keys):
+                return [*self._plan(plan).shape[:-1], self._members(keys)]
+            case TileList(plan=plan):
+                dims = self.program.input(plan).dims
+                return list_size(decl.derivation, decl, self._plan(plan), dims, self.shape)
+            case _:
+                return [dim_size(dim, self.program, self.shape) for dim in decl.dims]
 
 
 class Deriving:
@@ -320,10 +344,12 @@ def derived_dtype(decl: InputDecl) -> torch.dtype:
     match decl.derivation:
         case Offsets():
             return torch.int32
-        case BlockMap():
+        case BlockMap() | Chosen():
             return torch.bool
         case Draw():
             return torch.int64
+        case TileList():
+            return torch.int32
         case None:
             raise AssertionError(f"`{decl.name}` is given")
         case _:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attndsl.diagnostics import error
+from attndsl.listing import even_start
 from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.plan import Backend, BackwardPlan, DType, ForwardPlan, Loads, Spec, Tiling
 from attndsl.program import CallShape, Program, TableDecl, Type
@@ -142,7 +143,7 @@ class Engine:
 
             plans = forward_plans(program, spec, self.tiling)
             functions = [CpuForward(plan, self._text(self.generators.cpu_forward, plan)) for plan in plans]
-            return self._deriving(plans[0].program, q, k, v).forward(in_turn(functions))
+            return self._deriving(plans[0].program, q, k, v, inputs).forward(in_turn(functions))
         from attndsl.runtime.printing import printed_forward
         from attndsl.runtime.triton_launch import (
             INTERPRETED,
@@ -167,7 +168,7 @@ class Engine:
         }
         cache = None if INTERPRETED else shared_cache()
         kernels = printed_forward(program, spec, backends, self.tiling, printers, cache)
-        deriving = self._deriving(kernels[0].program, q, k, v)
+        deriving = self._deriving(kernels[0].program, q, k, v, inputs)
         inputs = [*inputs, *deriving.examples]
         steps = [functools.partial(TritonForward, x, q, k, v, inputs, aligned) for x in kernels]
         return deriving.forward(in_turn(together(steps)))
@@ -186,7 +187,8 @@ class Engine:
             plans = backward_plans(program, replace(spec, backend=Backend.CPU), tilings, uses_lse=uses_lse)
             generate = self.generators.cpu_backward
             functions = tuple(cpu_backward.CpuBackward(plan, self._text(generate, plan)) for plan in plans)
-            return self._deriving(plans[0].program, q, k, v).backward(cpu_backward.InTurn(functions))
+            deriving = self._deriving(plans[0].program, q, k, v, inputs)
+            return deriving.backward(cpu_backward.InTurn(functions))
         from attndsl.runtime.printing import printed_backward
         from attndsl.runtime.triton_backward import prepare_backward
         from attndsl.runtime.triton_launch import INTERPRETED, loads_for, shared_cache
@@ -194,15 +196,16 @@ class Engine:
         spec = replace(spec, loads=loads_for(spec, aligned, q, k, v, dout))
         cache = None if INTERPRETED else shared_cache()
         kernels = printed_backward(program, spec, uses_lse, self.tiling, self.generators, cache)
-        deriving = self._deriving(kernels.pieces[0][0].program, q, k, v)
+        deriving = self._deriving(kernels.pieces[0][0].program, q, k, v, inputs)
         inputs = [*inputs, *deriving.examples]
         return deriving.backward(prepare_backward(kernels, dout, q, k, v, inputs, aligned))
 
-    def _deriving(self, program: Program, q: Tensor, k: Tensor, v: Tensor) -> Deriving:
+    def _deriving(self, program: Program, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> Deriving:
         """How launches of a plan's program get their derived inputs."""
         from attndsl.runtime.derive import Deriver, Deriving
 
-        return Deriving(Deriver(program, call_shape(q, k, v), q.device, self._kept))
+        sizes = [torch.empty_like(x, device="meta") for x in inputs]
+        return Deriving(Deriver(program, call_shape(q, k, v), q.device, self._kept, sizes))
 
     def program_of(self, scale: float | None) -> Program:
         """The program, whose own scale a call's takes the place of."""
@@ -224,7 +227,7 @@ class Engine:
             )
         return Spec(
             shape.heads, shape.kv_heads, shape.dim, shape.v_dim, dtype_of(q), device_target(q.device),
-            scale_sign=1 if scale is None or scale > 0 else -1,
+            scale_sign=1 if scale is None or scale > 0 else -1, even_start=even_start(self.program, shape),
         )  # fmt: skip
 
     def choose(self, backend: str, spec: Spec) -> str:

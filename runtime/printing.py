@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attndsl
+from attndsl import derivation, inputs, records, tiles
 from attndsl import layout as layouts
 from attndsl import plan as plans_module
 from attndsl import program as programs
-from attndsl import records, tiles
+from attndsl.derivation import TileList
 from attndsl.derive import derive
 from attndsl.diagnostics import error
 from attndsl.learned import Over
@@ -35,7 +36,7 @@ from attndsl.plan import (
     learning_plan,
     learning_tiling,
 )  # fmt: skip
-from attndsl.program import Program
+from attndsl.program import InputDecl, Program
 from attndsl.runtime.cache import KernelCache, cache_key
 from attndsl.targets import layout_refusal
 from attndsl.tiles import Side
@@ -148,23 +149,28 @@ def _kept(
 
 def _choices(program: Program, said: Any) -> dict[str, bytes]:
     """What an entry holds beside texts. program: the derived one, that the plans have."""
-    derived = [decl.name for decl in program.inputs if decl.derivation is not None]
-    return {_CHOICES: json.dumps({"derived": derived, "said": records.write(said, _LEFT_OUT)}).encode()}
+    derived = [decl for decl in program.inputs if decl.derivation is not None]
+    # Lists of tiles follow from the plan.
+    lists = tuple(decl for decl in derived if isinstance(decl.derivation, TileList))
+    names = [decl.name for decl in derived if decl not in lists]
+    choices = {"derived": names, "lists": records.write(lists, {}), "said": records.write(said, _LEFT_OUT)}
+    return {_CHOICES: json.dumps(choices).encode()}
 
 
 def _chosen(files: Mapping[str, bytes], program: Program) -> tuple[Program, Any]:
     """The derived program, and what was said beside the texts."""
     choices = json.loads(files[_CHOICES])
     derived = derive(program)
-    inputs = (d for d in derived.inputs if d.derivation is None or d.name in choices["derived"])
-    program = replace(derived, inputs=tuple(inputs))
+    needed = (d for d in derived.inputs if d.derivation is None or d.name in choices["derived"])
+    lists: tuple[InputDecl, ...] = records.read(choices["lists"], _recorded(), {})
+    program = replace(derived, inputs=(*needed, *lists))
     return program, records.read(choices["said"], _recorded(), {"BackwardPlan": {"program": program}})
 
 
 @functools.cache
 def _recorded() -> Mapping[str, type]:
     """The classes that an entry may hold."""
-    return records.classes_of((programs, layouts, tiles, plans_module))
+    return records.classes_of((programs, inputs, derivation, layouts, tiles, plans_module))
 
 
 def _choice(program: Program, spec: Spec, backends: tuple[Backend, ...]) -> Backend:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attndsl.plan import Backend, DType, Loads, Plan, Printed, Spec, head_parts
-from attndsl.program import CallShape, Program
+from attndsl.program import Axis, CallShape, Program
 from attndsl.runtime.build import KernelSource, compile_kernel, parameters
 from attndsl.runtime.cache import KernelCache
 from attndsl.runtime.call import call_shape, dim_size
@@ -203,7 +203,10 @@ def program_sources(plan: Planned, shape: CallShape, inputs: Sequence[Tensor], d
         for axis, size in enumerate(x.shape):
             # A dimension of size 1 is broadcast.
             found[f"{decl.parameter}_stride_{axis}"] = 0 if size == 1 else x.stride(axis)
-            found[f"{decl.parameter}_size_{axis}"] = dim_size(decl.dims[axis], plan.program, shape)
+            dim = decl.dims[axis]
+            found[f"{decl.parameter}_size_{axis}"] = (
+                size if dim.axis is Axis.LIST else dim_size(dim, plan.program, shape)
+            )
     for table in plan.tables:
         found[f"{table.name}_table"] = table_tensor(table, device)
     for i, name in enumerate(plan.program.args):

@@ -58,7 +58,7 @@ def run(
     q, k, v = (x.to(DEVICE) for x in (q, k, v))
     given = [inputs[decl.name].to(DEVICE) for decl in program.inputs]
     numbers = [(args or {})[name] for name in program.args]
-    given += Deriver(plan.program, shape, DEVICE)(given, numbers)
+    given += Deriver(plan.program, shape, DEVICE, given=given)(given, numbers)
     printed = Printed(plan.program, spec, plan.tiling, forward_source(plan))
     kernel = TritonForward(printed, q, k, v, given, aligned=loads is Loads.DESCRIPTOR)
     out, lse = kernel(q, k, v, given, numbers, scale, None)

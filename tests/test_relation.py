@@ -14,8 +14,8 @@ from attndsl.derivation import Draw
 from attndsl.derive import derive
 from attndsl.effort import TooHard, bounded
 from attndsl.grammar import load
+from attndsl.mask import pair_mask, without_redundant
 from attndsl.oracle import evaluate, mask
-from attndsl.plan import pair_mask, without_redundant
 from attndsl.program import CallShape, Program, Type
 from attndsl.relation import Lowering, Relation, build_relation
 from attndsl.simplify import fold

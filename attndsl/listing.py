@@ -1,0 +1,107 @@
+"""Where a pattern lies within what a plan chooses, its tiles are listed: others are not visited.
+
+A plan says for each row class which members of the keys it chooses. With tiles inside one row class and one member the
+plan says it of tiles, so kernels read their tiles from lists that the runtime makes of it, and in those the selection
+holds: which of them are full, and the mask of the rest, are those of the pattern with the selection for true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from attndsl.derivation import Chosen, TileList
+from attndsl.isl_sets import where_param
+from attndsl.program import (
+    Axis,
+    Binary,
+    CallShape,
+    Const,
+    Dim,
+    InputDecl,
+    Program,
+    Read,
+    Scalar,
+    Type,
+    Var,
+    reads,
+    rebuild,
+)  # fmt: skip
+from attndsl.relation import Relation
+from attndsl.simplify import fold
+from attndsl.tiles import Side, TileRuns, listed_runs
+
+# The largest tile, and the multiple of positions at which row classes and tiles begin together.
+EVEN = 128
+# The smallest tile that tensor cores take.
+LEAST = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Listable:
+    """A selection that a pattern lies in: the atom that stands for it, the read behind it and the plan's units."""
+
+    atom: str
+    read: Read
+    plan: InputDecl
+    rows: int | None
+    keys: int
+
+    def fits(self, block_q: int, block_k: int, even_start: bool) -> bool:
+        """Whether tiles of these sizes lie in one row class and one member each."""
+        of_rows = self.rows is None or (even_start and self.rows % block_q == 0 and EVEN % block_q == 0)
+        return of_rows and self.keys % block_k == 0
+
+    def within(self, relation: Relation) -> Relation:
+        """The relation where the selection holds."""
+        atoms = {name: e for name, e in relation.atoms.items() if name != self.atom}
+        return replace(relation, pairs=where_param(relation.pairs, self.atom, 1), atoms=atoms)
+
+    def assumed(self, written: Scalar) -> Scalar:
+        """A condition where the selection holds."""
+        return fold(rebuild(written, lambda e: Const(True) if e == self.read else e))
+
+    def listed(
+        self, program: Program, runs: TileRuns, block_q: int, block_k: int, side: Side
+    ) -> tuple[Program, TileRuns]:
+        """The runs of the tiles that the plan chooses, of those in `runs`; the program declares their lists."""
+        found = TileList(self.plan.name, self.rows, self.keys, block_q, block_k, side is Side.KEY, runs)
+        ends = [e for run in runs.full + runs.partial for e in (run.first, run.count)]
+        heads = [d for d in self.plan.dims if d.axis in (Axis.H, Axis.G)]
+        if any(reads(e, "h", "g") for e in ends):
+            heads = [Dim(Axis.H)]
+        batch = any(d.axis is Axis.B for d in self.plan.dims) or any(reads(e, "b") for e in ends)
+        dims = (*([Dim(Axis.B)] if batch else []), *heads)
+        name = f"{'q' if found.of_keys else 'k'}_tiles_{self.plan.name}"
+        taken = {decl.name for decl in program.inputs}
+        while name in taken:
+            name += "_"
+        decl = InputDecl(name, Type.INT, (*dims, Dim(Axis.LIST)), derivation=found)
+        lead = tuple(Var(d.axis.value) for d in dims)
+        return replace(program, inputs=(*program.inputs, decl)), listed_runs(name, lead, Var(side.value))
+
+
+def listables(program: Program, relation: Relation) -> Iterator[Listable]:
+    """The listables that every pair of a derived program's pattern is in."""
+    for name, e in relation.atoms.items():
+        if not isinstance(e, Read) or not isinstance(found := program.input(e.input).derivation, Chosen):
+            continue
+        plan = program.input(found.plan)
+        if not where_param(relation.pairs, name, 0).is_empty():
+            continue
+        rows = [d.block for d in plan.dims if d.axis is Axis.Q]
+        member = Binary("//", Var("k"), Const(found.keys)) if found.keys > 1 else Var("k")
+        if e.index[-1] == member:
+            yield Listable(name, e, plan, rows[0] if rows else None, found.keys)
+
+
+def even_start(program: Program, shape: CallShape) -> bool:
+    """Whether a call's first row stands where tiles and row classes begin, for programs that read a plan."""
+    return any(decl.members for decl in program.inputs) and shape.first_position(program) % EVEN == 0
+
+
+def fitting(block: int, unit: int | None) -> int:
+    """The largest size of tiles up to `block` that divides a unit."""
+    while unit is not None and unit % block and block > LEAST:
+        block //= 2
+    return block

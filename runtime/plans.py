@@ -1,0 +1,133 @@
+"""Plans: which members are chosen for each row class, as tensors that a call is given or makes.
+
+A plan is int32 or int64 [..., C], members in increasing order and -1 after them, or uint8 [..., M], with an entry for
+every member. What a call hands in is never trusted: an entry that is no member, or not above all before it, is skipped.
+Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from attndsl.derivation import TileList
+from attndsl.program import Axis, CallShape, Dim, InputDecl, reads
+from attndsl.runtime.values import Values
+from attndsl.tiles import LIST_HEAD, Run
+
+
+def listed_members(plan: Tensor, members: int) -> Tensor:
+    """bool [..., C]: which entries of a plan that lists members count."""
+    if plan.shape[-1] == 0:
+        return plan >= 0
+    before = pad(plan.cummax(-1).values[..., :-1], (1, 0), value=-1)
+    return (plan > before) & (plan >= 0) & (plan < members)
+
+
+def chosen_members(plan: Tensor, members: int) -> Tensor:
+    """bool [..., members]: which members a plan of either form chooses."""
+    if plan.dtype == torch.uint8:
+        return (plan != 0).expand(*plan.shape[:-1], members).contiguous()
+    counts = listed_members(plan, members)
+    # What does not count goes to a place of its own, which is dropped.
+    found = torch.zeros(*plan.shape[:-1], members + 1, dtype=torch.bool, device=plan.device)
+    place = torch.where(counts, plan, members).to(torch.int64)
+    return found.scatter_(-1, place, True)[..., :members].contiguous()
+
+
+def chosen_entries(plan: Tensor, members: int) -> tuple[Tensor, Tensor]:
+    """Members [..., C] that a plan of either form lists, and which of them count."""
+    if plan.dtype == torch.uint8:
+        return torch.arange(members, device=plan.device).expand(*plan.shape[:-1], members), chosen_members(
+            plan, members
+        )
+    return plan, listed_members(plan, members)
+
+
+def list_size(d: TileList, decl: InputDecl, plan: Tensor, dims: Sequence[Dim], shape: CallShape) -> list[int]:
+    """Sizes of a derived list of tiles: in batch and heads the plan's own, unless its tiles differ there."""
+    ends = [e for run in d.runs.full + d.runs.partial for e in (run.first, run.count)]
+    own = {dim.axis: size for dim, size in zip(dims, plan.shape, strict=True)}
+    found = []
+    for dim in decl.dims[:-1]:
+        names, size = (("b",), shape.batch) if dim.axis is Axis.B else (("h", "g"), shape.heads)
+        found.append(size if any(reads(e, *names) for e in ends) else own[dim.axis])
+    q_tiles, k_tiles = _tiles(d, shape)
+    members = -(-shape.k_len // d.keys) if plan.dtype == torch.uint8 else plan.shape[-1]
+    entries = q_tiles * members * (d.keys // d.block_k)
+    return [*found, LIST_HEAD * (k_tiles if d.of_keys else q_tiles) + entries]
+
+
+def tile_list(d: TileList, decl: InputDecl, plan: Tensor, dims: Sequence[Dim], values: Values) -> Tensor:
+    """The lists of tiles of a plan whose dimensions are `dims`. values: of scalars in the call, without tiles."""
+    shape, device = values.shape, plan.device
+    q_tiles, k_tiles = _tiles(d, shape)
+    plan = _four(plan, dims)
+    if any(dim.axis is Axis.H for dim in decl.dims) and not any(dim.axis is Axis.H for dim in dims):
+        plan = plan.repeat_interleave(shape.heads // plan.shape[1], 1)
+    q_tile = torch.arange(q_tiles, device=device).view(-1, 1)
+    entries, counts = chosen_entries(plan, -(-shape.k_len // d.keys))
+    if plan.shape[2] > 1:
+        assert d.rows is not None
+        row_class = ((q_tile.flatten() * d.block_q + values.variables["start"]) // d.rows).clamp(0, plan.shape[2] - 1)
+        entries, counts = (x.index_select(2, row_class) for x in (entries, counts))
+    each = d.keys // d.block_k
+    k_tile = (entries[..., None] * each + torch.arange(each, device=device)).flatten(-2).to(torch.int64)
+    counts = counts.repeat_interleave(each, -1) & (k_tile < k_tiles)
+    values = values.at(q_tile=q_tile, k_tile=k_tile)
+    full, partial = (
+        _inside(runs, q_tile if d.of_keys else k_tile, values) & counts for runs in (d.runs.full, d.runs.partial)
+    )
+    size = torch.broadcast_shapes(full.shape, partial.shape, (1, 1, q_tiles, k_tile.shape[-1]))
+    kind = torch.where(full, 0, torch.where(partial, 1, 2)).expand(size)
+    order = _by_keys if d.of_keys else _by_queries
+    head, tiles = order(kind, q_tile.expand(size), k_tile.expand(size), q_tiles, k_tiles)
+    found = torch.cat((head.flatten(2) + LIST_HEAD * head.shape[2], tiles), -1).to(torch.int32)
+    axes = [dim.axis for dim in decl.dims]
+    found = found if Axis.H in axes or Axis.G in axes else found[:, 0]
+    return found if Axis.B in axes else found[0]
+
+
+def _tiles(d: TileList, shape: CallShape) -> tuple[int, int]:
+    """How many tiles of queries and of keys a call has."""
+    return -(-shape.rows // d.block_q), -(-shape.k_len // d.block_k)
+
+
+def _four(plan: Tensor, dims: Sequence[Dim]) -> Tensor:
+    """A plan as [batch, heads, row classes, entries], dimensions that it lacks of size 1."""
+    axes = [dim.axis for dim in dims]
+    if Axis.Q not in axes:
+        plan = plan.unsqueeze(-2)
+    if Axis.H not in axes and Axis.G not in axes:
+        plan = plan.unsqueeze(-3)
+    return plan if Axis.B in axes else plan[None]
+
+
+def _inside(runs: Sequence[Run], tile: Tensor, values: Values) -> Tensor:
+    """Which tiles are in some of the runs."""
+    found = torch.zeros((), dtype=torch.bool, device=tile.device)
+    for run in runs:
+        after = tile - values.tensor(run.first)
+        inside = (after >= 0) & (after < values.tensor(run.count) * run.step)
+        found = found | (inside if run.step == 1 else inside & (after % run.step == 0))
+    return found
+
+
+def _by_queries(kind: Tensor, q_tile: Tensor, k_tile: Tensor, q_tiles: int, k_tiles: int) -> tuple[Tensor, Tensor]:
+    """Places [..., query tiles, 3] and tiles of the lists of query tiles: each has as much room as the others."""
+    tiles = torch.where(kind < 2, kind * k_tiles + k_tile, 2 * k_tiles).sort(-1).values % max(1, k_tiles)
+    begin = (torch.arange(q_tiles, device=kind.device) * kind.shape[-1]).expand(kind.shape[:-1])
+    full = begin + (kind == 0).sum(-1)
+    return torch.stack((begin, full, full + (kind == 1).sum(-1)), -1), tiles.flatten(-2)
+
+
+def _by_keys(kind: Tensor, q_tile: Tensor, k_tile: Tensor, q_tiles: int, k_tiles: int) -> tuple[Tensor, Tensor]:
+    """The same of the lists of key tiles, one after another."""
+    place = torch.where(kind < 2, (2 * k_tile + kind) * q_tiles + q_tile, 2 * k_tiles * q_tiles)
+    place = place.flatten(-2).sort(-1).values
+    ends = torch.arange(0, 2 * k_tiles + 1, device=kind.device) * q_tiles
+    ends = torch.searchsorted(place, ends.expand(*place.shape[:-1], -1).contiguous())
+    return torch.stack((ends[..., :-2:2], ends[..., 1::2], ends[..., 2::2]), -1), place % max(1, q_tiles)

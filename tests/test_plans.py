@@ -1,0 +1,244 @@
+"""Plans: inputs that say which members of the keys each row class attends to, against the oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import attndsl
+from attndsl.api import _engine
+from attndsl.codegen.triton_forward import forward_source
+from attndsl.diagnostics import PatternError
+from attndsl.listing import even_start
+from attndsl.plan import Backend, DType, Spec, Tiling, backward_plan, forward_plan
+from attndsl.program import CallShape
+from attndsl.runtime.cache import KernelCache
+from attndsl.runtime.printing import printed_forward
+from attndsl.runtime.triton_launch import INTERPRETED
+from tests.gradients import TOLERANCE, expected_gradients, upstream
+
+pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "ignore::attndsl.PatternWarning")
+
+SMALL = Tiling(16, 16)
+
+
+def random_plan(rng: np.random.Generator, lead: tuple[int, ...], members: int, form: str) -> Tensor:
+    """A plan that nobody checked: entries out of order and out of range, rows that choose nothing."""
+    if form == "map":
+        return torch.from_numpy((rng.random((*lead, members)) < 0.3).astype(np.uint8))
+    plan = rng.integers(-2, members + 2, (*lead, 4)).astype(np.int32)
+    if form == "sorted":
+        plan = np.sort(plan, axis=-1)
+    return torch.from_numpy(plan)
+
+
+def attend(text: str, shape: CallShape, plan: Tensor, backend: str, **inputs: Tensor) -> None:
+    """Judge out, lse and gradients of a call against the oracle's."""
+    attn = attndsl.compile(text)
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randn(shape.batch, shape.heads, shape.rows, shape.dim, generator=generator)
+    k = torch.randn(shape.batch, shape.kv_heads, shape.k_len, shape.dim, generator=generator)
+    v = torch.randn(shape.batch, shape.kv_heads, shape.k_len, shape.v_dim, generator=generator)
+    given: dict[str, Any] = {"p": plan, **inputs}
+    listed = [given[decl.name] for decl in attn.program.inputs]
+    engine = _engine(attn.program)
+    engine.tiling = SMALL
+    out, lse = engine.forward(q, k, v, listed, [], None, backend)
+    expected, expected_lse = attn.reference(q, k, v, return_lse=True, **given)
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=2e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=2e-6, rtol=2e-5)
+    dout, dlse = upstream(q, v)
+    found = engine.backward(dout, dlse, q, k, v, out, lse, listed, [], None, backend)
+    wanted, learned = expected_gradients(attn.program, q, k, v, given, {}, dout, dlse)
+    for got, want in [*zip(found[:3], wanted, strict=True), *zip(found[3], learned, strict=True)]:
+        assert (got is None) == (want is None)
+        if got is not None and want is not None:
+            assert (got.double() - want).abs().max() <= TOLERANCE[torch.float32] * max(1.0, float(want.abs().max()))
+
+
+def sizes(dims: str, shape: CallShape) -> tuple[int, ...]:
+    """The row classes of a plan declared with these dimensions."""
+    found = {"b": shape.batch, "h": shape.heads, "g": shape.kv_heads, "q": shape.rows}
+    return tuple(found[d] if d in found else -(-shape.k_len // int(d[2:])) for d in dims.split(", ") if d)
+
+
+DIMS = ("b, g, q/16", "b, h, q/32", "g, q/16", "q/48", "b, g", "h", "b, g, q", "b, q/20")
+PATTERNS = (
+    "causal & p", "p", "causal & p - window(7)", "causal & (p | window(7))", "causal - p", "causal & p & document(doc)",
+    "p & { h == 0 or q - k < 50 }", "p & { q - k < reach[b] }", "if h == 0 then causal & p else window(9)",
+)  # fmt: skip
+
+
+@given(
+    st.sampled_from(DIMS), st.sampled_from(PATTERNS), st.sampled_from((1, 8, 16, 32)),
+    st.sampled_from(((70, 70), (33, 97), (1, 40), (1, 1), (16, 144))), st.sampled_from(((2, 1), (4, 2), (2, 2))),
+    st.sampled_from(("map", "list", "sorted")), st.sampled_from((8, 80)), st.integers(0, 9),
+)  # fmt: skip
+def test_random_plans(
+    dims: str, pattern: str, keys: int, lengths: tuple[int, int], heads: tuple[int, int], form: str, dim: int, seed: int
+) -> None:
+    shape = CallShape(2, *heads, *lengths, dim, 16)
+    rng = np.random.default_rng(seed)
+    plan = random_plan(rng, sizes(dims, shape), -(-shape.k_len // keys), form)
+    declared = f"input p : {'tokens' if keys == 1 else f'blocks({keys})'}[{dims}]\n"
+    inputs = {}
+    if "doc" in pattern:
+        declared += "input doc : int[b, k] sorted\n"
+        inputs["doc"] = torch.from_numpy(np.cumsum(rng.random((2, shape.k_len)) < 0.05, axis=1).astype(np.int32))
+    if "reach" in pattern:
+        declared += "input reach : int[b]\n"
+        inputs["reach"] = torch.from_numpy(rng.integers(0, 60, 2).astype(np.int32))
+    attend(f"attention planned {{ {declared} attend {pattern} }}", shape, plan, "cpu", **inputs)
+
+
+FIXED = {
+    "listed": ("b, g, q/16", "causal & p", 16, (70, 70), "list"),
+    "map": ("b, h, q/32", "causal & p", 32, (70, 70), "map"),
+    "chunk": ("b, g, q/16", "causal & p - window(7)", 16, (33, 97), "sorted"),
+    "even_chunk": ("b, g, q/16", "causal & p", 32, (16, 144), "sorted"),
+    "head": ("b, g", "causal & p", 32, (70, 70), "sorted"),
+    "head_of_tile": ("q/16", "p & { h == 0 or q - k < 50 }", 16, (70, 70), "list"),
+    "query": ("b, g, q", "causal & p", 16, (33, 60), "list"),
+    "tokens": ("b, q", "causal & p", 1, (20, 33), "sorted"),
+    "one": ("b, g, q/16", "causal & p", 16, (1, 1), "list"),
+    "complement": ("b, g, q/16", "causal - p", 16, (50, 50), "sorted"),
+}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+@pytest.mark.parametrize("name", FIXED)
+def test_triton(name: str) -> None:
+    dims, pattern, keys, lengths, form = FIXED[name]
+    shape = CallShape(1, 4, 2, *lengths, 80 if name == "listed" else 16, 16)
+    plan = random_plan(np.random.default_rng(5), sizes(dims, shape), -(-shape.k_len // keys), form)
+    kind = "tokens" if keys == 1 else f"blocks({keys})"
+    attend(f"attention planned {{ input p : {kind}[{dims}]\n attend {pattern} }}", shape, plan, "triton")
+
+
+def test_scores_and_sinks() -> None:
+    text = """attention planned { input p : blocks(16)[b, g, q/16]
+    input sinks : float[h] learnable
+    score s - 0.1 * (q - k)
+    softmax with sink sinks[h]
+    attend causal & p }"""
+    shape = CallShape(1, 2, 1, 60, 60, 16, 16)
+    plan = random_plan(np.random.default_rng(5), (1, 1, 4), 4, "sorted")
+    for backend in ["cpu", *(["triton"] if INTERPRETED else [])]:
+        attend(text, shape, plan, backend, sinks=torch.tensor([0.3, -1.0]))
+
+
+def test_inputs_that_both_read() -> None:
+    """Their kernels go over the whole pattern, of which the others read lists alone."""
+    text = """attention planned { input p : blocks(16)[b, g, q/16]
+    input near : float[h, 9] learnable
+    input kinds : float[3, 3] learnable
+    score s + near[h, clamp(q - k, -4, 4) + 4] + kinds[q % 3, k % 3]
+    attend causal & p }"""
+    shape = CallShape(1, 2, 1, 40, 40, 16, 16)
+    plan = random_plan(np.random.default_rng(5), (1, 1, 3), 3, "sorted")
+    generator = torch.Generator().manual_seed(1)
+    given = {"near": torch.randn(2, 9, generator=generator), "kinds": torch.randn(3, 3, generator=generator)}
+    for backend in ["cpu", *(["triton"] if INTERPRETED else [])]:
+        attend(text, shape, plan, backend, **given)
+
+
+def test_kept_kernels_know_their_lists(tmp_path: Path) -> None:
+    """What is read back from the cache of printed kernels declares the same inputs."""
+    program = attndsl.compile("attention planned { input p : blocks(64)[b, g, q/64]\n attend causal & p }").program
+    spec = Spec(4, 2, 64, 64, DType.BFLOAT16, "cuda:90", even_start=True)
+    cache = KernelCache(tmp_path)
+    printers = {Backend.TRITON: forward_source}
+    first, again = (printed_forward(program, spec, (Backend.TRITON,), None, printers, cache) for _ in range(2))
+    assert first == again
+    assert [decl.name for decl in first[0].program.inputs] == ["p", "k_tiles_p"]
+
+
+def test_broadcast_plan() -> None:
+    """Dimensions of size 1 stand for all heads and all rows."""
+    shape = CallShape(2, 4, 2, 70, 70, 16, 16)
+    for lead in ((1, 1, 5), (2, 1, 1), (1, 2, 1)):
+        plan = random_plan(np.random.default_rng(1), lead, 5, "sorted")
+        attend("attention planned { input p : blocks(16)[b, g, q/16]\n attend causal & p }", shape, plan, "cpu")
+
+
+def test_nothing_chosen() -> None:
+    attn = attndsl.compile("attention planned { input p : blocks(16)[b, g, q/16]\n attend causal & p }")
+    q = torch.randn(1, 2, 40, 16)
+    assert attn(q[:, :, :0], q, q, p=torch.zeros(1, 2, 3, 4, dtype=torch.int32)).shape == (1, 2, 0, 16)
+    for plan in (torch.full((1, 2, 3, 5), -1, dtype=torch.int32), torch.zeros(1, 2, 3, 0, dtype=torch.int32)):
+        out, lse = attn(q, q, q, p=plan, return_lse=True)
+        assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+def test_entries_that_do_not_count() -> None:
+    """Out of range, repeated, or not above all before them."""
+    attn = attndsl.compile("attention planned { input p : blocks(2)[q/2]\n attend p }")
+    plan = torch.tensor([[3, 1, 9, 2], [0, 0, 1, -1], [-5, 2, 2, 3], [9, 1, 2, 3]], dtype=torch.int32)
+    chosen = [[3], [0, 1], [2, 3], []]
+    mask = attn.mask(8, 8, p=plan)[0]
+    expected = np.zeros((8, 8), np.bool_)
+    for row, members in enumerate(chosen):
+        for member in members:
+            expected[2 * row : 2 * row + 2, 2 * member : 2 * member + 2] = True
+    assert (mask == expected).all()
+
+
+def test_tiles_are_listed() -> None:
+    """A plan of blocks that tiles fit in is followed by both kernels; a chunk that starts elsewhere is masked."""
+    program = attndsl.compile("attention planned { input p : blocks(64)[b, g, q/64]\n attend causal & p }").program
+    spec = Spec(4, 2, 64, 64, DType.BFLOAT16, "cuda:90", even_start=True)
+    plan = backward_plan(program, spec, Tiling(64, 32), Tiling(32, 64))
+    assert all(run.list is not None for run in (*plan.runs.full, *plan.runs.partial, *plan.key_runs.full))
+    assert plan.mask is not None and not any("chosen" in decl.name for decl in plan.inputs)
+    for unlisted in (
+        forward_plan(program, Spec(4, 2, 64, 64, DType.BFLOAT16, "cuda:90"), Tiling(64, 64)),
+        forward_plan(program, spec, Tiling(128, 64)),
+    ):
+        assert all(run.list is None for run in (*unlisted.runs.full, *unlisted.runs.partial))
+    assert even_start(program, CallShape(1, 1, 1, 128, 256, 8, 8))
+    assert not even_start(program, CallShape(1, 1, 1, 128, 200, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "text, code",
+    [
+        ("input p : blocks(16)[b, k]\n attend causal & p", "A030"),
+        ("input p : blocks(16)[b, 3]\n attend causal & p", "A030"),
+        ("input p : tokens(4)[b]\n attend causal & p", "A030"),
+        ("input p : blocks[b]\n attend causal & p", "A030"),
+        ("input p : blocks(16)[b, h, g]\n attend causal & p", "A030"),
+        ("input p : blocks(16)[b, q] sorted\n attend causal & p", "A030"),
+        ("input p : blocks(0)[b, q]\n attend causal & p", "A012"),
+        ("input p : blocks(16)[b, q]\n attend causal & p on blocks(4)", "A031"),
+        ("input p : blocks(16)[b, q]\n attend causal & coarsen(p, 16, any)", "A031"),
+        ("input p : blocks(16)[b, q]\n attend causal & random(2, tokens, per = rows(4), seed = 1, among = p)", "A031"),
+        ("input p : blocks(16)[b, q]\n attend causal & { p == k }", "A023"),
+        ("input p : blocks(16)[b, q]\n attend causal & { p[q] == k }", "A023"),
+    ],
+)
+def test_bad_declarations(text: str, code: str) -> None:
+    with pytest.raises(PatternError) as caught:
+        attndsl.compile(f"attention bad {{ {text} }}")
+    assert code in {d.code for d in caught.value.diagnostics}
+
+
+def test_bad_plans() -> None:
+    attn = attndsl.compile("attention planned { input p : blocks(16)[b, g, q/16]\n attend causal & p }")
+    q = torch.randn(1, 2, 40, 16)
+    for plan, code in (
+        (torch.zeros(1, 2, 3, 4), "A511"),
+        (torch.zeros(1, 2, 3, 4, dtype=torch.bool), "A511"),
+        (torch.zeros(1, 2, 4, 4, dtype=torch.int32), "A513"),
+        (torch.zeros(1, 2, 3, 4, dtype=torch.uint8), "A513"),
+        (torch.zeros(2, 3, 4, dtype=torch.int32), "A513"),
+    ):
+        with pytest.raises(PatternError) as caught:
+            attn(q, q, q, p=plan)
+        assert caught.value.diagnostics[0].code == code
