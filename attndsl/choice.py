@@ -41,8 +41,6 @@ from attndsl.program import (
     Unary,
     Var,
     children,
-    reads,
-    scalars,
     walk,
 )
 from attndsl.selection import (
@@ -102,17 +100,6 @@ def choose(program: Program, selection: Selection, shape: CallShape, data: Data)
     """
     call = _Call(program, selection, shape, data)
     return call.chosen()
-
-
-def plan_heads(selection: Selection) -> Share:
-    """Which heads have one plan: those that share, unless what is allowed, or how many are chosen, reads the head."""
-    written: list[Scalar] = [*scalars(selection.among)]
-    if selection.always is not None:
-        written += scalars(selection.always)
-    if isinstance(selection.rule, Top) and selection.rule.count is not None:
-        written.append(selection.rule.count)
-    finer = {Share.NONE: (), Share.GROUP: ("h",), Share.HEADS: ("h", "g")}[selection.share]
-    return Share.NONE if any(reads(e, *finer) for e in written) else selection.share
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +294,9 @@ class _Call:
         groups = (score.shape[0], heads // size, size, *score.shape[2:])
         added = np.where(competing, score, 0.0).reshape(groups).sum(2)
         of_heads = withdrawn.reshape(groups)
-        gone = of_heads.any(2) & ~(competing.reshape(groups).any(2) if masses else False)
+        gone = of_heads.any(2)
+        if masses:
+            gone &= ~competing.reshape(groups).any(2)
         return added.repeat(size, axis=1), gone.repeat(size, axis=1)
 
     def _levels(self, score: Floats, competing: Array, order: Array) -> Array:

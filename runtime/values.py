@@ -1,4 +1,4 @@
-"""Values of integer and boolean scalars on a device, one torch operation a node."""
+"""Values of scalars on a device, one torch operation a node: integers and booleans exact, floats in their own width."""
 
 from __future__ import annotations
 
@@ -34,6 +34,13 @@ from attndsl.program import (
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
 }  # fmt: skip
+_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
+}  # fmt: skip
+_FLOAT_CALLS: dict[str, Callable[..., Tensor]] = {
+    "exp": torch.exp, "exp2": torch.exp2, "log": torch.log, "sqrt": torch.sqrt, "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid, "softcap": lambda x, cap: cap * torch.tanh(x / cap),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +65,7 @@ class Values:
         return replace(self, variables={**self.variables, **variables}, memo={})
 
     def tensor(self, e: Scalar) -> Tensor:
-        """The value as a tensor of the device, int64 or bool."""
+        """The value as a tensor of the device, int64, bool or float."""
         found = self._value(e)
         return found if isinstance(found, Tensor) else torch.full((), found, device=self.device)
 
@@ -85,7 +92,7 @@ class Values:
             case Binary(op="//" | "%" as op, left=a, right=b):
                 return self._divided(op, self._value(a), self._value(b))
             case Binary(op=op, left=a, right=b):
-                return {"+": operator.add, "-": operator.sub, "*": operator.mul}[op](self._value(a), self._value(b))
+                return _ARITHMETIC[op](self._value(a), self._value(b))
             case Compare(op=op, left=a, right=b):
                 return _COMPARE[op](self._value(a), self._value(b))
             case Logic(op=op, operands=xs):
@@ -98,12 +105,14 @@ class Values:
                 assert_never(e)
 
     def _entry(self, values: Tensor, dims: tuple[Dim, ...], index: tuple[Scalar, ...]) -> Tensor:
-        """An entry, every index clamped to its dimension; the bits of narrow integers widened."""
+        """An entry, every index clamped to its dimension; the bits of narrow numbers widened."""
         places = []
         for dim, size, e in zip(dims, values.shape, index, strict=True):
             place = self.tensor(e) - index_origin(dim, self.program, self.shape)
             places.append(place.clamp(0, size - 1))
         entry = values[tuple(places)] if places else values
+        if entry.is_floating_point():
+            return entry if entry.dtype == torch.float64 else entry.to(torch.float32)
         return entry if entry.dtype == torch.bool else entry.to(torch.int64)
 
     def _negated(self, x: Any) -> Any:
@@ -143,7 +152,7 @@ class Values:
                 before = ordered(hash) < ordered(last_hash)
                 return before | ((hash == last_hash) & (member <= last))
             case _:
-                raise AssertionError(f"`{function}` has no integer value")
+                return _FLOAT_CALLS[function](*(x if x.is_floating_point() else x.to(torch.float32) for x in wide))
 
 
 def mix64(x: Tensor, y: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "attndsl.compare",
         "attndsl.findings",
         "attndsl.eviction",
+        "attndsl.forced",
     ),
     "sympy": ("attndsl.score",),
     "networkx": ("attndsl.blockgraph",),

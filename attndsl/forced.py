@@ -1,0 +1,55 @@
+"""How many members a selection may force for one row class, whatever the lengths and the data."""
+
+from __future__ import annotations
+
+import functools
+
+import islpy as isl
+
+from attndsl.effort import TooHard, bounded
+from attndsl.isl_sets import project_param
+from attndsl.program import Program
+from attndsl.relation import POSITION_BITS, Lowering
+from attndsl.selection import Selection
+
+MAX_FORCED = 1 << 16
+
+
+@functools.lru_cache(maxsize=1024)
+def forced_bound(program: Program, heads: tuple[int, int], selection: Selection) -> int | None:
+    """The most members of a row class with a pair in the (derived) program's pattern; None where nothing bounds them.
+
+    Members of one convex piece of the set are taken for an interval, and pieces for disjoint, so this may be too many.
+    """
+    lowering = Lowering(program, heads)
+    pairs = lowering.lower(program.branch.pattern, lowering.here)
+    try:
+        return bounded(lowering.ctx, lambda: _most(lowering, pairs, selection))
+    except TooHard:
+        return None
+
+
+def _most(lowering: Lowering, pairs: isl.Set, selection: Selection) -> int | None:
+    for name in lowering.atoms:
+        pairs = project_param(pairs, name)
+    for name in lowering.uniform:
+        pairs = project_param(pairs, name)
+    rows = f"floor(q / {selection.rows})" if selection.rows else "0"
+    divided = isl.Map.read_from_str(lowering.ctx, f"{{ [q, k] -> [{rows}, floor(k / {selection.keys})] }}")
+    exist = lowering.set(f"{{ [q, k] : 0 <= q < {1 << POSITION_BITS} and 0 <= k < {1 << POSITION_BITS} }}")
+    members = pairs.intersect_params(lowering.context()).intersect(exist).apply(divided).coalesce().make_disjoint()
+    most = 0
+    for piece in members.get_basic_sets():
+        of_rows = _as_map(piece)
+        wide = of_rows.lexmax_pw_multi_aff().sub(of_rows.lexmin_pw_multi_aff()).get_pw_aff(0).max_val()
+        # Positions are bounded by their bits alone: what grows with them is bounded by nothing.
+        if not wide.is_int() or wide.to_python() >= MAX_FORCED:
+            return None
+        most += wide.to_python() + 1
+    return most
+
+
+def _as_map(piece: isl.BasicSet) -> isl.Map:
+    """{ [r, m] } as { [r] -> [m] }."""
+    moved = isl.Map.from_domain(isl.Set.from_basic_set(piece))
+    return moved.move_dims(isl.dim_type.out, 0, isl.dim_type.in_, 1, 1)

@@ -1,0 +1,72 @@
+"""Steps of a selection on whole tensors: pool the vectors of members, make masses of scores."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from attndsl.selection import Normalise, Pool
+
+
+def pooled(x: Tensor, here: Tensor, pool: Pool | None) -> Tensor:
+    """x [B, H, n, tokens, D] as [B, H, n, D], of the tokens that are there (bool [n or 1, tokens])."""
+    if pool is None:
+        return x[..., 0, :]
+    count = here.sum(-1).view(1, 1, -1, 1)
+    present = here.view(1, 1, *here.shape, 1)
+    match pool:
+        case Pool.MEAN:
+            return torch.where(present, x, 0).sum(3) / count
+        case Pool.SUM:
+            found = torch.where(present, x, 0).sum(3)
+        case Pool.MAX:
+            found = torch.where(present, x, -torch.inf).amax(3)
+        case Pool.MIN:
+            found = torch.where(present, x, torch.inf).amin(3)
+        case Pool.FIRST | Pool.LAST:
+            place = torch.arange(here.shape[-1], device=here.device)
+            at = torch.where(here, place, here.shape[-1] if pool is Pool.FIRST else -1)
+            at = at.amin(-1) if pool is Pool.FIRST else at.amax(-1)
+            at = at.clamp(0, here.shape[-1] - 1).view(1, 1, -1, 1, 1)
+            found = x.gather(3, at.expand(*x.shape[:3], 1, x.shape[4])).squeeze(3)
+        case _:
+            assert_never(pool)
+    return torch.where(count > 0, found, torch.nan)
+
+
+def floor_share(share: float, count: Tensor) -> Tensor:
+    """floor(share * count), of the decimal as written."""
+    exact = Fraction(repr(share))
+    if exact.denominator < 1 << 31:
+        return count * exact.numerator // exact.denominator
+    return torch.floor(count.to(torch.float64) * share).to(torch.int64)
+
+
+def softmax(logits: Tensor, present: Tensor) -> Tensor:
+    """Masses of what is present, 0 elsewhere, along the last dimension."""
+    logits = torch.where(present, logits, -torch.inf)
+    top = logits.amax(-1, keepdim=True)
+    mass = torch.exp(logits - torch.where(top == -torch.inf, 0, top))
+    total = mass.sum(-1, keepdim=True)
+    masses: Tensor = mass / torch.where(total == 0, 1, total)
+    return masses
+
+
+def normalised(score: Tensor, competing: Tensor, how: Normalise) -> Tensor:
+    match how:
+        case Normalise.NONE:
+            return score
+        case Normalise.SOFTMAX:
+            return softmax(score, competing)
+        case Normalise.MINMAX:
+            finite = competing & (score > -torch.inf)
+            low = torch.where(finite, score, torch.inf).amin(-1, keepdim=True)
+            high = torch.where(finite, score, -torch.inf).amax(-1, keepdim=True)
+            apart = high > low
+            at = (score - low) / torch.where(apart, high - low, 1)
+            return torch.where(finite, torch.where(apart, at, 1), 0)
+        case _:
+            assert_never(how)
