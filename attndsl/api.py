@@ -181,6 +181,25 @@ class Attention:
         )
         return self._with_lse(out, lse) if return_lse else out
 
+    def plan(self, q: Tensor, k: Tensor, *, scale: float | None = None, **inputs: Any) -> dict[str, Tensor]:
+        """What the program's selections choose in a call, by name: a `plan`'s own, or that of the function (`top`).
+
+        >>> import attndsl, torch
+        >>> text = "attention a { plan near = top(2, blocks(4), among = causal, by = dot(Q, mean(K))) attend causal }"
+        >>> attndsl.compile(text).plan(torch.ones(1, 1, 9, 8), torch.ones(1, 1, 9, 8))["near"][0, 0, ::4]
+        tensor([[ 0, -1],
+                [ 0,  1],
+                [ 0,  1]], dtype=torch.int32)
+
+        q: [B, Hq, Nq, D], k: [B, Hkv, Nk, D]; scale and inputs as in a call. A plan is int32 [B, H', R, C]: members in
+        increasing order and -1 after them, for each row class; H' is Hq, Hkv or 1, as heads share. Where nothing bounds
+        how many are chosen it is uint8 [B, H', R, M], an entry a member: 0 where it is out, 1, or the factor of its
+        level. It has no gradient. Nothing waits for the device. Raises `PatternError` when the call does not fit.
+        """
+        from attndsl.runtime.select_op import select
+
+        return select(self._key, q, k, *self._given(inputs), scale)
+
     def evictable(self, seq_len: int, page: int = 1, **inputs: Any) -> list[int]:
         """Pages of a sequence that no row from position `seq_len` on can read, at any length and whatever the data.
 
@@ -343,19 +362,10 @@ class Attention:
         return kernel_names(self.program, heads, heads if kv_heads is None else kv_heads)
 
     def source(
-        self,
-        kernel: str = "forward",
-        target: str = "sm_90",
-        backend: str = "triton",
-        *,
-        heads: int = 8,
-        kv_heads: int | None = None,
-        dim: int = 128,
-        v_dim: int | None = None,
-        dtype: str = "bfloat16",
-        rows: int = 1,
-        page: int | None = None,
-    ) -> str:
+        self, kernel: str = "forward", target: str = "sm_90", backend: str = "triton", *,
+        heads: int = 8, kv_heads: int | None = None, dim: int = 128, v_dim: int | None = None,
+        dtype: str = "bfloat16", rows: int = 1, page: int | None = None,
+    ) -> str:  # fmt: skip
         """The generated source text of a kernel, for dense tensors of these sizes. Needs neither GPU nor torch.
 
         kernel: "forward", "dq" and "dkdv" (gradients; on the CPU one function makes all, and either name shows it), or
@@ -370,20 +380,10 @@ class Attention:
         return shown.text(shown.plan(self.program))
 
     def assembly(
-        self,
-        kernel: str = "forward",
-        format: str = "ptx",
-        target: str = "sm_90",
-        backend: str = "triton",
-        *,
-        heads: int = 8,
-        kv_heads: int | None = None,
-        dim: int = 128,
-        v_dim: int | None = None,
-        dtype: str = "bfloat16",
-        rows: int = 1,
-        page: int | None = None,
-    ) -> str:
+        self, kernel: str = "forward", format: str = "ptx", target: str = "sm_90", backend: str = "triton", *,
+        heads: int = 8, kv_heads: int | None = None, dim: int = 128, v_dim: int | None = None,
+        dtype: str = "bfloat16", rows: int = 1, page: int | None = None,
+    ) -> str:  # fmt: skip
         """A kernel compiled for a target that need not be there: "ttir", "ttgir", "llir", and "ptx" or "sass" for
         NVIDIA's, "amdgcn" for AMD's. Other parameters as in `source`.
         """

@@ -82,13 +82,14 @@ class Chosen:
 @dataclass(frozen=True, slots=True)
 class Data:
     """What a call gives: q float64 [B, Hq, rows, D], k [B, Hkv, Nk, D], inputs and arguments by name, the factor of
-    q . k, and for each branch that `probs` reads its probabilities over the raw tokens, [B, Hq, rows, Nk]."""
+    q . k (one, or [1, Hq, 1, 1]), and for each branch that `probs` reads its probabilities over the raw tokens,
+    [B, Hq, rows, Nk]."""
 
     q: Floats
     k: Floats
     inputs: Mapping[str, Array]
     args: Mapping[str, int]
-    scale: float
+    scale: float | Floats
     masses: Mapping[str, Floats]
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import islpy as isl
 
+from attndsl.branches import Branch, Part
+from attndsl.derive import derive
 from attndsl.effort import TooHard, bounded
 from attndsl.isl_sets import project_param
-from attndsl.program import Program
+from attndsl.program import Inter, Program
 from attndsl.relation import POSITION_BITS, Lowering
 from attndsl.selection import Selection
 
@@ -17,12 +20,16 @@ MAX_FORCED = 1 << 16
 
 @functools.lru_cache(maxsize=1024)
 def forced_bound(program: Program, heads: tuple[int, int], selection: Selection) -> int | None:
-    """The most members of a row class with a pair in the (derived) program's pattern; None where nothing bounds them.
+    """The most members that `always` forces for a row class; None where nothing bounds them.
 
     Members of one convex piece of the set are taken for an interval, and pieces for disjoint, so this may be too many.
     """
-    lowering = Lowering(program, heads)
-    pairs = lowering.lower(program.branch.pattern, lowering.here)
+    if selection.always is None:
+        return 0
+    forced = Inter((selection.among, selection.always))
+    derived = derive(replace(program, branches=(Branch((Part(forced),)),), output=None))
+    lowering = Lowering(derived, heads)
+    pairs = lowering.lower(derived.branch.pattern, lowering.here)
     try:
         return bounded(lowering.ctx, lambda: _most(lowering, pairs, selection))
     except TooHard:

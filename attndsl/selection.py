@@ -168,7 +168,8 @@ class Normalise(Enum):
 class Selection:
     """One selection of a program, by its name: that of its `plan`, or one made for it.
 
-    Candidates are the (r, m) with a present pair in `among`, forced those with one in among & `always`.
+    Candidates are the (r, m) with a present pair in `among`, forced those with one in among & `always`. `scale` is the
+    attention's (None: 1/sqrt(D)).
     """
 
     name: str
@@ -181,6 +182,7 @@ class Selection:
     forced: Forced
     score: Score
     normalise: Normalise
+    scale: Scalar | None = None
     span: Span | None = field(default=None, compare=False, repr=False)
 
     @property

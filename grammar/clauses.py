@@ -99,7 +99,8 @@ def lower_attention(
         return None
     # The output of the only branch is that of a program that does not name it.
     only = len(found) == 1 and isinstance(output, Attended)
-    inputs, chosen = tuple(ctx.maker.inputs.values()), tuple(ctx.maker.selections.values())
+    inputs = tuple(ctx.maker.inputs.values())
+    chosen = tuple(replace(selection, scale=outer.scale) for selection in ctx.maker.selections.values())
     combined = None if only else output
     return Program(node.name, found, inputs, args, tables, aligned, chosen, grid, combined)
 

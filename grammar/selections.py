@@ -122,7 +122,7 @@ class _Options:
             return None
         everything = Where(Const(True), node.span)
         made = Selection(
-            name, rule, keys, per or None, share, among or everything, always, forced, score, normalise, node.span
+            name, rule, keys, per or None, share, among or everything, always, forced, score, normalise, span=node.span
         )
         return made if self._fits(made, node) else None
 

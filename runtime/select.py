@@ -6,10 +6,8 @@ waiting for the device. Scores are float32 (float64 for float64 tensors), and ti
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import assert_never
 
 import torch
@@ -17,9 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attndsl.diagnostics import error
-from attndsl.forced import forced_bound
-from attndsl.plans import plan_heads
-from attndsl.program import Axis, CallShape, Inter, Program, Scalar, Set
+from attndsl.plans import budgets, capacity, plan_heads
+from attndsl.program import Axis, CallShape, Inter, Program, Set
 from attndsl.runtime.engine import table_tensor
 from attndsl.runtime.masses import floor_share, normalised, pooled, softmax
 from attndsl.runtime.touched import Touched
@@ -58,6 +55,7 @@ class Selector:
     shape: CallShape
     device: torch.device
     capacity: int = field(init=False)
+    _budgets: Tensor | None = field(init=False)
     _tables: dict[str, Tensor] = field(init=False)
     _among: Touched = field(init=False)
     _always: Touched | None = field(init=False)
@@ -71,13 +69,18 @@ class Selector:
                 "A570", f"each of {shape.heads} heads chooses single tokens for each of {shape.rows} rows",
                 selection.span, help="write `share = group` or `share = heads`, larger members, or `per = rows(64)`",
             )  # fmt: skip
+        heads = (shape.heads, shape.kv_heads)
+        self.capacity = capacity(self.program, selection, heads, self.members)
+        self._budgets = None
+        if isinstance(selection.rule, Top) and selection.rule.count is not None:
+            found = budgets(self.program, selection.rule.count, heads)
+            self._budgets = torch.tensor(found, device=self.device).view(1, -1, 1, 1)
         self._tables = {table.name: table_tensor(table, self.device) for table in self.program.tables}
         # Where the call holds every row, its row classes are whole.
         self._whole = selection.rows is not None and shape.rows == shape.q_len(self.program)
         self._among = self._touched(selection.among)
         always = selection.always
         self._always = None if always is None else self._touched(Inter((selection.among, always)))
-        self.capacity = self._capacity()
 
     def _touched(self, pattern: Set, rows: int | None = None, keys: int | None = None) -> Touched:
         rows = self.selection.rows if rows is None else rows
@@ -92,65 +95,21 @@ class Selector:
 
     @property
     def classes(self) -> int:
-        match self.selection.rows:
-            case 1:
-                return self.shape.rows
-            case None:
-                return 1
-            case rows:
-                return -(-self.shape.q_len(self.program) // rows)
-
-    def _capacity(self) -> int:
-        """Entries of a list: the budget, and what is forced beside it."""
-        rule, members = self.selection.rule, self.members
-        match rule:
-            case Top(count=None, fraction=share):
-                assert share is not None
-                budget = max(1, math.floor(Fraction(repr(share)) * members))
-            case Top(count=count):
-                assert count is not None
-                budget = int(self._counts(count).max())
-            case Cover(at_most=most) | Above(at_most=most):
-                budget = members if most is None else most
-            case Levels():
-                budget = members
-            case _:
-                assert_never(rule)
-        if self._always is not None:
-            forced = forced_bound(self._always.program, (self.shape.heads, self.shape.kv_heads), self.selection)
-            if forced is None and self.selection.bounded and self.selection.rows == 1:
-                raise error(
-                    "A571", f"`always` of `{self.selection.name}` may force any number of members for each query",
-                    self.selection.span, help="bound it, as `sink(4) | same_block(64)` is, or select `per = rows(64)`",
-                )  # fmt: skip
-            forced = members if forced is None else forced
-            counted = self.selection.forced is Forced.COUNTED
-            budget = max(budget, forced) if counted else budget + forced
-        return min(budget, members)
-
-    def _counts(self, count: Scalar) -> Tensor:
-        """`n` of `top` for each head, on the host: it reads tables and heads alone."""
-        host = torch.device("cpu")
-        h = torch.arange(self.shape.heads).view(1, -1, 1, 1)
-        heads = {"H": self.shape.heads, "G": self.shape.kv_heads, "D": self.shape.dim, "Dv": self.shape.v_dim}
-        variables = {"h": h, "g": h // (self.shape.heads // self.shape.kv_heads), **heads}
-        tables = {table.name: table_tensor(table, host) for table in self.program.tables}
-        found = Values(self.program, self.shape, host, {}, tables, {}, variables).tensor(count)
-        return found.expand(1, self.shape.heads, 1, 1)
+        return _classes(self.program, self.selection, self.shape)
 
     # ----------------------------------------------------------------------------------------- plans
 
     def __call__(
-        self, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float,
+        self, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None = None,
         masses: Mapping[str, Tensor] = {},
     ) -> Tensor:  # fmt: skip
-        """The plan: int32 [B, H', R, C], or uint8 [B, H', R, M] where nothing bounds it."""
+        """The plan: int32 [B, H', R, C], or uint8 [B, H', R, M] where nothing bounds it.
+
+        scale: in the place of the attention's own. masses: the probabilities of branches, summed over members.
+        """
         call = _Call(self, q, k, inputs, args, scale, masses)
-        heads = {Share.NONE: self.shape.heads, Share.GROUP: self.shape.kv_heads, Share.HEADS: 1}[
-            plan_heads(self.selection)
-        ]
-        width, dtype = (self.capacity, torch.int32) if self.selection.bounded else (self.members, torch.uint8)
-        plan = torch.empty(self.shape.batch, heads, self.classes, width, dtype=dtype, device=self.device)
+        plan = empty_plan(self.program, self.selection, self.shape, self.device)
+        heads = plan.shape[1]
         step = max(1, _STRIP[self.device.type] // max(1, self.shape.batch * self.shape.heads * call.width))
         for low in range(0, self.classes, step):
             high = min(low + step, self.classes)
@@ -162,21 +121,24 @@ class Selector:
         """Members in increasing order, -1 after them."""
         index = torch.arange(self.members, device=self.device, dtype=torch.int32)
         found = torch.where(level > 0, index, self.members).sort(-1).values[..., : self.capacity]
-        return torch.where(found < self.members, found, -1)
+        return pad(torch.where(found < self.members, found, -1), (0, self.capacity - found.shape[-1]), value=-1)
 
 
 class _Call:
     """One call of a selector."""
 
     def __init__(
-        self, of: Selector, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float,
+        self, of: Selector, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
         masses: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         self.of, self.selection, self.shape, self.device = of, of.selection, of.shape, of.device
-        self.q, self.k, self.scale, self.masses = q, k, scale, masses
+        self.q, self.k, self.masses = q, k, masses
         self.real = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.among = of._among.values(inputs, args, of._tables)
         self.always = None if of._always is None else of._always.values(inputs, args, of._tables)
+        self.scale: float | Tensor = self.shape.dim**-0.5 if scale is None else scale
+        if scale is None and self.selection.scale is not None:
+            self.scale = self.among.tensor(self.selection.scale)
         self.first = self.shape.first_position(of.program)
         self.group = self.shape.heads // self.shape.kv_heads
         self.tensors = dict(zip((decl.name for decl in of.program.inputs), inputs, strict=True))
@@ -368,10 +330,10 @@ class _Call:
         rank = torch.empty_like(order).scatter_(-1, order, index)
         count = competing.sum(-1, keepdim=True)
         if isinstance(rule, Top):
-            if rule.count is None:
+            if self.of._budgets is None:
                 assert rule.fraction is not None
                 return (rank < floor_share(rule.fraction, count).clamp(min=1)).to(torch.int64)
-            return (rank < self.of._counts(rule.count).to(self.device)).to(torch.int64)
+            return (rank < self.of._budgets).to(torch.int64)
         inside = torch.where(competing, score.clamp(min=0), 0)
         until = pad(inside.gather(-1, order).cumsum(-1), (1, 0))
         total = inside.sum(-1, keepdim=True)
@@ -392,3 +354,25 @@ class _Call:
                 return level
             case _:
                 assert_never(rule)
+
+
+def empty_plan(program: Program, selection: Selection, shape: CallShape, device: torch.device) -> Tensor:
+    """A plan without anything in it."""
+    heads = {Share.NONE: shape.heads, Share.GROUP: shape.kv_heads, Share.HEADS: 1}[plan_heads(selection)]
+    width, dtype = -(-shape.k_len // selection.keys), torch.uint8
+    if selection.bounded:
+        width, dtype = capacity(program, selection, (shape.heads, shape.kv_heads), width), torch.int32
+    return torch.empty(
+        shape.batch, heads, _classes(program, selection, shape), width, dtype=dtype, device=device
+    )  # fmt: skip
+
+
+def _classes(program: Program, selection: Selection, shape: CallShape) -> int:
+    """Row classes of a plan: the call's rows, blocks of all positions, or one."""
+    match selection.rows:
+        case 1:
+            return shape.rows
+        case None:
+            return 1
+        case rows:
+            return -(-shape.q_len(program) // rows)

@@ -110,6 +110,7 @@ def call(pattern: str, *given: torch.Tensor, **options: object) -> Callable[[], 
 Q, K, V = tensors()
 IDS = torch.zeros(1, 32, dtype=torch.int32)
 LENGTHS = torch.tensor([32], dtype=torch.int32)
+SELECTS = "attention a {{ plan sel = top(2, {}, among = causal, by = dot(Q, {}), always = {}) attend causal }}"
 WRONG: dict[str, Callable[[], object]] = {
     "A501": call("causal", Q[0], K, V),
     "A502": call("causal", Q, K.half(), V),
@@ -155,6 +156,8 @@ WRONG: dict[str, Callable[[], object]] = {
     ).append(K, V),
     "A559": lambda: attndsl.compile("causal & random(1, blocks(64), rows(64), 0)").decode(Q, K, V, LENGTHS),
     "A558": lambda: attndsl.compile("attention a { align start  attend all }").evictable(8),
+    "A570": lambda: attndsl.compile(SELECTS.format("tokens", "K", "causal")).plan(torch.zeros(1, 2, 32, 8), K[..., :8]),
+    "A571": lambda: attndsl.compile(SELECTS.format("blocks(4)", "mean(K)", "all")).plan(Q, K),
     "A911": lambda: attndsl.compile("attention a { attend causal over pool(mean, 4) }").mask(4, 4),
     "A541": lambda: attndsl.compare("causal", "attention a { align start  attend causal }"),
 }

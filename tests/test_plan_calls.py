@@ -1,0 +1,68 @@
+"""`attn.plan`: plans as tensors, in compiled graphs, with the call's scale, and refused calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import attndsl
+
+TEXT = """
+attention a {
+    input gate : float[b, h, q/8, k/8]
+    scale 0.5
+    plan near  = top(2, blocks(8), among = causal, by = dot(Q, mean(K)), share = group, always = same_block(8))
+    plan broad = cover(0.6, blocks(8), per = rows(8), among = causal, by = gate)
+    attend causal
+}
+"""
+
+
+def call(rows: int = 40, k_len: int = 40) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 4, rows, 16, generator=generator), torch.randn(2, 2, k_len, 16, generator=generator)
+    return q, k, torch.randn(2, 4, -(-k_len // 8), -(-k_len // 8), generator=generator)
+
+
+def test_plans_by_name() -> None:
+    attn = attndsl.compile(TEXT)
+    q, k, gate = call()
+    plans = attn.plan(q.requires_grad_(), k, gate=gate)
+    assert list(plans) == ["near", "broad"]
+    assert plans["near"].shape == (2, 2, 40, 2) and plans["near"].dtype == torch.int32
+    assert plans["broad"].shape == (2, 4, 5, 5) and plans["broad"].dtype == torch.uint8
+    assert not plans["near"].requires_grad
+    assert (plans["near"].max(-1).values == torch.arange(40) // 8).all()
+
+
+def test_a_chunk_chooses_what_the_whole_does() -> None:
+    attn = attndsl.compile(TEXT)
+    q, k, gate = call()
+    whole, chunk = attn.plan(q, k, gate=gate)["near"], attn.plan(q[:, :, -7:], k, gate=gate)["near"]
+    assert (chunk == whole[:, :, -7:]).all()
+
+
+def test_a_negative_scale_turns_the_choice_around() -> None:
+    attn = attndsl.compile("attention a { plan sel = top(1, blocks(8), among = all, by = dot(Q, mean(K))) attend all }")
+    q, k, _ = call()
+    dots = q[:, 0] @ k[:, 0].reshape(2, 5, 8, 16).mean(2).transpose(1, 2)
+    assert (attn.plan(q, k)["sel"][:, 0, :, 0] == dots.argmax(-1)).all()
+    assert (attn.plan(q, k, scale=-1.0)["sel"][:, 0, :, 0] == dots.argmin(-1)).all()
+
+
+def test_in_a_compiled_graph_with_new_lengths() -> None:
+    attn = attndsl.compile(TEXT)
+    compiled = torch.compile(attn.plan, fullgraph=True, backend="aot_eager")
+    for rows in (40, 56):
+        q, k, gate = call(rows, rows)
+        for name, plan in attn.plan(q, k, gate=gate).items():
+            assert (compiled(q, k, gate=gate)[name] == plan).all()
+
+
+def test_a_call_that_does_not_fit_is_refused() -> None:
+    attn = attndsl.compile(TEXT)
+    q, k, gate = call()
+    with pytest.raises(attndsl.PatternError, match="A513"):
+        attn.plan(q, k, gate=gate[:, :, :3])
+    with pytest.raises(attndsl.PatternError, match="A504"):
+        attn.plan(q, k[:1], gate=gate)
