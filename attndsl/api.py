@@ -18,7 +18,7 @@ from attndsl.findings import findings
 from attndsl.grammar import format_source, load, parse, read_source
 from attndsl.program import CallShape, Program, has_lse
 from attndsl.runtime.cache import cache_key
-from attndsl.runtime.registry import register
+from attndsl.runtime.registry import attend_operator, register
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,6 +100,7 @@ class Attention:
         self.program = program
         self.warnings = warnings
         self._inputs = tuple(decl.name for decl in program.inputs)
+        self._attend = attend_operator()
         # Known before the first call, which may be one that torch.compile traces.
         self._key = cache_key("program", program)
         register(self._key, lambda: _engine(program), _decode_generators)
@@ -136,8 +137,7 @@ class Attention:
         seed: an int of 64 bits, or an int64 tensor of one element on the call's device; by default it is drawn from
         torch's generator. Pass a tensor where a CUDA graph is replayed and you set the seeds yourself.
         """
-        from attndsl.runtime.ops import attend
-
+        attend = self._attend or attend_operator(needed=True)
         out, lse = attend(self._key, q, k, v, *self._given(inputs), scale, backend, dropout, seed)
         return self._with_lse(out, lse) if return_lse else out
 

@@ -97,14 +97,15 @@ def bind(device: int) -> None:
         _check(cuda.cuCtxSetCurrent(context), "taking the device's context")
 
 
-def launch(config: Any, function: int, parameters: Any, device: int) -> None:
-    """Launch a kernel. config: a reference to its `LaunchConfig`; parameters: the addresses of its arguments."""
-    status = driver().cuLaunchKernelEx(config, function, parameters, None)
+def launch_again(status: int, config: int, function: int, parameters: int, device: int) -> None:
+    """After a launch that the driver refused: launch once more where the thread had no context.
+
+    config, parameters: addresses of a `LaunchConfig` and of those of the arguments. Raises `CudaError`.
+    """
     if status == _NO_CONTEXT:
         bind(device)
         status = driver().cuLaunchKernelEx(config, function, parameters, None)
-    if status:
-        _check(status, "launching a kernel")
+    _check(status, "launching a kernel")
 
 
 class TensorMap:
@@ -139,4 +140,4 @@ def _check(status: int, doing: str) -> None:
         raise CudaError(f"CUDA error {status} ({(text.value or b'unknown').decode()}) while {doing}")
 
 
-__all__ = ["CudaError", "LaunchConfig", "TensorMap", "bind", "driver", "launch", "load_kernel"]
+__all__ = ["CudaError", "LaunchConfig", "TensorMap", "bind", "driver", "launch_again", "load_kernel"]

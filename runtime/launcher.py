@@ -7,7 +7,7 @@ version's compiled kernels take their parameters; under others, and on AMD's, a 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import addressof, c_float, c_uint64, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attndsl.diagnostics import error
 from attndsl.runtime.build import Kernel, triton_kernel
-from attndsl.runtime.cuda import LaunchConfig, TensorMap, launch, load_kernel
+from attndsl.runtime.cuda import LaunchConfig, TensorMap, driver, launch_again, load_kernel
 
 # Addresses whose tensor maps are kept: a training loop reuses a handful.
 MAX_MAPS = 256
@@ -75,15 +75,15 @@ class DirectLauncher:
         threads = 32 * facts["num_warps"]
         with torch.cuda.device(device):
             self._function = load_kernel(kernel.binary, facts["name"], facts["shared"], threads, device)
-        self._device, self._facts = device, facts.get("tensordesc_meta") or ()
-        self._maps: dict[tuple[int, int], TensorMap] = {}
+        self._device = device
         # Tables, which a kernel reads as long as it is launched.
         self._held = [x for x in template if isinstance(x, Tensor)]
         pointers: list[tuple[int, int]] = []
         numbers: list[tuple[int, int]] = []
         floats: list[tuple[int, int]] = []
-        descriptors: list[tuple[int, int, Descriptor]] = []
+        copies: list[tuple[int, int, _Maps]] = []
         constants: list[int] = []
+        described = iter(facts.get("tensordesc_meta") or ())
         for x in template:
             place = len(constants)
             match x:
@@ -92,14 +92,14 @@ class DirectLauncher:
                     chosen.append((place, index))
                     constants.append(0)
                 case Descriptor(index=index):
-                    descriptors.append((place, len(descriptors), x))
+                    copies.append((place, index, _Maps(next(described), x)))
                     constants += [0, *x.shape, *x.strides]
                 case Tensor():
                     constants.append(x.data_ptr())
                 case _:
                     constants.append(int(x))
         self._pointers, self._numbers, self._floats = tuple(pointers), tuple(numbers), tuple(floats)
-        self._descriptors = tuple(descriptors)
+        self._copies = tuple(copies)
         constants += [0, 0]
         self._cells = (c_uint64 * len(constants))(*constants)
         # The same memory as floats: a float lies in the first half of its eight bytes.
@@ -109,43 +109,48 @@ class DirectLauncher:
         self._config = LaunchConfig(grid, 1, 1, threads, 1, 1, facts["shared"], None, None, 0)
         # As integers they take ctypes no conversion.
         self._at = addressof(self._config), addressof(self._parameters)
+        self._run = driver().cuLaunchKernelEx
         self._lock = threading.Lock()
 
     def __call__(self, call: Sequence[Any]) -> None:
         """Launch. `call`: the values that slots and descriptors refer to."""
-        if torch._C._cuda_getDevice() == self._device:
-            self._launch(call)
-        else:
+        if torch._C._cuda_getDevice() != self._device:
             with torch.cuda.device(self._device):
-                self._launch(call)
-
-    def _launch(self, call: Sequence[Any]) -> None:
+                self(call)
+            return
         # Another thread writes its arguments into the same memory.
         with self._lock:
             cells = self._cells
             for place, index in self._pointers:
                 x = call[index]
                 cells[place] = 0 if x is None else x.data_ptr()
+            for place, index, maps in self._copies:
+                self._parameters[place] = maps[call[index].data_ptr()]
             for place, index in self._floats:
                 self._reals[2 * place] = call[index]
             for place, index in self._numbers:
                 cells[place] = _int32(call[index])
-            for place, number, x in self._descriptors:
-                self._parameters[place] = self._map(number, x, call[x.index])
             self._config.stream = torch._C._cuda_getCurrentRawStream(self._device)
-            launch(self._at[0], self._function, self._at[1], self._device)
+            config, parameters = self._at
+            if status := self._run(config, self._function, parameters, None):
+                launch_again(status, config, self._function, parameters, self._device)
 
-    def _map(self, number: int, descriptor: Descriptor, tensor: Tensor) -> int:
-        """Where the tensor map of an address lies. Only shapes and the address matter, so it holds no tensor."""
-        key = (number, tensor.data_ptr())
-        found = self._maps.get(key)
-        if found is None:
-            # Not between two maps of one launch, which needs both.
-            if number == 0 and len(self._maps) >= MAX_MAPS:
-                self._maps.clear()
-            found = TensorMap(self._facts[number], key[1], descriptor.shape, descriptor.strides)
-            self._maps[key] = found
-        return found.address
+
+class _Maps(dict[int, int]):
+    """Where the tensor map of each address lies. Only shapes and the address matter, so it holds no tensor."""
+
+    def __init__(self, facts: Mapping[str, Any], descriptor: Descriptor) -> None:
+        self._facts, self._descriptor = facts, descriptor
+        self._memory: list[TensorMap] = []
+
+    def __missing__(self, address: int) -> int:
+        if len(self) >= MAX_MAPS:
+            self.clear()
+            self._memory.clear()
+        made = TensorMap(self._facts, address, self._descriptor.shape, self._descriptor.strides)
+        self._memory.append(made)
+        self[address] = made.address
+        return made.address
 
 
 def _int32(x: int) -> int:

@@ -35,12 +35,14 @@ def attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and lse. Where nothing traces the call (no modes, plain tensors) it skips the dispatcher, which costs
     several times a launch."""
-    checked_values(key, inputs, args)
+    if inputs or args:
+        checked_values(key, inputs, args)
     rate, given = 0.0, None
     if dropout != 0:
         rate, given = check_rate(dropout), seed_tensor(seed, q.device)
     out: tuple[Tensor, Tensor]
-    if traced((q, k, v, *inputs)):
+    tensors = (q, k, v, *inputs)
+    if traced(tensors):
         if _transformed():
             if torch.is_autocast_enabled(q.device.type):
                 q, k, v = _in_dtype(torch.get_autocast_dtype(q.device.type), q, k, v)
@@ -48,7 +50,7 @@ def attend(
         else:
             out = torch.ops.attndsl.forward(key, q, k, v, inputs, args, scale, backend, rate, given)
         return out
-    if wants_gradients((q, k, v, *inputs)):
+    if wants_gradients(tensors):
         out = _Attend.apply(key, scale, backend, args, rate, given, q, k, v, *inputs)
         return out
     return _forward(key, q, k, v, inputs, args, scale, backend, rate, given)
@@ -94,7 +96,11 @@ def traced(tensors: tuple[Tensor, ...]) -> bool:
 
 def wants_gradients(tensors: tuple[Tensor, ...]) -> bool:
     """Whether autograd records a call."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x.requires_grad:
+                return True
+    return False
 
 
 def _dropout(rate: float, seed: Tensor | None) -> Dropout | None:

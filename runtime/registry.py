@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attndsl.diagnostics import error
 
@@ -34,6 +35,18 @@ def engine_of(key: str) -> Engine:
             help="call attndsl.compile with the same program before running an exported graph",
         )  # fmt: skip
     return _ENGINES.setdefault(key, _MAKERS[key]())
+
+
+def attend_operator(needed: bool = False) -> Any:
+    """`attend` of `ops.py`, which imports torch: where torch is not there yet, None unless it is `needed`.
+
+    An attention looks for it once: an import statement takes as long as a tenth of a call.
+    """
+    if not needed and "torch" not in sys.modules:
+        return None
+    from attndsl.runtime.ops import attend
+
+    return attend
 
 
 def decoder_of(key: str) -> Decoder:

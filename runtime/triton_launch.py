@@ -21,7 +21,7 @@ from attndsl.runtime.build import KernelSource, compile_kernel, parameters
 from attndsl.runtime.cache import KernelCache
 from attndsl.runtime.call import call_shape, dim_size
 from attndsl.runtime.dropout import PARAMETERS, Dropout
-from attndsl.runtime.engine import default_scale, empty_output, table_tensor
+from attndsl.runtime.engine import default_scale, empty_output, output_maker, table_tensor
 from attndsl.runtime.launcher import Descriptor, Slot, launcher
 from attndsl.runtime.load import load_source
 from attndsl.runtime.triton_version import interpreted, version
@@ -93,6 +93,7 @@ class TritonForward:
         layout = kernel.layout
         self.grid = -(-layout.q.most(shape.rows) // kernel.tiling.block_q) * layout.classes * shape.batch * shape.heads
         self.default_scale = default_scale(shape.dim)
+        self._output = output_maker(q, shape)
         if self.grid:
             sources = parameter_sources(kernel, q, k, v, inputs)
             self._launch = prepare(kernel, kernel.text, FUNCTION, self.grid, sources, aligned, q.device)
@@ -101,7 +102,7 @@ class TritonForward:
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
         dropout: Dropout | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        out, lse = empty_output(q, self.shape)
+        out, lse = self._output(q)
         self.into(out, lse, q, k, v, inputs, args, scale, dropout)
         return out, lse
 

@@ -16,6 +16,7 @@ import torch
 
 from attndsl.diagnostics import PatternError
 from attndsl.runtime import cuda
+from attndsl.runtime import launcher as launching
 from attndsl.runtime.build import Kernel, KernelSource
 from attndsl.runtime.cuda import CudaError, LaunchConfig
 from attndsl.runtime.launcher import MAX_MAPS, Descriptor, DirectLauncher, Slot, launcher
@@ -124,7 +125,8 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     found = Driver()
-    monkeypatch.setattr(cuda, "driver", lambda: found)
+    for module in (cuda, launching):
+        monkeypatch.setattr(module, "driver", lambda: found)
     monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 900 + index, raising=False)
