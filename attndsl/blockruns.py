@@ -10,9 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attndsl.cut_values import cut_values
+from attndsl.cuts import known_cuts, with_cuts
+from attndsl.derivation import Cut
+from attndsl.derive import derive
 from attndsl.evaluate import evaluate
 from attndsl.oracle import check_inputs, index_origin
-from attndsl.program import Arg, CallShape, Program, Read, Scalar, Table, children
+from attndsl.program import Arg, CallShape, Program, Read, Scalar, Table, Var, children, reads, walk
 from attndsl.relation import build_relation
 from attndsl.tiles import Side, TileKind, TileRuns, tile_runs
 
@@ -50,8 +54,9 @@ def call_runs(
     Raises ValueError where an input or argument that decides tiles is missing, or an input has a wrong shape.
     """
     check_inputs(program, shape, {name: np.shape(value) for name, value in inputs.items()})
-    uniform, runs = _closed_runs(program, (shape.heads, shape.kv_heads), block_q, block_k)
-    reader = Reader(program, shape, inputs, args)
+    heads = (shape.heads, shape.kv_heads)
+    uniform, runs, program = _closed_runs(program, heads, block_q, block_k, frozenset(inputs))
+    reader = Reader(program, shape, {**inputs, **cut_values(program, shape, inputs, args)}, args)
     b, h = np.divmod(np.arange(shape.batch * shape.heads), max(1, shape.heads))
     # Where every uniform scalar has one value, the runs are the same.
     values = [np.broadcast_to(reader.value(e, reader.variables(b, h)), b.shape).astype(np.int64) for e in uniform]
@@ -83,12 +88,24 @@ def most_visits(program: Program, runs: TileRuns, shape: CallShape, block_q: int
 
 @functools.lru_cache(maxsize=256)
 def _closed_runs(
-    program: Program, heads: tuple[int, int], block_q: int, block_k: int
-) -> tuple[tuple[Scalar, ...], TileRuns]:
-    """The uniform scalars that the runs may depend on, and the runs, for every length."""
+    program: Program, heads: tuple[int, int], block_q: int, block_k: int, given: frozenset[str]
+) -> tuple[tuple[Scalar, ...], TileRuns, Program]:
+    """The uniform scalars that the runs may depend on, and the runs, for every length; and the program with its cuts.
+
+    given: the inputs that are known. Tiles that others rule out count as visited.
+    """
     relation = build_relation(program, heads)
-    runs = tile_runs(relation, block_q, block_k, Side.QUERY, program.align_start)
-    return tuple(relation.uniform.values()), runs
+    cut = known_cuts(with_cuts(derive(program)), given)
+    runs = tile_runs(relation, block_q, block_k, Side.QUERY, program.align_start, program=cut)
+    ends = [x for run in runs.full + runs.partial for x in (run.first, run.count)]
+    cuts = {decl.name for decl in cut.inputs if isinstance(decl.derivation, Cut)}
+    own = [Var(name) for name in "bh" if any(_follows(x, name, cuts) for e in ends for x in walk(e))]
+    return (*relation.uniform.values(), *own), runs, cut
+
+
+def _follows(e: Scalar, name: str, cuts: set[str]) -> bool:
+    """Whether this is the entry of a cut of one batch entry or head."""
+    return isinstance(e, Read) and e.input in cuts and reads(e, name)
 
 
 def _lists(runs: TileRuns, size: tuple[int, int], reader: Reader, variables: Mapping[str, Array]) -> list[RunLists]:

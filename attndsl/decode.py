@@ -99,7 +99,7 @@ def _plan(
 ) -> DecodePlan:
     tiling = tiling or decode_tiling(spec, cache, rows, pack)
     of_rows = replace(tiling, block_q=max(tiling.block_q // pack, 1))
-    base = forward_plan(program, spec, of_rows)
+    base = forward_plan(program, spec, of_rows, skip=False)
     if any(decl.derivation is not None for decl in base.program.inputs):
         raise error(
             "A559", "decode over caches does not yet take `random`, `on segment` and `coarsen` of data",
@@ -118,7 +118,7 @@ def _of_key_heads(base: ForwardPlan) -> TileRuns:
         return runs
     if any(reads(x, "h") for x in run_scalars(runs)):
         # As if a key head had one head.
-        runs = forward_plan(program, replace(spec, heads=spec.kv_heads), base.tiling).runs
+        runs = forward_plan(program, replace(spec, heads=spec.kv_heads), base.tiling, skip=False).runs
     return TileRuns(tuple(map(_said_of_g, runs.full)), tuple(map(_said_of_g, runs.partial)))
 
 

@@ -83,6 +83,22 @@ class Draw:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """int32 [b?, h?, positions?]: how far the positions of the other side reach whose value is below one's own.
+
+    `own` and `other` are integers that do not decrease with their positions (`owner` and `cut`, "q" or "k"; `owner` is
+    "" where `own` reads none). An entry is the first position at which `other` is no longer below `own` (`inclusive`:
+    at most `own`), from the first that the other side has to one past its last, whatever the inputs hold.
+    """
+
+    own: Scalar
+    other: Scalar
+    owner: str
+    cut: str
+    inclusive: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Chosen:
     """bool of the plan's dimensions, its list replaced by all members, of `keys` tokens: which of them it chooses."""
 
@@ -108,4 +124,4 @@ class TileList:
     runs: TileRuns
 
 
-Derivation: TypeAlias = Offsets | BlockMap | Draw | Chosen | TileList
+Derivation: TypeAlias = Offsets | BlockMap | Draw | Chosen | TileList | Cut

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
-from attndsl.derivation import BlockMap, Chosen, Derivation, Draw, Offsets, Random, Segment, TileList
+from attndsl.derivation import BlockMap, Chosen, Cut, Derivation, Draw, Offsets, Random, Segment, TileList
 from attndsl.program import (
     Axis,
     Binary,
@@ -81,6 +81,8 @@ def _read_by(derivation: Derivation | None) -> set[str]:
             pattern: Set = operand
         case Draw(drawn=drawn):
             pattern = drawn
+        case Cut(own=own, other=other):
+            return {x.input for e in (own, other) for x in walk(e) if isinstance(x, Read)}
         case _:
             assert_never(derivation)
     found = {x.input for e in scalars(pattern) for x in walk(e) if isinstance(x, Read)}

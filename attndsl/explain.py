@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.blockgraph import BlockGraph, block_graph
-from attndsl.derivation import BlockMap, Chosen, Draw, Offsets, TileList
+from attndsl.derivation import BlockMap, Chosen, Cut, Draw, Offsets, TileList
 from attndsl.diagnostics import Diagnostic
 from attndsl.layout import PLAIN
 from attndsl.notation import Level, input_text, program_text, scalar_text, set_text
@@ -290,6 +290,10 @@ def _made_of(decl: InputDecl) -> str:
             return f"distances in the segments of `{name}`"
         case BlockMap(operand=operand):
             return f"the blocks of coarsen({set_text(operand)}, …)"
+        case Cut(own=own, other=other, cut=cut, inclusive=inclusive):
+            which = "at most" if inclusive else "below"
+            side = "keys" if cut == "k" else "rows"
+            return f"how far the {side} reach whose {scalar_text(other)} is {which} {scalar_text(own)}"
         case Draw():
             return "the last hash and member that `random` draws for a row class"
         case Chosen(plan=plan):

@@ -32,6 +32,17 @@ def normalise(e: Scalar) -> Scalar:
     return _Normaliser().scalar(e)
 
 
+def terms(e: Scalar) -> tuple[int, dict[Scalar, int]]:
+    """The integer scalar as a constant and multiples of terms that are no sums: the terms with their factors."""
+    found = _Normaliser().sum(e)
+    return found.constant, found.terms
+
+
+def total(constant: int, terms: dict[Scalar, int]) -> Scalar:
+    """The sum of a constant and of multiples of terms, as a scalar."""
+    return _write(_Sum(constant, terms))
+
+
 class _Normaliser:
     """Normalises expressions whose nodes are shared: each once."""
 

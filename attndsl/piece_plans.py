@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
+from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.linear import normalise
 from attndsl.mask import shaped
@@ -15,6 +17,7 @@ from attndsl.plan import (
     BackwardPlan,
     ForwardPlan,
     Loads,
+    Plan,
     Spec,
     Tiling,
     backward_plan,
@@ -31,6 +34,8 @@ from attndsl.simplify import fold, specialise
 from attndsl.tiles import Side, TileRuns
 from attndsl.tiling import choose_backward_tilings, choose_tiling
 
+P = TypeVar("P", bound=Plan)
+
 
 @functools.lru_cache(maxsize=1024)
 def forward_plans(program: Program, spec: Spec, tiling: Tiling | None = None) -> tuple[ForwardPlan, ...]:
@@ -43,7 +48,9 @@ def forward_plans(program: Program, spec: Spec, tiling: Tiling | None = None) ->
         return (forward_plan(program, spec, tiling or choose_tiling(program, spec)),)
     program = _of_pieces(program)
     branch = branch_scalars(program, spec)
-    return tuple(_piece_plan(program, piece, spec, tiling, branch, n) for n, piece in enumerate(pieces))
+    return _of_one_program(
+        _piece_plan(program, piece, spec, tiling, branch, number) for number, piece in enumerate(pieces)
+    )
 
 
 def _pieces(program: Program, spec: Spec) -> tuple[Piece, ...]:
@@ -53,8 +60,18 @@ def _pieces(program: Program, spec: Spec) -> tuple[Piece, ...]:
 
 
 def _of_pieces(program: Program) -> Program:
-    """The program that the plans of its pieces have: they read no derived inputs."""
-    return with_needed(derive(program), ())
+    """The program that the plans of its pieces have: they read no derived inputs but cuts."""
+    program = derive(program)
+    own = {decl.name for decl in program.inputs if decl.derivation is not None}
+    program = with_cuts(program)
+    return replace(program, inputs=tuple(decl for decl in program.inputs if decl.name not in own))
+
+
+def _of_one_program(plans: Iterable[P]) -> tuple[P, ...]:
+    """The plans of pieces, whose program has the cuts that one of them reads."""
+    plans = tuple(plans)
+    program = with_needed(plans[0].program, (decl for plan in plans for decl in plan.inputs))
+    return tuple(replace(plan, program=program) for plan in plans)
 
 
 def _piece_plan(
@@ -95,7 +112,7 @@ def backward_plans(
         return (backward_plan(program, spec, *(tilings or choose_backward_tilings(program, spec)), uses_lse=uses_lse),)
     program = _of_pieces(program)
     branch = branch_scalars(program, spec)
-    return tuple(
+    return _of_one_program(
         _backward_piece(program, piece, spec, tilings, branch, uses_lse, number) for number, piece in enumerate(pieces)
     )
 

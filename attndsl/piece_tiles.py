@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.blockruns import Reader
+from attndsl.cut_values import cut_values
 from attndsl.piece_plans import forward_plans
 from attndsl.plan import DType, Plan, Spec, Tiling
 from attndsl.program import Binary, CallShape, Const, Program, Var
@@ -48,7 +49,7 @@ def count_pieces(
 def piece_tiles(plan: Plan, shape: CallShape, inputs: Mapping[str, Array], args: Mapping[str, int]) -> PieceTiles:
     """Counts the tiles of one piece. Raises ValueError where an input or argument that decides tiles is missing."""
     layout, block_q = plan.layout, plan.tiling.block_q
-    reader = Reader(plan.program, shape, inputs, args)
+    reader = Reader(plan.program, shape, {**inputs, **cut_values(plan.program, shape, inputs, args)}, args)
     b, h = np.divmod(np.arange(shape.batch * shape.heads), max(1, shape.heads))
     variables = reader.variables(b[:, None, None], h[:, None, None])
     variables["residue"] = np.arange(layout.classes)[:, None]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+from attndsl.cuts import with_cuts, without_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.layout import PLAIN, Layout
 from attndsl.learned import Learned, Over
@@ -312,9 +313,12 @@ def learning_tiling(spec: Spec) -> Tiling:
 
 
 @functools.lru_cache(maxsize=1024)
-def forward_plan(program: Program, spec: Spec, tiling: Tiling) -> ForwardPlan:
-    """The forward kernel of a program for one kind of call; the plan's program is the derived one."""
-    visits = _visits(derive(program), spec, tiling, Side.QUERY)
+def forward_plan(program: Program, spec: Spec, tiling: Tiling, skip: bool = True) -> ForwardPlan:
+    """The forward kernel of a program for one kind of call; the plan's program is the derived one.
+
+    skip: whether tiles that sorted data rules out are left out.
+    """
+    visits = _visits(with_cuts(derive(program)) if skip else derive(program), spec, tiling, Side.QUERY)
     program, runs = visits.program, visits.runs
     # The Hopper kernel visits a tile even where there is none, and masks it.
     mask = visits.mask() if runs.partial or spec.backend is Backend.GLUON else None
@@ -328,7 +332,7 @@ def backward_plan(
 ) -> BackwardPlan:
     """The backward kernels of a program for one kind of call; `key_tiling` (default: `tiling`) is that of dk and dv."""
     key_tiling = key_tiling or tiling
-    visits = _visits(derive(program), spec, tiling, Side.QUERY, key_tiling)
+    visits = _visits(with_cuts(derive(program)), spec, tiling, Side.QUERY, key_tiling)
     program, runs = visits.program, visits.runs
     if spec.backend is Backend.CPU:
         key_runs = TileRuns((), ())
@@ -372,7 +376,7 @@ def _visits(program: Program, spec: Spec, tiling: Tiling, side: Side, other: Til
     for found in listables(program, relation):
         if all(found.fits(t.block_q, t.block_k, spec.even_start) for t in (tiling, other or tiling)):
             relation = found.within(relation)
-            runs = closed_runs(relation, program, spec, tiling, side)
+            runs = closed_runs(relation, without_cuts(program), spec, tiling, side)
             program, runs = found.listed(program, runs, tiling.block_q, tiling.block_k, side)
             return _Visits(program, spec, runs, lowering, relation, found)
     runs = closed_runs(relation, program, spec, tiling, side)
@@ -413,7 +417,7 @@ def closed_runs(
     relation: Relation, program: Program, spec: Spec, tiling: Tiling, side: Side, layout: Layout = PLAIN
 ) -> TileRuns:
     """The runs of one side's tiles, with the sizes of a call put in."""
-    runs = tile_runs(relation, tiling.block_q, tiling.block_k, side, program.align_start, layout)
+    runs = tile_runs(relation, tiling.block_q, tiling.block_k, side, program.align_start, layout, program)
     return _specialised(runs, spec.sizes)
 
 

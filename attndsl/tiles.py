@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import assert_never
 
 import islpy as isl
 
 from attndsl.effort import EFFORT, TooHard, bounded
+from attndsl.isl_sets import project_param
 from attndsl.layout import PLAIN, Layout
 from attndsl.linear import normalise
 from attndsl.program import (
@@ -25,16 +27,18 @@ from attndsl.program import (
     Const,
     If,
     Logic,
+    Program,
     Read,
     Scalar,
     Type,
     Unary,
     Var,
-    children,
 )  # fmt: skip
 from attndsl.quasi_affine import to_scalar
 from attndsl.relation import Relation
+from attndsl.run_ends import interval_ends, written_size
 from attndsl.simplify import fold
+from attndsl.tile_cuts import Grid, Owner, TileCuts, tile_cuts
 
 # Elementary isl operations allowed to the tiles of one side of one pattern.
 SCAN_EFFORT = 2 * EFFORT
@@ -110,7 +114,13 @@ class Side(Enum):
 
 
 def tile_runs(
-    relation: Relation, block_q: int, block_k: int, side: Side, align_start: bool = False, layout: Layout = PLAIN
+    relation: Relation,
+    block_q: int,
+    block_k: int,
+    side: Side,
+    align_start: bool = False,
+    layout: Layout = PLAIN,
+    program: Program | None = None,
 ) -> TileRuns:
     """Closed-form runs for one side's tiles.
 
@@ -118,8 +128,9 @@ def tile_runs(
     (0 under `align start`); key tile t holds keys [t * block_k, (t + 1) * block_k).
 
     With a layout, `relation` is in its indices, and tiles are of these: the rows of a residue start at index `i_start`.
+    With a program, the ends read the cuts that it declares (`cuts.py`), and tiles that data rules out are not visited.
     """
-    runs = _Tiler(relation, block_q, block_k, side, align_start, layout).runs()
+    runs = _Tiler(relation, block_q, block_k, side, align_start, layout, program).runs()
     return TileRuns(tuple(map(_plain, runs.full)), tuple(map(_plain, runs.partial)))
 
 
@@ -131,14 +142,7 @@ def touched_runs(
 
 
 def _written_out(runs: TileRuns) -> int:
-    sizes: dict[int, int] = {}
-
-    def size(e: Scalar) -> int:
-        if id(e) not in sizes:
-            sizes[id(e)] = 1 + sum(map(size, children(e)))
-        return sizes[id(e)]
-
-    return sum(size(x) for run in runs.full + runs.partial for x in (run.first, run.count))
+    return written_size(tuple(x for run in runs.full + runs.partial for x in (run.first, run.count)))
 
 
 def _plain(run: Run) -> Run:
@@ -147,8 +151,9 @@ def _plain(run: Run) -> Run:
 
 class _Tiler:
     def __init__(
-        self, relation: Relation, block_q: int, block_k: int, side: Side, align_start: bool, layout: Layout
-    ) -> None:
+        self, relation: Relation, block_q: int, block_k: int, side: Side, align_start: bool, layout: Layout,
+        program: Program | None = None,
+    ) -> None:  # fmt: skip
         assert side is not Side.DIAGONAL or block_q == block_k
         self.relation, self.side, self.layout = relation, side, layout
         self.block_q, self.block_k = block_q, block_k
@@ -168,6 +173,53 @@ class _Tiler:
         # A full key tile has all its keys below Nk; a full query tile (transposed) has no such duty, since the
         # rows that do not exist are zero where the kernel reads them.
         self.reach = self._set("{ [q, k] : k >= 0 }")
+        self.cuts = TileCuts() if program is None else tile_cuts(program, relation.atoms, self._owner(), self._grids())
+        self.known = {name: tuple(map(self._set, texts)) for name, texts in self.cuts.pairs.items()}
+        parameters = ", ".join(["start", *self.cuts.scalars])
+        for fact in self.cuts.tiles:
+            self.existing = self.existing.intersect(self._set(f"[{parameters}] -> {{ [x, y] : {fact} }}"))
+
+    def _grids(self) -> dict[str, Grid]:
+        """The tiles of both sides."""
+        origin, text = (None, "") if self.align_start else (self._start, " - start")
+        return {
+            "q": Grid(self.layout.q, self.block_q, origin, text),
+            "k": Grid(self.layout.k, self.block_k, None, ""),
+        }
+
+    def _owner(self) -> Owner | None:
+        """The tiles that a program owns."""
+        match self.side:
+            case Side.QUERY:
+                first: Scalar = Binary("*", Const(self.block_q), Var(self.side.value))
+                first = first if self.align_start else Binary("+", self._start, first)
+                text = f"{self.block_q} x" if self.align_start else f"{self.block_q} x + start"
+                variable, comb, size = "q", self.layout.q, self.block_q
+            case Side.KEY:
+                first, text = Binary("*", Const(self.block_k), Var(self.side.value)), f"{self.block_k} y"
+                variable, comb, size = "k", self.layout.k, self.block_k
+            case Side.DIAGONAL:
+                return None
+            case _:
+                assert_never(self.side)
+        last = Binary("+", first, Const(size - 1))
+        exists = self.align_start or self.side is Side.KEY
+        return Owner(variable, comb.position(first), comb.position(last), text, size, exists)
+
+    def _some(self, pairs: isl.Set) -> isl.Set:
+        """The pairs that are in a set for some truth of the data that a tile does not rule out."""
+        for name, (may_hold, may_fail) in self.known.items():
+            if pairs.find_dim_by_name(isl.dim_type.param, name) < 0:
+                continue
+            holds, fails = (
+                project_param(pairs.intersect_params(self._set(f"[{name}] -> {{ : {name} = {truth} }}")), name)
+                for truth in (1, 0)
+            )
+            # Where it only adds pairs, what is there without it needs no bound.
+            pairs = (fails if fails.is_subset(holds) else fails.intersect(may_fail)).union(
+                holds if holds.is_subset(fails) else holds.intersect(may_hold)
+            ).coalesce()  # fmt: skip
+        return self.relation.project_atoms(pairs)
 
     def _set(self, text: str) -> isl.Set:
         return isl.Set.read_from_str(self.ctx, text)
@@ -200,7 +252,7 @@ class _Tiler:
     def _split(self, touched: isl.Set) -> tuple[isl.Set, isl.Set]:
         """The full tiles, and the partial ones."""
         missing = self.reach.subtract(self.relation.pairs)
-        holes = self.relation.project_atoms(missing).apply(self.tiles).coalesce()
+        holes = self._some(missing).apply(self.tiles).coalesce()
         full = self._existing(touched.subtract(holes))
         return full, self._existing(touched.subtract(full))
 
@@ -212,7 +264,7 @@ class _Tiler:
         try:
             return bounded(
                 self.ctx,
-                lambda: self._existing(self.relation.project_atoms(self.relation.pairs).apply(self.tiles)),
+                lambda: self._existing(self._some(self.relation.pairs).apply(self.tiles)),
             )
         except TooHard:
             return self.existing
@@ -242,14 +294,18 @@ class _Tiler:
             if basic.dim(isl.dim_type.div) and self._interval(piece) is None:
                 return None
             pieces.append(piece)
+        joined = self._joined(pieces)
+        if not self.known or len(joined) == len(pieces):
+            return self._runs_of(joined, kind, context)
+        # An interval whose ends depend on data case by case is no gain over two.
+        attempts = (self._runs_of(joined, kind, context), self._runs_of(pieces, kind, context))
+        return min(attempts, key=lambda runs: _written_out(TileRuns((), tuple(runs))))
+
+    def _runs_of(self, pieces: list[isl.Set], kind: TileKind, context: isl.Set) -> list[Run]:
         build = isl.AstBuild.from_context(context)
         runs = []
-        for piece in self._joined(pieces):
-            first = self._scalar(build.expr_from_pw_aff(piece.dim_min(0)))
-            last = self._scalar(build.expr_from_pw_aff(piece.dim_max(0)))
-            guard = fold(self._scalar(build.expr_from_set(piece.params().gist(context))))
-            count = Binary("+", Binary("-", last, first), Const(1))
-            runs.append(Run(first, count if guard == Const(1) else If(guard, count, Const(0)), 1, kind))
+        for piece in pieces:
+            runs.append(Run(*interval_ends(build, piece, context, self._scalar), 1, kind))
         return runs
 
     def _joined(self, pieces: list[isl.Set]) -> list[isl.Set]:
@@ -335,7 +391,7 @@ class _Tiler:
 
     def _scalar(self, expr: isl.AstExpr) -> Scalar:
         names: dict[str, Scalar] = {name: Var(name) for name in ("Nq", "Nk", "residue", self.side.value)}
-        return to_scalar(expr, names | {"start": self._start} | self.relation.uniform)
+        return to_scalar(expr, names | {"start": self._start} | self.relation.uniform | self.cuts.scalars)
 
     @property
     def _start(self) -> Scalar:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attndsl.derivation import BlockMap, Chosen, Derivation, Draw, Offsets, TileList
+from attndsl.derivation import BlockMap, Chosen, Cut, Derivation, Draw, Offsets, TileList
 from attndsl.derive import class_hash, own_inputs
 from attndsl.diagnostics import error
 from attndsl.program import (
@@ -37,6 +37,7 @@ from attndsl.program import (
 )
 from attndsl.relation import Lowering
 from attndsl.runtime.call import dim_size
+from attndsl.runtime.cuts import make_cut
 from attndsl.runtime.engine import Gradients, table_tensor
 from attndsl.runtime.plans import chosen_members, list_size, tile_list
 from attndsl.runtime.values import Values, mix64, ordered
@@ -71,7 +72,7 @@ def _counted(derivation: Derivation | None) -> Set | None:
             return operand
         case Draw(drawn=drawn):
             return drawn.among
-        case Offsets() | Chosen() | TileList() | None:
+        case Offsets() | Chosen() | TileList() | Cut() | None:
             return None
         case _:
             assert_never(derivation)
@@ -186,6 +187,8 @@ class Deriver:
                 values = values.at(start=first, i_start=first, Nq=q_len, Nk=k_len)
                 dims = self.program.input(plan).dims
                 return tile_list(decl.derivation, decl, values.tensors[plan], dims, values)
+            case Cut():
+                return make_cut(decl, decl.derivation, values)
             case None:
                 raise AssertionError(f"`{decl.name}` is given")
             case _:
@@ -342,7 +345,7 @@ class Deriving:
 def derived_dtype(decl: InputDecl) -> torch.dtype:
     """The dtype of a derived input."""
     match decl.derivation:
-        case Offsets():
+        case Offsets() | Cut():
             return torch.int32
         case BlockMap() | Chosen():
             return torch.bool

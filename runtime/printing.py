@@ -21,6 +21,7 @@ from attndsl import derivation, inputs, records, tiles
 from attndsl import layout as layouts
 from attndsl import plan as plans_module
 from attndsl import program as programs
+from attndsl.cuts import with_cuts
 from attndsl.derivation import TileList
 from attndsl.derive import derive
 from attndsl.diagnostics import error
@@ -160,7 +161,7 @@ def _choices(program: Program, said: Any) -> dict[str, bytes]:
 def _chosen(files: Mapping[str, bytes], program: Program) -> tuple[Program, Any]:
     """The derived program, and what was said beside the texts."""
     choices = json.loads(files[_CHOICES])
-    derived = derive(program)
+    derived = with_cuts(derive(program))
     needed = (d for d in derived.inputs if d.derivation is None or d.name in choices["derived"])
     lists: tuple[InputDecl, ...] = records.read(choices["lists"], _recorded(), {})
     program = replace(derived, inputs=(*needed, *lists))

@@ -72,6 +72,16 @@ CASES: dict[str, Case] = {
         "attention documents { input doc : int[b, k] sorted\n attend causal & document(doc) }",
         inputs={"doc": np.sort(ints(0, 5, 2, 70), axis=1)},
     ),
+    "documents_both_ways": case(
+        """attention d { input doc : int[b, h, k] sorted
+        attend document(doc) & window(50) | { doc[k] == 0 and q - k < 60 } }""",
+        rows=50, heads=(4, 2), inputs={"doc": np.sort(ints(0, 5, 2, 4, 70), axis=2)},
+    ),
+    "cross_documents": case(
+        """attention cross { align start  input qdoc : int[b, q] sorted  input kdoc : int[b, k] sorted
+        attend { qdoc[q] == kdoc[k] } }""",
+        rows=90, inputs={"qdoc": np.sort(ints(0, 5, 2, 90), axis=1), "kdoc": np.sort(ints(0, 5, 2, 70), axis=1)},
+    ),
     "prefix": case(
         "attention prefix_lm { input P : int[b]\n attend causal | prefix(P[b]) }",
         inputs={"P": np.array([0, 45], np.int32)},

@@ -198,6 +198,7 @@ class _Writer:
         ]
         if self.tokens:
             options.append(lambda: f"{self.use('ids')}[{self.one(self.tokens)}{self.one(('', ' + 1', ' - 3'))}]")
+            options.append(lambda: f"{self.use('doc')}[{self.one(self.tokens)}{self.one(('', ' - 2', ' // 3'))}]")
             options.append(lambda: f"{self.use('until')}[k]")
             options.append(lambda: f"{self.use('pad')}[b, {self.one(('q', 'k - q'))}, g]")
         if self.tokens and not self.gathered:

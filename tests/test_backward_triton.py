@@ -24,6 +24,7 @@ from attndsl.codegen.triton_backward import backward_sources
 from attndsl.plan import DType, Loads, Spec, Tiling, backward_plan
 from attndsl.program import CallShape, Program
 from attndsl.runtime.call import call_shape, device_target, dtype_of
+from attndsl.runtime.derive import Deriver
 from attndsl.runtime.engine import Gradients
 from attndsl.runtime.triton_backward import TritonBackward, backward_parameters
 from attndsl.tiling import heavy_tiles
@@ -68,14 +69,15 @@ def runner(tiling: Tiling | None = SMALL, loads: Loads | None = None) -> Run:
 
 def directly(
     program: Program, tiling: Tiling, loads: Loads, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
-    *rest: Any,
+    out: Tensor, lse: Tensor, inputs: list[Tensor], args: list[int], *rest: Any,
 ) -> Gradients:  # fmt: skip
     shape = call_shape(q, k, v)
     spec = Spec(shape.heads, shape.kv_heads, shape.dim, shape.v_dim, dtype_of(q), device_target(DEVICE), loads)
     plan = backward_plan(program, spec, tiling, uses_lse=dlse is not None)
-    inputs = rest[2]
+    inputs = [*inputs, *Deriver(plan.program, shape, DEVICE)(inputs, args)]
     kernels = TritonBackward(plan, *backward_sources(plan), dout.contiguous(), q, k, v, inputs, aligned=True)
-    return kernels(dout.contiguous(), dlse, q, k, v, *rest)
+    dq, dk, dv, learned = kernels(dout.contiguous(), dlse, q, k, v, out, lse, inputs, args, *rest)
+    return dq, dk, dv, learned[: len(program.inputs)]
 
 
 LEARNED: dict[str, Case] = {
@@ -134,6 +136,7 @@ LEARNED: dict[str, Case] = {
 }  # fmt: skip
 FIXED = (
     "streaming", "chunk", "more_rows", "none", "empty_rows", "dilated", "blocks", "documents", "duo", "until",
+    "documents_both_ways", "cross_documents",
     "align_start", "guarded", "sink", "weights", "counted", "coarsen_share", "coarsen_data", "random", "segment",
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ from torch import Tensor
 import attndsl
 from attndsl.api import _engine, load_attention
 from attndsl.blockruns import Reader
+from attndsl.cut_values import cut_values
 from attndsl.evaluate import evaluate
 from attndsl.layout import Comb
 from attndsl.oracle import mask
@@ -83,8 +84,9 @@ def plans(program: Program, shape: CallShape) -> tuple[ForwardPlan, ...]:
 
 def covered(case: Case, plan: ForwardPlan) -> NDArray[np.int64]:
     """How often a piece allows each pair, int [batch, heads, rows, keys]; its runs and mask are held to each other."""
-    program, shape, layout = case.load(), case.shape, plan.layout
-    reader = Reader(program, shape, case.inputs, case.args)
+    program, shape, layout = plan.program, case.shape, plan.layout
+    cuts = cut_values(program, shape, case.inputs, case.args)
+    reader = Reader(program, shape, {**case.inputs, **cuts}, case.args)
     start, end = shape.first_position(program), shape.q_len(program)
     found = np.zeros((shape.batch, shape.heads, shape.rows, shape.k_len), np.int64)
     b, h = np.indices((shape.batch, shape.heads))

@@ -23,6 +23,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "islpy": (
         "attndsl.effort",
         "attndsl.isl_sets",
+        "attndsl.run_ends",
         "attndsl.placing",
         "attndsl.relation",
         "attndsl.quasi_affine",

@@ -9,6 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.blockruns import Reader
+from attndsl.cut_values import cut_values
+from attndsl.cuts import with_cuts
+from attndsl.derive import derive
 from attndsl.oracle import mask
 from attndsl.program import CallShape, Program
 from attndsl.relation import Relation, build_relation
@@ -26,7 +29,8 @@ def call(rows: int, k_len: int, heads: int = 1, kv_heads: int = 1, batch: int = 
 def side_runs(program: Program, shape: CallShape, block_q: int, block_k: int, side: Side) -> tuple[Relation, TileRuns]:
     """The runs of one side, as a plan makes them."""
     relation = build_relation(program, (shape.heads, shape.kv_heads), "q" if side is Side.QUERY else "k")
-    return relation, tile_runs(relation, block_q, block_k, side, program.align_start)
+    cut = with_cuts(derive(program))
+    return relation, tile_runs(relation, block_q, block_k, side, program.align_start, program=cut)
 
 
 def visits(
@@ -45,7 +49,8 @@ def visits(
     """
     tiles = {Side.QUERY: -(-shape.rows // block_q), Side.KEY: -(-shape.k_len // block_k)}
     own, other = (tiles[Side.QUERY], tiles[Side.KEY])[:: 1 if side is Side.QUERY else -1]
-    reader = Reader(program, shape, inputs, args)
+    cut = with_cuts(derive(program))
+    reader = Reader(cut, shape, {**inputs, **cut_values(cut, shape, inputs, args)}, args)
     h = np.arange(shape.heads).reshape(1, -1, 1)
     variables = reader.variables(np.arange(shape.batch).reshape(-1, 1, 1), h) | {side.value: np.arange(own)}
     size = (shape.batch, shape.heads, own)

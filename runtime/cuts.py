@@ -1,0 +1,61 @@
+"""The cuts of a call (`attndsl.cuts`) on its device: a sorted search, in few launches and without waiting."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attndsl.cuts import domain, reflexive
+from attndsl.derivation import Cut
+from attndsl.program import Axis, InputDecl, Read, Scalar, Var
+from attndsl.runtime.values import Values
+
+
+def make_cut(decl: InputDecl, cut: Cut, values: Values) -> Tensor:
+    """int32 of the input's own dimensions: where the other side's values stop being below one's own.
+
+    What the inputs hold, sorted or not, an entry lies among the other side's positions, or is one past the last.
+    """
+    program, shape, device = values.program, values.shape, values.device
+    own_first, own_end = domain(cut.own, cut.owner, program, shape)
+    first, end = domain(cut.other, cut.cut, program, shape)
+    axes = [dim.axis for dim in decl.dims]
+    lead = [shape.batch if Axis.B in axes else 1, shape.heads if Axis.H in axes else 1]
+    sizes = [n for n, axis in zip(lead, (Axis.B, Axis.H), strict=True) if axis in axes]
+    sizes += [own_end - own_first] if cut.owner else []
+    if first == end or own_first == own_end:
+        return torch.full(sizes, first, dtype=torch.int32, device=device)
+    own = _along(cut.own, cut.owner, own_first, own_end, values, lead)
+    if isinstance(cut.other, Var):
+        # Positions are their own values.
+        found = (own + cut.inclusive).clamp(first, end).to(torch.int32)
+    else:
+        other = own if reflexive(cut, program) else _along(cut.other, cut.cut, first, end, values, lead)
+        kind = torch.promote_types(own.dtype, other.dtype)
+        own, other = own.to(kind).contiguous(), other.to(kind).contiguous()
+        found = torch.searchsorted(other, own, right=cut.inclusive, out_int32=True)
+        found = found + first if first else found
+    if reflexive(cut, program):
+        position = torch.arange(own_first, own_end, dtype=torch.int32, device=device)
+        found = torch.maximum(found, position + 1) if cut.inclusive else torch.minimum(found, position)
+    return found.reshape(sizes)
+
+
+def _along(e: Scalar, variable: str, first: int, end: int, values: Values, lead: list[int]) -> Tensor:
+    """Values at the positions of one side, integers [batch or 1, heads or 1, positions]."""
+    size = [*lead, end - first]
+    match e:
+        case Read(input=name, index=(*others, Var(name=last))) if last == variable:
+            # The entries themselves, where they lie as they are wanted.
+            x, dims = values.tensors[name], values.program.input(name).dims
+            plain = [Var(dim.axis.value) for dim in dims[:-1]] == others and dims[-1].block == 1
+            if plain and not any(dim.axis in (Axis.G, Axis.CONST) for dim in dims):
+                at = [i for axis, i in ((Axis.B, 0), (Axis.H, 1)) if axis not in [dim.axis for dim in dims]]
+                for i in at:
+                    x = x.unsqueeze(i)
+                return x.expand(size)
+        case _:
+            pass
+    position = torch.arange(first, end, device=values.device).view(1, 1, -1, 1)
+    found = values.at(**{variable: position} if variable else {}).tensor(e)
+    return found.expand(*size, 1)[..., 0]
