@@ -60,6 +60,11 @@ def evaluate(e: Scalar, variables: Mapping[str, Value], leaves: Mapping[Scalar, 
                 return np.abs(value(a))
             case Call(function="clamp", args=(a, low, high)):
                 return np.asarray(np.minimum(np.maximum(value(a), value(low)), value(high)))
+            case Call(function="bit_length", args=(a,)):
+                return np.asarray(np.frexp(np.maximum(value(a), 0).astype(np.float64))[1].astype(np.int64))
+            case Call(function="is_power_of_two", args=(a,)):
+                number = value(a)
+                return np.asarray((number > 0) & ((number & (number - 1)) == 0))
             case Call(function=function):
                 raise AssertionError(f"the compiler derives no {function}")
             case _:

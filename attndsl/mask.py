@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 from attndsl.effort import TooHard, bounded
 from attndsl.program import Binary, Compare, Const, Logic, Read, Scalar, Table, Var, children, reads
 from attndsl.quasi_affine import condition
@@ -14,23 +12,34 @@ from attndsl.simplify import fold, specialise
 PAIR = ("q", "k", "i", "j")
 
 
+IN_RANGE = Compare("<", Var("k"), Var("Nk"))
+
+
 def written_condition(lowering: Lowering, sizes: dict[str, int]) -> Scalar:
-    """The pattern as its author wrote it, as a condition, less what is redundant, with the sizes of a call put in."""
+    """The pattern as its author wrote it, as a condition that no key past the last one meets, less what is redundant,
+    with the sizes of a call put in."""
     program = lowering.program
     written = fold(lowering.predicate(program.branch.pattern))
-    with suppress(TooHard):  # … in which case the condition stays as it was written.
+    try:
         written = bounded(lowering.ctx, lambda: without_redundant(lowering, written))
+    except TooHard:
+        written = fold(Logic("and", (written, IN_RANGE)))
     return specialise(written, sizes)
 
 
 def without_redundant(lowering: Lowering, cond: Scalar) -> Scalar:
-    """The condition less those of its conjuncts that the others imply for existing pairs."""
-    if not isinstance(cond, Logic) or cond.op != "and":
-        return cond
-    existing = lowering.set("[Nq, Nk] -> { [q, k] : q < Nq and 0 <= k < Nk }").intersect_params(lowering.context())
-    sets = {x: lowering.holds(x, lowering.here) for x in cond.operands}
-    kept = list(cond.operands)
-    for x in cond.operands:
+    """The condition and `k < Nk`, less those of its conjuncts that the others imply for existing rows.
+
+    The last tile reaches past the last key, so `k < Nk` goes only where what is kept implies it.
+    """
+    existing = lowering.set("[Nq] -> { [q, k] : q < Nq and 0 <= k }").intersect_params(lowering.context())
+    if not lowering.program.align_start:
+        existing = existing.intersect_params(lowering.set("[Nq, Nk] -> { : Nq = Nk }"))
+    conjuncts = cond.operands if isinstance(cond, Logic) and cond.op == "and" else (cond,)
+    kept = [x for x in conjuncts if x != IN_RANGE and x != Const(True)] + [IN_RANGE]
+    sets = {x: lowering.holds(x, lowering.here) for x in kept}
+    # The author's own conditions stay where either would do.
+    for x in (IN_RANGE, *kept[:-1]):
         left = existing
         for y in kept:
             left = left if y == x else left.intersect(sets[y])
@@ -42,10 +51,9 @@ def without_redundant(lowering: Lowering, cond: Scalar) -> Scalar:
 def pair_mask(relation: Relation, written: Scalar) -> Scalar | None:
     """The condition for a pair of a visited tile, None where it always holds.
 
-    The cheaper of the pattern as its author wrote it and as the integer sets simplified it.
+    The cheaper of the pattern as its author wrote it (`written_condition`) and as the integer sets simplified it.
     """
-    in_range = Compare("<", Var("k"), Var("Nk"))
-    candidates = [written if relation.keys_bounded else fold(Logic("and", (written, in_range)))]
+    candidates = [written]
     if not relation.atoms:
         candidates.append(fold(condition(relation.pairs, relation.context, relation.uniform)))
     return shaped(min(candidates, key=pair_cost))

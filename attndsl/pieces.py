@@ -333,8 +333,8 @@ def _in_layout(relation: Relation, pairs: isl.Set, layout: Layout) -> Relation:
     found = pairs.preimage_multi_pw_aff(at).intersect_params(residues)
     exists = isl.Set.read_from_str(ctx, "{ [q, k] : k >= 0 }")
     found = found.intersect(exists).coalesce().gist_params(residues)
-    return replace(relation, pairs=found, context=context, keys_bounded=False)
+    return replace(relation, pairs=found, context=context)
 
 
 def _with_pairs(relation: Relation, pairs: isl.Set) -> Relation:
-    return replace(relation, pairs=pairs, keys_bounded=False)
+    return replace(relation, pairs=pairs)

@@ -71,7 +71,6 @@ class Relation:
 
     `pairs`: { [q, k] } for 0 <= k < Nk and any q (rows that do not exist are of no interest). `uniform` and
     `atoms`: what each further parameter stands for. `context`: what is known of the parameters.
-    `keys_bounded`: the pattern by itself keeps the keys of existing rows below Nk.
     `notes`: conditions that were made data because they were too hard to hold exactly.
     """
 
@@ -79,7 +78,6 @@ class Relation:
     uniform: dict[str, Scalar]
     atoms: dict[str, Scalar]
     context: isl.Set
-    keys_bounded: bool
     notes: tuple[str, ...] = ()
 
     def project_atoms(self, pairs: isl.Set) -> isl.Set:
@@ -127,7 +125,6 @@ class Lowering:
         written = self.lower(pattern, self.here)
         existing = self.set("[Nk] -> { [q, k] : 0 <= k < Nk }")
         pairs = written.intersect(existing)
-        rows = self.set("[Nq] -> { [q, k] : q < Nq }")
         context = self.context()
         if not self.program.align_start:
             # One length: queries end where keys do.
@@ -136,13 +133,10 @@ class Lowering:
         # Rows end with the keys or, under `align start`, with Nq: what only longer sequences could hold goes.
         longest = self.set(f"{{ [q, k] : q <= {1 << POSITION_BITS} }}")
         pairs = pairs.intersect(longest).gist(longest).gist_params(context)
-        keys_bounded = (
-            written.intersect(rows).intersect_params(context).is_subset(self.set("[Nk] -> { [q, k] : k < Nk }"))
-        )
         pairs = pairs.coalesce()
         uniform = {name: e for name, e in self.uniform.items() if self._involves(pairs, name)}
         atoms = {name: e for name, e in self.atoms.items() if self._involves(pairs, name)}
-        return Relation(pairs, uniform, atoms, context, bool(keys_bounded), tuple(self.notes))
+        return Relation(pairs, uniform, atoms, context, tuple(self.notes))
 
     def _involves(self, pairs: isl.Set, name: str) -> bool:
         position = pairs.find_dim_by_name(isl.dim_type.param, name)

@@ -10,13 +10,14 @@ import pytest
 from hypothesis import assume, given
 
 from attndsl import effort as effort_module
+from attndsl.blockruns import Reader
 from attndsl.derivation import Draw
 from attndsl.derive import derive
 from attndsl.effort import TooHard, bounded
 from attndsl.grammar import load
-from attndsl.mask import pair_mask, without_redundant
+from attndsl.mask import IN_RANGE, pair_mask, without_redundant
 from attndsl.oracle import evaluate, mask
-from attndsl.program import CallShape, Program, Type
+from attndsl.program import CallShape, Logic, Program, Type
 from attndsl.relation import Lowering, Relation, build_relation
 from attndsl.simplify import fold
 from attndsl.tiles import Side, tile_runs
@@ -136,7 +137,8 @@ def masks(program: Program, shape: CallShape) -> dict[str, object]:
     lowering = Lowering(program, (shape.heads, shape.kv_heads))
     relation = lowering.relation(program.branch.pattern)
     written = fold(lowering.predicate(program.branch.pattern))
-    return {"written": written, "least": without_redundant(lowering, written), "chosen": pair_mask(relation, written)}
+    least = without_redundant(lowering, written)
+    return {"written": written, "least": least, "chosen": pair_mask(relation, least)}
 
 
 @pytest.mark.parametrize("text", PATTERNS)
@@ -151,6 +153,39 @@ def test_conditions_equal_the_mask(text: str) -> None:
                 np.testing.assert_array_equal(value, expected, err_msg=name)
             else:
                 assert name == "chosen" and expected.all()
+
+
+# Conditions of the author's own that bound keys, or seem to.
+BOUNDING = [
+    "{ k < Nk and k % 3 == 0 }",
+    "{ k <= Nk - 1 and k // 3 <= q }",
+    "{ k < Nq }",
+    "{ q + k < Nk }",
+    "~{ k >= Nk }",
+]
+
+
+@pytest.mark.parametrize(
+    "text", [*PATTERNS, *BOUNDING, *(f"attention a {{ align start\n attend {x} }}" for x in BOUNDING)]
+)
+def test_keys_past_the_last_one_are_masked(text: str) -> None:
+    """The last tile reaches past the keys, and what lies there has a score of 0, not of minus infinity."""
+    program = load(text).program
+    for rows, k_len in ((1, 1), (3, 8), (12, 12), (9, 12)):
+        shape = call(rows, k_len)
+        for name, e in masks(program, shape).items():
+            if name != "written" and e is not None:
+                reader = Reader(program, shape, {}, {})
+                q, k = np.arange(rows)[:, None] + shape.first_position(program), np.arange(k_len, k_len + 9)
+                value = reader.value(e, reader.variables(np.array(0), np.array(0)) | {"q": q, "k": k})  # type: ignore[arg-type]
+                assert not value.any(), name
+
+
+def test_a_map_of_single_keys_is_masked_past_the_last_one() -> None:
+    program = load("attention a { input d : int[b, k]  attend coarsen({ d[k] == 1 }, 1, any) }").program
+    least = masks(program, call(7, 7))["least"]
+    assert isinstance(least, Logic)
+    assert IN_RANGE in least.operands
 
 
 @given(case=composed_programs(max_depth=2, lengths=(1, 7, 16, 33), scores=False))

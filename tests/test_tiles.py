@@ -48,6 +48,8 @@ PATTERNS = [
     "{ bit_length(q) == bit_length(k) }",
     "{ min(q, 7) - k < 3 and max(q, k) < Nk - 1 }",
     "if Nk % 2 == 0 then causal else ~causal",
+    "if is_power_of_two(Nk) then causal else window(bit_length(Nk))",
+    "{ is_power_of_two(Nk - q % 2) }",
 ]
 
 
