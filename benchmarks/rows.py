@@ -137,26 +137,29 @@ def neighborhood_refuses(sizes: Sizes) -> str:
 
 
 def routed_blocks(sizes: Sizes) -> Inputs:
-    """sel: bool [heads, n/64, n/64]: for each row of blocks its own block and 8 earlier ones, drawn at random."""
+    """keep: int32 [heads, n/64, 9], a plan: for each row of blocks its own and 8 earlier ones, drawn at random."""
     blocks = -(-sizes.n // 64)
     generator = torch.Generator().manual_seed(7)
     order = torch.rand(sizes.heads, blocks, blocks, generator=generator)
     earlier = torch.ones(blocks, blocks, dtype=torch.bool).tril(-1)
     rank = order.masked_fill(~earlier, -1.0).argsort(-1, descending=True).argsort(-1)
     chosen = (rank < 8) & earlier | torch.eye(blocks, dtype=torch.bool)
-    return {"sel": chosen.to(sizes.device)}
+    listed = torch.where(chosen, torch.arange(blocks), blocks).sort(-1).values[..., :9]
+    return {"keep": torch.where(listed < blocks, listed, -1).to(torch.int32).to(sizes.device)}
 
 
-def routed_rule(_sizes: Sizes, inputs: Inputs) -> MaskRule:
-    sel = inputs["sel"]
+def routed_rule(sizes: Sizes, inputs: Inputs) -> MaskRule:
+    keep, blocks = inputs["keep"].long(), -(-sizes.n // 64)
+    listed = torch.where(keep < 0, blocks, keep)
+    sel = torch.zeros(*keep.shape[:2], blocks + 1, dtype=torch.bool, device=keep.device).scatter_(-1, listed, True)
     return lambda b, h, q, k: (k <= q) & sel[h, q // 64, k // 64]
 
 
 DOCUMENT_TEXT = "attention documents {\n    input doc : int[b, k] sorted\n    attend causal & document(doc)\n}\n"
 ROUTED_TEXT = """\
 attention routed {
-    input sel : bool[h, q/64, k/64]
-    attend causal & { sel[h, q // 64, k // 64] }
+    input keep : blocks(64)[h, q/64]
+    attend causal & keep
 }
 """
 
