@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
-from attndsl.derivation import BlockMap, Chosen, Cut, Derivation, Draw, Offsets, Random, Segment, TileList
+from attndsl.derivation import BlockMap, Chosen, Cut, Derivation, Draw, Gathering, Offsets, Random, Segment, TileList
 from attndsl.program import (
     Axis,
     Binary,
@@ -75,7 +75,7 @@ def own_inputs(program: Program) -> tuple[InputDecl, ...]:
 
 def _read_by(derivation: Derivation | None) -> set[str]:
     match derivation:
-        case None | Offsets() | Chosen() | TileList():
+        case None | Offsets() | Chosen() | TileList() | Gathering():
             return set()
         case BlockMap(operand=operand):
             pattern: Set = operand

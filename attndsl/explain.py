@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.blockgraph import BlockGraph, block_graph
-from attndsl.derivation import BlockMap, Chosen, Cut, Draw, Offsets, TileList
+from attndsl.derivation import BlockMap, Chosen, Cut, Draw, Gathering, Offsets, TileList
 from attndsl.diagnostics import Diagnostic
 from attndsl.layout import PLAIN
 from attndsl.notation import Level, input_text, program_text, scalar_text, set_text
@@ -298,6 +298,8 @@ def _made_of(decl: InputDecl) -> str:
             return "the last hash and member that `random` draws for a row class"
         case Chosen(plan=plan):
             return f"which members `{plan}` chooses"
+        case Gathering(plan=plan):
+            return f"the rows that chose each member in `{plan}`"
         case TileList(plan=plan, of_keys=of_keys):
             return f"the {'query tiles of each key tile' if of_keys else 'key tiles of each query tile'} by `{plan}`"
         case None:

@@ -3,6 +3,9 @@
 A plan says for each row class which members of the keys it chooses. With tiles inside one row class and one member the
 plan says it of tiles, so kernels read their tiles from lists that the runtime makes of it, and in those the selection
 holds: which of them are full, and the mask of the rest, are those of the pattern with the selection for true.
+
+Where each row chooses for itself, rows that chose the same member are gathered into tiles: the keys are then in order,
+and the results of a row's members are merged (`Gathered`).
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from attndsl.derivation import Chosen, TileList
+from attndsl.derivation import Chosen, Gathering, TileList
 from attndsl.isl_sets import where_param
 from attndsl.program import (
     Axis,
@@ -29,12 +32,24 @@ from attndsl.program import (
 )  # fmt: skip
 from attndsl.relation import Relation
 from attndsl.simplify import fold
-from attndsl.tiles import Side, TileRuns, listed_runs
+from attndsl.tiles import PLACE, Side, TileRuns, listed_runs
 
 # The largest tile, and the multiple of positions at which row classes and tiles begin together.
 EVEN = 128
 # The smallest tile that tensor cores take.
 LEAST = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Query tiles of rows that chose the same member of the keys, of `keys` tokens, in `plan`.
+
+    `entry`: the read, at PLACE, of the derived input that lists them (`derivation.Gathering`).
+    """
+
+    entry: Read
+    plan: str
+    keys: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +67,10 @@ class Listable:
         of_rows = self.rows is None or (even_start and self.rows % block_q == 0 and EVEN % block_q == 0)
         return of_rows and self.keys % block_k == 0
 
+    def gathers(self, *blocks_k: int) -> bool:
+        """Whether rows that choose for themselves are gathered, with key tiles of these sizes."""
+        return self.rows == 1 and all(self.keys % block == 0 for block in blocks_k)
+
     def within(self, relation: Relation) -> Relation:
         """The relation where the selection holds."""
         atoms = {name: e for name, e in relation.atoms.items() if name != self.atom}
@@ -66,19 +85,31 @@ class Listable:
     ) -> tuple[Program, TileRuns]:
         """The runs of the tiles that the plan chooses, of those in `runs`; the program declares their lists."""
         found = TileList(self.plan.name, self.rows, self.keys, block_q, block_k, side is Side.KEY, runs)
-        ends = [e for run in runs.full + runs.partial for e in (run.first, run.count)]
+        decl = self._declared(program, f"{'q' if found.of_keys else 'k'}_tiles_{self.plan.name}", found)
+        return replace(program, inputs=(*program.inputs, decl)), listed_runs(decl.name, _lead(decl), Var(side.value))
+
+    def gathered(self, program: Program, runs: TileRuns, block_q: int) -> tuple[Program, Gathered]:
+        """What tells a kernel which rows to gather. runs: which members a row sees whole, or in part, if it chooses."""
+        decl = self._declared(program, f"chose_{self.plan.name}", Gathering(self.plan.name, self.keys, block_q, runs))
+        entry = Read(decl.name, (*_lead(decl), PLACE), Type.INT)
+        return replace(program, inputs=(*program.inputs, decl)), Gathered(entry, self.plan.name, self.keys)
+
+    def _declared(self, program: Program, name: str, found: TileList | Gathering) -> InputDecl:
+        """A derived input with the dimensions in which the plan, or the runs of its tiles, differ."""
+        ends = [e for run in found.runs.full + found.runs.partial for e in (run.first, run.count)]
         heads = [d for d in self.plan.dims if d.axis in (Axis.H, Axis.G)]
         if any(reads(e, "h", "g") for e in ends):
             heads = [Dim(Axis.H)]
         batch = any(d.axis is Axis.B for d in self.plan.dims) or any(reads(e, "b") for e in ends)
         dims = (*([Dim(Axis.B)] if batch else []), *heads)
-        name = f"{'q' if found.of_keys else 'k'}_tiles_{self.plan.name}"
         taken = {decl.name for decl in program.inputs}
         while name in taken:
             name += "_"
-        decl = InputDecl(name, Type.INT, (*dims, Dim(Axis.LIST)), derivation=found)
-        lead = tuple(Var(d.axis.value) for d in dims)
-        return replace(program, inputs=(*program.inputs, decl)), listed_runs(name, lead, Var(side.value))
+        return InputDecl(name, Type.INT, (*dims, Dim(Axis.LIST)), derivation=found)
+
+
+def _lead(decl: InputDecl) -> tuple[Scalar, ...]:
+    return tuple(Var(d.axis.value) for d in decl.dims[:-1])
 
 
 def listables(program: Program, relation: Relation) -> Iterator[Listable]:

@@ -13,7 +13,7 @@ from attndsl.derive import derive, with_needed
 from attndsl.layout import PLAIN, Layout
 from attndsl.learned import Learned, Over
 from attndsl.linear import normalise
-from attndsl.listing import Listable, listables
+from attndsl.listing import Gathered, Listable, listables
 from attndsl.mask import pair_mask, written_condition
 from attndsl.program import (
     Arg,
@@ -105,7 +105,9 @@ class Spec:
     scale_sign: int = 1  # sign of the scale where it is given at call time
     backend: Backend = Backend.TRITON
     dropout: bool = False
-    even_start: bool = False  # the first row's position is a multiple of EVEN; only where the program asks (`listing`)
+    # Only where the program reads a plan (`listing`): the first row's position is a multiple of EVEN; plans are lists.
+    even_start: bool = False
+    lists: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -121,6 +123,7 @@ class Plan:
     `score`, `sink`, `weights`: as in `program.Branch`, specialised.
     `layout`: the order in which it counts tokens; the runs are in its indices, which a mask calls i and j.
     `follows`: it is a further piece of the program's pattern, and adds to what the pieces before it have found.
+    `gathered`: query tiles are rows that chose the same member of the keys; there are no runs.
     """
 
     program: Program
@@ -134,11 +137,17 @@ class Plan:
     weights: Scalar | None
     layout: Layout = field(default=PLAIN, kw_only=True)
     follows: bool = field(default=False, kw_only=True)
+    gathered: Gathered | None = field(default=None, kw_only=True)
 
     @property
     def softmax(self) -> bool:
         """Whether rows are normalised."""
         return self.weights is None
+
+    @property
+    def masks(self) -> bool:
+        """Whether some of its tiles are masked."""
+        return bool(self.runs.partial) or self.gathered is not None
 
     @property
     def positive_scale(self) -> bool:
@@ -151,7 +160,8 @@ class Plan:
     def scalars(self) -> tuple[Scalar, ...]:
         """Every scalar the kernel computes."""
         body = (self.mask, self.scale, self.score, self.sink, self.weights)
-        return (*run_scalars(self.runs), *(x for x in body if x is not None), *self._further())
+        lists = () if self.gathered is None else (self.gathered.entry,)
+        return (*run_scalars(self.runs), *(x for x in body if x is not None), *lists, *self._further())
 
     def _further(self) -> tuple[Scalar, ...]:
         """Scalars that only some kernels compute."""
@@ -187,7 +197,7 @@ class ForwardPlan(Plan):
 class Printed:
     """A forward kernel's text and what a launch takes beside it: what is left of a plan once it is printed.
 
-    `layout`, `follows`: as in `Plan`.
+    `layout`, `follows`, `gathered`: as in `Plan`.
     """
 
     program: Program
@@ -196,6 +206,7 @@ class Printed:
     text: str
     layout: Layout = PLAIN
     follows: bool = False
+    gathered: Gathered | None = None
 
     @property
     def tables(self) -> tuple[TableDecl, ...]:
@@ -321,8 +332,9 @@ def forward_plan(program: Program, spec: Spec, tiling: Tiling, skip: bool = True
     visits = _visits(with_cuts(derive(program)) if skip else derive(program), spec, tiling, Side.QUERY)
     program, runs = visits.program, visits.runs
     # The Hopper kernel visits a tile even where there is none, and masks it.
-    mask = visits.mask() if runs.partial or spec.backend is Backend.GLUON else None
-    plan = ForwardPlan(program, spec, tiling, runs, mask, **branch_scalars(program, spec))
+    mask = visits.mask() if runs.partial or visits.gathered or spec.backend is Backend.GLUON else None
+    branch = branch_scalars(program, spec)
+    plan = ForwardPlan(program, spec, tiling, runs, mask, **branch, gathered=visits.gathered)
     return replace(plan, program=with_needed(program, plan.inputs))
 
 
@@ -331,19 +343,21 @@ def backward_plan(
     program: Program, spec: Spec, tiling: Tiling, key_tiling: Tiling | None = None, uses_lse: bool = True
 ) -> BackwardPlan:
     """The backward kernels of a program for one kind of call; `key_tiling` (default: `tiling`) is that of dk and dv."""
-    key_tiling = key_tiling or tiling
-    visits = _visits(with_cuts(derive(program)), spec, tiling, Side.QUERY, key_tiling)
-    program, runs = visits.program, visits.runs
-    if spec.backend is Backend.CPU:
-        key_runs = TileRuns((), ())
-    else:
-        of_keys = _visits(program, spec, key_tiling, Side.KEY, tiling)
-        program, key_runs = of_keys.program, of_keys.runs
-    mask = visits.mask() if runs.partial or key_runs.partial else None
+    key_tiling, program = key_tiling or tiling, with_cuts(derive(program))
     branch = branch_scalars(program, spec)
+    derivatives = slopes(program, branch)
+    # Sums of learnable inputs are made tile by tile, in order.
+    learns = bool(derivatives["learnable"] or derivatives["sink_learnable"])
+    visits = _visits(program, spec, tiling, Side.QUERY, key_tiling, gathers=not learns)
+    program, runs = visits.program, visits.runs
+    key_runs = TileRuns((), ())
+    if spec.backend is not Backend.CPU and visits.gathered is None:
+        of_keys = _visits(program, spec, key_tiling, Side.KEY, tiling, gathers=False)
+        program, key_runs = of_keys.program, of_keys.runs
+    mask = visits.mask() if runs.partial or key_runs.partial or visits.gathered else None
     plan = BackwardPlan(
-        program, spec, tiling, runs, mask, **branch, key_tiling=key_tiling, key_runs=key_runs,
-        **slopes(program, branch), uses_lse=uses_lse,
+        program, spec, tiling, runs, mask, **branch, key_tiling=key_tiling, key_runs=key_runs, **derivatives,
+        uses_lse=uses_lse, gathered=visits.gathered,
     )  # fmt: skip
     # Kernels that go over the whole pattern once more read what these need not.
     whole = any(x.over in (Over.DIAGONALS, Over.PAIRS) for x in plan.learned)
@@ -363,17 +377,29 @@ class _Visits:
     lowering: Lowering
     relation: Relation
     selection: Listable | None = None
+    gathered: Gathered | None = None
 
     def mask(self) -> Scalar | None:
         written = written_condition(self.lowering, self.spec.sizes)
         return pair_mask(self.relation, written if self.selection is None else self.selection.assumed(written))
 
 
-def _visits(program: Program, spec: Spec, tiling: Tiling, side: Side, other: Tiling | None = None) -> _Visits:
-    """What the tiles of one side visit. `other`: the tiling of a plan's other kernels, which share its mask."""
+def _visits(
+    program: Program, spec: Spec, tiling: Tiling, side: Side, other: Tiling | None = None, gathers: bool = True
+) -> _Visits:
+    """What the tiles of one side visit. `other`: the tiling of a plan's other kernels, which share its mask.
+
+    gathers: where rows choose for themselves, they may be gathered.
+    """
+    gathers = gathers and spec.backend is Backend.TRITON and spec.lists
     lowering = Lowering(program, (spec.heads, spec.kv_heads), anchor="k" if side is Side.KEY else "q")
     relation = lowering.relation(program.branch.pattern)
     for found in listables(program, relation):
+        if gathers and found.gathers(tiling.block_k, (other or tiling).block_k):
+            relation, whole = found.within(relation), replace(tiling, block_q=1, block_k=found.keys)
+            runs = closed_runs(relation, without_cuts(program), spec, whole, Side.QUERY)
+            program, gathered = found.gathered(program, runs, tiling.block_q)
+            return _Visits(program, spec, TileRuns((), ()), lowering, relation, found, gathered)
         if all(found.fits(t.block_q, t.block_k, spec.even_start) for t in (tiling, other or tiling)):
             relation = found.within(relation)
             runs = closed_runs(relation, without_cuts(program), spec, tiling, side)

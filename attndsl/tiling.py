@@ -61,6 +61,8 @@ def choose_tiling(program: Program, spec: Spec) -> Tiling:
 def _fitted(tiling: Tiling, program: Program, spec: Spec) -> Tiling:
     for found in _listables(program, (spec.heads, spec.kv_heads)):
         block_q, block_k = fitting(tiling.block_q, found.rows), fitting(tiling.block_k, found.keys)
+        if spec.lists and found.gathers(block_k):
+            return replace(tiling, block_k=block_k)
         if found.fits(block_q, block_k, spec.even_start):
             return replace(tiling, block_q=block_q, block_k=block_k)
     return tiling

@@ -120,24 +120,26 @@ class KernelWriter:
         self.v_parts = head_parts(plan.spec.v_dim)
         self.combs = {"q": plan.layout.q, "k": plan.layout.k}
 
-    def file(self, title: str) -> str:
-        """The text of the file, once the body is written."""
-        body = self.lines.text()
-        signature = Lines()
-        with signature.block(f"def {self.function}("):
-            signature.add(*(f"{name}," for name in used_parameters(self._candidates(), body)))
-        helpers = prelude("prelude.py", self.printer.helpers)
+    def file(self, title: str, *others: KernelWriter) -> str:
+        """The text of the file, once the bodies are written: of this kernel, and of others that go with it."""
+        kernels = (self, *others)
+        helpers = prelude("prelude.py", set().union(*(kernel.printer.helpers for kernel in kernels)))
         return "".join(
             (
                 header(self.plan, title),
                 "import triton\nimport triton.language as tl\n\n\n",
                 helpers + "\n\n\n" if helpers else "",
-                "@triton.jit\n",
-                signature.text(),
-                "):\n",
-                body,
+                "\n\n".join(kernel.kernel() for kernel in kernels),
             )
         )
+
+    def kernel(self) -> str:
+        """The text of the kernel alone."""
+        body = self.lines.text()
+        signature = Lines()
+        with signature.block(f"def {self.function}("):
+            signature.add(*(f"{name}," for name in used_parameters(self._candidates(), body)))
+        return "".join(("@triton.jit\n", signature.text(), "):\n", body))
 
     def _candidates(self) -> list[str]:
         """Every parameter that a kernel may have, in order."""
@@ -214,6 +216,10 @@ class KernelWriter:
         length = "rows" if side == "q" and self.aligned else "k_len"
         with self.lines.block(f"if {self._token(side, first)} >= {length}:"):
             self.lines.add("return  # Not every residue has as many tokens.")
+
+    def in_order(self, side: str) -> bool:
+        """Whether a tile of queries or keys is of tokens in a row."""
+        return self.combs[side].every and not (side == "q" and self.plan.gathered)
 
     def tokens(self, side: str, first: str = "k_tile * BLOCK_K") -> None:
         """In a layout: the indices of a tile's tokens, from `first` on, and their rows in the tensors."""
@@ -308,7 +314,7 @@ class KernelWriter:
         `bounded`: the tile may reach past the end. `pointer`: not by descriptor (a tile that is loaded once).
         """
         block, length = f"BLOCK_{side.upper()}", "rows" if side == "q" else "k_len"
-        if self.plan.spec.loads is Loads.DESCRIPTOR and not pointer:
+        if self.plan.spec.loads is Loads.DESCRIPTOR and not pointer and self.in_order(side):
             for part in parts:
                 at = f"[b, {head}, {side}_tile * {block}, {part.offset}]"
                 self.lines.add(f"{x}{part.suffix} = {x}_desc{part.suffix}.load({at}).reshape({block}, {part.size})")
@@ -324,7 +330,7 @@ class KernelWriter:
 
     def rows_of(self, x: str, side: str) -> None:
         """The line that points at the rows of a tile."""
-        if not self.combs[side].every:
+        if not self.in_order(side):
             self.lines.add(f"{x}_ptrs = {x}_at + {self._row(side)}.to(tl.int64) * stride_{x}n")
             return
         tile = f"({side}_tile * BLOCK_{side.upper()}).to(tl.int64) * stride_{x}n"
@@ -332,7 +338,7 @@ class KernelWriter:
 
     def _row(self, side: str) -> str:
         """The rows of a tile's tokens, as a column."""
-        if not self.combs[side].every:
+        if not self.in_order(side):
             return f"{side}_rows[:, None]"
         return f"{side}_tile * BLOCK_{side.upper()} + {side}_offset[:, None]"
 

@@ -31,7 +31,11 @@ DKDV = "attention_dkdv"
 
 def backward_sources(plan: BackwardPlan) -> tuple[str, str]:
     """Texts of two Python files: of `attention_dq`, and of `attention_dkdv`."""
-    return _Dq(plan).source(), _DkDv(plan).source()
+    if plan.gathered is not None:
+        from attndsl.codegen import triton_gathered
+
+        return triton_gathered.backward_sources(plan)
+    return DqKernel(plan).source(), DkDvKernel(plan).source()
 
 
 class BackwardKernel(KernelWriter, ABC):
@@ -76,7 +80,7 @@ class BackwardKernel(KernelWriter, ABC):
     def load_row(self, name: str, kept: str, other: str) -> None:
         """A vector over the tile's rows, of what the kernel of dq kept. Rows that do not exist have a dout of zero, and
         with it no gradient, whatever their weight."""
-        if self.plan.spec.loads is Loads.DESCRIPTOR:
+        if self.plan.spec.loads is Loads.DESCRIPTOR and self.in_order("q"):
             self.lines.add(f"{name} = {kept}_desc.load([row_head, q_tile * BLOCK_Q]).reshape(BLOCK_Q)")
             return
         at = f"{kept}_ptr + row_head.to(tl.int64) * row_stride + q_rows"
@@ -162,10 +166,12 @@ class BackwardKernel(KernelWriter, ABC):
         return " + ".join(self.dot(a.format(part.suffix), b.format(part.suffix)) for part in parts)
 
 
-class _Dq(BackwardKernel):
+class DqKernel(BackwardKernel):
     def __init__(self, plan: BackwardPlan) -> None:
         super().__init__(plan, DQ, "q k v out dout dq", "[:, None]", (Over.TILE, Over.KEYS))
         self.visits = self.flows or bool(self.from_pairs)
+        # Other kernels of the same file.
+        self.beside: tuple[KernelWriter, ...] = ()
 
     def source(self) -> str:
         plan, lines, spec = self.plan, self.lines, self.plan.spec
@@ -175,7 +181,7 @@ class _Dq(BackwardKernel):
             lines.add(self.base(x, "h"))
             self.load(x, parts, dim, "q", "h", bounded=True, pointer=True)
         if self.softmax:
-            self._delta()
+            self.delta()
         lines.add(*(f"dq{part.suffix} = tl.zeros([BLOCK_Q, {part.size}], tl.float32)" for part in self.q_parts))
         if self.learned:
             lines.add("row_at = head.to(tl.int64) * rows + q_rows")
@@ -187,7 +193,7 @@ class _Dq(BackwardKernel):
             self.scale(folded=False)
             if self.folded:
                 lines.add("factor = scale * LOG2_E")
-            self.printer.hoist(lines, self.pairs(masked=bool(plan.runs.partial)), ("k", "j", "s"), "row_")
+            self.printer.hoist(lines, self.pairs(masked=plan.masks), ("k", "j", "s"), "row_")
             lines.add("")
             self.loops(plan.runs, "k_tile")
             lines.add("")
@@ -195,13 +201,17 @@ class _Dq(BackwardKernel):
             self._write_sum(n, learned)
         if self.flows:
             lines.add(*(f"dq{part.suffix} = dq{part.suffix} * scale" for part in self.q_parts))
-        self.put("dq", self.q_parts, spec.dim, "q", "h")
-        return self.file("gradient of q, portable Triton")
+        self.write()
+        return self.file("gradient of q, portable Triton", *self.beside)
 
-    def _delta(self) -> None:
+    def write(self) -> None:
+        """Write the gradient of the tile's queries."""
+        self.put("dq", self.q_parts, self.plan.spec.dim, "q", "h")
+
+    def delta(self) -> None:
         """Row sums of out * dout less the gradient of lse, kept for the other kernel and further pieces too."""
         lines = self.lines
-        if self.plan.follows:
+        if self.plan.follows or self.plan.gathered:
             lines.add(
                 "kept_at = head.to(tl.int64) * row_stride + q_rows",
                 "delta = tl.load(delta_ptr + kept_at, mask=q_rows < rows, other=0.0)",
@@ -272,7 +282,7 @@ class _Dq(BackwardKernel):
             )
 
 
-class _DkDv(BackwardKernel):
+class DkDvKernel(BackwardKernel):
     def __init__(self, plan: BackwardPlan) -> None:
         super().__init__(plan.of_keys(), DKDV, "q k v dout dk dv", "[None, :]", (Over.ROWS,))
         self.group = plan.spec.heads // plan.spec.kv_heads
@@ -358,7 +368,7 @@ class _DkDv(BackwardKernel):
 
     def _head(self) -> None:
         plan, lines = self.plan, self.lines
-        if plan.spec.loads is Loads.POINTER:
+        if plan.spec.loads is Loads.POINTER or not self.in_order("q"):
             lines.add(self.base("q", "h"), self.base("dout", "h"))
         if self.softmax:
             lines.add(f"row_head = b * {plan.spec.heads} + h")
@@ -367,7 +377,7 @@ class _DkDv(BackwardKernel):
         if self.folded:
             lines.add("factor = scale * LOG2_E")
         lines.add(*(f"sum_{n} = tl.zeros([BLOCK_K], tl.float32)" for n, _ in self.learned))
-        self.printer.hoist(lines, self.pairs(masked=bool(plan.runs.partial)), ("q", "i", "s"), "column_")
+        self.printer.hoist(lines, self.pairs(masked=plan.masks), ("q", "i", "s"), "column_")
         self.loops(plan.runs, "q_tile")
         if self.learned:
             lines.add(
@@ -383,7 +393,7 @@ class _DkDv(BackwardKernel):
     def tile(self, masked: bool) -> None:
         spec, lines = self.plan.spec, self.lines
         printer = self.printer.within(self.printer.names.inner())
-        if self.plan.layout.q.every:
+        if self.in_order("q"):
             lines.add("q_rows = q_tile * BLOCK_Q + q_offset")
         else:
             self.tokens("q", "i_start + q_tile * BLOCK_Q")

@@ -11,6 +11,10 @@ KERNEL = "attention_forward"
 
 def forward_source(plan: ForwardPlan) -> str:
     """Text of a Python file whose `attention_forward` is the plan's kernel."""
+    if plan.gathered is not None:
+        from attndsl.codegen import triton_gathered
+
+        return triton_gathered.forward_source(plan)
     return ForwardWriter(plan, KERNEL, "q k v out").source()
 
 

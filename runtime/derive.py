@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attndsl.derivation import BlockMap, Chosen, Cut, Derivation, Draw, Offsets, TileList
+from attndsl.derivation import BlockMap, Chosen, Cut, Derivation, Draw, Gathering, Offsets, TileList
 from attndsl.derive import class_hash, own_inputs
 from attndsl.diagnostics import error
 from attndsl.program import (
@@ -39,7 +39,7 @@ from attndsl.relation import Lowering
 from attndsl.runtime.call import dim_size
 from attndsl.runtime.cuts import make_cut
 from attndsl.runtime.engine import Gradients, table_tensor
-from attndsl.runtime.plans import chosen_members, list_size, tile_list
+from attndsl.runtime.plans import chosen_members, gathering, list_size, tile_list
 from attndsl.runtime.values import Values, mix64, ordered
 from attndsl.simplify import fold
 
@@ -72,7 +72,7 @@ def _counted(derivation: Derivation | None) -> Set | None:
             return operand
         case Draw(drawn=drawn):
             return drawn.among
-        case Offsets() | Chosen() | TileList() | Cut() | None:
+        case Offsets() | Chosen() | TileList() | Gathering() | Cut() | None:
             return None
         case _:
             assert_never(derivation)
@@ -181,11 +181,13 @@ class Deriver:
                 return self._draw(decl, decl.derivation, values)
             case Chosen(plan=plan, keys=keys):
                 return chosen_members(values.tensors[plan], self._members(keys))
-            case TileList():
+            case TileList() | Gathering():
                 plan, first = decl.derivation.plan, self.shape.first_position(self.program)
                 q_len, k_len = self._lengths(1)
                 values = values.at(start=first, i_start=first, Nq=q_len, Nk=k_len)
                 dims = self.program.input(plan).dims
+                if isinstance(decl.derivation, Gathering):
+                    return gathering(decl.derivation, decl, values.tensors[plan], dims, values)
                 return tile_list(decl.derivation, decl, values.tensors[plan], dims, values)
             case Cut():
                 return make_cut(decl, decl.derivation, values)
@@ -303,7 +305,7 @@ class Deriver:
         match decl.derivation:
             case Chosen(plan=plan, keys=keys):
                 return [*self._plan(plan).shape[:-1], self._members(keys)]
-            case TileList(plan=plan):
+            case TileList(plan=plan) | Gathering(plan=plan):
                 dims = self.program.input(plan).dims
                 return list_size(decl.derivation, decl, self._plan(plan), dims, self.shape)
             case _:
@@ -351,7 +353,7 @@ def derived_dtype(decl: InputDecl) -> torch.dtype:
             return torch.bool
         case Draw():
             return torch.int64
-        case TileList():
+        case TileList() | Gathering():
             return torch.int32
         case None:
             raise AssertionError(f"`{decl.name}` is given")

@@ -141,7 +141,7 @@ class Engine:
         if self.choose(backend, spec) == "cpu":
             from attndsl.runtime.cpu import CpuForward
 
-            plans = forward_plans(program, spec, self.tiling)
+            plans = forward_plans(program, replace(spec, lists=False), self.tiling)
             functions = [CpuForward(plan, self._text(self.generators.cpu_forward, plan)) for plan in plans]
             return self._deriving(plans[0].program, q, k, v, inputs).forward(in_turn(functions))
         from attndsl.runtime.printing import printed_forward
@@ -170,6 +170,10 @@ class Engine:
         kernels = printed_forward(program, spec, backends, self.tiling, printers, cache)
         deriving = self._deriving(kernels[0].program, q, k, v, inputs)
         inputs = [*inputs, *deriving.examples]
+        if kernels[0].gathered is not None:
+            from attndsl.runtime.triton_gathered import GatheredForward
+
+            return deriving.forward(GatheredForward(kernels[0], q, k, v, inputs, aligned))
         steps = [functools.partial(TritonForward, x, q, k, v, inputs, aligned) for x in kernels]
         return deriving.forward(in_turn(together(steps)))
 
@@ -228,6 +232,7 @@ class Engine:
         return Spec(
             shape.heads, shape.kv_heads, shape.dim, shape.v_dim, dtype_of(q), device_target(q.device),
             scale_sign=1 if scale is None or scale > 0 else -1, even_start=even_start(self.program, shape),
+            lists=lists_plans(self.program, inputs),
         )  # fmt: skip
 
     def choose(self, backend: str, spec: Spec) -> str:
@@ -259,6 +264,12 @@ class Engine:
                     "A508", "Triton's interpreter does not multiply bfloat16", help="convert to float16 or float32"
                 )
         return backend
+
+
+def lists_plans(program: Program, inputs: Sequence[Tensor]) -> bool:
+    """Whether a call's plans, where it has any, list members."""
+    plans = [x for decl, x in zip(program.inputs, inputs, strict=True) if decl.members]
+    return bool(plans) and all(x.dtype != torch.uint8 for x in plans)
 
 
 def _readable(inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attndsl
-from attndsl import derivation, inputs, records, tiles
+from attndsl import derivation, inputs, listing, records, tiles
 from attndsl import layout as layouts
 from attndsl import plan as plans_module
 from attndsl import program as programs
 from attndsl.cuts import with_cuts
-from attndsl.derivation import TileList
+from attndsl.derivation import Gathering, TileList
 from attndsl.derive import derive
 from attndsl.diagnostics import error
 from attndsl.learned import Over
@@ -67,13 +67,13 @@ def printed_forward(
         backend = _choice(program, spec, backends)
         plans = forward_plans(program, replace(spec, backend=backend), tiling)
         texts = {_TEXT.format(n): printers[backend](plan).encode() for n, plan in enumerate(plans, 1)}
-        return texts | _choices(plans[0].program, tuple((x.spec, x.tiling, x.layout) for x in plans))
+        return texts | _choices(plans[0].program, tuple((x.spec, x.tiling, x.layout, x.gathered) for x in plans))
 
     files = _kept(cache, make, "printed forward", program, spec, backends, tiling)
     program, pieces = _chosen(files, program)
     return tuple(
-        Printed(program, made, chosen, files[_TEXT.format(n)].decode(), layout, n > 1)
-        for n, (made, chosen, layout) in enumerate(pieces, 1)
+        Printed(program, made, chosen, files[_TEXT.format(n)].decode(), layout, n > 1, gathered)
+        for n, (made, chosen, layout, gathered) in enumerate(pieces, 1)
     )
 
 
@@ -152,7 +152,7 @@ def _choices(program: Program, said: Any) -> dict[str, bytes]:
     """What an entry holds beside texts. program: the derived one, that the plans have."""
     derived = [decl for decl in program.inputs if decl.derivation is not None]
     # Lists of tiles follow from the plan.
-    lists = tuple(decl for decl in derived if isinstance(decl.derivation, TileList))
+    lists = tuple(decl for decl in derived if isinstance(decl.derivation, TileList | Gathering))
     names = [decl.name for decl in derived if decl not in lists]
     choices = {"derived": names, "lists": records.write(lists, {}), "said": records.write(said, _LEFT_OUT)}
     return {_CHOICES: json.dumps(choices).encode()}
@@ -171,7 +171,7 @@ def _chosen(files: Mapping[str, bytes], program: Program) -> tuple[Program, Any]
 @functools.cache
 def _recorded() -> Mapping[str, type]:
     """The classes that an entry may hold."""
-    return records.classes_of((programs, inputs, derivation, layouts, tiles, plans_module))
+    return records.classes_of((programs, inputs, derivation, listing, layouts, tiles, plans_module))
 
 
 def _choice(program: Program, spec: Spec, backends: tuple[Backend, ...]) -> Backend:

@@ -157,8 +157,13 @@ def prepare_backward(
         plan, texts = kernels.pairs
         for n, text in texts.items():
             further.append(functools.partial(PairSums, plan, text, n, dout, q, k, v, inputs, aligned))
+    made: type[TritonBackward] = TritonBackward
+    if kernels.pieces[0][0].gathered is not None:
+        from attndsl.runtime.triton_gathered import GatheredBackward
+
+        made = GatheredBackward
     pieces = [
-        functools.partial(TritonBackward, plan, of_q, of_keys, dout, q, k, v, inputs, aligned)
+        functools.partial(made, plan, of_q, of_keys, dout, q, k, v, inputs, aligned)
         for plan, of_q, of_keys in kernels.pieces
     ]
     return InTurn(tuple(together(pieces)), tuple(together(further)))
@@ -184,6 +189,8 @@ def backward_parameters(
     }  # fmt: skip
     for n in range(len(plan.learned)):
         types |= {f"sum_{n}": real, f"at_{n}": "*i64"}
+    if plan.gathered is not None:
+        types["part"] = real
     found |= {f"{name}_ptr": Slot(first + i, type) for i, (name, type) in enumerate(types.items())}
     q, k, v = map(without_memory, (q, k, v))
     dout = empty_output(q, shape)[0] if dout is None else dout

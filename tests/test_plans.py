@@ -51,10 +51,13 @@ def attend(text: str, shape: CallShape, plan: Tensor, backend: str, **inputs: Te
     engine = _engine(attn.program)
     engine.tiling = SMALL
     out, lse = engine.forward(q, k, v, listed, [], None, backend)
-    expected, expected_lse = attn.reference(q, k, v, return_lse=True, **given)
-    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=2e-5)
-    torch.testing.assert_close(lse.double(), expected_lse, atol=2e-6, rtol=2e-5)
-    dout, dlse = upstream(q, v)
+    normalised = attn.program.branch.weights is None
+    expected = attn.reference(q, k, v, return_lse=normalised, **given)
+    torch.testing.assert_close(out.double(), expected[0] if normalised else expected, atol=2e-6, rtol=2e-5)
+    if normalised:
+        torch.testing.assert_close(lse.double(), expected[1], atol=2e-6, rtol=2e-5)
+    dout, upper = upstream(q, v)
+    dlse = upper if normalised else None
     found = engine.backward(dout, dlse, q, k, v, out, lse, listed, [], None, backend)
     wanted, learned = expected_gradients(attn.program, q, k, v, given, {}, dout, dlse)
     for got, want in [*zip(found[:3], wanted, strict=True), *zip(found[3], learned, strict=True)]:
@@ -99,13 +102,16 @@ def test_random_plans(
 
 
 FIXED = {
-    "listed": ("b, g, q/16", "causal & p", 16, (70, 70), "list"),
-    "map": ("b, h, q/32", "causal & p", 32, (70, 70), "map"),
-    "chunk": ("b, g, q/16", "causal & p - window(7)", 16, (33, 97), "sorted"),
+    "listed": ("b, g, q/16", "causal & p", 16, (50, 50), "list"),
+    "map": ("b, h, q/32", "causal & p", 32, (50, 50), "map"),
+    "chunk": ("b, g, q/16", "causal & p - window(7)", 16, (20, 57), "sorted"),
     "even_chunk": ("b, g, q/16", "causal & p", 32, (16, 144), "sorted"),
-    "head": ("b, g", "causal & p", 32, (70, 70), "sorted"),
-    "head_of_tile": ("q/16", "p & { h == 0 or q - k < 50 }", 16, (70, 70), "list"),
-    "query": ("b, g, q", "causal & p", 16, (33, 60), "list"),
+    "head": ("b, g", "causal & p", 32, (40, 40), "sorted"),
+    "head_of_tile": ("q/16", "p & { h == 0 or q - k < 30 }", 16, (40, 40), "list"),
+    "query": ("b, g, q", "causal & p", 16, (20, 40), "list"),
+    "query_of_head": ("b, h, q", "causal & p - window(5)", 32, (40, 40), "sorted"),
+    "query_by_head": ("q", "p & { h == 0 or q - k < 50 }", 16, (1, 60), "sorted"),
+    "query_map": ("b, g, q", "causal & p", 16, (20, 33), "map"),
     "tokens": ("b, q", "causal & p", 1, (20, 33), "sorted"),
     "one": ("b, g, q/16", "causal & p", 16, (1, 1), "list"),
     "complement": ("b, g, q/16", "causal - p", 16, (50, 50), "sorted"),
@@ -116,7 +122,7 @@ FIXED = {
 @pytest.mark.parametrize("name", FIXED)
 def test_triton(name: str) -> None:
     dims, pattern, keys, lengths, form = FIXED[name]
-    shape = CallShape(1, 4, 2, *lengths, 80 if name == "listed" else 16, 16)
+    shape = CallShape(1, 2 if name == "map" else 4, 2, *lengths, 80 if name == "listed" else 16, 16)
     plan = random_plan(np.random.default_rng(5), sizes(dims, shape), -(-shape.k_len // keys), form)
     kind = "tokens" if keys == 1 else f"blocks({keys})"
     attend(f"attention planned {{ input p : {kind}[{dims}]\n attend {pattern} }}", shape, plan, "triton")
@@ -132,6 +138,52 @@ def test_scores_and_sinks() -> None:
     plan = random_plan(np.random.default_rng(5), (1, 1, 4), 4, "sorted")
     for backend in ["cpu", *(["triton"] if INTERPRETED else [])]:
         attend(text, shape, plan, backend, sinks=torch.tensor([0.3, -1.0]))
+
+
+GATHERED = {
+    "sink": "input sinks : float[h]\n softmax with sink sinks[h]\n attend causal & p",
+    "score": "input lift : float[b, h, q]\n score s - 0.1 * (q - k) + lift[q]\n attend causal & p",
+    "weights": "weights sigmoid(s - 1)\n attend causal & p",
+    "counted": "weights 1\n attend causal & p",
+    "learned": "input sinks : float[h] learnable\n score s * sinks[h]\n attend causal & p",
+}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+@pytest.mark.parametrize("name", GATHERED)
+def test_gathered_rows(name: str) -> None:
+    """What is merged from slots: sinks enter once, weights add up, and what is learned is summed in order."""
+    shape = CallShape(1, 4, 2, 20, 40, 16, 8)
+    generator = torch.Generator().manual_seed(1)
+    inputs = {"sinks": torch.randn(4, generator=generator), "lift": torch.randn(1, 4, 20, generator=generator)}
+    given = {n: x for n, x in inputs.items() if f"input {n}" in GATHERED[name]}
+    plan = random_plan(np.random.default_rng(2), (1, 2, 20), 3, "sorted")
+    text = f"attention planned {{ input p : blocks(16)[b, g, q]\n {GATHERED[name]} }}"
+    attend(text, shape, plan, "triton", **given)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+def test_gathered_dropout() -> None:
+    attn = attndsl.compile("attention planned { input p : blocks(16)[b, h, q]\n attend causal & p }")
+    plan = random_plan(np.random.default_rng(2), (1, 2, 40), 3, "sorted")
+    q, k, v = (torch.randn(1, 2, 40, 16, requires_grad=True) for _ in range(3))
+    out = attn(q, k, v, p=plan, dropout=0.4, seed=5, backend="triton")
+    expected = attn.reference(q, k, v, p=plan, dropout=0.4, seed=5)
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=2e-5)
+    dout = torch.randn_like(out)
+    found, wanted = (torch.autograd.grad(o, (q, k, v), d) for o, d in ((out, dout), (expected, dout.double())))
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_are_gathered() -> None:
+    """Rows that choose for themselves by a list of blocks; where tiles do not fit, or it is a map, they are not."""
+    program = attndsl.compile("attention planned { input p : blocks(64)[b, h, q]\n attend causal & p }").program
+    spec = Spec(4, 2, 64, 64, DType.BFLOAT16, "cuda:90", lists=True)
+    assert forward_plan(program, spec, Tiling(64, 64)).gathered is not None
+    assert backward_plan(program, spec, Tiling(64, 64), Tiling(64, 32)).gathered is not None
+    assert forward_plan(program, spec, Tiling(64, 128)).gathered is None
+    assert forward_plan(program, Spec(4, 2, 64, 64, DType.BFLOAT16, "cuda:90"), Tiling(64, 64)).gathered is None
 
 
 def test_inputs_that_both_read() -> None:
