@@ -12,10 +12,39 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from attndsl.diagnostics import error
+from attndsl.derive import derive, with_needed
 from attndsl.evaluate import evaluate
-from attndsl.plan import DType, ForwardPlan, Plan, Spec, Tiling, forward_plan, head_parts, run_scalars
-from attndsl.program import Arg, Program, Read, Table, Var, reads, scalars, substitute, walk
+from attndsl.listing import listables
+from attndsl.mask import pair_mask, written_condition
+from attndsl.plan import (
+    DType,
+    ForwardPlan,
+    Plan,
+    Spec,
+    Tiling,
+    branch_scalars,
+    forward_plan,
+    head_parts,
+    run_scalars,
+)  # fmt: skip
+from attndsl.program import (
+    Arg,
+    Axis,
+    Compare,
+    Const,
+    Dim,
+    Logic,
+    Program,
+    Read,
+    Table,
+    Var,
+    reads,
+    scalars,
+    substitute,
+    walk,
+)  # fmt: skip
+from attndsl.relation import Lowering
+from attndsl.simplify import fold
 from attndsl.tiles import Run, TileRuns
 
 # Programs a multiprocessor gets where tiles are scarce (as many as it runs at once, so none waits for another), and
@@ -25,6 +54,8 @@ _FEW, _MANY = 3, 16
 _LONG_SLICE = 32
 # Query rows of a tile, the rows of all its heads together: products take 16 at least.
 _LEAST_ROWS, _MOST_ROWS = 16, 64
+# Up to so many rows a tile is masked while the next one is under way: full tiles need no loop of their own.
+_ONE_LOOP = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +73,31 @@ class Cache:
 
 
 @dataclass(frozen=True, slots=True)
+class Listing:
+    """Rows attend within members of `keys` tokens each that an input, a plan of this name, lists for them.
+
+    `per_head`: heads that share a key head have lists of their own. `per_row`: the rows of a call do.
+    """
+
+    plan: str
+    keys: int
+    per_head: bool = False
+    per_row: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class DecodePlan(Plan):
     """A decode kernel: `tiling.block_q` rows of `pack` heads each make a tile of queries.
 
     `pack`: a power of two; heads past those that share a key head are padding. `split`: several programs share a
-    tile's keys, and their results are merged.
+    tile's keys, and their results are merged. `listing`: the tiles visited are those of a list, the runs are empty, and
+    the mask decides pairs of any tile.
     """
 
     cache: Cache
     pack: int
     split: bool
+    listing: Listing | None = None
 
     @property
     def group(self) -> int:
@@ -59,9 +105,14 @@ class DecodePlan(Plan):
         return self.spec.heads // self.spec.kv_heads
 
     @property
+    def heads_in_tile(self) -> int:
+        """Heads of a tile that exist."""
+        return 1 if self.listing is not None and self.listing.per_head else min(self.pack, self.group)
+
+    @property
     def head_tiles(self) -> int:
         """Tiles of queries for the heads of a key head."""
-        return -(-self.group // self.pack)
+        return -(-self.group // self.heads_in_tile)
 
     def units(self, batch: int, rows: int) -> int:
         """Tiles of queries in a call."""
@@ -74,11 +125,14 @@ def decode_plan(
 ) -> DecodePlan:
     """The decode kernel of a program for calls of so many rows a sequence.
 
-    Raises `PatternError` (A559) for a pattern with derived inputs, which follow from one length of keys.
+    The plan's program is the derived one.
 
     tiling: its `block_q` counts the rows of all heads in a tile. Where the tiles that a row visits depend on its head,
     a tile is of one head: the union over heads could be all keys.
     """
+    program = derive(program, ragged=True)
+    if (plan := _listed_plan(program, spec, rows, cache, split, tiling)) is not None:
+        return plan
     plan = _plan(program, spec, rows, cache, split, _pack(spec, rows), tiling)
     if plan.pack > 1 and any(reads(x, "h") for x in run_scalars(plan.runs)):
         return _plan(program, spec, rows, cache, split, 1, tiling)
@@ -100,15 +154,44 @@ def _plan(
     tiling = tiling or decode_tiling(spec, cache, rows, pack)
     of_rows = replace(tiling, block_q=max(tiling.block_q // pack, 1))
     base = forward_plan(program, spec, of_rows, skip=False)
-    if any(decl.derivation is not None for decl in base.program.inputs):
-        raise error(
-            "A559", "decode over caches does not yet take `random`, `on segment` and `coarsen` of data",
-            program.span, help="call the attention on each sequence's own keys",
-        )  # fmt: skip
     runs = _of_key_heads(base)
+    if tiling.block_q <= _ONE_LOOP and runs.partial:
+        # One loop fills its pipeline once.
+        runs = TileRuns((), runs.full + runs.partial)
     return DecodePlan(
-        program, spec, of_rows, runs, base.mask, base.scale, base.score, base.sink, base.weights, cache, pack, split
-    )
+        base.program, spec, of_rows, runs, base.mask, **branch_scalars(base.program, spec), cache=cache, pack=pack,
+        split=split,
+    )  # fmt: skip
+
+
+def _listed_plan(
+    program: Program, spec: Spec, rows: int, cache: Cache, split: bool, tiling: Tiling | None
+) -> DecodePlan | None:
+    """The kernel over the list of a plan that the pattern lies in, None where it lies in none: rows with lists of their
+    own, and heads with theirs, have tiles of their own."""
+    if not any(decl.members for decl in program.inputs):
+        return None
+    lowering = Lowering(program, (spec.heads, spec.kv_heads))
+    relation = lowering.relation(program.branch.pattern)
+    of_row = {Dim(Axis.B), Dim(Axis.H), Dim(Axis.G), Dim(Axis.Q)}
+    found = next((x for x in listables(program, relation) if {*x.plan.dims[:-1]} <= of_row), None)
+    if found is None:
+        return None
+    axes = [dim.axis for dim in found.plan.dims]
+    per_head = Axis.H in axes and spec.heads != spec.kv_heads
+    listing = Listing(found.plan.name, found.keys, per_head, Axis.Q in axes and rows > 1)
+    tile_rows = 1 if listing.per_row else rows
+    pack = max(_pack(spec, tile_rows), _LEAST_ROWS if listing.per_head or listing.per_row else 1)
+    tiling = tiling or decode_tiling(spec, cache, tile_rows, pack, listed=True)
+    of_rows = replace(tiling, block_q=1 if listing.per_row else max(tiling.block_q // pack, 1))
+    mask = pair_mask(found.within(relation), found.assumed(written_condition(lowering, spec.sizes)))
+    # A place of the list that holds no member gives no key.
+    mask = fold(Logic("and", (Compare(">=", Var("k"), Const(0)), Const(True) if mask is None else mask)))
+    plan = DecodePlan(
+        program, spec, of_rows, TileRuns((), ()), mask, **branch_scalars(program, spec), cache=cache, pack=pack,
+        split=split, listing=listing,
+    )  # fmt: skip
+    return replace(plan, program=with_needed(program, plan.inputs))
 
 
 def _of_key_heads(base: ForwardPlan) -> TileRuns:
@@ -126,7 +209,7 @@ def _said_of_g(run: Run) -> Run:
     return replace(run, first=substitute(run.first, {"h": Var("g")}), count=substitute(run.count, {"h": Var("g")}))
 
 
-def decode_tiling(spec: Spec, cache: Cache, rows: int, pack: int) -> Tiling:
+def decode_tiling(spec: Spec, cache: Cache, rows: int, pack: int, listed: bool = False) -> Tiling:
     """Tile sizes of a decode kernel; `block_q` counts the rows of all heads in a tile."""
     backend, _, arch = spec.target.partition(":")
     dim = max(spec.dim, spec.v_dim)
@@ -145,18 +228,21 @@ def decode_tiling(spec: Spec, cache: Cache, rows: int, pack: int) -> Tiling:
         return Tiling(block_q, block_k, warps=4, stages=1)
     # With 100 KB of shared memory one tile in flight leaves room for more programs.
     ahead = (1 if arch in ("86", "89") and parts == 1 else 2) + cache.fp8
-    # Where a page lies is loaded before the page: the pipeline is deeper for as many tiles in flight.
-    stages = 1 + ahead * (1 if cache.page is None else 2)
+    # Where a page lies is loaded before the page, and before that the list: the pipeline is deeper for as many tiles in
+    # flight.
+    stages = 1 + ahead * (1 + (cache.page is not None) + listed)
     return Tiling(block_q, block_k, warps=8 if before_hopper and (block_q >= 64 or parts > 1) else 4, stages=stages)
 
 
-def split_count(plan: DecodePlan, batch: int, rows: int, capacity: int, multiprocessors: int) -> int:
-    """Into how many slices the visited tiles are dealt.
+def split_count(plan: DecodePlan, batch: int, rows: int, capacity: int, multiprocessors: int, listed: int = 0) -> int:
+    """Into how many slices the visited tiles are dealt. `listed`: entries of a list, where the plan reads one.
 
     From the number of heads and rows, what the pattern visits at the cache's capacity, and the device: never from the
     lengths, so that a recorded grid serves all of them.
     """
     units, tiles = plan.units(batch, rows), most_tiles(plan, rows, capacity)
+    if plan.listing is not None:
+        tiles = -(-listed * plan.listing.keys // plan.tiling.block_k)
     if units == 0 or tiles == 0:
         return 1
     few, many = (wanted * multiprocessors // units for wanted in (_FEW, _MANY))

@@ -47,9 +47,12 @@ from attndsl.program import (
 
 
 @functools.lru_cache(maxsize=1024)
-def derive(program: Program) -> Program:
-    """The program with its derived inputs declared after its own; the program itself where it needs none."""
-    deriver = _Deriver(program)
+def derive(program: Program, ragged: bool = False) -> Program:
+    """The program with its derived inputs declared after its own; the program itself where it needs none.
+
+    ragged: the batch entries of a call have lengths of their own, so what follows from lengths differs among them.
+    """
+    deriver = _Deriver(program, ragged)
     pattern = deriver.set(program.branch.pattern, _Context())
     if not deriver.found:
         return program
@@ -117,6 +120,7 @@ class _Context:
 @dataclass(slots=True)
 class _Deriver:
     program: Program
+    ragged: bool
     found: dict[Derivation, InputDecl] = field(default_factory=dict)
 
     def set(self, pattern: Set, at: _Context) -> Set:
@@ -157,10 +161,12 @@ class _Deriver:
         return self._input(Offsets(name), f"offset_{name}", Type.INT, self.program.input(name).dims).name
 
     def _coarsen(self, pattern: Coarsen, at: _Context) -> Set:
+        if pattern.map is not None:
+            return pattern  # Of a program that is derived already.
         operand = self.set(pattern.operand, replace(at, everywhere=True))
         block_q, block_k = pattern.block_q, pattern.block_k
         derivation = BlockMap(operand, block_q, block_k, pattern.mode, pattern.fraction, at.unit, at.everywhere)
-        dims, lead = _lead(operand)
+        dims, lead = _lead(operand, self.ragged)
         dims = (*dims, self._absolute(block_q * at.unit), Dim(Axis.K, block_k * at.unit))
         decl = self._input(derivation, "blocks", Type.BOOL, dims)
         index = (*lead, _quotient(Var("q"), block_q), _quotient(Var("k"), block_k))
@@ -172,7 +178,7 @@ class _Deriver:
         member = _quotient(Var("k"), pattern.keys)
         lead = [Var("h")]
         dims = [Dim(Axis.H)]
-        if any(reads(e, "b") for e in (*scalars(among), pattern.seed)):
+        if self.ragged or any(reads(e, "b") for e in (*scalars(among), pattern.seed)):
             lead, dims = [Var("b"), *lead], [Dim(Axis.B), *dims]
         derivation = Draw(replace(pattern, among=among), at.unit, at.everywhere)
         decl = self._input(derivation, "drawn", Type.INT, (*dims, dim, Dim(Axis.CONST, size=2)))
@@ -213,12 +219,12 @@ def _quotient(x: Scalar, size: int) -> Scalar:
     return x if size == 1 else Binary("//", x, Const(size))
 
 
-def _lead(operand: Set) -> tuple[tuple[Dim, ...], tuple[Scalar, ...]]:
-    """The dimensions of batch and head that a set depends on, and where they are read."""
+def _lead(operand: Set, ragged: bool) -> tuple[tuple[Dim, ...], tuple[Scalar, ...]]:
+    """The dimensions of batch and head that a set depends on, and where they are read. `ragged`: batch always."""
     written = tuple(scalars(operand))
     dims, index = list[Dim](), list[Scalar]()
     for axis, name, heads in ((Axis.B, "b", ("b",)), (Axis.H, "h", ("h", "g"))):
-        if any(reads(e, *heads) for e in written):
+        if (ragged and axis is Axis.B) or any(reads(e, *heads) for e in written):
             dims.append(Dim(axis))
             index.append(Var(name))
     return tuple(dims), tuple(index)

@@ -18,6 +18,7 @@ from attndsl.targets import check_kernel, hopper_refusal, layout_refusal, make_s
 if TYPE_CHECKING:
     from attndsl.runtime.decode import DecodeGenerators
     from attndsl.runtime.engine import Engine
+    from attndsl.runtime.page_choice import PageKernels
 
 
 def engine(program: Program) -> Engine:
@@ -51,6 +52,14 @@ def _printer(module: str, function: str) -> Callable[[Any], Any]:
         return getattr(importlib.import_module(f"attndsl.codegen.{module}"), function)(plan)
 
     return printer
+
+
+@functools.cache
+def page_kernels() -> PageKernels:
+    """The kernels of pages' bounds, one for the process."""
+    from attndsl.runtime.page_choice import PageKernels
+
+    return PageKernels(_printer("triton_pages", "pages_source"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from benchmarks.compile_time import PATTERN, run_compile
 from benchmarks.decode import CONTENDERS, DecodeSizes, run_decode
 from benchmarks.memory import run_memory
 from benchmarks.overhead import run_overhead
+from benchmarks.quest import run_quest
 from benchmarks.report import Report, heading, render, timing_table
 from benchmarks.rows import CPU_ROWS, GPU_ROWS, Sizes, select
 from benchmarks.tables import run_table
@@ -25,7 +26,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def parser() -> argparse.ArgumentParser:
     """The command line; sizes left out take the command's defaults."""
     top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    top.add_argument("command", choices=("forward", "backward", "memory", "decode", "cpu", "overhead", "compile"))
+    top.add_argument(
+        "command", choices=("forward", "backward", "memory", "decode", "quest", "cpu", "overhead", "compile")
+    )
     top.add_argument("--rows", help="comma-separated rows of benchmarks/rows.py")
     top.add_argument("--peers", help="comma-separated peers; `none` for ours alone")
     top.add_argument("--batch", type=int, default=1)
@@ -106,9 +109,11 @@ def decode(options: argparse.Namespace, command: str) -> int:
         asked = [] if options.peers == "none" else options.peers.split(",")
         contenders = [name for name in CONTENDERS if name.startswith("attndsl") or name in asked]
     print(heading(Report(command, f"B={batch} Hq/Hkv=32/8 D={dim} {dtype}, one row, under a CUDA graph")))
+    quest = options.command == "quest"
     for n in [options.n] if options.n else [32768, 131072]:
         sizes = DecodeSizes(batch, 32, 8, n, dim, dtype, torch.device("cuda"))
-        print("\n" + render(list(run_decode(sizes, contenders)), options.md), flush=True)
+        table = list(run_quest(sizes) if quest else run_decode(sizes, contenders))
+        print("\n" + render(table, options.md), flush=True)
     return 0
 
 
@@ -118,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.site is not None:
         peers.add_site(options.site)
     command = "python -m benchmarks " + shlex.join(given)
-    if options.command in ("forward", "backward", "memory", "decode") and not torch.cuda.is_available():
+    if options.command in ("forward", "backward", "memory", "decode", "quest") and not torch.cuda.is_available():
         print("this table needs a GPU; `python -m benchmarks cpu` does not", file=sys.stderr)
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -126,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case "overhead":
             table = run_overhead(device)
             print(f"{heading(Report(command, f'B=1 H=2 N=64 D=64 on {device.type}'))}\n\n{render(table, options.md)}")
-        case "decode":
+        case "decode" | "quest":
             return decode(options, command)
         case "compile":
             table = run_compile(options.pattern, device, options.backward)

@@ -191,8 +191,8 @@ def measure(row: DecodeRow, build: Callable[[DecodeRow, Caches], Step], caches: 
     return f"{us:.1f} us ({visited / us / 1e3:.0f} GB/s{host})"
 
 
-def recorded(step: Step, layers: int) -> torch.cuda.CUDAGraph:
-    """A graph of `CALLS` calls that take turns on the layers."""
+def recorded(step: Callable[[int], object], layers: int, calls: int = CALLS) -> torch.cuda.CUDAGraph:
+    """A graph of calls that take turns on the layers."""
     stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -201,7 +201,7 @@ def recorded(step: Step, layers: int) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in range(CALLS):
+        for call in range(calls):
             step(call % layers)
     return graph
 

@@ -31,9 +31,31 @@ class _SequenceLoop(TileLoop):
         yield
 
     def spans(self) -> None:
+        if self.plan.listing is not None:
+            self._listed_spans(self.plan.listing.keys)
+            return
         super().spans()
         with self.lines.block("if k_len == 0:"):
             self.lines.add("full_spans, partial_spans = [], []")
+
+    def _listed_spans(self, keys: int) -> None:
+        """The members that any row of any head lists; the mask decides whose they are."""
+        self.helpers |= {"key_spans", "positions"}
+        rows = "..., low:high, :" if self.plan.listing is not None and self.plan.listing.per_row else "..."
+        self.lines.add(
+            f"listed = chosen[{rows}]",
+            "members = listed.flatten(0, 3).any(0).nonzero()[:, 0].tolist()",
+            f"full_spans, partial_spans = [], key_spans([(m, 1, 1) for m in members], {keys}, k_len)",
+        )
+
+    def mask(self, target: str, value: str) -> None:
+        super().mask(target, value)
+        if self.plan.listing is not None:
+            with self.lines.block("if partial:"):
+                self.lines.add(
+                    f"{target}[..., -partial_pos.shape[0] :].masked_fill_("
+                    f"~listed[..., partial_pos // {self.plan.listing.keys}], {value})"
+                )
 
     def rows_of(self, x: str) -> str:
         self.helpers.add("gather_pages")
@@ -57,5 +79,6 @@ def decode_source(plan: DecodePlan) -> str:
         '"""',
     )
     attend(loop)
-    signature = ", ".join(["b", "q", "k", "v", "pages", "k_len", "out", "lse", "scale", *loop.parameters()])
+    chosen = [] if plan.listing is None else ["chosen"]
+    signature = ", ".join(["b", "q", "k", "v", "pages", "k_len", "out", "lse", "scale", *chosen, *loop.parameters()])
     return loop.file("attention_decode", signature, "decode, blocked PyTorch")

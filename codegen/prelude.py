@@ -100,3 +100,11 @@ def from_e4m3(bits):
     bits = bits.to(tl.uint16)
     half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
     return half.to(tl.float16, bitcast=True) * 256.0
+
+
+@triton.jit
+def listed_keys(list_at, places, list_size, MEMBER: tl.constexpr):
+    """The keys at places of a list of members, -1 where there is none."""
+    nth = places // MEMBER
+    member = tl.load(list_at + nth, mask=nth < list_size, other=-1)
+    return tl.where(member >= 0, member * MEMBER + places % MEMBER, -1)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from attndsl.codegen.kernel import Visits
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.triton_forward import FULL, PARTIAL, ForwardWriter
-from attndsl.decode import DecodePlan
+from attndsl.decode import DecodePlan, Listing
 from attndsl.plan import Part
-from attndsl.program import Axis, Binary, Var
+from attndsl.program import Axis, Binary, Scalar, Var, reads
+from attndsl.targets import has_dependent_launch
 
 KERNEL = "attention_decode"
 MERGE = "merge_slices"
 # Slices that the merge reads at once.
 _MERGED = 16
+# Each kernel is started while the one before it ends, and waits here for what that has written.
+HAND_OVER = ("tl.extra.cuda.gdc_launch_dependents()", "tl.extra.cuda.gdc_wait()")
 
 
 def decode_source(plan: DecodePlan) -> str:
@@ -41,17 +44,16 @@ class _Decode(ForwardWriter):
         return text + "\n\n" + _merge(self.plan) if self.plan.split else text
 
     def _candidates(self) -> list[str]:
-        given = ["part_ptr", "part_lse_ptr", "seq_lens_ptr", "page_table_ptr", "k_scale_ptr", "v_scale_ptr"]
-        sizes = ["stride_lens", "stride_table", "stride_k_scale", "stride_v_scale", "capacity", "pages", "splits"]
+        given = ["part_ptr", "part_lse_ptr", "seq_lens_ptr", "page_table_ptr", "k_scale_ptr", "v_scale_ptr", "list_ptr"]
+        sizes = ["stride_listb", "stride_listh", "stride_listr", "list_size"]
+        sizes += ["stride_lens", "stride_table", "stride_k_scale", "stride_v_scale", "capacity", "pages", "splits"]
         # A sequence's length is read in the kernel.
         return [name for name in (*given, *super()._candidates(), *sizes) if name != "k_len"]
 
     def constants(self) -> None:
         plan, tiling = self.plan, self.plan.tiling
         rows = f"{tiling.block_q} row{'s' * (tiling.block_q > 1)}"
-        heads = (
-            "" if plan.pack == 1 else f"  # {rows} of {plan.pack} heads, {min(plan.pack, plan.group)} of which exist"
-        )
+        heads = "" if plan.pack == 1 else f"  # {rows} of {plan.pack} heads, {plan.heads_in_tile} of which exist"
         self.lines.add(
             f"BLOCK_Q: tl.constexpr = {tiling.block_q * plan.pack}{heads}",
             f"BLOCK_K: tl.constexpr = {tiling.block_k}",
@@ -97,9 +99,11 @@ class _Decode(ForwardWriter):
             lines.add(
                 f"b = head // {plan.head_tiles * kv_heads}",
                 f"g = head // {plan.head_tiles} % {kv_heads}",
-                f"first_head = head % {plan.head_tiles} * {plan.pack}",
+                f"first_head = head % {plan.head_tiles} * {plan.heads_in_tile}",
             )
         self.printer.helpers.add("clamp")
+        if has_dependent_launch(plan.spec.target):
+            lines.add(*HAND_OVER)
         lines.add(
             "k_len = clamp(tl.load(seq_lens_ptr + b * stride_lens), 0, capacity)",
             "start = k_len - rows",
@@ -114,21 +118,27 @@ class _Decode(ForwardWriter):
     def _rows(self) -> None:
         """The rows and heads of a tile, and where they stand."""
         plan, lines = self.plan, self.lines
-        rows, pack, group = plan.tiling.block_q, plan.pack, plan.group
+        rows, pack, group, present = plan.tiling.block_q, plan.pack, plan.group, plan.heads_in_tile
         tile = "q_tile" if rows == 1 else f"q_tile * {rows}"
         lines.add("", "q_offset = tl.arange(0, BLOCK_Q)", "k_offset = tl.arange(0, BLOCK_K)")
-        exists = "q_rows < rows"
+        exists = ["(q_rows < rows)"]
         if pack == 1:
             lines.add(f"q_rows = {tile} + q_offset")
         else:
-            place = f"q_offset % {pack}" if plan.head_tiles == 1 else f"first_head + q_offset % {pack}"
             lines.add(f"q_rows = {tile} + q_offset // {pack}")
-            if plan.head_tiles * pack > group:
-                lines.add(f"own_head = {place}")
-                exists = f"(q_rows < rows) & (own_head < {group})"
-                place = f"tl.minimum(own_head, {group - 1})"
+            within = f"q_offset % {pack}"
+            if present < pack:
+                # Padding stands for the last head that exists.
+                lines.add(f"own_head = {within}")
+                exists.append(f"(own_head < {present})")
+                within = f"tl.minimum(own_head, {present - 1})"
+            place = within if plan.head_tiles == 1 else f"first_head + {within}"
+            if plan.head_tiles * present > group:
+                lines.add(f"own_place = {place}")
+                exists.append(f"(own_place < {group})")
+                place = f"tl.minimum(own_place, {group - 1})"
             lines.add(f"q_heads = g * {group} + {place}", "h = q_heads[:, None]")
-        lines.add(f"exists = {exists}", "q_pos = start + q_rows[:, None]")
+        lines.add(f"exists = {' & '.join(exists)}", "q_pos = start + q_rows[:, None]")
         if any(dim.axis is Axis.Q and dim.block == 1 for decl in plan.inputs for dim in decl.dims):
             lines.add("q_index = tl.minimum(q_rows, rows - 1)[:, None]")
 
@@ -160,6 +170,9 @@ class _Decode(ForwardWriter):
     # ------------------------------------------------------------------------------------- loops
 
     def _loops(self) -> None:
+        if self.plan.listing is not None:
+            self._list_loop(self.plan.listing)
+            return
         runs, lines = self.plan.runs, self.lines
         kinds = [("full", runs.full, FULL), ("partial", runs.partial, PARTIAL)]
         kinds = [kind for kind in kinds if kind[1]]
@@ -169,12 +182,7 @@ class _Decode(ForwardWriter):
         visits = {label: Visits(lines, self.printer, found, label) for label, found, _ in kinds}
         total = " + ".join(visits[label].total for label, _, _ in kinds)
         lines.add(f"visited = tl.where(k_len > 0, {total}, 0)")
-        first, last = "0", "visited"
-        if self.plan.split:
-            lines.add(
-                "share = tl.cdiv(visited, splits)", "first = split * share", "last = tl.minimum(first + share, visited)"
-            )
-            first, last = "first", "last"
+        first, last = self._slice()
         lines.add("")
         before = ""
         for label, _, comment in kinds:
@@ -190,6 +198,41 @@ class _Decode(ForwardWriter):
                 self._tile(masked=label == "partial")
             lines.add("")
             before = visits[label].total
+
+    def _slice(self) -> tuple[str, str]:
+        """Which of the visited tiles the program takes."""
+        if not self.plan.split:
+            return "0", "visited"
+        self.lines.add(
+            "share = tl.cdiv(visited, splits)", "first = split * share", "last = tl.minimum(first + share, visited)"
+        )
+        return "first", "last"
+
+    def _list_loop(self, listing: Listing) -> None:
+        """One loop over the tiles that a list fills: several small members, or a part of a large one."""
+        lines, plan = self.lines, self.plan
+        self.printer.helpers.add("listed_keys")
+        head = f"(g * {plan.group} + first_head)" if listing.per_head and plan.group > 1 else "g"
+        row = " + q_tile.to(tl.int64) * stride_listr" if listing.per_row else ""
+        lines.add(
+            f"MEMBER: tl.constexpr = {listing.keys}",
+            f"list_at = list_ptr + b.to(tl.int64) * stride_listb + {head}.to(tl.int64) * stride_listh{row}",
+            "visited = tl.where(k_len > 0, tl.cdiv(list_size * MEMBER, BLOCK_K), 0)",
+        )
+        first, last = self._slice()
+        lines.add("", f"# Tiles of the list: pairs are masked.{self.origin}")
+        with lines.block(f"for k_tile in range({last if first == '0' else f'{first}, {last}'}):"):
+            self._tile(masked=True)
+        lines.add("")
+
+    def positions(self, axis: str, pairs: list[Scalar]) -> None:
+        if self.plan.listing is None:
+            super().positions(axis, pairs)
+        elif any(reads(e, "k") for e in pairs):
+            self.lines.add(f"k_pos = {self._listed(axis)}")
+
+    def _listed(self, axis: str) -> str:
+        return f"listed_keys(list_at, k_tile * BLOCK_K + k_offset{axis}, list_size, MEMBER)"
 
     def load(
         self, x: str, parts: tuple[Part, ...], dim: int, side: str, head: str, bounded: bool, pointer: bool = False
@@ -211,6 +254,18 @@ class _Decode(ForwardWriter):
     def _find_keys(self, bounded: bool) -> None:
         """Where the keys of a tile lie. A page that does not exist is never read: it counts as zeros."""
         lines = self.lines
+        if self.plan.listing is not None:
+            lines.add(f"keys = {self._listed('[:, None]')}")
+            if self.cache.page is None:
+                lines.add("present = (keys >= 0) & (keys < k_len)", "keys = keys.to(tl.int64)")
+            else:
+                lines.add(
+                    "in_page = keys % PAGE",
+                    "listed = (keys >= 0) & (keys < k_len)",
+                    "page = tl.load(table_at + keys // PAGE, mask=listed, other=-1).to(tl.int64)",
+                    "present = (page >= 0) & (page < pages)",
+                )
+            return
         if self.cache.page is None:
             lines.add("keys = (k_tile * BLOCK_K + k_offset[:, None]).to(tl.int64)")
             lines.add(*(["present = keys < k_len"] if bounded else []))
@@ -290,6 +345,7 @@ def _merge(plan: DecodePlan) -> str:
             "q_row = row_at % rows",
             f"dims = tl.arange(0, {width})",
             f"acc = tl.zeros([{width}], tl.float32)",
+            *(HAND_OVER if has_dependent_launch(plan.spec.target) else ()),
         )
         if softmax:
             lines.add("row_max = -1.0e38", "row_sum = 0.0")

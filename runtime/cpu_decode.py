@@ -12,7 +12,8 @@ from torch import Tensor
 
 from attndsl.decode import DecodePlan
 from attndsl.program import Axis, InputDecl
-from attndsl.runtime.decode import DecodeTensors
+from attndsl.runtime.decode import DecodeTensors, Listed
+from attndsl.runtime.derive_ragged import ragged_deriver
 from attndsl.runtime.engine import default_scale, empty_output, table_tensor
 from attndsl.runtime.load import load_source
 
@@ -23,12 +24,14 @@ class CpuDecode:
 
     plan: DecodePlan
     source: str
+    listed: Listed | None = field(init=False)
     _function: Any = field(init=False)
     _tables: dict[str, Tensor] = field(init=False)
     _read: tuple[tuple[int, InputDecl], ...] = field(init=False)
     _args: tuple[tuple[int, str], ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.listed = Listed.of(self.plan)
         self._function = load_source(self.source, "cpu_decode").attention_decode
         self._tables = {f"{t.name}_table": table_tensor(t, torch.device("cpu")) for t in self.plan.tables}
         read, args = set(self.plan.inputs), set(self.plan.args)
@@ -51,10 +54,16 @@ class CpuDecode:
         # A contiguous cache is one of a page a sequence.
         table = torch.arange(shape.batch)[:, None] if call.page_table is None else call.page_table
         lengths = call.seq_lens.clamp(0, call.capacity).tolist()
+        if (deriver := ragged_deriver(self.plan.program, shape, call.q.device, inputs)) is not None:
+            inputs = [*inputs, *deriver.of(inputs, args, call.seq_lens)]
+        if self.listed is not None:
+            inputs = self.listed.checked(inputs, call.capacity)
         numbers = {f"arg_{name}": args[i] for i, name in self._args}
         for b, k_len in enumerate(lengths):
             at = slice(b, b + 1)
             given = {f"{decl.name}_input": _of_length(decl, inputs[i], k_len) for i, decl in self._read}
+            if self.listed is not None:
+                given["chosen"] = self._chosen(inputs[self.listed.input], b, k_len, grouped)
             self._function(
                 b, q[at], call.k, call.v, table[b], k_len, result[at], sums[at],
                 default_scale(shape.dim) if scale is None else scale,
@@ -63,6 +72,18 @@ class CpuDecode:
         if call.v_scale is not None:
             out.copy_((result * call.v_scale.to(wide).view(-1, 1, 1, 1)).flatten(1, 2))
         return out, lse
+
+    def _chosen(self, plan: Tensor, b: int, k_len: int, grouped: tuple[int, int]) -> Tensor:
+        """Which members of a sequence's plan [B, H', R, C] are chosen: bool [1, kv_heads, group, R, members]."""
+        assert self.listed is not None
+        plan = plan[min(b, len(plan) - 1)]
+        members = -(-k_len // self.listed.listing.keys)
+        found = torch.zeros(*plan.shape[:2], members + 1, dtype=torch.bool)
+        # What is no member of this sequence falls beside.
+        found.scatter_(-1, torch.where((plan < 0) | (plan >= members), members, plan).long(), True)
+        heads = {1: (1, 1), grouped[0]: (grouped[0], 1)}.get(len(plan), grouped)
+        chosen: Tensor = found[None, ..., :-1].unflatten(1, heads)
+        return chosen
 
 
 def _of_length(decl: InputDecl, x: Tensor, k_len: int) -> Tensor:

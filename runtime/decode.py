@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attndsl.decode import Cache, DecodePlan, decode_plan
+from attndsl.decode import Cache, DecodePlan, Listing, decode_plan
 from attndsl.diagnostics import error
 from attndsl.plan import Spec, Tiling
-from attndsl.program import CallShape, Program
+from attndsl.program import CallShape, Dim, Program
 from attndsl.runtime.call import check_heads, check_inputs, check_tables, device_target, dtype_of
 from attndsl.runtime.engine import MAX_PREPARED, Engine
+from attndsl.runtime.plans import as_four, chosen_entries
 
 CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FP8 = torch.float8_e4m3fn
@@ -69,6 +70,39 @@ class DecodeTensors:
             None if v_scale is None else (v_scale.shape, v_scale.stride(), v_scale.dtype, v_scale.device),
             (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15 == 0,
         )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """Where the plan of a decode kernel stands among a call's inputs, its dimensions, and what it lists."""
+
+    input: int
+    dims: tuple[Dim, ...]
+    listing: Listing
+
+    @classmethod
+    def of(cls, plan: DecodePlan) -> Listed | None:
+        """Of a kernel, None where it reads no list."""
+        if plan.listing is None:
+            return None
+        names = [decl.name for decl in plan.program.inputs]
+        number = names.index(plan.listing.plan)
+        return cls(number, plan.program.inputs[number].dims, plan.listing)
+
+    def checked(self, inputs: Sequence[Tensor], capacity: int) -> list[Tensor]:
+        """The inputs with a plan int32 [batch, heads, rows, entries], dense: -1 for entries that do not count."""
+        plan = as_four(inputs[self.input], self.dims)
+        entries, counts = chosen_entries(plan, -(-capacity // self.listing.keys))
+        found = torch.where(counts, entries, -1).to(torch.int32)
+        return [*inputs[: self.input], found, *inputs[self.input + 1 :]]
+
+
+def dense_strides(sizes: Sequence[int]) -> tuple[int, int, int]:
+    """Strides of a dense plan [B, H', R, C] along B, H' and R, 0 where it is broadcast."""
+    batch, heads, rows, entries = sizes
+    strides = (heads * rows * entries, rows * entries, entries)
+    found = (stride if size > 1 else 0 for stride, size in zip(strides, (batch, heads, rows), strict=True))
+    return next(found), next(found), next(found)
 
 
 Launch = Callable[[DecodeTensors, Sequence[Tensor], Sequence[int], float | None], tuple[Tensor, Tensor]]

@@ -47,7 +47,7 @@ from attndsl.simplify import fold
 MAX_PAIRS = 1 << 32
 MAX_ENTRIES = 1 << 28
 # Pairs of one strip.
-_STRIP = {"cpu": 1 << 20, "cuda": 1 << 24}
+STRIP = {"cpu": 1 << 20, "cuda": 1 << 24}
 # Calls of which derived inputs are kept, and the entries of one that is.
 MAX_KEPT = 32
 MAX_KEPT_ENTRIES = 1 << 26
@@ -60,12 +60,12 @@ Piece = tuple[int, int]
 @functools.lru_cache(maxsize=256)
 def _condition(program: Program, heads: tuple[int, int], derivation: Derivation) -> Scalar:
     """What is counted for a derived input, as one condition on q and k."""
-    pattern = _counted(derivation)
+    pattern = counted(derivation)
     assert pattern is not None
     return fold(Lowering(program, heads).predicate(pattern))
 
 
-def _counted(derivation: Derivation | None) -> Set | None:
+def counted(derivation: Derivation | None) -> Set | None:
     """The set whose pairs are counted."""
     match derivation:
         case BlockMap(operand=operand):
@@ -103,7 +103,7 @@ class Deriver:
         self._conditions = {}
         fixed = set[str]()
         for decl in self._derived:
-            if (pattern := _counted(decl.derivation)) is None or decl.derivation is None:
+            if (pattern := counted(decl.derivation)) is None or decl.derivation is None:
                 continue
             self._check(decl, pattern)
             self._conditions[decl.name] = _condition(self.program, heads, decl.derivation)
@@ -139,7 +139,12 @@ class Deriver:
 
     def __call__(self, inputs: Sequence[Tensor], args: Sequence[int]) -> list[Tensor]:
         """The derived inputs, in their order, from a call's own inputs and arguments."""
-        kept = self._kept_here()
+        return self.made(inputs, args, self._kept_here())
+
+    def made(
+        self, inputs: Sequence[Tensor], args: Sequence[int], kept: dict[str, Tensor], lengths: Tensor | None = None
+    ) -> list[Tensor]:
+        """The derived inputs, less what is kept already; what may be, is. lengths: as in `Values`."""
         known = dict(zip((decl.name for decl in self._own), inputs, strict=True)) | kept
         arguments = dict(zip(self.program.args, args, strict=True))
         shape = self.shape
@@ -148,7 +153,7 @@ class Deriver:
             "H": shape.heads, "G": shape.kv_heads, "D": shape.dim, "Dv": shape.v_dim,
             "b": self._range(0, shape.batch).view(-1, 1, 1, 1), "h": h, "g": h // (shape.heads // shape.kv_heads),
         }  # fmt: skip
-        values = Values(self.program, shape, self.device, known, self._tables, arguments, variables)
+        values = Values(self.program, shape, self.device, known, self._tables, arguments, variables, lengths)
         for decl in self._derived:
             if decl.name not in known:
                 known[decl.name] = found = self._made(decl, values)
@@ -209,7 +214,7 @@ class Deriver:
         found = torch.zeros(self._size(decl), dtype=torch.bool, device=self.device)
         for blocks, count in self._counts(decl, d.block_q, d.block_k, values):
             chosen = count > 0 if d.mode is Coarse.ANY else count >= self._needed(d, blocks, count.shape[-1])
-            found[..., blocks, :] = _leading(chosen, decl)
+            found[..., blocks, :] = leading(chosen, decl)
         return found
 
     def _needed(self, d: BlockMap, blocks: slice, columns: int) -> Tensor:
@@ -232,20 +237,26 @@ class Deriver:
         first = self.shape.first_position(self.program) if (rows.axis, rows.block) == (Axis.Q, 1) else 0
         block_q = max(1, self._lengths(d.unit)[0]) if d.drawn.rows is None else d.drawn.rows
         for classes, count in self._counts(decl, block_q, d.drawn.keys, values):
-            members = count.shape[-1]
             at = self._range(classes.start, classes.stop).view(1, 1, -1, 1)
-            hashed = ordered(mix64(values.at(q=at).tensor(of_class), self._range(0, members)))
-            hashed, candidate = torch.broadcast_tensors(hashed, count > 0)
-            hashed = torch.where(candidate, hashed, _GREATEST)
-            last_hash = hashed.topk(min(d.drawn.count, members), largest=False).values.amax(-1, keepdim=True)
-            # Of several members with that hash the first ones, as many as there is room for.
-            room = d.drawn.count - (hashed < last_hash).sum(-1, keepdim=True)
-            nth = ((hashed == last_hash) & candidate).cumsum(-1)
-            enough = (nth >= room).to(torch.int8).argmax(-1, keepdim=True)
-            last = torch.where(nth[..., -1:] >= room, enough, members)
+            of_rows = values.at(q=at).tensor(of_class)
             where = slice(classes.start - first, classes.stop - first)
-            found[..., where, :] = _leading(torch.cat((ordered(last_hash), last), -1), decl)
+            found[..., where, :] = leading(self.last_drawn(of_rows, count > 0, d.drawn.count), decl)
         return found
+
+    def last_drawn(self, of_class: Tensor, candidate: Tensor, count: int) -> Tensor:
+        """Hash and index [..., 2] of the last of `count` members drawn from bool [..., members], for the hashes of row
+        classes [..., 1]."""
+        members = candidate.shape[-1]
+        hashed = ordered(mix64(of_class, self._range(0, members)))
+        hashed, candidate = torch.broadcast_tensors(hashed, candidate)
+        hashed = torch.where(candidate, hashed, _GREATEST)
+        last_hash = hashed.topk(min(count, members), largest=False).values.amax(-1, keepdim=True)
+        # Of several members with that hash the first ones, as many as there is room for.
+        room = count - (hashed < last_hash).sum(-1, keepdim=True)
+        nth = ((hashed == last_hash) & candidate).cumsum(-1)
+        enough = (nth >= room).to(torch.int8).argmax(-1, keepdim=True)
+        last = torch.where(nth[..., -1:] >= room, enough, members)
+        return torch.cat((ordered(last_hash), last), -1)
 
     # ---------------------------------------------------------------------------------------- strips
 
@@ -264,9 +275,9 @@ class Deriver:
         # What is held for each pair, and for each member of a row class, under its heads and batch entries.
         lead = prod(dim_size(dim, self.program, self.shape) for dim in decl.dims if dim.axis in (Axis.B, Axis.H))
         sparse = lead if reads(condition, "b", "h", "g") else max(1, lead // (block_q * block_k))
-        strip = max(1, _STRIP[self.device.type] // max(1, sparse))
-        columns = list(_pieces(0, k_len, block_k, strip))
-        rows = _pieces(begin, q_len, block_q, max(1, strip // min(k_len, strip)))
+        strip = max(1, STRIP[self.device.type] // max(1, sparse))
+        columns = list(pieces(0, k_len, block_k, strip))
+        rows = pieces(begin, q_len, block_q, max(1, strip // min(k_len, strip)))
 
         def of_rows(low: int, high: int) -> Tensor:
             q_pos = self._range(low, high).view(-1, 1)
@@ -274,11 +285,11 @@ class Deriver:
             def of_keys(first: int, end: int) -> Tensor:
                 inside = values.at(q=q_pos, k=self._range(first, end)).tensor(condition)
                 whole = torch.broadcast_shapes(inside.shape, (1, 1, high - low, end - first))
-                return _block_sums(inside.expand(whole), block_q, block_k)
+                return block_sums(inside.expand(whole), block_q, block_k)
 
-            return torch.cat([count for _, count in _gathered(columns, block_k, k_len, of_keys)], -1)
+            return torch.cat([count for _, count in gathered(columns, block_k, k_len, of_keys)], -1)
 
-        yield from _gathered(rows, block_q, q_len, of_rows)
+        yield from gathered(rows, block_q, q_len, of_rows)
 
     def _first_row(self, decl: InputDecl) -> int:
         """The first coordinate whose row is read: those of the call are the last ones."""
@@ -361,7 +372,7 @@ def derived_dtype(decl: InputDecl) -> torch.dtype:
             assert_never(decl.derivation)
 
 
-def _leading(x: Tensor, decl: InputDecl) -> Tensor:
+def leading(x: Tensor, decl: InputDecl) -> Tensor:
     """[batch or 1, heads or 1, ...] with those of the two dimensions that the input has."""
     axes = [dim.axis for dim in decl.dims]
     if Axis.H not in axes:
@@ -369,7 +380,7 @@ def _leading(x: Tensor, decl: InputDecl) -> Tensor:
     return x if Axis.B in axes else x[0]
 
 
-def _pieces(low: int, high: int, block: int, size: int) -> Iterator[Piece]:
+def pieces(low: int, high: int, block: int, size: int) -> Iterator[Piece]:
     """The coordinates from `low`, a block's first, to `high` in pieces: several whole blocks, or part of one."""
     step = size // block * block
     while low < high:
@@ -378,7 +389,7 @@ def _pieces(low: int, high: int, block: int, size: int) -> Iterator[Piece]:
         low = end
 
 
-def _gathered(
+def gathered(
     pieces: Iterator[Piece] | list[Piece], block: int, length: int, count: Callable[[int, int], Tensor]
 ) -> Iterator[tuple[slice, Tensor]]:
     """Blocks, and the sum of what is counted in their pieces."""
@@ -391,7 +402,7 @@ def _gathered(
             total = None
 
 
-def _block_sums(inside: Tensor, block_q: int, block_k: int) -> Tensor:
+def block_sums(inside: Tensor, block_q: int, block_k: int) -> Tensor:
     """How many pairs of each block pair are true, int64; a piece smaller than a block counts as one block."""
     rows, keys = inside.shape[-2:]
     if block_q == block_k == 1:

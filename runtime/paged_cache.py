@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attndsl.diagnostics import error
 from attndsl.eviction import Retention
+from attndsl.runtime.page_choice import PageKernels
 
 
 class Decode(Protocol):
@@ -34,7 +35,7 @@ class PagePool:
         max_len: int,
         dtype: torch.dtype | None,
         device: torch.device | str | None,
-        bounds: bool,
+        bounds: PageKernels | None,
     ) -> None:
         self.attend, self.retention, self.page, self.max_len = attend, retention, retention.page, max_len
         shape = (pages, kv_heads, self.page)
@@ -45,10 +46,11 @@ class PagePool:
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.lengths = [0] * batch
         self.k_min = self.k_max = None
-        if bounds:
+        self._bounds = bounds
+        if bounds is not None:
             kept = torch.float32 if self.k.element_size() == 1 else self.k.dtype
-            self.k_min = torch.full((pages, kv_heads, head_dim), torch.inf, dtype=kept, device=device)
-            self.k_max = torch.full_like(self.k_min, -torch.inf)
+            self.k_min = torch.zeros(pages, kv_heads, head_dim, dtype=kept, device=device)
+            self.k_max = torch.zeros_like(self.k_min)
         self._free = list(range(pages - 1, -1, -1))
         # For each sequence, place in the sequence -> page.
         self._held: list[dict[int, int]] = [{} for _ in range(batch)]
@@ -84,9 +86,6 @@ class PagePool:
             for (b, i), page in zip(places, pages, strict=True):
                 self._held[b][i] = page
             self._set_entries(places, pages)
-            for x, nothing in ((self.k_min, torch.inf), (self.k_max, -torch.inf)):
-                if x is not None:
-                    x[torch.tensor(pages, device=x.device)] = nothing
         self._write(k, v, chosen, new, whole=sequences is None)
         for b in chosen:
             self.lengths[b] += new
@@ -102,17 +101,29 @@ class PagePool:
                 # Few operators take 8-bit floats.
                 pool, x = pool.view(torch.uint8), x.view(torch.uint8)
             pool[page, :, at % self.page] = x
-        keys = k.transpose(1, 2).flatten(0, 1)
-        for bound, kind in ((self.k_min, "amin"), (self.k_max, "amax")):
-            if bound is not None:
-                entries = page.view(-1, 1).expand(-1, bound[0].numel())
-                values = keys.to(self.k.dtype).to(bound.dtype).flatten(1)
-                bound.view(len(bound), -1).scatter_reduce_(0, entries, values, kind)
         self.seq_lens[rows] += new
+        if self._bounds is not None and self.k_min is not None and self.k_max is not None:
+            given = (self.seq_lens[rows], self.page_table[rows])
+            self._bounds.update(self.k, self.k_min, self.k_max, *given, new)
 
     def decode(self, q: Tensor, **options: Any) -> Any:
         """`attn.decode` of q [B, Hq, n, D], the last n tokens of each sequence, over the pool."""
         return self.attend.decode(q, self.k, self.v, self.seq_lens, self.page_table, **options)
+
+    def top(self, q: Tensor, count: int, recent: int = 1, shared: bool = True) -> Tensor:
+        """The `count` pages that each row of q [B, Hq, n, D] may get most from, by their bounds (Quest).
+
+        recent: so many pages, the row's own and those before it, come first. shared: the heads of a key head choose
+        together, by the sum of what each may get. Of equal pages the earlier one is taken.
+
+        Returns int32 [B, Hkv if shared else Hq, n, count]: places in the sequence, in increasing order, then -1.
+        Raises `PatternError` (A560) unless the cache keeps bounds.
+        """
+        if self._bounds is None or self.k_min is None or self.k_max is None:
+            raise error("A560", "this cache keeps no bounds of its pages", help="make it with bounds=True")
+        return self._bounds.top(
+            q, self.k_min, self.k_max, self.seq_lens, self.page_table, self.page, count, recent, shared
+        )  # fmt: skip
 
     def release(self, b: int) -> None:
         """Give back all pages of a sequence, which is then empty."""

@@ -120,7 +120,7 @@ def _kinds(
     and 2 where it does not count; its query tile; its key tile. of_keys: the runs are of query tiles."""
     shape, device = values.shape, plan.device
     q_tiles, k_tiles = -(-shape.rows // block_q), -(-shape.k_len // block_k)
-    plan = _four(plan, dims)
+    plan = as_four(plan, dims)
     if any(dim.axis is Axis.H for dim in decl.dims) and not any(dim.axis is Axis.H for dim in dims):
         plan = plan.repeat_interleave(shape.heads // plan.shape[1], 1)
     q_tile = torch.arange(q_tiles, device=device).view(-1, 1)
@@ -148,7 +148,7 @@ def _tiles(d: TileList, shape: CallShape) -> tuple[int, int]:
     return -(-shape.rows // d.block_q), -(-shape.k_len // d.block_k)
 
 
-def _four(plan: Tensor, dims: Sequence[Dim]) -> Tensor:
+def as_four(plan: Tensor, dims: Sequence[Dim]) -> Tensor:
     """A plan as [batch, heads, row classes, entries], dimensions that it lacks of size 1."""
     axes = [dim.axis for dim in dims]
     if Axis.Q not in axes:

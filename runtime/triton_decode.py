@@ -11,9 +11,11 @@ from torch import Tensor
 from attndsl.decode import DecodePlan, decode_plan, split_count
 from attndsl.plan import Spec, Tiling
 from attndsl.program import CallShape, Program
-from attndsl.runtime.decode import FP8, DecodeTensors
+from attndsl.runtime.decode import FP8, DecodeTensors, Listed, dense_strides
+from attndsl.runtime.derive_ragged import ragged_deriver
 from attndsl.runtime.engine import default_scale, empty_output
 from attndsl.runtime.launcher import Slot
+from attndsl.runtime.plans import as_four
 from attndsl.runtime.triton_launch import ELEMENT, INPUTS, POINTER, prepare, program_sources
 
 DECODE = "attention_decode"
@@ -35,7 +37,8 @@ def prepare_decode(
     shape = call.shape
     plan = decode_plan(program, spec, shape.rows, call.cache, split=True, tiling=tiling)
     if splits is None:
-        splits = split_count(plan, shape.batch, shape.rows, shape.k_len, _multiprocessors(call.q.device))
+        entries = 0 if (listed := Listed.of(plan)) is None else inputs[listed.input].shape[-1]
+        splits = split_count(plan, shape.batch, shape.rows, shape.k_len, _multiprocessors(call.q.device), entries)
     if splits == 1:
         plan = decode_plan(program, spec, shape.rows, call.cache, split=False, tiling=tiling)
     return TritonDecode(plan, generate(plan), splits, call, inputs)
@@ -46,7 +49,9 @@ class TritonDecode:
 
     def __init__(self, plan: DecodePlan, text: str, splits: int, call: DecodeTensors, inputs: Sequence[Tensor]) -> None:
         shape, device = call.shape, call.q.device
-        self.plan, self.shape, self.splits = plan, shape, splits
+        self.plan, self.shape, self.splits, self.listed = plan, shape, splits, Listed.of(plan)
+        self.deriver = ragged_deriver(plan.program, shape, device, inputs)
+        inputs = [*inputs, *(self.deriver.examples() if self.deriver else ())]
         self.default_scale = default_scale(shape.dim)
         self.fp8 = plan.cache.fp8
         self._decode = self._merge = None
@@ -69,6 +74,10 @@ class TritonDecode:
         if self._merge is not None:
             part = torch.empty((lse.numel(), self.splits, self.shape.v_dim), dtype=torch.float32, device=lse.device)
             part_lse = torch.empty((lse.numel(), self.splits), dtype=torch.float32, device=lse.device)
+        if self.deriver is not None:
+            inputs = [*inputs, *self.deriver.of(inputs, args, call.seq_lens)]
+        if self.listed is not None:
+            inputs = self.listed.checked(inputs, self.shape.k_len)
         k, v = (call.k.view(torch.uint8), call.v.view(torch.uint8)) if self.fp8 else (call.k, call.v)
         values = (
             call.q, k, v, out, lse, self.default_scale if scale is None else scale, *inputs, *args, call.seq_lens,
@@ -98,6 +107,10 @@ def decode_sources(plan: DecodePlan, splits: int, call: DecodeTensors, inputs: S
         if x is not None:
             found[f"{name}_ptr"] = Slot(first + 2 + i, POINTER[x.dtype])
             found[f"stride_{name}"] = x.stride(0) if x.numel() > 1 else 0
+    if (listed := Listed.of(plan)) is not None:
+        sizes = as_four(inputs[listed.input], listed.dims).shape
+        found |= {"list_ptr": Slot(INPUTS + listed.input, "*i32"), "list_size": sizes[-1]}
+        found |= {f"stride_list{axis}": stride for axis, stride in zip("bhr", dense_strides(sizes), strict=True)}
     out, _ = empty_output(call.q, shape)
     for name, x in (("q", call.q), ("k", call.k), ("v", call.v), ("out", out)):
         found |= {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bhn")}

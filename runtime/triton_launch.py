@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from attndsl.decode import DecodePlan
 from attndsl.plan import Backend, DType, Loads, Plan, Printed, Spec, head_parts
 from attndsl.program import Axis, CallShape, Program
 from attndsl.runtime.build import KernelSource, compile_kernel, parameters
@@ -25,7 +26,7 @@ from attndsl.runtime.engine import default_scale, empty_output, output_maker, ta
 from attndsl.runtime.launcher import Descriptor, Slot, launcher
 from attndsl.runtime.load import load_source
 from attndsl.runtime.triton_version import interpreted, version
-from attndsl.targets import has_tensor_copies, hopper_refusal
+from attndsl.targets import has_dependent_launch, has_tensor_copies, hopper_refusal
 
 INTERPRETED = interpreted()
 FUNCTION = "attention_forward"
@@ -149,6 +150,20 @@ def together(steps: Sequence[Callable[[], _Made]]) -> list[_Made]:
         return [step.result() for step in [threads.submit(step) for step in steps]]
 
 
+def prepare_small(
+    text: str, function: str, target: str, warps: int, grid: int, sources: Mapping[str, Any], device: torch.device
+) -> Callable[[Sequence[Any]], None]:
+    """A kernel that no plan of an attention describes, as a function of a call's values."""
+    names = parameters(text, function)
+    template = [sources[name] for name in names]
+    if INTERPRETED:
+        return _Interpreted(getattr(load_source(text, function), function)[(grid,)], template)
+    types = tuple((name, _type(name, sources[name])) for name in names)
+    alignments = tuple(_alignments(names, sources))
+    source = KernelSource(text, function, types, alignments, warps, 1, dependent=has_dependent_launch(target))
+    return launcher(compile_kernel(source, target, shared_cache(), whole=False), grid, device.index, template)
+
+
 @dataclass(frozen=True, slots=True)
 class _Interpreted:
     """A kernel under Triton's interpreter."""
@@ -250,7 +265,8 @@ def kernel_source(
     types = tuple((name, _type(name, sources[name])) for name in names)
     alignments = tuple(_alignments(names, sources)) if aligned else ()
     gluon = plan.spec.backend is Backend.GLUON
-    return KernelSource(text, function, types, alignments, plan.tiling.warps, plan.tiling.stages, gluon)
+    dependent = isinstance(plan, DecodePlan) and has_dependent_launch(plan.spec.target)
+    return KernelSource(text, function, types, alignments, plan.tiling.warps, plan.tiling.stages, gluon, dependent)
 
 
 def _alignments(names: Sequence[str], sources: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from attndsl.oracle import index_origin
 from attndsl.program import (
     Arg,
+    Axis,
     Binary,
     Call,
     CallShape,
@@ -48,7 +49,8 @@ class Values:
     """Scalars of a program in a call, at the places that `variables` names.
 
     variables: the built-in names, as numbers or int64 tensors that broadcast. tensors: inputs by name. tables:
-    compile-time tables by name. Nothing here waits for the device.
+    compile-time tables by name. lengths: int64 [B, 1, 1, 1] where each batch entry has one of its own, and the shape's
+    is the most that one may have. Nothing here waits for the device.
     """
 
     program: Program
@@ -58,6 +60,7 @@ class Values:
     tables: Mapping[str, Tensor]
     args: Mapping[str, int]
     variables: Mapping[str, Any]
+    lengths: Tensor | None = None
     memo: dict[int, Any] = field(default_factory=dict)
 
     def at(self, **variables: Any) -> Values:
@@ -108,8 +111,14 @@ class Values:
         """An entry, every index clamped to its dimension; the bits of narrow numbers widened."""
         places = []
         for dim, size, e in zip(dims, values.shape, index, strict=True):
-            place = self.tensor(e) - index_origin(dim, self.program, self.shape)
-            places.append(place.clamp(0, size - 1))
+            place, last = self.tensor(e), size - 1
+            if self.lengths is None:
+                place = place - index_origin(dim, self.program, self.shape)
+            elif dim.axis is Axis.Q and dim.block == 1:
+                place = place - (self.lengths - self.shape.rows)
+            elif dim.axis in (Axis.Q, Axis.K) and size > 1:
+                place = torch.minimum(place, (self.lengths - 1) // dim.block)
+            places.append(place.clamp(0, last))
         entry = values[tuple(places)] if places else values
         if entry.is_floating_point():
             return entry if entry.dtype == torch.float64 else entry.to(torch.float32)

@@ -11,8 +11,6 @@ import torch
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
-from attndsl.decode import Cache, decode_plan
-from attndsl.diagnostics import PatternError
 from attndsl.plan import DType, Spec, Tiling
 from attndsl.program import Axis, CallShape, Dim
 from tests.accuracy import examples
@@ -28,9 +26,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = Tiling(16, 32)
 SPEC = Spec(2, 1, 16, 16, DType.FLOAT32, "cpu")
 BACKENDS = ("triton", "cpu")
-# Derived inputs follow from one length of keys.
-DERIVED = ("coarsen_share", "coarsen_data", "random", "segment")
-DECODED = [name for name in CASES if name not in ("align_start", *DERIVED)]
+DECODED = [name for name, case in CASES.items() if "align start" not in case.text]
 
 
 def judge(
@@ -48,16 +44,6 @@ def judge(
     made = decoder(program, tiling=tiling if backend == "triton" else Tiling(64, 32), splits=splits)
     out, lse = made.decode(call, given, numbers, None, backend)
     check_decode(program, q, k, v, lengths, inputs, case.args, out.cpu(), lse.cpu())
-
-
-def reject_derived(case: Case) -> None:
-    """Leave out what a decode refuses."""
-    try:
-        decode_plan(case.load(), SPEC, 1, Cache())
-    except PatternError as refused:
-        if refused.diagnostics[0].code != "A559":
-            raise
-        reject()
 
 
 def some_lengths(case: Case, seed: int = 0) -> list[int]:
@@ -109,7 +95,6 @@ def decodes(draw: st.DrawFn) -> tuple[Case, list[int], int | None]:
 @examples(15)
 def test_random(drawn: tuple[Case, list[int], int | None], splits: int) -> None:
     case, lengths, page = drawn
-    reject_derived(case)
     # A capacity of whole pages would ask for longer inputs.
     judge(case, lengths, "triton", page if page and case.shape.k_len % page == 0 else None, splits)
 
@@ -118,5 +103,4 @@ def test_random(drawn: tuple[Case, list[int], int | None], splits: int) -> None:
 @examples(15)
 def test_random_on_the_cpu(drawn: tuple[Case, list[int], int | None]) -> None:
     case, lengths, page = drawn
-    reject_derived(case)
     judge(case, lengths, "cpu", page if page and case.shape.k_len % page == 0 else None)

@@ -117,6 +117,30 @@ def test_a_cache_that_forgets(dtype: torch.dtype) -> None:
             assert torch.equal(cache.k_max[page, 0].float(), keys.amax(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+def test_pages_by_their_bounds(dtype: torch.dtype) -> None:
+    """A page that was given back and taken again has the bounds of its new keys; the best pages are found by them."""
+    torch.manual_seed(0)
+    attn = attndsl.compile("causal")
+    cache = attndsl.serving.PagedCache(
+        attn, batch=2, kv_heads=1, head_dim=8, pages=12, page=4, max_len=32, dtype=dtype, bounds=True
+    )
+    cache.append(draw(2, 1, 20, 8), draw(2, 1, 20, 8))
+    cache.release(1)
+    keys = draw(1, 1, 18, 8).to(dtype)
+    cache.append(keys, keys, sequences=[1])
+    q = draw(2, 2, 1, 8)
+    found = cache.top(q, 2, recent=1)
+    assert found.shape == (2, 1, 1, 2) and found[1, 0, 0, 1] == 4, "the last page comes first"
+    parts = torch.split(keys[0, 0].float(), 4)
+    most = torch.stack([torch.maximum(q[1, :, 0] * x.amin(0), q[1, :, 0] * x.amax(0)).sum() for x in parts])
+    assert found[1, 0, 0, 0] == most[:4].argmax()
+    assert cache.top(q, 3, shared=False).shape == (2, 2, 1, 3)
+    plain = attndsl.serving.PagedCache(attn, batch=1, kv_heads=1, head_dim=8, pages=2, page=4, max_len=8)
+    with pytest.raises(attndsl.PatternError, match="keeps no bounds"):
+        plain.top(q[:1], 1)
+
+
 def test_sequences_come_and_go() -> None:
     attn = attndsl.compile("causal")
     cache = attndsl.serving.PagedCache(attn, batch=3, kv_heads=1, head_dim=8, pages=6, page=4, max_len=16)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import check_cases, decode, dense, gpu_check, memory, rows
+from attndsl.serving import PagedCache
+from benchmarks import check_cases, decode, dense, gpu_check, memory, quest, rows
 from benchmarks.__main__ import main as benchmark
 from benchmarks.peers import CannotRun, Job, Peer
 from benchmarks.tables import make_job, measure
@@ -167,6 +168,18 @@ def test_decode_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(cell.startswith("500.0 us (") for row in table for cell in row[3:])
     monkeypatch.setitem(decode.CONTENDERS, "SDPA", lambda row, caches: lambda i: caches.q[i] + 1)
     assert [*decode.run_decode(sizes, ["SDPA"])][1][3].startswith("FAILED: error")
+
+
+def test_quest_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention within the chosen pages is right, and these are the best ones; where they are not, nothing is timed."""
+    monkeypatch.setattr(quest, "milliseconds", lambda call, device: 0.5)
+    sizes = decode.DecodeSizes(2, 4, 2, n=1600, dim=16, dtype=torch.float32, device=CPU)
+    header, *table = quest.run_quest(sizes)
+    assert header == ["operation", "tokens", "time", "all pages / this"]
+    assert [row[1:] for row in table] == [["1600", "500.0 us", "1.0x"]] * 5
+    others = torch.arange(64, dtype=torch.int32).expand(2, 2, 1, 64)
+    monkeypatch.setattr(PagedCache, "top", lambda *_: others)
+    assert [*quest.run_quest(sizes)][1] == ["the three", "1600", "FAILED: a better page was left out", ""]
 
 
 def test_unknown_rows_are_named(capsys: pytest.CaptureFixture[str]) -> None:

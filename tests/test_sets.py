@@ -216,7 +216,7 @@ def test_strips_of_any_size(name: str, strip: int, monkeypatch: pytest.MonkeyPat
     case = CASES[name]
     program = case.load()
     _, expected = derived(program, case.shape, case.inputs, case.args)
-    monkeypatch.setitem(runtime._STRIP, "cpu", strip)
+    monkeypatch.setitem(runtime.STRIP, "cpu", strip)
     _, found = derived(program, case.shape, case.inputs, case.args)
     assert found.keys() == expected.keys()
     for key, values in expected.items():
@@ -246,13 +246,13 @@ def test_kept_lengths_are_bounded() -> None:
 
 def test_a_decode_step_looks_at_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     looked_at = list[int]()
-    sums = runtime._block_sums
+    sums = runtime.block_sums
 
     def noted(inside: Tensor, *blocks: int) -> Tensor:
         looked_at.append(inside.numel())
         return sums(inside, *blocks)
 
-    monkeypatch.setattr(runtime, "_block_sums", noted)
+    monkeypatch.setattr(runtime, "block_sums", noted)
     for text, rows in (
         ("causal & random(2, tokens, query, 1)", 1),
         ("causal & coarsen(dilated(7), 8, fraction(0.2))", 7),
