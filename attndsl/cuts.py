@@ -26,6 +26,7 @@ from attndsl.program import (
     Const,
     Dim,
     InputDecl,
+    Logic,
     Program,
     Read,
     Scalar,
@@ -34,10 +35,12 @@ from attndsl.program import (
     Unary,
     Var,
     reads,
+    rebuild,
     scalars,
     substitute,
     walk,
 )  # fmt: skip
+from attndsl.simplify import fold
 
 _FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
 _OTHER = {"q": "k", "k": "q"}
@@ -260,3 +263,33 @@ def entry(decl: InputDecl, at: Scalar) -> Scalar:
     """A cut's entry for a position."""
     names = {Axis.B: Var("b"), Axis.H: Var("h")}
     return Read(decl.name, tuple(names.get(dim.axis, at) for dim in decl.dims), Type.INT)
+
+
+def by_cuts(e: Scalar, program: Program, owner: str, orders: frozenset[str]) -> Scalar:
+    """A condition on pairs, with intervals in the place of conditions on data whose cuts the program declares.
+
+    What reads a row alone is loaded once for all its keys.
+
+    orders: "k <= q", "q <= k", where that holds of all pairs in question: then some ends need no comparison.
+    """
+
+    def bounds(x: Scalar) -> Scalar:
+        allowed = interval(x, program, owner) if isinstance(x, Compare) else None
+        if allowed is None or any(cut_input(end, program) is None for end in allowed.ends):
+            return x
+        own, position = Var(owner), Var(allowed.variable)
+        found = list[Scalar]()
+        for end, op, implied in (
+            (allowed.low, ">=", f"{owner} <= {position.name}"),
+            (allowed.high, "<", f"{position.name} <= {owner}"),
+        ):
+            decl = None if end is None else cut_input(end, program)
+            if end is None or decl is None:
+                continue
+            # The own position lies in its own interval, and so does what is between it and one of its other positions.
+            if not (reflexive(end, program) and end.inclusive == (op == "<") and implied in orders):
+                found.append(Compare(op, position, entry(decl, own)))
+        inside: Scalar = Const(True) if not found else found[0] if len(found) == 1 else Logic("and", tuple(found))
+        return inside if allowed.inside else Unary("not", inside)
+
+    return fold(rebuild(e, bounds))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from attndsl.cuts import by_cuts
+from attndsl.derivation import Cut
 from attndsl.effort import TooHard, bounded
-from attndsl.program import Binary, Compare, Const, Logic, Read, Scalar, Table, Var, children, reads
+from attndsl.program import Binary, Compare, Const, Logic, Program, Read, Scalar, Table, Var, children, reads
 from attndsl.quasi_affine import condition
 from attndsl.relation import Lowering, Relation
 from attndsl.simplify import fold, specialise
@@ -57,6 +59,13 @@ def pair_mask(relation: Relation, written: Scalar) -> Scalar | None:
     if not relation.atoms:
         candidates.append(fold(condition(relation.pairs, relation.context, relation.uniform)))
     return shaped(min(candidates, key=pair_cost))
+
+
+def mask_by_cuts(cond: Scalar, program: Program, owner: str, relation: Relation) -> Scalar:
+    """A condition on the pairs of a relation as kernels that own rows (`owner` q) or keys (k) test it fastest."""
+    if not any(isinstance(decl.derivation, Cut) for decl in program.inputs):
+        return cond
+    return by_cuts(cond, program, owner, relation.orders())
 
 
 def shaped(cond: Scalar) -> Scalar | None:

@@ -131,7 +131,7 @@ def _backward_piece(
         key_runs = closed_runs(piece.relation, program, spec, key_tiling, Side.KEY, piece.layout)
     mask = piece_mask(piece, spec) if runs.partial or key_runs.partial else None
     return BackwardPlan(
-        program, spec, tiling, runs, mask, **branch, key_tiling=key_tiling, key_runs=key_runs,
+        program, spec, tiling, runs, mask, **branch, key_tiling=key_tiling, key_runs=key_runs, key_mask=mask,
         **slopes(program, branch), uses_lse=uses_lse, layout=piece.layout, follows=number > 0,
     )  # fmt: skip
 

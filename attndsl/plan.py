@@ -14,7 +14,7 @@ from attndsl.layout import PLAIN, Layout
 from attndsl.learned import Learned, Over
 from attndsl.linear import normalise
 from attndsl.listing import Gathered, Listable, listables
-from attndsl.mask import pair_mask, written_condition
+from attndsl.mask import mask_by_cuts, pair_mask, written_condition
 from attndsl.program import (
     Arg,
     Const,
@@ -216,7 +216,7 @@ class Printed:
 
 @dataclass(frozen=True, slots=True)
 class BackwardPlan(Plan):
-    """The backward kernels: `runs` and `tiling` are those of dq, `key_runs` and `key_tiling` those of dk and dv.
+    """The backward kernels: `runs`, `tiling` and `mask` are those of dq; `key_runs`, … those of dk and dv.
 
     With x the logit `score(s)` (or w the weight `weights(s)`) of a pair:
     `d_score`: dx/ds (dw/ds), None where it is 1. `learnable`: each read of a learnable input in it, and the
@@ -226,6 +226,7 @@ class BackwardPlan(Plan):
 
     key_tiling: Tiling
     key_runs: TileRuns
+    key_mask: Scalar | None
     d_score: Scalar | None
     learnable: tuple[tuple[Read, Scalar], ...]
     sink_learnable: tuple[tuple[Read, Scalar], ...]
@@ -234,7 +235,8 @@ class BackwardPlan(Plan):
     def _further(self) -> tuple[Scalar, ...]:
         slopes = () if self.d_score is None else (self.d_score,)
         others = (x for pair in self.learnable + self.sink_learnable for x in pair)
-        return (*run_scalars(self.key_runs), *slopes, *others)
+        masks = () if self.key_mask is None else (self.key_mask,)
+        return (*run_scalars(self.key_runs), *masks, *slopes, *others)
 
     @property
     def learned(self) -> tuple[Learned, ...]:
@@ -243,8 +245,8 @@ class BackwardPlan(Plan):
         return (*logit, *(Learned(read, slope, True) for read, slope in self.sink_learnable))
 
     def of_keys(self) -> BackwardPlan:
-        """The plan as the kernel of dk and dv has it: that kernel's tiling and runs in place of those of dq."""
-        return replace(self, tiling=self.key_tiling, runs=self.key_runs)
+        """The plan as the kernel of dk and dv has it: that kernel's tiling, runs and mask in place of those of dq."""
+        return replace(self, tiling=self.key_tiling, runs=self.key_runs, mask=self.key_mask)
 
     @property
     def learnable_inputs(self) -> tuple[InputDecl, ...]:
@@ -350,14 +352,15 @@ def backward_plan(
     learns = bool(derivatives["learnable"] or derivatives["sink_learnable"])
     visits = _visits(program, spec, tiling, Side.QUERY, key_tiling, gathers=not learns)
     program, runs = visits.program, visits.runs
-    key_runs = TileRuns((), ())
+    key_runs, key_mask = TileRuns((), ()), None
     if spec.backend is not Backend.CPU and visits.gathered is None:
         of_keys = _visits(program, spec, key_tiling, Side.KEY, tiling, gathers=False)
         program, key_runs = of_keys.program, of_keys.runs
-    mask = visits.mask() if runs.partial or key_runs.partial or visits.gathered else None
+        key_mask = of_keys.mask() if key_runs.partial else None
+    mask = visits.mask() if runs.partial or visits.gathered else None
     plan = BackwardPlan(
-        program, spec, tiling, runs, mask, **branch, key_tiling=key_tiling, key_runs=key_runs, **derivatives,
-        uses_lse=uses_lse, gathered=visits.gathered,
+        program, spec, tiling, runs, mask, **branch, key_tiling=key_tiling, key_runs=key_runs, key_mask=key_mask,
+        **derivatives, uses_lse=uses_lse, gathered=visits.gathered,
     )  # fmt: skip
     # Kernels that go over the whole pattern once more read what these need not.
     whole = any(x.over in (Over.DIAGONALS, Over.PAIRS) for x in plan.learned)
@@ -381,7 +384,8 @@ class _Visits:
 
     def mask(self) -> Scalar | None:
         written = written_condition(self.lowering, self.spec.sizes)
-        return pair_mask(self.relation, written if self.selection is None else self.selection.assumed(written))
+        written = written if self.selection is None else self.selection.assumed(written)
+        return pair_mask(self.relation, mask_by_cuts(written, self.program, self.lowering.anchor, self.relation))
 
 
 def _visits(
@@ -421,7 +425,15 @@ def learning_plan(plan: BackwardPlan, tiling: Tiling, side: Side) -> BackwardPla
     runs = closed_runs(relation, program, spec, tiling, side)
     mask = pair_mask(relation, written_condition(lowering, spec.sizes)) if runs.partial else None
     return replace(
-        plan, spec=spec, tiling=tiling, runs=runs, key_runs=TileRuns((), ()), mask=mask, layout=PLAIN, follows=False
+        plan,
+        spec=spec,
+        tiling=tiling,
+        runs=runs,
+        key_runs=TileRuns((), ()),
+        key_mask=None,
+        mask=mask,
+        layout=PLAIN,
+        follows=False,
     )
 
 

@@ -14,6 +14,7 @@ islpy is imported by the modules about integer sets (`tests/test_structure.py` n
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -79,6 +80,19 @@ class Relation:
     atoms: dict[str, Scalar]
     context: isl.Set
     notes: tuple[str, ...] = ()
+
+    def orders(self) -> frozenset[str]:
+        """Of "k <= q" and "q <= k" those that hold of every pair, as far as that is decided within the effort bound."""
+        ctx = self.pairs.get_ctx()
+
+        def holds(order: str) -> bool:
+            with suppress(TooHard):
+                return bounded(
+                    ctx, lambda: bool(self.pairs.is_subset(isl.Set.read_from_str(ctx, f"{{ [q, k] : {order} }}")))
+                )
+            return False
+
+        return frozenset(filter(holds, ("k <= q", "q <= k")))
 
     def project_atoms(self, pairs: isl.Set) -> isl.Set:
         """{ [q, k] } that are in `pairs` for some value of the data atoms."""

@@ -36,7 +36,7 @@ from attndsl.program import (
 )  # fmt: skip
 from attndsl.quasi_affine import to_scalar
 from attndsl.relation import Relation
-from attndsl.run_ends import interval_ends, written_size
+from attndsl.run_ends import either, exclusive, interval_ends, plain_interval, written_size
 from attndsl.simplify import fold
 from attndsl.tile_cuts import Grid, Owner, TileCuts, tile_cuts
 
@@ -291,7 +291,7 @@ class _Tiler:
             piece = isl.Set.from_basic_set(basic)
             if piece.intersect_params(context).is_empty():
                 continue
-            if basic.dim(isl.dim_type.div) and self._interval(piece) is None:
+            if not plain_interval(basic) and self._interval(piece) is None:
                 return None
             pieces.append(piece)
         joined = self._joined(pieces)
@@ -303,10 +303,9 @@ class _Tiler:
 
     def _runs_of(self, pieces: list[isl.Set], kind: TileKind, context: isl.Set) -> list[Run]:
         build = isl.AstBuild.from_context(context)
-        runs = []
-        for piece in pieces:
-            runs.append(Run(*interval_ends(build, piece, context, self._scalar), 1, kind))
-        return runs
+        ends = [interval_ends(build, piece, context, self._scalar) for piece in pieces]
+        groups = exclusive([piece.params().intersect(context) for piece in pieces])
+        return [Run(*either([ends[i] for i in group]), 1, kind) for group in groups]
 
     def _joined(self, pieces: list[isl.Set]) -> list[isl.Set]:
         """The pieces, those that always meet joined: fewer runs, and a kernel need not choose among them."""
@@ -363,8 +362,7 @@ class _Tiler:
         pieces = isl.Set.empty(line.get_space())
         for basic in line.make_disjoint().get_basic_sets():
             piece = isl.Set.from_basic_set(basic)
-            # Without quotients a piece is an interval already.
-            hull = self._interval(piece) if basic.dim(isl.dim_type.div) else None
+            hull = None if plain_interval(basic) else self._interval(piece)
             pieces = pieces.union(piece if hull is None else hull)
         return pieces.coalesce()
 
