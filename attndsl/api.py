@@ -16,6 +16,7 @@ from attndsl.compare import compare as compare_programs
 from attndsl.diagnostics import Diagnostic, PatternWarning, Source, error
 from attndsl.findings import findings
 from attndsl.grammar import format_source, load, parse, read_source
+from attndsl.plans import own_program
 from attndsl.program import CallShape, Program, has_lse
 from attndsl.runtime.cache import cache_key
 from attndsl.runtime.registry import attend_operator, register
@@ -99,7 +100,7 @@ class Attention:
     def __init__(self, program: Program, warnings: tuple[Diagnostic, ...] = ()) -> None:
         self.program = program
         self.warnings = warnings
-        self._inputs = tuple(decl.name for decl in program.inputs)
+        self._inputs = tuple(decl.name for decl in own_program(program).inputs)
         self._attend = attend_operator()
         # Known before the first call, which may be one that torch.compile traces.
         self._key = cache_key("program", program)
@@ -120,6 +121,7 @@ class Attention:
         backend: str = "auto",
         dropout: float = 0,  # An integer: for torch.compile the float would be a value that changes.
         seed: int | Tensor | None = None,
+        plans: Mapping[str, Tensor] | None = None,
         **inputs: Any,
     ) -> Any:
         """Attend.
@@ -136,27 +138,23 @@ class Attention:
         positions of query and key alone (Philox-4x32-10: `attndsl.dropout`), the same on every device.
         seed: an int of 64 bits, or an int64 tensor of one element on the call's device; by default it is drawn from
         torch's generator. Pass a tensor where a CUDA graph is replayed and you set the seeds yourself.
+
+        plans: in the place of what selections would choose, by name: see `plan`. `among` holds of them all the same.
         """
         attend = self._attend or attend_operator(needed=True)
-        out, lse = attend(self._key, q, k, v, *self._given(inputs), scale, backend, dropout, seed)
+        given, args = self._given(inputs)
+        if self.program.selections or plans:
+            from attndsl.runtime.select_op import with_plans
+
+            given = with_plans(self._key, q, k, given, args, scale, plans or {})
+        out, lse = attend(self._key, q, k, v, given, args, scale, backend, dropout, seed)
         return self._with_lse(out, lse) if return_lse else out
 
     def decode(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        seq_lens: Tensor,
-        page_table: Tensor | None = None,
-        *,
-        layout: str = "hnd",
-        scale: float | None = None,
-        return_lse: bool = False,
-        k_scale: Tensor | None = None,
-        v_scale: Tensor | None = None,
-        backend: str = "auto",
-        **inputs: Any,
-    ) -> Any:
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, page_table: Tensor | None = None, *,
+        layout: str = "hnd", scale: float | None = None, return_lse: bool = False, k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None, backend: str = "auto", **inputs: Any,
+    ) -> Any:  # fmt: skip
         """Attend from the last n tokens of each of B sequences to their caches: what the same rows of a call on a
         sequence alone give. Decoding (n = 1), speculative decoding and prefill in chunks. It has no gradient.
 
@@ -181,7 +179,10 @@ class Attention:
         )
         return self._with_lse(out, lse) if return_lse else out
 
-    def plan(self, q: Tensor, k: Tensor, *, scale: float | None = None, **inputs: Any) -> dict[str, Tensor]:
+    def plan(
+        self, q: Tensor, k: Tensor, *, scale: float | None = None, plans: Mapping[str, Tensor] | None = None,
+        **inputs: Any,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """What the program's selections choose in a call, by name: a `plan`'s own, or that of the function (`top`).
 
         >>> import attndsl, torch
@@ -196,9 +197,9 @@ class Attention:
         how many are chosen it is uint8 [B, H', R, M], an entry a member: 0 where it is out, 1, or the factor of its
         level. It has no gradient. Nothing waits for the device. Raises `PatternError` when the call does not fit.
         """
-        from attndsl.runtime.select_op import select
+        from attndsl.runtime.select_op import plans_of
 
-        return select(self._key, q, k, *self._given(inputs), scale)
+        return plans_of(self._key, q, k, *self._given(inputs), scale, plans or {})
 
     def evictable(self, seq_len: int, page: int = 1, **inputs: Any) -> list[int]:
         """Pages of a sequence that no row from position `seq_len` on can read, at any length and whatever the data.
@@ -258,27 +259,22 @@ class Attention:
         return next((decl.span for decl in self.program.inputs if decl.name == name), None)
 
     def reference(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float | None = None,
-        return_lse: bool = False,
-        dropout: float = 0.0,
-        seed: int | Tensor | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False,
+        dropout: float = 0.0, seed: int | Tensor | None = None, plans: Mapping[str, Tensor] | None = None,
         **inputs: Any,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """The oracle: what a call means, dense, in float64, written straight from the typed program. Slow.
 
         With dropout a seed must be given.
         """
         from attndsl.runtime.dropout import known
         from attndsl.runtime.reference import reference
+        from attndsl.runtime.reference_plans import oracle_plans
 
         self._check_names(inputs)
         tensors = {name: inputs[name] for name in self._inputs}
         args = {name: inputs[name] for name in self.program.args}
+        tensors |= oracle_plans(self.program, q, k, tensors, args, scale, plans or {})
         return reference(self.program, q, k, v, tensors, args, scale, return_lse, known(dropout, seed, q.device))
 
     # -------------------------------------------------------------------------------- inspection
@@ -309,15 +305,9 @@ class Attention:
         return found
 
     def blocks(
-        self,
-        q_len: int,
-        k_len: int,
-        block_q: int = 128,
-        block_k: int = 128,
-        heads: int = 1,
-        kv_heads: int = 1,
+        self, q_len: int, k_len: int, block_q: int = 128, block_k: int = 128, heads: int = 1, kv_heads: int = 1,
         **inputs: Any,
-    ) -> BlockGraph:
+    ) -> BlockGraph:  # fmt: skip
         """Which tiles of keys each tile of queries visits: counts, density, runs, analyses, pictures.
 
         >>> import attndsl
@@ -395,22 +385,10 @@ class Attention:
         return assembly(plan, shown.text(plan), format)
 
     def explain(
-        self,
-        q_len: int,
-        k_len: int | None = None,
-        *,
-        batch: int = 1,
-        heads: int = 1,
-        kv_heads: int | None = None,
-        dim: int = 128,
-        dtype: str = "bfloat16",
-        target: str = "sm_90",
-        backend: str = "triton",
-        row: int | None = None,
-        rates: tuple[float, float] | None = None,
-        stages: bool = False,
-        **inputs: Any,
-    ) -> Explanation:
+        self, q_len: int, k_len: int | None = None, *, batch: int = 1, heads: int = 1, kv_heads: int | None = None,
+        dim: int = 128, dtype: str = "bfloat16", target: str = "sm_90", backend: str = "triton",
+        row: int | None = None, rates: tuple[float, float] | None = None, stages: bool = False, **inputs: Any,
+    ) -> Explanation:  # fmt: skip
         """What was understood, simplified and planned, and what a call should cost. Print it.
 
         k_len: default q_len. row: the position whose keys are listed (default: three). rates: operations and bytes a

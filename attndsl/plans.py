@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-from typing import assert_never
+from dataclasses import replace
 
 from attndsl.derivation import Random
-from attndsl.diagnostics import error
-from attndsl.forced import forced_bound
-from attndsl.oracle import evaluate
+from attndsl.diagnostics import Span
 from attndsl.pairs import nodes
-from attndsl.program import CallShape, Program, Scalar, reads, scalars
-from attndsl.selection import Above, Cover, Forced, Levels, Selection, Share, Top
+from attndsl.program import Axis, Binary, Const, Dim, InputDecl, Program, Scalar, Selected, Type, Var, reads, scalars
+from attndsl.selection import Selection, Share, Top
 
 
 def plan_heads(selection: Selection) -> Share:
@@ -25,37 +22,31 @@ def plan_heads(selection: Selection) -> Share:
     return Share.NONE if drawn or any(reads(e, *finer) for e in written) else selection.share
 
 
-def budgets(program: Program, count: Scalar, heads: tuple[int, int]) -> tuple[int, ...]:
-    """`n` of a `top` for each query head: it reads tables and heads alone."""
-    found = evaluate(count, program, CallShape(1, *heads, 1, 1, 8, 8)).reshape(-1).tolist()
-    return tuple(found) if len(found) == heads[0] else tuple(found) * heads[0]
+def plan_input(selection: Selection) -> InputDecl:
+    """The declaration of a selection's plan. What all heads share, or all rows, it has no dimension for."""
+    heads = {Share.NONE: (Dim(Axis.H),), Share.GROUP: (Dim(Axis.G),), Share.HEADS: ()}[plan_heads(selection)]
+    rows = () if selection.rows is None else (Dim(Axis.Q, selection.rows),)
+    dims = (Dim(Axis.B), *heads, *rows, Dim(Axis.LIST))
+    return InputDecl(selection.name, Type.INT, dims, members=selection.keys, span=selection.span)
 
 
-def capacity(program: Program, selection: Selection, heads: tuple[int, int], members: int) -> int:
-    """Entries of a list: the budget, and what may be forced beside it.
+def selected(plan: InputDecl, span: Span | None = None) -> Selected:
+    """The pairs whose member a plan chooses for their row class."""
+    index: list[Scalar] = []
+    for dim in plan.dims[:-1]:
+        index.append(Binary("//", Var("q"), Const(dim.block)) if dim.block > 1 else Var(dim.axis.value))
+    assert plan.members is not None
+    return Selected(plan.name, tuple(index), plan.members, span)
 
-    Raises `PatternError` (A571) where each query may force any number.
-    """
-    match selection.rule:
-        case Top(count=None, fraction=share):
-            exact = Fraction(repr(share))
-            budget = max(1, exact.numerator * members // exact.denominator)
-        case Top(count=count):
-            assert count is not None
-            budget = max(budgets(program, count, heads))
-        case Cover(at_most=most) | Above(at_most=most):
-            budget = members if most is None else most
-        case Levels():
-            budget = members
-        case _:
-            assert_never(selection.rule)
-    if not selection.bounded:
-        return budget
-    forced = forced_bound(program, heads, selection)
-    if forced is None and selection.rows == 1:
-        raise error(
-            "A571", f"`always` of `{selection.name}` may force any number of members for each query", selection.span,
-            help="bound it, as `sink(4) | same_block(64)` is, or select `per = rows(64)`",
-        )  # fmt: skip
-    forced = members if forced is None else forced
-    return max(budget, forced) if selection.forced is Forced.COUNTED else budget + forced
+
+def plans_read(selection: Selection, program: Program) -> set[str]:
+    """The program's selections that one chooses among, or is forced by."""
+    made = {other.name for other in program.selections}
+    sets = [selection.among] if selection.always is None else [selection.among, selection.always]
+    return {node.plan for each in sets for node in nodes(each) if isinstance(node, Selected) and node.plan in made}
+
+
+def own_program(program: Program) -> Program:
+    """The program with the inputs that a call gives alone: without the plans that its selections make."""
+    made = {selection.name for selection in program.selections}
+    return replace(program, inputs=tuple(decl for decl in program.inputs if decl.name not in made))

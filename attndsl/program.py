@@ -408,6 +408,9 @@ class Program:
     def input(self, name: str) -> InputDecl:
         return next(decl for decl in self.inputs if decl.name == name)
 
+    def selection(self, name: str) -> Selection:
+        return next(selection for selection in self.selections if selection.name == name)
+
     def table(self, name: str) -> TableDecl:
         return next(decl for decl in self.tables if decl.name == name)
 

@@ -10,8 +10,8 @@ from attndsl import syntax as ast
 from attndsl.branches import Attended, Branch, Factor, Output, Part
 from attndsl.diagnostics import Span
 from attndsl.grammar import views
+from attndsl.grammar.candidates import planned, settle
 from attndsl.grammar.declare import declare_axes, declare_input, declare_params
-from attndsl.grammar.draws import settle
 from attndsl.grammar.outputs import lower_output
 from attndsl.grammar.scalars import number, static_float
 from attndsl.grammar.scope import SELECTIONS, BranchRef, Context, LevelsRef, PatternRef, PlanRef, Poison, Scope, Use
@@ -57,7 +57,9 @@ def lower_bare(
     if pattern is None:
         return None
     branch = Branch((Part(pattern, span=body.span),), span=body.span)
-    return Program(name, (branch,), tuple(ctx.maker.inputs.values()), args, tables)
+    chosen = tuple(ctx.maker.selections.values())
+    inputs = planned(ctx.maker.inputs.values(), chosen, (pattern,))
+    return Program(name, (branch,), inputs, args, tables, selections=chosen)
 
 
 def lower_attention(
@@ -99,8 +101,9 @@ def lower_attention(
         return None
     # The output of the only branch is that of a program that does not name it.
     only = len(found) == 1 and isinstance(output, Attended)
-    inputs = tuple(ctx.maker.inputs.values())
     chosen = tuple(replace(selection, scale=outer.scale) for selection in ctx.maker.selections.values())
+    patterns = (part.pattern for branch in found for part in branch.parts)
+    inputs = planned(ctx.maker.inputs.values(), chosen, patterns)
     combined = None if only else output
     return Program(node.name, found, inputs, args, tables, aligned, chosen, grid, combined)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import assert_never
 
 from attndsl import syntax as ast
 from attndsl.derivation import Random
@@ -16,19 +15,12 @@ from attndsl.grammar.scope import Context, Use
 from attndsl.pairs import nodes
 from attndsl.program import (
     Axis,
-    Choose,
-    Coarsen,
-    Complement,
     Const,
     InputDecl,
-    Inter,
-    Minus,
-    On,
     Read,
     Scalar,
     Selected,
     Set,
-    Union,
     Where,
     reads,
     scalars,
@@ -75,7 +67,7 @@ def random(node: ast.Apply, ctx: Context) -> Set | None:
     if count is None or keys is None or rows is None or seed is None or among is None:
         return None
     found = Random(count, keys, rows or None, seed, among, written is not None, node.span)
-    return found if written is None or _rows_are_known(found, ctx.maker.inputs, ctx) else None
+    return found if written is None or rows_are_known(found, ctx.maker.inputs, ctx) else None
 
 
 def _seed(node: ast.Expr, ctx: Context) -> Scalar | None:
@@ -109,57 +101,7 @@ def _refused(span: Span, what: str, help: str, ctx: Context) -> None:
     ctx.report.error("A043", f"`random` does not divide the {what} so", span, "not for `random`", help)
 
 
-# ------------------------------------------------------------------------------------- candidates
-
-
-def settle(pattern: Set, ctx: Context) -> Set | None:
-    """The pattern with every `random` drawing among what the `&` around it allow; None if a mistake was reported."""
-    before = len(ctx.report.errors)
-    found = _settled(pattern, (), ctx)
-    return found if len(ctx.report.errors) == before else None
-
-
-def _settled(pattern: Set, around: tuple[Set, ...], ctx: Context) -> Set:
-    """`around`: the operands of each `&` on the path from the root that draw nothing themselves."""
-    match pattern:
-        case Where() | Selected():
-            return pattern
-        case Union(parts=parts):
-            return replace(pattern, parts=tuple(_settled(p, around, ctx) for p in parts))
-        case Inter(parts=parts):
-            fixed = [p for p in parts if not _draws(p)]
-            return replace(pattern, parts=tuple(_settled(p, (*around, *fixed), ctx) for p in parts))
-        case Minus(left=left):
-            return replace(pattern, left=_settled(left, around, ctx))
-        case Random(written=False):
-            if around:
-                pattern = replace(pattern, among=around[0] if len(around) == 1 else Inter(around))
-            _rows_are_known(pattern, ctx.maker.inputs, ctx)
-            return pattern
-        # What stands in these wrote its `among`.
-        case Complement() | Choose() | On() | Coarsen() | Random():
-            return pattern
-        case _:
-            assert_never(pattern)
-
-
-def _draws(pattern: Set) -> bool:
-    match pattern:
-        case Random():
-            return True
-        case Where() | Selected():
-            return False
-        case Union(parts=parts) | Inter(parts=parts):
-            return any(map(_draws, parts))
-        case Minus(left=a, right=b) | Choose(then=a, other=b):
-            return _draws(a) or _draws(b)
-        case Complement(operand=p) | On(operand=p) | Coarsen(operand=p):
-            return _draws(p)
-        case _:
-            assert_never(pattern)
-
-
-def _rows_are_known(found: Random, inputs: dict[str, InputDecl], ctx: Context) -> bool:
+def rows_are_known(found: Random, inputs: dict[str, InputDecl], ctx: Context) -> bool:
     """Rows beyond those of the call decide the candidates of a block of rows: what belongs to a call's rows may not."""
     if found.rows == 1 or found.span is None:
         return True

@@ -81,8 +81,9 @@ class Maker:
 
     def selection_name(self, function: str) -> str:
         """A name for a selection that has none: `top`, `top_2`, …"""
-        numbered = (function if i == 1 else f"{function}_{i}" for i in range(1, len(self.selections) + 2))
-        return next(name for name in numbered if name not in self.selections)
+        taken = {*self.selections, *self.inputs, *self.tables}
+        numbered = (function if i == 1 else f"{function}_{i}" for i in range(1, len(taken) + 2))
+        return next(name for name in numbered if name not in taken)
 
     # -------------------------------------------------------------------------------- budgets
     def step(self, span: Span) -> None:

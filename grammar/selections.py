@@ -70,9 +70,10 @@ def selection(node: ast.Apply, ctx: Context, name: str | None = None) -> Selecti
     made = found.selection(node, name or ctx.maker.selection_name(function))
     if made is None or len(ctx.report.errors) > before:
         return None
-    ctx.maker.selections[made.name] = made
-    if "among" not in matched:
-        ctx.maker.open_selections.add(made.name)
+    if not ctx.maker.dead:
+        ctx.maker.selections[made.name] = made
+        if "among" not in matched:
+            ctx.maker.open_selections.add(made.name)
     return made
 
 

@@ -28,12 +28,11 @@ from attndsl.grammar.scope import (
     Use,
     Value,
 )
-from attndsl.grammar.unsupported import Feature, unsupported
 from attndsl.grid import Along
 from attndsl.pairs import nodes
+from attndsl.plans import plan_input, selected
 from attndsl.program import (
     Axis,
-    Binary,
     Choose,
     Coarse,
     Coarsen,
@@ -47,11 +46,11 @@ from attndsl.program import (
     Selected,
     Set,
     Union,
-    Var,
     Where,
     scalars,
     walk,
 )
+from attndsl.selection import Selection
 from attndsl.simplify import negated
 
 MAX_LEVEL = 80
@@ -188,9 +187,8 @@ def _name(node: ast.Name, ctx: Context) -> Set | None:
         case PlanRef(decl=InputDecl() as decl):
             return _planned(decl, span, ctx)
         case PlanRef():
-            if name in ctx.maker.selections:
-                unsupported(Feature.SELECTIONS, span, ctx)
-            return Where(ctx.maker.const(True, span), span)
+            made = ctx.maker.selections.get(name)
+            return None if made is None else _chosen(made, span, ctx)
         case Poison():
             return None
         case None if name == "off_grid":
@@ -245,6 +243,15 @@ def _off_grid(span: Span, ctx: Context) -> Set | None:
     return None if grid is None else Where(negated(on_grid(grid)), span)
 
 
+def _chosen(made: Selection, span: Span, ctx: Context) -> Set | None:
+    """The pairs that a selection chooses, of those that it chooses among."""
+    if ctx.maker.dead:
+        return Where(ctx.maker.const(True, span), span)
+    ctx.maker.inputs[made.name] = plan_input(made)
+    found = _planned(ctx.maker.inputs[made.name], span, ctx)
+    return found if found is None or made.name in ctx.maker.open_selections else Inter((made.among, found), span)
+
+
 def _planned(decl: InputDecl, span: Span, ctx: Context) -> Set | None:
     """The pairs that a plan chooses, read at the current row."""
     if ctx.places:
@@ -257,11 +264,7 @@ def _planned(decl: InputDecl, span: Span, ctx: Context) -> Set | None:
         )
         return None
     ctx.maker.term(span)
-    rows = tuple(
-        Binary("//", Var("q"), Const(dim.block)) if dim.block > 1 else Var(dim.axis.value) for dim in decl.dims[:-1]
-    )
-    assert decl.members is not None
-    return Selected(decl.name, rows, decl.members, span)
+    return selected(decl, span)
 
 
 def _reads_positions(value: Set, ctx: Context) -> bool:
@@ -286,12 +289,12 @@ def _apply(node: ast.Apply, ctx: Context) -> Set | None:
             return _coarsen(node, ctx)
         case "random":
             return draws.random(node, ctx)
+        case "levels":
+            ctx.report.error("A023", "`levels` makes a view", span, "a set belongs here", "write `P over levels(...)`")
+            return None
         case _ if name in SELECTIONS:
-            if selections.selection(node, ctx) is None:
-                return None
-            if name in ctx.maker.selections:
-                unsupported(Feature.SELECTIONS, span, ctx)
-            return Where(ctx.maker.const(True, span), span)
+            made = selections.selection(node, ctx)
+            return None if made is None else _chosen(made, span, ctx)
         case _ if name in FUNCTIONS:
             ctx.report.error(
                 "A023", f"`{name}` gives a value, and a set belongs here", span, "a value", "compare it in braces"

@@ -17,7 +17,6 @@ class Feature(Enum):
     VIEWS = ("A902", "attending `over` such a view", "write `pool(mean, 64)`, or hand in entries with `given`")
     POOLED_QUERIES = ("A903", "`from` pooled queries", "pool the queries outside")
     WITHIN = ("A904", "`within`", "run one attention per member and combine the outputs")
-    SELECTIONS = ("A905", "attending a selection", "choose outside, and pass a bool input over blocks")
     PARTITIONS = (
         "A905",
         "selecting by these members or row classes",

@@ -68,8 +68,8 @@ def checked_values(key: str, inputs: Sequence[object], args: Sequence[object]) -
 
 
 def _misfit(program: Program, inputs: Sequence[object], args: Sequence[object]) -> PatternError:
-    """Names the first input that is no tensor, or argument that is no int."""
-    for decl, x in zip(program.inputs, inputs, strict=True):
+    """Names the first input that is no tensor, or argument that is no int. Plans may be left out, which stand last."""
+    for decl, x in zip(program.inputs, inputs, strict=False):
         if not isinstance(x, Tensor):
             return error(
                 "A517", f"input `{decl.name}` is a tensor, not {repr(x)[:40]}", decl.span, help="pass torch.tensor(…)"

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from attndsl.capacity import budgets, capacity
 from attndsl.diagnostics import error
-from attndsl.plans import budgets, capacity, plan_heads
+from attndsl.plans import plan_heads
 from attndsl.program import Axis, CallShape, Inter, Program, Set
 from attndsl.runtime.engine import table_tensor
 from attndsl.runtime.masses import floor_share, normalised, pooled, softmax
@@ -54,6 +55,8 @@ class Selector:
     selection: Selection
     shape: CallShape
     device: torch.device
+    # The call's inputs, or tensors of their shapes and dtypes.
+    given: Sequence[Tensor] = ()
     capacity: int = field(init=False)
     _budgets: Tensor | None = field(init=False)
     _tables: dict[str, Tensor] = field(init=False)
@@ -68,6 +71,11 @@ class Selector:
             raise error(
                 "A570", f"each of {shape.heads} heads chooses single tokens for each of {shape.rows} rows",
                 selection.span, help="write `share = group` or `share = heads`, larger members, or `per = rows(64)`",
+            )  # fmt: skip
+        if isinstance(selection.score, Probs):
+            raise error(
+                "A575", f"selecting by the probabilities of `{selection.score.branch}` is not yet supported in a call",
+                selection.span, help="hand in a plan: `plans={…}`",
             )  # fmt: skip
         heads = (shape.heads, shape.kv_heads)
         self.capacity = capacity(self.program, selection, heads, self.members)
@@ -86,7 +94,7 @@ class Selector:
         rows = self.selection.rows if rows is None else rows
         return Touched.of(
             self.program, pattern, (rows or 1) if self._whole else 1, keys or self.selection.keys, self.shape,
-            self.device,
+            self.device, self.given,
         )  # fmt: skip
 
     @property

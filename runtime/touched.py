@@ -31,14 +31,15 @@ class Touched:
 
     @classmethod
     def of(
-        cls, program: Program, pattern: Set, rows: int, keys: int, shape: CallShape, device: torch.device
-    ) -> Touched:
+        cls, program: Program, pattern: Set, rows: int, keys: int, shape: CallShape, device: torch.device,
+        given: Sequence[Tensor] = (),
+    ) -> Touched:  # fmt: skip
         if rows > 1 or keys > 1:
             pattern = Coarsen(pattern, rows, keys, Coarse.ANY)
         derived = derive(replace(program, branches=(Branch((Part(pattern),)),), output=None))
         heads = (shape.heads, shape.kv_heads)
         condition = fold(Lowering(derived, heads).predicate(derived.branch.pattern))
-        return cls(derived, shape, device, rows, keys, condition, Deriver(derived, shape, device))
+        return cls(derived, shape, device, rows, keys, condition, Deriver(derived, shape, device, given=given))
 
     def values(self, inputs: Sequence[Tensor], args: Sequence[int], tables: Mapping[str, Tensor]) -> Values:
         """The scalars of a call, its derived inputs among them."""

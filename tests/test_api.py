@@ -110,6 +110,7 @@ def call(pattern: str, *given: torch.Tensor, **options: object) -> Callable[[], 
 Q, K, V = tensors()
 IDS = torch.zeros(1, 32, dtype=torch.int32)
 LENGTHS = torch.tensor([32], dtype=torch.int32)
+MOBA = "top(2, blocks(4), by = dot(Q, mean(K)))"
 SELECTS = "attention a {{ plan sel = top(2, {}, among = causal, by = dot(Q, {}), always = {}) attend causal }}"
 WRONG: dict[str, Callable[[], object]] = {
     "A501": call("causal", Q[0], K, V),
@@ -160,11 +161,16 @@ WRONG: dict[str, Callable[[], object]] = {
     ),
     "A570": lambda: attndsl.compile(SELECTS.format("tokens", "K", "causal")).plan(torch.zeros(1, 2, 32, 8), K[..., :8]),
     "A571": lambda: attndsl.compile(SELECTS.format("blocks(4)", "mean(K)", "all")).plan(Q, K),
+    "A572": call(f"causal & {MOBA}", Q, K, V, plans={"far": torch.zeros(1, 2, 8, 1, dtype=torch.int32)}),
+    "A573": call(f"causal & {MOBA}", Q, K, V, plans={"top": torch.zeros(2, 8, dtype=torch.int32)}),
+    "A575": lambda: attndsl.compile(
+        "attention a { x = attend causal  plan p = top(1, blocks(4), among = causal, by = probs(x))  output x }"
+    ).plan(Q, K),
     "A911": lambda: attndsl.compile("attention a { attend causal over pool(mean, 4) }").mask(4, 4),
     "A541": lambda: attndsl.compare("causal", "attention a { align start  attend causal }"),
 }
 # Raised for what a test cannot bring about here, or brings about elsewhere.
-ELSEWHERE = {"A510", "A520", "A525", "A533", "A534", "A540", "A556", "A921", "A922"}
+ELSEWHERE = {"A510", "A520", "A525", "A533", "A534", "A540", "A556", "A574", "A921", "A922"}
 
 
 @pytest.mark.parametrize("code", sorted(WRONG))

@@ -23,14 +23,14 @@ PARAMS: dict[str, dict[str, object]] = {
 }
 UNSUPPORTED: dict[str, set[str]] = {
 
-        "moba": {"A905"}, "vmoba": {"A901", "A905"}, "nsa": {"A905"}, "seer": {"A910", "A905"},
-    "vsa": {"A903", "A905"}, "hsa": {"A904", "A905"}, "psa": {"A902"},
-    "pisa": {"A905"}, "quest": {"A905"}, "blasst": {"A909"}, "packed_doc": {"A907"},
-    "snap": {"A908", "A910"}, "flash_moba": {"A905"},
-    "dma": {"A905"}, "biformer": {"A905"}, "minference_blocks": {"A905"},
-    "minference_vertical_slash": {"A905"}, "xattention": {"A905"}, "sparge": {"A905"}, "pbs": {"A905"},
-    "svg_ear": {"A902", "A905"}, "long_heads": {"A905"}, "proxy_attn": {"A905"}, "dhsa": {"A905"},
-    "token_select": {"A905"},
+        "vmoba": {"A901", "A905"}, "seer": {"A910"},
+    "vsa": {"A903"}, "hsa": {"A904"}, "psa": {"A902"},
+    "blasst": {"A909"}, "packed_doc": {"A907"},
+    "snap": {"A908", "A910"},
+    "biformer": {"A905"},
+    "minference_vertical_slash": {"A905"}, "pbs": {"A905"},
+    "svg_ear": {"A902", "A905"},
+
 }  # fmt: skip
 
 

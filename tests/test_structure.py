@@ -32,7 +32,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "attndsl.compare",
         "attndsl.findings",
         "attndsl.eviction",
-        "attndsl.forced",
+        "attndsl.capacity",
     ),
     "sympy": ("attndsl.score",),
     "networkx": ("attndsl.blockgraph",),

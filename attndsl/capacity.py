@@ -1,19 +1,23 @@
-"""How many members a selection may force for one row class, whatever the lengths and the data."""
+"""How many entries the lists of a plan have: a selection's budget, and what it may force for one row class."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from fractions import Fraction
+from typing import assert_never
 
 import islpy as isl
 
 from attndsl.branches import Branch, Part
 from attndsl.derive import derive
+from attndsl.diagnostics import error
 from attndsl.effort import TooHard, bounded
 from attndsl.isl_sets import project_param
-from attndsl.program import Inter, Program
+from attndsl.oracle import evaluate
+from attndsl.program import CallShape, Inter, Program, Scalar
 from attndsl.relation import POSITION_BITS, Lowering
-from attndsl.selection import Selection
+from attndsl.selection import Above, Cover, Forced, Levels, Selection, Top
 
 MAX_FORCED = 1 << 16
 
@@ -60,3 +64,39 @@ def _as_map(piece: isl.BasicSet) -> isl.Map:
     """{ [r, m] } as { [r] -> [m] }."""
     moved = isl.Map.from_domain(isl.Set.from_basic_set(piece))
     return moved.move_dims(isl.dim_type.out, 0, isl.dim_type.in_, 1, 1)
+
+
+def budgets(program: Program, count: Scalar, heads: tuple[int, int]) -> tuple[int, ...]:
+    """`n` of a `top` for each query head: it reads tables and heads alone."""
+    found = evaluate(count, program, CallShape(1, *heads, 1, 1, 8, 8)).reshape(-1).tolist()
+    return tuple(found) if len(found) == heads[0] else tuple(found) * heads[0]
+
+
+def capacity(program: Program, selection: Selection, heads: tuple[int, int], members: int) -> int:
+    """Entries of a list: the budget, and what may be forced beside it.
+
+    Raises `PatternError` (A571) where each query may force any number.
+    """
+    match selection.rule:
+        case Top(count=None, fraction=share):
+            exact = Fraction(repr(share))
+            budget = max(1, exact.numerator * members // exact.denominator)
+        case Top(count=count):
+            assert count is not None
+            budget = max(budgets(program, count, heads))
+        case Cover(at_most=most) | Above(at_most=most):
+            budget = members if most is None else most
+        case Levels():
+            budget = members
+        case _:
+            assert_never(selection.rule)
+    if not selection.bounded:
+        return budget
+    forced = forced_bound(program, heads, selection)
+    if forced is None and selection.rows == 1:
+        raise error(
+            "A571", f"`always` of `{selection.name}` may force any number of members for each query", selection.span,
+            help="bound it, as `sink(4) | same_block(64)` is, or select `per = rows(64)`",
+        )  # fmt: skip
+    forced = members if forced is None else forced
+    return max(budget, forced) if selection.forced is Forced.COUNTED else budget + forced
