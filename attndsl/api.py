@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from attndsl.asking import as_array, asked, batch_of, checked
+from attndsl.asking import asked, batch_of, check_names, checked, known
 
 # Imported here and not when first used: importing a submodule sets the package's attribute of its name, and
 # `attndsl.compare` is the function below.
 from attndsl.compare import Comparison, Undecided
 from attndsl.compare import compare as compare_programs
+from attndsl.compose import compose
 from attndsl.diagnostics import Diagnostic, PatternWarning, Source, error
 from attndsl.findings import findings
 from attndsl.grammar import format_source, load, parse, read_source
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from attndsl.runtime.cache import KernelCache
     from attndsl.runtime.decode import DecodeGenerators
     from attndsl.runtime.engine import Engine
-    from attndsl.runtime.module import AttentionModule as AttentionModule
-    from attndsl.runtime.paged_cache import PagePool as PagePool
     from attndsl.runtime.trial import Trial
 
 
@@ -103,8 +102,10 @@ class Attention:
         self._inputs = tuple(decl.name for decl in own_program(program).inputs)
         self._attend = attend_operator()
         # Known before the first call, which may be one that torch.compile traces.
-        self._key = cache_key("program", program)
-        register(self._key, lambda: _engine(program), _decode_generators)
+        self._key = _registered(program)
+        self._composition = compose(program)
+        parts = () if program.plain else self._composition.programs
+        self._parts = tuple(map(_registered, parts))
 
     def __reduce__(self) -> tuple[type[Attention], tuple[Program, tuple[Diagnostic, ...]]]:
         """Copies and pickles are compiled anew: another process has to know the program too."""
@@ -122,6 +123,7 @@ class Attention:
         dropout: float = 0,  # An integer: for torch.compile the float would be a value that changes.
         seed: int | Tensor | None = None,
         plans: Mapping[str, Tensor] | None = None,
+        views: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         **inputs: Any,
     ) -> Any:
         """Attend.
@@ -140,6 +142,7 @@ class Attention:
         torch's generator. Pass a tensor where a CUDA graph is replayed and you set the seeds yourself.
 
         plans: in the place of what selections would choose, by name: see `plan`. `among` holds of them all the same.
+        views: the entries of pooled views, as `views` returns them; default: they are made from k and v.
         """
         attend = self._attend or attend_operator(needed=True)
         given, args = self._given(inputs)
@@ -147,8 +150,26 @@ class Attention:
             from attndsl.runtime.select_op import with_plans
 
             given = with_plans(self._key, q, k, given, args, scale, plans or {})
-        out, lse = attend(self._key, q, k, v, given, args, scale, backend, dropout, seed)
+        if self._parts or views:
+            from attndsl.runtime.compose import attend_composed
+
+            composed = (self.program, self._key, self._composition, self._parts)
+            out, lse = attend_composed(*composed, q, k, v, given, args, scale, backend, dropout, views)
+        else:
+            out, lse = attend(self._key, q, k, v, given, args, scale, backend, dropout, seed)
         return self._with_lse(out, lse) if return_lse else out
+
+    def views(self, k: Tensor, v: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """The entries of each pooled view, keys [B, Hkv, entries, D] and values [B, Hkv, entries, Dv], by its name.
+
+        >>> import attndsl, torch
+        >>> attn = attndsl.compile("attention a { attend causal over pool(mean, 4) }")
+        >>> {name: keys.shape for name, (keys, values) in attn.views(*torch.zeros(2, 1, 1, 10, 8)).items()}
+        {'pool(mean, 4)': torch.Size([1, 1, 3, 8])}
+        """
+        from attndsl.runtime.compose import make_views
+
+        return make_views(self._composition, k, v)
 
     def decode(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, page_table: Tensor | None = None, *,
@@ -225,38 +246,24 @@ class Attention:
                 "under `align start` a row's keys need not come before it" if page > 0 else f"pages of {page} tokens"
             )
             raise error("A558", f"there is no eviction: {reason}", self.program.span, help="keep all pages")
-        return retention(self.program, page, known_scalars(self.program, *self._known(inputs)))
+        return retention(self.program, page, known_scalars(self.program, *known(self.program, inputs)))
 
     def _given(self, inputs: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
         """The program's inputs and its runtime arguments, in order."""
         if len(inputs) != len(self._inputs) + len(self.program.args):
-            self._check_names(inputs)
+            check_names(self.program, inputs)
         try:
             return [inputs[name] for name in self._inputs], [inputs[name] for name in self.program.args]
         except KeyError:
-            self._check_names(inputs)
+            check_names(self.program, inputs)
             raise
 
-    def _with_lse(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    def _with_lse(self, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if not has_lse(self.program):
             several = self.program.output is not None
             reason = "this is not the output of one softmax" if several else "`weights` replaces the softmax"
             raise error("A521", f"{reason}: there is no lse", self.program.span)
         return out, lse
-
-    def _check_names(self, given: Mapping[str, object]) -> None:
-        """Raises `PatternError` for the first input that is missing, or that the program does not have."""
-        wanted = (*self._inputs, *self.program.args)
-        for name in wanted:
-            if name not in given:
-                raise error("A522", f"`{name}` is missing: this attention takes {', '.join(wanted)}", self._span(name))
-        for name in given:
-            if name not in wanted:
-                known = f"it takes {', '.join(wanted)}" if wanted else "it takes no inputs"
-                raise error("A522", f"`{name}` is not an input of this attention: {known}")
-
-    def _span(self, name: str) -> Any:
-        return next((decl.span for decl in self.program.inputs if decl.name == name), None)
 
     def reference(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False,
@@ -271,7 +278,7 @@ class Attention:
         from attndsl.runtime.reference import reference
         from attndsl.runtime.reference_plans import oracle_plans
 
-        self._check_names(inputs)
+        check_names(self.program, inputs)
         tensors = {name: inputs[name] for name in self._inputs}
         args = {name: inputs[name] for name in self.program.args}
         tensors |= oracle_plans(self.program, q, k, tensors, args, scale, plans or {})
@@ -296,7 +303,7 @@ class Attention:
         """
         from attndsl import oracle
 
-        arrays, args = self._known(inputs)
+        arrays, args = known(self.program, inputs)
         entries = batch_of(self.program, arrays)
         if not 0 <= batch < entries:
             raise error("A523", f"there is no batch entry {batch}: the inputs have {entries}", help="count from 0")
@@ -318,7 +325,7 @@ class Attention:
         """
         from attndsl.blockgraph import block_graph
 
-        arrays, args = self._known(inputs)
+        arrays, args = known(self.program, inputs)
         shape = CallShape(batch_of(self.program, arrays), heads, kv_heads, q_len, k_len, 64, 64)
         return asked(lambda: block_graph(self.program, checked(shape), block_q, block_k, arrays, args))
 
@@ -336,7 +343,7 @@ class Attention:
         """
         from attndsl.piece_tiles import count_pieces
 
-        arrays, args = self._known(inputs)
+        arrays, args = known(self.program, inputs)
         shape = CallShape(batch_of(self.program, arrays), heads, kv_heads, q_len, k_len, 64, 64)
         return asked(lambda: count_pieces(self.program, checked(shape), block_q, block_k, arrays, args))
 
@@ -399,7 +406,7 @@ class Attention:
         from attndsl.targets import make_spec
 
         spec = make_spec(target, backend, heads, heads if kv_heads is None else kv_heads, dim, None, dtype)
-        arrays, args = self._known(inputs)
+        arrays, args = known(self.program, inputs)
         shape = CallShape(
             max(batch, batch_of(self.program, arrays)), spec.heads, spec.kv_heads, q_len,
             q_len if k_len is None else k_len, dim, dim,
@@ -423,13 +430,12 @@ class Attention:
         plans = forward_plans(self.program, question.spec)
         return syntax, "\n".join(map(generated, plans))
 
-    def _known(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-        """Inputs as numpy arrays, and runtime arguments. Inputs may be missing: what needs one says so itself."""
-        for name in given:
-            if name not in self._inputs and name not in self.program.args:
-                self._check_names(given)
-        arrays = {name: as_array(given[name]) for name in self._inputs if name in given}
-        return arrays, {name: int(given[name]) for name in self.program.args if name in given}
+
+def _registered(program: Program) -> str:
+    """The key under which a program, or that of a branch, is known."""
+    key = cache_key("program", program)
+    register(key, lambda: _engine(program), _decode_generators)
+    return key
 
 
 def _engine(program: Program) -> Engine:
@@ -442,20 +448,6 @@ def _decode_generators() -> DecodeGenerators:
     from attndsl.wiring import decode_generators
 
     return decode_generators()
-
-
-def page_pool() -> type[PagePool]:
-    """The class behind `attndsl.serving.PagedCache`. Imports torch."""
-    from attndsl.runtime.paged_cache import PagePool
-
-    return PagePool
-
-
-def attention_module() -> type[AttentionModule]:
-    """The class behind `attndsl.nn.Attention`. Imports torch."""
-    from attndsl.runtime.module import AttentionModule
-
-    return AttentionModule
 
 
 # ------------------------------------------------------------------------------- for the command line

@@ -33,6 +33,30 @@ def batch_of(program: Program, arrays: Mapping[str, Any]) -> int:
     return max(sizes, default=1)
 
 
+def check_names(program: Program, given: Mapping[str, object]) -> None:
+    """Raises `PatternError` for the first input that is missing, or that the program does not have."""
+    spans = {decl.name: decl.span for decl in program.inputs}
+    wanted = (*spans, *program.args)
+    for name in wanted:
+        if name not in given:
+            takes = f"this attention takes {', '.join(wanted)}"
+            raise error("A522", f"`{name}` is missing: {takes}", spans.get(name))
+    for name in given:
+        if name not in wanted:
+            takes = f"it takes {', '.join(wanted)}" if wanted else "it takes no inputs"
+            raise error("A522", f"`{name}` is not an input of this attention: {takes}")
+
+
+def known(program: Program, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Inputs as numpy arrays, and runtime arguments. Inputs may be missing: what needs one says so itself."""
+    names = [decl.name for decl in program.inputs]
+    for name in given:
+        if name not in names and name not in program.args:
+            check_names(program, given)
+    arrays = {name: as_array(given[name]) for name in names if name in given}
+    return arrays, {name: int(given[name]) for name in program.args if name in given}
+
+
 def asked(question: Callable[[], _Answer]) -> _Answer:
     """The answer, or as a diagnostic what the inputs lack."""
     try:

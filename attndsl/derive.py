@@ -53,11 +53,11 @@ def derive(program: Program, ragged: bool = False) -> Program:
     ragged: the batch entries of a call have lengths of their own, so what follows from lengths differs among them.
     """
     deriver = _Deriver(program, ragged)
-    pattern = deriver.set(program.branch.pattern, _Context())
+    parts = tuple(replace(part, pattern=deriver.set(part.pattern, _Context())) for part in program.only.parts)
     if not deriver.found:
         return program
     inputs = (*program.inputs, *deriver.found.values())
-    return replace(program.with_branch(pattern=pattern), inputs=inputs)
+    return replace(program.with_branch(parts=parts), inputs=inputs)
 
 
 def with_needed(program: Program, used: Iterable[InputDecl]) -> Program:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from attndsl import api
+from attndsl import api, wiring
 
 if TYPE_CHECKING:
-    from attndsl.api import AttentionModule
+    from attndsl.wiring import AttentionModule
 else:
-    AttentionModule = api.attention_module()
+    AttentionModule = wiring.attention_module()
 
 
 class Attention(AttentionModule):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from attndsl.branches import Part
 from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.linear import normalise
@@ -33,6 +34,7 @@ from attndsl.quasi_affine import condition
 from attndsl.simplify import fold, specialise
 from attndsl.tiles import Side, TileRuns
 from attndsl.tiling import choose_backward_tilings, choose_tiling
+from attndsl.view_plans import view_backward, view_forward
 
 P = TypeVar("P", bound=Plan)
 
@@ -43,6 +45,8 @@ def forward_plans(program: Program, spec: Spec, tiling: Tiling | None = None) ->
 
     tiling: None lets the cost model choose, and in a layout the default for how it loads.
     """
+    if not program.plain:
+        return _of_parts(program, lambda part, first: _forward_part(part, spec, tiling, first))
     pieces = _pieces(program, spec)
     if not pieces:
         return (forward_plan(program, spec, tiling or choose_tiling(program, spec)),)
@@ -51,6 +55,43 @@ def forward_plans(program: Program, spec: Spec, tiling: Tiling | None = None) ->
     return _of_one_program(
         _piece_plan(program, piece, spec, tiling, branch, number) for number, piece in enumerate(pieces)
     )
+
+
+# -------------------------------------------------------------------------------------- parts
+
+
+def _of_parts(program: Program, make: Callable[[Program, bool], tuple[P, ...]]) -> tuple[P, ...]:
+    """The plans of a branch's parts, that over raw tokens first: each further one is a piece of the same softmax.
+
+    Their programs have one part each, and the same inputs: a view's plan reads no derived ones.
+    """
+    found: list[P] = []
+    for part in raw_first(program):
+        found += make(program.with_branch(parts=(part,)), not found)
+    inputs = found[0].program.inputs
+    return tuple(replace(plan, program=replace(plan.program, inputs=inputs)) for plan in found)
+
+
+def raw_first(program: Program) -> tuple[Part, ...]:
+    """The parts of a program's only branch in the order in which they run."""
+    return tuple(sorted(program.only.parts, key=lambda part: part.view is not None))
+
+
+def _forward_part(program: Program, spec: Spec, tiling: Tiling | None, first: bool) -> tuple[ForwardPlan, ...]:
+    if not program.plain:
+        return (view_forward(derive(program), spec, tiling or default_tiling(spec), not first),)
+    return forward_plans(program, spec, tiling)
+
+
+def _backward_part(
+    program: Program, spec: Spec, tilings: tuple[Tiling, Tiling] | None, uses_lse: bool, first: bool
+) -> tuple[BackwardPlan, ...]:
+    if not program.plain:
+        return (view_backward(derive(program), spec, tilings or backward_tilings(spec), uses_lse, not first),)
+    return backward_plans(program, spec, tilings, uses_lse)
+
+
+# ------------------------------------------------------------------------------------- pieces
 
 
 def _pieces(program: Program, spec: Spec) -> tuple[Piece, ...]:
@@ -107,6 +148,8 @@ def backward_plans(
 
     tilings: of dq, and of dk and dv; None as in `forward_plans`.
     """
+    if not program.plain:
+        return _of_parts(program, lambda part, first: _backward_part(part, spec, tilings, uses_lse, first))
     pieces = _pieces(program, spec)
     if not pieces:
         return (backward_plan(program, spec, *(tilings or choose_backward_tilings(program, spec)), uses_lse=uses_lse),)

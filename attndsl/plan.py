@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+from attndsl.branches import Given
 from attndsl.cuts import with_cuts, without_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.layout import PLAIN, Layout
@@ -124,6 +125,7 @@ class Plan:
     `layout`: the order in which it counts tokens; the runs are in its indices, which a mask calls i and j.
     `follows`: it is a further piece of the program's pattern, and adds to what the pieces before it have found.
     `gathered`: query tiles are rows that chose the same member of the keys; there are no runs.
+    `view`: its keys, whose indices runs, mask and score call k, are the entries of a view.
     """
 
     program: Program
@@ -138,6 +140,7 @@ class Plan:
     layout: Layout = field(default=PLAIN, kw_only=True)
     follows: bool = field(default=False, kw_only=True)
     gathered: Gathered | None = field(default=None, kw_only=True)
+    view: Given | None = field(default=None, kw_only=True)
 
     @property
     def softmax(self) -> bool:
@@ -197,7 +200,7 @@ class ForwardPlan(Plan):
 class Printed:
     """A forward kernel's text and what a launch takes beside it: what is left of a plan once it is printed.
 
-    `layout`, `follows`, `gathered`: as in `Plan`.
+    `layout`, `follows`, `gathered`, `view`: as in `Plan`.
     """
 
     program: Program
@@ -207,6 +210,7 @@ class Printed:
     layout: Layout = PLAIN
     follows: bool = False
     gathered: Gathered | None = None
+    view: Given | None = None
 
     @property
     def tables(self) -> tuple[TableDecl, ...]:
@@ -461,7 +465,7 @@ def closed_runs(
 
 def branch_scalars(program: Program, spec: Spec) -> dict[str, Any]:
     """What the program's branch says of scores, with the sizes of a call put in."""
-    branch = program.branch
+    branch = program.only
     said = {"scale": branch.scale, "score": branch.score, "sink": branch.sink, "weights": branch.weights}
     return {name: None if e is None else specialise(e, spec.sizes) for name, e in said.items()}
 

@@ -385,19 +385,22 @@ class Program:
     def branch(self) -> Branch:
         """The branch of a plain program. Raises `PatternError` (A911) for another: whoever asks knows but one."""
         if not self.plain:
-            raise error(
-                "A911", "this is not yet supported for views and several branches", self.span,
-                help="ask one branch over raw tokens",
-            )  # fmt: skip
+            what = "this is not yet supported for views and several branches"
+            raise error("A911", what, self.span, help="ask one branch over raw tokens")
         return self.branches[0]
+
+    @property
+    def only(self) -> Branch:
+        """The branch of a program that has one, whatever its parts. Raises `PatternError` (A911) for another."""
+        return self.branches[0] if self.output is None else self.branch
 
     @property
     def span(self) -> Span | None:
         return self.branches[0].span
 
     def with_branch(self, **changes: Any) -> Program:
-        """The plain program with its branch changed; `pattern` stands for its only part's."""
-        branch = self.branch
+        """The program with its only branch changed; `pattern` stands for its only part's."""
+        branch = self.only
         if "pattern" in changes:
             changes["parts"] = (replace(branch.parts[0], pattern=changes.pop("pattern")),)
         return replace(self, branches=(replace(branch, **changes),))

@@ -13,9 +13,10 @@ from attndsl.relation import Lowering
 @functools.lru_cache(maxsize=256)
 def reads_positions(program: Program) -> bool:
     """Whether the meaning of a pair depends on where its query stands."""
-    branch = derive(program).branch
-    parts = (branch.scale, branch.score, branch.sink, branch.weights)
-    return any(reads(e, "q", "Nq") for e in (*scalars(branch.pattern), *(e for e in parts if e is not None)))
+    branch = derive(program).only
+    said = (branch.scale, branch.score, branch.sink, branch.weights)
+    written = (e for part in branch.parts for e in scalars(part.pattern))
+    return any(reads(e, "q", "Nq") for e in (*written, *(e for e in said if e is not None)))
 
 
 @functools.lru_cache(maxsize=256)
@@ -39,7 +40,7 @@ def within_causal(program: Program) -> bool:
                 except TooHard:
                     return False
 
-    return within(program.branch.pattern)
+    return all(within(part.pattern) for part in program.only.parts)
 
 
 def takes_more_rows_than_keys(program: Program) -> bool:

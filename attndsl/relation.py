@@ -20,8 +20,10 @@ from typing import assert_never
 
 import islpy as isl
 
+from attndsl.branches import Part, Visible
 from attndsl.derivation import Random
 from attndsl.derive import derive
+from attndsl.diagnostics import error
 from attndsl.effort import TooHard, bounded
 from attndsl.isl_sets import choose, coarse_pairs, fold, place_pairs, project_param
 from attndsl.placing import Coordinates, placed
@@ -73,6 +75,7 @@ class Relation:
     `pairs`: { [q, k] } for 0 <= k < Nk and any q (rows that do not exist are of no interest). `uniform` and
     `atoms`: what each further parameter stands for. `context`: what is known of the parameters.
     `notes`: conditions that were made data because they were too hard to hold exactly.
+    `stride`: keys are entries of a view, one every so many tokens.
     """
 
     pairs: isl.Set
@@ -80,6 +83,7 @@ class Relation:
     atoms: dict[str, Scalar]
     context: isl.Set
     notes: tuple[str, ...] = ()
+    stride: int = 1
 
     def orders(self) -> frozenset[str]:
         """Of "k <= q" and "q <= k" those that hold of every pair, as far as that is decided within the effort bound."""
@@ -132,13 +136,38 @@ class Lowering:
     def set(self, text: str) -> isl.Set:
         return isl.Set.read_from_str(self.ctx, text)
 
+    def map(self, text: str) -> isl.Map:
+        return isl.Map.read_from_str(self.ctx, text)
+
     def aff(self, text: str) -> isl.PwAff:
         return isl.PwAff.read_from_str(self.ctx, text)
 
     def relation(self, pattern: Set) -> Relation:
-        written = self.lower(pattern, self.here)
-        existing = self.set("[Nk] -> { [q, k] : 0 <= k < Nk }")
-        pairs = written.intersect(existing)
+        return self._existing(self.lower(pattern, self.here), 1)
+
+    def entries(self, part: Part) -> Relation:
+        """The entries of a part's view that rows see. Raises `PatternError` (A912) where data at keys decides."""
+        view = part.view
+        assert view is not None
+        written = self.lower(part.pattern, self.here)
+        for name, scalar in self.atoms.items():
+            # A truth of each key is none of an extent of keys.
+            if reads(scalar, "k") and self._involves(written, name):
+                raise error(
+                    "A912", "a pattern over a view that reads data at keys is not yet supported", part.span,
+                    help="read it at q only, or attend to the raw tokens",
+                )  # fmt: skip
+        stride, size = view.stride, view.size
+        extent = self.map(f"{{ [q, k] -> [q, j] : {stride} j <= k < {stride} j + {size} }}")
+        if view.visible is Visible.EVERY:
+            seen = written.complement().apply(extent).complement()
+        else:
+            seen = written.intersect(self.set("[Nk] -> { [q, k] : 0 <= k < Nk }")).apply(extent)
+        return self._existing(seen.coalesce(), stride)
+
+    def _existing(self, written: isl.Set, stride: int) -> Relation:
+        """The pairs of existing keys, tokens or one every `stride` tokens, that `written` allows."""
+        pairs = written.intersect(self.set(f"[Nk] -> {{ [q, k] : 0 <= k and {stride} k < Nk }}"))
         context = self.context()
         if not self.program.align_start:
             # One length: queries end where keys do.
@@ -150,7 +179,7 @@ class Lowering:
         pairs = pairs.coalesce()
         uniform = {name: e for name, e in self.uniform.items() if self._involves(pairs, name)}
         atoms = {name: e for name, e in self.atoms.items() if self._involves(pairs, name)}
-        return Relation(pairs, uniform, atoms, context, tuple(self.notes))
+        return Relation(pairs, uniform, atoms, context, tuple(self.notes), stride)
 
     def _involves(self, pairs: isl.Set, name: str) -> bool:
         position = pairs.find_dim_by_name(isl.dim_type.param, name)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from attndsl import api
+from attndsl import api, wiring
 from attndsl.wiring import page_kernels
 
 if TYPE_CHECKING:
-    from attndsl.api import PagePool
+    from attndsl.wiring import PagePool
 else:
-    PagePool = api.page_pool()
+    PagePool = wiring.page_pool()
 
 
 class PagedCache(PagePool):

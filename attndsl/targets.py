@@ -85,6 +85,8 @@ def hopper_refusal(program: Program, spec: Spec) -> str:
         return f"the Hopper lowering is for sm_90, not {spec.target}"
     if spec.dropout:
         return "dropout has no Hopper lowering yet"
+    if not program.plain:
+        return "views have no Hopper lowering yet"
     if any(decl.members for decl in program.inputs):
         return "tiles that a plan lists have no Hopper lowering yet"
     if program.branch.weights is not None:

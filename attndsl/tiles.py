@@ -168,7 +168,7 @@ class _Tiler:
         )
         self.existing = self._set(
             f"[Nq, Nk, start, residue] -> {{ [x, y] : x >= 0 and {layout.q.text(f'{block_q} x + {start}')} < {length} "
-            f"and y >= 0 and {layout.k.text(f'{block_k} y')} < Nk and Nk >= 1 and Nq >= 1 }}"
+            f"and y >= 0 and {relation.stride} * ({layout.k.text(f'{block_k} y')}) < Nk and Nk >= 1 and Nq >= 1 }}"
         ).intersect_params(relation.context)
         # A full key tile has all its keys below Nk; a full query tile (transposed) has no such duty, since the
         # rows that do not exist are zero where the kernel reads them.
@@ -341,7 +341,7 @@ class _Tiler:
     def _other_tiles(self) -> Scalar:
         """The number of tiles on the other side."""
         if self.side is Side.QUERY:
-            return _tiles(self.layout.k.index(Var("Nk")), self.block_k)
+            return _tiles(self.layout.k.index(Var("Nk")), self.block_k * self.relation.stride)
         if self.align_start:
             return _tiles(self.layout.q.index(Var("Nq")), self.block_q)
         return _tiles(Binary("-", self.layout.q.index(Var("Nk")), self._start), self.block_q)

@@ -127,7 +127,8 @@ def heavy_tiles(plan: BackwardPlan, shape: CallShape) -> int:
 
     0 where data decides it, and in a layout. A program owns a key tile, and a long one that starts late is waited for.
     """
-    key_tiles = -(-shape.k_len // plan.key_tiling.block_k)
+    stride = 1 if plan.view is None else plan.view.stride
+    key_tiles = -(-shape.k_len // (stride * plan.key_tiling.block_k))
     counts = [run.count for run in plan.key_runs.full + plan.key_runs.partial]
     if not plan.layout.plain or not key_tiles:
         return 0

@@ -18,7 +18,9 @@ from attndsl.targets import check_kernel, hopper_refusal, layout_refusal, make_s
 if TYPE_CHECKING:
     from attndsl.runtime.decode import DecodeGenerators
     from attndsl.runtime.engine import Engine
+    from attndsl.runtime.module import AttentionModule as AttentionModule
     from attndsl.runtime.page_choice import PageKernels
+    from attndsl.runtime.paged_cache import PagePool as PagePool
 
 
 def engine(program: Program) -> Engine:
@@ -121,3 +123,17 @@ def generated(plan: ForwardPlan | DecodePlan) -> str:
     if plan.spec.backend is Backend.GLUON:
         return gluon_forward.forward_source(plan)
     return triton_forward.forward_source(plan)
+
+
+def page_pool() -> type[PagePool]:
+    """The class behind `attndsl.serving.PagedCache`. Imports torch."""
+    from attndsl.runtime.paged_cache import PagePool
+
+    return PagePool
+
+
+def attention_module() -> type[AttentionModule]:
+    """The class behind `attndsl.nn.Attention`. Imports torch."""
+    from attndsl.runtime.module import AttentionModule
+
+    return AttentionModule

@@ -119,7 +119,8 @@ class TileLoop:
         """Names of what the function takes after its tensors: scale, lengths, inputs, tables, arguments."""
         plan = self.plan
         return (
-            [f"{decl.name}_input" for decl in plan.inputs]
+            ["tokens"] * (plan.view is not None)
+            + [f"{decl.name}_input" for decl in plan.inputs]
             + [f"{table.name}_table" for table in plan.tables]
             + [f"arg_{name}" for name in plan.args]
             + (["seed", "drop_below", "keep_scale"] if plan.spec.dropout else [])
@@ -138,7 +139,7 @@ class TileLoop:
         lines.add(
             f"block_q, block_k = {plan.tiling.block_q}, {plan.tiling.block_k}",
             "batch, kv_heads, group, rows, _ = q.shape",
-            "k_len = k.shape[-2]",
+            *(["k_len = k.shape[-2]"] if plan.view is None else ["k_len, entries = tokens, k.shape[-2]"]),
             "start = 0" if plan.program.align_start else "start = k_len - rows",
             "compute = torch.float64 if q.dtype == torch.float64 else torch.float32",
             "all_b = torch.arange(batch).view(-1, 1, 1, 1, 1)",
@@ -227,7 +228,8 @@ class TileLoop:
                 continue
             lines.add(f"{label}_runs = [")
             lines.add(*(f"    {self._run(run)}," for run in found))
-            end = "k_len" if self.plan.layout.k.every else "k_end"
+            tokens = "k_len" if self.plan.view is None else "entries"
+            end = tokens if self.plan.layout.k.every else "k_end"
             lines.add("]", f"{label}_spans = key_spans({label}_runs, block_k, {end})")
 
     def attended(self) -> None:

@@ -16,6 +16,8 @@ def header(plan: Plan, title: str) -> str:
         f"query tiles {tiling.block_q}, key tiles {tiling.block_k}, {tiling.warps} warps, {tiling.stages} stages, "
         f"{len(plan.runs.full)} full and {len(plan.runs.partial)} partial runs",
     ]
+    if plan.view is not None:
+        lines.append(f"keys are the entries of a view: one of {plan.view.size} tokens every {plan.view.stride}")
     if plan.follows or not plan.layout.plain:
         lines.append(f"{plan.layout}{', adding to what earlier pieces found' if plan.follows else ''}")
     return "\n".join(f"# {line}".rstrip() for line in lines) + "\n\n"

@@ -148,7 +148,7 @@ class KernelWriter:
             names += [f"{x}_desc{part.suffix}" for part in (*self.q_parts, *self.v_parts)]
         names += [f"stride_{x}{axis}" for x in self.tensors for axis in "bhn"]
         names += ["seed_ptr", "drop_below", "keep_scale"] if self.plan.spec.dropout else []
-        return list(dict.fromkeys([*names, "scale", "rows", "k_len", *scalar_parameters(self.plan)]))
+        return list(dict.fromkeys([*names, "scale", "rows", "k_len", "entries", *scalar_parameters(self.plan)]))
 
     def fresh(self) -> Printer:
         """A printer that knows no names: what was named inside the tile's loops has the shape of a tile."""
@@ -290,6 +290,11 @@ class KernelWriter:
         return self.plan.program.align_start
 
     @property
+    def k_end(self) -> str:
+        """The number of keys: tokens, or entries of a view."""
+        return "k_len" if self.plan.view is None else "entries"
+
+    @property
     def start(self) -> str:
         return "start = 0" if self.aligned else "start = k_len - rows"
 
@@ -313,7 +318,7 @@ class KernelWriter:
 
         `bounded`: the tile may reach past the end. `pointer`: not by descriptor (a tile that is loaded once).
         """
-        block, length = f"BLOCK_{side.upper()}", "rows" if side == "q" else "k_len"
+        block, length = f"BLOCK_{side.upper()}", "rows" if side == "q" else self.k_end
         if self.plan.spec.loads is Loads.DESCRIPTOR and not pointer and self.in_order(side):
             for part in parts:
                 at = f"[b, {head}, {side}_tile * {block}, {part.offset}]"
@@ -345,7 +350,7 @@ class KernelWriter:
     def store(self, x: str, parts: tuple[Part, ...], dim: int, side: str, value: str) -> None:
         """Store the accumulators `value` as a tile of tensor `x`."""
         self.rows_of(x, side)
-        length = "rows" if side == "q" else "k_len"
+        length = "rows" if side == "q" else self.k_end
         for part in parts:
             dims = self.dims(part)
             mask = f"({self._row(side)} < {length})"

@@ -149,7 +149,7 @@ class BackwardKernel(KernelWriter, ABC):
     def put(self, x: str, parts: tuple[Part, ...], dim: int, side: str, head: str) -> None:
         """Store a gradient from the accumulators of its name, or where the plan follows others, add it to theirs."""
         self.lines.add(self.base(x, head))
-        if self.plan.follows:
+        if self.plan.follows and (side == "q" or self.plan.view is None):
             self.lines.add("# Earlier pieces have written theirs.")
             self.lines.add(*(f"found{part.suffix} = {x}{part.suffix}" for part in parts))
             self.load(x, parts, dim, side, head, bounded=True, pointer=True)
@@ -322,7 +322,7 @@ class DkDvKernel(BackwardKernel):
     def _key_tile(self) -> None:
         """Which key tile of which key head a program owns."""
         lines, spec, layout = self.lines, self.plan.spec, self.plan.layout
-        tiles = f"k_tiles = tl.cdiv({self.most('k', 'k_len')}, BLOCK_K)"
+        tiles = f"k_tiles = tl.cdiv({self.most('k', self.k_end)}, BLOCK_K)"
         if layout.plain:
             lines.add(
                 "",

@@ -14,6 +14,7 @@ from attndsl.plan import ForwardPlan, Plan
 from attndsl.runtime.call import call_shape
 from attndsl.runtime.dropout import Dropout
 from attndsl.runtime.engine import default_scale, empty_output, table_tensor
+from attndsl.runtime.entries import keys_of
 from attndsl.runtime.load import load_source
 
 
@@ -45,20 +46,26 @@ class CpuForward:
     ) -> None:  # fmt: skip
         """Write out and lse (preset to -inf), or where the plan follows others, add to them."""
         shape = call_shape(q, k, v)
+        k, v = keys_of(self.plan, k, v, inputs)
         grouped = (shape.kv_heads, shape.heads // shape.kv_heads)
         self._function(
             q.unflatten(1, grouped), k, v, out.unflatten(1, grouped), lse.unflatten(1, grouped),
             default_scale(shape.dim) if scale is None else scale,
-            **call_values(self.plan, inputs, args, dropout), **self._tables,
+            **call_values(self.plan, shape.k_len, inputs, args, dropout), **self._tables,
         )  # fmt: skip
 
 
-def call_values(plan: Plan, inputs: Sequence[Tensor], args: Sequence[int], dropout: Dropout | None) -> dict[str, Any]:
-    """The inputs, arguments and values of dropout that a CPU function reads, by the names of its parameters."""
+def call_values(
+    plan: Plan, tokens: int, inputs: Sequence[Tensor], args: Sequence[int], dropout: Dropout | None
+) -> dict[str, Any]:
+    """What a CPU function takes beside q, k and v, by the names of its parameters: inputs, arguments, the values of
+    dropout, and the number of tokens where keys are entries."""
     declared = dict(zip((decl.name for decl in plan.program.inputs), inputs, strict=True))
     given = dict(zip(plan.program.args, args, strict=True))
     found: dict[str, Any] = {f"{decl.name}_input": declared[decl.name] for decl in plan.inputs}
     found |= {f"arg_{name}": given[name] for name in plan.args}
+    if plan.view is not None:
+        found["tokens"] = tokens
     if dropout is not None:
         found |= zip(("seed", "drop_below", "keep_scale"), dropout.values(), strict=True)
     return found

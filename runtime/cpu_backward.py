@@ -13,6 +13,7 @@ from attndsl.plan import BackwardPlan
 from attndsl.runtime.cpu import call_values
 from attndsl.runtime.dropout import Dropout
 from attndsl.runtime.engine import Gradients, default_scale, empty_gradient, table_tensor
+from attndsl.runtime.entries import keys_of
 from attndsl.runtime.load import load_source
 
 
@@ -36,15 +37,22 @@ class CpuBackward:
         return InTurn((self,))(dout, dlse, q, k, v, out, lse, inputs, args, scale, dropout)
 
     def run(
-        self, tensors: Mapping[str, Tensor | None], gradients: Mapping[str, Tensor], learned: Mapping[str, Tensor],
-        inputs: Sequence[Tensor], args: Sequence[int], scale: float, dropout: Dropout | None,
+        self, k: Tensor, v: Tensor, tensors: Mapping[str, Tensor | None], gradients: Mapping[str, Tensor],
+        learned: Mapping[str, Tensor], inputs: Sequence[Tensor], args: Sequence[int], scale: float,
+        dropout: Dropout | None,
     ) -> None:  # fmt: skip
         """Add to the gradients.
 
-        tensors: q, k, v, dout, out, lse and d_lse, of a call. gradients: dq, dk, dv. learned: those of inputs by name.
+        tensors: q, dout, out, lse and d_lse, of a call with k and v. gradients: dq, dk, dv. learned: those of inputs
+        by name.
         """
         plan = self.plan
         spec = plan.spec
+        tokens = k.shape[2]
+        k, v = keys_of(plan, k, v, inputs)
+        tensors = {**tensors, "k": k, "v": v}
+        if plan.view is not None:
+            gradients = {**gradients, "dk": learned[plan.view.keys], "dv": learned[plan.view.values]}
         left_out = () if plan.weights is None else ("out", "lse", "d_lse")
         given = {n: x for n, x in {**tensors, **gradients}.items() if x is not None and n not in left_out}
         grouped = (spec.kv_heads, spec.heads // spec.kv_heads)
@@ -53,7 +61,7 @@ class CpuBackward:
         self._function(
             **{name: x if name in of_keys else x.unflatten(1, grouped) for name, x in given.items()}, scale=scale,
             **{f"d_{name}": x for name, x in learned.items() if name in names},
-            **call_values(plan, inputs, args, dropout), **self._tables,
+            **call_values(plan, tokens, inputs, args, dropout), **self._tables,
         )  # fmt: skip
 
 
@@ -79,13 +87,19 @@ class InTurn:
             for decl, x in zip(declared, inputs, strict=True)
             if decl.name in names
         }
-        tensors = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse, "d_lse": dlse}
+        for piece in self.pieces:
+            if piece.plan.view is not None:
+                # Of whole entries: what a broadcast dimension gets is summed at the end.
+                keys, values = keys_of(piece.plan, k, v, inputs)
+                learned |= {piece.plan.view.keys: torch.zeros(keys.shape, dtype=high)}
+                learned |= {piece.plan.view.values: torch.zeros(values.shape, dtype=high)}
+        tensors = {"q": q, "dout": dout, "out": out, "lse": lse, "d_lse": dlse}
         gradients = {"dq": dq, "dk": dk, "dv": dv}
         scale = default_scale(q.shape[3]) if scale is None else scale
         for piece in self.pieces:
-            piece.run(tensors, gradients, learned, inputs, args, scale, dropout)
+            piece.run(k, v, tensors, gradients, learned, inputs, args, scale, dropout)
         found = [
-            learned[decl.name].to(x.dtype) if decl.name in learned else None
+            learned[decl.name].sum_to_size(x.shape).to(x.dtype) if decl.name in learned else None
             for decl, x in zip(declared, inputs, strict=True)
         ]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), found

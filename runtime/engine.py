@@ -19,6 +19,7 @@ from attndsl.program import CallShape, Program, TableDecl, Type
 from attndsl.properties import takes_more_rows_than_keys
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
 from attndsl.runtime.dropout import Dropout
+from attndsl.runtime.entries import all_view_places, check_entries
 from attndsl.runtime.pieces import in_turn
 
 if TYPE_CHECKING:
@@ -57,6 +58,10 @@ class Engine:
     _prepared: dict[Any, Any] = field(default_factory=dict)
     _texts: dict[Any, Any] = field(default_factory=dict)
     _kept: dict[Any, dict[str, Tensor]] = field(default_factory=dict)
+    _views: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._views = all_view_places(self.program)
 
     def forward(
         self,
@@ -70,13 +75,17 @@ class Engine:
         dropout: Dropout | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Output [B, Hq, Nq, Dv] and lse float32 [B, Hq, Nq] (float64 for float64 tensors)."""
-        key = _kind(q, k, v, inputs, scale, backend, dropout, q.data_ptr() | k.data_ptr() | v.data_ptr())
+        pointers = q.data_ptr() | k.data_ptr() | v.data_ptr()
+        if self._views:
+            inputs = self._dense(inputs)
+            pointers |= self._entries(inputs)
+        key = _kind(q, k, v, inputs, scale, backend, dropout, pointers)
         launch = self._prepared.get(key)
         if launch is None:
             made = self._prepare(q, k, v, inputs, scale, backend, key[-1], dropout is not None)
             launch = self._keep(key, made)
         if inputs and not k.shape[2]:
-            inputs = _readable(inputs)
+            inputs = self._readable(inputs)
         result: tuple[Tensor, Tensor] = launch(q, k, v, inputs, args, scale, dropout)
         return result
 
@@ -93,6 +102,9 @@ class Engine:
             # Otherwise it is read where it lies: a copy would be as large as the output.
             dout = dout.contiguous()
         pointers = q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr() | dout.data_ptr()
+        if self._views:
+            inputs = self._dense(inputs)
+            pointers |= self._entries(inputs)
         kind = _kind(q, k, v, inputs, scale, backend, dropout, pointers)
         key = ("backward", dlse is None, dout.stride(), out.stride(), *kind)
         launch = self._prepared.get(key)
@@ -100,12 +112,30 @@ class Engine:
             drops, uses_lse = dropout is not None, dlse is not None
             made = self._prepare_backward(dout, q, k, v, inputs, scale, backend, kind[-1], drops, uses_lse)
             launch = self._keep(key, made)
-        given = inputs if k.shape[2] else _readable(inputs)
+        given = inputs if k.shape[2] else self._readable(inputs)
         dq, dk, dv, learned = launch(dout, dlse, q, k, v, out, lse, given, args, scale, dropout)
         if given is not inputs:
             pairs = zip(learned, inputs, strict=True)
             learned = [g if g is None or x.numel() else torch.zeros_like(x) for g, x in pairs]
         return dq, dk, dv, learned
+
+    def _dense(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The inputs, those that hold entries with their last dimension dense, as kernels want it."""
+        return [
+            x.contiguous() if i in self._views and x.dim() and x.stride(-1) != 1 else x for i, x in enumerate(inputs)
+        ]
+
+    def _entries(self, inputs: Sequence[Tensor]) -> int:
+        """The pointers of entries, whose alignment kernels depend on."""
+        found = 0
+        for i in self._views:
+            found |= inputs[i].data_ptr()
+        return found
+
+    def _readable(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The inputs, a zero in the place of those without entries: where there are no keys, a kernel may read what
+        follows a query's position all the same, and throws it away."""
+        return [x if x.numel() or i in self._views else x.new_zeros([1] * x.dim()) for i, x in enumerate(inputs)]
 
     def _keep(self, key: Any, launch: Any) -> Any:
         """Keep a prepared launch; a decode makes one a length, so the store is emptied now and then."""
@@ -136,8 +166,13 @@ class Engine:
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         """Checks a kind of call and prepares its launch."""
         program, spec = self.program_of(scale), replace(self._check(q, k, v, inputs, scale), dropout=drops)
+        if drops and not program.plain:
+            raise error(
+                "A911", "dropout is not yet supported for views and several branches", program.span,
+                help="leave `dropout` out",
+            )  # fmt: skip
         if not k.shape[2]:
-            inputs = _readable(inputs)
+            inputs = self._readable(inputs)
         if self.choose(backend, spec) == "cpu":
             from attndsl.runtime.cpu import CpuForward
 
@@ -154,7 +189,7 @@ class Engine:
             why_not_gluon,
         )  # fmt: skip
 
-        spec = replace(spec, loads=loads_for(spec, aligned, k, v))
+        spec = replace(spec, loads=loads_for(spec, aligned, k, v, *(inputs[i] for i in self._views)))
         backends: tuple[Backend, ...] = (Backend.TRITON,)
         if backend in ("auto", "gluon"):
             reason = why_not_gluon(program, spec, q)
@@ -183,7 +218,7 @@ class Engine:
     ) -> Callable[..., Gradients]:  # fmt: skip
         program, spec = self.program_of(scale), replace(self._check(q, k, v, inputs, scale), dropout=drops)
         if not k.shape[2]:
-            inputs = _readable(inputs)
+            inputs = self._readable(inputs)
         if self.choose(backend, spec) == "cpu":
             from attndsl.runtime import cpu_backward
 
@@ -197,7 +232,8 @@ class Engine:
         from attndsl.runtime.triton_backward import prepare_backward
         from attndsl.runtime.triton_launch import INTERPRETED, loads_for, shared_cache
 
-        spec = replace(spec, loads=loads_for(spec, aligned, q, k, v, dout))
+        entries = (inputs[i] for i in self._views)
+        spec = replace(spec, loads=loads_for(spec, aligned, q, k, v, dout, *entries))
         cache = None if INTERPRETED else shared_cache()
         kernels = printed_backward(program, spec, uses_lse, self.tiling, self.generators, cache)
         deriving = self._deriving(kernels.pieces[0][0].program, q, k, v, inputs)
@@ -213,7 +249,7 @@ class Engine:
 
     def program_of(self, scale: float | None) -> Program:
         """The program, whose own scale a call's takes the place of."""
-        if scale is None or self.program.branch.scale is None:
+        if scale is None or self.program.only.scale is None:
             return self.program
         return self.program.with_branch(scale=None)
 
@@ -222,6 +258,7 @@ class Engine:
         shape = call_shape(q, k, v)
         check_tables(self.program, shape)
         check_inputs(self.program, shape, inputs, q.device)
+        check_entries(self.program, q, inputs)
         if shape.rows > shape.k_len and not takes_more_rows_than_keys(self.program):
             raise error(
                 "A507",
@@ -270,12 +307,6 @@ def lists_plans(program: Program, inputs: Sequence[Tensor]) -> bool:
     """Whether a call's plans, where it has any, list members."""
     plans = [x for decl, x in zip(program.inputs, inputs, strict=True) if decl.members]
     return bool(plans) and all(x.dtype != torch.uint8 for x in plans)
-
-
-def _readable(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The inputs, a zero in the place of those without entries: where there are no keys, a kernel may read what follows
-    a query's position all the same, and throws it away."""
-    return [x if x.numel() else x.new_zeros([1] * x.dim()) for x in inputs]
 
 
 def _kind(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attndsl
-from attndsl import derivation, inputs, listing, records, tiles
+from attndsl import branches, derivation, inputs, listing, records, tiles
 from attndsl import layout as layouts
 from attndsl import plan as plans_module
 from attndsl import program as programs
@@ -26,7 +26,7 @@ from attndsl.derivation import Gathering, TileList
 from attndsl.derive import derive
 from attndsl.diagnostics import error
 from attndsl.learned import Over
-from attndsl.piece_plans import backward_plans, forward_plans
+from attndsl.piece_plans import backward_plans, forward_plans, raw_first
 from attndsl.plan import (
     Backend,
     BackwardPlan,
@@ -67,13 +67,14 @@ def printed_forward(
         backend = _choice(program, spec, backends)
         plans = forward_plans(program, replace(spec, backend=backend), tiling)
         texts = {_TEXT.format(n): printers[backend](plan).encode() for n, plan in enumerate(plans, 1)}
-        return texts | _choices(plans[0].program, tuple((x.spec, x.tiling, x.layout, x.gathered) for x in plans))
+        said = tuple((x.spec, x.tiling, x.layout, x.gathered, x.view) for x in plans)
+        return texts | _choices(plans[0].program, said)
 
     files = _kept(cache, make, "printed forward", program, spec, backends, tiling)
     program, pieces = _chosen(files, program)
     return tuple(
-        Printed(program, made, chosen, files[_TEXT.format(n)].decode(), layout, n > 1, gathered)
-        for n, (made, chosen, layout, gathered) in enumerate(pieces, 1)
+        Printed(program, made, chosen, files[_TEXT.format(n)].decode(), layout, n > 1, gathered, view)
+        for n, (made, chosen, layout, gathered, view) in enumerate(pieces, 1)
     )
 
 
@@ -161,7 +162,9 @@ def _choices(program: Program, said: Any) -> dict[str, bytes]:
 def _chosen(files: Mapping[str, bytes], program: Program) -> tuple[Program, Any]:
     """The derived program, and what was said beside the texts."""
     choices = json.loads(files[_CHOICES])
-    derived = with_cuts(derive(program))
+    # Only the plans of the part over raw tokens, which is the first, read derived inputs.
+    first = program if program.plain else program.with_branch(parts=raw_first(program)[:1])
+    derived = with_cuts(derive(first)) if first.plain else derive(first)
     needed = (d for d in derived.inputs if d.derivation is None or d.name in choices["derived"])
     lists: tuple[InputDecl, ...] = records.read(choices["lists"], _recorded(), {})
     program = replace(derived, inputs=(*needed, *lists))
@@ -171,7 +174,8 @@ def _chosen(files: Mapping[str, bytes], program: Program) -> tuple[Program, Any]
 @functools.cache
 def _recorded() -> Mapping[str, type]:
     """The classes that an entry may hold."""
-    return records.classes_of((programs, inputs, derivation, listing, layouts, tiles, plans_module))
+    modules = (programs, branches, inputs, derivation, listing, layouts, tiles, plans_module)
+    return records.classes_of(modules)
 
 
 def _choice(program: Program, spec: Spec, backends: tuple[Backend, ...]) -> Backend:

@@ -19,6 +19,7 @@ from attndsl.plan import BackwardPlan
 from attndsl.runtime.call import call_shape
 from attndsl.runtime.dropout import PARAMETERS, Dropout
 from attndsl.runtime.engine import Gradients, default_scale, empty_gradient, empty_output, in_order_of
+from attndsl.runtime.entries import keys_of
 from attndsl.runtime.launcher import Descriptor, Slot
 from attndsl.runtime.sums import Totals
 from attndsl.runtime.triton_launch import (
@@ -56,7 +57,8 @@ class TritonBackward:
         layout = plan.layout
         self.q_tiles = -(-layout.q.most(shape.rows) // plan.tiling.block_q) * layout.classes
         grid = self.q_tiles * shape.batch * shape.heads
-        key_tiles = -(-layout.k.most(shape.k_len) // plan.key_tiling.block_k) * layout.classes
+        keys = keys_of(plan, k, v, inputs)[0].shape[2]
+        key_tiles = -(-layout.k.most(keys) // plan.key_tiling.block_k) * layout.classes
         key_grid = key_tiles * shape.batch * shape.kv_heads
         sources = backward_parameters(plan, q, k, v, inputs, dout)
         self._dq = self._dkdv = None
@@ -84,7 +86,8 @@ class TritonBackward:
         given = [*call]
         for n in range(len(self.plan.learned)):
             given += sums.get(n, (None, None))
-        if not self.plan.follows and (self._dkdv is None or not self.plan.layout.all_keys):
+        own = not self.plan.follows or self.plan.view is not None
+        if own and (self._dkdv is None or not self.plan.layout.all_keys):
             dk.zero_()
             dv.zero_()
         if self._dq is not None:
@@ -137,7 +140,22 @@ class InTurn:
         drops = dropout.values() if dropout else ()
         call = (q, k, v, out, lse, scale, *inputs, *args, *drops, dout, d_lse, dq, dk, dv, delta, row_lse)
         totals = Totals(plan.program, shape, q.device)
-        given = [piece.run(call, dk, dv, totals) for piece in self.pieces]
+        given = []
+        for piece in self.pieces:
+            view = piece.plan.view
+            if view is None:
+                given.append(piece.run(call, dk, dv, totals))
+                continue
+            entries = keys_of(piece.plan, k, v, inputs)
+            d_keys, d_values = map(empty_gradient, entries)
+            own = (q, *entries, *call[3:-4], d_keys, d_values, delta, row_lse)
+            given.append(piece.run(own, d_keys, d_values, totals))
+            totals.add_whole(view.keys, d_keys)
+            totals.add_whole(view.values, d_values)
+        if all(piece.plan.view is not None for piece in self.pieces):
+            # No piece wrote them.
+            dk.zero_()
+            dv.zero_()
         for kernel in self.further:
             kernel(given[0], totals)
         return dq, dk, dv, totals.gradients(plan, inputs)
@@ -182,6 +200,7 @@ def backward_parameters(
     dout: default one that is dense, in the memory order of q.
     """
     shape, found = call_shape(q, k, v), dict(parameter_sources(plan, q, k, v, inputs))
+    k, v = keys_of(plan, k, v, inputs)
     first = INPUTS + len(inputs) + len(plan.program.args) + (len(PARAMETERS) if plan.spec.dropout else 0)
     element, real = f"*{ELEMENT[plan.spec.dtype]}", "*fp32"
     types = {

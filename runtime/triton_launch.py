@@ -23,6 +23,7 @@ from attndsl.runtime.cache import KernelCache
 from attndsl.runtime.call import call_shape, dim_size
 from attndsl.runtime.dropout import PARAMETERS, Dropout
 from attndsl.runtime.engine import default_scale, empty_output, output_maker, table_tensor
+from attndsl.runtime.entries import keys_of
 from attndsl.runtime.launcher import Descriptor, Slot, launcher
 from attndsl.runtime.load import load_source
 from attndsl.runtime.triton_version import interpreted, version
@@ -90,7 +91,7 @@ class TritonForward:
         self, kernel: Printed, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], aligned: bool
     ) -> None:
         shape = call_shape(q, k, v)
-        self.shape = shape
+        self.kernel, self.shape = kernel, shape
         layout = kernel.layout
         self.grid = -(-layout.q.most(shape.rows) // kernel.tiling.block_q) * layout.classes * shape.batch * shape.heads
         self.default_scale = default_scale(shape.dim)
@@ -113,6 +114,8 @@ class TritonForward:
     ) -> None:  # fmt: skip
         """Write out and lse, or where the plan follows others, add to them."""
         if self.grid:
+            if self.kernel.view is not None:
+                k, v = keys_of(self.kernel, k, v, inputs)
             scale = self.default_scale if scale is None else scale
             self._launch((q, k, v, out, lse, scale, *inputs, *args, *(dropout.values() if dropout else ())))
 
@@ -188,11 +191,12 @@ class _Interpreted:
 def parameter_sources(plan: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> dict[str, Any]:
     """What each parameter that a kernel may have is given, from shapes, strides and dtypes alone: meta tensors do."""
     shape = call_shape(q, k, v)
+    k, v = keys_of(plan, k, v, inputs)
     element = f"*{ELEMENT[plan.spec.dtype]}"
     found: dict[str, Any] = {
         "q_ptr": Slot(0, element), "k_ptr": Slot(1, element), "v_ptr": Slot(2, element),
         "out_ptr": Slot(_OUT, element), "lse_ptr": Slot(_LSE, "*fp32"), "scale": Slot(_SCALE, "fp32"),
-        "rows": shape.rows, "k_len": shape.k_len,
+        "rows": shape.rows, "k_len": shape.k_len, "entries": k.shape[2],
     }  # fmt: skip
     out, _ = empty_output(without_memory(q), shape)
     for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):

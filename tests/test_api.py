@@ -166,6 +166,8 @@ WRONG: dict[str, Callable[[], object]] = {
     "A575": lambda: attndsl.compile(
         "attention a { x = attend causal  plan p = top(1, blocks(4), among = causal, by = probs(x))  output x }"
     ).plan(Q, K),
+    "A565": call("causal", Q, K, V, views={"pool(mean, 4)": (K, V)}),
+    "A912": call("attention a { input doc : int[b, k]  attend document(doc) over pool(mean, 4) }", Q, K, V, doc=IDS),
     "A911": lambda: attndsl.compile("attention a { attend causal over pool(mean, 4) }").mask(4, 4),
     "A541": lambda: attndsl.compare("causal", "attention a { align start  attend causal }"),
 }

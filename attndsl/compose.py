@@ -1,0 +1,114 @@
+"""A program of views and branches as programs that kernels know: one branch each, its views handed in as inputs.
+
+A pool becomes two inputs, its keys and its values, that the runtime makes before the kernels run; gradients flow to
+them as to any learnable input, and from there through the pooling. The branches' outputs are combined afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from attndsl.branches import Attended, Branch, Given, Output, Part, Pool, combined, factors
+from attndsl.pairs import nodes
+from attndsl.program import Axis, Dim, InputDecl, Program, Read, Scalar, Selected, Type, walk
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """Entries to make: what an input holds the keys and another the values of. `visible`, `counted` play no part."""
+
+    pool: Pool
+    keys: str
+    values: str
+
+    @property
+    def name(self) -> str:
+        """How the view is called: what the language writes, less what concerns who sees it."""
+        pool = self.pool
+        stride = f", {pool.stride}" if pool.stride != pool.size else ""
+        return f"pool({pool.function.value}, {pool.size}{stride})"
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """What a program consists of: entries to make, programs of one branch by name, and how their outputs combine."""
+
+    pools: tuple[Pooling, ...]
+    branches: tuple[tuple[str, Program], ...]
+    output: Output
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """The branches' own."""
+        return tuple(program for _, program in self.branches)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its views."""
+        return tuple(pooling.name for pooling in self.pools)
+
+
+def compose(program: Program) -> Composition:
+    """The composition of a program; only the branches that its output reads are part of it."""
+    output = program.output or Attended("")
+    read = set(combined(output))
+    found: dict[Pool, Pooling] = {}
+    branches = []
+    for branch in program.branches:
+        if program.output is None or branch.name in read:
+            parts = tuple(_handed_in(part, program, found) for part in branch.parts)
+            name = "" if program.output is None else branch.name or ""
+            branches.append((name, replace(branch, parts=parts)))
+    pools = tuple(found.values())
+    made = tuple(decl for pooling in pools for decl in _declared(pooling))
+    programs = tuple((name, _program(program, branch, made)) for name, branch in branches)
+    return Composition(pools, programs, output)
+
+
+def _handed_in(part: Part, program: Program, found: dict[Pool, Pooling]) -> Part:
+    if not isinstance(part.view, Pool):
+        return part
+    view = part.view
+    made = Pool(view.function, view.size, view.stride)
+    if made not in found:
+        taken = {decl.name for decl in program.inputs} | {p.keys for p in found.values()}
+        suffixes = (f"_{i}" if i else "" for i in range(len(taken) + 1))
+        suffix = next(x for x in suffixes if not {f"pooled_k{x}", f"pooled_v{x}"} & taken)
+        found[made] = Pooling(made, f"pooled_k{suffix}", f"pooled_v{suffix}")
+    pooling = found[made]
+    entries = Given(pooling.keys, pooling.values, view.size, view.stride, view.visible, view.counted)
+    return replace(part, view=entries)
+
+
+def _declared(pooling: Pooling) -> tuple[InputDecl, InputDecl]:
+    lead = (Dim(Axis.B), Dim(Axis.G), Dim(Axis.K, pooling.pool.stride))
+    return (
+        InputDecl(pooling.keys, Type.FLOAT, (*lead, Dim(Axis.D)), learnable=True),
+        InputDecl(pooling.values, Type.FLOAT, (*lead, Dim(Axis.DV)), learnable=True),
+    )
+
+
+def _program(program: Program, branch: Branch, made: tuple[InputDecl, ...]) -> Program:
+    """A branch's own program. Of the inputs it has those it may read: sets read no floats."""
+    said = (branch.scale, branch.score, branch.sink, branch.weights)
+    read = {x.input for e in said if e is not None for x in walk(e) if isinstance(x, Read)}
+    for part in branch.parts:
+        if isinstance(part.view, Given):
+            read |= {part.view.keys, part.view.values}
+    chosen = tuple(decl for decl in program.inputs if _may_read(decl, branch, read))
+    inputs = (*chosen, *(decl for decl in made if decl.name in read))
+    # What its selections choose comes in as plans.
+    return replace(program, branches=(branch,), inputs=inputs, output=None, selections=())
+
+
+def _may_read(decl: InputDecl, branch: Branch, read: set[str]) -> bool:
+    if decl.members:
+        plans = (x.plan for part in branch.parts for x in nodes(part.pattern) if isinstance(x, Selected))
+        return decl.name in plans
+    return decl.type is not Type.FLOAT or decl.name in read
+
+
+def output_inputs(output: Output) -> frozenset[str]:
+    """The inputs that an output reads."""
+    found: tuple[Scalar, ...] = factors(output)
+    return frozenset(x.input for e in found for x in walk(e) if isinstance(x, Read))

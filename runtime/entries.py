@@ -1,0 +1,45 @@
+"""The keys and values that a plan attends to: a call's own, or those of the entries of a view, which are inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from attndsl.branches import Given
+from attndsl.diagnostics import error
+from attndsl.plan import Plan, Printed
+from attndsl.program import Program
+
+
+def keys_of(plan: Plan | Printed, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys [B, Hkv, keys, D] and values [B, Hkv, keys, Dv]: of dimensions of size 1, broadcast, no copy is made."""
+    if plan.view is None:
+        return k, v
+    at_k, at_v = view_places(plan.program, plan.view)
+    entries = -(-k.shape[2] // plan.view.stride)
+    return (
+        inputs[at_k].expand(*k.shape[:2], entries, k.shape[3]), inputs[at_v].expand(*v.shape[:2], entries, v.shape[3]),
+    )  # fmt: skip
+
+
+def view_places(program: Program, view: Given) -> tuple[int, int]:
+    """Which of a program's inputs hold the keys and the values of a view."""
+    names = [decl.name for decl in program.inputs]
+    return names.index(view.keys), names.index(view.values)
+
+
+def all_view_places(program: Program) -> tuple[int, ...]:
+    """Which of a program's inputs hold entries."""
+    views = (part.view for branch in program.branches for part in branch.parts)
+    found = (i for view in views if isinstance(view, Given) for i in view_places(program, view))
+    return tuple(dict.fromkeys(found))
+
+
+def check_entries(program: Program, q: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Raises `PatternError` (A511) where entries are not of the call's dtype."""
+    for i in all_view_places(program):
+        if inputs[i].dtype != q.dtype:
+            have, want = (str(x.dtype).removeprefix("torch.") for x in (inputs[i], q))
+            name, span = program.inputs[i].name, program.inputs[i].span
+            raise error("A511", f"input `{name}` holds keys or values: it is {have} and q is {want}", span)
