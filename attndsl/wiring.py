@@ -33,6 +33,7 @@ def engine(program: Program) -> Engine:
         triton_backward=_printer("triton_backward", "backward_sources"),
         cpu_backward=_printer("cpu_backward", "backward_source"),
         gluon_forward=_printer("gluon_forward", "forward_source"),
+        triton_select=_printer("triton_select", "select_source"),
         triton_diagonals=_printer("triton_learned", "diagonals_source"),
         triton_pairs=_printer("triton_learned", "pairs_sources"),
     )

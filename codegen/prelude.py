@@ -108,3 +108,24 @@ def listed_keys(list_at, places, list_size, MEMBER: tl.constexpr):
     nth = places // MEMBER
     member = tl.load(list_at + nth, mask=nth < list_size, other=-1)
     return tl.where(member >= 0, member * MEMBER + places % MEMBER, -1)
+
+
+@triton.jit
+def ranked(score, member):
+    """A key that orders scores as numbers, and equal ones by the lower member. Zeros are equal, whatever their sign."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (order.to(tl.int64) << 32) | (0x7FFFFFFF - member).to(tl.int64)
+
+
+@triton.jit
+def take_best(best, keys, WIDTH: tl.constexpr):
+    """The greatest of each row's list and of its further keys, one taken at a time, as often as some row needs it."""
+    last = tl.min(best, 1)[:, None]
+    better = tl.max(tl.sum((keys > last).to(tl.int32), 1), 0)
+    for _ in range(tl.minimum(better, WIDTH)):
+        first = tl.max(keys, 1)[:, None]
+        last = tl.min(best, 1)[:, None]
+        best = tl.where((best == last) & (first > last), first, best)
+        keys = tl.where(keys == first, -0x8000000000000000, keys)
+    return best

@@ -24,6 +24,7 @@ from attndsl.runtime.pieces import in_turn
 
 if TYPE_CHECKING:
     from attndsl.runtime.derive import Deriving
+    from attndsl.select_plan import SelectPlan
 
 Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor | None]]
 # Kinds of calls whose launches are kept.
@@ -44,6 +45,7 @@ class Generators:
     triton_backward: Callable[[BackwardPlan], tuple[str, str]]
     cpu_backward: Callable[[BackwardPlan], str]
     gluon_forward: Callable[[ForwardPlan], str]
+    triton_select: Callable[[SelectPlan], str]
     triton_diagonals: Callable[[BackwardPlan], str]
     triton_pairs: Callable[[BackwardPlan], Mapping[int, str]]
 

@@ -8,6 +8,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
+from attndsl.program import Axis, InputDecl
 from attndsl.selection import Normalise, Pool
 
 
@@ -70,3 +71,39 @@ def normalised(score: Tensor, competing: Tensor, how: Normalise) -> Tensor:
             return torch.where(finite, torch.where(apart, at, 1), 0)
         case _:
             assert_never(how)
+
+
+def leading(decl: InputDecl, x: Tensor) -> Tensor:
+    """An input of vectors as [B or 1, H or G or 1, tokens, D]."""
+    axes = [dim.axis for dim in decl.dims]
+    if Axis.H not in axes and Axis.G not in axes:
+        x = x.unsqueeze(-3)
+    return x if Axis.B in axes else x.unsqueeze(0)
+
+
+def pooled_members(x: Tensor, size: int, pool: Pool, real: torch.dtype) -> Tensor:
+    """Vectors [B, H, tokens, D] pooled over members of `size` tokens, the last of what there is: [B, H, members, D]."""
+    whole = x.shape[2] // size * size
+    found = [_pooled(x[:, :, :whole].unflatten(2, (-1, size)), pool, real)]
+    if whole < x.shape[2]:
+        found.append(_pooled(x[:, :, None, whole:], pool, real))
+    return found[0] if len(found) == 1 else torch.cat(found, 2)
+
+
+def _pooled(x: Tensor, pool: Pool, real: torch.dtype) -> Tensor:
+    """x [B, H, members, tokens, D] over its tokens. Sums are of numbers widened one by one, not of a widened copy."""
+    match pool:
+        case Pool.MEAN:
+            return x.mean(3, dtype=real)
+        case Pool.SUM:
+            return x.sum(3, dtype=real)
+        case Pool.MAX:
+            return x.amax(3).to(real) if x.shape[2] else x[..., 0, :].to(real)
+        case Pool.MIN:
+            return x.amin(3).to(real) if x.shape[2] else x[..., 0, :].to(real)
+        case Pool.FIRST:
+            return x[..., 0, :].to(real)
+        case Pool.LAST:
+            return x[..., -1, :].to(real)
+        case _:
+            assert_never(pool)

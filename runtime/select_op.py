@@ -18,11 +18,12 @@ from torch.library import Library
 from attndsl.diagnostics import error
 from attndsl.plans import own_program, plan_heads, plan_input, plans_read
 from attndsl.program import CallShape, InputDecl, Program
-from attndsl.runtime.call import call_shape, check_inputs, check_tables
+from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target
 from attndsl.runtime.ops import checked_values, traced
 from attndsl.runtime.plans import listed_members
 from attndsl.runtime.registry import engine_of
 from attndsl.runtime.select import Selector, empty_plan
+from attndsl.select_plan import fuses_on
 from attndsl.selection import Selection, Share
 
 _LIBRARY = Library("attndsl", "FRAGMENT")
@@ -128,7 +129,20 @@ def _of_selection(program: Program, selection: Selection) -> Program:
 def _select(
     key: str, name: str, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
 ) -> Tensor:
-    kind = (key, name, q.shape, k.shape, q.dtype, k.dtype, q.device, k.device, *((x.shape, x.dtype) for x in inputs))
+    if q.dim() and q.stride(-1) != 1:
+        q = q.contiguous()
+    kind = (
+        key,
+        name,
+        q.shape,
+        q.stride(),
+        k.shape,
+        q.dtype,
+        k.dtype,
+        q.device,
+        k.device,
+        *((x.shape, x.dtype) for x in inputs),
+    )
     selector = _KEPT.get(kind)
     if selector is None:
         program = engine_of(key).program
@@ -139,7 +153,9 @@ def _select(
         if len(_KEPT) >= MAX_KEPT:
             _KEPT.clear()
         given = [torch.empty_like(x, device="meta") for x in inputs]
-        selector = _KEPT[kind] = Selector(seen, selection, shape, q.device, given)
+        fuses = q.is_cuda and q.dtype != torch.float64 and fuses_on(device_target(q.device))
+        printer = engine_of(key).generators.triton_select if fuses else None
+        selector = _KEPT[kind] = Selector(seen, selection, shape, q.device, given, printer)
     with torch.no_grad():
         return selector(q, k, inputs, args, scale)
 

@@ -1,0 +1,123 @@
+"""Kernel plans of selections: what the fused kernel that ranks members and keeps the best of them is generated from."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+from attndsl.branches import Branch, Part
+from attndsl.capacity import capacity
+from attndsl.derive import derive, with_needed
+from attndsl.mask import pair_mask, written_condition
+from attndsl.plan import Backend, Plan, Spec, Tiling, closed_runs
+from attndsl.plans import plan_heads
+from attndsl.program import Coarse, Coarsen, Const, Inter, Program, Scalar, Set
+from attndsl.relation import Lowering
+from attndsl.selection import Dot, Forced, Normalise, Selection, Share, Top
+from attndsl.simplify import fold, specialise
+from attndsl.tiles import Side
+
+# The longest list that a kernel keeps in registers.
+MAX_WIDTH = 64
+# Rows of a product, those of the heads that share a choice side by side, and members of a tile.
+_ROWS, _MEMBERS = 128, 64
+
+
+@dataclass(frozen=True, slots=True)
+class SelectPlan(Plan):
+    """A kernel that chooses members for each query.
+
+    `program` is that of the candidates, whose pattern is coarsened to members, so `runs` visits tiles of members and
+    `mask` is read at a member's first token; a query tile has `block_q` rows of `share` heads each, a tile of members
+    `block_k` tokens. `forced`: the condition of what is (None: nothing). `budget`: how many are chosen.
+    `width`: entries of the list that is kept, a power of two; `capacity`: entries of the plan.
+    """
+
+    selection: Selection
+    forced: Scalar | None
+    budget: Scalar
+    capacity: int
+    share: int
+
+    def _further(self) -> tuple[Scalar, ...]:
+        return (self.budget,) if self.forced is None else (self.budget, self.forced)
+
+    @property
+    def width(self) -> int:
+        return max(2, 1 << (self.capacity - 1).bit_length())
+
+    @property
+    def members(self) -> int:
+        """Members of a tile."""
+        return self.tiling.block_k // self.selection.keys
+
+
+def why_not_fused(program: Program, selection: Selection, heads: tuple[int, int]) -> str:
+    """Why a selection has no fused kernel, empty where it has."""
+    rule, score = selection.rule, selection.score
+    if selection.rows != 1:
+        return "it chooses for classes of rows"
+    if not isinstance(rule, Top) or rule.count is None:
+        return "only `top` of a fixed number keeps a list"
+    if not isinstance(score, Dot) or score.x.source != "Q":
+        return "only `dot(Q, …)` is ranked in tiles"
+    if selection.scale is not None and not isinstance(selection.scale, Const):
+        return "the scale depends on the head"
+    if selection.forced is Forced.OVERLAY and selection.always is not None:
+        return "what is overlaid is ranked twice"
+    if selection.normalise is not Normalise.NONE and selection.share is not Share.NONE:
+        return "masses are summed over heads"
+    if selection.share is Share.HEADS and heads[1] > 1:
+        return "heads of several key heads share a choice"
+    if plan_heads(selection) is not selection.share:
+        return "heads that share choose among members of their own"
+    if capacity(program, selection, heads, MAX_WIDTH + 1) > MAX_WIDTH:
+        return f"lists have more than {MAX_WIDTH} entries"
+    return ""
+
+
+def fuses_on(target: str) -> bool:
+    """Whether the kernel compiles for a device: Triton 3.6 fails on it for tensor memory (sm_100 and on)."""
+    backend, _, arch = target.partition(":")
+    return backend != "cuda" or int(arch) < 100
+
+
+@functools.lru_cache(maxsize=1024)
+def select_plan(program: Program, selection: Selection, spec: Spec, tiling: Tiling | None = None) -> SelectPlan:
+    """The kernel of a selection that `why_not_fused` has nothing against; the plan's program is the derived one."""
+    heads, keys = (spec.heads, spec.kv_heads), selection.keys
+    candidates = derive(_over(program, _members(selection.among, keys)))
+    share = {Share.NONE: 1, Share.GROUP: spec.heads // spec.kv_heads, Share.HEADS: spec.heads}[selection.share]
+    tiling = tiling or default_select_tiling(share, keys)
+    lowering = Lowering(candidates, heads)
+    relation = lowering.relation(candidates.branch.pattern)
+    runs = closed_runs(relation, candidates, spec, tiling, Side.QUERY)
+    written = written_condition(lowering, spec.sizes)
+    forced: Scalar | None = None
+    if selection.always is not None:
+        pattern = _members(Inter((selection.among, selection.always)), keys)
+        both = derive(_over(candidates, pattern))
+        forced = specialise(fold(Lowering(both, heads).predicate(both.branch.pattern)), spec.sizes)
+        candidates = replace(candidates, inputs=both.inputs)
+    assert isinstance(selection.rule, Top) and selection.rule.count is not None
+    plan = SelectPlan(
+        candidates, replace(spec, backend=Backend.TRITON), tiling, runs, pair_mask(relation, written), None, None, None,
+        None, selection, forced, specialise(selection.rule.count, spec.sizes),
+        capacity(program, selection, heads, MAX_WIDTH), share,
+    )  # fmt: skip
+    return replace(plan, program=with_needed(candidates, plan.inputs))
+
+
+def default_select_tiling(share: int, keys: int) -> Tiling:
+    """Rows of a product are those of the heads that share times the tile's own."""
+    side = 1 << (share - 1).bit_length()
+    return Tiling(max(1, _ROWS // side), _MEMBERS * keys, warps=4, stages=2)
+
+
+def _over(program: Program, pattern: Set) -> Program:
+    """The program with one branch over a pattern."""
+    return replace(program, branches=(Branch((Part(pattern),)),), output=None)
+
+
+def _members(pattern: Set, keys: int) -> Set:
+    return pattern if keys == 1 else Coarsen(pattern, 1, keys, Coarse.ANY)
