@@ -111,8 +111,8 @@ class TileList:
     """int32 [b?, h or g?, n]: the tiles that a plan chooses, in lists as `tiles.listed_runs` reads them.
 
     `rows`: the queries of a row class (None: all rows are one class), `keys`: the tokens of a member; tiles lie inside
-    them. `of_keys`: the query tiles of each key tile, instead of the key tiles of each query tile. `runs`: which tiles,
-    were they chosen, are full or partial.
+    them. `of_keys`: the query tiles of each key tile, instead of the key tiles of each query tile. `runs`: which key
+    tiles of a query tile, were they chosen, are full or partial.
     """
 
     plan: str

@@ -10,6 +10,7 @@ from typing import Any
 
 from attndsl.branches import Given
 from attndsl.cuts import with_cuts, without_cuts
+from attndsl.derivation import Chosen
 from attndsl.derive import derive, with_needed
 from attndsl.layout import PLAIN, Layout
 from attndsl.learned import Learned, Over
@@ -362,6 +363,8 @@ def backward_plan(
         program, key_runs = of_keys.program, of_keys.runs
         key_mask = of_keys.mask() if key_runs.partial else None
     mask = visits.mask() if runs.partial or visits.gathered else None
+    if visits.gathered is not None:
+        key_mask = mask
     plan = BackwardPlan(
         program, spec, tiling, runs, mask, **branch, key_tiling=key_tiling, key_runs=key_runs, key_mask=key_mask,
         **derivatives, uses_lse=uses_lse, gathered=visits.gathered,
@@ -400,19 +403,24 @@ def _visits(
     gathers: where rows choose for themselves, they may be gathered.
     """
     gathers = gathers and spec.backend is Backend.TRITON and spec.lists
-    lowering = Lowering(program, (spec.heads, spec.kv_heads), anchor="k" if side is Side.KEY else "q")
+    heads = (spec.heads, spec.kv_heads)
+    if any(isinstance(decl.derivation, Chosen) for decl in program.inputs):
+        lowering = Lowering(program, heads)
+        relation, static = lowering.relation(program.branch.pattern), without_cuts(program)
+        for found in listables(program, relation):
+            relation_there = found.within(relation)
+            if gathers and found.gathers(tiling.block_k, (other or tiling).block_k):
+                whole = replace(tiling, block_q=1, block_k=found.keys)
+                runs = closed_runs(relation_there, static, spec, whole, Side.QUERY)
+                program, gathered = found.gathered(program, runs, tiling.block_q)
+                return _Visits(program, spec, TileRuns((), ()), lowering, relation_there, found, gathered)
+            if all(found.fits(t.block_q, t.block_k, spec.even_start) for t in (tiling, other or tiling)):
+                # Lists of both sides are made from the key tiles of query tiles.
+                runs = closed_runs(relation_there, static, spec, tiling, Side.QUERY)
+                program, runs = found.listed(program, runs, tiling.block_q, tiling.block_k, side)
+                return _Visits(program, spec, runs, lowering, relation_there, found)
+    lowering = Lowering(program, heads, anchor="k" if side is Side.KEY else "q")
     relation = lowering.relation(program.branch.pattern)
-    for found in listables(program, relation):
-        if gathers and found.gathers(tiling.block_k, (other or tiling).block_k):
-            relation, whole = found.within(relation), replace(tiling, block_q=1, block_k=found.keys)
-            runs = closed_runs(relation, without_cuts(program), spec, whole, Side.QUERY)
-            program, gathered = found.gathered(program, runs, tiling.block_q)
-            return _Visits(program, spec, TileRuns((), ()), lowering, relation, found, gathered)
-        if all(found.fits(t.block_q, t.block_k, spec.even_start) for t in (tiling, other or tiling)):
-            relation = found.within(relation)
-            runs = closed_runs(relation, without_cuts(program), spec, tiling, side)
-            program, runs = found.listed(program, runs, tiling.block_q, tiling.block_k, side)
-            return _Visits(program, spec, runs, lowering, relation, found)
     runs = closed_runs(relation, program, spec, tiling, side)
     return _Visits(program, spec, runs, lowering, relation)
 

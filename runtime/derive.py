@@ -7,7 +7,7 @@ rows and keys. What follows from lengths alone is kept for the next call of the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil, prod
@@ -39,7 +39,7 @@ from attndsl.relation import Lowering
 from attndsl.runtime.call import dim_size
 from attndsl.runtime.cuts import make_cut
 from attndsl.runtime.engine import Gradients, table_tensor
-from attndsl.runtime.plans import chosen_members, gathering, list_size, tile_list
+from attndsl.runtime.plans import Listing, chosen_members, list_size, listed, of_heads, run_ends
 from attndsl.runtime.values import Values, mix64, ordered
 from attndsl.simplify import fold
 
@@ -147,19 +147,27 @@ class Deriver:
         """The derived inputs, less what is kept already; what may be, is. lengths: as in `Values`."""
         known = dict(zip((decl.name for decl in self._own), inputs, strict=True)) | kept
         arguments = dict(zip(self.program.args, args, strict=True))
+        # Lists of plans may need no values at all.
+        values = functools.cache(lambda: self._values(known, arguments, lengths))
+        for decl in self._derived:
+            if decl.name not in known:
+                if isinstance(decl.derivation, TileList | Gathering):
+                    found = self._list(decl, decl.derivation, known[decl.derivation.plan], values)
+                else:
+                    found = self._made(decl, values())
+                known[decl.name] = found
+                if decl.name in self._fixed and found.numel() <= MAX_KEPT_ENTRIES:
+                    kept[decl.name] = found
+        return [known[decl.name] for decl in self._derived]
+
+    def _values(self, known: Mapping[str, Tensor], arguments: Mapping[str, int], lengths: Tensor | None) -> Values:
         shape = self.shape
         h = self._range(0, shape.heads).view(1, -1, 1, 1)
         variables: dict[str, Any] = {
             "H": shape.heads, "G": shape.kv_heads, "D": shape.dim, "Dv": shape.v_dim,
             "b": self._range(0, shape.batch).view(-1, 1, 1, 1), "h": h, "g": h // (shape.heads // shape.kv_heads),
         }  # fmt: skip
-        values = Values(self.program, shape, self.device, known, self._tables, arguments, variables, lengths)
-        for decl in self._derived:
-            if decl.name not in known:
-                known[decl.name] = found = self._made(decl, values)
-                if decl.name in self._fixed and found.numel() <= MAX_KEPT_ENTRIES:
-                    kept[decl.name] = found
-        return [known[decl.name] for decl in self._derived]
+        return Values(self.program, shape, self.device, known, self._tables, arguments, variables, lengths)
 
     def _kept_here(self) -> dict[str, Tensor]:
         """What calls of these sizes share on the current stream.
@@ -187,19 +195,28 @@ class Deriver:
             case Chosen(plan=plan, keys=keys):
                 return chosen_members(values.tensors[plan], self._members(keys))
             case TileList() | Gathering():
-                plan, first = decl.derivation.plan, self.shape.first_position(self.program)
-                q_len, k_len = self._lengths(1)
-                values = values.at(start=first, i_start=first, Nq=q_len, Nk=k_len)
-                dims = self.program.input(plan).dims
-                if isinstance(decl.derivation, Gathering):
-                    return gathering(decl.derivation, decl, values.tensors[plan], dims, values)
-                return tile_list(decl.derivation, decl, values.tensors[plan], dims, values)
+                raise AssertionError("a list needs no values of its own")
             case Cut():
                 return make_cut(decl, decl.derivation, values)
             case None:
                 raise AssertionError(f"`{decl.name}` is given")
             case _:
                 assert_never(decl.derivation)
+
+    def _list(self, decl: InputDecl, d: TileList | Gathering, plan: Tensor, values: Callable[[], Values]) -> Tensor:
+        blocks = (1, d.keys) if isinstance(d, Gathering) else (d.block_q, d.block_k)
+        name, first = f"ends of {decl.name} in {blocks}", self.shape.first_position(self.program)
+        kept = self._kept_here()
+        ends = kept.get(name)
+        if ends is None:
+            q_len, k_len = self._lengths(1)
+            ends = run_ends(d, values().at(start=first, i_start=first, Nq=q_len, Nk=k_len))
+            nodes = (x for run in d.runs.full + d.runs.partial for e in (run.first, run.count) for x in walk(e))
+            if not any(isinstance(x, Arg | Read) for x in nodes):
+                # They follow from the call's sizes alone.
+                kept[name] = ends
+        plan = of_heads(plan, self.program.input(d.plan).dims, decl, self.shape)
+        return listed(Listing(d, self.shape, plan, ends, first), decl)
 
     def _offsets(self, decl: InputDecl, ids: Tensor) -> Tensor:
         """Each token's distance from the first of its run of equal ids."""

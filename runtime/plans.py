@@ -1,13 +1,14 @@
-"""Plans: which members are chosen for each row class, as tensors that a call is given or makes.
+"""Plans: which members are chosen for each row class, and the lists of tiles that kernels read of them.
 
 A plan is int32 or int64 [..., C], members in increasing order and -1 after them, or uint8 [..., M], with an entry for
 every member. What a call hands in is never trusted: an entry that is no member, or not above all before it, is skipped.
-Nothing here waits for the device.
+Nothing here waits for the device. Lists are made by kernels (`lists.py`) where these serve, and otherwise by torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from torch.nn.functional import pad
 
 from attndsl.derivation import Gathering, TileList
 from attndsl.program import Axis, CallShape, Dim, InputDecl, reads
+from attndsl.runtime import lists
 from attndsl.runtime.values import Values
-from attndsl.tiles import LIST_HEAD, Run
+from attndsl.tiles import LIST_HEAD, TileKind
 
 
 def listed_members(plan: Tensor, members: int) -> Tensor:
@@ -47,105 +49,79 @@ def chosen_entries(plan: Tensor, members: int) -> tuple[Tensor, Tensor]:
     return plan, listed_members(plan, members)
 
 
-def list_size(
-    d: TileList | Gathering, decl: InputDecl, plan: Tensor, dims: Sequence[Dim], shape: CallShape
-) -> list[int]:
-    """Sizes of a derived list: in batch and heads the plan's own, unless its tiles differ there."""
-    ends = [e for run in d.runs.full + d.runs.partial for e in (run.first, run.count)]
-    own = {dim.axis: size for dim, size in zip(dims, plan.shape, strict=True)}
-    found = []
-    for dim in decl.dims[:-1]:
-        names, size = (("b",), shape.batch) if dim.axis is Axis.B else (("h", "g"), shape.heads)
-        found.append(size if any(reads(e, *names) for e in ends) else own[dim.axis])
-    members = -(-shape.k_len // d.keys)
-    listed = members if plan.dtype == torch.uint8 else plan.shape[-1]
-    if isinstance(d, Gathering):
-        return [*found, LIST_HEAD * (members + gathered_tiles(d, shape, listed)) + shape.rows * listed]
-    q_tiles, k_tiles = _tiles(d, shape)
-    entries = q_tiles * listed * (d.keys // d.block_k)
-    return [*found, LIST_HEAD * (k_tiles if d.of_keys else q_tiles) + entries]
+# ------------------------------------------------------------------------------------------ lists
 
 
-def gathered_tiles(d: Gathering, shape: CallShape, slots: int) -> int:
-    """A bound on the query tiles that are gathered for a head: of each member the last of both kinds may be short."""
-    return -(-shape.rows * slots // d.block) + 2 * -(-shape.k_len // d.keys)
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """A plan [batch or 1, heads or 1, row classes, C] to be listed in tiles, in one call.
+
+    `ends`: int32 [batch or 1, heads or 1, query tiles, runs, 4], the intervals of key tiles that a query tile visits
+    where the plan chooses them: first, end, step, and kind (0: it sees them whole). `first`: the position of the
+    call's first row.
+    """
+
+    d: TileList | Gathering
+    shape: CallShape
+    plan: Tensor
+    ends: Tensor
+    first: int
+
+    @property
+    def rows(self) -> int | None:
+        """Queries of a row class, None where all rows are one."""
+        return 1 if isinstance(self.d, Gathering) else self.d.rows
+
+    @property
+    def block_k(self) -> int:
+        return self.d.keys if isinstance(self.d, Gathering) else self.d.block_k
+
+    @property
+    def k_tiles(self) -> int:
+        return -(-self.shape.k_len // self.block_k)
+
+    @property
+    def members(self) -> int:
+        return -(-self.shape.k_len // self.d.keys)
+
+    @property
+    def slots(self) -> int:
+        """Members that a row class may list."""
+        return self.members if self.plan.dtype == torch.uint8 else self.plan.shape[-1]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the kernels take."""
+        # The classes of single queries are those of the call's rows; those of blocks are of positions.
+        return {
+            "q_tiles": self.ends.shape[2], "k_tiles": self.k_tiles, "class_rows": self.rows or (1 << 31) - 1,
+            "first_row": 0 if self.rows == 1 else self.first, "block_q": _block_q(self.d), "members": self.members,
+            "each": self.d.keys // self.block_k, "slots": self.slots,
+        }  # fmt: skip
+
+    @property
+    def by_kernels(self) -> bool:
+        """Whether kernels make the list."""
+        entries = self.slots * (self.d.keys // self.block_k)
+        if self.plan.dtype == torch.uint8 or self.ends.shape[0] > 1 or not 0 < entries <= lists.MAX_WIDTH:
+            return False
+        counts = 2 * self.k_tiles * lists.chunks_of(self.ends.shape[2], entries)
+        return self.plan.device.type == "cuda" and self.k_tiles > 0 and counts <= lists.MAX_COUNTS
 
 
-def tile_list(d: TileList, decl: InputDecl, plan: Tensor, dims: Sequence[Dim], values: Values) -> Tensor:
-    """The lists of tiles of a plan whose dimensions are `dims`. values: of scalars in the call, without tiles."""
-    kind, q_tile, k_tile = _kinds(d, d.rows, d.block_q, d.block_k, d.of_keys, decl, plan, dims, values)
-    order = _by_keys if d.of_keys else _by_queries
-    head, tiles = order(kind, q_tile, k_tile, *_tiles(d, values.shape))
-    return _joined(decl, head.flatten(2) + LIST_HEAD * head.shape[2], tiles)
-
-
-def gathering(d: Gathering, decl: InputDecl, plan: Tensor, dims: Sequence[Dim], values: Values) -> Tensor:
-    """The rows that chose each member. Parameters as in `tile_list`."""
-    kind, row, member = _kinds(d, 1, 1, d.keys, False, decl, plan, dims, values)
-    slots, members = kind.shape[-1], -(-values.shape.k_len // d.keys)
-    entry = row * slots + torch.arange(slots, device=plan.device)
-    places, entries = _by_keys(kind, entry, member, values.shape.rows * slots, members)
-    # A tile is of one member, and of entries of one kind.
-    begin, count = places[..., :2], places.diff(dim=-1)
-    needed = -(-count // d.block)
-    last = needed.flatten(2).cumsum(-1)
-    tile = torch.arange(gathered_tiles(d, values.shape, slots), device=plan.device)
-    tile = tile.expand(*last.shape[:2], -1).contiguous()
-    group = torch.searchsorted(last, tile, right=True).clamp(max=max(0, 2 * members - 1))
-
-    def of(x: Tensor) -> Tensor:
-        return x.flatten(2).gather(-1, group)
-
-    first = of(begin) + (tile - (last.gather(-1, group) - of(needed))) * d.block
-    end = torch.minimum(first + d.block, of(begin) + of(count))
-    unused = tile >= last[..., -1:]
-    head = LIST_HEAD * (members + tile.shape[-1])
-    tiles = torch.stack((group, torch.where(unused, 0, first) + head, torch.where(unused, 0, end) + head), -1)
-    return _joined(decl, torch.cat((places.flatten(2) + head, tiles.flatten(2)), -1), entries)
-
-
-def _joined(decl: InputDecl, head: Tensor, entries: Tensor) -> Tensor:
-    """What a derived list holds, in the dimensions that it has."""
-    found = torch.cat((head, entries), -1).to(torch.int32)
-    axes = [dim.axis for dim in decl.dims]
-    found = found if Axis.H in axes or Axis.G in axes else found[:, 0]
-    return found if Axis.B in axes else found[0]
-
-
-def _kinds(
-    d: TileList | Gathering, rows: int | None, block_q: int, block_k: int, of_keys: bool, decl: InputDecl,
-    plan: Tensor, dims: Sequence[Dim], values: Values,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """int64 [batch, heads, query tiles, n]: for each tile that a plan lists 0 where it is full, 1 where it is partial
-    and 2 where it does not count; its query tile; its key tile. of_keys: the runs are of query tiles."""
-    shape, device = values.shape, plan.device
-    q_tiles, k_tiles = -(-shape.rows // block_q), -(-shape.k_len // block_k)
-    plan = as_four(plan, dims)
-    if any(dim.axis is Axis.H for dim in decl.dims) and not any(dim.axis is Axis.H for dim in dims):
-        plan = plan.repeat_interleave(shape.heads // plan.shape[1], 1)
-    q_tile = torch.arange(q_tiles, device=device).view(-1, 1)
-    entries, counts = chosen_entries(plan, -(-shape.k_len // d.keys))
-    if plan.shape[2] > 1:
-        # A plan's rows are those of the call, or blocks of positions.
-        assert rows is not None
-        first = 0 if rows == 1 else values.variables["start"]
-        row_class = ((q_tile.flatten() * block_q + first) // rows).clamp(0, plan.shape[2] - 1)
-        entries, counts = (x.index_select(2, row_class) for x in (entries, counts))
-    each = d.keys // block_k
-    k_tile = (entries[..., None] * each + torch.arange(each, device=device)).flatten(-2).to(torch.int64)
-    counts = counts.repeat_interleave(each, -1) & (k_tile < k_tiles)
-    values = values.at(q_tile=q_tile, k_tile=k_tile)
-    full, partial = (
-        _inside(runs, q_tile if of_keys else k_tile, values) & counts for runs in (d.runs.full, d.runs.partial)
-    )
-    size = torch.broadcast_shapes(full.shape, partial.shape, (1, 1, q_tiles, k_tile.shape[-1]))
-    kind = torch.where(full, 0, torch.where(partial, 1, 2)).expand(size)
-    return kind, q_tile.expand(size), k_tile.expand(size)
-
-
-def _tiles(d: TileList, shape: CallShape) -> tuple[int, int]:
-    """How many tiles of queries and of keys a call has."""
-    return -(-shape.rows // d.block_q), -(-shape.k_len // d.block_k)
+def run_ends(d: TileList | Gathering, values: Values) -> Tensor:
+    """`Listing.ends`. values: of scalars in the call."""
+    q_tiles = -(-values.shape.rows // _block_q(d))
+    values = values.at(q_tile=torch.arange(q_tiles, device=values.device).view(1, 1, -1, 1))
+    found = [torch.zeros(1, 1, q_tiles, 0, 4, dtype=torch.int32, device=values.device)]
+    for run in d.runs.full + d.runs.partial:
+        each = torch.zeros(1, 1, q_tiles, 1, dtype=torch.int64, device=values.device)
+        first, count = each + values.tensor(run.first), values.tensor(run.count).clamp(min=0)
+        rest = (torch.full_like(first, run.step), torch.full_like(first, int(run.kind is TileKind.PARTIAL)))
+        columns = torch.broadcast_tensors(first, first + count * run.step, *rest)
+        found.append(torch.stack(columns, -1).to(torch.int32))
+    lead = torch.broadcast_shapes(*(x.shape[:2] for x in found))
+    return torch.cat([x.expand(*lead, q_tiles, -1, 4) for x in found], 3)
 
 
 def as_four(plan: Tensor, dims: Sequence[Dim]) -> Tensor:
@@ -158,30 +134,137 @@ def as_four(plan: Tensor, dims: Sequence[Dim]) -> Tensor:
     return plan if Axis.B in axes else plan[None]
 
 
-def _inside(runs: Sequence[Run], tile: Tensor, values: Values) -> Tensor:
-    """Which tiles are in some of the runs."""
-    found = torch.zeros((), dtype=torch.bool, device=tile.device)
-    for run in runs:
-        after = tile - values.tensor(run.first)
-        inside = (after >= 0) & (after < values.tensor(run.count) * run.step)
-        found = found | (inside if run.step == 1 else inside & (after % run.step == 0))
-    return found
+def of_heads(plan: Tensor, dims: Sequence[Dim], decl: InputDecl, shape: CallShape) -> Tensor:
+    """A plan as `as_four` has it, of query heads where its list has those."""
+    plan, axes = as_four(plan, dims), [dim.axis for dim in dims]
+    if any(dim.axis is Axis.H for dim in decl.dims) and Axis.H not in axes and plan.shape[1] > 1:
+        plan = plan.repeat_interleave(shape.heads // plan.shape[1], 1)
+    return plan
 
 
-def _by_queries(kind: Tensor, q_tile: Tensor, k_tile: Tensor, q_tiles: int, k_tiles: int) -> tuple[Tensor, Tensor]:
-    """Places [..., query tiles, 3] and tiles of the lists of query tiles: each has as much room as the others."""
-    tiles = torch.where(kind < 2, kind * k_tiles + k_tile, 2 * k_tiles).sort(-1).values % max(1, k_tiles)
-    begin = (torch.arange(q_tiles, device=kind.device) * kind.shape[-1]).expand(kind.shape[:-1])
+def list_size(
+    d: TileList | Gathering, decl: InputDecl, plan: Tensor, dims: Sequence[Dim], shape: CallShape
+) -> list[int]:
+    """Sizes of a derived list: in batch and heads the plan's own, unless its tiles differ there."""
+    ends = [e for run in d.runs.full + d.runs.partial for e in (run.first, run.count)]
+    own = {dim.axis: size for dim, size in zip(dims, plan.shape, strict=True)}
+    found = []
+    for dim in decl.dims[:-1]:
+        names, size = (("b",), shape.batch) if dim.axis is Axis.B else (("h", "g"), shape.heads)
+        found.append(size if any(reads(e, *names) for e in ends) else own[dim.axis])
+    members = -(-shape.k_len // d.keys)
+    slots = members if plan.dtype == torch.uint8 else plan.shape[-1]
+    if isinstance(d, Gathering):
+        return [*found, LIST_HEAD * (members + gathered_tiles(d, shape, slots)) + shape.rows * slots]
+    q_tiles, k_tiles = -(-shape.rows // d.block_q), -(-shape.k_len // d.block_k)
+    return [*found, LIST_HEAD * (k_tiles if d.of_keys else q_tiles) + q_tiles * slots * (d.keys // d.block_k)]
+
+
+def gathered_tiles(d: Gathering, shape: CallShape, slots: int) -> int:
+    """A bound on the query tiles that are gathered for a head: of each member the last of both kinds may be short."""
+    return -(-shape.rows * slots // d.block) + 2 * -(-shape.k_len // d.keys)
+
+
+def listed(found: Listing, decl: InputDecl) -> Tensor:
+    """What a derived list holds, in the dimensions that it has."""
+    batch, heads = (max(a, b) for a, b in zip(found.plan.shape[:2], found.ends.shape[:2], strict=True))
+    found = _expanded(found, batch, heads)
+    if isinstance(found.d, Gathering):
+        made = _gathering(found, found.d)
+    else:
+        made = _of_keys(found) if found.d.of_keys else _of_queries(found)
+    axes = [dim.axis for dim in decl.dims]
+    made = made if Axis.H in axes or Axis.G in axes else made[:, 0]
+    return made if Axis.B in axes else made[0]
+
+
+def _expanded(found: Listing, batch: int, heads: int) -> Listing:
+    return Listing(found.d, found.shape, found.plan.expand(batch, heads, -1, -1), found.ends, found.first)
+
+
+def _block_q(d: TileList | Gathering) -> int:
+    return 1 if isinstance(d, Gathering) else d.block_q
+
+
+def _of_queries(found: Listing) -> Tensor:
+    """Lists of query tiles: each has as much room as the others."""
+    if found.by_kernels:
+        return lists.by_queries(found.plan, found.ends[0], found.sizes)
+    kind, k_tile = _kinds(found)
+    tiles = torch.where(kind < 2, kind * found.k_tiles + k_tile, 2 * found.k_tiles).sort(-1).values
+    q_tiles, entries = kind.shape[2:]
+    begin = (torch.arange(q_tiles, device=kind.device) * entries + LIST_HEAD * q_tiles).expand(kind.shape[:-1])
     full = begin + (kind == 0).sum(-1)
-    return torch.stack((begin, full, full + (kind == 1).sum(-1)), -1), tiles.flatten(-2)
+    head = torch.stack((begin, full, full + (kind == 1).sum(-1)), -1)
+    return torch.cat((head.flatten(2), (tiles % max(1, found.k_tiles)).flatten(2)), -1).to(torch.int32)
 
 
-def _by_keys(kind: Tensor, q_tile: Tensor, k_tile: Tensor, q_tiles: int, k_tiles: int) -> tuple[Tensor, Tensor]:
-    """The same of the lists of key tiles, one after another."""
-    place = torch.where(kind < 2, (2 * k_tile + kind) * q_tiles + q_tile, 2 * k_tiles * q_tiles)
-    if 2 * k_tiles * q_tiles < 1 << 31:
-        place = place.to(torch.int32)
-    place = place.flatten(-2).sort(-1).values
-    ends = torch.arange(0, 2 * k_tiles + 1, dtype=place.dtype, device=kind.device) * q_tiles
-    ends = torch.searchsorted(place, ends.expand(*place.shape[:-1], -1).contiguous())
-    return torch.stack((ends[..., :-2:2], ends[..., 1::2], ends[..., 2::2]), -1), place % max(1, q_tiles)
+def _of_keys(found: Listing) -> Tensor:
+    """Lists of key tiles, one after another."""
+    made, places = _by_keys(found, LIST_HEAD * found.k_tiles, codes=0)
+    made[..., : LIST_HEAD * found.k_tiles] = places.flatten(2)
+    return made
+
+
+def _gathering(found: Listing, d: Gathering) -> Tensor:
+    """The entries of members, and the query tiles that they make."""
+    count = gathered_tiles(d, found.shape, found.slots)
+    head = LIST_HEAD * (found.members + count)
+    made, places = _by_keys(found, head, codes=max(1, found.slots))
+    # A tile is of one member, and of entries of one kind.
+    begin, size = places[..., :2].flatten(2), places.diff(dim=-1).flatten(2)
+    last = ((size + d.block - 1) // d.block).cumsum(-1, dtype=torch.int32)
+    tile = torch.arange(count, dtype=torch.int32, device=last.device).expand(*last.shape[:2], -1).contiguous()
+    group = torch.searchsorted(last, tile, right=True).clamp(max=max(0, 2 * found.members - 1))
+    earlier = pad(last, (1, 0))[..., :-1]
+
+    def of(x: Tensor) -> Tensor:
+        return x.gather(-1, group)
+
+    if found.members:
+        first = of(begin) + (tile - of(earlier)) * d.block
+        end = torch.minimum(first + d.block, of(begin) + of(size))
+        # The same place twice where a tile is not needed.
+        tiles = torch.stack((group, first, torch.where(tile < last[..., -1:], end, first)), -1)
+        made[..., LIST_HEAD * found.members : head] = tiles.flatten(2)
+    made[..., : LIST_HEAD * found.members] = places.flatten(2)
+    return made
+
+
+def _by_keys(found: Listing, head: int, codes: int) -> tuple[Tensor, Tensor]:
+    """int32 [batch, heads, head + entries], the first `head` numbers of it left open, and the places [batch, heads, key
+    tiles, 3] where the entries of each kind begin, and where they end. codes: as `lists.by_keys` has it."""
+    if found.by_kernels:
+        made, ends = lists.by_keys(found.plan, found.ends[0], found.sizes, head, codes)
+        places = ends + head
+    else:
+        kind, k_tile = _kinds(found)
+        q_tile = torch.arange(kind.shape[2], device=kind.device).view(-1, 1)
+        code = q_tile * codes + torch.arange(kind.shape[3], device=kind.device) if codes else q_tile
+        most = max(1, kind.shape[2] * max(1, codes))
+        place = torch.where(kind < 2, (2 * k_tile + kind) * most + code, 2 * found.k_tiles * most)
+        place = place.flatten(2).sort(-1).values
+        ends = torch.arange(2 * found.k_tiles + 1, device=kind.device) * most
+        places = torch.searchsorted(place, ends.expand(*place.shape[:2], -1).contiguous()) + head
+        made = torch.cat((place.new_zeros(*place.shape[:2], head), place % most), -1).to(torch.int32)
+    return made, torch.stack((places[..., :-2:2], places[..., 1::2], places[..., 2::2]), -1).to(torch.int32)
+
+
+def _kinds(found: Listing) -> tuple[Tensor, Tensor]:
+    """int64 [batch, heads, query tiles, n]: for each tile that a plan lists 0 where its query tile sees it whole, 1
+    where in part, and 2 where it does not count; and the key tile."""
+    device, sizes, rows = found.plan.device, found.sizes, found.rows
+    entries, counts = chosen_entries(found.plan, found.members)
+    q_tile = torch.arange(sizes["q_tiles"], device=device)
+    row_class = torch.zeros_like(q_tile)
+    if rows is not None:
+        row_class = ((q_tile * sizes["block_q"] + sizes["first_row"]) // rows).clamp(0, found.plan.shape[2] - 1)
+    entries, counts = (x.index_select(2, row_class) for x in (entries, counts))
+    each = sizes["each"]
+    k_tile = (entries[..., None] * each + torch.arange(each, device=device)).flatten(-2).to(torch.int64)
+    counts = counts.repeat_interleave(each, -1) & (k_tile < found.k_tiles)
+    kind = torch.full_like(k_tile, 2)
+    for first, end, step, of_kind in (column.unbind(-1) for column in found.ends[..., None, :].unbind(3)):
+        inside = counts & (k_tile >= first) & (k_tile < end) & ((k_tile - first) % step == 0)
+        kind = torch.where(inside, of_kind.to(torch.int64), kind)
+    return kind, k_tile

@@ -1,0 +1,199 @@
+"""Kernels that make lists of tiles from a plan. Read as text, and compiled for a device when it first needs them.
+
+A program reads some rows of a plan that lists members, [batch, heads, classes, slots]; an entry counts if it is a
+member above all before it. With the tiles of a query tile in a few intervals (`ends`: first, end, step and kind for
+each), those that it sees whole are of kind 0, those that it sees in part of kind 1.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def later(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def kinds(
+    plan_ptr,
+    stride_b,
+    stride_h,
+    stride_r,
+    stride_c,
+    ends_ptr,
+    b,
+    h,
+    tile,
+    n,
+    q_tiles,
+    k_tiles,
+    classes,
+    class_rows,
+    first_row,
+    block_q,
+    members,
+    each,
+    slots,
+    ends_head,
+    runs,
+):
+    """[tiles, entries]: the key tiles that query tiles list, and their kind, -1 where they do not count."""
+    row_class = tl.minimum((tile * block_q + first_row) // class_rows, classes - 1)
+    row = plan_ptr + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + row_class.to(tl.int64) * stride_r
+    there = (tile < q_tiles) & (n < slots * each)
+    slot = n // each
+    entry = tl.load(row + slot * stride_c, mask=there, other=-1)
+    earlier = tl.load(row + (slot - 1) * stride_c, mask=there & (slot > 0), other=-1)
+    # Members are counted in 32 bits, whatever the plan has.
+    entry = tl.minimum(tl.maximum(entry, -1), 2147483647).to(tl.int32)
+    earlier = tl.minimum(tl.maximum(earlier, -1), 2147483647).to(tl.int32)
+    before = tl.associative_scan(earlier, 1, later)
+    k_tile = tl.minimum(entry, members) * each + n % each
+    counts = there & (entry > before) & (entry < members) & (k_tile < k_tiles)
+    kind = tl.full(k_tile.shape, -1, tl.int32)
+    for i in range(runs):
+        at = ends_ptr + h * ends_head + (tl.minimum(tile, q_tiles - 1) * runs + i) * 4
+        low, high, step = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+        inside = counts & (k_tile >= low) & (k_tile < high) & ((k_tile - low) % step == 0)
+        kind = tl.where(inside, tl.load(at + 3), kind)
+    return k_tile, kind
+
+
+@triton.jit
+def list_by_queries(
+    plan_ptr,
+    stride_b,
+    stride_h,
+    stride_r,
+    stride_c,
+    ends_ptr,
+    out_ptr,
+    out_head,
+    heads,
+    q_tiles,
+    k_tiles,
+    classes,
+    class_rows,
+    first_row,
+    block_q,
+    members,
+    each,
+    slots,
+    ends_head,
+    runs,
+):
+    """The key tiles of one query tile."""
+    WIDTH: tl.constexpr = 16
+    tile = tl.program_id(0) % q_tiles
+    head = tl.program_id(0) // q_tiles
+    n = tl.arange(0, WIDTH)
+    k_tile, kind = kinds(
+        plan_ptr, stride_b, stride_h, stride_r, stride_c, ends_ptr, head // heads, head % heads,
+        tile + tl.zeros([1, 1], tl.int32), n[None, :], q_tiles, k_tiles, classes, class_rows, first_row, block_q,
+        members, each, slots, ends_head, runs,
+    )  # fmt: skip
+    k_tile, kind = tl.reshape(k_tile, [WIDTH]), tl.reshape(kind, [WIDTH])
+    full, partial = (kind == 0).to(tl.int32), (kind == 1).to(tl.int32)
+    out = out_ptr + head.to(tl.int64) * out_head
+    begin = 3 * q_tiles + tile * slots * each
+    middle = begin + tl.sum(full, 0)
+    tl.store(out + 3 * tile, begin)
+    tl.store(out + 3 * tile + 1, middle)
+    tl.store(out + 3 * tile + 2, middle + tl.sum(partial, 0))
+    tl.store(out + begin + tl.cumsum(full, 0) - 1, k_tile, mask=kind == 0)
+    tl.store(out + middle + tl.cumsum(partial, 0) - 1, k_tile, mask=kind == 1)
+
+
+@triton.jit
+def count_by_keys(
+    plan_ptr,
+    stride_b,
+    stride_h,
+    stride_r,
+    stride_c,
+    ends_ptr,
+    counts_ptr,
+    counts_head,
+    heads,
+    q_tiles,
+    k_tiles,
+    classes,
+    class_rows,
+    first_row,
+    block_q,
+    members,
+    each,
+    slots,
+    ends_head,
+    runs,
+    chunks,
+):
+    """How many entries of a chunk of query tiles go to each group: a key tile and a kind."""
+    WIDTH: tl.constexpr = 16
+    ROWS: tl.constexpr = 128 // WIDTH
+    chunk = tl.program_id(0) % chunks
+    head = tl.program_id(0) // chunks
+    tile = chunk * ROWS + tl.arange(0, ROWS)
+    n = tl.arange(0, WIDTH)
+    k_tile, kind = kinds(
+        plan_ptr, stride_b, stride_h, stride_r, stride_c, ends_ptr, head // heads, head % heads, tile[:, None],
+        n[None, :], q_tiles, k_tiles, classes, class_rows, first_row, block_q, members, each, slots, ends_head, runs,
+    )  # fmt: skip
+    at = counts_ptr + head.to(tl.int64) * counts_head + (2 * k_tile + kind).to(tl.int64) * chunks + chunk
+    # Whole numbers: their sum has no order.
+    tl.atomic_add(at, 1, mask=kind >= 0, sem="relaxed")
+
+
+@triton.jit
+def place_by_keys(
+    plan_ptr,
+    stride_b,
+    stride_h,
+    stride_r,
+    stride_c,
+    ends_ptr,
+    counts_ptr,
+    counts_head,
+    out_ptr,
+    out_head,
+    heads,
+    q_tiles,
+    k_tiles,
+    classes,
+    class_rows,
+    first_row,
+    block_q,
+    members,
+    each,
+    slots,
+    ends_head,
+    runs,
+    chunks,
+    begin,
+    codes,
+):
+    """Write the entries of a chunk to their places: counts are sums by now, of all before and of the group itself.
+
+    codes: an entry is written as query tile * codes + its place in the row (0: as the query tile).
+    """
+    WIDTH: tl.constexpr = 16
+    ROWS: tl.constexpr = 128 // WIDTH
+    chunk = tl.program_id(0) % chunks
+    head = tl.program_id(0) // chunks
+    tile = chunk * ROWS + tl.arange(0, ROWS)
+    n = tl.arange(0, WIDTH)
+    k_tile, kind = kinds(
+        plan_ptr, stride_b, stride_h, stride_r, stride_c, ends_ptr, head // heads, head % heads, tile[:, None],
+        n[None, :], q_tiles, k_tiles, classes, class_rows, first_row, block_q, members, each, slots, ends_head, runs,
+    )  # fmt: skip
+    group = tl.reshape(tl.where(kind >= 0, 2 * k_tile + kind, -1), [128])
+    code = tl.where(codes > 0, tile[:, None] * codes + n[None, :], tile[:, None] + n[None, :] * 0)
+    code = tl.reshape(code, [128])
+    order = tl.arange(0, 128)
+    same = (group[:, None] == group[None, :]) & (order[None, :] < order[:, None])
+    rank = tl.sum(same.to(tl.int32), 1)
+    at = group.to(tl.int64) * chunks + chunk
+    counts = counts_ptr + head.to(tl.int64) * counts_head
+    before = tl.load(counts + at - 1, mask=(group >= 0) & (at > 0), other=0)
+    tl.store(out_ptr + head.to(tl.int64) * out_head + begin + before + rank, code, mask=group >= 0)

@@ -1,0 +1,84 @@
+"""Lists of tiles: the kernels that make them against torch, on plans that nobody checked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from attndsl.derivation import Gathering, TileList
+from attndsl.program import Axis, CallShape, Dim, InputDecl, Type
+from attndsl.runtime import lists
+from attndsl.runtime.plans import Listing, gathered_tiles, listed
+from attndsl.runtime.triton_launch import INTERPRETED
+from attndsl.tiles import LIST_HEAD, TileRuns
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter"),
+    pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter"),
+]
+DECL = InputDecl("x", Type.INT, (Dim(Axis.B), Dim(Axis.H), Dim(Axis.LIST)))
+NONE = TileRuns((), ())
+KINDS: dict[str, tuple[TileList | Gathering, CallShape, int]] = {
+    "queries": (TileList("p", 16, 16, 16, 16, False, NONE), CallShape(2, 2, 2, 40, 40, 8, 8), 3),
+    "several_tiles": (TileList("p", 32, 32, 16, 8, False, NONE), CallShape(2, 2, 2, 75, 75, 8, 8), 3),
+    "keys": (TileList("p", 32, 32, 16, 8, True, NONE), CallShape(2, 2, 2, 75, 75, 8, 8), 3),
+    "one_class": (TileList("p", None, 32, 16, 16, True, NONE), CallShape(2, 2, 2, 40, 175, 8, 8), 1),
+    "rows": (Gathering("p", 16, 4, NONE), CallShape(2, 2, 2, 75, 90, 8, 8), 75),
+}
+
+
+def random_listing(name: str, slots: int, apart: int, seed: int) -> Listing:
+    d, shape, classes = KINDS[name]
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(low: int, high: int, *size: int) -> Tensor:
+        return torch.randint(low, high, size, generator=generator)
+
+    plan = integers(-2, -(-shape.k_len // d.keys) + 3, 2, 2, classes, slots)
+    plan = plan.sort(-1).values if seed % 3 else plan
+    block_q, block_k = (1, d.keys) if isinstance(d, Gathering) else (d.block_q, d.block_k)
+    q_tiles, k_tiles = -(-shape.rows // block_q), -(-shape.k_len // block_k)
+    # Whole up to some tile, and some of every first or second after it in part.
+    whole = integers(0, k_tiles, apart, q_tiles)
+    ends = torch.ones(1, apart, q_tiles, 2, 4, dtype=torch.int32)
+    ends[0, ..., 0, 0], ends[0, ..., 0, 1], ends[..., 0, 3] = 0, whole, 0
+    ends[0, ..., 1, 0], ends[0, ..., 1, 1] = whole, whole + integers(0, k_tiles + 1, apart, q_tiles)
+    ends[0, ..., 1, 2] = integers(1, 3, apart, q_tiles)
+    return Listing(d, shape, plan.to(torch.int32 if seed % 2 else torch.int64), ends, shape.k_len - shape.rows)
+
+
+def said(found: Listing, made: Tensor) -> list[list[int]]:
+    """What a list says of each batch entry, head and own tile: the entries of each kind, and of a gathered tile what it
+    is of."""
+    q_tiles = found.ends.shape[2]
+    rows = found.k_tiles if isinstance(found.d, Gathering) or found.d.of_keys else q_tiles
+    gathered = gathered_tiles(found.d, found.shape, found.slots) if isinstance(found.d, Gathering) else 0
+    result = []
+    for row in made.flatten(0, 1).tolist():
+        for t in range(rows):
+            begin, middle, end = row[LIST_HEAD * t : LIST_HEAD * t + 3]
+            result.append([*row[begin:middle], -1, *row[middle:end]])
+        for t in range(rows, rows + gathered):
+            group, begin, end = row[LIST_HEAD * t : LIST_HEAD * t + 3]
+            result.append([group, *row[begin:end]] if begin < end else [])
+    return result
+
+
+@settings(max_examples=12)
+@given(st.sampled_from(sorted(KINDS)), st.integers(1, 6), st.integers(1, 2), st.integers(0, 99))
+def test_kernels_make_what_torch_makes(name: str, slots: int, apart: int, seed: int) -> None:
+    found = random_listing(name, slots, apart, seed)
+    expected = listed(found, DECL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Listing, "by_kernels", True)
+        made = listed(found, DECL)
+    assert made.shape == expected.shape
+    assert said(found, made) == said(found, expected)
+
+
+def test_widths() -> None:
+    assert [lists.width_of(n) for n in (1, 2, 3, 9, 128)] == [2, 2, 4, 16, 128]
+    assert lists.chunks_of(100, 9) == 13
