@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 import islpy as isl
@@ -97,6 +97,13 @@ class Relation:
             return False
 
         return frozenset(filter(holds, ("k <= q", "q <= k")))
+
+    def at(self, q_len: int, k_len: int, start: int) -> Relation:
+        """The relation for one Nq and Nk, and one position of a call's first row."""
+        known = f"[Nq, Nk, start] -> {{ : Nq = {q_len} and Nk = {k_len} and start = {start} }}"
+        lengths = isl.Set.read_from_str(self.pairs.get_ctx(), known)
+        pairs = self.pairs.intersect_params(lengths).coalesce()
+        return replace(self, pairs=pairs, context=self.context.intersect(lengths))
 
     def project_atoms(self, pairs: isl.Set) -> isl.Set:
         """{ [q, k] } that are in `pairs` for some value of the data atoms."""
