@@ -24,7 +24,7 @@ from attndsl.branches import Part, Visible
 from attndsl.derivation import Random
 from attndsl.derive import derive
 from attndsl.diagnostics import error
-from attndsl.effort import TooHard, bounded
+from attndsl.effort import EFFORT, TooHard, bounded
 from attndsl.isl_sets import choose, coarse_pairs, fold, place_pairs, project_param
 from attndsl.placing import Coordinates, placed
 from attndsl.program import (
@@ -62,6 +62,7 @@ from attndsl.quasi_affine import condition
 MAX_CASES = 256
 # Positions are below 2**POSITION_BITS.
 POSITION_BITS = 31
+_TOO_HARD = "too hard for exact sets within the effort bound: masked pair by pair"
 
 
 class NotAffine(Exception):
@@ -90,10 +91,9 @@ class Relation:
         ctx = self.pairs.get_ctx()
 
         def holds(order: str) -> bool:
+            every = isl.Set.read_from_str(ctx, f"{{ [q, k] : {order} }}")
             with suppress(TooHard):
-                return bounded(
-                    ctx, lambda: bool(self.pairs.is_subset(isl.Set.read_from_str(ctx, f"{{ [q, k] : {order} }}")))
-                )
+                return bounded(ctx, lambda: bool(self.pairs.is_subset(every)))
             return False
 
         return frozenset(filter(holds, ("k <= q", "q <= k")))
@@ -102,8 +102,7 @@ class Relation:
         """The relation for one Nq and Nk, and one position of a call's first row."""
         known = f"[Nq, Nk, start] -> {{ : Nq = {q_len} and Nk = {k_len} and start = {start} }}"
         lengths = isl.Set.read_from_str(self.pairs.get_ctx(), known)
-        pairs = self.pairs.intersect_params(lengths).coalesce()
-        return replace(self, pairs=pairs, context=self.context.intersect(lengths))
+        return replace(self, pairs=self.pairs.intersect_params(lengths), context=self.context.intersect(lengths))
 
     def project_atoms(self, pairs: isl.Set) -> isl.Set:
         """{ [q, k] } that are in `pairs` for some value of the data atoms."""
@@ -150,7 +149,13 @@ class Lowering:
         return isl.PwAff.read_from_str(self.ctx, text)
 
     def relation(self, pattern: Set) -> Relation:
-        return self._existing(self.lower(pattern, self.here), 1)
+        written = self.lower(pattern, self.here)
+        try:
+            pairs = bounded(self.ctx, lambda: self._existing(written, 1), EFFORT // 4)
+        except TooHard:
+            self.notes.append(_TOO_HARD)
+            pairs = self._existing(self._atom(self.predicate(pattern), self.here), 1)
+        return self._of(pairs, 1)
 
     def entries(self, part: Part) -> Relation:
         """The entries of a part's view that rows see. Raises `PatternError` (A912) where data at keys decides."""
@@ -170,23 +175,27 @@ class Lowering:
             seen = written.complement().apply(extent).complement()
         else:
             seen = written.intersect(self.set("[Nk] -> { [q, k] : 0 <= k < Nk }")).apply(extent)
-        return self._existing(seen.coalesce(), stride)
+        return self._of(self._existing(seen.coalesce(), stride), stride)
 
-    def _existing(self, written: isl.Set, stride: int) -> Relation:
-        """The pairs of existing keys, tokens or one every `stride` tokens, that `written` allows."""
+    def _existing(self, written: isl.Set, stride: int) -> isl.Set:
+        """The pairs of existing keys, tokens or one every `stride` tokens, that `written` allows, put plainly."""
         pairs = written.intersect(self.set(f"[Nk] -> {{ [q, k] : 0 <= k and {stride} k < Nk }}"))
-        context = self.context()
+        context = self._lengths()
         if not self.program.align_start:
-            # One length: queries end where keys do.
-            context = context.intersect(self.set("[Nq, Nk] -> { : Nq = Nk }"))
             pairs = project_param(pairs.intersect_params(context), "Nq")
         # Rows end with the keys or, under `align start`, with Nq: what only longer sequences could hold goes.
         longest = self.set(f"{{ [q, k] : q <= {1 << POSITION_BITS} }}")
-        pairs = pairs.intersect(longest).gist(longest).gist_params(context)
-        pairs = pairs.coalesce()
+        return pairs.intersect(longest).gist(longest).gist_params(context).coalesce()
+
+    def _of(self, pairs: isl.Set, stride: int) -> Relation:
         uniform = {name: e for name, e in self.uniform.items() if self._involves(pairs, name)}
         atoms = {name: e for name, e in self.atoms.items() if self._involves(pairs, name)}
-        return Relation(pairs, uniform, atoms, context, tuple(self.notes), stride)
+        return Relation(pairs, uniform, atoms, self._lengths(), tuple(self.notes), stride)
+
+    def _lengths(self) -> isl.Set:
+        """What is known of the parameters. Without `align start` there is one length: queries end where keys do."""
+        one = self.set("[Nq, Nk] -> { : Nq = Nk }")
+        return self.context() if self.program.align_start else self.context().intersect(one)
 
     def _involves(self, pairs: isl.Set, name: str) -> bool:
         position = pairs.find_dim_by_name(isl.dim_type.param, name)
@@ -198,10 +207,8 @@ class Lowering:
         context = self.set(f"[Nq, Nk] -> {{ : 1 <= Nq <= {longest} and 1 <= Nk <= {longest} }}")
         for name, scalar in [*self.uniform.items(), *self.atoms.items()]:
             low, high = self._range(scalar)
-            if low is not None:
-                context = context.intersect(self.set(f"[{name}] -> {{ : {name} >= {low} }}"))
-            if high is not None:
-                context = context.intersect(self.set(f"[{name}] -> {{ : {name} <= {high} }}"))
+            bounds = (f"{name} {op} {end}" for op, end in ((">=", low), ("<=", high)) if end is not None)
+            context = context.intersect(self.set(f"[{name}] -> {{ : {' and '.join(bounds) or 'true'} }}"))
         return context
 
     def _range(self, scalar: Scalar) -> tuple[int | None, int | None]:
@@ -257,7 +264,7 @@ class Lowering:
         try:
             return bounded(self.ctx, lambda: step().coalesce())
         except TooHard:
-            self.notes.append("too hard for exact sets within the effort bound: masked pair by pair")
+            self.notes.append(_TOO_HARD)
             if isinstance(pattern, Coarsen):
                 self._too_hard.add(pattern)
             return self._atom(self.predicate(pattern, place), self.here)

@@ -76,7 +76,10 @@ class Engine:
         backend: str,
         dropout: Dropout | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Output [B, Hq, Nq, Dv] and lse float32 [B, Hq, Nq] (float64 for float64 tensors)."""
+        """Output [B, Hq, Nq, Dv] and lse float32 [B, Hq, Nq] (float64 for float64 tensors).
+
+        Kernels want the last dimension of q, k and v dense, and take other strides: where it is not, these are copied.
+        """
         pointers = q.data_ptr() | k.data_ptr() | v.data_ptr()
         if self._views:
             inputs = self._dense(inputs)
@@ -84,12 +87,27 @@ class Engine:
         key = _kind(q, k, v, inputs, scale, backend, dropout, pointers)
         launch = self._prepared.get(key)
         if launch is None:
-            made = self._prepare(q, k, v, inputs, scale, backend, key[-1], dropout is not None)
-            launch = self._keep(key, made)
+            if any(x.dim() and x.stride(-1) != 1 and not x.is_contiguous() for x in (q, k, v)):
+                launch = self._on_copies(backend)
+            else:
+                launch = self._prepare(q, k, v, inputs, scale, backend, key[-1], dropout is not None)
+            self._keep(key, launch)
         if inputs and not k.shape[2]:
             inputs = self._readable(inputs)
         result: tuple[Tensor, Tensor] = launch(q, k, v, inputs, args, scale, dropout)
         return result
+
+    def _on_copies(self, backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        """The launch of calls whose tensors have to be copied."""
+
+        def launch(
+            q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+            dropout: Dropout | None,
+        ) -> tuple[Tensor, Tensor]:  # fmt: skip
+            dense = q.contiguous(), k.contiguous(), v.contiguous()
+            return self.forward(*dense, inputs, args, scale, backend, dropout)
+
+        return launch
 
     def backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,

@@ -53,7 +53,7 @@ def attend(
     if wants_gradients(tensors):
         out = _Attend.apply(key, scale, backend, args, rate, given, q, k, v, *inputs)
         return out
-    return _forward(key, q, k, v, inputs, args, scale, backend, rate, given)
+    return engine_of(key).forward(q, k, v, inputs, args, scale, backend, _dropout(rate, given))
 
 
 def _transformed() -> bool:
@@ -119,9 +119,6 @@ def _forward(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    # The kernels want the last dimension dense; other strides are theirs to handle.
-    if q.dim() and k.dim() and v.dim() and not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return engine_of(key).forward(q, k, v, inputs, args, scale, backend, _dropout(dropout, seed))
 
 

@@ -105,7 +105,10 @@ class TritonForward:
         dropout: Dropout | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         out, lse = self._output(q)
-        self.into(out, lse, q, k, v, inputs, args, scale, dropout)
+        if self.grid:
+            # As `into` does it: a call more would take as long as a launch's tenth.
+            scale = self.default_scale if scale is None else scale
+            self._launch((q, k, v, out, lse, scale, *inputs, *args, *(dropout.values() if dropout else ())))
         return out, lse
 
     def into(
