@@ -169,7 +169,7 @@ class Attention:
         """
         from attndsl.runtime.compose import make_views
 
-        return make_views(self._composition, k, v)
+        return make_views(self._key, self._composition, k, v)
 
     def decode(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, page_table: Tensor | None = None, *,

@@ -55,7 +55,7 @@ def view_backward(
     scalars = _scalars(program, spec, view, follows)
     return BackwardPlan(
         with_needed(program, ()), spec, tiling, runs, mask, **scalars, key_tiling=key_tiling, key_runs=key_runs,
-        **slopes(program, scalars), uses_lse=uses_lse, follows=follows, view=view,
+        key_mask=mask, **slopes(program, scalars), uses_lse=uses_lse, follows=follows, view=view,
     )  # fmt: skip
 
 

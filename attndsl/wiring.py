@@ -36,6 +36,7 @@ def engine(program: Program) -> Engine:
         triton_select=_printer("triton_select", "select_source"),
         triton_diagonals=_printer("triton_learned", "diagonals_source"),
         triton_pairs=_printer("triton_learned", "pairs_sources"),
+        triton_pool=_printer("triton_pool", "pool_source"),
     )
     return Engine(program, printers)
 

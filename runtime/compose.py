@@ -19,15 +19,13 @@ from attndsl.runtime.pool import pooled
 Views = Mapping[str, tuple[Tensor, Tensor]]
 
 
-def make_views(composition: Composition, k: Tensor, v: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def make_views(key: str, composition: Composition, k: Tensor, v: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """The entries of every pooled view, keys [B, Hkv, entries, D] and values [B, Hkv, entries, Dv], by its name."""
-    return {pooling.name: _made(pooling, k, v) for pooling in composition.pools}
+    return {pooling.name: _made(key, pooling, k, v) for pooling in composition.pools}
 
 
-def _made(pooling: Pooling, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    pool = pooling.pool
-    how = (pool.function.value, pool.size, pool.stride)
-    return pooled(k, *how), pooled(v, *how)
+def _made(key: str, pooling: Pooling, k: Tensor, v: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    return pooled(key, k, pooling.pool, backend), pooled(key, v, pooling.pool, backend)
 
 
 def attend_composed(
@@ -47,7 +45,7 @@ def attend_composed(
     checked_values(key, given, args)
     check_inputs(program, shape, given, q.device)
     inputs = {decl.name: x for decl, x in zip(program.inputs, given, strict=True)}
-    made = _entries(composition, k, v, views)
+    made = _entries(key, composition, k, v, views, backend)
     attended: dict[str, State] = {}
     for own_key, (name, part) in zip(keys, composition.branches, strict=True):
         own = [made[decl.name] if decl.name in made else inputs[decl.name] for decl in part.inputs]
@@ -62,12 +60,15 @@ def attend_composed(
     return found[0].to(q.dtype).expand(shape.batch, shape.heads, shape.rows, shape.v_dim), found[1]
 
 
-def _entries(composition: Composition, k: Tensor, v: Tensor, views: Views | None) -> dict[str, Tensor]:
+def _entries(
+    key: str, composition: Composition, k: Tensor, v: Tensor, views: Views | None, backend: str
+) -> dict[str, Tensor]:
     """The tensors of pooled views by the inputs that hold them: those handed in, or made here."""
     if views is not None and set(views) != set(composition.names):
         names = ", ".join(f"`{name}`" for name in composition.names) or "none"
         raise error("A565", f"the views of this attention are {names}", help="pass what `attn.views(k, v)` returns")
     found: dict[str, Tensor] = {}
     for pooling in composition.pools:
-        found[pooling.keys], found[pooling.values] = _made(pooling, k, v) if views is None else views[pooling.name]
+        made = _made(key, pooling, k, v, backend) if views is None else views[pooling.name]
+        found[pooling.keys], found[pooling.values] = made
     return found

@@ -15,6 +15,7 @@ from attndsl.diagnostics import error
 from attndsl.listing import even_start
 from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.plan import Backend, BackwardPlan, DType, ForwardPlan, Loads, Spec, Tiling
+from attndsl.pooling import PoolPlan
 from attndsl.program import CallShape, Program, TableDecl, Type
 from attndsl.properties import takes_more_rows_than_keys
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
@@ -48,6 +49,7 @@ class Generators:
     triton_select: Callable[[SelectPlan], str]
     triton_diagonals: Callable[[BackwardPlan], str]
     triton_pairs: Callable[[BackwardPlan], Mapping[int, str]]
+    triton_pool: Callable[[PoolPlan], str]
 
 
 @dataclass(slots=True)

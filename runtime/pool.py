@@ -1,30 +1,105 @@
 """Pooled views: each entry a function of the tokens of its extent that are present, and the gradient of that.
 
-The operators `attndsl::pool` and `attndsl::pool_backward`. Sums are in float32 (float64 of float64), in one order.
+The operators `attndsl::pool` and `attndsl::pool_backward`: generated kernels on GPUs, torch elsewhere. Sums are in
+float32 (float64 of float64), in one order; nothing waits for the device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import Library
 
+from attndsl.branches import Pool, PoolFunction
+from attndsl.pooling import PoolPlan
+from attndsl.runtime.call import device_target, dtype_of
+from attndsl.runtime.engine import MAX_PREPARED, empty_gradient
+from attndsl.runtime.launcher import Slot
+from attndsl.runtime.registry import engine_of
+from attndsl.runtime.triton_version import interpreted
+
 _LIBRARY = Library("attndsl", "FRAGMENT")
-_LIBRARY.define("pool(Tensor x, str function, int size, int stride) -> Tensor")
-_LIBRARY.define("pool_backward(Tensor gradient, Tensor x, str function, int size, int stride) -> Tensor")
+_LIBRARY.define("pool(str program, Tensor x, str function, int size, int stride, bool kernel) -> Tensor")
+_LIBRARY.define(
+    "pool_backward(str program, Tensor gradient, Tensor x, str function, int size, int stride, bool kernel) -> Tensor"
+)
+# Launches by kind of call.
+_PREPARED: dict[Any, Callable[[Sequence[Any]], None]] = {}
+_WARPS = 4
 
 
-def pooled(x: Tensor, function: str, size: int, stride: int) -> Tensor:
-    """The entries of x [B, H, N, D]: [B, H, ceil(N / stride), D] in its dtype; entry j is over the tokens
-    [j * stride, j * stride + size) below N."""
-    return torch.ops.attndsl.pool(x, function, size, stride)  # type: ignore[no-any-return]
+def pooled(program: str, x: Tensor, pool: Pool, backend: str = "auto") -> Tensor:
+    """The entries of x [B, H, N, D]: [B, H, ceil(N / stride), D] in its dtype, dense; entry j is over the tokens
+    [j * stride, j * stride + size) below N.
+
+    program: the key of the attention, which knows the printers. backend: where it is "triton" kernels are interpreted
+    on tensors of the CPU.
+    """
+    kernel = x.is_cuda or (backend == "triton" and interpreted())
+    found: Tensor = torch.ops.attndsl.pool(program, x, pool.function.value, pool.size, pool.stride, kernel)
+    return found
 
 
-def entries(tokens: int | torch.SymInt, stride: int) -> Any:
+def entries(tokens: Any, stride: int) -> Any:
     """How many entries so many tokens have."""
     return (tokens + stride - 1) // stride
+
+
+# ---------------------------------------------------------------------------------------- kernels
+
+
+def _launch(program: str, plan: PoolPlan, function: str, owned: int, x: Tensor, others: Sequence[Tensor]) -> None:
+    """Run a kernel on x and the tensors that it has beside: `others`, in the order of its parameters.
+
+    owned: blocks of what its programs own.
+    """
+    from attndsl.runtime.triton_launch import POINTER, prepare_small
+
+    batch, heads, tokens, _ = x.shape
+    grid = batch * heads * owned
+    if not grid:
+        return
+    names = {"pool_tokens": ("pooled",), "pick_tokens": ("picked",), "spread_entries": ("gradient", "picked")}[function]
+    key = (plan, function, x.shape, x.stride(), x.dtype, x.device)
+    if key not in _PREPARED:
+        sources: dict[str, Any] = {f"stride_x{axis}": n for axis, n in zip("bhn", x.stride(), strict=False)}
+        sources |= {"heads": heads, "tokens": tokens, "entries": entries(tokens, plan.stride)}
+        sources |= {"x_ptr": Slot(0, POINTER[x.dtype])}
+        sources |= {
+            f"{name}_ptr": Slot(i, POINTER[y.dtype]) for i, (name, y) in enumerate(zip(names, others, strict=False), 1)
+        }
+        if len(_PREPARED) >= MAX_PREPARED:
+            _PREPARED.clear()
+        text = engine_of(program).generators.triton_pool(plan)
+        _PREPARED[key] = prepare_small(text, function, plan.target, _WARPS, grid, sources, x.device)
+    _PREPARED[key]((x, *others))
+
+
+def _plan(x: Tensor, function: str, size: int, stride: int) -> PoolPlan:
+    return PoolPlan(PoolFunction(function), size, stride, x.shape[3], dtype_of(x), device_target(x.device))
+
+
+def _by_kernel(program: str, x: Tensor, plan: PoolPlan) -> Tensor:
+    found = _fake(program, x, plan.function.value, plan.size, plan.stride, True)
+    _launch(program, plan, "pool_tokens", entries(found.shape[2], plan.block), x, (found,))
+    return found
+
+
+def _backward_by_kernel(program: str, gradient: Tensor, x: Tensor, plan: PoolPlan) -> Tensor:
+    others = [gradient]
+    if plan.picks:
+        picked = torch.empty(gradient.shape, dtype=torch.int32, device=x.device)
+        _launch(program, plan, "pick_tokens", entries(picked.shape[2], plan.block), x, (picked,))
+        others.append(picked)
+    found = empty_gradient(x)
+    _launch(program, plan, "spread_entries", entries(x.shape[2], plan.token_block), found, others)
+    return found
+
+
+# ------------------------------------------------------------------------------------------ torch
 
 
 def _windows(x: Tensor, size: int, stride: int) -> tuple[Tensor, Tensor]:
@@ -39,7 +114,10 @@ def _high(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _pool(x: Tensor, function: str, size: int, stride: int) -> Tensor:
+def _pool(program: str, x: Tensor, function: str, size: int, stride: int, kernel: bool) -> Tensor:
+    if kernel and x.dtype != torch.float64:
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        return _by_kernel(program, x, _plan(x, function, size, stride))
     windows, present = _windows(x, size, stride)
     match function:
         case "max":
@@ -51,7 +129,12 @@ def _pool(x: Tensor, function: str, size: int, stride: int) -> Tensor:
             return (total / present.sum(1) if function == "mean" else total).to(x.dtype)
 
 
-def _pool_backward(gradient: Tensor, x: Tensor, function: str, size: int, stride: int) -> Tensor:
+def _pool_backward(
+    program: str, gradient: Tensor, x: Tensor, function: str, size: int, stride: int, kernel: bool
+) -> Tensor:
+    if kernel and x.dtype != torch.float64:
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        return _backward_by_kernel(program, gradient.contiguous(), x, _plan(x, function, size, stride))
     high = gradient.to(_high(x))
     windows, present = _windows(x, size, stride)
     if function in ("max", "min"):
@@ -70,22 +153,28 @@ def _pool_backward(gradient: Tensor, x: Tensor, function: str, size: int, stride
     return found.to(x.dtype)
 
 
-def _fake(x: Tensor, function: str, size: int, stride: int) -> Tensor:
+# -------------------------------------------------------------------------------------- operators
+
+
+def _fake(program: str, x: Tensor, function: str, size: int, stride: int, kernel: bool) -> Tensor:
     return x.new_empty(*x.shape[:2], entries(x.shape[2], stride), x.shape[3])
 
 
-def _backward_fake(gradient: Tensor, x: Tensor, function: str, size: int, stride: int) -> Tensor:
-    return x.new_empty(x.shape)
+def _backward_fake(
+    program: str, gradient: Tensor, x: Tensor, function: str, size: int, stride: int, kernel: bool
+) -> Tensor:
+    return empty_gradient(x)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *ctx.how = inputs
+    ctx.program, x, *ctx.how = inputs
     ctx.save_for_backward(x)
 
 
 def _differentiate(ctx: Any, gradient: Tensor) -> Any:
     (x,) = ctx.saved_tensors
-    return torch.ops.attndsl.pool_backward(gradient, x, *ctx.how), None, None, None
+    found = torch.ops.attndsl.pool_backward(ctx.program, gradient, x, *ctx.how)
+    return None, found, None, None, None, None
 
 
 for _device in ("CPU", "CUDA"):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 import attndsl
+from attndsl.branches import Pool, PoolFunction
+from attndsl.runtime.pool import pooled
 from tests.gradients import TOLERANCE
 
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "ignore::attndsl.PatternWarning")
@@ -136,6 +138,22 @@ def test_a_chunk_is_the_same_rows_of_the_whole() -> None:
     whole = attn(q, k, v)
     for n in (1, 2, 7, 8, 20):
         torch.testing.assert_close(attn(q[:, :, n - 1 : n], k[:, :, :n], v[:, :, :n]), whole[:, :, n - 1 : n])
+
+
+@pytest.mark.parametrize("function", PoolFunction)
+@pytest.mark.parametrize(("size", "stride"), [(4, 4), (7, 3), (3, 5), (100, 50)])
+def test_pooling_kernels(function: PoolFunction, size: int, stride: int) -> None:
+    """Against torch, on numbers among which many are equal, tokens outside heads in memory."""
+    attn, pool = attndsl.compile("attention a { attend causal over pool(mean, 4) }"), Pool(function, size, stride)
+    for tokens, dim in ((37, 24), (1, 16), (130, 80)):
+        x = torch.randint(-3, 3, (2, tokens, 3, dim)).float().transpose(1, 2)
+        found = []
+        for backend in ("triton", "cpu"):
+            leaf = x.clone().requires_grad_()
+            y = pooled(attn._key, leaf, pool, backend)
+            found += [y, torch.autograd.grad((y * torch.arange(y.numel()).view(y.shape)).sum(), leaf)[0]]
+        torch.testing.assert_close(found[0], found[2])
+        torch.testing.assert_close(found[1], found[3], rtol=1e-5, atol=1e-2)
 
 
 def test_views_are_tensors() -> None:

@@ -1,0 +1,53 @@
+"""Kernel plans of pooled views: entries from tokens, and gradients of tokens from those of entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attndsl.branches import PoolFunction
+from attndsl.plan import DType
+
+# Elements of tokens that a program loads at once, and tokens of an entry among them.
+_LOADED, _TOKENS = 8192, 64
+
+
+@dataclass(frozen=True, slots=True)
+class PoolPlan:
+    """Kernels of one pool, for one head dimension: `target` as in a `Spec`."""
+
+    function: PoolFunction
+    size: int
+    stride: int
+    dim: int
+    dtype: DType
+    target: str
+
+    @property
+    def picks(self) -> bool:
+        """Whether an entry is a token's number, to which alone its gradient flows."""
+        return self.function in (PoolFunction.MAX, PoolFunction.MIN)
+
+    @property
+    def width(self) -> int:
+        """The head dimension, padded to a power of two."""
+        return 1 << (self.dim - 1).bit_length()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an entry that are loaded at once."""
+        return min(_TOKENS, 1 << (self.size - 1).bit_length())
+
+    @property
+    def block(self) -> int:
+        """Entries of a program."""
+        return max(1, _LOADED // (self.tokens * self.width))
+
+    @property
+    def token_block(self) -> int:
+        """Tokens of a program of the backward pass."""
+        return max(16, _LOADED // (2 * self.width))
+
+    @property
+    def covers(self) -> int:
+        """How many entries a token belongs to at most."""
+        return -(-self.size // self.stride)
