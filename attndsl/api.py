@@ -174,7 +174,7 @@ class Attention:
     def decode(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, page_table: Tensor | None = None, *,
         layout: str = "hnd", scale: float | None = None, return_lse: bool = False, k_scale: Tensor | None = None,
-        v_scale: Tensor | None = None, backend: str = "auto", **inputs: Any,
+        v_scale: Tensor | None = None, backend: str = "auto", plans: Mapping[str, Tensor] | None = None, **inputs: Any,
     ) -> Any:  # fmt: skip
         """Attend from the last n tokens of each of B sequences to their caches: what the same rows of a call on a
         sequence alone give. Decoding (n = 1), speculative decoding and prefill in chunks. It has no gradient.
@@ -186,17 +186,20 @@ class Attention:
         layout: "hnd", or "nhd" for tokens before heads. Caches are of q's dtype, or float8_e4m3fn, whose numbers
         k_scale and v_scale multiply: float tensors of one number, or one a key head.
         inputs: as in a call; an input over k has the caches' capacity, M or P * page, in place of Nk.
+        plans: what the program's selections choose, each of them by name, int32 [B, H', n, C]: see `plan`.
 
         Returns [B, Hq, n, Dv] in q's dtype, and with `return_lse` float32 [B, Hq, n]. Lengths and page tables are read
         on the device only, and what lies outside the caches is never read: a CUDA graph of a call serves all lengths.
         Raises `PatternError` when shapes, dtypes or devices do not fit, and where the environment has ATTNDSL_DEBUG
         also for lengths past the cache and pages that do not exist.
         """
-        from attndsl.runtime.decode_op import decode
+        from attndsl.runtime.decode_op import decode, decode_plans
 
-        given = self._given(inputs)
+        given, args = self._given(inputs)
+        if self.program.selections or plans:
+            given = decode_plans(self._key, q, k_cache, v_cache, page_table, layout, given, plans or {})
         out, lse = decode(
-            self._key, q, k_cache, v_cache, seq_lens, page_table, k_scale, v_scale, *given, scale, layout, backend
+            self._key, q, k_cache, v_cache, seq_lens, page_table, k_scale, v_scale, given, args, scale, layout, backend
         )
         return self._with_lse(out, lse) if return_lse else out
 
@@ -251,11 +254,11 @@ class Attention:
     def _given(self, inputs: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
         """The program's inputs and its runtime arguments, in order."""
         if len(inputs) != len(self._inputs) + len(self.program.args):
-            check_names(self.program, inputs)
+            check_names(own_program(self.program), inputs)
         try:
             return [inputs[name] for name in self._inputs], [inputs[name] for name in self.program.args]
         except KeyError:
-            check_names(self.program, inputs)
+            check_names(own_program(self.program), inputs)
             raise
 
     def _with_lse(self, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -278,7 +281,7 @@ class Attention:
         from attndsl.runtime.reference import reference
         from attndsl.runtime.reference_plans import oracle_plans
 
-        check_names(self.program, inputs)
+        check_names(own_program(self.program), inputs)
         tensors = {name: inputs[name] for name in self._inputs}
         args = {name: inputs[name] for name in self.program.args}
         tensors |= oracle_plans(self.program, q, k, tensors, args, scale, plans or {})

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attndsl.compare import Undecided, Verdict, compare
 from attndsl.plan import DType, Spec
+from attndsl.program import Binary, Compare, Const, Inter, Program, Set, Var, Where
+from attndsl.selection import Bound, Forced, Normalise, Pool, Selection, Share, Top, Vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,3 +36,54 @@ class PagePlan:
     def scored(self) -> int:
         """Pages that a program scores: their bounds are held in registers."""
         return 16 if self.spec.dtype is DType.FLOAT32 or self.spec.dim > 128 else 32
+
+
+@dataclass(frozen=True, slots=True)
+class PageChoice:
+    """What a selection, by its name, chooses of pages by their bounds: `count` of them, the `recent` last ones first.
+
+    `shared`: the heads of a key head choose together.
+    """
+
+    name: str
+    count: int
+    recent: int
+    shared: bool
+
+
+def page_choices(program: Program, page: int) -> tuple[PageChoice, ...]:
+    """The selections of a program that choose among all causal pages by their bounds, as Quest does."""
+    found = (_by_bounds(selection, page) for selection in program.selections)
+    return tuple(choice for choice in found if choice is not None)
+
+
+def _by_bounds(selection: Selection, page: int) -> PageChoice | None:
+    rule, least, largest = selection.rule, Vectors("K", Pool.MIN), Vectors("K", Pool.MAX)
+    if (
+        not isinstance(rule, Top)
+        or not isinstance(rule.count, Const)
+        or selection.score != Bound(Vectors("Q"), least, largest)
+    ):
+        return None
+    if (selection.keys, selection.rows, selection.normalise) != (page, 1, Normalise.NONE):
+        return None
+    if selection.share is Share.HEADS or selection.forced is not Forced.COUNTED or not _same(selection.among, _CAUSAL):
+        return None
+    shared = selection.share is Share.GROUP
+    if selection.always is None:
+        return PageChoice(selection.name, int(rule.count.value), 0, shared)
+    own = Where(Compare("==", Binary("//", Var("q"), Const(page)), Binary("//", Var("k"), Const(page))))
+    if not _same(Inter((selection.always, _CAUSAL)), Inter((own, _CAUSAL))):
+        return None
+    return PageChoice(selection.name, int(rule.count.value), 1, shared)
+
+
+_CAUSAL = Where(Compare("<=", Var("k"), Var("q")))
+
+
+def _same(a: Set, b: Set) -> bool:
+    """Whether two sets hold the same pairs, as far as can be told."""
+    try:
+        return compare(Program.of("a", a), Program.of("b", b)).verdict is Verdict.EQUAL
+    except Undecided:
+        return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from attndsl import api, wiring
+from attndsl.paging import page_choices
 from attndsl.wiring import page_kernels
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class PagedCache(PagePool):
         super().__init__(
             attn, attn.retention(page, **inputs), batch, kv_heads, head_dim, head_dim if v_dim is None else v_dim,
             pages, max_len, dtype, device, page_kernels() if bounds else None,
+            page_choices(attn.program, page),
         )  # fmt: skip
 
 

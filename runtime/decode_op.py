@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,12 @@ from torch.library import Library
 
 from attndsl.diagnostics import error
 from attndsl.program import CallShape
+from attndsl.runtime.call import check_heads
 from attndsl.runtime.decode import DecodeTensors
 from attndsl.runtime.engine import empty_output
 from attndsl.runtime.ops import checked_values, traced, wants_gradients
-from attndsl.runtime.registry import decoder_of
+from attndsl.runtime.registry import decoder_of, engine_of
+from attndsl.runtime.select_op import with_given_plans
 
 LAYOUTS = ("hnd", "nhd")
 _LIBRARY = Library("attndsl", "FRAGMENT")
@@ -50,6 +52,22 @@ def decode(
         found: tuple[Tensor, Tensor] = torch.ops.attndsl.decode(*call)
         return found
     return _decode(*call)
+
+
+def decode_plans(
+    key: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor | None, layout: str,
+    inputs: list[Tensor], plans: Mapping[str, Tensor],
+) -> list[Tensor]:  # fmt: skip
+    """A decode's inputs with the plans that it is given. Raises `PatternError` where one is missing or does not fit."""
+    program = engine_of(key).program
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.dim() != 4:
+            raise error("A501", f"{name} must have 4 dimensions, not {list(x.shape)}", help="q is [B, Hq, n, D]")
+    if layout == "nhd":
+        k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    shape = DecodeTensors(q, k_cache, v_cache, q, page_table, None, None).shape
+    check_heads(shape.heads, shape.kv_heads, shape.dim, shape.v_dim)
+    return with_given_plans(program, shape, inputs, plans, q.device)
 
 
 def _decode(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attndsl.diagnostics import error
 from attndsl.eviction import Retention
+from attndsl.paging import PageChoice
 from attndsl.runtime.page_choice import PageKernels
 
 
@@ -36,6 +37,7 @@ class PagePool:
         dtype: torch.dtype | None,
         device: torch.device | str | None,
         bounds: PageKernels | None,
+        choices: Sequence[PageChoice],
     ) -> None:
         self.attend, self.retention, self.page, self.max_len = attend, retention, retention.page, max_len
         shape = (pages, kv_heads, self.page)
@@ -46,7 +48,7 @@ class PagePool:
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.lengths = [0] * batch
         self.k_min = self.k_max = None
-        self._bounds = bounds
+        self._bounds, self.choices = bounds, tuple(choices) if bounds is not None else ()
         if bounds is not None:
             kept = torch.float32 if self.k.element_size() == 1 else self.k.dtype
             self.k_min = torch.zeros(pages, kv_heads, head_dim, dtype=kept, device=device)
@@ -106,9 +108,23 @@ class PagePool:
             given = (self.seq_lens[rows], self.page_table[rows])
             self._bounds.update(self.k, self.k_min, self.k_max, *given, new)
 
-    def decode(self, q: Tensor, **options: Any) -> Any:
-        """`attn.decode` of q [B, Hq, n, D], the last n tokens of each sequence, over the pool."""
+    def decode(self, q: Tensor, *, plans: Mapping[str, Tensor] | None = None, **options: Any) -> Any:
+        """`attn.decode` of q [B, Hq, n, D], the last n tokens of each sequence, over the pool.
+
+        plans: of the attention's selections, by name; `plan` makes those that it can of the others.
+        """
+        if self.choices or plans:
+            options["plans"] = self.plan(q, plans)
         return self.attend.decode(q, self.k, self.v, self.seq_lens, self.page_table, **options)
+
+    def plan(self, q: Tensor, plans: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The plans of the selections that go by pages' bounds, by name, with those given: for `decode` here, in the
+        caches of other layers, and at later steps."""
+        found = dict(plans or {})
+        for x in self.choices:
+            if x.name not in found:
+                found[x.name] = self.top(q, x.count, x.recent, x.shared)
+        return found
 
     def top(self, q: Tensor, count: int, recent: int = 1, shared: bool = True) -> Tensor:
         """The `count` pages that each row of q [B, Hq, n, D] may get most from, by their bounds (Quest).

@@ -80,6 +80,30 @@ def with_plans(
     return [*inputs, *(_as_input(found[decl.name], decl) for decl in wanted)]
 
 
+def with_given_plans(
+    program: Program, shape: CallShape, inputs: list[Tensor], given: Mapping[str, Tensor], device: torch.device
+) -> list[Tensor]:
+    """The inputs of a decode, its plans among them, all of which are `given`. The shape's `k_len` is the capacity.
+
+    Raises `PatternError` where one is missing, or fits no selection of the program.
+    """
+    names = [selection.name for selection in program.selections]
+    for name in given:
+        if name not in names:
+            known = f"it has {', '.join(names)}" if names else "it has none"
+            raise error("A572", f"`{name}` is not a selection of this attention: {known}", program.span)
+    found = list(inputs)
+    for decl in program.inputs[len(inputs) :]:
+        if decl.name not in given:
+            raise error(
+                "A561", f"decode takes what `{decl.name}` chooses as a plan", decl.span,
+                help=f"pass plans={{'{decl.name}': …}}; a `PagedCache` with bounds makes those of Quest",
+            )  # fmt: skip
+        selection = program.selection(decl.name)
+        found.append(_as_input(_checked(program, selection, shape, given[decl.name], device), decl))
+    return found
+
+
 def _as_input(plan: Tensor, decl: InputDecl) -> Tensor:
     """A plan [B, H', R, C] as the input that it is: without the dimensions that it has for nothing."""
     axes = [dim.axis.value for dim in decl.dims]

@@ -159,6 +159,9 @@ WRONG: dict[str, Callable[[], object]] = {
     "A560": lambda: attndsl.serving.PagedCache(attndsl.compile("causal"), 1, 2, 16, pages=1, page=16, max_len=64).top(
         Q, 1
     ),
+    "A561": lambda: attndsl.compile(
+        "attention a { plan sel = top(2, blocks(4), among = causal, by = dot(Q, mean(K)))  attend causal & sel }"
+    ).decode(Q, K, V, LENGTHS),
     "A570": lambda: attndsl.compile(SELECTS.format("tokens", "K", "causal")).plan(torch.zeros(1, 2, 32, 8), K[..., :8]),
     "A571": lambda: attndsl.compile(SELECTS.format("blocks(4)", "mean(K)", "all")).plan(Q, K),
     "A572": call(f"causal & {MOBA}", Q, K, V, plans={"far": torch.zeros(1, 2, 8, 1, dtype=torch.int32)}),
