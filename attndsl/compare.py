@@ -9,6 +9,7 @@ from itertools import combinations, permutations
 
 import islpy as isl
 
+from attndsl.alone import together
 from attndsl.derive import derive
 from attndsl.effort import EFFORT, TooHard, bounded
 from attndsl.program import Compare, Const, Program, Scalar, Set, Table, Type, Union, Var, rebuild, substitute
@@ -88,11 +89,14 @@ def compare(a: Program, b: Program) -> Comparison:
     Inputs and arguments of one name are the same in both programs, and may have any value.
 
     Raises:
-        ValueError: one program has `align start` and the other has not.
+        ValueError: one program has `align start`, `packed` or `lengths`, and the other has not.
         Undecided: the answer is not found within the effort bound.
     """
     if a.align_start != b.align_start:
         raise ValueError("one pattern has `align start` and the other has not: their positions do not compare")
+    if (a.packed, a.lengths) != (b.packed, b.lengths):
+        raise ValueError("the patterns are not of the same documents or lengths: they do not compare")
+    a, b = together(a), together(b)
     program, *patterns = _joined(a, b)
     program = derive(program)
     # Derived inputs are taken for any values; a witness must hold of the sets as they are written.

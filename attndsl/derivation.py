@@ -56,6 +56,15 @@ class Offsets:
 
 
 @dataclass(frozen=True, slots=True)
+class DocumentEnds:
+    """int32 of the input's own dimensions: the first token of each token's document, a maximal run of equal entries, or
+    with `ends` one past its last."""
+
+    input: str
+    ends: bool
+
+
+@dataclass(frozen=True, slots=True)
 class BlockMap:
     """bool [b?, h?, q blocks, k blocks]: whether any, all, or a fraction of a block pair's pairs are in `operand`.
 
@@ -141,4 +150,4 @@ class Gathering:
     runs: TileRuns
 
 
-Derivation: TypeAlias = Offsets | BlockMap | Draw | Chosen | TileList | Cut | Gathering
+Derivation: TypeAlias = Offsets | DocumentEnds | BlockMap | Draw | Chosen | TileList | Cut | Gathering

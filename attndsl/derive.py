@@ -15,7 +15,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
-from attndsl.derivation import BlockMap, Chosen, Cut, Derivation, Draw, Gathering, Offsets, Random, Segment, TileList
+from attndsl.derivation import (
+    BlockMap,
+    Chosen,
+    Cut,
+    Derivation,
+    DocumentEnds,
+    Draw,
+    Gathering,
+    Offsets,
+    Random,
+    Segment,
+    TileList,
+)
 from attndsl.program import (
     Axis,
     Binary,
@@ -44,6 +56,7 @@ from attndsl.program import (
     scalars,
     walk,
 )  # fmt: skip
+from attndsl.unpack import unpacked
 
 
 @functools.lru_cache(maxsize=1024)
@@ -52,6 +65,7 @@ def derive(program: Program, ragged: bool = False) -> Program:
 
     ragged: the batch entries of a call have lengths of their own, so what follows from lengths differs among them.
     """
+    program = unpacked(program)
     deriver = _Deriver(program, ragged)
     parts = tuple(replace(part, pattern=deriver.set(part.pattern, _Context())) for part in program.only.parts)
     if not deriver.found:
@@ -78,7 +92,7 @@ def own_inputs(program: Program) -> tuple[InputDecl, ...]:
 
 def _read_by(derivation: Derivation | None) -> set[str]:
     match derivation:
-        case None | Offsets() | Chosen() | TileList() | Gathering():
+        case None | Offsets() | DocumentEnds() | Chosen() | TileList() | Gathering():
             return set()
         case BlockMap(operand=operand):
             pattern: Set = operand

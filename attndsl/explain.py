@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.blockgraph import BlockGraph, block_graph
-from attndsl.derivation import BlockMap, Chosen, Cut, Draw, Gathering, Offsets, TileList
+from attndsl.derivation import BlockMap, Chosen, Cut, DocumentEnds, Draw, Gathering, Offsets, TileList
 from attndsl.diagnostics import Diagnostic
 from attndsl.layout import PLAIN
 from attndsl.notation import Level, input_text, program_text, scalar_text, set_text
@@ -286,6 +286,8 @@ def _tiles_text(plan: ForwardPlan) -> str:
 def _made_of(decl: InputDecl) -> str:
     """What a derived input holds."""
     match decl.derivation:
+        case DocumentEnds(input=name, ends=ends):
+            return f"{'one past the last' if ends else 'the first'} token of each document of `{name}`"
         case Offsets(input=name):
             return f"distances in the segments of `{name}`"
         case BlockMap(operand=operand):

@@ -17,6 +17,7 @@ from typing import Any, assert_never
 
 import islpy as isl
 
+from attndsl.alone import together
 from attndsl.compare import Existing, Undecided
 from attndsl.coordinates import on_grid
 from attndsl.derivation import Random
@@ -84,7 +85,8 @@ class _GaveUp(Exception):
 
 class _Analysis:
     def __init__(self, program: Program) -> None:
-        self.program = program
+        # What a document or a sequence sees is what there is to judge: padding sees nothing.
+        self.program = program = together(program)
         self.written = canonical(program.branch.pattern)
         # Derived inputs are taken for any values: what then holds, holds for theirs.
         derived = derive(program.with_branch(pattern=self.written))

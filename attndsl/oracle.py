@@ -22,6 +22,7 @@ from typing import Any, TypeAlias, assert_never
 import numpy as np
 import numpy.typing as npt
 
+from attndsl.alone import separate, sequences, together
 from attndsl.branches import Part, View, Visible
 from attndsl.derivation import Random, Segment
 from attndsl.grid import Along, Grid
@@ -106,8 +107,13 @@ def mask(
     full = (shape.batch, shape.heads, shape.rows, shape.k_len)
     if 0 in full:
         return np.zeros(full, np.bool_)
-    call = Evaluator.of_call(program, shape, inputs, args)
-    return call.seen(program.branch.parts[0])
+    if not separate(program):
+        return Evaluator.of_call(program, shape, inputs, args).seen(program.branch.parts[0])
+    found = np.zeros(full, np.bool_)
+    for x in sequences(program, shape, inputs):
+        own = Evaluator.of_call(together(program), x.shape(shape), x.inputs(program, inputs), args, x.entry)
+        found[x.entry : x.entry + 1, :, x.rows, x.keys] = own.seen(program.branch.parts[0])
+    return found
 
 
 def evaluate(
@@ -188,12 +194,12 @@ class Evaluator:
 
     @classmethod
     def of_call(
-        cls, program: Program, shape: CallShape, inputs: Mapping[str, Array], args: Mapping[str, int]
+        cls, program: Program, shape: CallShape, inputs: Mapping[str, Array], args: Mapping[str, int], entry: int = 0
     ) -> Evaluator:
-        """Evaluator at every position of a call."""
+        """Evaluator at every position of a call, whose first batch entry is `entry`."""
         h = np.arange(shape.heads).reshape(1, -1, 1, 1)
         variables = {
-            "b": np.arange(shape.batch).reshape(-1, 1, 1, 1),
+            "b": entry + np.arange(shape.batch).reshape(-1, 1, 1, 1),
             "h": h,
             "g": h // (shape.heads // shape.kv_heads),
             "q": np.arange(shape.rows).reshape(1, 1, -1, 1) + shape.first_position(program),

@@ -9,9 +9,10 @@ from typing import Any, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
+from attndsl.alone import separate
 from attndsl.blockgraph import BlockGraph
 from attndsl.derivation import Random
-from attndsl.oracle import Evaluator, check_inputs
+from attndsl.oracle import Evaluator, check_inputs, mask
 from attndsl.program import (
     Blocks,
     CallShape,
@@ -63,6 +64,9 @@ def allowed(
     Raises ValueError where an input that the pattern reads is missing or misshapen.
     """
     check_inputs(program, shape, {name: np.shape(value) for name, value in inputs.items()})
+    if separate(program):
+        rows = q_pos - shape.first_position(program)
+        return mask(program, shape, inputs, args)[:, :, rows][..., k_pos]
     call = Evaluator.of_call(program, shape, inputs, args)
     place = call.at(q_pos.reshape(1, 1, -1, 1), k_pos.reshape(1, 1, 1, -1), call.variables["Nq"], call.variables["Nk"])
     inside = place.members(program.branch.pattern) & (place.variables["q"] >= 0)
@@ -90,7 +94,7 @@ def nodes(pattern: Set) -> Iterator[Set]:
 def too_dense(program: Program, shape: CallShape) -> bool:
     """Whether asking the oracle for single rows of this call takes too long."""
     coarse = any(isinstance(node, Coarsen | Random) for node in nodes(program.branch.pattern))
-    return coarse and shape.q_len(program) * shape.k_len > MAX_COARSE_PAIRS
+    return (coarse or separate(program)) and shape.q_len(program) * shape.k_len > MAX_COARSE_PAIRS
 
 
 def count_pairs(
@@ -100,6 +104,8 @@ def count_pairs(
 
     graph: the call's block graph. Raises ValueError where an input that the pattern reads is missing.
     """
+    if separate(program):
+        return PairCount(int(mask(program, graph.shape, inputs, args).sum()), exact=True)
     groups = _equal_calls(graph, apart=_heads_differ(program))
     total, exact = 0.0, True
     for group in groups:

@@ -53,7 +53,6 @@ TILE_NAMES = frozenset({"q_tile", "k_tile", "diagonal", "start", "residue", "i",
 
 ARITHMETIC = frozenset({"+", "-", "*", "//", "%", "/"})
 COMPARISONS = frozenset({"<", "<=", ">", ">=", "==", "!="})
-# name -> number of arguments (None: one or more); the float functions follow in FLOAT_CALLS
 INT_CALLS: dict[str, int | None] = {"min": None, "max": None, "abs": 1, "clamp": 3, "bit_length": 1}
 BOOL_CALLS: dict[str, int | None] = {"is_power_of_two": 1}
 # Only the compiler calls `mix64(x, y)`, 64 bits of hash of y after x, and `drawn(hash, member, last_hash, last)`.
@@ -369,6 +368,8 @@ class Program:
     selections: tuple[Selection, ...] = ()
     grid: Grid | None = None
     output: Output | None = None  # None: that of the only branch
+    packed: str | None = None  # the input that tells documents apart, each of which stands alone
+    lengths: str | None = None  # … and that says how many tokens of a batch entry are present
     source: Source | None = field(default=None, compare=False, repr=False)
 
     @classmethod

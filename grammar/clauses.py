@@ -13,6 +13,7 @@ from attndsl.grammar import views
 from attndsl.grammar.candidates import planned, settle
 from attndsl.grammar.declare import declare_axes, declare_input, declare_params
 from attndsl.grammar.outputs import lower_output
+from attndsl.grammar.packing import check_packing, clause_input
 from attndsl.grammar.scalars import number, static_float
 from attndsl.grammar.scope import SELECTIONS, BranchRef, Context, LevelsRef, PatternRef, PlanRef, Poison, Scope, Use
 from attndsl.grammar.selections import selection
@@ -96,6 +97,10 @@ def lower_attention(
             "A041", f"`{node.name}` attends to nothing", node.name_span, "no `attend`", "add `attend causal`"
         )
     output = _combination(node, branches, ctx)
+    packing = [
+        next((clause_input(clause, ctx) for clause in node.clauses if isinstance(clause, kind)), None)
+        for kind in (ast.Packed, ast.Lengths)
+    ]
     found = tuple(branch for branch in branches if branch is not None)
     if not found or len(found) < len(branches) or outer is None or output is None:
         return None
@@ -105,7 +110,9 @@ def lower_attention(
     patterns = (part.pattern for branch in found for part in branch.parts)
     inputs = planned(ctx.maker.inputs.values(), chosen, patterns)
     combined = None if only else output
-    return Program(node.name, found, inputs, args, tables, aligned, chosen, grid, combined)
+    packed, lengths = packing
+    program = Program(node.name, found, inputs, args, tables, aligned, chosen, grid, combined, packed, lengths)
+    return program if check_packing(program, node, ctx) else None
 
 
 def _once(clauses: tuple[ast.Clause, ...], kinds: tuple[type[ast.Clause], ...], ctx: Context) -> None:
@@ -143,15 +150,9 @@ def _clause(clause: ast.Clause, outer: _Modifiers | None, ctx: Context) -> Branc
                 return None
             selection(value, replace(ctx, among="a plan"), name)
             ctx.scope.declare(name, LevelsRef() if value.function == "levels" else PlanRef(), at, ctx.report)
-        case ast.Packed(input=name):
-            if views.segment_input(name, ctx, clause):
-                unsupported(Feature.PACKED, clause.span, ctx)
-        case ast.Lengths(input=name):
-            if views.segment_input(name, ctx, clause):
-                unsupported(Feature.LENGTHS, clause.span, ctx)
         case ast.Observe(value=value):
             views.observe(value, ctx)
-        case ast.Input() | ast.Pattern() | ast.Axes() | ast.Align() | ast.Output():
+        case ast.Input() | ast.Pattern() | ast.Axes() | ast.Align() | ast.Output() | ast.Packed() | ast.Lengths():
             pass
         case ast.Scale() | ast.Score() | ast.Softmax() | ast.Weights() | ast.Skip():
             pass

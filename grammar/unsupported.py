@@ -25,10 +25,14 @@ class Feature(Enum):
     COMPETE = ("A905", "a `cover` over more than a row class", "write `compete = row`, or leave it out")
     PACKED = (
         "A907",
-        "`packed`",
+        "`packed` around views, several branches, grids, selections, `coarsen`, `random` or inputs over blocks",
         "write `causal & document(doc)`: positions then count from the start of the batch entry",
     )
-    LENGTHS = ("A908", "`lengths`", "write `{ q < n[b] and k < n[b] }`")
+    LENGTHS = (
+        "A908",
+        "`lengths` around views, several branches, grids, selections, `coarsen` or `random`",
+        "write `{ q < n[b] and k < n[b] }`",
+    )
     SKIP = ("A909", "`skip below`", "leave it out: the result is then exact")
     OBSERVE = ("A910", "`observe`", "compute the probabilities from `return_lse`")
 

@@ -177,17 +177,3 @@ def observe(node: ast.Expr, ctx: Context) -> None:
     ctx.report.error(
         "A043", "`observe` reads probabilities", node.span, "here", "write `probs(branch, sum, head, tokens)`"
     )
-
-
-def segment_input(name: str, ctx: Context, node: ast.Clause) -> bool:
-    """Checks the input of `packed` and `lengths`."""
-    bound = ctx.scope.find(name)
-    if isinstance(bound, InputRef | Poison):
-        return True
-    if bound is None:
-        ctx.unknown(name, node.span)
-    else:
-        ctx.report.error(
-            "A023", f"`{name}` is not an input", node.span, "an input belongs here", "declare it as an input"
-        )
-    return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attndsl.cuts import domain, reflexive
 from attndsl.derivation import Cut
@@ -59,3 +60,16 @@ def _along(e: Scalar, variable: str, first: int, end: int, values: Values, lead:
     position = torch.arange(first, end, device=values.device).view(1, 1, -1, 1)
     found = values.at(**{variable: position} if variable else {}).tensor(e)
     return found.expand(*size, 1)[..., 0]
+
+
+def document_ends(ids: Tensor, ends: bool) -> Tensor:
+    """int32 like ids [..., tokens]: the first token of each one's run of equal ids, or one past its last."""
+    tokens = ids.shape[-1]
+    position = torch.arange(tokens, dtype=torch.int32, device=ids.device)
+    if tokens == 0:
+        return position.expand(ids.shape)
+    changes = ids[..., 1:] != ids[..., :-1]
+    if not ends:
+        return torch.where(pad(changes, (1, 0), value=True), position, 0).cummax(-1).values
+    last = torch.where(pad(changes, (0, 1), value=True), position + 1, tokens)
+    return last.flip(-1).cummin(-1).values.flip(-1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attndsl.derivation import BlockMap, Chosen, Cut, Derivation, Draw, Gathering, Offsets, TileList
+from attndsl.derivation import BlockMap, Chosen, Cut, Derivation, DocumentEnds, Draw, Gathering, Offsets, TileList
 from attndsl.derive import class_hash, own_inputs
 from attndsl.diagnostics import error
 from attndsl.program import (
@@ -37,7 +37,7 @@ from attndsl.program import (
 )
 from attndsl.relation import Lowering
 from attndsl.runtime.call import dim_size
-from attndsl.runtime.cuts import make_cut
+from attndsl.runtime.cuts import document_ends, make_cut
 from attndsl.runtime.engine import Gradients, table_tensor
 from attndsl.runtime.plans import Listing, chosen_members, list_size, listed, of_heads, run_ends
 from attndsl.runtime.values import Values, mix64, ordered
@@ -72,7 +72,7 @@ def counted(derivation: Derivation | None) -> Set | None:
             return operand
         case Draw(drawn=drawn):
             return drawn.among
-        case Offsets() | Chosen() | TileList() | Gathering() | Cut() | None:
+        case Offsets() | DocumentEnds() | Chosen() | TileList() | Gathering() | Cut() | None:
             return None
         case _:
             assert_never(derivation)
@@ -188,6 +188,8 @@ class Deriver:
         match decl.derivation:
             case Offsets(input=name):
                 return self._offsets(decl, values.tensors[name])
+            case DocumentEnds(input=name, ends=ends):
+                return document_ends(values.tensors[name].expand(self._size(decl)), ends)
             case BlockMap():
                 return self._map(decl, decl.derivation, values)
             case Draw():
@@ -197,7 +199,8 @@ class Deriver:
             case TileList() | Gathering():
                 raise AssertionError("a list needs no values of its own")
             case Cut():
-                return make_cut(decl, decl.derivation, values)
+                q_len, k_len = self._lengths(1)
+                return make_cut(decl, decl.derivation, values.at(Nq=q_len, Nk=k_len))
             case None:
                 raise AssertionError(f"`{decl.name}` is given")
             case _:
@@ -375,7 +378,7 @@ class Deriving:
 def derived_dtype(decl: InputDecl) -> torch.dtype:
     """The dtype of a derived input."""
     match decl.derivation:
-        case Offsets() | Cut():
+        case Offsets() | DocumentEnds() | Cut():
             return torch.int32
         case BlockMap() | Chosen():
             return torch.bool

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from attndsl import oracle
+from attndsl.alone import separate, sequences, together
 from attndsl.branches import (
     Attended,
     Branch,
@@ -144,14 +145,35 @@ def reference(
             raise ValueError("dropout is that of one branch over raw tokens")
         rate, seed = dropout
         left = torch.from_numpy(kept(program, shape, rate, seed)).to(q.device, torch.float64) / (1.0 - rate)
-    evaluator = oracle.Evaluator.of_call(program, shape, exact, args)
     q, k, v = (x.to(torch.float64) for x in (q, k, v))
-    call = _Call(program, shape, q, k, v, evaluator, floats, scale, left)
-    out, lse = call.branch(program.branches[0]) if program.output is None else call.output(program.output)
+    whole = _Call(program, shape, q, k, v, oracle.Evaluator.of_call(program, shape, exact, args), floats, scale, left)
+    out, lse = _apart(whole) if separate(program) else whole.result()
     if not return_lse:
         return out
     if lse is None:
         raise ValueError("lse is undefined under `weights` and of what is not one softmax")
+    return out, lse
+
+
+def _apart(call: _Call) -> tuple[Tensor, Tensor | None]:
+    """Output and lse of a call whose sequences stand alone; rows of tokens that are not present see nothing."""
+    program, shape, evaluator = call.program, call.shape, call.evaluator
+    out = call.q.new_zeros(*call.q.shape[:3], shape.v_dim)
+    lse: Tensor | None = call.q.new_full(call.q.shape[:3], -torch.inf)
+    for x in sequences(program, shape, evaluator.inputs):
+        at, own = slice(x.entry, x.entry + 1), together(program)
+        exact = x.inputs(program, evaluator.inputs)
+        part = _Call(
+            own, x.shape(shape), call.q[at, :, x.rows], call.k[at, :, x.keys], call.v[at, :, x.keys],
+            oracle.Evaluator.of_call(own, x.shape(shape), exact, evaluator.args, x.entry),
+            x.inputs(program, call.floats), call.scale,
+            None if call.left is None else call.left[at, :, x.rows, x.keys],
+        )  # fmt: skip
+        found, own_lse = part.result()
+        place = torch.zeros(out.shape[:3], dtype=torch.bool, device=out.device)
+        place[at, :, x.rows] = True
+        out = out.masked_scatter(place[..., None], found)
+        lse = None if lse is None or own_lse is None else lse.masked_scatter(place, own_lse)
     return out, lse
 
 
@@ -168,6 +190,11 @@ class _Call:
     floats: Mapping[str, Tensor]
     scale: float | None
     left: Tensor | None  # what dropout multiplies weights by
+
+    def result(self) -> tuple[Tensor, Tensor | None]:
+        """Output and lse of the program."""
+        output = self.program.output
+        return self.branch(self.program.branches[0]) if output is None else self.output(output)
 
     def branch(self, branch: Branch) -> tuple[Tensor, Tensor | None]:
         """Output and lse of a branch, whose parts share one softmax."""

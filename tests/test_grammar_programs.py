@@ -25,7 +25,7 @@ UNSUPPORTED: dict[str, set[str]] = {
 
         "vmoba": {"A901", "A905"}, "seer": {"A910"},
     "vsa": {"A903"}, "hsa": {"A904"}, "psa": {"A902"},
-    "blasst": {"A909"}, "packed_doc": {"A907"},
+    "blasst": {"A909"},
     "snap": {"A908", "A910"},
     "biformer": {"A905"},
     "minference_vertical_slash": {"A905"}, "pbs": {"A905"},
