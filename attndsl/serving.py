@@ -27,7 +27,9 @@ class PagedCache(PagePool):
     ([300], 6)
 
     attn: a compiled attention. batch: sequences. pages: of `page` tokens each, in the pool.
-    max_len: tokens of the longest sequence, for which the table has room (four bytes a page).
+    max_len: tokens of the longest sequence, for which the table has room (four bytes a page). The pool must hold what
+    the pattern keeps of one: a pattern that comes back to its columns (`dilated`) keeps all, and is refused in a pool
+    that is smaller (`PatternError` A562).
     dtype: of the pool (default: torch's), float8_e4m3fn included. bounds: also keep the least and largest key of each
     page, `k_min` and `k_max` [pages, Hkv, D], in the pool's dtype (float32 for 8-bit pools), by which `top` chooses
     pages as Quest does (arXiv 2406.10774). inputs: arguments and inputs of the pattern that are known and stay so, such

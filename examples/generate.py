@@ -230,7 +230,7 @@ def endure(
 ) -> Endurance:
     """Feed a cache past `tokens` tokens, in a pool that is as large as the first four chunks need.
 
-    Raises `PatternError` (A557) where the pattern needs more pages later.
+    Raises `PatternError` (A562) where the pattern keeps more pages of longer texts.
     """
     config, device = model.config, model.embedding.weight.device
     per_token = 2 * config.kv_heads * config.head_dim

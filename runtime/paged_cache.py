@@ -40,6 +40,7 @@ class PagePool:
         choices: Sequence[PageChoice],
     ) -> None:
         self.attend, self.retention, self.page, self.max_len = attend, retention, retention.page, max_len
+        self._check_size(pages)
         shape = (pages, kv_heads, self.page)
         # Zeros, since a pool is read in tiles: a masked key counts nothing only if its value is a number.
         self.k = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
@@ -165,6 +166,20 @@ class PagePool:
     def _set_entries(self, places: list[tuple[int, int]], pages: list[int]) -> None:
         b, i = torch.tensor(places, device=self.page_table.device).T
         self.page_table[b, i] = torch.tensor(pages, dtype=torch.int32, device=self.page_table.device)
+
+    def _check_size(self, pages: int) -> None:
+        """Raises `PatternError` (A562) where one sequence of `max_len` tokens would not fit: a pattern that comes back
+        to its columns keeps more than one that leaves them."""
+        places = np.arange(-(-self.max_len // self.page))
+        needed = places[~self.retention.evictable(self.max_len, places)]
+        if len(needed) <= pages:
+            return
+        first = int(needed[0]) * self.page
+        raise error(
+            "A562", f"{len(needed)} pages of a sequence of {self.max_len} tokens may be read again, and the pool has "
+            f"{pages}: tokens {first} to {first + self.page - 1} are the first",
+            help="make the pool larger or max_len less, or leave columns for good, as windows and sinks do",
+        )  # fmt: skip
 
     def _check_room(self, sequences: Sequence[int], new: int, wanted: int) -> None:
         longest = max((self.lengths[b] + new for b in sequences), default=0)

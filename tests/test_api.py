@@ -112,6 +112,13 @@ IDS = torch.zeros(1, 32, dtype=torch.int32)
 LENGTHS = torch.tensor([32], dtype=torch.int32)
 MOBA = "top(2, blocks(4), by = dot(Q, mean(K)))"
 SELECTS = "attention a {{ plan sel = top(2, {}, among = causal, by = dot(Q, {}), always = {}) attend causal }}"
+
+
+def paged_cache(batch: int, pages: int, max_len: int) -> attndsl.serving.PagedCache:
+    """Pages of 16 tokens for `K` and `V`."""
+    return attndsl.serving.PagedCache(attndsl.compile("causal"), batch, 2, 16, pages=pages, page=16, max_len=max_len)
+
+
 WRONG: dict[str, Callable[[], object]] = {
     "A501": call("causal", Q[0], K, V),
     "A502": call("causal", Q, K.half(), V),
@@ -152,13 +159,10 @@ WRONG: dict[str, Callable[[], object]] = {
     "A553": lambda: attndsl.compile("causal").decode(Q, K, V, LENGTHS, k_scale=torch.ones(2)),
     "A554": lambda: attndsl.compile("attention a { align start  attend all }").decode(Q, K, V, LENGTHS),
     "A555": lambda: attndsl.compile("causal").decode(Q.clone().requires_grad_(), K, V, LENGTHS),
-    "A557": lambda: attndsl.serving.PagedCache(
-        attndsl.compile("causal"), 1, 2, 16, pages=1, page=16, max_len=64
-    ).append(K, V),
+    "A557": lambda: paged_cache(2, 3, 48).append(K.repeat(2, 1, 1, 1), V.repeat(2, 1, 1, 1)),
+    "A562": lambda: paged_cache(1, 1, 64),
     "A558": lambda: attndsl.compile("attention a { align start  attend all }").evictable(8),
-    "A560": lambda: attndsl.serving.PagedCache(attndsl.compile("causal"), 1, 2, 16, pages=1, page=16, max_len=64).top(
-        Q, 1
-    ),
+    "A560": lambda: paged_cache(1, 4, 64).top(Q, 1),
     "A561": lambda: attndsl.compile(
         "attention a { plan sel = top(2, blocks(4), among = causal, by = dot(Q, mean(K)))  attend causal & sel }"
     ).decode(Q, K, V, LENGTHS),

@@ -186,6 +186,50 @@ def test_debug_mode(monkeypatch: pytest.MonkeyPatch) -> None:
         attn.decode(q, keys, values, ints(9), table)
 
 
+def wrong(**changed: Any) -> dict[str, Any]:
+    """A call over pages that is right, but for what is changed."""
+    right = {
+        "q": random(2, 4, 1, 16), "k": random(6, 2, 8, 16), "v": random(6, 2, 8, 24), "seq_lens": ints(9, 20),
+        "page_table": torch.arange(6, dtype=torch.int32).view(2, 3),
+    }  # fmt: skip
+    return right | changed
+
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("A501", wrong(k=random(6, 2, 8)), "k_cache must have 4 dimensions"),
+    ("A502", wrong(k=random(6, 2, 8, 16).half()), "q is float32, k_cache float16 and v_cache float32"),
+    ("A502", wrong(v=random(6, 2, 8, 24).to(FP8)), "q is float32, k_cache float32 and v_cache float8_e4m3fn"),
+    ("A502", wrong(q=random(2, 4, 1, 16).long()), "q is int64"),
+    ("A502", wrong(q=random(2, 4, 1, 16).to(FP8)), "q is float8_e4m3fn"),
+    ("A503", wrong(seq_lens=torch.zeros(2, dtype=torch.int32, device="meta")), "seq_lens on meta"),
+    ("A504", wrong(k=random(6, 2, 8, 8)), "do not go together"),
+    ("A504", wrong(v=random(6, 2, 9, 24)), "do not go together"),
+    ("A504", wrong(page_table=None), "do not go together"),
+    ("A504", wrong(k=random(0, 2, 8, 16), v=random(0, 2, 8, 24)), "do not go together"),
+    ("A505", wrong(q=random(2, 3, 1, 16)), "3 query heads are not a multiple of 2"),
+    ("A506", wrong(v=random(6, 2, 8, 20)), "Dv = 20"),
+    ("A550", wrong(seq_lens=ints(9, 20).long()), "seq_lens is int64"),
+    ("A550", wrong(seq_lens=ints(9)), r"seq_lens is int32 \[1\]; this call needs int32 \[2\]"),
+    ("A551", wrong(page_table=torch.zeros(2, 3)), "page_table is float32"),
+    ("A551", wrong(page_table=ints(0, 1)), r"page_table is int32 \[2\]"),
+    ("A551", wrong(page_table=torch.zeros(1, 3, dtype=torch.int32)), r"page_table is int32 \[1, 3\]"),
+    ("A551", wrong(page_table=torch.zeros(2, 0, dtype=torch.int32)), r"page_table is int32 \[2, 0\]"),
+    ("A552", wrong(k=random(6, 2, 16, 8).mT), "last dimension of k_cache has stride 8"),
+    ("A552", wrong(layout="hdn"), "no layout 'hdn'"),
+    ("A553", wrong(k_scale=torch.ones(2)), "k_scale is float32"),
+]
+
+
+@pytest.mark.parametrize(("code", "call", "message"), WRONG, ids=lambda x: x if isinstance(x, str) else "")
+def test_wrong_tensors(code: str, call: dict[str, Any], message: str) -> None:
+    """Each is named, on the host, with nothing read from the device."""
+    attn, given = attndsl.compile("causal"), dict(call)
+    tensors = [given.pop(name) for name in ("q", "k", "v", "seq_lens", "page_table")]
+    with pytest.raises(attndsl.PatternError, match=message) as caught:
+        attn.decode(*tensors, **given)
+    assert caught.value.diagnostics[0].code == code
+
+
 # ------------------------------------------------------------------------------------- the operator
 
 

@@ -141,6 +141,29 @@ def test_pages_by_their_bounds(dtype: torch.dtype) -> None:
         plain.top(q[:1], 1)
 
 
+@pytest.mark.parametrize(
+    ("text", "needed"),
+    [
+        ("causal & dilated(16)", 256),
+        ("causal & (strided(64) | window(9))", 65),
+        ("causal & (window(90) | sink(3))", None),
+    ],
+)
+def test_columns_that_come_back_are_refused(text: str, needed: int | None) -> None:
+    """In a pool that cannot hold what the pattern keeps of one sequence."""
+
+    def make() -> attndsl.serving.PagedCache:
+        return attndsl.serving.PagedCache(
+            attndsl.compile(text), batch=1, kv_heads=1, head_dim=8, pages=8, page=16, max_len=4096
+        )
+
+    if needed is None:
+        make()
+        return
+    with pytest.raises(attndsl.PatternError, match=f"{needed} pages of a sequence of 4096 tokens may be read again"):
+        make()
+
+
 def test_sequences_come_and_go() -> None:
     attn = attndsl.compile("causal")
     cache = attndsl.serving.PagedCache(attn, batch=3, kv_heads=1, head_dim=8, pages=6, page=4, max_len=16)
