@@ -7,12 +7,14 @@
 import importlib
 from typing import Any
 
-from attndsl.api import Attention, compare, compile
+from attndsl.api import Attention, compare, compile, document_ids
 from attndsl.diagnostics import Diagnostic, PatternError, PatternWarning
 
 __version__ = "0.1.0"
 
-__all__ = ["Attention", "Diagnostic", "PatternError", "PatternWarning", "__version__", "compare", "compile"]
+__all__ = [
+    "Attention", "Diagnostic", "PatternError", "PatternWarning", "__version__", "compare", "compile", "document_ids",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -441,6 +441,22 @@ def _registered(program: Program) -> str:
     return key
 
 
+def document_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """The document of each token, from where documents begin: what `document(doc)` and `packed doc` read.
+
+    >>> import attndsl, torch
+    >>> attndsl.document_ids(torch.tensor([0, 2, 5]), 6)
+    tensor([[0, 0, 1, 1, 1, 2]], dtype=torch.int32)
+
+    cu_seqlens: int [documents + 1] or [B, documents + 1], the first token of each document and one past the last
+    document's last; tokens from there on are a document of their own. Returns int32 [1 or B, tokens], non-decreasing,
+    on the device of the offsets, without waiting for it.
+    """
+    from attndsl.runtime.cuts import document_ids
+
+    return document_ids(cu_seqlens, tokens)
+
+
 def _engine(program: Program) -> Engine:
     from attndsl.wiring import engine
 
@@ -470,4 +486,7 @@ def kernel_cache() -> KernelCache:
     return KernelCache()
 
 
-__all__ = ["Attention", "compare", "compile", "format_source", "kernel_cache", "load_attention", "measure", "source_of"]
+__all__ = [
+    "Attention", "compare", "compile", "document_ids", "format_source", "kernel_cache", "load_attention", "measure",
+    "source_of",
+]  # fmt: skip

@@ -73,3 +73,11 @@ def document_ends(ids: Tensor, ends: bool) -> Tensor:
         return torch.where(pad(changes, (1, 0), value=True), position, 0).cummax(-1).values
     last = torch.where(pad(changes, (0, 1), value=True), position + 1, tokens)
     return last.flip(-1).cummin(-1).values.flip(-1)
+
+
+def document_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """See `attndsl.document_ids`."""
+    position = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    ends = cu_seqlens[..., 1:].contiguous()
+    found = torch.searchsorted(ends, position.expand(*ends.shape[:-1], tokens).contiguous(), right=True, out_int32=True)
+    return found if found.dim() == 2 else found[None]
