@@ -163,6 +163,18 @@ attention routed {
 }
 """
 
+HEADS_TEXT = """\
+attention heads {
+    attend causal & (if h % 4 == 3 then all else sink(64) | window(1024))
+}
+"""
+
+
+def heads_rule(_sizes: Sizes, _inputs: Inputs) -> MaskRule:
+    """Heads that retrieve and heads that stream (DuoAttention, arXiv 2410.10819), the long ones last of each four."""
+    return lambda b, h, q, k: (k <= q) & ((h % 4 == 3) | (q - k < 1024) | (k < 64))
+
+
 ALL_ROWS: tuple[Row, ...] = (
     static("causal", "causal", lambda b, h, q, k: k <= q, causal=True),
     causal_window(1024),
@@ -171,6 +183,13 @@ ALL_ROWS: tuple[Row, ...] = (
         "sink_window",
         "causal & (sink(64) | window(1024))",
         lambda b, h, q, k: (k <= q) & ((q - k < 1024) | (k < 64)),
+    ),
+    Row(
+        "heads",
+        "every 4th head causal, the others sink(64) | window(1024)",
+        lambda _: HEADS_TEXT,
+        heads_rule,
+        per_head=True,
     ),
     static("prefix", "causal | prefix(4096)", lambda b, h, q, k: (k <= q) | (k < 4096)),
     Row("documents", "12 documents, causal", lambda _: DOCUMENT_TEXT, document_rule, document_ids),

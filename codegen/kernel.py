@@ -165,30 +165,27 @@ class KernelWriter:
     def query_tile(self) -> None:
         """Which query tile of which head a program owns, and where its rows stand."""
         spec, lines, classes = self.plan.spec, self.lines, self.plan.layout.classes
+        tiles = f"q_tiles = tl.cdiv({self.most('q', 'rows')}, BLOCK_Q)"
         tile = "q_tile = q_tiles - 1 - tl.program_id(0) % q_tiles"
-        if classes == 1:
-            lines.add(
-                "",
-                "# Heads one after another: programs in flight share keys. A head's last rows first: they are longest.",
-                f"q_tiles = tl.cdiv({self.most('q', 'rows')}, BLOCK_Q)",
-                "head = tl.program_id(0) // q_tiles",
-                tile,
-            )
+        of_head = f"g = h // {spec.heads // spec.kv_heads}" if spec.heads != spec.kv_heads else "g = h"
+        if counts := self._head_counts():
+            lines.add("", tiles, self.start)
+            self._head_of_rank(counts, of_head)
+            lines.add(of_head, tile)
         else:
-            lines.add(
-                "",
-                "# Heads one after another, of a head one residue after another, of a residue the last rows first.",
-                f"q_tiles = tl.cdiv({self.most('q', 'rows')}, BLOCK_Q)",
-                f"head = tl.program_id(0) // (q_tiles * {classes})",
-                f"residue = tl.program_id(0) // q_tiles % {classes}",
-                tile,
+            one = (
+                "# Heads one after another: programs in flight share keys. A head's last rows first: they are longest."
             )
-        lines.add(
-            f"b = head // {spec.heads}",
-            f"h = head % {spec.heads}",
-            f"g = h // {spec.heads // spec.kv_heads}" if spec.heads != spec.kv_heads else "g = h",
-            self.start,
-        )
+            several = (
+                "# Heads one after another, of a head one residue after another, of a residue the last rows first."
+            )
+            lines.add("", one if classes == 1 else several, tiles)
+            if classes > 1:
+                lines.add(f"head = tl.program_id(0) // (q_tiles * {classes})")
+                lines.add(f"residue = tl.program_id(0) // q_tiles % {classes}")
+            else:
+                lines.add("head = tl.program_id(0) // q_tiles")
+            lines.add(tile, f"b = head // {spec.heads}", f"h = head % {spec.heads}", of_head, self.start)
         offsets = ("", "q_offset = tl.arange(0, BLOCK_Q)", "k_offset = tl.arange(0, BLOCK_K)")
         if self.combs["q"].every:
             lines.add("q_first = start + q_tile * BLOCK_Q", *offsets, "q_rows = q_tile * BLOCK_Q + q_offset")
@@ -204,6 +201,44 @@ class KernelWriter:
         if any(dim.axis is Axis.Q and dim.block == 1 for decl in self.plan.inputs for dim in decl.dims):
             self.lines.add("q_index = tl.minimum(q_rows, rows - 1)[:, None]")
         self.know_tile_start()
+
+    def _head_counts(self) -> list[Scalar]:
+        """How many tiles a query tile visits, run by run, where what the program says of heads decides it."""
+        counts = [run.count for run in self.plan.runs.full + self.plan.runs.partial]
+        nodes = [x for e in counts for x in walk(e)]
+        given = all(self.plan.program.input(x.input).derivation is None for x in nodes if isinstance(x, Read))
+        known = given and self.plan.layout.plain and self.plan.spec.heads > 1
+        return counts if known and any(reads(e, "h", "g") for e in counts) else []
+
+    def _head_of_rank(self, counts: list[Scalar], of_head: str) -> None:
+        """The program's batch entry and head, where heads with more tiles come first.
+
+        What takes long must not start last. The counts are those of a head's last tile, for all heads at once: tables
+        and inputs say them, at call time and without the host.
+        """
+        heads = self.plan.spec.heads
+        self.lines.add(
+            "",
+            "# Heads one after another: programs in flight share keys. Those whose last rows visit more tiles first,",
+            "# and of a head its last rows: they are longest.",
+            f"batch = tl.num_programs(0) // (q_tiles * {heads})",
+            "nth = tl.program_id(0) // q_tiles",
+            "b = nth % batch",
+            f"every = tl.arange(0, {1 << (heads - 1).bit_length()})",
+            f"h = tl.minimum(every, {heads - 1})",
+            of_head,
+            "q_tile = q_tiles - 1",
+        )
+        printer = self.fresh()
+        printer.share(self.lines, counts, "ranked_")
+        total = " + ".join(f"tl.maximum({printer.text(e)}, 0)" for e in counts)
+        self.lines.add(
+            f"work = tl.where(every < {heads}, {total}, -1)",
+            "as_much = (work[None, :] == work[:, None]) & (every[None, :] < every[:, None])",
+            "ahead = (work[None, :] > work[:, None]) | as_much",
+            "h = tl.sum(tl.where(tl.sum(tl.where(ahead, 1, 0), 1) == nth // batch, every, 0), 0)",
+            f"head = b * {heads} + h",
+        )
 
     def first_row(self) -> None:
         """`i_start`, the index of the first row of the call that belongs to the residue."""
