@@ -146,16 +146,16 @@ class Attention:
         """
         attend = self._attend or attend_operator(needed=True)
         given, args = self._given(inputs)
-        if self.program.selections or plans:
-            from attndsl.runtime.select_op import with_plans
-
-            given = with_plans(self._key, q, k, given, args, scale, plans or {})
         if self._parts or views:
             from attndsl.runtime.compose import attend_composed
 
             composed = (self.program, self._key, self._composition, self._parts)
-            out, lse = attend_composed(*composed, q, k, v, given, args, scale, backend, dropout, views)
+            out, lse = attend_composed(*composed, q, k, v, given, args, scale, backend, dropout, plans or {}, views)
         else:
+            if self.program.selections or plans:
+                from attndsl.runtime.compose import with_plans
+
+                given = with_plans(self.program, self._key, self._composition, q, k, given, args, scale, plans or {})
             out, lse = attend(self._key, q, k, v, given, args, scale, backend, dropout, seed)
         return self._with_lse(out, lse) if return_lse else out
 
@@ -221,9 +221,10 @@ class Attention:
         how many are chosen it is uint8 [B, H', R, M], an entry a member: 0 where it is out, 1, or the factor of its
         level. It has no gradient. Nothing waits for the device. Raises `PatternError` when the call does not fit.
         """
-        from attndsl.runtime.select_op import plans_of
+        from attndsl.runtime.compose import make_plans
 
-        return plans_of(self._key, q, k, *self._given(inputs), scale, plans or {})
+        composed = (self.program, self._key, self._composition, self._parts)
+        return make_plans(*composed, q, k, *self._given(inputs), scale, plans or {})
 
     def evictable(self, seq_len: int, page: int = 1, **inputs: Any) -> list[int]:
         """Pages of a sequence that no row from position `seq_len` on can read, at any length and whatever the data.

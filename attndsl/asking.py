@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from attndsl.diagnostics import PatternError, error
+from attndsl.plans import own_program
 from attndsl.program import Axis, CallShape, Program
 
 _Answer = TypeVar("_Answer")
@@ -35,7 +36,7 @@ def batch_of(program: Program, arrays: Mapping[str, Any]) -> int:
 
 def check_names(program: Program, given: Mapping[str, object]) -> None:
     """Raises `PatternError` for the first input that is missing, or that the program does not have."""
-    spans = {decl.name: decl.span for decl in program.inputs}
+    spans = {decl.name: decl.span for decl in own_program(program).inputs}
     wanted = (*spans, *program.args)
     for name in wanted:
         if name not in given:

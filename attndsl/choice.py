@@ -11,7 +11,7 @@ of the `levels`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import reduce
@@ -80,17 +80,26 @@ class Chosen:
 
 
 @dataclass(frozen=True, slots=True)
+class Mass:
+    """The probabilities of a branch's part, float64 [B, Hq, rows, keys]; key j stands for the tokens
+    [j * stride, j * stride + size)."""
+
+    probabilities: Floats
+    size: int = 1
+    stride: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Data:
     """What a call gives: q float64 [B, Hq, rows, D], k [B, Hkv, Nk, D], inputs and arguments by name, the factor of
-    q . k (one, or [1, Hq, 1, 1]), and for each branch that `probs` reads its probabilities over the raw tokens,
-    [B, Hq, rows, Nk]."""
+    q . k (one, or [1, Hq, 1, 1]), and the masses of each branch that `probs` reads, one a part."""
 
     q: Floats
     k: Floats
     inputs: Mapping[str, Array]
     args: Mapping[str, int]
     scale: float | Floats
-    masses: Mapping[str, Floats]
+    masses: Mapping[str, Sequence[Mass]]
 
 
 def choose(program: Program, selection: Selection, shape: CallShape, data: Data) -> Chosen:
@@ -211,14 +220,23 @@ class _Call:
             case _ as never:
                 assert_never(never)
 
-    def _mass(self, probabilities: Floats, largest: bool) -> Floats:
-        found = np.zeros((*probabilities.shape[:2], self.classes, self.members))
-        for r in range(self.classes):
-            of_rows = probabilities[:, :, self.rows_of(r)]
-            for m in range(self.members):
-                block = of_rows[..., self.keys_of(m)].reshape(*found.shape[:2], -1)
-                if block.shape[-1]:
-                    found[:, :, r, m] = block.max(-1) if largest else block.sum(-1)
+    def _mass(self, masses: Sequence[Mass], largest: bool) -> Floats:
+        """A key gives a member the share of its present tokens that lie in it."""
+        found = np.zeros((self.shape.batch, self.shape.heads, self.classes, self.members))
+        for mass in masses:
+            for j in range(mass.probabilities.shape[-1]):
+                tokens = np.arange(j * mass.stride, min(j * mass.stride + mass.size, self.shape.k_len))
+                members, counts = np.unique(tokens // self.selection.keys, return_counts=True)
+                for r in range(self.classes):
+                    of_rows = mass.probabilities[:, :, self.rows_of(r), j]
+                    if not of_rows.shape[2]:
+                        continue
+                    for m, count in zip(members, counts, strict=True):
+                        share = count / len(tokens)
+                        if largest:
+                            found[:, :, r, m] = np.maximum(found[:, :, r, m], of_rows.max(2) * share)
+                        else:
+                            found[:, :, r, m] += of_rows.sum(2) * share
         return found
 
     def _antidiagonal(self, stride: int) -> Floats:

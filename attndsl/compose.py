@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from attndsl.branches import Attended, Branch, Given, Output, Part, Pool, combined, factors
 from attndsl.pairs import nodes
 from attndsl.program import Axis, Dim, InputDecl, Program, Read, Scalar, Selected, Type, walk
+from attndsl.selection import Probs
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +50,10 @@ class Composition:
 
 
 def compose(program: Program) -> Composition:
-    """The composition of a program; only the branches that its output reads are part of it."""
+    """The composition of a program; only the branches that its output or a selection reads are part of it."""
     output = program.output or Attended("")
     read = set(combined(output))
+    read |= {x.score.branch for x in program.selections if isinstance(x.score, Probs)}
     found: dict[Pool, Pooling] = {}
     branches = []
     for branch in program.branches:

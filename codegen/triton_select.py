@@ -86,7 +86,7 @@ class SelectWriter(KernelWriter):
         lines.add(
             f"vectors = b * tl.cdiv({spec.heads}, vector_share) + h // vector_share",
             f"vectors = vectors.to(tl.int64) * members * {spec.dim}",
-            "# No two entries are alike, so that one is replaced at a time.",
+            "# No two are alike, so that one is replaced at a time.",
             "best = tl.zeros([BLOCK_Q, WIDTH], tl.int64) + (LEAST + tl.arange(0, WIDTH).to(tl.int64))[None, :]",
         )
         pairs = [e for e in (plan.mask, plan.forced) if e is not None]

@@ -7,14 +7,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from attndsl.branches import Attended
+from attndsl.branches import Attended, Given, combined
 from attndsl.compose import Composition, Pooling, output_inputs
 from attndsl.diagnostics import error
-from attndsl.program import Program
+from attndsl.plans import own_program
+from attndsl.program import InputDecl, Program
 from attndsl.runtime.call import call_shape, check_inputs
 from attndsl.runtime.combine import Combiner, State
 from attndsl.runtime.ops import attend, checked_values
 from attndsl.runtime.pool import pooled
+from attndsl.runtime.select_op import Planner
 
 Views = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -28,12 +30,62 @@ def _made(key: str, pooling: Pooling, k: Tensor, v: Tensor, backend: str = "auto
     return pooled(key, k, pooling.pool, backend), pooled(key, v, pooling.pool, backend)
 
 
+class Composed:
+    """One call of a composed program: its plans and its branches, each made when first asked for.
+
+    key, keys: the registered program, and those of its branches; given: the inputs that a call gives.
+    """
+
+    def __init__(
+        self, program: Program, key: str, composition: Composition, keys: Sequence[str], q: Tensor, k: Tensor,
+        v: Tensor, given: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str,
+        plans: Mapping[str, Tensor], views: Views | None = None,
+    ) -> None:  # fmt: skip
+        own = own_program(program)
+        checked_values(key, given, args)
+        check_inputs(own, call_shape(q, k, v), given, q.device)
+        self.q, self.k, self.v, self.args, self.scale, self.backend = q, k, v, list(args), scale, backend
+        self.inputs = {decl.name: x for decl, x in zip(own.inputs, given, strict=True)}
+        self.planner = Planner(key, q, k, given, args, scale, plans, self.state)
+        self._selections = {selection.name for selection in program.selections}
+        self._made = _entries(key, composition, k, v, views, backend)
+        programs = composition.programs if keys else (program,)
+        names = [name for name, _ in composition.branches] if keys else [program.branches[0].name or ""]
+        self._parts = dict(zip(names, zip(keys or (key,), programs, strict=True), strict=True))
+        self._attended: dict[str, State] = {}
+
+    def attended(self, name: str) -> State:
+        """Output and lse of a branch."""
+        if name not in self._attended:
+            own_key, part = self._parts[name]
+            own = [self._input(decl) for decl in part.inputs]
+            out, lse = attend(own_key, self.q, self.k, self.v, own, self.args, self.scale, self.backend)
+            self._attended[name] = out, None if part.branches[0].weights is not None else lse
+        return self._attended[name]
+
+    def state(self, name: str) -> tuple[Tensor, Tensor]:
+        """The keys that a branch of one part attended to, and its lse."""
+        _, lse = self.attended(name)
+        assert lse is not None
+        view = self._parts[name][1].branches[0].parts[0].view
+        if view is None:
+            return self.k, lse
+        assert isinstance(view, Given)
+        keys = self._made[view.keys] if view.keys in self._made else self.inputs[view.keys]
+        return keys.expand(*self.k.shape[:2], -1, -1), lse
+
+    def _input(self, decl: InputDecl) -> Tensor:
+        if decl.name in self._selections:
+            return self.planner.input(decl.name)
+        return self._made[decl.name] if decl.name in self._made else self.inputs[decl.name]
+
+
 def attend_composed(
     program: Program, key: str, composition: Composition, keys: Sequence[str], q: Tensor, k: Tensor, v: Tensor,
     given: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str, dropout: float,
-    views: Views | None,
+    plans: Mapping[str, Tensor], views: Views | None,
 ) -> State:  # fmt: skip
-    """Output and, where there is one, lse of a call. key, keys: the registered program, and those of its branches."""
+    """Output and, where there is one, lse of a call; parameters as in `Composed`."""
     if dropout:
         raise error(
             "A911", "dropout is not yet supported for views and several branches", program.span, help="leave it out"
@@ -41,23 +93,34 @@ def attend_composed(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
-    shape = call_shape(q, k, v)
-    checked_values(key, given, args)
-    check_inputs(program, shape, given, q.device)
-    inputs = {decl.name: x for decl, x in zip(program.inputs, given, strict=True)}
-    made = _entries(key, composition, k, v, views, backend)
-    attended: dict[str, State] = {}
-    for own_key, (name, part) in zip(keys, composition.branches, strict=True):
-        own = [made[decl.name] if decl.name in made else inputs[decl.name] for decl in part.inputs]
-        out, lse = attend(own_key, q, k, v, own, list(args), scale, backend)
-        attended[name] = out, None if part.only.weights is not None else lse
+    call = Composed(program, key, composition, keys, q, k, v, given, args, scale, backend, plans, views)
     if isinstance(composition.output, Attended):
-        return attended[composition.output.branch]
+        return call.attended(composition.output.branch)
+    attended = {name: call.attended(name) for name in combined(composition.output)}
     read = output_inputs(composition.output)
-    gates = {name: x for name, x in inputs.items() if name in read}
-    numbers = dict(zip(program.args, args, strict=True))
+    gates = {name: x for name, x in call.inputs.items() if name in read}
+    numbers, shape = dict(zip(program.args, args, strict=True)), call_shape(q, k, v)
     found = Combiner(program, shape, q.device, gates, numbers, attended).state(composition.output)
     return found[0].to(q.dtype).expand(shape.batch, shape.heads, shape.rows, shape.v_dim), found[1]
+
+
+def make_plans(
+    program: Program, key: str, composition: Composition, keys: Sequence[str], q: Tensor, k: Tensor,
+    given: Sequence[Tensor], args: Sequence[int], scale: float | None, plans: Mapping[str, Tensor],
+) -> dict[str, Tensor]:  # fmt: skip
+    """The plan of each selection of a program, by its name. What `probs` reads of a branch needs no values."""
+    with torch.no_grad():
+        call = Composed(program, key, composition, keys, q, k, k, given, args, scale, "auto", plans)
+        return {selection.name: call.planner.plan(selection.name) for selection in program.selections}
+
+
+def with_plans(
+    program: Program, key: str, composition: Composition, q: Tensor, k: Tensor, given: Sequence[Tensor],
+    args: Sequence[int], scale: float | None, plans: Mapping[str, Tensor],
+) -> list[Tensor]:  # fmt: skip
+    """The inputs of a plain program: those of a call, then the plans that it attends to."""
+    call = Composed(program, key, composition, (), q, k, k, given, args, scale, "auto", plans)
+    return [*given, *(call.planner.input(decl.name) for decl in program.inputs[len(given) :])]
 
 
 def _entries(

@@ -177,6 +177,19 @@ def _apart(call: _Call) -> tuple[Tensor, Tensor | None]:
     return out, lse
 
 
+def probabilities(
+    program: Program, branch: Branch, q: Tensor, k: Tensor, inputs: Mapping[str, Tensor], args: Mapping[str, int],
+    scale: float | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """exp(logit - lse) of each part of a branch, as `probs` reads them: float64 [B, Hq, rows, keys]."""
+    shape = CallShape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], q.shape[3])
+    exact = {name: x.detach().cpu().numpy() for name, x in inputs.items() if not x.is_floating_point()}
+    floats = {name: x.detach().to(torch.float64) for name, x in inputs.items() if x.is_floating_point()}
+    evaluator = oracle.Evaluator.of_call(program, shape, exact, args)
+    q, k = (x.detach().to(torch.float64) for x in (q, k))
+    return _Call(program, shape, q, k, k, evaluator, floats, scale, None).probabilities(branch)
+
+
 @dataclass(frozen=True, slots=True)
 class _Call:
     """One call of a program, its tensors in float64."""
@@ -210,6 +223,17 @@ class _Call:
         if branch.sink is not None:
             sink = self._over(branch.sink, 1)[..., 0]
         return _softmax(dense[present], present, values, sink, self.left)
+
+    def probabilities(self, branch: Branch) -> list[Tensor]:
+        """exp(logit - lse) of each of a branch's parts: float64 [B, Hq, rows, keys], 0 where a row sees nothing."""
+        lse = self.branch(branch)[1]
+        if lse is None:
+            raise ValueError(f"branch `{branch.name}` has no lse")
+        found = []
+        for part in branch.parts:
+            present, logits, _ = self._scores(branch, part)
+            found.append(torch.where(present, torch.exp(logits - _below(lse)[..., None]), 0.0))
+        return found
 
     def _scores(self, branch: Branch, part: Part) -> tuple[Tensor, Tensor, Tensor]:
         """Of a part: which keys each row sees and do not score -inf, their logits or weights, and the values.

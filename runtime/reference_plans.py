@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attndsl.choice import Data, choose, real
+from attndsl.choice import Data, Mass, choose, real
 from attndsl.oracle import Evaluator
 from attndsl.plans import own_program, plan_heads, plan_input
 from attndsl.program import CallShape, Program
-from attndsl.selection import Share
+from attndsl.runtime.reference import probabilities
+from attndsl.selection import Probs, Share
 
 
 def oracle_plans(
@@ -40,7 +41,18 @@ def oracle_plans(
             factor = np.asarray(shape.dim**-0.5 if scale is None else scale)
             if scale is None and selection.scale is not None:
                 factor = real(Evaluator.of_call(seen, shape, known, args), selection.scale)
-            chosen = choose(seen, selection, shape, Data(queries, keys, known, args, factor, {}))
+            masses: dict[str, list[Mass]] = {}
+            if isinstance(selection.score, Probs):
+                branch = program.named(selection.score.branch)
+                masses[selection.score.branch] = [
+                    Mass(p.cpu().numpy(), *((1, 1) if part.view is None else (part.view.size, part.view.stride)))
+                    for p, part in zip(
+                        probabilities(program, branch, q, k, {**inputs, **found}, args, scale),
+                        branch.parts,
+                        strict=True,
+                    )
+                ]
+            chosen = choose(seen, selection, shape, Data(queries, keys, known, args, factor, masses))
             share = {Share.NONE: 1, Share.GROUP: shape.heads // shape.kv_heads, Share.HEADS: shape.heads}
             plan = torch.from_numpy(chosen.level[:, :: share[plan_heads(selection)]]).to(q.device)
         plan = plan if "q" in axes else plan.squeeze(2)

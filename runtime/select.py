@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from attndsl.branch_mass import BranchMass, branch_mass
 from attndsl.capacity import budgets, capacity
 from attndsl.diagnostics import error
 from attndsl.plans import plan_heads
 from attndsl.program import CallShape, Inter, Program, Set
+from attndsl.runtime.derive import Deriver
 from attndsl.runtime.engine import table_tensor
 from attndsl.runtime.masses import leading, pooled_members
 from attndsl.runtime.strips import STRIP, Strips
@@ -24,6 +26,8 @@ from attndsl.selection import Antidiagonal, Dot, Probs, Selection, Share, Top, V
 if TYPE_CHECKING:
     from attndsl.runtime.triton_select import TritonSelect
 
+# Pairs of rows and keys of a branch that one row class may have.
+MAX_PAIRS = 1 << 28
 # Rows for which heads may choose single tokens each on their own.
 MAX_TOKEN_ROWS = 16
 
@@ -46,6 +50,8 @@ class Selector:
     among: Touched | None = field(init=False, default=None)
     always: Touched | None = field(init=False, default=None)
     groups: Touched | None = field(init=False, default=None)
+    mass: BranchMass | None = field(init=False, default=None)
+    mass_deriver: Deriver | None = field(init=False, default=None)
     whole: bool = field(init=False)
     fused: TritonSelect | None = field(init=False, default=None)
 
@@ -59,10 +65,7 @@ class Selector:
                 selection.span, help="write `share = group` or `share = heads`, larger members, or `per = rows(64)`",
             )  # fmt: skip
         if isinstance(selection.score, Probs):
-            raise error(
-                "A575", f"selecting by the probabilities of `{selection.score.branch}` is not yet supported in a call",
-                selection.span, help="hand in a plan: `plans={…}`",
-            )  # fmt: skip
+            self.mass = checked_mass(self.program, selection, shape)
         self.capacity = capacity(self.program, selection, heads, self.members)
         # Where the call holds every row, its row classes are whole.
         self.whole = selection.rows is not None and shape.rows == shape.q_len(self.program)
@@ -79,6 +82,8 @@ class Selector:
         if selection.always is not None:
             forced = Inter((selection.among, selection.always))
             self.always = self._touched(forced, selection.rows, selection.keys)
+        if self.mass is not None:
+            self.mass_deriver = Deriver(self.mass.program, self.shape, self.device, given=self.given)
         if isinstance(selection.score, Antidiagonal):
             self.groups = self._touched(selection.among, selection.score.stride, selection.score.stride)
 
@@ -108,17 +113,19 @@ class Selector:
     # ----------------------------------------------------------------------------------------- plans
 
     def __call__(
-        self, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None = None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None = None,
+        state: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """The plan: int32 [B, H', R, C], or uint8 [B, H', R, M] where nothing bounds it.
 
-        scale: in the place of the attention's own.
+        scale: in the place of the attention's own. state: for `probs`, the keys [B, Hkv, keys, D] of its branch, and
+        the lse [B, Hq, rows] that it had.
         """
         plan = empty_plan(self.program, self.selection, self.shape, self.device)
         if self.among is None:
             self._fused(plan, q, k, inputs, args, scale)
             return plan
-        strips = Strips(self, q, k, inputs, args, scale)
+        strips = Strips(self, q, k, inputs, args, scale, state)
         heads = plan.shape[1]
         step = max(1, STRIP[self.device.type] // max(1, self.shape.batch * self.shape.heads * strips.width))
         for low in range(0, self.classes, step):
@@ -167,3 +174,18 @@ def _classes(program: Program, selection: Selection, shape: CallShape) -> int:
             return 1
         case rows:
             return -(-shape.q_len(program) // rows)
+
+
+def checked_mass(program: Program, selection: Selection, shape: CallShape) -> BranchMass:
+    """The branch that a selection reads the probabilities of.
+
+    Raises `PatternError` where it has none (A575), or where one row class would look at too many (A576).
+    """
+    mass = branch_mass(program, selection, (shape.heads, shape.kv_heads))
+    keys = mass.keys(shape.k_len)
+    if selection.rows is None and shape.batch * shape.heads * shape.rows * keys > MAX_PAIRS:
+        raise error(
+            "A576", f"`probs` for all {shape.rows} rows at once looks at {keys} keys of each", selection.span,
+            help=f"at most {MAX_PAIRS:,} pairs: take fewer rows, or `per = rows(64)`",
+        )  # fmt: skip
+    return mass

@@ -7,9 +7,9 @@ input like any other.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,65 +19,74 @@ from attndsl.diagnostics import error
 from attndsl.plans import own_program, plan_heads, plan_input, plans_read
 from attndsl.program import CallShape, InputDecl, Program
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target
-from attndsl.runtime.ops import checked_values, traced
+from attndsl.runtime.ops import traced
 from attndsl.runtime.plans import listed_members
 from attndsl.runtime.registry import engine_of
-from attndsl.runtime.select import Selector, empty_plan
+from attndsl.runtime.select import Selector, checked_mass, empty_plan
 from attndsl.select_plan import fuses_on
-from attndsl.selection import Selection, Share
+from attndsl.selection import Probs, Selection, Share
 
 _LIBRARY = Library("attndsl", "FRAGMENT")
 _LIBRARY.define(
-    "select(str program, str selection, Tensor q, Tensor k, Tensor[] inputs, SymInt[] args, float? scale) -> Tensor"
+    "select(str program, str selection, Tensor q, Tensor k, Tensor[] inputs, SymInt[] args, float? scale, "
+    "Tensor? keys=None, Tensor? lse=None) -> Tensor"
 )
+# What `probs` reads of a branch: its keys [B, Hkv, keys, D], and the lse [B, Hq, rows] that it had.
+State: TypeAlias = tuple[Tensor, Tensor]
 # Kinds of calls whose selectors are kept.
 MAX_KEPT = 256
 _KEPT: dict[Any, Selector] = {}
 
 
-def plans_of(
-    key: str, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
-    given: Mapping[str, Tensor], wanted: Sequence[str] | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """The plans of a program's selections by name, [B, H', R, C or M]: those `given`, and those made.
+class Planner:
+    """The plans of a program's selections in one call, each made when first asked for, or given.
 
-    wanted: which (default: all). Raises `PatternError` where a given plan fits no selection of the program.
+    given: plans by name, [B, H', R, C or M]. state: the keys and the lse of a branch that `probs` reads.
     """
-    program = engine_of(key).program
-    checked_values(key, inputs, args)
-    names = [selection.name for selection in program.selections]
-    for name in given:
-        if name not in names:
-            known = f"it has {', '.join(names)}" if names else "it has none"
-            raise error("A572", f"`{name}` is not a selection of this attention: {known}", program.span)
-    make = torch.ops.attndsl.select if traced((q, k, *inputs)) else _select
-    q, k, inputs = q.detach(), k.detach(), [x.detach() for x in inputs]
-    found: dict[str, Tensor] = {}
-    pending = set(names if wanted is None else wanted)
-    for selection in reversed(program.selections):
-        if selection.name in pending and selection.name not in given:
-            pending |= plans_read(selection, program)
-    for selection in program.selections:
-        name = selection.name
-        if name not in pending:
-            continue
-        if name in given:
-            found[name] = _checked(program, selection, call_shape(q, k, k), given[name], q.device)
-        else:
-            read = [_as_input(found[x], plan_input(program.selection(x))) for x in _reads(selection, program)]
-            found[name] = make(key, name, q, k, [*inputs, *read], args, scale)
-    return found
 
+    def __init__(
+        self, key: str, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+        given: Mapping[str, Tensor], state: Callable[[str], State],
+    ) -> None:  # fmt: skip
+        """Raises `PatternError` where a given plan belongs to no selection of the program."""
+        self.key, self.program = key, engine_of(key).program
+        self.q, self.k, self.inputs = q.detach(), k.detach(), [x.detach() for x in inputs]
+        self.args, self.scale, self.given, self.state = args, scale, given, state
+        self._found: dict[str, Tensor] = {}
+        names = [selection.name for selection in self.program.selections]
+        for name in given:
+            if name not in names:
+                known = f"it has {', '.join(names)}" if names else "it has none"
+                raise error("A572", f"`{name}` is not a selection of this attention: {known}", self.program.span)
 
-def with_plans(
-    key: str, q: Tensor, k: Tensor, inputs: list[Tensor], args: list[int], scale: float | None,
-    given: Mapping[str, Tensor],
-) -> list[Tensor]:  # fmt: skip
-    """The inputs of a program, its plans among them: those of a call, then the plans that it attends to."""
-    program = engine_of(key).program
-    wanted = program.inputs[len(inputs) :]
-    found = plans_of(key, q, k, inputs, args, scale, given, [decl.name for decl in wanted])
-    return [*inputs, *(_as_input(found[decl.name], decl) for decl in wanted)]
+    def plan(self, name: str) -> Tensor:
+        """A plan, [B, H', R, C or M]. Raises `PatternError` where a given one does not fit the call."""
+        if name not in self._found:
+            selection = self.program.selection(name)
+            if name in self.given:
+                shape = call_shape(self.q, self.k, self.k)
+                self._found[name] = _checked(self.program, selection, shape, self.given[name], self.q.device)
+            else:
+                self._found[name] = self._made(selection)
+        return self._found[name]
+
+    def input(self, name: str) -> Tensor:
+        """The plan as the input that it is to what attends it."""
+        return _as_input(self.plan(name), plan_input(self.program.selection(name)))
+
+    def _made(self, selection: Selection) -> Tensor:
+        read = [self.input(name) for name in _reads(selection, self.program)]
+        keys: Tensor | None = None
+        lse: Tensor | None = None
+        if isinstance(selection.score, Probs):
+            # Raises where the branch has no probabilities, before it is attended.
+            checked_mass(_of_selection(self.program, selection), selection, call_shape(self.q, self.k, self.k))
+            keys, lse = (x.detach() for x in self.state(selection.score.branch))
+        make = torch.ops.attndsl.select if traced((self.q, self.k, *self.inputs)) else _select
+        made: Tensor = make(
+            self.key, selection.name, self.q, self.k, [*self.inputs, *read], self.args, self.scale, keys, lse
+        )
+        return made
 
 
 def with_given_plans(
@@ -151,8 +160,9 @@ def _of_selection(program: Program, selection: Selection) -> Program:
 
 
 def _select(
-    key: str, name: str, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
-) -> Tensor:
+    key: str, name: str, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+    keys: Tensor | None = None, lse: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     if q.dim() and q.stride(-1) != 1:
         q = q.contiguous()
     kind = (
@@ -181,12 +191,13 @@ def _select(
         printer = engine_of(key).generators.triton_select if fuses else None
         selector = _KEPT[kind] = Selector(seen, selection, shape, q.device, given, printer)
     with torch.no_grad():
-        return selector(q, k, inputs, args, scale)
+        return selector(q, k, inputs, args, scale, None if keys is None or lse is None else (keys, lse))
 
 
 def _select_fake(
-    key: str, name: str, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
-) -> Tensor:
+    key: str, name: str, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+    keys: Tensor | None = None, lse: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     program = engine_of(key).program
     return empty_plan(own_program(program), program.selection(name), call_shape(q, k, k), q.device)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attndsl.runtime.masses import floor_share, leading, normalised, pooled, softmax
-from attndsl.runtime.touched import Touched
+from attndsl.runtime.touched import Touched, call_values
 from attndsl.runtime.values import Values
 from attndsl.selection import (
     Above,
@@ -45,10 +45,11 @@ class Strips:
     """One call of a selector, by strips of its row classes."""
 
     def __init__(
-        self, of: Selector, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
-    ) -> None:
+        self, of: Selector, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+        state: tuple[Tensor, Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self.of, self.selection, self.shape, self.device = of, of.selection, of.shape, of.device
-        self.q, self.k = q, k
+        self.q, self.k, self.state = q, k, state
         assert of.among is not None
         self.real = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.candidates = of.among
@@ -73,6 +74,14 @@ class Strips:
             assert of.groups is not None
             self.groups, self.group_values = of.groups, of.groups.values(inputs, args, of.tables)
             self.width *= (rows // score.stride) * (self.selection.keys // score.stride)
+        self.mass_values: Values | None = None
+        if of.mass is not None and of.mass_deriver is not None:
+            self.mass_values = call_values(of.mass.program, self.shape, of.mass_deriver, inputs, args, of.tables)
+            own = of.mass.branch.scale
+            self.branch_scale: float | Tensor = self.scale
+            if scale is None:
+                self.branch_scale = self.shape.dim**-0.5 if own is None else self.mass_values.tensor(own)
+            self.width = of.mass.keys(self.shape.k_len) * (self.selection.rows or self.shape.rows)
         if not of.whole:
             self.width *= self.selection.rows or self.shape.rows
 
@@ -149,8 +158,8 @@ class Strips:
                 return self.scale * above
             case Antidiagonal(stride=stride):
                 return self._antidiagonal(stride, low, high)
-            case Probs():
-                raise AssertionError("refused before")
+            case Probs(largest=largest):
+                return self._probabilities(low, high, largest)
             case Given(value=value):
                 rows = self.selection.rows
                 members = torch.arange(self.of.members, device=self.device) * self.selection.keys
@@ -160,6 +169,54 @@ class Strips:
                 return here.tensor(value).to(self.real)
             case _:
                 assert_never(score)
+
+    def _probabilities(self, low: int, high: int, largest: bool) -> Tensor:
+        """exp(logit - lse) of the branch's keys, given to members by their shares of tokens, over each class's rows."""
+        mass, state, values = self.of.mass, self.state, self.mass_values
+        assert mass is not None and state is not None and values is not None
+        x, here = self._rows(self.q, low, high)
+        lse, _ = self._rows(state[1].to(self.real).unsqueeze(-1), low, high)
+        x, lse, keys = x.flatten(2, 3).to(self.real), lse.flatten(2, 3), state[0].to(self.real)
+        rows = self.selection.rows
+        if rows is None:
+            position = torch.arange(self.shape.rows, device=self.device) + self.first
+        else:
+            position = torch.arange(low * rows, high * rows, device=self.device) + (self.first if rows == 1 else 0)
+        index = torch.arange(keys.shape[2], device=self.device)
+        logits = self._dots(x, keys) * self.branch_scale
+        at = values.at(q=position.view(1, 1, -1, 1), k=index.view(1, 1, 1, -1), s=logits)
+        if mass.logit is not None:
+            logits = at.tensor(mass.logit).to(self.real)
+        seen = at.tensor(mass.seen) & here.reshape(1, 1, -1, 1)
+        masses = torch.where(seen, torch.exp(logits - lse), 0).nan_to_num(0.0, posinf=0.0)
+        found: Tensor = self._given_to_members(masses, largest).unflatten(2, (high - low, -1))
+        return found.amax(3) if largest else found.sum(3)
+
+    def _given_to_members(self, masses: Tensor, largest: bool) -> Tensor:
+        """[B, H, rows, keys of the branch] as [B, H, rows, members]."""
+        mass, size, members = self.of.mass, self.selection.keys, self.of.members
+        assert mass is not None
+        if mass.size == mass.stride and size % mass.size == 0:
+            whole: Tensor = pad(masses, (0, members * (size // mass.size) - masses.shape[3])).unflatten(
+                3, (members, -1)
+            )
+            return whole.amax(4) if largest else whole.sum(4)
+        first = torch.arange(masses.shape[3], device=self.device)[:, None] * mass.stride
+        end = (first + mass.size).clamp(max=self.shape.k_len)
+        start = torch.arange(members, device=self.device) * size
+        inside = (torch.minimum(end, start + size) - torch.maximum(first, start)).clamp(min=0)
+        shares = inside.to(self.real) / (end - first)
+        if not largest:
+            given: Tensor = masses @ shares
+            return given
+        found = masses.new_zeros(*masses.shape[:3], members)
+        # Keys that lie in a member are few and in a row: the i-th of each, one after another.
+        order = (inside > 0).to(torch.int8).argmax(0)
+        for i in range(-(-size // mass.stride) + -(-mass.size // mass.stride)):
+            nth = (order + i).clamp(max=masses.shape[3] - 1)
+            share = shares.gather(0, nth.view(1, -1)).view(-1)
+            found = torch.maximum(found, masses[..., nth] * share)
+        return found
 
     def _antidiagonal(self, stride: int, low: int, high: int) -> Tensor:
         rows, keys, k_len = self.selection.rows, self.selection.keys, self.shape.k_len

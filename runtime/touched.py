@@ -43,17 +43,7 @@ class Touched:
 
     def values(self, inputs: Sequence[Tensor], args: Sequence[int], tables: Mapping[str, Tensor]) -> Values:
         """The scalars of a call, its derived inputs among them."""
-        names = [decl.name for decl in self.program.inputs]
-        tensors = dict(zip(names, [*inputs, *self.deriver(inputs, args)], strict=True))
-        shape, h = self.shape, torch.arange(self.shape.heads, device=self.device).view(1, -1, 1, 1)
-        variables = {
-            "H": shape.heads, "G": shape.kv_heads, "D": shape.dim, "Dv": shape.v_dim,
-            "Nq": shape.q_len(self.program), "Nk": shape.k_len,
-            "b": torch.arange(shape.batch, device=self.device).view(-1, 1, 1, 1), "h": h,
-            "g": h // (shape.heads // shape.kv_heads),
-        }  # fmt: skip
-        arguments = dict(zip(self.program.args, args, strict=True))
-        return Values(self.program, shape, self.device, tensors, tables, arguments, variables)
+        return call_values(self.program, self.shape, self.deriver, inputs, args, tables)
 
     def at(self, values: Values, q_pos: Tensor) -> Tensor:
         """bool [B or 1, H or 1, rows or 1, members], for row blocks of the positions q_pos."""
@@ -61,3 +51,20 @@ class Touched:
         here = values.at(q=q_pos.view(1, 1, -1, 1), k=(members * self.keys).view(1, 1, 1, -1))
         inside = here.tensor(self.condition) & (q_pos >= 0).view(1, 1, -1, 1)
         return inside.expand(*inside.shape[:-1], members.numel())
+
+
+def call_values(
+    program: Program, shape: CallShape, deriver: Deriver, inputs: Sequence[Tensor], args: Sequence[int],
+    tables: Mapping[str, Tensor],
+) -> Values:  # fmt: skip
+    """The scalars of a derived program in a call, its derived inputs among them."""
+    device, names = deriver.device, [decl.name for decl in program.inputs]
+    tensors = dict(zip(names, [*inputs, *deriver(inputs, args)], strict=True))
+    h = torch.arange(shape.heads, device=device).view(1, -1, 1, 1)
+    variables = {
+        "H": shape.heads, "G": shape.kv_heads, "D": shape.dim, "Dv": shape.v_dim, "Nq": shape.q_len(program),
+        "Nk": shape.k_len, "b": torch.arange(shape.batch, device=device).view(-1, 1, 1, 1), "h": h,
+        "g": h // (shape.heads // shape.kv_heads),
+    }  # fmt: skip
+    arguments = dict(zip(program.args, args, strict=True))
+    return Values(program, shape, device, tensors, tables, arguments, variables)

@@ -171,8 +171,12 @@ WRONG: dict[str, Callable[[], object]] = {
     "A572": call(f"causal & {MOBA}", Q, K, V, plans={"far": torch.zeros(1, 2, 8, 1, dtype=torch.int32)}),
     "A573": call(f"causal & {MOBA}", Q, K, V, plans={"top": torch.zeros(2, 8, dtype=torch.int32)}),
     "A575": lambda: attndsl.compile(
-        "attention a { x = attend causal  plan p = top(1, blocks(4), among = causal, by = probs(x))  output x }"
-    ).plan(Q, K),
+        "attention a { x = attend causal { weights s } "
+        "y = attend causal & top(1, blocks(4), by = probs(x)) output x + y }"
+    )(Q, K, V),
+    "A576": lambda: attndsl.compile(
+        "attention a { x = attend causal  output x plan p = top(1, tokens, per = head, among = causal, by = probs(x)) }"
+    ).plan(*(torch.empty(1, 1, 1 << 15, 8, device="meta") for _ in range(2))),
     "A565": call("causal", Q, K, V, views={"pool(mean, 4)": (K, V)}),
     "A912": call("attention a { input doc : int[b, k]  attend document(doc) over pool(mean, 4) }", Q, K, V, doc=IDS),
     "A911": lambda: attndsl.compile("attention a { attend causal over pool(mean, 4) }").mask(4, 4),

@@ -1,0 +1,70 @@
+"""What `probs(branch)` ranks by: which keys of the branch rows see, their logits, and how keys lie in members."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+from attndsl.branches import Branch, Given, Pool
+from attndsl.derive import derive
+from attndsl.diagnostics import error
+from attndsl.linear import normalise
+from attndsl.program import Binary, Call, Const, Program, Scalar, Var
+from attndsl.quasi_affine import condition
+from attndsl.relation import Lowering
+from attndsl.selection import Probs, Selection
+from attndsl.simplify import fold
+from attndsl.view_plans import entries_of
+
+
+@dataclass(frozen=True, slots=True)
+class BranchMass:
+    """A branch of one part, which attends to tokens or to the entries of a view.
+
+    `program` is the derived program of that branch alone. `seen`: the condition under which row q sees key k, the
+    index of an entry over a view. `logit`: what the score makes of s (None: s itself). Key k stands for the tokens
+    [k * stride, k * stride + size).
+    """
+
+    program: Program
+    branch: Branch
+    seen: Scalar
+    logit: Scalar | None
+    size: int
+    stride: int
+
+    @property
+    def view(self) -> Pool | Given | None:
+        return self.branch.parts[0].view
+
+    def keys(self, k_len: int) -> int:
+        """How many keys the branch has."""
+        return -(-k_len // self.stride)
+
+
+@functools.lru_cache(maxsize=256)
+def branch_mass(program: Program, selection: Selection, heads: tuple[int, int]) -> BranchMass:
+    """What a selection by `probs(branch)` needs to know of the branch.
+
+    Raises `PatternError` (A575) for one that has several parts, or no lse.
+    """
+    assert isinstance(selection.score, Probs)
+    branch = program.named(selection.score.branch)
+    if len(branch.parts) > 1 or branch.weights is not None:
+        reason = "`weights` replace its softmax" if branch.weights is not None else "it has several parts"
+        raise error(
+            "A575", f"the probabilities of `{branch.name}` rank nothing yet: {reason}", selection.span,
+            help="select by a branch of one part and a softmax",
+        )  # fmt: skip
+    alone = derive(replace(program, branches=(branch,), output=None, selections=()))
+    view, logit = branch.parts[0].view, branch.score
+    if view is None:
+        seen = fold(Lowering(alone, heads).predicate(alone.branch.pattern))
+        return BranchMass(alone, branch, seen, logit, 1, 1)
+    relation = entries_of(alone, heads)
+    seen = fold(normalise(condition(relation.pairs, relation.context, relation.uniform | relation.atoms)))
+    if view.counted:
+        left = Binary("-", Var("Nk"), Binary("*", Const(view.stride), Var("k")))
+        present = Call("max", (Call("min", (left, Const(view.size))), Const(1)))
+        logit = Binary("+", logit or Var("s"), Call("log", (present,)))
+    return BranchMass(alone, branch, seen, logit, view.size, view.stride)

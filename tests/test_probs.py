@@ -1,0 +1,119 @@
+"""Selecting by the probabilities of a branch, and attending it beside that branch, against the oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import attndsl
+from tests.test_routed import check, tensors
+
+pytestmark = pytest.mark.filterwarnings("ignore::attndsl.PatternWarning")
+
+NSA = """
+attention nsa(block = 8, n = 2, span = 6) {
+    input gate : float[b, h, q, 3] learnable
+    coarse = attend causal over pool(mean, block)
+    routed = attend causal & top(n, blocks(block), by = probs(coarse), share = group, always = same_block(block))
+    near   = attend causal & window(span)
+    output gate[0] * coarse + gate[1] * routed + gate[2] * near
+}
+"""
+
+
+def gates(rows: int) -> torch.Tensor:
+    return torch.rand(2, 4, rows, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("rows", "k_len"), [(40, 40), (37, 37), (5, 37), (1, 1), (1, 64)])
+def test_nsa(rows: int, k_len: int) -> None:
+    attn = attndsl.compile(NSA)
+    here, there = ([x.clone().requires_grad_() for x in (*tensors(rows, k_len), gates(rows))] for _ in range(2))
+    out, wanted = attn(*here[:3], gate=here[3]), attn.reference(*there[:3], gate=there[3])
+    torch.testing.assert_close(out, wanted, atol=1e-10, rtol=1e-10)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+    (out * weight).sum().backward()
+    (wanted * weight).sum().backward()
+    for a, b in zip(here, there, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-10, rtol=1e-9)
+
+
+def test_nsa_by_its_own_rule() -> None:
+    """Yuan et al. 2025: softmax over means of finished blocks, summed over a group, own block forced, the n best."""
+    attn = attndsl.compile(NSA)
+    q, k, _ = tensors(40, 40)
+    plan = attn.plan(q, k, gate=gates(40))["top"]
+    assert plan.shape == (2, 2, 40, 2)
+    means = k.reshape(2, 2, 5, 8, 16).mean(3).numpy()
+    for g in range(2):
+        for t in range(40):
+            finished = (t + 1) // 8
+            mass = np.zeros(5)
+            for h in (2 * g, 2 * g + 1):
+                if finished:
+                    logits = means[0, g, :finished] @ q[0, h, t].numpy() / 4
+                    mass[:finished] += np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+            own = t // 8
+            rest = np.argsort(-mass[:own], kind="stable").tolist()[:1]
+            assert set(plan[0, g, t][plan[0, g, t] >= 0].tolist()) == {own, *rest}
+
+
+OF_BRANCHES = (
+    ("causal over pool(mean, 4)", "top(2, blocks(8), among = causal, by = probs(x))"),
+    ("causal over pool(mean, 8, 4)", "top(2, blocks(8), among = causal, by = probs(x), share = heads)"),
+    ("causal over pool(max, 6, 4)", "top(2, blocks(4), among = causal, by = probs(x, max))"),
+    ("causal over pool(mean, 12)", "top(3, blocks(4), among = causal, by = probs(x))"),
+    ("causal over pool(mean, 8, counted, visible = any)",
+     "top(2, blocks(4), per = rows(4), among = causal, by = probs(x))"),
+    ("causal & window(9)", "top(5, tokens, per = head, among = causal, by = probs(x))"),
+    ("causal & { q >= Nk - 4 }", "top(3, blocks(4), per = head, share = group, among = causal, by = probs(x, max))"),
+    ("causal & window(9) { score softcap(s, 3.0)  softmax with sink 0.5 }",
+     "cover(0.8, blocks(4), per = rows(8), among = causal, by = probs(x))"),
+    ("causal { scale 0.1 }",
+     "top(4, blocks(4), among = causal, by = probs(x), always = same_block(4), forced = extra)"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("coarse", "selection"), OF_BRANCHES)
+def test_of_any_branch(coarse: str, selection: str) -> None:
+    text = f"attention a {{ x = attend {coarse}  plan p = {selection}  y = attend causal & p  output x + y }}"
+    check_output(text, *tensors(30, 30))
+    check_output(text, *tensors(3, 29))
+
+
+def check_output(text: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    attn = attndsl.compile(text)
+    torch.testing.assert_close(attn(q, k, v), attn.reference(q, k, v), atol=1e-10, rtol=1e-10)
+
+
+def test_a_probe_that_only_ranks() -> None:
+    """The branch is not in the output, and a plan that nothing attends to is made when asked for."""
+    selection = "top(3, blocks(4), per = head, by = probs(x))"
+    text = f"attention a {{ x = attend causal & {{ q >= Nk - 4 }}  y = attend causal & {selection}  output y }}"
+    check_output(text, *tensors(30, 30))
+    plan = "plan p = top(3, tokens, per = head, among = causal, by = probs(x))"
+    plain = attndsl.compile(f"attention a {{ x = attend causal  {plan}  output x }}")
+    q, k, v = tensors(30, 30)
+    assert plain.plan(q, k)["p"].shape == (2, 4, 1, 3)
+    check("causal", q, k, v)
+
+
+def test_branches_that_have_no_probabilities_are_refused() -> None:
+    q, k, v = tensors(8, 8)
+    for coarse in ("causal { weights s }", "causal & window(2), causal over pool(mean, 4)"):
+        text = (
+            f"attention a {{ x = attend {coarse} y = attend causal & top(1, blocks(4), by = probs(x)) output x + y }}"
+        )
+        with pytest.raises(attndsl.PatternError, match="A575"):
+            attndsl.compile(text)(q, k, v)
+
+
+def test_injected_where_a_router_would_choose() -> None:
+    attn = attndsl.compile(NSA)
+    q, k, v = tensors(40, 40)
+    other, *_ = tensors(40, 40, seed=3)
+    plans = attn.plan(other, k, gate=gates(40))
+    out = attn(q, k, v, gate=gates(40), plans=plans)
+    torch.testing.assert_close(out, attn.reference(q, k, v, gate=gates(40), plans=plans), atol=1e-10, rtol=1e-10)
+    assert (out != attn(q, k, v, gate=gates(40))).any()
