@@ -129,3 +129,8 @@ def take_best(best, keys, WIDTH: tl.constexpr):
         best = tl.where((best == last) & (first > last), first, best)
         keys = tl.where(keys == first, -0x8000000000000000, keys)
     return best
+
+
+@triton.jit
+def larger(x, y):
+    return tl.maximum(x, y)

@@ -12,8 +12,9 @@ from attndsl.targets import has_dependent_launch
 
 KERNEL = "attention_decode"
 MERGE = "merge_slices"
-# Slices that the merge reads at once.
-_MERGED = 16
+CHECK = "check_members"
+# Slices that the merge reads at once, and entries of a plan that are checked at once.
+_MERGED, _CHECKED = 16, 256
 # Each kernel is started while the one before it ends, and waits here for what that has written.
 HAND_OVER = ("tl.extra.cuda.gdc_launch_dependents()", "tl.extra.cuda.gdc_wait()")
 
@@ -41,6 +42,8 @@ class _Decode(ForwardWriter):
         self._epilogue()
         where = "a contiguous cache" if self.cache.page is None else f"a cache in pages of {self.cache.page}"
         text = self.file(f"decode kernel over {where}, portable Triton")
+        if self.plan.listing is not None:
+            text += "\n\n" + _check(self.plan)
         return text + "\n\n" + _merge(self.plan) if self.plan.split else text
 
     def _candidates(self) -> list[str]:
@@ -211,7 +214,7 @@ class _Decode(ForwardWriter):
     def _list_loop(self, listing: Listing) -> None:
         """One loop over the tiles that a list fills: several small members, or a part of a large one."""
         lines, plan = self.lines, self.plan
-        self.printer.helpers.add("listed_keys")
+        self.printer.helpers.update(("listed_keys", "larger"))
         head = f"(g * {plan.group} + first_head)" if listing.per_head and plan.group > 1 else "g"
         row = " + q_tile.to(tl.int64) * stride_listr" if listing.per_row else ""
         lines.add(
@@ -377,4 +380,37 @@ def _merge(plan: DecodePlan) -> str:
             "out_ptrs = out_ptr + b * stride_outb + h * stride_outh + q_row * stride_outn + dims",
             f"tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty){f', mask=dims < {dim}' if width > dim else ''})",
         )
+    return lines.text()
+
+
+def _check(plan: DecodePlan) -> str:
+    """The kernel that keeps of a plan what counts: members, each above all before it."""
+    lines = Lines()
+    lines.add("@triton.jit")
+    names = ("plan_ptr", "list_ptr", "stride_planb", "stride_planh", "stride_planr", "stride_planc", "plan_heads")
+    with lines.block(f"def {CHECK}("):
+        lines.add(*(f"{name}," for name in (*names, "plan_rows", "list_size", "members")))
+    with lines.block("):"):
+        lines.add(
+            '"""One list of a plan: -1 in the place of what is no member, or not above all before it."""',
+            *(HAND_OVER if has_dependent_launch(plan.spec.target) else ()),
+            "nth = tl.program_id(0).to(tl.int64)",
+            "r = nth % plan_rows",
+            "h = nth // plan_rows % plan_heads",
+            "b = nth // plan_rows // plan_heads",
+            "plan_at = plan_ptr + b * stride_planb + h * stride_planh + r * stride_planr",
+            "list_at = list_ptr + nth * list_size",
+            "highest = tl.full([], -1, tl.int64)",
+        )
+        with lines.block(f"for first in range(0, list_size, {_CHECKED}):"):
+            lines.add(
+                f"place = first + tl.arange(0, {_CHECKED})",
+                "exists = place < list_size",
+                "entry = tl.load(plan_at + place * stride_planc, mask=exists, other=-1).to(tl.int64)",
+                "before = tl.load(plan_at + (place - 1) * stride_planc, mask=exists & (place > first), other=-1)",
+                "before = tl.maximum(tl.associative_scan(before.to(tl.int64), 0, larger), highest)",
+                "counts = (entry > before) & (entry < members)",
+                "tl.store(list_at + place, tl.where(counts, entry, -1).to(tl.int32), mask=exists)",
+                "highest = tl.maximum(highest, tl.max(entry, 0))",
+            )
     return lines.text()

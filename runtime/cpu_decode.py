@@ -56,14 +56,13 @@ class CpuDecode:
         lengths = call.seq_lens.clamp(0, call.capacity).tolist()
         if (deriver := ragged_deriver(self.plan.program, shape, call.q.device, inputs)) is not None:
             inputs = [*inputs, *deriver.of(inputs, args, call.seq_lens)]
-        if self.listed is not None:
-            inputs = self.listed.checked(inputs, call.capacity)
+        plan = None if self.listed is None else self.listed.checked(inputs, call.capacity)
         numbers = {f"arg_{name}": args[i] for i, name in self._args}
         for b, k_len in enumerate(lengths):
             at = slice(b, b + 1)
             given = {f"{decl.name}_input": _of_length(decl, inputs[i], k_len) for i, decl in self._read}
-            if self.listed is not None:
-                given["chosen"] = self._chosen(inputs[self.listed.input], b, k_len, grouped)
+            if plan is not None:
+                given["chosen"] = self._chosen(plan, b, k_len, grouped)
             self._function(
                 b, q[at], call.k, call.v, table[b], k_len, result[at], sums[at],
                 default_scale(shape.dim) if scale is None else scale,

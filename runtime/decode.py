@@ -89,12 +89,11 @@ class Listed:
         number = names.index(plan.listing.plan)
         return cls(number, plan.program.inputs[number].dims, plan.listing)
 
-    def checked(self, inputs: Sequence[Tensor], capacity: int) -> list[Tensor]:
-        """The inputs with a plan int32 [batch, heads, rows, entries], dense: -1 for entries that do not count."""
+    def checked(self, inputs: Sequence[Tensor], capacity: int) -> Tensor:
+        """The plan, int32 [batch, heads, rows, entries], dense: -1 for entries that do not count."""
         plan = as_four(inputs[self.input], self.dims)
         entries, counts = chosen_entries(plan, -(-capacity // self.listing.keys))
-        found = torch.where(counts, entries, -1).to(torch.int32)
-        return [*inputs[: self.input], found, *inputs[self.input + 1 :]]
+        return torch.where(counts, entries, -1).to(torch.int32)
 
 
 def dense_strides(sizes: Sequence[int]) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from attndsl.runtime.triton_launch import ELEMENT, INPUTS, POINTER, prepare, pro
 
 DECODE = "attention_decode"
 MERGE = "merge_slices"
+CHECK = "check_members"
 # Where no device is asked: the interpreter.
 _MULTIPROCESSORS = 4
 
@@ -54,12 +56,16 @@ class TritonDecode:
         inputs = [*inputs, *(self.deriver.examples() if self.deriver else ())]
         self.default_scale = default_scale(shape.dim)
         self.fp8 = plan.cache.fp8
-        self._decode = self._merge = None
+        self._decode = self._merge = self._check = None
+        self._lists: Sequence[int] = ()
         rows = shape.batch * shape.heads * shape.rows
         if rows:
             aligned = (call.q.data_ptr() | call.k.data_ptr() | call.v.data_ptr()) % 16 == 0
             sources = decode_sources(plan, splits, call, inputs)
             grid = plan.units(shape.batch, shape.rows) * splits
+            if self.listed is not None and inputs[self.listed.input].dtype != torch.uint8:
+                self._lists = as_four(inputs[self.listed.input], self.listed.dims).shape
+                self._check = prepare(plan, text, CHECK, prod(self._lists[:3]), sources, False, device)
             self._decode = prepare(plan, text, DECODE, grid, sources, aligned, device)
             if plan.split:
                 self._merge = prepare(plan, text, MERGE, rows, sources, aligned, device)
@@ -76,13 +82,18 @@ class TritonDecode:
             part_lse = torch.empty((lse.numel(), self.splits), dtype=torch.float32, device=lse.device)
         if self.deriver is not None:
             inputs = [*inputs, *self.deriver.of(inputs, args, call.seq_lens)]
-        if self.listed is not None:
-            inputs = self.listed.checked(inputs, self.shape.k_len)
+        listed = None
+        if self._check is not None:
+            listed = torch.empty(self._lists, dtype=torch.int32, device=lse.device)
+        elif self.listed is not None:
+            listed = self.listed.checked(inputs, self.shape.k_len)
         k, v = (call.k.view(torch.uint8), call.v.view(torch.uint8)) if self.fp8 else (call.k, call.v)
         values = (
             call.q, k, v, out, lse, self.default_scale if scale is None else scale, *inputs, *args, call.seq_lens,
-            call.page_table, call.k_scale, call.v_scale, part, part_lse,
+            call.page_table, call.k_scale, call.v_scale, part, part_lse, listed,
         )  # fmt: skip
+        if self._check is not None:
+            self._check(values)
         self._decode(values)
         if self._merge is not None:
             self._merge(values)
@@ -108,9 +119,15 @@ def decode_sources(plan: DecodePlan, splits: int, call: DecodeTensors, inputs: S
             found[f"{name}_ptr"] = Slot(first + 2 + i, POINTER[x.dtype])
             found[f"stride_{name}"] = x.stride(0) if x.numel() > 1 else 0
     if (listed := Listed.of(plan)) is not None:
-        sizes = as_four(inputs[listed.input], listed.dims).shape
-        found |= {"list_ptr": Slot(INPUTS + listed.input, "*i32"), "list_size": sizes[-1]}
-        found |= {f"stride_list{axis}": stride for axis, stride in zip("bhr", dense_strides(sizes), strict=True)}
+        given = as_four(inputs[listed.input], listed.dims)
+        _, heads, rows, entries = given.shape
+        found |= {
+            "plan_ptr": Slot(INPUTS + listed.input, POINTER[given.dtype]), "list_ptr": Slot(first + 6, "*i32"),
+            "list_size": entries, "plan_heads": heads, "plan_rows": rows,
+            "members": -(-call.capacity // listed.listing.keys),
+        }  # fmt: skip
+        found |= {f"stride_plan{axis}": stride for axis, stride in zip("bhrc", given.stride(), strict=True)}
+        found |= {f"stride_list{axis}": x for axis, x in zip("bhr", dense_strides(given.shape), strict=True)}
     out, _ = empty_output(call.q, shape)
     for name, x in (("q", call.q), ("k", call.k), ("v", call.v), ("out", out)):
         found |= {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bhn")}

@@ -113,13 +113,32 @@ def test_members_of_any_size(keys: int, backend: str) -> None:
 
 
 @BACKENDS
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8], ids=str)
+def test_plans_of_any_form(dtype: torch.dtype, backend: str) -> None:
+    """Lists of 32 and 64 bits, that lie anyhow, and an entry for every member."""
+    q, k, v = random(BATCH, HEADS, 1, DIM), random(BATCH, KV_HEADS, 96, DIM, seed=1), random(BATCH, KV_HEADS, 96, DIM)
+    plan, lengths = make_plan(2, 1, members=6, entries=4), [96, 50, 7]
+    given = plan.to(dtype)
+    if dtype == torch.uint8:
+        given = (plan[..., None] == torch.arange(6)).any(-2).to(torch.uint8)
+    given = given[:, :, 0].mT.contiguous().mT if dtype == torch.int64 else given[:, :, 0]
+    attn = attndsl.compile("attention a { input listed : blocks(16)[b, g]  attend causal & listed }")
+    device = torch.device("cuda" if CUDA and backend == "triton" else "cpu")
+    tensors = [x.to(device) for x in (q, k, v, torch.tensor(lengths, dtype=torch.int32), given)]
+    out, lse = attn.decode(*tensors[:4], listed=tensors[4], return_lse=True, backend=backend)
+    for a, b in zip((out, lse), expected("causal", q, k, v, lengths, plan, 16), strict=True):
+        torch.testing.assert_close(a.cpu().double(), b.double(), rtol=1e-5, atol=1e-5)
+
+
+@BACKENDS
 def test_what_does_not_increase_or_exist_is_skipped(backend: str) -> None:
     q, k, v = (
         random(BATCH, HEADS, 1, DIM),
         random(BATCH, KV_HEADS, 96, DIM, seed=1),
         random(BATCH, KV_HEADS, 96, DIM, seed=2),
     )
-    wild = torch.tensor([4, 4, 1, 4, 5, 2**31 - 1, -(2**31), 99], dtype=torch.int32).expand(BATCH, 1, 1, 8)
+    entries = [4, 4, 1, 4, 5, 2**31 - 1, -(2**31), 99, *[-1] * 300, 5, 4]
+    wild = torch.tensor(entries, dtype=torch.int32).expand(BATCH, 1, 1, len(entries))
     tame = torch.tensor([4, 5], dtype=torch.int32).expand(BATCH, 1, 1, 2)
     lengths = [90, 1, 80]
     found = decode("causal", q, k, v, lengths, wild, 16, backend, page=16)
