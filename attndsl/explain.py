@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.blockgraph import BlockGraph, block_graph
+from attndsl.box_tiles import BoxRun
+from attndsl.boxes import Boxes
 from attndsl.derivation import BlockMap, Chosen, Cut, DocumentEnds, Draw, Gathering, Offsets, TileList
 from attndsl.diagnostics import Diagnostic
 from attndsl.layout import PLAIN
@@ -271,7 +273,7 @@ def _planned(question: Question, plans: tuple[ForwardPlan, ...], start: Scalar |
             tiles = "" if piece.tiling == plan.tiling else f", in {_tiles_text(piece)}"
             lines.append(f"piece {number} of {len(plans)}: {piece.layout}{tiles}")
         lines += _run_lines(piece, start)
-        if piece.runs.partial:
+        if piece.masks:
             mask = "none: nothing but the ends of the keys" if piece.mask is None else scalar_text(piece.mask)
             lines.append(f"mask of partial tiles: {mask}")
     return lines
@@ -312,6 +314,11 @@ def _made_of(decl: InputDecl) -> str:
 
 def _run_lines(plan: ForwardPlan, start: Scalar | None = None) -> list[str]:
     """The runs of a query tile; with `start` put in where the position of row 0 is known."""
+    known = {} if start is None else {"start": start}
+    if isinstance(plan.layout, Boxes):
+        return [
+            line for run in plan.box_runs.full + plan.box_runs.partial for line in _box_lines(plan.layout, run, known)
+        ]
     if not (plan.runs.full or plan.runs.partial):
         return ["no tile is visited"]
     first = "start" if start is None else scalar_text(start)
@@ -319,8 +326,15 @@ def _run_lines(plan: ForwardPlan, start: Scalar | None = None) -> list[str]:
     if not plan.layout.q.every:
         where = f"is the residue's number i_start + {plan.tiling.block_q} * q_tile"
     lines = [f"query tile q_tile, whose first row {where}, visits"]
-    known = {} if start is None else {"start": start}
     return lines + [f"  {_run_text(run, known)}" for run in (*plan.runs.full, *plan.runs.partial)]
+
+
+def _box_lines(boxes: Boxes, run: BoxRun, known: Mapping[str, Scalar]) -> list[str]:
+    """The boxes of one run, axis by axis."""
+    lines = [f"a box of queries visits the {run.kind.value} boxes that have"]
+    for axis, runs in zip(boxes.grid.axes, run.axes, strict=True):
+        lines += [f"  along {axis}: {_run_text(x, known)}" for x in runs]
+    return lines
 
 
 def _run_text(run: Run, known: Mapping[str, Scalar]) -> str:

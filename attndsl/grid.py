@@ -9,6 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+# More axes than these no kernel is written for.
+MAX_AXES = 4
+# What a layout by boxes (`boxes.py`) calls things along each axis.
+AXIS_NAMES = frozenset(f"{name}_{a}" for name in ("q_tile", "k_tile", "residue", "i", "j") for a in range(MAX_AXES))
+
 
 @dataclass(frozen=True, slots=True)
 class Grid:

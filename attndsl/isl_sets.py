@@ -15,6 +15,15 @@ def fold(items: list[_Result], combine: Callable[[_Result, _Result], _Result]) -
     return reduce(combine, items)
 
 
+def divided(x: isl.PwAff, divisor: isl.PwAff, rest: bool) -> isl.PwAff:
+    """The quotient of x, rounded down, or its rest; the divisor is constant piece by piece, as a table's entry is."""
+    parts = []
+    for where, constant in divisor.get_pieces():
+        m, part = constant.get_constant_val(), x.intersect_domain(where)
+        parts.append(part.mod_val(m) if rest else part.scale_down_val(m).floor())
+    return fold(parts, isl.PwAff.union_add)
+
+
 def choose(chosen: isl.Set, then: isl.Set, other: isl.Set) -> isl.Set:
     return chosen.intersect(then).union(chosen.complement().intersect(other))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from attndsl.linear import normalise
-from attndsl.program import Binary, Call, Const, Scalar, Var
+from attndsl.program import Binary, Call, CallShape, Const, Program, Scalar, Var
 from attndsl.simplify import fold
 
 RESIDUE = Var("residue")
@@ -108,6 +108,16 @@ class Layout:
     def plain(self) -> bool:
         """Whether tokens are counted in order."""
         return self.q.every and self.k.every
+
+    @property
+    def all_rows(self) -> bool:
+        """Whether every row of a call belongs to one of its residues."""
+        return True
+
+    def programs(self, side: str, block: int, shape: CallShape, program: Program) -> int:
+        """How many tiles of one side the residues of a call have, the most that each can have."""
+        comb, tokens = (self.q, shape.rows) if side == "q" else (self.k, shape.k_len)
+        return -(-comb.most(tokens) // block) * self.classes
 
     @property
     def all_keys(self) -> bool:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from attndsl.cuts import by_cuts
 from attndsl.derivation import Cut
 from attndsl.effort import TooHard, bounded
+from attndsl.grid import MAX_AXES
 from attndsl.program import Binary, Compare, Const, Logic, Program, Read, Scalar, Table, Var, children, reads
 from attndsl.quasi_affine import condition
 from attndsl.relation import Lowering, Relation
 from attndsl.simplify import fold, specialise
 
 # A pair's tokens, and their indices in a layout.
-PAIR = ("q", "k", "i", "j")
+ROW = ("q", "i", *(f"i_{a}" for a in range(MAX_AXES)))
+KEY = ("k", "j", *(f"j_{a}" for a in range(MAX_AXES)))
+PAIR = (*ROW, *KEY)
 
 
 IN_RANGE = Compare("<", Var("k"), Var("Nk"))

@@ -7,9 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from attndsl.box_runs import box_mask, box_runs
+from attndsl.box_tiles import BoxRuns
+from attndsl.boxes import Boxes
 from attndsl.branches import Part
 from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
+from attndsl.grid_pieces import BoxPiece
 from attndsl.linear import normalise
 from attndsl.mask import shaped
 from attndsl.pieces import Piece, choose_pieces
@@ -94,7 +98,7 @@ def _backward_part(
 # ------------------------------------------------------------------------------------- pieces
 
 
-def _pieces(program: Program, spec: Spec) -> tuple[Piece, ...]:
+def _pieces(program: Program, spec: Spec) -> tuple[Piece | BoxPiece, ...]:
     """The pieces of a program, none where it stays whole, its tokens in order."""
     # What is dropped is drawn for whole tiles of keys in a row.
     return () if spec.dropout else choose_pieces(program, (spec.heads, spec.kv_heads)).pieces
@@ -116,26 +120,47 @@ def _of_one_program(plans: Iterable[P]) -> tuple[P, ...]:
 
 
 def _piece_plan(
-    program: Program, piece: Piece, spec: Spec, tiling: Tiling | None, branch: dict[str, Any], number: int
+    program: Program, piece: Piece | BoxPiece, spec: Spec, tiling: Tiling | None, branch: dict[str, Any], number: int
 ) -> ForwardPlan:
     spec = _spec_of(piece, spec)
     tiling = _tiling_of(piece, spec, tiling or default_tiling(spec))
     if number:
         # What all pieces share enters with the first.
         branch = branch | {"sink": None}
+    if isinstance(piece, BoxPiece):
+        layout, visited, mask = _boxes(program, piece, spec, tiling)
+        nothing = TileRuns((), ())
+        return ForwardPlan(
+            program, spec, tiling, nothing, mask, **branch, layout=layout, follows=number > 0, box_runs=visited
+        )
     runs = closed_runs(piece.relation, program, spec, tiling, Side.QUERY, piece.layout)
     mask = piece_mask(piece, spec) if runs.partial else None
     return ForwardPlan(program, spec, tiling, runs, mask, **branch, layout=piece.layout, follows=number > 0)
 
 
-def _tiling_of(piece: Piece, spec: Spec, tiling: Tiling) -> Tiling:
-    """Addresses of single rows take registers: below Hopper, where operands do too, more warps share them."""
+def _boxes(
+    program: Program, piece: BoxPiece, spec: Spec, tiling: Tiling, side: Side = Side.QUERY
+) -> tuple[Boxes, BoxRuns, Scalar | None]:
+    """The boxes of a piece, those that a box of one side visits, and the mask of those that are not full."""
+    block = (tiling.block_q, tiling.block_k)
+    layout = piece.boxes(*block)
+    runs = box_runs(piece, layout, spec, block, side, program.align_start)
+    return layout, runs, box_mask(piece, layout, spec, block) if runs.partial else None
+
+
+def _tiling_of(piece: Piece | BoxPiece, spec: Spec, tiling: Tiling) -> Tiling:
+    """Addresses of single rows take registers: below Hopper, where operands do too, more warps share them.
+
+    On the CPU the keys of a box are gathered cell by cell.
+    """
+    if isinstance(piece, BoxPiece) and spec.target == "cpu" and spec.backend is Backend.CPU:
+        return replace(tiling, block_k=1)
     older = spec.target.startswith("cuda:") and int(spec.target.partition(":")[2]) < 90
     spread = older and not piece.layout.plain and tiling.block_q >= 128 and tiling.warps < 8
     return replace(tiling, warps=8) if spread else tiling
 
 
-def _spec_of(piece: Piece, spec: Spec) -> Spec:
+def _spec_of(piece: Piece | BoxPiece, spec: Spec) -> Spec:
     """A piece's tokens do not lie in a row, as hardware copies of tiles need."""
     return spec if piece.layout.plain else replace(spec, loads=Loads.POINTER)
 
@@ -161,15 +186,28 @@ def backward_plans(
 
 
 def _backward_piece(
-    program: Program, piece: Piece, spec: Spec, tilings: tuple[Tiling, Tiling] | None, branch: dict[str, Any],
-    uses_lse: bool, number: int,
+    program: Program, piece: Piece | BoxPiece, spec: Spec, tilings: tuple[Tiling, Tiling] | None,
+    branch: dict[str, Any], uses_lse: bool, number: int,
 ) -> BackwardPlan:  # fmt: skip
     spec = _spec_of(piece, spec)
     tiling, key_tiling = tilings or backward_tilings(spec)
     if number:
         branch = branch | {"sink": None}
-    runs = closed_runs(piece.relation, program, spec, tiling, Side.QUERY, piece.layout)
     key_runs = TileRuns((), ())
+    if isinstance(piece, BoxPiece):
+        # One layout for both kernels.
+        tiling = _tiling_of(piece, spec, tiling)
+        layout, visited, mask = _boxes(program, piece, spec, tiling)
+        key_visited, key_mask = BoxRuns(), None
+        if spec.backend is not Backend.CPU:
+            _, key_visited, key_mask = _boxes(program, piece, spec, tiling, Side.KEY)
+        return BackwardPlan(
+            program, spec, tiling, TileRuns((), ()), mask, **branch, key_tiling=tiling, key_runs=key_runs,
+            key_mask=key_mask,
+            **slopes(program, branch), uses_lse=uses_lse, layout=layout, follows=number > 0,
+            box_runs=visited, key_box_runs=key_visited,
+        )  # fmt: skip
+    runs = closed_runs(piece.relation, program, spec, tiling, Side.QUERY, piece.layout)
     if spec.backend is not Backend.CPU:
         key_runs = closed_runs(piece.relation, program, spec, key_tiling, Side.KEY, piece.layout)
     mask = piece_mask(piece, spec) if runs.partial or key_runs.partial else None

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.blockruns import Reader
+from attndsl.box_tiles import BoxRun
+from attndsl.boxes import Boxes
 from attndsl.cut_values import cut_values
 from attndsl.piece_plans import forward_plans
 from attndsl.plan import DType, Plan, Spec, Tiling
@@ -51,6 +53,8 @@ def piece_tiles(plan: Plan, shape: CallShape, inputs: Mapping[str, Array], args:
     layout, block_q = plan.layout, plan.tiling.block_q
     reader = Reader(plan.program, shape, {**inputs, **cut_values(plan.program, shape, inputs, args)}, args)
     b, h = np.divmod(np.arange(shape.batch * shape.heads), max(1, shape.heads))
+    if isinstance(layout, Boxes):
+        return _box_tiles(plan, layout, shape, reader, b, h)
     variables = reader.variables(b[:, None, None], h[:, None, None])
     variables["residue"] = np.arange(layout.classes)[:, None]
     variables["q_tile"] = np.arange(-(-layout.q.most(shape.rows) // block_q))
@@ -65,3 +69,25 @@ def piece_tiles(plan: Plan, shape: CallShape, inputs: Mapping[str, Array], args:
         return sum(int(np.where(exists, count, 0).sum(dtype=np.int64)) for count in counts)
 
     return PieceTiles(str(layout), int(exists.sum()), visited(plan.runs.full), visited(plan.runs.partial))
+
+
+def _box_tiles(plan: Plan, boxes: Boxes, shape: CallShape, reader: Reader, b: Array, h: Array) -> PieceTiles:
+    """Counts boxes: arrays go over batch entries and heads, residues, then the tiles of each axis of the grid."""
+    counts = boxes.tile_counts("q", shape, plan.program)
+    ahead = (1,) * len(counts)
+    variables = reader.variables(b.reshape(-1, 1, *ahead), h.reshape(-1, 1, *ahead))
+    variables["residue"] = np.arange(boxes.classes).reshape(-1, *ahead)
+    first = int(reader.value(boxes.first_tile("q"), variables))
+    lengths = boxes.lengths()["Nq"]
+    exists = np.ones((b.size, boxes.classes, *counts), np.bool_)
+    for a, count in enumerate(counts):
+        tiles = np.arange(count) + (first if a == 0 else 0)
+        variables[f"q_tile_{a}"] = tiles.reshape(*(-1 if n == a else 1 for n in boxes.axes))
+        variables[f"residue_{a}"] = reader.value(boxes.residue(a), variables)
+        corner = variables[f"q_tile_{a}"] * boxes.q_box[a] * boxes.periods[a] + variables[f"residue_{a}"]
+        exists &= corner < reader.value(lengths[a], variables)
+
+    def visited(runs: tuple[BoxRun, ...]) -> int:
+        return sum(int(np.where(exists, reader.value(run.count, variables), 0).sum(dtype=np.int64)) for run in runs)
+
+    return PieceTiles(str(boxes), int(exists.sum()), visited(plan.box_runs.full), visited(plan.box_runs.partial))

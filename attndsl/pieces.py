@@ -19,29 +19,20 @@ import numpy as np
 from attndsl.derive import derive
 from attndsl.effort import EFFORT, TooHard, bounded
 from attndsl.evaluate import evaluate
+from attndsl.grid_pieces import BoxPiece, grid_pieces
 from attndsl.isl_sets import project_param
 from attndsl.layout import PLAIN, Comb, Layout
+from attndsl.periods import periods
 from attndsl.program import (
     Binary,
-    Blocks,
-    Choose,
-    Coarsen,
-    Complement,
     Const,
-    Inter,
-    Minus,
-    On,
     Program,
     Read,
-    Scalar,
-    Set,
-    Union,
     Var,
-    Where,
     walk,
 )  # fmt: skip
+from attndsl.reindex import in_layout, with_pairs
 from attndsl.relation import Lowering, Relation
-from attndsl.simplify import specialise
 from attndsl.tiles import touched_runs
 
 # Periods beyond this leave too few tokens to a residue.
@@ -87,7 +78,7 @@ class Choice:
     `considered`: every division, tokens in order first, where there was something to compare.
     """
 
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[Piece | BoxPiece, ...] = ()
     considered: tuple[Division, ...] = ()
     note: str = ""
 
@@ -101,6 +92,8 @@ class Choice:
 def choose_pieces(program: Program, heads: tuple[int, int]) -> Choice:
     """The pieces of a program's pattern for (H, G) heads."""
     program = derive(program)
+    if (found := _by_boxes(program, heads)) is not None:
+        return found
     candidates = _candidates(program, heads)
     if not candidates:
         return Choice()
@@ -112,6 +105,18 @@ def choose_pieces(program: Program, heads: tuple[int, int]) -> Choice:
         return bounded(lowering.ctx, lambda: _Search(program, relation, candidates).choice(), SEARCH_EFFORT)
     except TooHard:
         return Choice(note="layouts were not compared: too hard within the effort bound")
+
+
+def _by_boxes(program: Program, heads: tuple[int, int]) -> Choice | None:
+    """The pieces of a pattern on a grid, after what stands off it; None where boxes do not help."""
+    if any(decl.derivation is not None for decl in program.inputs):
+        return None
+    found = grid_pieces(program, heads)
+    if found is None:
+        return None
+    rest, boxes = found
+    first = () if rest is None else (Piece(PLAIN, rest),)
+    return Choice((*first, *boxes), note=f"{len(boxes)} of boxes, products of sets along the axes")
 
 
 def _reads_derived(program: Program, relation: Relation) -> bool:
@@ -126,42 +131,8 @@ def _reads_derived(program: Program, relation: Relation) -> bool:
 
 def _candidates(program: Program, heads: tuple[int, int]) -> tuple[tuple[int, int], ...]:
     """Periods and widths (of combs) that the pattern's own constants suggest, few and without repetition."""
-    found = dict.fromkeys(_periods(program.branch.pattern, {"H": heads[0], "G": heads[1]}, 1))
+    found = dict.fromkeys(periods(program.branch.pattern, {"H": heads[0], "G": heads[1]}, 1))
     return tuple((p, w) for p, w in found if w < p <= MAX_PERIOD)[:MAX_CANDIDATES]
-
-
-def _periods(pattern: Set, sizes: dict[str, int], unit: int) -> Iterator[tuple[int, int]]:
-    match pattern:
-        case Where(cond=cond):
-            for period, width in _divisors(cond, sizes):
-                yield period * unit, width * unit
-        case Union(parts=parts) | Inter(parts=parts):
-            for part in parts:
-                yield from _periods(part, sizes, unit)
-        case Minus(left=a, right=b) | Choose(then=a, other=b):
-            yield from _periods(a, sizes, unit)
-            yield from _periods(b, sizes, unit)
-        case Complement(operand=p) | Coarsen(operand=p):
-            yield from _periods(p, sizes, unit)
-        case On(operand=p, place=place):
-            if isinstance(place, Blocks):
-                yield from _periods(p, sizes, unit * place.size)
-
-
-def _divisors(e: Scalar, sizes: dict[str, int]) -> Iterator[tuple[int, int]]:
-    """The constants that a scalar divides by, with width 1; those of the rest of a quotient, (x // w) % c, with w."""
-    for x in walk(e):
-        if isinstance(x, Binary) and x.op in ("//", "%") and (c := _constant(x, sizes)):
-            yield c, 1
-            if x.op == "%":
-                quotients = (y for y in walk(x.left) if isinstance(y, Binary) and y.op == "//")
-                yield from ((c * w, w) for y in quotients if (w := _constant(y, sizes)))
-
-
-def _constant(quotient: Binary, sizes: dict[str, int]) -> int:
-    """The divisor, 0 where it is not a constant above 1."""
-    divisor = specialise(quotient.right, sizes)
-    return divisor.value if isinstance(divisor, Const) and isinstance(divisor.value, int) and divisor.value > 1 else 0
 
 
 # ----------------------------------------------------------------------------------------- search
@@ -273,7 +244,7 @@ class _Search:
                 # The pairs of any head, any call.
                 found = project_param(found, name)
             found = found.intersect_params(self.known.context)
-            tiles = _tiles(_in_layout(self.known, found, layout), layout, self.program.align_start)
+            tiles = _tiles(in_layout(self.known, found, layout), layout, self.program.align_start)
             self.costs[key] = PROGRAM * _programs(layout) + tiles
         return self.costs[key]
 
@@ -289,12 +260,12 @@ class _Search:
         """The pieces of a division, each without the pairs of those before it."""
         pieces: list[Piece] = []
         for n, (layout, parts) in enumerate(groups.items()):
-            found = _in_layout(self.relation, self._union(parts), layout)
+            found = in_layout(self.relation, self._union(parts), layout)
             # Layouts that hold the same parts hold other residues of them.
             for other in dict.fromkeys(p for p in list(groups.values())[:n] if p != parts):
                 # In the layout, where periods are gone.
-                earlier = _in_layout(self.relation, self._union(other), layout)
-                found = _with_pairs(found, found.pairs.subtract(earlier.pairs).coalesce())
+                earlier = in_layout(self.relation, self._union(other), layout)
+                found = with_pairs(found, found.pairs.subtract(earlier.pairs).coalesce())
             if pieces and found.pairs.intersect_params(found.context).is_empty():
                 continue
             pieces.append(Piece(layout, found))
@@ -320,21 +291,3 @@ def _tiles(relation: Relation, layout: Layout, align_start: bool) -> float:
         count = np.where(first < length, np.maximum(evaluate(run.count, variables, {}), 0), 0)
         total += float(np.broadcast_to(count, size).sum())
     return total
-
-
-def _in_layout(relation: Relation, pairs: isl.Set, layout: Layout) -> Relation:
-    """The pairs in a layout's indices, as a relation that stands for the same scalars."""
-    if layout.plain:
-        return _with_pairs(relation, pairs)
-    ctx = pairs.get_ctx()
-    residues = isl.Set.read_from_str(ctx, f"[residue] -> {{ : 0 <= residue < {layout.classes} }}")
-    context = relation.context.intersect(residues)
-    at = isl.MultiPwAff.read_from_str(ctx, f"[residue] -> {{ [q, k] -> [{layout.q.text('q')}, {layout.k.text('k')}] }}")
-    found = pairs.preimage_multi_pw_aff(at).intersect_params(residues)
-    exists = isl.Set.read_from_str(ctx, "{ [q, k] : k >= 0 }")
-    found = found.intersect(exists).coalesce().gist_params(residues)
-    return replace(relation, pairs=found, context=context)
-
-
-def _with_pairs(relation: Relation, pairs: isl.Set) -> Relation:
-    return replace(relation, pairs=pairs)

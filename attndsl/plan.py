@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+from attndsl.box_tiles import BoxRuns
+from attndsl.boxes import Boxes
 from attndsl.branches import Given
 from attndsl.cuts import with_cuts, without_cuts
 from attndsl.derivation import Chosen
@@ -127,6 +129,7 @@ class Plan:
     `follows`: it is a further piece of the program's pattern, and adds to what the pieces before it have found.
     `gathered`: query tiles are rows that chose the same member of the keys; there are no runs.
     `view`: its keys, whose indices runs, mask and score call k, are the entries of a view.
+    `box_runs`: in the place of `runs` where the layout is one by boxes, whose indices a mask calls i_a and j_a.
     """
 
     program: Program
@@ -138,10 +141,11 @@ class Plan:
     score: Scalar | None
     sink: Scalar | None
     weights: Scalar | None
-    layout: Layout = field(default=PLAIN, kw_only=True)
+    layout: Layout | Boxes = field(default=PLAIN, kw_only=True)
     follows: bool = field(default=False, kw_only=True)
     gathered: Gathered | None = field(default=None, kw_only=True)
     view: Given | None = field(default=None, kw_only=True)
+    box_runs: BoxRuns = field(default=BoxRuns(), kw_only=True)
 
     @property
     def softmax(self) -> bool:
@@ -151,7 +155,7 @@ class Plan:
     @property
     def masks(self) -> bool:
         """Whether some of its tiles are masked."""
-        return bool(self.runs.partial) or self.gathered is not None
+        return bool(self.runs.partial or self.box_runs.partial) or self.gathered is not None
 
     @property
     def positive_scale(self) -> bool:
@@ -165,7 +169,8 @@ class Plan:
         """Every scalar the kernel computes."""
         body = (self.mask, self.scale, self.score, self.sink, self.weights)
         lists = () if self.gathered is None else (self.gathered.entry,)
-        return (*run_scalars(self.runs), *(x for x in body if x is not None), *lists, *self._further())
+        runs = (*run_scalars(self.runs), *self.box_runs.ends)
+        return (*runs, *(x for x in body if x is not None), *lists, *self._further())
 
     def _further(self) -> tuple[Scalar, ...]:
         """Scalars that only some kernels compute."""
@@ -208,7 +213,7 @@ class Printed:
     spec: Spec
     tiling: Tiling
     text: str
-    layout: Layout = PLAIN
+    layout: Layout | Boxes = PLAIN
     follows: bool = False
     gathered: Gathered | None = None
     view: Given | None = None
@@ -236,12 +241,13 @@ class BackwardPlan(Plan):
     learnable: tuple[tuple[Read, Scalar], ...]
     sink_learnable: tuple[tuple[Read, Scalar], ...]
     uses_lse: bool
+    key_box_runs: BoxRuns = field(default=BoxRuns(), kw_only=True)
 
     def _further(self) -> tuple[Scalar, ...]:
         slopes = () if self.d_score is None else (self.d_score,)
         others = (x for pair in self.learnable + self.sink_learnable for x in pair)
         masks = () if self.key_mask is None else (self.key_mask,)
-        return (*run_scalars(self.key_runs), *masks, *slopes, *others)
+        return (*run_scalars(self.key_runs), *self.key_box_runs.ends, *masks, *slopes, *others)
 
     @property
     def learned(self) -> tuple[Learned, ...]:
@@ -251,7 +257,7 @@ class BackwardPlan(Plan):
 
     def of_keys(self) -> BackwardPlan:
         """The plan as the kernel of dk and dv has it: that kernel's tiling, runs and mask in place of those of dq."""
-        return replace(self, tiling=self.key_tiling, runs=self.key_runs, mask=self.key_mask)
+        return replace(self, tiling=self.key_tiling, runs=self.key_runs, mask=self.key_mask, box_runs=self.key_box_runs)
 
     @property
     def learnable_inputs(self) -> tuple[InputDecl, ...]:
@@ -446,6 +452,8 @@ def learning_plan(plan: BackwardPlan, tiling: Tiling, side: Side) -> BackwardPla
         mask=mask,
         layout=PLAIN,
         follows=False,
+        box_runs=BoxRuns(),
+        key_box_runs=BoxRuns(),
     )
 
 

@@ -24,7 +24,7 @@ from attndsl.branches import Branch as Branch
 from attndsl.call_shape import CallShape as CallShape
 from attndsl.derivation import Random, Segment
 from attndsl.diagnostics import Source, Span, error
-from attndsl.grid import Along, Grid
+from attndsl.grid import AXIS_NAMES, Along, Grid
 from attndsl.inputs import KERNEL_TENSORS as KERNEL_TENSORS
 from attndsl.inputs import Axis as Axis
 from attndsl.inputs import Dim as Dim
@@ -49,7 +49,7 @@ BUILTINS = frozenset({"q", "k", "b", "h", "g", "s", "Nq", "Nk", "H", "G", "D", "
 # Names that only the compiler introduces: the tile indices, their difference, the position of a call's first row,
 # those of a layout (`layout.py`): the residue, a query's and a key's index in its order, and that of the first row;
 # in an output the channel; and the place of an entry in a list of tiles.
-TILE_NAMES = frozenset({"q_tile", "k_tile", "diagonal", "start", "residue", "i", "j", "i_start", "d", "place"})
+TILE_NAMES = AXIS_NAMES.union("q_tile k_tile diagonal start residue i j i_start d place".split())
 
 ARITHMETIC = frozenset({"+", "-", "*", "//", "%", "/"})
 COMPARISONS = frozenset({"<", "<=", ">", ">=", "==", "!="})

@@ -25,7 +25,7 @@ from attndsl.derivation import Random
 from attndsl.derive import derive
 from attndsl.diagnostics import error
 from attndsl.effort import EFFORT, TooHard, bounded
-from attndsl.isl_sets import choose, coarse_pairs, fold, place_pairs, project_param
+from attndsl.isl_sets import choose, coarse_pairs, divided, fold, place_pairs, project_param
 from attndsl.placing import Coordinates, placed
 from attndsl.program import (
     Arg,
@@ -405,9 +405,7 @@ class Lowering:
                 divisor = self.affine(b, place)
                 if not divisor.is_cst():
                     raise NotAffine("a divisor that is not constant")
-                m = divisor.max_val()
-                dividend = self.affine(a, place)
-                return dividend.scale_down_val(m).floor() if e.op == "//" else dividend.mod_val(m)
+                return divided(self.affine(a, place), divisor, rest=e.op == "%")
             case If(cond=c, then=a, other=b):
                 chosen = self.holds(c, place)
                 return (

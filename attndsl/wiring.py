@@ -29,7 +29,7 @@ def engine(program: Program) -> Engine:
 
     printers = Generators(
         triton_forward=_printer("triton_forward", "forward_source"),
-        cpu_forward=_printer("cpu", "forward_source"),
+        cpu_forward=_printer("cpu_forward", "forward_source"),
         triton_backward=_printer("triton_backward", "backward_sources"),
         cpu_backward=_printer("cpu_backward", "backward_source"),
         gluon_forward=_printer("gluon_forward", "forward_source"),
@@ -85,6 +85,8 @@ class Shown:
         """The plan behind it, for dense tensors. Raises `PatternError` for what there is not."""
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         spec = make_spec(self.target, self.backend, self.heads, kv_heads, self.dim, self.v_dim, self.dtype)
+        if self.backend == "cpu":
+            spec = replace(spec, backend=Backend.CPU)
         name, piece = check_kernel(self.kernel, program, self.heads, kv_heads)
         if self.backend == "gluon":
             of_another = f"the kernel {self.kernel!r} has no Hopper lowering"
@@ -96,9 +98,8 @@ class Shown:
             case "decode":
                 return decode_plan(program, spec, self.rows, Cache(self.page), split=self.backend != "cpu")
             case "dq" | "dkdv":
-                on_cpu = self.backend == "cpu"
-                plan = backward_plans(program, replace(spec, backend=Backend.CPU) if on_cpu else spec)[piece]
-                return plan.of_keys() if name == "dkdv" and not on_cpu else plan
+                plan = backward_plans(program, spec)[piece]
+                return plan.of_keys() if name == "dkdv" and spec.backend is not Backend.CPU else plan
             case _:
                 return forward_plans(program, spec)[piece]
 
@@ -115,13 +116,13 @@ class Shown:
 
 def generated(plan: ForwardPlan | DecodePlan) -> str:
     """The text of a kernel that attends."""
-    from attndsl.codegen import cpu, cpu_decode, gluon_forward, triton_decode, triton_forward
+    from attndsl.codegen import cpu_decode, cpu_forward, gluon_forward, triton_decode, triton_forward
 
     on_cpu = plan.spec.target == "cpu"
     if isinstance(plan, DecodePlan):
         return cpu_decode.decode_source(plan) if on_cpu else triton_decode.decode_source(plan)
     if on_cpu:
-        return cpu.forward_source(plan)
+        return cpu_forward.forward_source(plan)
     if plan.spec.backend is Backend.GLUON:
         return gluon_forward.forward_source(plan)
     return triton_forward.forward_source(plan)

@@ -14,8 +14,8 @@ from attndsl.codegen.header import header
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import PYTHON, TORCH, Level, Names, Printer
-from attndsl.layout import Comb
-from attndsl.plan import ForwardPlan, Plan, run_scalars
+from attndsl.layout import PLAIN, Comb, Layout
+from attndsl.plan import Plan, run_scalars
 from attndsl.program import Arg, Axis, Dim, Read, Scalar, Table, Type, Var, reads
 from attndsl.tiles import Run
 
@@ -107,6 +107,7 @@ class TileLoop:
     def __init__(self, plan: Plan, per_pair: tuple[Scalar | None, ...]) -> None:
         """`per_pair`: what is computed for every pair, besides the mask."""
         self.plan = plan
+        self.order = plan.layout if isinstance(plan.layout, Layout) else PLAIN
         self.reads_keys = any(reads(e, "k") for e in per_pair if e is not None)
         self.lines = Lines(indent=1)
         self.helpers: set[str] = {"key_spans", "chunks", "positions"}
@@ -129,8 +130,9 @@ class TileLoop:
     def file(self, function: str, signature: str, title: str) -> str:
         body = self.lines.text()
         helpers = prelude("torch_prelude.py", self.helpers)
+        modules = "import itertools\nimport math" if "itertools." in body else "import math"
         return (
-            header(self.plan, title) + "import math\n\nimport torch\n\n\n" + helpers + "\n\n\n"
+            header(self.plan, title) + f"{modules}\n\nimport torch\n\n\n" + helpers + "\n\n\n"
             f"def {function}({signature}):\n" + body
         )  # fmt: skip
 
@@ -177,11 +179,11 @@ class TileLoop:
 
     @contextmanager
     def _query_tiles(self) -> Iterator[None]:
-        lines, comb = self.lines, self.plan.layout.q
+        lines, comb = self.lines, self.order.q
         if not self.plan.layout.plain:
             lines.add(f"# Tokens: {self.plan.layout}. `nth` counts them.")
-        if not self.plan.layout.k.every:
-            lines.add(f"k_end = {self._index(self.plan.layout.k, 'Nk')}")
+        if not self.order.k.every:
+            lines.add(f"k_end = {self._index(self.order.k, 'Nk')}")
         if comb.every:
             with lines.block("for q_tile in range(-(-rows // block_q)):"):
                 lines.add(
@@ -229,7 +231,7 @@ class TileLoop:
             lines.add(f"{label}_runs = [")
             lines.add(*(f"    {self._run(run)}," for run in found))
             tokens = "k_len" if self.plan.view is None else "entries"
-            end = tokens if self.plan.layout.k.every else "k_end"
+            end = tokens if self.order.k.every else "k_end"
             lines.add("]", f"{label}_spans = key_spans({label}_runs, block_k, {end})")
 
     def attended(self) -> None:
@@ -259,15 +261,15 @@ class TileLoop:
         with lines.block(f"for full, partial in chunks(full_spans, partial_spans, {CHUNK}):"):
             printer = self.tensors.within(self.tensors.names.inner())
             lines.add("spans = full + partial")
-            if self.plan.layout.k.width > 1:
-                lines.add("k_nth = positions(spans)", f"k_tokens = {self._tokens(self.plan.layout.k, 'k_nth')}")
+            if self.order.k.width > 1:
+                lines.add("k_nth = positions(spans)", f"k_tokens = {self._tokens(self.order.k, 'k_nth')}")
             lines.add(
                 f"keys = {self.rows_of('k')}.to(compute)",
                 f"values = {self.rows_of('v')}.to(compute)",
                 "scores = (queries.flatten(2, 3) @ keys.mT).unflatten(2, queries.shape[2:4]) * scale",
             )
             if self.reads_keys:
-                comb = self.plan.layout.k
+                comb = self.order.k
                 lines.add(f"k_pos = {'k_tokens' if comb.width > 1 else self._tokens(comb, 'positions(spans)')}")
             yield printer
 
@@ -284,7 +286,7 @@ class TileLoop:
 
     def rows_of(self, x: str) -> str:
         """The keys or values of the spans: without a copy where they lie at equal distances in one span."""
-        if self.plan.layout.k.width > 1:
+        if self.order.k.width > 1:
             return f"{x}[at_b, at_g].index_select(-2, k_tokens)"
         self.helpers.add("gather")
         return f"gather({x}[{self._keys}], spans)"
@@ -292,12 +294,12 @@ class TileLoop:
     @property
     def _keys(self) -> str:
         """The keys that spans are counted in, of a tensor [batch, kv_heads, keys, D], where they are a slice."""
-        comb = self.plan.layout.k
+        comb = self.order.k
         return "at_b, at_g" if comb.every else f"at_b, at_g, {self.numbers.text(comb.first)}::{comb.period}"
 
     def scatter(self, x: str, values: str) -> None:
         """Add values to tensor `x` at the keys of a chunk."""
-        if self.plan.layout.k.width > 1:
+        if self.order.k.width > 1:
             # No two of the tokens are the same: the sum has one order.
             self.lines.add(f"{x}[at_b, at_g].index_add_(-2, k_tokens, {values})")
             return
@@ -309,7 +311,7 @@ class TileLoop:
         if self.plan.mask is not None:
             printer = self.tensors.within(self.tensors.names.inner())
             printer.names.known |= {Var("k"): "partial_pos", Var("j"): "partial_nth"}
-            comb, place = self.plan.layout.k, "partial_pos"
+            comb, place = self.order.k, "partial_pos"
             with self.lines.block("if partial:"):
                 if comb.every:
                     self.lines.add("partial_pos = positions(partial)")
@@ -322,80 +324,3 @@ class TileLoop:
                     f"allowed = torch.as_tensor({printer.text(self.plan.mask)})",
                     f"{target}[..., -{place}.shape[0] :].masked_fill_(~allowed, {value})",
                 )
-
-
-def forward_source(plan: ForwardPlan) -> str:
-    """Text of a Python file whose `attention_forward` writes `out` and `lse` (both preset by the caller)."""
-    loop = TileLoop(plan, (plan.score, plan.weights))
-    loop.lines.add(
-        '"""Attend q [batch, kv_heads, group, rows, D] to k, v [batch, kv_heads, keys, D].',
-        "",
-        "Writes out [batch, kv_heads, group, rows, Dv] and lse [batch, kv_heads, group, rows].",
-        '"""',
-    )
-    attend(loop)
-    signature = ", ".join(["q", "k", "v", "out", "lse", "scale", *loop.parameters()])
-    return loop.file("attention_forward", signature, "forward, blocked PyTorch")
-
-
-def attend(loop: TileLoop) -> None:
-    """The body of a function that attends: the rows of a tile over portions of their keys."""
-    plan, lines = loop.plan, loop.lines
-    loop.prologue()
-    softmax = plan.softmax
-    with loop.tiles():
-        lines.add("queries = q[at].to(compute)")
-        if plan.follows:
-            lines.add("# What earlier pieces found, as one more key with their output for its value.")
-            lines.add("acc = out[at].to(compute).clone()")
-            if softmax:
-                lines.add(
-                    "found = lse[at].to(compute)",
-                    "row_max = found.clamp(min=-torch.finfo(compute).max)",
-                    "row_sum = (found > -math.inf).to(compute)",
-                )
-        else:
-            lines.add("acc = torch.zeros(*queries.shape[:-1], v.shape[-1], dtype=compute)")
-        if softmax and not plan.follows:
-            lines.add(
-                "row_max = torch.full(queries.shape[:-1], -torch.finfo(compute).max, dtype=compute)",
-                "row_sum = torch.zeros(queries.shape[:-1], dtype=compute)",
-            )
-        with loop.chunk() as printer:
-            printer.names.known[Var("s")] = "scores"
-            if plan.weights is not None:
-                loop.helpers.add("spread")
-                lines.add(f"weights = spread({printer.text(plan.weights)}, scores)")
-                loop.mask("weights", "0.0")
-            else:
-                if plan.score is not None:
-                    loop.helpers.add("spread")
-                    lines.add(f"scores = spread({printer.text(plan.score)}, scores)")
-                loop.mask("scores", "-math.inf")
-                lines.add(
-                    "new_max = torch.maximum(row_max, scores.amax(-1))",
-                    "weights = torch.exp(scores - new_max[..., None])",
-                    "decay = torch.exp(row_max - new_max)",
-                    "row_sum = row_sum * decay + weights.sum(-1)",
-                    "row_max = new_max",
-                    "acc *= decay[..., None]",
-                )
-            loop.keep()
-            loop.drop("weights")
-            lines.add("acc += (weights.flatten(2, 3) @ values).unflatten(2, queries.shape[2:4])")
-        loop.attended()
-        if plan.sink is not None:
-            lines.add(
-                f"sink = ({loop.tensors.text(plan.sink)} + torch.zeros_like(acc[..., :1]))[..., 0]",
-                "final_max = torch.maximum(row_max, sink)",
-                "decay = torch.exp(row_max - final_max)",
-                "row_sum = row_sum * decay + torch.exp(sink - final_max)",
-                "row_max = final_max",
-                "acc *= decay[..., None]",
-            )
-        if softmax:
-            lines.add(
-                "acc /= torch.where(row_sum == 0, 1, row_sum)[..., None]",
-                "lse[at] = torch.where(row_sum == 0, -math.inf, row_max + torch.log(row_sum)).to(lse.dtype)",
-            )
-        lines.add("out[at] = acc.to(out.dtype)")

@@ -8,7 +8,8 @@ out * dout over a row, less the gradient of its lse; ds = dx x'(s), and a learna
 
 from __future__ import annotations
 
-from attndsl.codegen.cpu import TensorLeaves, TileLoop
+from attndsl.codegen.cpu import TensorLeaves
+from attndsl.codegen.cpu_boxes import tile_loop
 from attndsl.codegen.scalars import Level, Printer
 from attndsl.plan import BackwardPlan
 from attndsl.program import Const, Read, Scalar, Var
@@ -23,7 +24,7 @@ class _Backward:
     def __init__(self, plan: BackwardPlan) -> None:
         self.plan = plan
         others = (x for pair in plan.learnable for x in pair)
-        self.loop = TileLoop(plan, (plan.score, plan.weights, plan.d_score, *others))
+        self.loop = tile_loop(plan, (plan.score, plan.weights, plan.d_score, *others))
         self.lines = self.loop.lines
         self.softmax = plan.softmax
         # Weights that do not depend on the score: nothing flows to queries and keys.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from attndsl.codegen.cpu import TileLoop, attend
+from attndsl.codegen.cpu import TileLoop
+from attndsl.codegen.cpu_forward import attend
 from attndsl.decode import DecodePlan
 
 

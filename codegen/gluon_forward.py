@@ -8,7 +8,8 @@ query tile's rows, and multiplies the scores of one tile while the values of the
 from __future__ import annotations
 
 from attndsl.codegen.header import header
-from attndsl.codegen.kernel import Leaves, Visits, scalar_parameters, used_parameters
+from attndsl.codegen.kernel import Leaves, scalar_parameters, used_parameters
+from attndsl.codegen.kernel_loops import Visits
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import GLUON, Names, Printer

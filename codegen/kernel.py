@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
+from attndsl.box_tiles import BoxRuns
+from attndsl.boxes import Boxes
+from attndsl.codegen.box_text import BoxText, box_loop
 from attndsl.codegen.header import header
+from attndsl.codegen.kernel_loops import run_loop
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import TRITON, Level, Names, Printer
+from attndsl.grid import AXIS_NAMES
+from attndsl.layout import PLAIN, Layout
 from attndsl.plan import DType, Loads, Part, Plan, head_parts
 from attndsl.program import Arg, Axis, Binary, Const, Dim, Read, Scalar, Table, TableDecl, Type, Var, reads, walk
-from attndsl.tiles import PLACE, Run
+from attndsl.tiles import Run, TileRuns
 
 _VARIABLES = {
     "q": "q_pos", "k": "k_pos", "b": "b", "h": "h", "g": "g", "Nk": "k_len", "start": "start",
     "q_tile": "q_tile", "k_tile": "k_tile", "diagonal": "diagonal", "residue": "residue", "i": "i_pos", "j": "j_pos",
     "i_start": "i_start",
 }  # fmt: skip
+# Along each axis of a grid: indices have the shape of a tile of pairs, all else is a number.
+_VARIABLES |= {name: name.replace("i_", "i_pos_").replace("j_", "j_pos_") for name in AXIS_NAMES}
+
+FULL = "Full tiles: every pair is allowed."
+PARTIAL = "Partial tiles: pairs are masked."
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +128,11 @@ class KernelWriter:
         self.printer = Printer(TRITON, Names(self.leaves))
         self.q_parts = head_parts(plan.spec.dim)
         self.v_parts = head_parts(plan.spec.v_dim)
-        self.combs = {"q": plan.layout.q, "k": plan.layout.k}
+        order = plan.layout if isinstance(plan.layout, Layout) else PLAIN
+        self.combs = {"q": order.q, "k": order.k}
+        self.boxes: BoxText | None = None
+        if isinstance(plan.layout, Boxes):
+            self.boxes = BoxText(plan.layout, {"q": plan.tiling.block_q, "k": plan.tiling.block_k}, self.aligned)
 
     def file(self, title: str, *others: KernelWriter) -> str:
         """The text of the file, once the bodies are written: of this kernel, and of others that go with it."""
@@ -164,6 +178,9 @@ class KernelWriter:
 
     def query_tile(self) -> None:
         """Which query tile of which head a program owns, and where its rows stand."""
+        if self.boxes is not None:
+            self._query_box(self.boxes)
+            return
         spec, lines, classes = self.plan.spec, self.lines, self.plan.layout.classes
         tiles = f"q_tiles = tl.cdiv({self.most('q', 'rows')}, BLOCK_Q)"
         tile = "q_tile = q_tiles - 1 - tl.program_id(0) % q_tiles"
@@ -198,8 +215,7 @@ class KernelWriter:
         lines.add("q_pos = start + q_rows[:, None]")
         if not self.combs["q"].every:
             lines.add("i_pos = q_nth[:, None]")
-        if any(dim.axis is Axis.Q and dim.block == 1 for decl in self.plan.inputs for dim in decl.dims):
-            self.lines.add("q_index = tl.minimum(q_rows, rows - 1)[:, None]")
+        self.row_index("[:, None]")
         self.know_tile_start()
 
     def _head_counts(self) -> list[Scalar]:
@@ -240,6 +256,40 @@ class KernelWriter:
             f"head = b * {heads} + h",
         )
 
+    def _heads(self) -> None:
+        """The batch entry, the query head and its key head."""
+        spec = self.plan.spec
+        self.lines.add(
+            f"b = head // {spec.heads}",
+            f"h = head % {spec.heads}",
+            f"g = h // {spec.heads // spec.kv_heads}" if spec.heads != spec.kv_heads else "g = h",
+        )
+
+    def _query_box(self, boxes: BoxText) -> None:
+        """Which box of which head a program owns, and where its rows stand."""
+        lines = self.lines
+        lines.add(self.start)
+        boxes.own(lines, self.fresh(), "q")
+        self._heads()
+        boxes.leave_missing(lines, self.fresh(), "q")
+        self.offsets()
+        self.tokens("q", bounded=True)
+        lines.add("q_pos = start + q_rows[:, None]")
+        boxes.indices(lines, "q", "[:, None]", list(self.plan.scalars))
+        self.row_index("[:, None]")
+
+    def offsets(self) -> None:
+        """The places in a tile of its queries and keys."""
+        self.lines.add("", "q_offset = tl.arange(0, BLOCK_Q)", "k_offset = tl.arange(0, BLOCK_K)")
+        if self.boxes is not None:
+            for side in "qk":
+                self.boxes.cells(self.lines, side)
+
+    def row_index(self, axis: str) -> None:
+        """The rows of a tile, clamped, for inputs that belong to rows."""
+        if any(dim.axis is Axis.Q and dim.block == 1 for decl in self.plan.inputs for dim in decl.dims):
+            self.lines.add(f"q_index = tl.minimum(q_rows, rows - 1){axis}")
+
     def first_row(self) -> None:
         """`i_start`, the index of the first row of the call that belongs to the residue."""
         comb = self.combs["q"]
@@ -252,12 +302,14 @@ class KernelWriter:
         with self.lines.block(f"if {self._token(side, first)} >= {length}:"):
             self.lines.add("return  # Not every residue has as many tokens.")
 
-    def in_order(self, side: str) -> bool:
-        """Whether a tile of queries or keys is of tokens in a row."""
-        return self.combs[side].every and not (side == "q" and self.plan.gathered)
+    def tokens(self, side: str, first: str = "k_tile * BLOCK_K", bounded: bool = True) -> None:
+        """In a layout: the indices of a tile's tokens, from `first` on, and their rows in the tensors.
 
-    def tokens(self, side: str, first: str = "k_tile * BLOCK_K") -> None:
-        """In a layout: the indices of a tile's tokens, from `first` on, and their rows in the tensors."""
+        bounded: the tile may have fewer tokens.
+        """
+        if self.boxes is not None:
+            self.boxes.tokens(self.lines, self.fresh(), side, bounded)
+            return
         if self.combs[side].every:
             return
         index = f"{side}_nth"
@@ -266,11 +318,17 @@ class KernelWriter:
 
     def positions(self, axis: str, pairs: list[Scalar]) -> None:
         """The keys of a tile, in a layout their indices too, along an axis of a tile of pairs."""
-        plain = self.combs["k"].every
+        plain = self.in_order("k")
         if plain or any(reads(e, "k") for e in pairs):
             self.lines.add(f"k_pos = {'k_tile * BLOCK_K + k_offset' if plain else 'k_rows'}{axis}")
         if not plain and any(reads(e, "j") for e in pairs):
             self.lines.add(f"j_pos = k_nth{axis}")
+        if self.boxes is not None:
+            self.boxes.indices(self.lines, "k", axis, pairs)
+
+    def in_order(self, side: str) -> bool:
+        """Whether a tile of queries or keys is of tokens in a row."""
+        return self.boxes is None and self.combs[side].every and not (side == "q" and self.plan.gathered)
 
     def _token(self, side: str, index: str) -> str:
         """The token of an index, as text."""
@@ -306,6 +364,22 @@ class KernelWriter:
             self.printer.helpers.add("kept")
             kept = "kept(seed, b, h, start + q_rows[:, None], k_tile * BLOCK_K, drop_below, BLOCK_Q, BLOCK_K)"
             self.lines.add(f"keep = tl.trans({kept})" if transposed else f"keep = {kept}")
+
+    def visit(self, runs: TileRuns, box_runs: BoxRuns, tile: str) -> Iterator[bool]:
+        """Loops over full tiles, then over partial ones, the tile of an iteration called `tile`. Yields inside each
+        loop whether pairs are masked."""
+        kinds = ((runs.full, box_runs.full, FULL, "full"), (runs.partial, box_runs.partial, PARTIAL, "partial"))
+        for found, boxes, comment, label in kinds:
+            if found or boxes:
+                self.name_ends(found)
+                self.printer.share(self.lines, [x for run in boxes for x in run.ends], "tile_")
+                self.lines.add(f"# {comment}{self.origin}")
+            if found:
+                with run_loop(self.lines, self.printer, found, label, tile):
+                    yield label == "partial"
+            for n, run in enumerate(boxes):
+                with box_loop(self.lines, self.printer, run, f"{label}{n or ''}", tile):
+                    yield label == "partial"
 
     def name_ends(self, runs: tuple[Run, ...]) -> None:
         """Name what the ends of runs share."""
@@ -413,65 +487,3 @@ def used_parameters(candidates: list[str], body: str) -> list[str]:
     """Those of the candidates that the body reads, in order: a kernel has no dead parameters."""
     words = set(re.findall(r"\w+", body))
     return [name for name in candidates if name in words]
-
-
-@contextmanager
-def run_loop(lines: Lines, printer: Printer, runs: tuple[Run, ...], label: str, tile: str) -> Iterator[None]:
-    """A loop over the tiles of several runs, as if they were one: `tile` is the tile's index inside."""
-    visits = Visits(lines, printer, runs, label)
-    with lines.block(f"for i in range({visits.total}):"):
-        lines.add(f"{tile} = {visits.tile('i')}")
-        yield
-
-
-class Visits:
-    """Several runs as one sequence: its length, and the tile that an iteration visits."""
-
-    def __init__(self, lines: Lines, printer: Printer, runs: tuple[Run, ...], label: str) -> None:
-        self.runs, self.label, self.select, self.printer = runs, label, printer.dialect.select, printer
-        for i, run in enumerate(runs):
-            suffix = f"_{i}" if len(runs) > 1 else ""
-            for end, e in (("first", run.first), ("count", run.count)):
-                text = printer.text(e)
-                if end == "count" and isinstance(e, Const):
-                    # Not a constant to the compiler, which would unroll the loop and with it its pipeline.
-                    text = f"{printer.dialect.language}.minimum(k_len, {text})"
-                if any(isinstance(x, Read) for x in walk(e)):
-                    # An input may be of 64 bits; tiles are counted in 32.
-                    text = f"({text}).to({printer.dialect.language}.int32)"
-                lines.add(f"{label}_{end}{suffix} = {text}")
-        self.total = f"{label}_count"
-        if len(runs) > 1:
-            # Iterations before `end_n` belong to run n or an earlier one; `base_n` is where run n would have begun.
-            for i, run in enumerate(runs):
-                before = f"{label}_end_{i - 1}" if i else ""
-                lines.add(f"{label}_end_{i} = {before + ' + ' if before else ''}{label}_count_{i}")
-                lines.add(f"{label}_base_{i} = {label}_first_{i}" + (f" - {before}{_times(run)}" if before else ""))
-            self.total = f"{label}_end_{len(runs) - 1}"
-
-    def tile(self, i: str) -> str:
-        """The tile of iteration `i`."""
-        runs, label = self.runs, self.label
-        if len(runs) == 1:
-            return self._at(runs[0], f"{label}_first + {i}{_times(runs[0])}")
-        alike = len({run.step for run in runs}) == 1 and all(run.list is None for run in runs)
-        choice = ""
-        for n in reversed(range(len(runs))):
-            value = f"{label}_base_{n}"
-            if not alike:
-                value = self._at(runs[n], f"{value} + {i}{_times(runs[n])}")
-            choice = f"{self.select}({i} < {label}_end_{n}, {value}, {choice})" if choice else value
-        return f"{choice} + {i}{_times(runs[0])}" if alike else choice
-
-    def _at(self, run: Run, place: str) -> str:
-        """The tile at a place of a run: itself, or the entry of the run's list."""
-        if run.list is None:
-            return place
-        printer = self.printer.within(self.printer.names.inner())
-        printer.names.known[PLACE] = place
-        language = printer.dialect.language
-        return f"{printer.text(run.list, Level.UNARY)}.to({language}.int32)"
-
-
-def _times(run: Run) -> str:
-    return f" * {run.step}" if run.step > 1 else ""

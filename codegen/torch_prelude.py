@@ -116,6 +116,18 @@ def chunks(full, partial, size):
         yield portion
 
 
+def cells(spans):
+    """The indices along each axis of the cells of a product, given the spans along each."""
+    along = [torch.cat([torch.arange(low, high) for low, high in some]) if some else torch.arange(0) for some in spans]
+    return [x.flatten() for x in torch.meshgrid(*along, indexing="ij")]
+
+
+def visited(axes, products):
+    """The indices along each axis of the cells of several products."""
+    found = [cells(spans) for spans in products]
+    return [torch.cat([x[a] for x in found]) if found else torch.arange(0) for a in range(axes)]
+
+
 def gather(x, spans):
     """The rows of x [..., tokens, dim] in the spans, without a copy where there is one span."""
     if len(spans) == 1:

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from attndsl.codegen.kernel import KernelWriter, Leaves, run_loop
+from attndsl.codegen.box_text import BoxText
+from attndsl.codegen.kernel import KernelWriter, Leaves
 from attndsl.codegen.scalars import Level, Printer
-from attndsl.codegen.triton_forward import FULL, PARTIAL
 from attndsl.learned import Learned, Over
+from attndsl.mask import KEY, ROW
 from attndsl.plan import BackwardPlan, Loads, Part
 from attndsl.program import Axis, Const, Scalar, Var, reads
-from attndsl.tiles import TileRuns
 
 DQ = "attention_dq"
 DKDV = "attention_dkdv"
@@ -65,13 +65,9 @@ class BackwardKernel(KernelWriter, ABC):
         found = (plan.mask if masked else None, plan.score, plan.weights, plan.d_score)
         return [e for e in (*found, *(x.slope for _, x in self.from_pairs)) if e is not None]
 
-    def loops(self, runs: TileRuns, tile: str) -> None:
-        for found, label, comment in ((runs.full, "full", FULL), (runs.partial, "partial", PARTIAL)):
-            if found:
-                self.name_ends(found)
-                self.lines.add(f"# {comment}{self.origin}")
-                with run_loop(self.lines, self.printer, found, label, tile):
-                    self.tile(masked=label == "partial")
+    def loops(self, tile: str) -> None:
+        for masked in self.visit(self.plan.runs, self.plan.box_runs, tile):
+            self.tile(masked)
 
     @abstractmethod
     def tile(self, masked: bool) -> None:
@@ -193,9 +189,9 @@ class DqKernel(BackwardKernel):
             self.scale(folded=False)
             if self.folded:
                 lines.add("factor = scale * LOG2_E")
-            self.printer.hoist(lines, self.pairs(masked=plan.masks), ("k", "j", "s"), "row_")
+            self.printer.hoist(lines, self.pairs(masked=plan.masks), (*KEY, "s"), "row_")
             lines.add("")
-            self.loops(plan.runs, "k_tile")
+            self.loops("k_tile")
             lines.add("")
         for n, learned in self.learned:
             self._write_sum(n, learned)
@@ -239,7 +235,7 @@ class DqKernel(BackwardKernel):
         self.keep()
         # Rows that do not exist are not written; only sums over rows must leave them out.
         existing = bool(self.from_pairs)
-        self.tokens("k")
+        self.tokens("k", bounded=masked)
         self.load("k", self.q_parts, spec.dim, "k", "g", bounded=masked)
         self.load("v", self.v_parts, spec.v_dim, "k", "g", bounded=masked)
         if pairs := self.pairs(masked):
@@ -322,6 +318,9 @@ class DkDvKernel(BackwardKernel):
     def _key_tile(self) -> None:
         """Which key tile of which key head a program owns."""
         lines, spec, layout = self.lines, self.plan.spec, self.plan.layout
+        if self.boxes is not None:
+            self._key_box(self.boxes)
+            return
         tiles = f"k_tiles = tl.cdiv({self.most('k', self.k_end)}, BLOCK_K)"
         if layout.plain:
             lines.add(
@@ -355,16 +354,28 @@ class DkDvKernel(BackwardKernel):
                 "k_tile = tl.program_id(0) % k_tiles",
             )
         lines.add(f"b = head // {spec.kv_heads}", f"g = head % {spec.kv_heads}", self.start)
-        if not layout.k.every:
+        if not self.in_order("k"):
             self.skip_missing("k", "k_tile * BLOCK_K")
-        if not layout.q.every:
+        if not self.combs["q"].every:
             self.first_row()
         lines.add("", "q_offset = tl.arange(0, BLOCK_Q)", "k_offset = tl.arange(0, BLOCK_K)")
         self.tokens("k")
-        if layout.k.every:
+        if self.in_order("k"):
             lines.add("k_pos = k_tile * BLOCK_K + k_offset[:, None]")
         else:
             lines.add("k_pos, j_pos = k_rows[:, None], k_nth[:, None]")
+
+    def _key_box(self, boxes: BoxText) -> None:
+        """Which box of keys of which key head a program owns."""
+        lines, spec = self.lines, self.plan.spec
+        lines.add(self.start)
+        boxes.own(lines, self.fresh(), "k")
+        lines.add(f"b = head // {spec.kv_heads}", f"g = head % {spec.kv_heads}")
+        boxes.leave_missing(lines, self.fresh(), "k")
+        self.offsets()
+        self.tokens("k")
+        lines.add("k_pos = k_rows[:, None]")
+        boxes.indices(lines, "k", "[:, None]", list(self.plan.scalars))
 
     def _head(self) -> None:
         plan, lines = self.plan, self.lines
@@ -377,8 +388,8 @@ class DkDvKernel(BackwardKernel):
         if self.folded:
             lines.add("factor = scale * LOG2_E")
         lines.add(*(f"sum_{n} = tl.zeros([BLOCK_K], tl.float32)" for n, _ in self.learned))
-        self.printer.hoist(lines, self.pairs(masked=plan.masks), ("q", "i", "s"), "column_")
-        self.loops(plan.runs, "q_tile")
+        self.printer.hoist(lines, self.pairs(masked=plan.masks), (*ROW, "s"), "column_")
+        self.loops("q_tile")
         if self.learned:
             lines.add(
                 f"column_at = (b * {plan.spec.heads} + h).to(tl.int64) * k_len + k_pos",
@@ -405,6 +416,8 @@ class DkDvKernel(BackwardKernel):
             lines.add("q_pos = start + q_rows[None, :]")
             if any(reads(e, "i") for e in pairs):
                 lines.add("i_pos = q_nth[None, :]")
+            if self.boxes is not None:
+                self.boxes.indices(lines, "q", "[None, :]", pairs)
             if self.reads_rows:
                 lines.add("q_index = tl.minimum(q_rows, rows - 1)[None, :]")
         if self.softmax:

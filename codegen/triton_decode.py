@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from attndsl.codegen.kernel import Visits
+from attndsl.codegen.kernel import FULL, PARTIAL
+from attndsl.codegen.kernel_loops import Visits
 from attndsl.codegen.lines import Lines
-from attndsl.codegen.triton_forward import FULL, PARTIAL, ForwardWriter
+from attndsl.codegen.triton_forward import ForwardWriter
 from attndsl.decode import DecodePlan, Listing
 from attndsl.plan import Part
 from attndsl.program import Axis, Binary, Scalar, Var, reads

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from attndsl.codegen.kernel import KernelWriter, run_loop
+from attndsl.codegen.kernel import KernelWriter
+from attndsl.mask import KEY
 from attndsl.plan import ForwardPlan, Loads, Plan
 from attndsl.program import Const, Scalar, Var, reads
 
@@ -67,7 +68,7 @@ class ForwardWriter(KernelWriter):
         """Name what depends on the row alone."""
         plan = self.plan
         pairs = [e for e in (plan.mask, plan.score, plan.weights) if e is not None]
-        self.printer.hoist(self.lines, pairs, ("k", "j", "s"), "row_")
+        self.printer.hoist(self.lines, pairs, (*KEY, "s"), "row_")
         self.lines.add("")
 
     def _take_up(self) -> None:
@@ -87,20 +88,17 @@ class ForwardWriter(KernelWriter):
     # ------------------------------------------------------------------------------------- loops
 
     def _loops(self) -> None:
-        runs, lines = self.plan.runs, self.lines
-        self.name_ends(runs.full + runs.partial)
-        for found, label, comment in ((runs.full, "full", FULL), (runs.partial, "partial", PARTIAL)):
-            if found:
-                lines.add(f"# {comment}{self.origin}")
-                with run_loop(lines, self.printer, found, label, "k_tile"):
-                    self._tile(masked=label == "partial")
-                lines.add("")
+        plan, lines = self.plan, self.lines
+        self.name_ends(plan.runs.full + plan.runs.partial)
+        for masked in self.visit(plan.runs, plan.box_runs, "k_tile"):
+            self._tile(masked)
+        lines.add("")
 
     def _tile(self, masked: bool) -> None:
         """Load a tile of k and v, score it, and add it to the accumulators."""
         plan, lines = self.plan, self.lines
         printer = self.printer.within(self.printer.names.inner())
-        self.tokens("k")
+        self.tokens("k", bounded=masked)
         self.keep()
         self.load("k", self.q_parts, plan.spec.dim, "k", "g", bounded=masked)
         lines.add("scores = " + " + ".join(self.dot(f"q{p.suffix}", f"tl.trans(k{p.suffix})") for p in self.q_parts))
@@ -191,7 +189,3 @@ class ForwardWriter(KernelWriter):
         whole = "keep_scale" if self.plan.spec.dropout else "1.0"
         self.lines.add(f"inverse = {whole} / tl.where(row_sum == 0.0, 1.0, row_sum)")
         self._rescale("inverse")
-
-
-FULL = "Full tiles: every pair is allowed."
-PARTIAL = "Partial tiles: pairs are masked."

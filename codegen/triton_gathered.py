@@ -15,13 +15,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import replace
 
-from attndsl.codegen.kernel import KernelWriter
+from attndsl.codegen.kernel import FULL, PARTIAL, KernelWriter
 from attndsl.codegen.triton_backward import DkDvKernel, DqKernel
-from attndsl.codegen.triton_forward import FULL, KERNEL, PARTIAL, ForwardWriter
+from attndsl.codegen.triton_forward import KERNEL, ForwardWriter
 from attndsl.listing import Gathered
 from attndsl.plan import BackwardPlan, ForwardPlan, Loads, Part
 from attndsl.program import Axis
-from attndsl.tiles import LIST_HEAD, PLACE, TileRuns
+from attndsl.tiles import LIST_HEAD, PLACE
 
 MERGE, ROWS, SUM = "merge_slots", "attention_rows", "sum_slots"
 # Rows of a program that merges slots.
@@ -165,7 +165,7 @@ class _Forward(_Gathering, ForwardWriter):
 
 
 class _Dq(_Gathering, DqKernel):
-    def loops(self, runs: TileRuns, tile: str) -> None:
+    def loops(self, tile: str) -> None:
         self.member_loops()
 
     def member_tile(self, masked: bool) -> None:
@@ -176,7 +176,7 @@ class _Dq(_Gathering, DqKernel):
 
 
 class _DkDv(_Gathering, DkDvKernel):
-    def loops(self, runs: TileRuns, tile: str) -> None:
+    def loops(self, tile: str) -> None:
         """Over the rows that chose the key tile's member, in the order of the list."""
         lines = self.lines
         lines.add(

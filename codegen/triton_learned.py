@@ -12,10 +12,10 @@ the sums that it writes, so there are no atomics and two runs agree to the bit.
 
 from __future__ import annotations
 
-from attndsl.codegen.kernel import Leaves, Visits, run_loop
+from attndsl.codegen.kernel import FULL, PARTIAL, Leaves
+from attndsl.codegen.kernel_loops import Visits, run_loop
 from attndsl.codegen.scalars import Names, Printer
 from attndsl.codegen.triton_backward import BackwardKernel
-from attndsl.codegen.triton_forward import FULL, PARTIAL
 from attndsl.learned import Learned, Over, Owned, on_diagonal
 from attndsl.plan import BackwardPlan, run_scalars
 from attndsl.program import Scalar, Var, reads

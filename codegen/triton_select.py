@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from attndsl.codegen.kernel import KernelWriter, run_loop
+from attndsl.codegen.kernel import KernelWriter
+from attndsl.codegen.kernel_loops import run_loop
 from attndsl.plan import DType
 from attndsl.program import Axis, Scalar
 from attndsl.select_plan import SelectPlan

@@ -11,12 +11,10 @@ from attndsl.grammar.report import nearest
 from attndsl.grammar.scalars import scalar, static_int
 from attndsl.grammar.scope import AxisRef, Context, InputRef, PlanRef, Poison, TableRef, Use, Value
 from attndsl.grammar.tables import table_value
-from attndsl.grid import Grid
+from attndsl.grid import MAX_AXES, Grid
 from attndsl.program import Arg, Axis, Const, Dim, InputDecl, TableDecl, Type
 
 TYPES = {"int": Type.INT, "float": Type.FLOAT, "bool": Type.BOOL}
-# More axes than these no kernel is written for.
-MAX_AXES = 4
 # Positions are below 2**POSITION_BITS.
 POSITION_BITS = 31
 _AXES = {"b": Axis.B, "h": Axis.H, "g": Axis.G, "q": Axis.Q, "k": Axis.K, "D": Axis.D, "Dv": Axis.DV}

@@ -163,7 +163,8 @@ def _choose(node: ast.Conditional, ctx: Context) -> Set | None:
     if cond is None or then is None or other is None:
         return None
     if decided is None:
-        return Choose(cond, then, other, node.span)
+        found = Choose(cond, then, other, node.span)
+        return _on_grid(found, ctx) if ctx.maker.reads_grid(cond) else found
     return then if decided else other
 
 

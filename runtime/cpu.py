@@ -37,6 +37,8 @@ class CpuForward:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         out, lse = empty_output(q, call_shape(q, k, v))
         lse.fill_(-math.inf)
+        if not self.plan.layout.all_rows:
+            out.zero_()
         self.into(out, lse, q, k, v, inputs, args, scale, dropout)
         return out, lse
 

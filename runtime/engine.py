@@ -198,7 +198,7 @@ class Engine:
         if self.choose(backend, spec) == "cpu":
             from attndsl.runtime.cpu import CpuForward
 
-            plans = forward_plans(program, replace(spec, lists=False), self.tiling)
+            plans = forward_plans(program, replace(spec, lists=False, backend=Backend.CPU), self.tiling)
             functions = [CpuForward(plan, self._text(self.generators.cpu_forward, plan)) for plan in plans]
             return self._deriving(plans[0].program, q, k, v, inputs).forward(in_turn(functions))
         from attndsl.runtime.printing import printed_forward

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attndsl
-from attndsl import branches, derivation, inputs, listing, records, tiles
+from attndsl import box_tiles, boxes, branches, derivation, grid, inputs, listing, records, tiles
 from attndsl import layout as layouts
 from attndsl import plan as plans_module
 from attndsl import program as programs
@@ -174,7 +174,7 @@ def _chosen(files: Mapping[str, bytes], program: Program) -> tuple[Program, Any]
 @functools.cache
 def _recorded() -> Mapping[str, type]:
     """The classes that an entry may hold."""
-    modules = (programs, branches, inputs, derivation, listing, layouts, tiles, plans_module)
+    modules = (programs, branches, inputs, derivation, listing, layouts, boxes, box_tiles, grid, tiles, plans_module)
     return records.classes_of(modules)
 
 

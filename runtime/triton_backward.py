@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,10 +55,10 @@ class TritonBackward:
         self.plan, self.shape = plan, shape
         self.default_scale = default_scale(shape.dim)
         layout = plan.layout
-        self.q_tiles = -(-layout.q.most(shape.rows) // plan.tiling.block_q) * layout.classes
+        self.q_tiles = layout.programs("q", plan.tiling.block_q, shape, plan.program)
         grid = self.q_tiles * shape.batch * shape.heads
         keys = keys_of(plan, k, v, inputs)[0].shape[2]
-        key_tiles = -(-layout.k.most(keys) // plan.key_tiling.block_k) * layout.classes
+        key_tiles = layout.programs("k", plan.key_tiling.block_k, replace(shape, k_len=keys), plan.program)
         key_grid = key_tiles * shape.batch * shape.kv_heads
         sources = backward_parameters(plan, q, k, v, inputs, dout)
         self._dq = self._dkdv = None
@@ -134,6 +134,8 @@ class InTurn:
         dq, dk, dv = map(empty_gradient, (q, k, v))
         out, lse = in_order_of(q, out), lse.contiguous()
         d_lse = None if dlse is None else dlse.contiguous()
+        if not plan.layout.all_rows:
+            dq.zero_()
         heads = shape.batch * shape.heads
         delta, row_lse = lse.new_empty(2, heads, row_stride(shape.rows)) if plan.softmax else (None, None)
         scale = first.default_scale if scale is None else scale

@@ -7,6 +7,7 @@ its grid, its integer arguments. A call then allocates its output and passes poi
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -93,7 +94,9 @@ class TritonForward:
         shape = call_shape(q, k, v)
         self.kernel, self.shape = kernel, shape
         layout = kernel.layout
-        self.grid = -(-layout.q.most(shape.rows) // kernel.tiling.block_q) * layout.classes * shape.batch * shape.heads
+        tiles = layout.programs("q", kernel.tiling.block_q, shape, kernel.program)
+        self.grid = tiles * shape.batch * shape.heads
+        self.everywhere = layout.all_rows
         self.default_scale = default_scale(shape.dim)
         self._output = output_maker(q, shape)
         if self.grid:
@@ -105,6 +108,9 @@ class TritonForward:
         dropout: Dropout | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         out, lse = self._output(q)
+        if not self.everywhere:
+            out.zero_()
+            lse.fill_(-math.inf)
         if self.grid:
             # As `into` does it: a call more would take as long as a launch's tenth.
             scale = self.default_scale if scale is None else scale

@@ -168,7 +168,7 @@ GRIDS: tuple[System, ...] = (
         same={"frames": 2, "window": 3, "stride": 1, "height": 4, "width": 5, "text": 6},
     ),
     example(
-        "sliding_tile", _tiles, (72, 131, 150),
+        "sliding_tile", _tiles, (72, 131),
         same={"tile_t": 1, "tile": 2, "near": 3, "frames": 3, "height": 6, "width": 8},
     ),
     example("swin", _windows, (36, 50), same={"w": 3, "shift": 0, "width": 6}, data=_bias),

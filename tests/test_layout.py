@@ -16,7 +16,7 @@ from attndsl.api import _engine, load_attention
 from attndsl.blockruns import Reader
 from attndsl.cut_values import cut_values
 from attndsl.evaluate import evaluate
-from attndsl.layout import Comb
+from attndsl.layout import Comb, Layout
 from attndsl.oracle import mask
 from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.piece_tiles import piece_tiles
@@ -87,6 +87,7 @@ def covered(case: Case, plan: ForwardPlan) -> NDArray[np.int64]:
     program, shape, layout = plan.program, case.shape, plan.layout
     cuts = cut_values(program, shape, case.inputs, case.args)
     reader = Reader(program, shape, {**case.inputs, **cuts}, case.args)
+    assert isinstance(layout, Layout)
     start, end = shape.first_position(program), shape.q_len(program)
     found = np.zeros((shape.batch, shape.heads, shape.rows, shape.k_len), np.int64)
     b, h = np.indices((shape.batch, shape.heads))

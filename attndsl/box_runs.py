@@ -1,0 +1,148 @@
+"""The boxes that a box of a grid visits, in closed form, and the mask of those that are not full.
+
+Along each axis these are runs of tiles of one dimension; a box is visited where each of its tiles is, and full where
+each is.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from math import prod
+
+import islpy as isl
+
+from attndsl.box_tiles import BoxRun, BoxRuns
+from attndsl.boxes import Boxes
+from attndsl.grid import Grid
+from attndsl.grid_pieces import AxisPart, BoxPiece
+from attndsl.linear import normalise
+from attndsl.mask import pair_cost, shaped
+from attndsl.plan import Spec
+from attndsl.program import Binary, Call, Compare, Const, Logic, Scalar, Var, substitute
+from attndsl.quasi_affine import condition
+from attndsl.relation import Relation
+from attndsl.simplify import fold, specialise
+from attndsl.tiles import Run, Side, TileKind, TileRuns, tile_runs
+
+# Stands for how many of the first coordinates have all their tokens, until that is put in.
+_WHOLE = Var("place")
+
+
+def box_runs(
+    piece: BoxPiece, boxes: Boxes, spec: Spec, block: tuple[int, int], side: Side, align_start: bool
+) -> BoxRuns:
+    """The runs of one side's boxes; `block`: the cells of a tile of queries and of keys, where boxes have fewer."""
+    axes = []
+    for axis, part in enumerate(piece.axes):
+        ends = axis == 0 and _ends_anywhere(piece.grid)
+        runs = _axis_runs(part, boxes.q_box[axis], boxes.k_box[axis], side, align_start, ends)
+        axes.append(_renamed(runs, boxes, axis, spec, clipped=side is Side.KEY and axis == 0 and not align_start))
+    masked = bool(piece.tokens) or prod(boxes.k_box) < block[1]
+    if masked or not all(runs.full for runs in axes):
+        every = tuple(tuple(replace(r, kind=TileKind.PARTIAL) for r in runs.full + runs.partial) for runs in axes)
+        return BoxRuns((), (BoxRun(every, TileKind.PARTIAL),) if all(every) else ())
+    full = BoxRun(tuple(runs.full for runs in axes), TileKind.FULL)
+    partial = []
+    for n, runs in enumerate(axes):
+        # Full along the axes before this one, partial along it, anything along the others.
+        before, after = (x.full for x in axes[:n]), (x.full + x.partial for x in axes[n + 1 :])
+        if runs.partial:
+            partial.append(BoxRun((*before, runs.partial, *after), TileKind.PARTIAL))
+    return BoxRuns((full,), tuple(partial))
+
+
+def _ends_anywhere(grid: Grid) -> bool:
+    """Whether the cells of a grid may have no token: all but those of a line that is as long as tokens reach."""
+    return grid.sizes[0] is not None or grid.stride * grid.tiles[0] > 1
+
+
+@functools.lru_cache(maxsize=1024)
+def _axis_runs(part: AxisPart, q: int, k: int, side: Side, align_start: bool, ends: bool) -> TileRuns:
+    relation = part.relation if side is Side.QUERY else part.transposed
+    return tile_runs(_unfinished(relation, part) if ends else relation, q, k, side, align_start, part.layout)
+
+
+def _unfinished(relation: Relation, part: AxisPart) -> Relation:
+    """Tokens end anywhere: from a coordinate of the first axis on, `whole`, some cells may have none, and are data."""
+    exists = isl.Set.read_from_str(
+        relation.pairs.get_ctx(),
+        f"[there, whole, residue] -> {{ [q, k] : {part.layout.k.text('k')} < whole or there = 1 }}",
+    )
+    known = isl.Set.read_from_str(
+        relation.pairs.get_ctx(), "[there, whole, Nk] -> { : 0 <= there <= 1 and 0 <= whole <= Nk }"
+    )
+    return replace(
+        relation, pairs=relation.pairs.intersect(exists), context=relation.context.intersect(known),
+        atoms=relation.atoms | {"there": Compare("<", Var("k"), Var("Nk"))},
+        uniform=relation.uniform | {"whole": _WHOLE},
+    )  # fmt: skip
+
+
+def _whole(grid: Grid) -> Scalar:
+    """How many of the first coordinates have all their tokens."""
+    layer = grid.stride * grid.tiles[0]
+    layers: Scalar = Binary("//", Binary("-", Var("Nk"), Const(grid.first)), Const(layer))
+    found: Scalar = Call("max", (Binary("*", layers, Const(grid.tiles[0])), Const(0)))
+    size = grid.sizes[0]
+    return found if size is None else Call("min", (found, Const(size)))
+
+
+def _names(boxes: Boxes, axis: int) -> dict[str, Scalar]:
+    """What an axis's own names are in the kernel."""
+    own: dict[str, Scalar] = {name: Var(f"{name}_{axis}") for name in ("q_tile", "k_tile", "residue", "i", "j")}
+    lengths = {name: sizes[axis] for name, sizes in boxes.lengths().items()}
+    return own | lengths | {"start": Const(0), "i_start": Const(0), _WHOLE.name: _whole(boxes.grid)}
+
+
+def _renamed(runs: TileRuns, boxes: Boxes, axis: int, spec: Spec, clipped: bool) -> TileRuns:
+    names = _names(boxes, axis)
+
+    def text(e: Scalar) -> Scalar:
+        return fold(normalise(specialise(substitute(e, names), spec.sizes)))
+
+    def known(found: tuple[Run, ...]) -> tuple[Run, ...]:
+        renamed = (replace(run, first=text(run.first), count=text(run.count)) for run in found)
+        kept = (run for run in renamed if run.count != Const(0))
+        return tuple(_from(run, boxes.first_tile("q")) if clipped and run.step == 1 else run for run in kept)
+
+    return TileRuns(known(runs.full), known(runs.partial))
+
+
+def _from(run: Run, tile: Scalar) -> Run:
+    """The tiles of a run from one on: before it stand rows of earlier calls."""
+    first = Call("max", (run.first, tile))
+    left = Call("max", (Binary("-", run.count, Binary("-", first, run.first)), Const(0)))
+    return replace(run, first=fold(first), count=fold(left))
+
+
+def box_mask(piece: BoxPiece, boxes: Boxes, spec: Spec, block: tuple[int, int]) -> Scalar | None:
+    """The condition for a pair of a visited box, in the indices of its axes; None where it always holds.
+
+    Cells without a token stand at k = Nk.
+    """
+    missing = _ends_anywhere(piece.grid) or any(boxes.loose("k", a) for a in boxes.axes)
+    found: list[Scalar] = [Compare("<", Var("k"), Var("Nk"))] if missing or prod(boxes.k_box) < block[1] else []
+    for axis, part in enumerate(piece.axes):
+        found.append(substitute(_axis_mask(part), _mask_names(part, boxes, axis)))
+    joined = specialise(fold(Logic("and", (*found, *piece.tokens))), spec.sizes)
+    return shaped(joined)
+
+
+def _mask_names(part: AxisPart, boxes: Boxes, axis: int) -> dict[str, Scalar]:
+    names = _names(boxes, axis)
+    return names | {"q": names["i"], "k": names["j"]} if part.layout.plain else names
+
+
+@functools.lru_cache(maxsize=1024)
+def _axis_mask(part: AxisPart) -> Scalar:
+    """The condition along an axis for cells that exist: as written, or as integer sets simplify it."""
+    relation, layout = part.relation, part.layout
+    existing = isl.Set.read_from_str(
+        relation.pairs.get_ctx(), f"[Nk, residue] -> {{ [q, k] : k >= 0 and {layout.k.text('k')} < Nk }}"
+    )
+    pairs = relation.pairs.intersect_params(relation.context).gist(existing).gist_params(relation.context)
+    found = fold(normalise(condition(pairs, relation.context, relation.uniform | relation.atoms, layout)))
+    if not layout.plain:
+        return found
+    return part.cond if relation.atoms else min(part.cond, found, key=pair_cost)

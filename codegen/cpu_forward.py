@@ -1,0 +1,85 @@
+"""The forward pass on the CPU: blocked PyTorch, the rows of a tile over portions of their keys."""
+
+from __future__ import annotations
+
+from attndsl.codegen.cpu import TileLoop
+from attndsl.codegen.cpu_boxes import tile_loop
+from attndsl.plan import ForwardPlan
+from attndsl.program import Var
+
+
+def forward_source(plan: ForwardPlan) -> str:
+    """Text of a Python file whose `attention_forward` writes `out` and `lse` (both preset by the caller)."""
+    loop = tile_loop(plan, (plan.score, plan.weights))
+    loop.lines.add(
+        '"""Attend q [batch, kv_heads, group, rows, D] to k, v [batch, kv_heads, keys, D].',
+        "",
+        "Writes out [batch, kv_heads, group, rows, Dv] and lse [batch, kv_heads, group, rows].",
+        '"""',
+    )
+    attend(loop)
+    signature = ", ".join(["q", "k", "v", "out", "lse", "scale", *loop.parameters()])
+    return loop.file("attention_forward", signature, "forward, blocked PyTorch")
+
+
+def attend(loop: TileLoop) -> None:
+    """The body of a function that attends: the rows of a tile over portions of their keys."""
+    plan, lines = loop.plan, loop.lines
+    loop.prologue()
+    softmax = plan.softmax
+    with loop.tiles():
+        lines.add("queries = q[at].to(compute)")
+        if plan.follows:
+            lines.add("# What earlier pieces found, as one more key with their output for its value.")
+            lines.add("acc = out[at].to(compute).clone()")
+            if softmax:
+                lines.add(
+                    "found = lse[at].to(compute)",
+                    "row_max = found.clamp(min=-torch.finfo(compute).max)",
+                    "row_sum = (found > -math.inf).to(compute)",
+                )
+        else:
+            lines.add("acc = torch.zeros(*queries.shape[:-1], v.shape[-1], dtype=compute)")
+        if softmax and not plan.follows:
+            lines.add(
+                "row_max = torch.full(queries.shape[:-1], -torch.finfo(compute).max, dtype=compute)",
+                "row_sum = torch.zeros(queries.shape[:-1], dtype=compute)",
+            )
+        with loop.chunk() as printer:
+            printer.names.known[Var("s")] = "scores"
+            if plan.weights is not None:
+                loop.helpers.add("spread")
+                lines.add(f"weights = spread({printer.text(plan.weights)}, scores)")
+                loop.mask("weights", "0.0")
+            else:
+                if plan.score is not None:
+                    loop.helpers.add("spread")
+                    lines.add(f"scores = spread({printer.text(plan.score)}, scores)")
+                loop.mask("scores", "-math.inf")
+                lines.add(
+                    "new_max = torch.maximum(row_max, scores.amax(-1))",
+                    "weights = torch.exp(scores - new_max[..., None])",
+                    "decay = torch.exp(row_max - new_max)",
+                    "row_sum = row_sum * decay + weights.sum(-1)",
+                    "row_max = new_max",
+                    "acc *= decay[..., None]",
+                )
+            loop.keep()
+            loop.drop("weights")
+            lines.add("acc += (weights.flatten(2, 3) @ values).unflatten(2, queries.shape[2:4])")
+        loop.attended()
+        if plan.sink is not None:
+            lines.add(
+                f"sink = ({loop.tensors.text(plan.sink)} + torch.zeros_like(acc[..., :1]))[..., 0]",
+                "final_max = torch.maximum(row_max, sink)",
+                "decay = torch.exp(row_max - final_max)",
+                "row_sum = row_sum * decay + torch.exp(sink - final_max)",
+                "row_max = final_max",
+                "acc *= decay[..., None]",
+            )
+        if softmax:
+            lines.add(
+                "acc /= torch.where(row_sum == 0, 1, row_sum)[..., None]",
+                "lse[at] = torch.where(row_sum == 0, -math.inf, row_max + torch.log(row_sum)).to(lse.dtype)",
+            )
+        lines.add("out[at] = acc.to(out.dtype)")

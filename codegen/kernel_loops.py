@@ -1,0 +1,73 @@
+"""Loops over runs of tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from attndsl.codegen.lines import Lines
+from attndsl.codegen.scalars import Level, Printer
+from attndsl.program import Const, Read, walk
+from attndsl.tiles import PLACE, Run
+
+
+@contextmanager
+def run_loop(lines: Lines, printer: Printer, runs: tuple[Run, ...], label: str, tile: str) -> Iterator[None]:
+    """A loop over the tiles of several runs, as if they were one: `tile` is the tile's index inside."""
+    visits = Visits(lines, printer, runs, label)
+    with lines.block(f"for i in range({visits.total}):"):
+        lines.add(f"{tile} = {visits.tile('i')}")
+        yield
+
+
+class Visits:
+    """Several runs as one sequence: its length, and the tile that an iteration visits."""
+
+    def __init__(self, lines: Lines, printer: Printer, runs: tuple[Run, ...], label: str) -> None:
+        self.runs, self.label, self.select, self.printer = runs, label, printer.dialect.select, printer
+        for i, run in enumerate(runs):
+            suffix = f"_{i}" if len(runs) > 1 else ""
+            for end, e in (("first", run.first), ("count", run.count)):
+                text = printer.text(e)
+                if end == "count" and isinstance(e, Const):
+                    # Not a constant to the compiler, which would unroll the loop and with it its pipeline.
+                    text = f"{printer.dialect.language}.minimum(k_len, {text})"
+                if any(isinstance(x, Read) for x in walk(e)):
+                    # An input may be of 64 bits; tiles are counted in 32.
+                    text = f"({text}).to({printer.dialect.language}.int32)"
+                lines.add(f"{label}_{end}{suffix} = {text}")
+        self.total = f"{label}_count"
+        if len(runs) > 1:
+            # Iterations before `end_n` belong to run n or an earlier one; `base_n` is where run n would have begun.
+            for i, run in enumerate(runs):
+                before = f"{label}_end_{i - 1}" if i else ""
+                lines.add(f"{label}_end_{i} = {before + ' + ' if before else ''}{label}_count_{i}")
+                lines.add(f"{label}_base_{i} = {label}_first_{i}" + (f" - {before}{_times(run)}" if before else ""))
+            self.total = f"{label}_end_{len(runs) - 1}"
+
+    def tile(self, i: str) -> str:
+        """The tile of iteration `i`."""
+        runs, label = self.runs, self.label
+        if len(runs) == 1:
+            return self._at(runs[0], f"{label}_first + {i}{_times(runs[0])}")
+        alike = len({run.step for run in runs}) == 1 and all(run.list is None for run in runs)
+        choice = ""
+        for n in reversed(range(len(runs))):
+            value = f"{label}_base_{n}"
+            if not alike:
+                value = self._at(runs[n], f"{value} + {i}{_times(runs[n])}")
+            choice = f"{self.select}({i} < {label}_end_{n}, {value}, {choice})" if choice else value
+        return f"{choice} + {i}{_times(runs[0])}" if alike else choice
+
+    def _at(self, run: Run, place: str) -> str:
+        """The tile at a place of a run: itself, or the entry of the run's list."""
+        if run.list is None:
+            return place
+        printer = self.printer.within(self.printer.names.inner())
+        printer.names.known[PLACE] = place
+        language = printer.dialect.language
+        return f"{printer.text(run.list, Level.UNARY)}.to({language}.int32)"
+
+
+def _times(run: Run) -> str:
+    return f" * {run.step}" if run.step > 1 else ""
