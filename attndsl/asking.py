@@ -50,7 +50,7 @@ def check_names(program: Program, given: Mapping[str, object]) -> None:
 
 def known(program: Program, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
     """Inputs as numpy arrays, and runtime arguments. Inputs may be missing: what needs one says so itself."""
-    names = [decl.name for decl in program.inputs]
+    names = [decl.name for decl in own_program(program).inputs]
     for name in given:
         if name not in names and name not in program.args:
             check_names(program, given)

@@ -406,7 +406,9 @@ class Evaluator:
         if 0 in chosen.shape:
             return np.zeros((1, 1, 1, 1), np.bool_)
         index = (*e.index, Binary("//", Var("k"), Const(e.keys)))
-        return self._entry(chosen, (*self.program.input(e.plan).dims[:-1], Dim(Axis.K, e.keys)), index)
+        # Values are kept by the identity of nodes, and this one is gone when another takes its place.
+        own = replace(self, memo={})
+        return own._entry(chosen, (*self.program.input(e.plan).dims[:-1], Dim(Axis.K, e.keys)), index)
 
 
 def _listed(plan: Array, members: int) -> npt.NDArray[np.bool_]:

@@ -67,13 +67,16 @@ def forward_plans(program: Program, spec: Spec, tiling: Tiling | None = None) ->
 def _of_parts(program: Program, make: Callable[[Program, bool], tuple[P, ...]]) -> tuple[P, ...]:
     """The plans of a branch's parts, that over raw tokens first: each further one is a piece of the same softmax.
 
-    Their programs have one part each, and the same inputs: a view's plan reads no derived ones.
+    Their programs have one part each, and the same inputs: of the derived ones those that some plan reads.
     """
-    found: list[P] = []
+    program, found = derive(program), list[P]()
     for part in raw_first(program):
         found += make(program.with_branch(parts=(part,)), not found)
-    inputs = found[0].program.inputs
-    return tuple(replace(plan, program=replace(plan.program, inputs=inputs)) for plan in found)
+    used = dict.fromkeys(decl for plan in found for decl in plan.program.inputs)
+    inputs = [decl for decl in program.inputs if decl in used]
+    # What follows from these, the raw part's plan declares after them.
+    inputs += [decl for decl in used if decl not in program.inputs]
+    return tuple(replace(plan, program=replace(plan.program, inputs=tuple(inputs))) for plan in found)
 
 
 def raw_first(program: Program) -> tuple[Part, ...]:
@@ -83,7 +86,7 @@ def raw_first(program: Program) -> tuple[Part, ...]:
 
 def _forward_part(program: Program, spec: Spec, tiling: Tiling | None, first: bool) -> tuple[ForwardPlan, ...]:
     if not program.plain:
-        return (view_forward(derive(program), spec, tiling or default_tiling(spec), not first),)
+        return (view_forward(program, spec, tiling or default_tiling(spec), not first),)
     return forward_plans(program, spec, tiling)
 
 
@@ -91,7 +94,7 @@ def _backward_part(
     program: Program, spec: Spec, tilings: tuple[Tiling, Tiling] | None, uses_lse: bool, first: bool
 ) -> tuple[BackwardPlan, ...]:
     if not program.plain:
-        return (view_backward(derive(program), spec, tilings or backward_tilings(spec), uses_lse, not first),)
+        return (view_backward(program, spec, tilings or backward_tilings(spec), uses_lse, not first),)
     return backward_plans(program, spec, tilings, uses_lse)
 
 

@@ -20,10 +20,8 @@ from typing import assert_never
 
 import islpy as isl
 
-from attndsl.branches import Part, Visible
 from attndsl.derivation import Random
 from attndsl.derive import derive
-from attndsl.diagnostics import error
 from attndsl.effort import EFFORT, TooHard, bounded
 from attndsl.isl_sets import choose, coarse_pairs, divided, fold, place_pairs, project_param
 from attndsl.placing import Coordinates, placed
@@ -151,33 +149,13 @@ class Lowering:
     def relation(self, pattern: Set) -> Relation:
         written = self.lower(pattern, self.here)
         try:
-            pairs = bounded(self.ctx, lambda: self._existing(written, 1), EFFORT // 4)
+            pairs = bounded(self.ctx, lambda: self.existing(written, 1), EFFORT // 4)
         except TooHard:
             self.notes.append(_TOO_HARD)
-            pairs = self._existing(self._atom(self.predicate(pattern), self.here), 1)
-        return self._of(pairs, 1)
+            pairs = self.existing(self._atom(self.predicate(pattern), self.here), 1)
+        return self.of_pairs(pairs, 1)
 
-    def entries(self, part: Part) -> Relation:
-        """The entries of a part's view that rows see. Raises `PatternError` (A912) where data at keys decides."""
-        view = part.view
-        assert view is not None
-        written = self.lower(part.pattern, self.here)
-        for name, scalar in self.atoms.items():
-            # A truth of each key is none of an extent of keys.
-            if reads(scalar, "k") and self._involves(written, name):
-                raise error(
-                    "A912", "a pattern over a view that reads data at keys is not yet supported", part.span,
-                    help="read it at q only, or attend to the raw tokens",
-                )  # fmt: skip
-        stride, size = view.stride, view.size
-        extent = self.map(f"{{ [q, k] -> [q, j] : {stride} j <= k < {stride} j + {size} }}")
-        if view.visible is Visible.EVERY:
-            seen = written.complement().apply(extent).complement()
-        else:
-            seen = written.intersect(self.set("[Nk] -> { [q, k] : 0 <= k < Nk }")).apply(extent)
-        return self._of(self._existing(seen.coalesce(), stride), stride)
-
-    def _existing(self, written: isl.Set, stride: int) -> isl.Set:
+    def existing(self, written: isl.Set, stride: int) -> isl.Set:
         """The pairs of existing keys, tokens or one every `stride` tokens, that `written` allows, put plainly."""
         pairs = written.intersect(self.set(f"[Nk] -> {{ [q, k] : 0 <= k and {stride} k < Nk }}"))
         context = self._lengths()
@@ -187,9 +165,9 @@ class Lowering:
         longest = self.set(f"{{ [q, k] : q <= {1 << POSITION_BITS} }}")
         return pairs.intersect(longest).gist(longest).gist_params(context).coalesce()
 
-    def _of(self, pairs: isl.Set, stride: int) -> Relation:
-        uniform = {name: e for name, e in self.uniform.items() if self._involves(pairs, name)}
-        atoms = {name: e for name, e in self.atoms.items() if self._involves(pairs, name)}
+    def of_pairs(self, pairs: isl.Set, stride: int) -> Relation:
+        uniform = {name: e for name, e in self.uniform.items() if self.involves(pairs, name)}
+        atoms = {name: e for name, e in self.atoms.items() if self.involves(pairs, name)}
         return Relation(pairs, uniform, atoms, self._lengths(), tuple(self.notes), stride)
 
     def _lengths(self) -> isl.Set:
@@ -197,7 +175,7 @@ class Lowering:
         one = self.set("[Nq, Nk] -> { : Nq = Nk }")
         return self.context() if self.program.align_start else self.context().intersect(one)
 
-    def _involves(self, pairs: isl.Set, name: str) -> bool:
+    def involves(self, pairs: isl.Set, name: str) -> bool:
         position = pairs.find_dim_by_name(isl.dim_type.param, name)
         return position >= 0 and bool(pairs.involves_dims(isl.dim_type.param, position, 1))
 
@@ -288,7 +266,7 @@ class Lowering:
     def _is_data(self, pattern: Coarsen, inner: isl.Set) -> bool:
         """Whether only the runtime's map says which block pairs are in a coarsened set."""
         known = pattern.mode is not Coarse.FRACTION and pattern not in self._too_hard
-        return not known or any(self._involves(inner, name) for name in self.atoms)
+        return not known or any(self.involves(inner, name) for name in self.atoms)
 
     # ------------------------------------------------------------------------------- conditions
 

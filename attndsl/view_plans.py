@@ -5,9 +5,10 @@ Positions stay those of tokens: `Nk` is their number, and entry k of a view with
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from attndsl.branches import Given
+from attndsl.branches import Given, Visible
 from attndsl.derive import with_needed
 from attndsl.diagnostics import error
 from attndsl.effort import TooHard, bounded
@@ -23,7 +24,7 @@ from attndsl.plan import (
     closed_runs,
     slopes,
 )  # fmt: skip
-from attndsl.program import Binary, Call, Const, Program, Scalar, Var
+from attndsl.program import Binary, Call, Const, Program, Scalar, Var, reads, rebuild, substitute
 from attndsl.quasi_affine import condition
 from attndsl.relation import Lowering, Relation
 from attndsl.simplify import fold, specialise
@@ -37,8 +38,8 @@ def view_forward(program: Program, spec: Spec, tiling: Tiling, follows: bool) ->
     masked = runs.partial or spec.backend is Backend.GLUON
     mask = _mask(relation, spec) if masked else None
     scalars = _scalars(program, spec, view, follows)
-    program = with_needed(program, ())
-    return ForwardPlan(program, spec, tiling, runs, mask, **scalars, follows=follows, view=view)
+    plan = ForwardPlan(program, spec, tiling, runs, mask, **scalars, follows=follows, view=view)
+    return replace(plan, program=with_needed(program, plan.inputs))
 
 
 def view_backward(
@@ -53,23 +54,66 @@ def view_backward(
         key_runs = closed_runs(_entries(program, spec, "k")[0], program, spec, key_tiling, Side.KEY)
     mask = _mask(relation, spec) if runs.partial or key_runs.partial else None
     scalars = _scalars(program, spec, view, follows)
-    return BackwardPlan(
-        with_needed(program, ()), spec, tiling, runs, mask, **scalars, key_tiling=key_tiling, key_runs=key_runs,
+    plan = BackwardPlan(
+        program, spec, tiling, runs, mask, **scalars, key_tiling=key_tiling, key_runs=key_runs,
         key_mask=mask, **slopes(program, scalars), uses_lse=uses_lse, follows=follows, view=view,
     )  # fmt: skip
+    return replace(plan, program=with_needed(program, plan.inputs))
 
 
 def entries_of(program: Program, heads: tuple[int, int] | None = None, anchor: str = "q") -> Relation:
     """Which entries rows see, of a derived program of one part. Raises `PatternError` (A912) past the effort bound."""
     (part,) = program.only.parts
+    view = part.view
+    assert view is not None
     lowering = Lowering(program, heads, anchor)
+    written = lowering.lower(part.pattern, lowering.here)
+    for name, scalar in lowering.atoms.items():
+        if not reads(scalar, "k") or not lowering.involves(written, name):
+            continue
+        # Data of blocks that hold whole extents is one truth for each of these; a truth of each key is not.
+        found = at_entries(scalar, view.stride) if view.size <= view.stride else None
+        if found is None:
+            raise error(
+                "A912", "a pattern over a view that reads data at single keys is not yet supported", part.span,
+                help="read it at q, or of blocks that hold whole entries",
+            )  # fmt: skip
+        lowering.atoms[name] = found
+    extent = lowering.map(f"{{ [q, k] -> [q, j] : {view.stride} j <= k < {view.stride} j + {view.size} }}")
+
+    def seen() -> Any:
+        if view.visible is Visible.EVERY:
+            pairs = written.complement().apply(extent).complement()
+        else:
+            pairs = written.intersect(lowering.set("[Nk] -> { [q, k] : 0 <= k < Nk }")).apply(extent)
+        return lowering.existing(pairs.coalesce(), view.stride)
+
     try:
-        return bounded(lowering.ctx, lambda: lowering.entries(part))
+        return lowering.of_pairs(bounded(lowering.ctx, seen), view.stride)
     except TooHard:
         raise error(
             "A912", "which entries this pattern sees is too hard to decide: not yet supported", part.span,
             help="write it by the entries' own blocks, as `{ q // 64 - k // 64 < 8 }`",
         ) from None  # fmt: skip
+
+
+def at_entries(e: Scalar, stride: int) -> Scalar | None:
+    """A scalar that reads k as k // m only, m a multiple of the stride, in terms of the entry k; None for another.
+
+    >>> from attndsl.notation import scalar_text
+    >>> scalar_text(at_entries(Binary("//", Var("k"), Const(64)), 16))
+    'k // 4'
+    """
+
+    def step(x: Scalar) -> Scalar:
+        match x:
+            case Binary(op="//", left=Var(name="k"), right=Const(value=int(m))) if m % stride == 0:
+                return Var("j") if m == stride else Binary("//", Var("j"), Const(m // stride))
+            case _:
+                return x
+
+    found = rebuild(e, step)
+    return None if reads(found, "k") else substitute(found, {"j": Var("k")})
 
 
 def _entries(program: Program, spec: Spec, anchor: str) -> tuple[Relation, Given]:

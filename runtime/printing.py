@@ -162,9 +162,10 @@ def _choices(program: Program, said: Any) -> dict[str, bytes]:
 def _chosen(files: Mapping[str, bytes], program: Program) -> tuple[Program, Any]:
     """The derived program, and what was said beside the texts."""
     choices = json.loads(files[_CHOICES])
-    # Only the plans of the part over raw tokens, which is the first, read derived inputs.
-    first = program if program.plain else program.with_branch(parts=raw_first(program)[:1])
-    derived = with_cuts(derive(first)) if first.plain else derive(first)
+    derived = derive(program)
+    # Only the plans of the part over raw tokens, which is the first, read cuts.
+    first = derived if derived.plain else derived.with_branch(parts=raw_first(derived)[:1])
+    derived = with_cuts(first) if first.plain else first
     needed = (d for d in derived.inputs if d.derivation is None or d.name in choices["derived"])
     lists: tuple[InputDecl, ...] = records.read(choices["lists"], _recorded(), {})
     program = replace(derived, inputs=(*needed, *lists))

@@ -113,6 +113,8 @@ class TritonForward:
             lse.fill_(-math.inf)
         if self.grid:
             # As `into` does it: a call more would take as long as a launch's tenth.
+            if self.kernel.view is not None:
+                k, v = keys_of(self.kernel, k, v, inputs)
             scale = self.default_scale if scale is None else scale
             self._launch((q, k, v, out, lse, scale, *inputs, *args, *(dropout.values() if dropout else ())))
         return out, lse

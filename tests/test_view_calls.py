@@ -17,6 +17,7 @@ from tests.gradients import TOLERANCE
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "ignore::attndsl.PatternWarning")
 
 # What is attended; inputs are declared where their names occur.
+TOP = "top(2, blocks(8), by = dot(Q, mean(K)), always = same_block(8))"
 PARTS = [
     "causal over pool(mean, 4)",
     "causal over pool(max, 4, 2)",
@@ -32,6 +33,8 @@ PARTS = [
     "causal & coarsen(window(5), 4, any), causal over pool(mean, 4)",
     "causal & document(doc), causal & { q >= doc[q] } over pool(mean, 4)",
     "causal & { q // 4 - k // 4 < 2 }, causal & { q // 4 - k // 4 >= 2 } over given(kc, vc, 4)",
+    "causal, causal & { keep[k // 8] } over pool(mean, 4)",
+    f"causal & {TOP}, causal over pool(mean, 8)",
 ]
 OUTPUTS = [
     "far = attend causal over pool(mean, 4)\n near = attend causal & window(4)\n output merge(far, near)",
@@ -39,6 +42,9 @@ OUTPUTS = [
     "both = attend causal, causal over pool(max, 4)\n"
     "output sigmoid(gates[0]) * far + channels * near - both / (2 + gates[1] * gates[1]) + heads[g]",
     "near = attend causal & window(4)\n output merge(near, given(channels, gates[2]))",
+    f"plan sel = {TOP.replace('by', 'among = causal, by')}\n"
+    "attend causal & sel, causal - sel over pool(mean, 8, counted)",
+    f"far = attend causal over pool(mean, 8)\n routed = attend causal & {TOP}\n output merge(far, routed)",
     "align start\n cross = attend all over pool(mean, 4), band(2, 2) over pool(max, 3, visible = any)\n output -cross",
 ]
 INPUTS: dict[str, tuple[str, Callable[..., tuple[int, ...]]]] = {
@@ -48,6 +54,7 @@ INPUTS: dict[str, tuple[str, Callable[..., tuple[int, ...]]]] = {
     "heads": ("float[g] learnable", lambda b, h, g, n, m, d, e: (g,)),
     "kc": ("float[b, g, k/4, D] learnable", lambda b, h, g, n, m, d, e: (b, g, -(-m // 4), d)),
     "vc": ("float[b, g, k/4, Dv] learnable", lambda b, h, g, n, m, d, e: (b, g, -(-m // 4), e)),
+    "keep": ("bool[b, k/8]", lambda b, h, g, n, m, d, e: (b, -(-m // 8))),
     "doc": ("int[b, k] sorted", lambda b, h, g, n, m, d, e: (b, m)),
 }
 # batch, heads, key heads, rows, keys, D, Dv
@@ -55,7 +62,7 @@ SHAPES = [(2, 4, 2, 37, 37, 16, 16), (1, 2, 1, 1, 1, 16, 24), (1, 3, 3, 3, 38, 4
 
 
 def text_of(body: str) -> str:
-    body = body if "output" in body else f"attend {body}"
+    body = body if "attend" in body else f"attend {body}"
     declared = "".join(f"input {name} : {kind}\n" for name, (kind, _) in INPUTS.items() if name in body)
     return f"attention a {{\n{declared}{body}\n}}"
 
@@ -68,7 +75,10 @@ def leaves(attn: attndsl.Attention, shape: tuple[int, ...], dtype: torch.dtype) 
         return torch.randn(size, generator=generator).to(dtype).requires_grad_()
 
     qkv = [draw(batch, heads, rows, dim), draw(batch, kv_heads, k_len, dim), draw(batch, kv_heads, k_len, v_dim)]
-    inputs: dict[str, Any] = {decl.name: draw(*INPUTS[decl.name][1](*shape)) for decl in attn.program.inputs}
+    names = [decl.name for decl in attn.program.inputs if decl.name in INPUTS]
+    inputs: dict[str, Any] = {name: draw(*INPUTS[name][1](*shape)) for name in names}
+    if "keep" in inputs:
+        inputs["keep"] = inputs["keep"].detach() > 0
     if "doc" in inputs:
         inputs["doc"] = torch.arange(k_len)[None].repeat(batch, 1) // 5
     return qkv, inputs
@@ -200,6 +210,6 @@ def test_refusals() -> None:
     for refused in (lambda: attn(q, k, v, dropout=0.5, seed=1), lambda: attn.source(), lambda: attn.blocks(8, 8)):
         with pytest.raises(attndsl.PatternError, match="A911"):
             refused()
-    attn = attndsl.compile(text_of(PARTS[-1]))
+    attn = attndsl.compile(text_of("causal over given(kc, vc, 4)"))
     with pytest.raises(attndsl.PatternError, match="A511"):
         attn(q, k, v, kc=torch.randn(1, 2, 2, 16).double(), vc=torch.randn(1, 2, 2, 16))
