@@ -114,9 +114,3 @@ def has_tensor_copies(spec: Spec) -> bool:
     backend, _, arch = spec.target.partition(":")
     whole = len(head_parts(spec.dim)) == len(head_parts(spec.v_dim)) == 1
     return backend == "cuda" and int(arch) >= 90 and spec.dtype is not DType.FLOAT32 and whole
-
-
-def has_dependent_launch(target: str) -> bool:
-    """Whether a kernel may be started before the one ahead of it on its stream has ended (programmatic dependent
-    launch). Not used before it was measured."""
-    return False

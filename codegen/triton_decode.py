@@ -9,15 +9,12 @@ from attndsl.codegen.triton_forward import ForwardWriter
 from attndsl.decode import DecodePlan, Listing
 from attndsl.plan import Part
 from attndsl.program import Axis, Binary, Scalar, Var, reads
-from attndsl.targets import has_dependent_launch
 
 KERNEL = "attention_decode"
 MERGE = "merge_slices"
 CHECK = "check_members"
 # Slices that the merge reads at once, and entries of a plan that are checked at once.
 _MERGED, _CHECKED = 16, 256
-# Each kernel is started while the one before it ends, and waits here for what that has written.
-HAND_OVER = ("tl.extra.cuda.gdc_launch_dependents()", "tl.extra.cuda.gdc_wait()")
 
 
 def decode_source(plan: DecodePlan) -> str:
@@ -106,8 +103,6 @@ class _Decode(ForwardWriter):
                 f"first_head = head % {plan.head_tiles} * {plan.heads_in_tile}",
             )
         self.printer.helpers.add("clamp")
-        if has_dependent_launch(plan.spec.target):
-            lines.add(*HAND_OVER)
         lines.add(
             "k_len = clamp(tl.load(seq_lens_ptr + b * stride_lens), 0, capacity)",
             "start = k_len - rows",
@@ -349,7 +344,6 @@ def _merge(plan: DecodePlan) -> str:
             "q_row = row_at % rows",
             f"dims = tl.arange(0, {width})",
             f"acc = tl.zeros([{width}], tl.float32)",
-            *(HAND_OVER if has_dependent_launch(plan.spec.target) else ()),
         )
         if softmax:
             lines.add("row_max = -1.0e38", "row_sum = 0.0")
@@ -394,7 +388,6 @@ def _check(plan: DecodePlan) -> str:
     with lines.block("):"):
         lines.add(
             '"""One list of a plan: -1 in the place of what is no member, or not above all before it."""',
-            *(HAND_OVER if has_dependent_launch(plan.spec.target) else ()),
             "nth = tl.program_id(0).to(tl.int64)",
             "r = nth % plan_rows",
             "h = nth // plan_rows % plan_heads",

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.prelude_helpers import prelude
-from attndsl.codegen.triton_decode import HAND_OVER
 from attndsl.paging import PagePlan
 from attndsl.plan import DType
-from attndsl.targets import has_dependent_launch
 
 BOUNDS, SCORES, CHOICE = "bound_pages", "score_pages", "choose_pages"
 # Tokens of a page that are loaded at once, and keys of the choice that are compared at once.
@@ -33,10 +31,6 @@ def _dims(plan: PagePlan) -> tuple[str, str]:
     return f"dims = tl.arange(0, {width})", "" if width == dim else f" & (dims < {dim})[None, :]"
 
 
-def _hand_over(plan: PagePlan) -> tuple[str, ...]:
-    return HAND_OVER if has_dependent_launch(plan.spec.target) else ()
-
-
 def _bounds(plan: PagePlan) -> str:
     kv_heads, dim = plan.spec.kv_heads, plan.spec.dim
     tokens = min(_TOKENS, 1 << (plan.page - 1).bit_length())
@@ -53,7 +47,6 @@ def _bounds(plan: PagePlan) -> str:
         lines.add(
             '"""The bounds of one of the pages that hold the last `new` tokens of a sequence, for one key head."""',
             f"PAGE: tl.constexpr = {plan.page}",
-            *_hand_over(plan),
             f"g = tl.program_id(0) % {kv_heads}",
             f"nth = tl.program_id(0) // {kv_heads} % touched",
             f"b = tl.program_id(0) // ({kv_heads} * touched)",
@@ -104,7 +97,6 @@ def _scores(plan: PagePlan) -> str:
             "The product with what bounds a page is a sum of two: of what is positive of q with the largest keys, and",
             'of what is negative with the least."""',
             f"PAGE: tl.constexpr = {plan.page}",
-            *_hand_over(plan),
             f"chunks = tl.cdiv(members, {scored})",
             "chunk = tl.program_id(0) % chunks",
             f"g = tl.program_id(0) // chunks % {spec.kv_heads}",
@@ -172,7 +164,6 @@ def _choice(plan: PagePlan) -> str:
     with lines.block("):"):
         lines.add(
             '"""The `count` members of the greatest keys, of equal ones the first, in increasing order; then -1."""',
-            *_hand_over(plan),
             "keys_at = keys_ptr + tl.program_id(0).to(tl.int64) * members",
             "list_at = list_ptr + tl.program_id(0).to(tl.int64) * count",
             "# The greatest number that `count` keys reach, bit by bit: first whether it is negative.",

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from attndsl.branches import PoolFunction
 from attndsl.codegen.lines import Lines
-from attndsl.codegen.triton_decode import HAND_OVER
 from attndsl.pooling import PoolPlan
-from attndsl.targets import has_dependent_launch
 
 POOL, PICK, SPREAD = "pool_tokens", "pick_tokens", "spread_entries"
 
@@ -43,7 +41,6 @@ def _channels(plan: PoolPlan, axes: str) -> str:
 
 def _prologue(lines: Lines, plan: PoolPlan, owned: str, block: int) -> None:
     lines.add(
-        *(HAND_OVER if has_dependent_launch(plan.target) else ()),
         f"blocks = tl.cdiv({owned}, {block})",
         "head = tl.program_id(0) // blocks  # of all batch entries",
         f"first = tl.program_id(0) % blocks * {block}",

@@ -36,7 +36,7 @@ class KernelSource:
     """A generated kernel and how to compile it.
 
     `types`: Triton type of each parameter, in order. `aligned`: parameters that are multiples of so many
-    (bytes for pointers, units for integers). `dependent`: started before the kernel ahead of it has ended.
+    (bytes for pointers, units for integers).
     """
 
     text: str
@@ -46,7 +46,6 @@ class KernelSource:
     warps: int
     stages: int
     gluon: bool = False
-    dependent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +109,7 @@ def _compiled(source: KernelSource, target: str) -> Iterator[_Form]:
     kind = GluonASTSource if source.gluon else ASTSource
     types = {name: _with_layout(type) if source.gluon else type for name, type in source.types}
     ast = kind(fn=fn, signature=types, constexprs={}, attrs=hints)
-    options: dict[str, Any] = {"num_warps": source.warps, "num_stages": source.stages}
-    if source.dependent:
-        options["launch_pdl"] = True
+    options = {"num_warps": source.warps, "num_stages": source.stages}
     make = _staged if version().startswith(STAGED_VERSIONS) else _by_triton
     return make(ast, parse_target(target), options)
 

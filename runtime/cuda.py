@@ -21,9 +21,6 @@ _PREFER_SHARED = 1
 _DEFAULT_SHARED = 48 * 1024
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 128
 _L2_128B = 2
-# The attribute with which a kernel may be started while the one ahead of it ends: it says itself when it waits for it
-# (CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION).
-SERIALIZATION = 6
 # Triton numbers element types as the device does; the host's functions number these differently.
 _HOST_TYPES = {8: 10, 9: 8, 10: 9}
 
@@ -40,15 +37,6 @@ class LaunchConfig(ctypes.Structure):
         ("block_z", c_uint), ("shared", c_uint), ("stream", c_void_p), ("attributes", c_void_p),
         ("attribute_count", c_uint),
     )  # fmt: skip
-
-
-class LaunchAttribute(ctypes.Structure):
-    """`CUlaunchAttribute`, whose value is a union of 64 bytes."""
-
-    _fields_ = (("id", c_int), ("padding", c_int), ("value", c_int), ("rest", c_char * 60))
-
-    def __init__(self, id: int, value: int) -> None:
-        super().__init__(id, 0, value)
 
 
 @functools.cache
@@ -152,7 +140,4 @@ def _check(status: int, doing: str) -> None:
         raise CudaError(f"CUDA error {status} ({(text.value or b'unknown').decode()}) while {doing}")
 
 
-__all__ = [
-    "SERIALIZATION", "CudaError", "LaunchAttribute", "LaunchConfig", "TensorMap", "bind", "driver", "launch_again",
-    "load_kernel",
-]  # fmt: skip
+__all__ = ["CudaError", "LaunchConfig", "TensorMap", "bind", "driver", "launch_again", "load_kernel"]

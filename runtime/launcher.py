@@ -17,15 +17,7 @@ from torch import Tensor
 
 from attndsl.diagnostics import error
 from attndsl.runtime.build import Kernel, triton_kernel
-from attndsl.runtime.cuda import (
-    SERIALIZATION,
-    LaunchAttribute,
-    LaunchConfig,
-    TensorMap,
-    driver,
-    launch_again,
-    load_kernel,
-)
+from attndsl.runtime.cuda import LaunchConfig, TensorMap, driver, launch_again, load_kernel
 
 # Addresses whose tensor maps are kept: a training loop reuses a handful.
 MAX_MAPS = 256
@@ -64,7 +56,7 @@ def _is_direct(kernel: Kernel) -> bool:
     """Whether the kernel takes parameters as this module lays them out: as declared, a descriptor as a tensor map with
     its shape and strides behind it, and two addresses of scratch memory that it does not use."""
     facts = kernel.metadata
-    needs = ("launch_cooperative_grid", "global_scratch_size", "profile_scratch_size")
+    needs = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
     described = sum(type.startswith("tensordesc") for _, type in kernel.source.types)
     return (
         kernel.target.startswith("cuda:")
@@ -114,11 +106,7 @@ class DirectLauncher:
         self._reals = (c_float * (2 * len(constants))).from_buffer(self._cells)
         first = addressof(self._cells)
         self._parameters = (c_void_p * len(constants))(*(first + 8 * i for i in range(len(constants))))
-        early = LaunchAttribute(SERIALIZATION, 1) if facts.get("launch_pdl") else None
-        self._config = LaunchConfig(
-            grid, 1, 1, threads, 1, 1, facts["shared"], None, early and addressof(early), 1 if early else 0
-        )
-        self._attribute = early  # Read at every launch.
+        self._config = LaunchConfig(grid, 1, 1, threads, 1, 1, facts["shared"], None, None, 0)
         # As integers they take ctypes no conversion.
         self._at = addressof(self._config), addressof(self._parameters)
         self._run = driver().cuLaunchKernelEx

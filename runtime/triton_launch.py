@@ -16,7 +16,6 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from attndsl.decode import DecodePlan
 from attndsl.plan import Backend, DType, Loads, Plan, Printed, Spec, head_parts
 from attndsl.program import Axis, CallShape, Program
 from attndsl.runtime.build import KernelSource, compile_kernel, parameters
@@ -28,7 +27,7 @@ from attndsl.runtime.entries import keys_of
 from attndsl.runtime.launcher import Descriptor, Slot, launcher
 from attndsl.runtime.load import load_source
 from attndsl.runtime.triton_version import interpreted, version
-from attndsl.targets import has_dependent_launch, has_tensor_copies, hopper_refusal
+from attndsl.targets import has_tensor_copies, hopper_refusal
 
 INTERPRETED = interpreted()
 FUNCTION = "attention_forward"
@@ -174,7 +173,7 @@ def prepare_small(
         return _Interpreted(getattr(load_source(text, function), function)[(grid,)], template)
     types = tuple((name, _type(name, sources[name])) for name in names)
     alignments = tuple(_alignments(names, sources))
-    source = KernelSource(text, function, types, alignments, warps, 1, dependent=has_dependent_launch(target))
+    source = KernelSource(text, function, types, alignments, warps, 1)
     return launcher(compile_kernel(source, target, shared_cache(), whole=False), grid, device.index, template)
 
 
@@ -280,8 +279,7 @@ def kernel_source(
     types = tuple((name, _type(name, sources[name])) for name in names)
     alignments = tuple(_alignments(names, sources)) if aligned else ()
     gluon = plan.spec.backend is Backend.GLUON
-    dependent = isinstance(plan, DecodePlan) and has_dependent_launch(plan.spec.target)
-    return KernelSource(text, function, types, alignments, plan.tiling.warps, plan.tiling.stages, gluon, dependent)
+    return KernelSource(text, function, types, alignments, plan.tiling.warps, plan.tiling.stages, gluon)
 
 
 def _alignments(names: Sequence[str], sources: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

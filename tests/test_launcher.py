@@ -46,7 +46,6 @@ class Driver:
     def __init__(self) -> None:
         self.launches: list[dict[str, Any]] = []
         self.maps: list[tuple[Any, ...]] = []
-        self.attributes: list[bytes] = []
         self.statuses: list[int] = []
         self.bound = 0
         self.limit, self.threads = 200_000, 1024
@@ -110,7 +109,6 @@ class Driver:
 
         read: dict[str, Any] = {"grid": given.grid_x, "threads": given.block_x, "shared": given.shared}
         read["stream"] = given.stream
-        self.attributes.append(ctypes.string_at(given.attributes, 72) if given.attribute_count else b"")
         for name, type in TYPES:
             if type == TILES:
                 read[name] = ctypes.string_at(next(places), 128)
@@ -171,14 +169,6 @@ def test_a_kernel_reads_what_was_passed(driver: Driver) -> None:
     assert rest == [[64, 70, 3, 2], [128, 8960, 26880], [64, 64, 1, 1], [1, 1, 1, 1], [0, 3, 2, 0]]
 
 
-def test_a_kernel_that_starts_early_says_so(driver: Driver) -> None:
-    """As `CUlaunchAttribute`: its number, padding to eight bytes, and a value of 64."""
-    x = torch.zeros(1)
-    for early in (False, True):
-        prepared(x.int(), launch_pdl=early)((x, x, 1.0, 1, None))
-    assert driver.attributes == [b"", bytes([6, *[0] * 7, 1, *[0] * 63])]
-
-
 def test_many_addresses(driver: Driver) -> None:
     launch, table = prepared(torch.zeros(1, dtype=torch.int32)), torch.zeros(1)
     memory = torch.zeros(2 * MAX_MAPS)
@@ -215,7 +205,7 @@ def test_a_runtime_int_that_does_not_fit(driver: Driver) -> None:
 
 
 OTHERS: list[dict[str, Any]] = [
-    {"triton_version": "3.9.1"}, {"num_ctas": 2}, {"global_scratch_size": 8},
+    {"triton_version": "3.9.1"}, {"num_ctas": 2}, {"launch_pdl": True}, {"global_scratch_size": 8},
     {"tensordesc_meta": []}, {"target": "hip:gfx942"},
 ]  # fmt: skip
 
