@@ -27,7 +27,8 @@ def bounded(ctx: isl.Context, step: Callable[[], _Result], effort: int = EFFORT)
     ctx.set_max_operations(effort)
     try:
         return step()
-    except isl.Error as e:
+    except (isl.Error, TypeError) as e:
+        # A number that isl does not give past the bound is nothing to its binding.
         if not _exhausted(ctx, e):
             raise
         raise TooHard from e
@@ -36,7 +37,7 @@ def bounded(ctx: isl.Context, step: Callable[[], _Result], effort: int = EFFORT)
         ctx.reset_operations()
 
 
-def _exhausted(ctx: isl.Context, problem: isl.Error) -> bool:
+def _exhausted(ctx: isl.Context, problem: Exception) -> bool:
     """Whether an error says that the bound was passed; isl's reader may call that a syntax error."""
     if _PASSED in str(problem):
         return True

@@ -149,7 +149,7 @@ class Lowering:
     def relation(self, pattern: Set) -> Relation:
         written = self.lower(pattern, self.here)
         try:
-            pairs = bounded(self.ctx, lambda: self.existing(written, 1), EFFORT // 4)
+            pairs = bounded(self.ctx, lambda: self.existing(written, 1), EFFORT // 2)
         except TooHard:
             self.notes.append(_TOO_HARD)
             pairs = self.existing(self._atom(self.predicate(pattern), self.here), 1)

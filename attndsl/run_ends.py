@@ -15,12 +15,13 @@ ToScalar = Callable[[isl.AstExpr], Scalar]
 MAX_GROUPED = 24
 
 
-def interval_ends(build: isl.AstBuild, piece: isl.Set, context: isl.Set, scalar: ToScalar) -> Ends:
+def interval_ends(build: isl.AstBuild, piece: isl.Set, context: isl.Set, scalar: ToScalar, cases: bool = True) -> Ends:
     """The first tile of an interval { [t] } and how many there are, none where its parameters do not allow it.
 
     As isl writes them, case by case, or where that is shorter as the greatest lower and the least upper bound.
+    cases: False leaves the former out where there is the latter; it takes long where there are many parameters.
     """
-    return min(_written(build, piece, context, scalar), key=written_size)
+    return min(_written(build, piece, context, scalar, cases), key=written_size)
 
 
 def plain_interval(piece: isl.BasicSet) -> bool:
@@ -68,12 +69,12 @@ def written_size(ends: tuple[Scalar, ...]) -> int:
     return sum(map(size, ends))
 
 
-def _written(build: isl.AstBuild, piece: isl.Set, context: isl.Set, scalar: ToScalar) -> Iterator[Ends]:
+def _written(build: isl.AstBuild, piece: isl.Set, context: isl.Set, scalar: ToScalar, cases: bool) -> Iterator[Ends]:
     basic = piece.get_basic_sets()
     plain = len(basic) == 1 and plain_interval(basic[0])
     if plain:
         yield _bounds(build, basic[0], context, scalar)
-    if not plain or not basic[0].dim(isl.dim_type.div):  # Cases of quotients take long to tell apart.
+    if not plain or (cases and not basic[0].dim(isl.dim_type.div)):  # Those of quotients take long too.
         first, last = (scalar(build.expr_from_pw_aff(end)) for end in (piece.dim_min(0), piece.dim_max(0)))
         yield first, _guarded(build, piece.params().gist(context), scalar, _count(first, last))
 

@@ -17,7 +17,7 @@ from typing import assert_never
 import islpy as isl
 
 from attndsl.effort import EFFORT, TooHard, bounded
-from attndsl.isl_sets import project_param
+from attndsl.isl_sets import where_param
 from attndsl.layout import PLAIN, Layout
 from attndsl.linear import normalise
 from attndsl.program import (
@@ -48,6 +48,8 @@ PIECE_EFFORT = EFFORT // 10
 MAX_HARD = 4
 # Nodes of the ends of runs, written out: what they share counts each time, as it does for whoever compares them.
 MAX_WRITTEN = 20_000
+# Conditions on sorted data up to which full tiles are told from partial ones: with more, that takes too long.
+MAX_KNOWN = 2
 # Up to so many pieces are tried for being parts of one interval.
 MAX_JOINED = 6
 # The place of an entry in a list of tiles, and how many places stand before the tiles, for each own tile.
@@ -211,10 +213,7 @@ class _Tiler:
         for name, (may_hold, may_fail) in self.known.items():
             if pairs.find_dim_by_name(isl.dim_type.param, name) < 0:
                 continue
-            holds, fails = (
-                project_param(pairs.intersect_params(self._set(f"[{name}] -> {{ : {name} = {truth} }}")), name)
-                for truth in (1, 0)
-            )
+            holds, fails = where_param(pairs, name, 1), where_param(pairs, name, 0)
             # Where it only adds pairs, what is there without it needs no bound.
             pairs = (fails if fails.is_subset(holds) else fails.intersect(may_fail)).union(
                 holds if holds.is_subset(fails) else holds.intersect(may_hold)
@@ -230,11 +229,11 @@ class _Tiler:
     def runs(self) -> TileRuns:
         touched = self._touched()
         nothing = isl.Set.empty(touched.get_space())
-        attempts = (
-            lambda: self._scan(*self._split(touched)),
-            # Past the effort bound every visited tile is partial: slower, never different.
-            lambda: self._scan(nothing, touched),
-        )
+        # Past the effort bound every visited tile is partial: slower, never different.
+        attempts = [lambda: self._scan(nothing, touched)]
+        if len(self.known) <= MAX_KNOWN:
+            split = self._split if len(self.known) < MAX_KNOWN else self._split_by_parts
+            attempts.insert(0, lambda: self._scan(*split(touched)))
         for attempt in attempts:
             try:
                 found = bounded(self.ctx, attempt, SCAN_EFFORT)
@@ -255,6 +254,26 @@ class _Tiler:
         holes = self._some(missing).apply(self.tiles).coalesce()
         full = self._existing(touched.subtract(holes))
         return full, self._existing(touched.subtract(full))
+
+    def _split_by_parts(self, touched: isl.Set) -> tuple[isl.Set, isl.Set]:
+        """The same, but tiles that only several parts of the pattern fill together are partial."""
+        full = isl.Set.empty(touched.get_space())
+        for part in self._certain().get_basic_sets():
+            holes = self.reach.subtract(isl.Set.from_basic_set(part)).apply(self.tiles).coalesce()
+            full = full.union(self._existing(touched.subtract(holes)))
+        return self._existing(full), self._existing(touched.subtract(full))
+
+    def _certain(self) -> isl.Set:
+        """The pairs of the relation, whatever the truth of the data, as far as a tile knows it."""
+        pairs = self.relation.pairs
+        for name in self.relation.atoms:
+            holds, fails = where_param(pairs, name, 1), where_param(pairs, name, 0)
+            pairs = holds.intersect(fails)
+            if name in self.known:
+                may_hold, may_fail = self.known[name]
+                pairs = pairs.union(holds.subtract(may_fail)).union(fails.subtract(may_hold))
+            pairs = pairs.coalesce()
+        return pairs
 
     def _existing(self, tiles: isl.Set) -> isl.Set:
         """The tiles that exist, written as plainly as that allows."""
@@ -294,16 +313,12 @@ class _Tiler:
             if not plain_interval(basic) and self._interval(piece) is None:
                 return None
             pieces.append(piece)
-        joined = self._joined(pieces)
-        if not self.known or len(joined) == len(pieces):
-            return self._runs_of(joined, kind, context)
-        # An interval whose ends depend on data case by case is no gain over two.
-        attempts = (self._runs_of(joined, kind, context), self._runs_of(pieces, kind, context))
-        return min(attempts, key=lambda runs: _written_out(TileRuns((), tuple(runs))))
+        # Where data decides which pieces meet, an interval of several has its ends case by case: no gain.
+        return self._runs_of(pieces if self.known else self._joined(pieces), kind, context)
 
     def _runs_of(self, pieces: list[isl.Set], kind: TileKind, context: isl.Set) -> list[Run]:
         build = isl.AstBuild.from_context(context)
-        ends = [interval_ends(build, piece, context, self._scalar) for piece in pieces]
+        ends = [interval_ends(build, piece, context, self._scalar, cases=not self.known) for piece in pieces]
         groups = exclusive([piece.params().intersect(context) for piece in pieces])
         return [Run(*either([ends[i] for i in group]), 1, kind) for group in groups]
 

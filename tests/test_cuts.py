@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -197,7 +198,8 @@ def test_a_decode_masks_documents() -> None:
     doc = torch.arange(64)[None] // 20
     q, k, v = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 64, 16), torch.randn(1, 2, 64, 16)
     found = attn.decode(q, k, v, torch.tensor([50], dtype=torch.int32), doc=doc)
-    torch.testing.assert_close(found.double(), attn.reference(q, k[:, :, :50], v[:, :, :50], doc=doc[:, :50]))
+    expected = attn.reference(q, k[:, :, :50], v[:, :, :50], doc=doc[:, :50])
+    torch.testing.assert_close(found, expected.float())
 
 
 def test_a_graph_knows_what_it_is_given() -> None:
@@ -206,6 +208,20 @@ def test_a_graph_knows_what_it_is_given() -> None:
     assert attn.blocks(1024, 1024, doc=doc).tiles == 4 * 3
     # Without the ids every tile that they may leave counts.
     assert attn.blocks(1024, 1024).tiles == 36
+
+
+def test_roles_keep_full_tiles() -> None:
+    """Two conditions on sorted data: tiles that one of them fills need no mask."""
+    program = program_of("causal & { doc[q] == doc[k] or doc[q] == pivot }")
+    plan = backward_plan(program, make_spec("sm_90", "triton", 4, 4, 64), Tiling(64, 64))
+    assert len(plan.runs.full) == len(plan.key_runs.full) == 2
+
+
+def test_the_published_pattern_of_powers_is_exact() -> None:
+    """Its relation is near the effort bound: past it, every tile would be visited."""
+    path = Path(__file__).parent.parent / "examples" / "patterns" / "power.attn"
+    plan = forward_plan(attndsl.compile(path).program, make_spec("sm_90", "triton", 4, 4, 64), Tiling(64, 64))
+    assert len(plan.runs.partial) > 1
 
 
 def test_plans_without_data_have_no_cuts() -> None:
