@@ -21,6 +21,7 @@ from attndsl.plans import own_program
 from attndsl.program import CallShape, Program, has_lse
 from attndsl.runtime.cache import cache_key
 from attndsl.runtime.registry import attend_operator, register
+from attndsl.stability import unstable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +60,7 @@ def load_attention(source: str | os.PathLike[str], *, name: str | None = None, *
     """`compile` without its warnings, which are in `Attention.warnings`."""
     found = source_of(source)
     loaded = load(found.text, name=found.name, select=name, params=params)
-    return Attention(loaded.program, (*loaded.warnings, *findings(loaded.program)))
+    return Attention(loaded.program, (*loaded.warnings, *findings(loaded.program), *unstable(loaded.program)))
 
 
 def source_of(source: str | os.PathLike[str]) -> Source:

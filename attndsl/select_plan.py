@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
+from attndsl.branch_mass import branch_mass
 from attndsl.branches import Branch, Part
 from attndsl.capacity import capacity
 from attndsl.derive import derive, with_needed
 from attndsl.mask import pair_mask, written_condition
 from attndsl.plan import Backend, Plan, Spec, Tiling, closed_runs
 from attndsl.plans import plan_heads
-from attndsl.program import Coarse, Coarsen, Const, Inter, Program, Scalar, Set
+from attndsl.program import Coarse, Coarsen, Const, Inter, Program, Read, Scalar, Set, walk
 from attndsl.relation import Lowering
-from attndsl.selection import Dot, Forced, Normalise, Selection, Share, Top
+from attndsl.selection import Dot, Forced, Normalise, Probs, Selection, Share, Top
 from attndsl.simplify import fold, specialise
 from attndsl.tiles import Side
 
@@ -38,9 +39,11 @@ class SelectPlan(Plan):
     budget: Scalar
     capacity: int
     share: int
+    # Of a selection by `probs`: the condition under which a row sees the entry of a member.
+    seen: Scalar | None
 
     def _further(self) -> tuple[Scalar, ...]:
-        return (self.budget,) if self.forced is None else (self.budget, self.forced)
+        return tuple(e for e in (self.budget, self.forced, self.seen) if e is not None)
 
     @property
     def width(self) -> int:
@@ -59,8 +62,11 @@ def why_not_fused(program: Program, selection: Selection, heads: tuple[int, int]
         return "it chooses for classes of rows"
     if not isinstance(rule, Top) or rule.count is None:
         return "only `top` of a fixed number keeps a list"
-    if not isinstance(score, Dot) or score.x.source != "Q":
-        return "only `dot(Q, …)` is ranked in tiles"
+    if isinstance(score, Probs):
+        if reason := _why_not_mass(program, selection, heads):
+            return reason
+    elif not isinstance(score, Dot) or score.x.source != "Q":
+        return "only `dot(Q, …)` and `probs(branch)` are ranked in tiles"
     if selection.scale is not None and not isinstance(selection.scale, Const):
         return "the scale depends on the head"
     if selection.forced is Forced.OVERLAY and selection.always is not None:
@@ -73,6 +79,19 @@ def why_not_fused(program: Program, selection: Selection, heads: tuple[int, int]
         return "heads that share choose among members of their own"
     if capacity(program, selection, heads, MAX_WIDTH + 1) > MAX_WIDTH:
         return f"lists have more than {MAX_WIDTH} entries"
+    return ""
+
+
+def _why_not_mass(program: Program, selection: Selection, heads: tuple[int, int]) -> str:
+    """Why the probabilities of a branch are not ranked in tiles: an entry is one member's, and its logit is s."""
+    assert isinstance(selection.score, Probs)
+    mass = branch_mass(program, selection, heads)
+    if selection.score.largest or mass.view is None or not mass.size == mass.stride == selection.keys:
+        return "the branch's entries are not the members"
+    if mass.logit is not None or not (mass.branch.scale is None or isinstance(mass.branch.scale, Const)):
+        return "the branch's logits are not scaled products"
+    if any(isinstance(x, Read) for x in walk(mass.seen)):
+        return "which entries the branch sees depends on data"
     return ""
 
 
@@ -99,11 +118,14 @@ def select_plan(program: Program, selection: Selection, spec: Spec, tiling: Tili
         both = derive(_over(candidates, pattern))
         forced = specialise(fold(Lowering(both, heads).predicate(both.branch.pattern)), spec.sizes)
         candidates = replace(candidates, inputs=both.inputs)
+    seen: Scalar | None = None
+    if isinstance(selection.score, Probs):
+        seen = specialise(branch_mass(program, selection, heads).seen, spec.sizes)
     assert isinstance(selection.rule, Top) and selection.rule.count is not None
     plan = SelectPlan(
         candidates, replace(spec, backend=Backend.TRITON), tiling, runs, pair_mask(relation, written), None, None, None,
         None, selection, forced, specialise(selection.rule.count, spec.sizes),
-        capacity(program, selection, heads, MAX_WIDTH), share,
+        capacity(program, selection, heads, MAX_WIDTH), share, seen,
     )  # fmt: skip
     return replace(plan, program=with_needed(candidates, plan.inputs))
 

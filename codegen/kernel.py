@@ -485,5 +485,5 @@ def scalar_parameters(plan: Plan) -> list[str]:
 
 def used_parameters(candidates: list[str], body: str) -> list[str]:
     """Those of the candidates that the body reads, in order: a kernel has no dead parameters."""
-    words = set(re.findall(r"\w+", body))
+    words = set(re.findall(r"\w+", re.sub(r"#.*", "", body)))  # What comments say reads nothing.
     return [name for name in candidates if name in words]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from attndsl.codegen.kernel import KernelWriter
 from attndsl.codegen.kernel_loops import run_loop
 from attndsl.plan import DType
-from attndsl.program import Axis, Scalar
+from attndsl.program import Axis, Scalar, Var
 from attndsl.select_plan import SelectPlan
 from attndsl.selection import Forced
 
@@ -16,7 +16,8 @@ def select_source(plan: SelectPlan) -> str:
     """Text of a Python file whose `attention_select` writes the plan of a selection, int32 [B, H', rows, capacity].
 
     It reads q, and the members' vectors in two parts whose sum is accurate to float32: `high` and `low`, each dense
-    [B, heads, members, D] (of float32 vectors there is no `low`).
+    [B, heads, members, D] (of float32 vectors there is no `low`). Where the probabilities of a branch rank, the vectors
+    are its keys, and `lse`, float32 [B, Hq, rows], is what it had.
     """
     return SelectWriter(plan).source()
 
@@ -29,7 +30,9 @@ class SelectWriter(KernelWriter):
     def __init__(self, plan: SelectPlan) -> None:
         super().__init__(plan, KERNEL, "q")
         self.side = 1 << (plan.share - 1).bit_length()
-        self.parts = ("high",) if plan.spec.dtype is DType.FLOAT32 else ("high", "low")
+        # The keys of a branch are what they were to it; means of keys need two parts.
+        single = plan.spec.dtype is DType.FLOAT32 or plan.seen is not None
+        self.parts = ("high",) if single else ("high", "low")
 
     def source(self) -> str:
         self._prologue()
@@ -85,6 +88,7 @@ class SelectWriter(KernelWriter):
             mask = exists + (f" & ({dims} < {spec.dim})[None, :]" if part.padded else "")
             lines.add(f"q{part.suffix} = tl.load(q_at[:, None] + {dims}[None, :], mask={mask}, other=0.0)")
         lines.add(
+            *self._branch(exists),
             f"vectors = b * tl.cdiv({spec.heads}, vector_share) + h // vector_share",
             f"vectors = vectors.to(tl.int64) * members * {spec.dim}",
             "# No two are alike, so that one is replaced at a time.",
@@ -93,6 +97,17 @@ class SelectWriter(KernelWriter):
         pairs = [e for e in (plan.mask, plan.forced) if e is not None]
         self.printer.hoist(lines, pairs, ("k", "j", "s"), "row_")
         lines.add("")
+
+    def _branch(self, exists: str) -> list[str]:
+        """What the branch had of each row, where its probabilities rank: they are exp2(score * factor - lse)."""
+        if self.plan.seen is None:
+            return []
+        at = f"lse_ptr + (b * {self.plan.spec.heads} + head).to(tl.int64) * rows + row"
+        return [
+            "row_pos = start + row",
+            "factor = scale * 1.4426950408889634",
+            f"lse = tl.load({at}, mask={exists.replace('[:, None]', '')}, other=0.0) * 1.4426950408889634",
+        ]
 
     # ------------------------------------------------------------------------------------- loops
 
@@ -126,7 +141,13 @@ class SelectWriter(KernelWriter):
                 dot = self.dot(f"q{part.suffix}", f"tl.trans({vector})", "scores" if terms else "")
                 lines.add(f"scores = {dot}")
                 terms += 1
-        lines.add("scores = scores * scale")
+        if plan.seen is None:
+            lines.add("scores = scores * scale")
+        else:
+            of_rows = self.fresh()
+            of_rows.names.known.update({Var("q"): "row_pos[:, None]", Var("k"): "member[None, :]"})
+            seen = of_rows.text(plan.seen)
+            lines.add(f"scores = tl.where({seen}, tl.exp2(scores * factor - lse[:, None]), 0.0)")
         if self.side > 1:
             lines.add(f"scores = tl.sum(tl.reshape(scores, [BLOCK_Q, {self.side}, BLOCK_M]), 1)")
         pairs: list[Scalar] = [e for e in (plan.mask if masked else None, plan.forced) if e is not None]

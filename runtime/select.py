@@ -123,7 +123,7 @@ class Selector:
         """
         plan = empty_plan(self.program, self.selection, self.shape, self.device)
         if self.among is None:
-            self._fused(plan, q, k, inputs, args, scale)
+            self._fused(plan, q, k, inputs, args, scale, state)
             return plan
         strips = Strips(self, q, k, inputs, args, scale, state)
         heads = plan.shape[1]
@@ -141,17 +141,23 @@ class Selector:
         return pad(torch.where(found < self.members, found, -1), (0, self.capacity - found.shape[-1]), value=-1)
 
     def _fused(
-        self, plan: Tensor, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
-    ) -> None:
+        self, plan: Tensor, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+        state: tuple[Tensor, Tensor] | None,
+    ) -> None:  # fmt: skip
         from attndsl.runtime.triton_select import TritonSelect
 
-        assert isinstance(self.selection.score, Dot) and self.printer is not None
-        vectors = self.vectors(self.selection.score.y, k, inputs)
+        assert self.printer is not None
+        lse: Tensor | None = None
+        if isinstance(self.selection.score, Dot):
+            vectors = self.vectors(self.selection.score.y, k, inputs)
+        else:
+            assert state is not None
+            vectors, lse = state[0].to(q.dtype), state[1].contiguous()
         if self.fused is None:
             self.fused = TritonSelect(
                 self.program, self.selection, self.shape, q, vectors.shape[1], self.given, self.printer
             )
-        self.fused(plan, q, vectors, inputs, args, scale)
+        self.fused(plan, q, vectors, inputs, args, scale, lse)
 
 
 def empty_plan(program: Program, selection: Selection, shape: CallShape, device: torch.device) -> Tensor:

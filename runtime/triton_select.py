@@ -14,7 +14,7 @@ from attndsl.runtime.derive import Deriver
 from attndsl.runtime.launcher import Slot
 from attndsl.runtime.triton_launch import ELEMENT, prepare, program_sources
 from attndsl.select_plan import SelectPlan, select_plan
-from attndsl.selection import Selection
+from attndsl.selection import Probs, Selection
 
 FUNCTION = "attention_select"
 
@@ -30,6 +30,8 @@ class TritonSelect:
             shape.heads, shape.kv_heads, shape.dim, shape.v_dim, dtype_of(q), device_target(q.device), Loads.POINTER
         )
         known = selection.scale
+        if isinstance(selection.score, Probs):
+            known = program.named(selection.score.branch).scale
         self.scale = float(known.value) if isinstance(known, Const) else shape.dim**-0.5
         self.plan = plan = select_plan(program, selection, spec)
         self.deriver = Deriver(plan.program, shape, q.device, given=given)
@@ -37,7 +39,8 @@ class TritonSelect:
         element = f"*{ELEMENT[spec.dtype]}"
         sources = {
             "q_ptr": Slot(0, element), "high_ptr": Slot(1, element), "low_ptr": Slot(2, element),
-            "plan_ptr": Slot(3, "*i32"), "scale": Slot(5, "fp32"), "rows": shape.rows, "k_len": shape.k_len,
+            "plan_ptr": Slot(3, "*i32"), "lse_ptr": Slot(4, "*fp32"), "scale": Slot(5, "fp32"),
+            "rows": shape.rows, "k_len": shape.k_len,
             "members": -(-shape.k_len // selection.keys), "vector_share": shape.heads // vector_heads,
             **{f"stride_q{axis}": q.stride(i) for i, axis in enumerate("bhn")},
             **program_sources(plan, shape, inputs, q.device),
@@ -56,13 +59,18 @@ class TritonSelect:
         inputs: Sequence[Tensor],
         args: Sequence[int],
         scale: float | None,
+        lse: Tensor | None = None,
     ) -> None:
-        """Writes the plan int32 [B, H', rows, capacity]; vectors: float32 [B, heads, members, D] of the members."""
+        """Writes the plan int32 [B, H', rows, capacity].
+
+        vectors: float32 [B, heads, members, D] of the members, or for `probs` the branch's keys, in q's dtype; lse:
+        what that branch had, float32 [B, Hq, rows].
+        """
         if not self.grid:
             into.fill_(-1)
             return
         vectors = vectors.expand(self.batch, -1, -1, -1).contiguous()
         high = vectors.to(q.dtype)
-        low = high if q.dtype == torch.float32 else (vectors - high.float()).to(q.dtype)
+        low = high if q.dtype == torch.float32 or lse is not None else (vectors - high.float()).to(q.dtype)
         scale = self.scale if scale is None else scale
-        self._launch((q, high, low, into, None, scale, *inputs, *self.deriver(inputs, args), *args))
+        self._launch((q, high, low, into, lse, scale, *inputs, *self.deriver(inputs, args), *args))

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from attndsl.codegen.triton_select import select_source
+from attndsl.grammar import load
 from attndsl.plan import DType, Spec
+from attndsl.plans import own_program
 from attndsl.program import CallShape
 from attndsl.runtime.select import Selector
 from attndsl.runtime.triton_launch import INTERPRETED
@@ -93,3 +95,29 @@ def test_the_kernel_reads_as_written() -> None:
     assert plan.tiling.block_q * 4 == 128 and plan.width == 4
     assert "tl.dot(q, tl.trans(low), scores)" in text and "Full tiles" in text and "take_best" in text
     compile(text, "select", "exec")
+
+
+NSA = """
+attention nsa(block = 8, n = 3) {
+    coarse = attend causal over pool(mean, block)
+    routed = attend causal & top(n, blocks(block), by = probs(coarse), share = group, always = same_block(block))
+    output coarse + routed
+}
+"""
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="interprets kernels")
+@pytest.mark.parametrize("shape", [(1, 4, 2, 40, 40), (2, 3, 1, 9, 37)])
+def test_ranks_by_the_probabilities_of_a_branch(shape: tuple[int, int, int, int, int]) -> None:
+    batch, heads, kv_heads, rows, k_len = shape
+    sizes = CallShape(batch, heads, kv_heads, rows, k_len, 16, 16)
+    program = own_program(load(NSA).program)
+    q, k = tensors(sizes, 4, torch.float32)
+    keys = torch.stack([k[:, :, j : j + 8].mean(2) for j in range(0, k_len, 8)], 2)
+    logits = q @ keys.repeat_interleave(heads // kv_heads, 1).transpose(-1, -2) / 4
+    finished = (torch.arange(keys.shape[2]) + 1) * 8 <= torch.arange(k_len - rows, k_len)[:, None] + 1
+    state = keys, torch.where(finished, logits, -torch.inf).logsumexp(-1)
+    fused = Selector(program, program.selections[0], sizes, CPU, (), select_source)
+    strips = Selector(program, program.selections[0], sizes, CPU)
+    assert (fused(q, k, [], [], None, state) == strips(q, k, [], [], None, state)).all()
+    assert fused.fused is not None and strips.fused is None

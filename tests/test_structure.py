@@ -36,6 +36,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "attndsl.findings",
         "attndsl.eviction",
         "attndsl.capacity",
+        "attndsl.stability",
     ),
     "sympy": ("attndsl.score",),
     "networkx": ("attndsl.blockgraph",),
