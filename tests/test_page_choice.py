@@ -110,6 +110,20 @@ def test_equal_bounds_go_to_the_earlier_page(backend: str) -> None:
     assert found.flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 19], "what is no number is left out"
 
 
+@BACKENDS
+def test_wild_lengths_and_tables(backend: str) -> None:
+    """Nothing outside the pool is read or written, and lengths end at the table."""
+    device = device_of(backend)
+    k, low, high = random(3, 1, 4, 8).to(device), *(torch.zeros(3, 1, 8, device=device) for _ in range(2))
+    table = torch.tensor([[1, 2**31 - 1], [-(2**31), 3], [0, 2]], dtype=torch.int32, device=device)
+    lengths = ints(2**31 - 1, 2**31 - 1, -(2**31)).to(device)
+    KERNELS.update(k, low, high, lengths, table, new=8, backend=backend)
+    assert torch.equal(low[1], k[1].amin(1)) and torch.equal(high[1], k[1].amax(1))
+    assert not low[[0, 2]].any() and not high[[0, 2]].any()
+    found = KERNELS.top(random(3, 1, 1, 8).to(device), low, high, lengths, table, 4, 2, backend=backend)
+    assert found[:, 0, 0].tolist() == [[0, -1], [-1, -1], [-1, -1]]
+
+
 def test_bad_bounds() -> None:
     k, bound = random(4, 1, 4, 8), random(4, 1, 8)
     table, lengths = ints(0, 1)[None], ints(3)
