@@ -17,7 +17,11 @@ from benchmarks.timing import milliseconds
 
 # Tokens that a row attends to.
 BUDGET = 1024
-TEXT = f"attention quest {{ input pages : blocks({PAGE})[b, g]  attend causal & pages }}"
+TEXT = f"""attention quest {{
+    plan pages = top({BUDGET // PAGE}, blocks({PAGE}), by = bound(Q, min(K), max(K)), share = group, among = causal,
+                     always = same_block({PAGE}))
+    attend causal & pages
+}}"""
 CALLS = 4
 
 
@@ -42,30 +46,26 @@ def run_quest(sizes: DecodeSizes) -> Iterator[list[str]]:
         keys = random(sizes.kv_heads, min(4096, sizes.n - first))
         cache.append(keys, random(*keys.shape[1:3]))
     q, full = random(sizes.heads, 1), attndsl.compile("causal")
-    chosen = cache.top(q, BUDGET // PAGE)
+    chosen = cache.plan(q)
     bounds = (cache.k, cache.k_min, cache.k_max, cache.seq_lens, cache.page_table)
 
     def update() -> None:
         attndsl.serving.update_bounds(*bounds, new=1)
 
-    def within(pages: Tensor) -> Tensor:
-        # One row a sequence: a plan without queries.
-        out: Tensor = cache.decode(q, pages=pages[:, :, 0])
-        return out
-
     def whole() -> Tensor:
         update()
-        return within(cache.top(q, BUDGET // PAGE))
+        out: Tensor = cache.decode(q)
+        return out
 
     operations: dict[str, Callable[[], object]] = {
         "all pages": lambda: full.decode(q, cache.k, cache.v, cache.seq_lens, cache.page_table),
         "update the bounds": update,
-        f"choose {BUDGET // PAGE} pages of {PAGE}": lambda: cache.top(q, BUDGET // PAGE),
-        "attend within them": lambda: within(chosen),
+        f"choose {BUDGET // PAGE} pages of {PAGE}": lambda: cache.plan(q),
+        "attend within them": lambda: cache.decode(q, plans=chosen),
         "the three": whole,
     }
     yield ["operation", "tokens", "time", "all pages / this"]
-    verdict = check(whole(), q, cache, chosen)
+    verdict = check(whole(), q, cache, chosen["pages"])
     if verdict:
         yield ["the three", str(sizes.n), verdict, ""]
         return
