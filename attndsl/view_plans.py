@@ -97,6 +97,12 @@ def entries_of(program: Program, heads: tuple[int, int] | None = None, anchor: s
         ) from None  # fmt: skip
 
 
+def heads_apart(plan: BackwardPlan) -> bool:
+    """Whether each query head has gradients of keys of its own, in float32, that are summed afterwards: entries are
+    few, and a program that went over the rows of all heads that share them would be one of few."""
+    return plan.view is not None and plan.spec.heads > plan.spec.kv_heads
+
+
 def at_entries(e: Scalar, stride: int) -> Scalar | None:
     """A scalar that reads k as k // m only, m a multiple of the stride, in terms of the entry k; None for another.
 

@@ -24,6 +24,7 @@ from attndsl.learned import Learned, Over
 from attndsl.mask import KEY, ROW
 from attndsl.plan import BackwardPlan, Loads, Part
 from attndsl.program import Axis, Const, Scalar, Var, reads
+from attndsl.view_plans import heads_apart
 
 DQ = "attention_dq"
 DKDV = "attention_dkdv"
@@ -282,8 +283,9 @@ class DkDvKernel(BackwardKernel):
     def __init__(self, plan: BackwardPlan) -> None:
         super().__init__(plan.of_keys(), DKDV, "q k v dout dk dv", "[None, :]", (Over.ROWS,))
         self.group = plan.spec.heads // plan.spec.kv_heads
+        self.apart = heads_apart(plan)
         # Otherwise dk is scaled once, at the end.
-        self.scale_per_head = self.group > 1 and plan.scale is not None and reads(plan.scale, "h")
+        self.scale_per_head = self.group > 1 and not self.apart and plan.scale is not None and reads(plan.scale, "h")
 
     def source(self) -> str:
         lines, spec = self.lines, self.plan.spec
@@ -299,7 +301,7 @@ class DkDvKernel(BackwardKernel):
             lines.add("h = g")
         if not self.scale_per_head:
             self.scale(folded=False)
-        if self.group == 1:
+        if self.group == 1 or self.apart:
             self._head()
         else:
             lines.add("", "# The query heads that share these keys, one after another: their sum has one order.")
@@ -311,8 +313,8 @@ class DkDvKernel(BackwardKernel):
             lines.add(*(f"dk{part.suffix} = dk{part.suffix} * scale" for part in self.q_parts))
         if self.plan.spec.dropout:
             lines.add(*(f"dv{part.suffix} = dv{part.suffix} * keep_scale" for part in self.v_parts))
-        self.put("dk", self.q_parts, spec.dim, "k", "g")
-        self.put("dv", self.v_parts, spec.v_dim, "k", "g")
+        self.put("dk", self.q_parts, spec.dim, "k", "h" if self.apart else "g")
+        self.put("dv", self.v_parts, spec.v_dim, "k", "h" if self.apart else "g")
         return self.file("gradients of k and v, portable Triton")
 
     def _key_tile(self) -> None:
@@ -353,7 +355,10 @@ class DkDvKernel(BackwardKernel):
                 f"residue = tl.program_id(0) // k_tiles % {layout.classes}",
                 "k_tile = tl.program_id(0) % k_tiles",
             )
-        lines.add(f"b = head // {spec.kv_heads}", f"g = head % {spec.kv_heads}", self.start)
+        if self.apart:
+            lines.add(f"b = head // {spec.heads}", f"h = head % {spec.heads}", f"g = h // {self.group}", self.start)
+        else:
+            lines.add(f"b = head // {spec.kv_heads}", f"g = head % {spec.kv_heads}", self.start)
         if not self.in_order("k"):
             self.skip_missing("k", "k_tile * BLOCK_K")
         if not self.combs["q"].every:

@@ -32,6 +32,7 @@ from attndsl.runtime.triton_launch import (
     without_memory,
 )
 from attndsl.tiling import heavy_tiles
+from attndsl.view_plans import heads_apart
 
 if TYPE_CHECKING:
     from attndsl.runtime.printing import PrintedBackward
@@ -59,7 +60,7 @@ class TritonBackward:
         grid = self.q_tiles * shape.batch * shape.heads
         keys = keys_of(plan, k, v, inputs)[0].shape[2]
         key_tiles = layout.programs("k", plan.key_tiling.block_k, replace(shape, k_len=keys), plan.program)
-        key_grid = key_tiles * shape.batch * shape.kv_heads
+        key_grid = key_tiles * shape.batch * (shape.heads if heads_apart(plan) else shape.kv_heads)
         sources = backward_parameters(plan, q, k, v, inputs, dout)
         self._dq = self._dkdv = None
         if grid and key_grid:
@@ -149,11 +150,11 @@ class InTurn:
                 given.append(piece.run(call, dk, dv, totals))
                 continue
             entries = keys_of(piece.plan, k, v, inputs)
-            d_keys, d_values = map(empty_gradient, entries)
+            d_keys, d_values = (_entry_gradient(piece.plan, x) for x in entries)
             own = (q, *entries, *call[3:-4], d_keys, d_values, delta, row_lse)
             given.append(piece.run(own, d_keys, d_values, totals))
-            totals.add_whole(view.keys, d_keys)
-            totals.add_whole(view.values, d_values)
+            for name, x in ((view.keys, d_keys), (view.values, d_values)):
+                totals.add_whole(name, x.unflatten(1, (shape.kv_heads, -1)).sum(2) if heads_apart(piece.plan) else x)
         if all(piece.plan.view is not None for piece in self.pieces):
             # No piece wrote them.
             dk.zero_()
@@ -189,6 +190,14 @@ def prepare_backward(
     return InTurn(tuple(together(pieces)), tuple(together(further)))
 
 
+def _entry_gradient(plan: BackwardPlan, x: Tensor) -> Tensor:
+    """Room for the gradient of keys or values x [B, Hkv, keys, D] as the kernel writes it."""
+    if not heads_apart(plan):
+        return empty_gradient(x)
+    batch, _, keys, dim = x.shape
+    return x.new_empty(batch, plan.spec.heads, keys, dim, dtype=torch.float32)
+
+
 def row_stride(rows: int) -> int:
     """Entries from one head's rows to the next's in what the kernels keep of each row: tensor copies want 16 bytes."""
     return -(-rows // 4) * 4
@@ -205,8 +214,9 @@ def backward_parameters(
     k, v = keys_of(plan, k, v, inputs)
     first = INPUTS + len(inputs) + len(plan.program.args) + (len(PARAMETERS) if plan.spec.dropout else 0)
     element, real = f"*{ELEMENT[plan.spec.dtype]}", "*fp32"
+    of_keys = real if heads_apart(plan) else element
     types = {
-        "dout": element, "d_lse": real, "dq": element, "dk": element, "dv": element, "delta": real, "row_lse": real,
+        "dout": element, "d_lse": real, "dq": element, "dk": of_keys, "dv": of_keys, "delta": real, "row_lse": real,
     }  # fmt: skip
     for n in range(len(plan.learned)):
         types |= {f"sum_{n}": real, f"at_{n}": "*i64"}
@@ -224,7 +234,7 @@ def backward_parameters(
     # The kernel of dk and dv loops over tiles of q and dout; that of dq over those of k and v.
     for index, name, x in ((0, "q", q), (first, "dout", dout)):
         found |= descriptors(plan.spec, name, index, x, plan.key_tiling.block_q)
-    dq, dk, dv = map(empty_gradient, (q, k, v))
+    dq, dk, dv = empty_gradient(q), _entry_gradient(plan, k), _entry_gradient(plan, v)
     for name, x in (("dout", dout), ("dq", dq), ("dk", dk), ("dv", dv)):
         found |= {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bhn")}
     return found
