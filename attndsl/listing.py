@@ -64,12 +64,18 @@ class Listable:
 
     def fits(self, block_q: int, block_k: int, even_start: bool) -> bool:
         """Whether tiles of these sizes lie in one row class and one member each."""
-        of_rows = self.rows is None or (even_start and self.rows % block_q == 0 and EVEN % block_q == 0)
+        single = self.rows == block_q == 1
+        of_rows = self.rows is None or single or (even_start and self.rows % block_q == 0 and EVEN % block_q == 0)
         return of_rows and self.keys % block_k == 0
 
     def gathers(self, *blocks_k: int) -> bool:
         """Whether rows that choose for themselves are gathered, with key tiles of these sizes."""
         return self.rows == 1 and all(self.keys % block == 0 for block in blocks_k)
+
+    def packs(self, relation: Relation, group: int) -> int:
+        """How many heads share a tile with one query that chooses for all of a key head: 1 where too few do."""
+        differ = any(d.axis is Axis.H for d in self.plan.dims) or any(reads(e, "h") for e in relation.uniform.values())
+        return 1 if differ or self.rows != 1 or group < LEAST // 2 else max(LEAST, 1 << (group - 1).bit_length())
 
     def within(self, relation: Relation) -> Relation:
         """The relation where the selection holds."""

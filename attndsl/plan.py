@@ -79,12 +79,16 @@ def head_parts(dim: int) -> tuple[Part, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """Tile sizes in tokens, and how a program runs on the device."""
+    """Tile sizes in tokens, and how a program runs on the device.
+
+    pack: the heads of a key head that share a tile of queries, at least so many as there are: a power of two.
+    """
 
     block_q: int
     block_k: int
     warps: int = 4
     stages: int = 2
+    pack: int = 1
 
 
 class Backend(Enum):
@@ -364,16 +368,21 @@ def backward_plan(
     visits = _visits(program, spec, tiling, Side.QUERY, key_tiling, gathers=not learns)
     program, runs = visits.program, visits.runs
     key_runs, key_mask = TileRuns((), ()), None
-    if spec.backend is not Backend.CPU and visits.gathered is None:
+    if spec.backend is not Backend.CPU and visits.gathered is None and tiling.pack == 1:
         of_keys = _visits(program, spec, key_tiling, Side.KEY, tiling, gathers=False)
         program, key_runs = of_keys.program, of_keys.runs
         key_mask = of_keys.mask() if key_runs.partial else None
-    mask = visits.mask() if runs.partial or visits.gathered else None
-    if visits.gathered is not None:
+    gathered = visits.gathered
+    if tiling.pack > 1:
+        # Rows that share a tile with other heads go over their own lists; keys over the rows that chose them.
+        of_keys = _visits(program, spec, key_tiling, Side.KEY)
+        program, gathered = of_keys.program, of_keys.gathered
+    mask = visits.mask() if runs.partial or gathered else None
+    if gathered is not None:
         key_mask = mask
     plan = BackwardPlan(
         program, spec, tiling, runs, mask, **branch, key_tiling=key_tiling, key_runs=key_runs, key_mask=key_mask,
-        **derivatives, uses_lse=uses_lse, gathered=visits.gathered,
+        **derivatives, uses_lse=uses_lse, gathered=gathered,
     )  # fmt: skip
     # Kernels that go over the whole pattern once more read what these need not.
     whole = any(x.over in (Over.DIAGONALS, Over.PAIRS) for x in plan.learned)
@@ -415,16 +424,18 @@ def _visits(
         relation, static = lowering.relation(program.branch.pattern), without_cuts(program)
         for found in listables(program, relation):
             relation_there = found.within(relation)
-            if gathers and found.gathers(tiling.block_k, (other or tiling).block_k):
+            if gathers and tiling.pack == 1 and found.gathers(tiling.block_k, (other or tiling).block_k):
                 whole = replace(tiling, block_q=1, block_k=found.keys)
                 runs = closed_runs(relation_there, static, spec, whole, Side.QUERY)
                 program, gathered = found.gathered(program, runs, tiling.block_q)
                 return _Visits(program, spec, TileRuns((), ()), lowering, relation_there, found, gathered)
-            if all(found.fits(t.block_q, t.block_k, spec.even_start) for t in (tiling, other or tiling)):
+            of_both = (tiling,) if tiling.pack > 1 else (tiling, other or tiling)
+            if all(found.fits(t.block_q, t.block_k, spec.even_start) for t in of_both):
                 # Lists of both sides are made from the key tiles of query tiles.
                 runs = closed_runs(relation_there, static, spec, tiling, Side.QUERY)
                 program, runs = found.listed(program, runs, tiling.block_q, tiling.block_k, side)
                 return _Visits(program, spec, runs, lowering, relation_there, found)
+    assert tiling.pack == 1, "only rows that follow a plan's lists share a tile with other heads"
     lowering = Lowering(program, heads, anchor="k" if side is Side.KEY else "q")
     relation = lowering.relation(program.branch.pattern)
     runs = closed_runs(relation, program, spec, tiling, side)

@@ -58,10 +58,12 @@ def choose_tiling(program: Program, spec: Spec) -> Tiling:
     return _fitted(_choose_tiling(program, spec), program, spec)
 
 
-def _fitted(tiling: Tiling, program: Program, spec: Spec) -> Tiling:
-    for found in _listables(program, (spec.heads, spec.kv_heads)):
+def _fitted(tiling: Tiling, program: Program, spec: Spec, packs: bool = True) -> Tiling:
+    for found, most in _listables(program, (spec.heads, spec.kv_heads)):
         block_q, block_k = fitting(tiling.block_q, found.rows), fitting(tiling.block_k, found.keys)
         if spec.lists and found.gathers(block_k):
+            if packs and most > 1:
+                return replace(tiling, block_q=1, block_k=block_k, pack=most)
             return replace(tiling, block_k=block_k)
         if found.fits(block_q, block_k, spec.even_start):
             return replace(tiling, block_q=block_q, block_k=block_k)
@@ -69,11 +71,13 @@ def _fitted(tiling: Tiling, program: Program, spec: Spec) -> Tiling:
 
 
 @functools.lru_cache(maxsize=256)
-def _listables(program: Program, heads: tuple[int, int]) -> tuple[Listable, ...]:
+def _listables(program: Program, heads: tuple[int, int]) -> tuple[tuple[Listable, int], ...]:
+    """What a pattern lies in, and how many heads may share a tile of queries there."""
     if not any(decl.members for decl in program.inputs):
         return ()
     program = derive(program)
-    return tuple(listables(program, Lowering(program, heads).relation(program.branch.pattern)))
+    relation = Lowering(program, heads).relation(program.branch.pattern)
+    return tuple((found, found.packs(relation, heads[0] // heads[1])) for found in listables(program, relation))
 
 
 def _choose_tiling(program: Program, spec: Spec) -> Tiling:
@@ -107,7 +111,9 @@ def prefers_portable(program: Program, spec: Spec) -> bool:
 def choose_backward_tilings(program: Program, spec: Spec) -> tuple[Tiling, Tiling]:
     """The tilings of dq, and of dk and dv, as `choose_tiling` does it."""
     of_q, of_keys = _choose_backward_tilings(program, spec)
-    return _fitted(of_q, program, spec), _fitted(of_keys, program, spec)
+    # Sums of learnable inputs are made for one head after the other.
+    packs = not any(decl.learnable for decl in program.inputs)
+    return _fitted(of_q, program, spec, packs), _fitted(of_keys, program, spec, packs=False)
 
 
 def _choose_backward_tilings(program: Program, spec: Spec) -> tuple[Tiling, Tiling]:

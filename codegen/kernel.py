@@ -12,6 +12,7 @@ from attndsl.codegen.box_text import BoxText, box_loop
 from attndsl.codegen.header import header
 from attndsl.codegen.kernel_loops import run_loop
 from attndsl.codegen.lines import Lines
+from attndsl.codegen.packed import packed_tile
 from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import TRITON, Level, Names, Printer
 from attndsl.grid import AXIS_NAMES
@@ -171,7 +172,7 @@ class KernelWriter:
     def constants(self) -> None:
         tiling = self.plan.tiling
         self.lines.add(
-            f"BLOCK_Q: tl.constexpr = {tiling.block_q}",
+            f"BLOCK_Q: tl.constexpr = {tiling.block_q * tiling.pack}",
             f"BLOCK_K: tl.constexpr = {tiling.block_k}",
             "LOG2_E: tl.constexpr = 1.4426950408889634",
         )
@@ -180,6 +181,10 @@ class KernelWriter:
         """Which query tile of which head a program owns, and where its rows stand."""
         if self.boxes is not None:
             self._query_box(self.boxes)
+            return
+        if self.plan.tiling.pack > 1:
+            packed_tile(self.lines, self.plan, self.start)
+            self.row_index("[:, None]")
             return
         spec, lines, classes = self.plan.spec, self.lines, self.plan.layout.classes
         tiles = f"q_tiles = tl.cdiv({self.most('q', 'rows')}, BLOCK_Q)"

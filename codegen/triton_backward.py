@@ -208,7 +208,7 @@ class DqKernel(BackwardKernel):
     def delta(self) -> None:
         """Row sums of out * dout less the gradient of lse, kept for the other kernel and further pieces too."""
         lines = self.lines
-        if self.plan.follows or self.plan.gathered:
+        if self.plan.follows or (self.plan.gathered and self.plan.tiling.pack == 1):
             lines.add(
                 "kept_at = head.to(tl.int64) * row_stride + q_rows",
                 "delta = tl.load(delta_ptr + kept_at, mask=q_rows < rows, other=0.0)",

@@ -158,8 +158,10 @@ class ForwardWriter(KernelWriter):
         plan, lines = self.plan, self.lines
         if plan.sink is not None:
             # Sinks are a value a row: rows are a vector here.
-            lines.add("q_pos = start + q_rows", "q_index = tl.minimum(q_rows, rows - 1)")
+            packed = plan.tiling.pack > 1
+            lines.add("q_pos = start + q_rows", "q_index = tl.minimum(q_rows, rows - 1)", *["h = q_heads"] * packed)
             self._add_sink(plan.sink)
+            lines.add(*["h = q_heads[:, None]"] * packed)
         if self.softmax:
             self._normalise()
             lines.add(

@@ -37,7 +37,12 @@ def forward_source(plan: ForwardPlan) -> str:
 
 
 def backward_sources(plan: BackwardPlan) -> tuple[str, str]:
-    """Texts of two Python files: of `attention_dq`, `sum_slots` and `attention_rows`, and of `attention_dkdv`."""
+    """Texts of two Python files: of `attention_dq`, `sum_slots` and `attention_rows`, and of `attention_dkdv`.
+
+    Where the heads of a key head choose together, `attention_dq` goes over their lists, and stands alone.
+    """
+    if plan.tiling.pack > 1:
+        return DqKernel(plan).source(), _DkDv(plan).source()
     of_q, summing = _Dq(plan), _Sum(plan, SUM, "dq")
     summing.body()
     of_q.beside = (summing,)
@@ -96,8 +101,8 @@ class _Gathering(KernelWriter, ABC):
         """The rows of the entries from `first` on; past `last`, rows that do not exist."""
         self.lines.add(
             f"places = {first} + q_offset",
-            f"entries = {self.listed('places')}",
-            f"q_rows = tl.where(places < {last}, entries // slots, rows)",
+            f"chosen = {self.listed('places')}",
+            f"q_rows = tl.where(places < {last}, chosen // slots, rows)",
         )
 
     def member_loops(self) -> None:
@@ -121,7 +126,7 @@ class _Gathering(KernelWriter, ABC):
     def store_slots(self, value: str, parts: tuple[Part, ...], dim: int) -> None:
         """Store the accumulators in the slots of the tile's entries."""
         self.lines.add(
-            "slot_at = head.to(tl.int64) * rows * slots + entries", f"part_ptrs = part_ptr + slot_at[:, None] * {dim}"
+            "slot_at = head.to(tl.int64) * rows * slots + chosen", f"part_ptrs = part_ptr + slot_at[:, None] * {dim}"
         )
         for part in parts:
             dims = self.dims(part)
@@ -180,9 +185,9 @@ class _DkDv(_Gathering, DkDvKernel):
         """Over the rows that chose the key tile's member, in the order of the list."""
         lines = self.lines
         lines.add(
-            "member = k_tile * BLOCK_K // MEMBER",
+            f"places_at = {LIST_HEAD} * (k_tile * BLOCK_K // MEMBER)",
             *(
-                f"{name} = {self.listed(f'{LIST_HEAD} * member + {i}')}"
+                f"{name} = {self.listed(f'places_at + {i}' if i else 'places_at')}"
                 for i, name in enumerate(("begin", "middle", "end"))
             ),
         )

@@ -82,12 +82,17 @@ class GatheredBackward(TritonBackward):
         grid, own = _tiles(plan, q, k, v, inputs)
         self.slots, heads = own["slots"], shape.batch * shape.heads
         sources = {**backward_parameters(plan, q, k, v, inputs, dout), **own}
-        grids = {
-            ROWS: heads * -(-shape.rows // plan.tiling.block_q) if plan.softmax else 0,
-            DQ: grid,
-            SUM: heads * -(-shape.rows // _MERGED),
-            DKDV: -(-shape.k_len // plan.key_tiling.block_k) * shape.batch * shape.kv_heads if grid else 0,
-        }
+        self.packed = plan.tiling.pack > 1
+        if self.packed:
+            # One query of a key head's heads, whose list it follows: there are no slots.
+            grids = {DQ: -(-shape.rows // plan.tiling.block_q) * shape.batch * shape.kv_heads}
+        else:
+            grids = {
+                ROWS: heads * -(-shape.rows // plan.tiling.block_q) if plan.softmax else 0,
+                DQ: grid,
+                SUM: heads * -(-shape.rows // _MERGED),
+            }
+        grids[DKDV] = -(-shape.k_len // plan.key_tiling.block_k) * shape.batch * shape.kv_heads if grid else 0
 
         def ready(function: str) -> Any:
             of_keys = function == DKDV
@@ -100,9 +105,8 @@ class GatheredBackward(TritonBackward):
 
     def run(self, call: Sequence[Any], dk: Tensor, dv: Tensor, totals: Totals) -> list[Any]:
         shape = self.shape
-        part = torch.zeros(
-            shape.batch, shape.heads, shape.rows, self.slots, shape.dim, dtype=torch.float32, device=dk.device
-        )
+        slots = (shape.batch, shape.heads, shape.rows, self.slots, shape.dim)
+        part = None if self.packed else torch.zeros(slots, dtype=torch.float32, device=dk.device)
         given = [*call, part]
         if DKDV not in self._kernels:
             dk.zero_()

@@ -94,7 +94,7 @@ class TritonForward:
         self.kernel, self.shape = kernel, shape
         layout = kernel.layout
         tiles = layout.programs("q", kernel.tiling.block_q, shape, kernel.program)
-        self.grid = tiles * shape.batch * shape.heads
+        self.grid = tiles * shape.batch * (shape.heads if kernel.tiling.pack == 1 else shape.kv_heads)
         self.everywhere = layout.all_rows
         self.default_scale = default_scale(shape.dim)
         self._output = output_maker(q, shape)

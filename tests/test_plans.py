@@ -22,11 +22,12 @@ from attndsl.program import CallShape
 from attndsl.runtime.cache import KernelCache
 from attndsl.runtime.printing import printed_forward
 from attndsl.runtime.triton_launch import INTERPRETED
+from attndsl.tiling import choose_backward_tilings, choose_tiling
 from tests.gradients import TOLERANCE, expected_gradients, upstream
 
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "ignore::attndsl.PatternWarning")
 
-SMALL = Tiling(16, 16)
+SMALL: Tiling | None = Tiling(16, 16)
 
 
 def random_plan(rng: np.random.Generator, lead: tuple[int, ...], members: int, form: str) -> Tensor:
@@ -160,6 +161,51 @@ def test_gathered_rows(name: str) -> None:
     plan = random_plan(np.random.default_rng(2), (1, 2, 20), 3, "sorted")
     text = f"attention planned {{ input p : blocks(16)[b, g, q]\n {GATHERED[name]} }}"
     attend(text, shape, plan, "triton", **given)
+
+
+SINKS = "input sinks : float[h]\n softmax with sink sinks[h]"
+PACKED = {
+    "group": (16, 1, "b, g, q", "attend causal & p"),
+    "padded": (24, 2, "b, q", "attend causal & p - window(3)"),
+    "few": (
+        8,
+        1,
+        "g, q",
+        "input sinks : float[h]\n softmax with sink sinks[h]\n score s - 0.1 * h * (q - k)\n attend p",
+    ),
+    "learned": (8, 1, "b, g, q", "input sinks : float[h] learnable\n softmax with sink sinks[h]\n attend causal & p"),
+}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_heads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The heads of a key head that choose together share a tile of one query, at the tiling that the model chooses."""
+    heads, kv_heads, dims, clauses = PACKED[name]
+    shape = CallShape(1, heads, kv_heads, 7, 40, 80 if name == "padded" else 16, 16)
+    plan = random_plan(np.random.default_rng(2), sizes(dims, shape), 3, "sorted")
+    given = {"sinks": torch.randn(heads, generator=torch.Generator().manual_seed(1))} if "sinks" in clauses else {}
+    text = f"attention planned {{ input p : blocks(16)[{dims}]\n {clauses} }}"
+    monkeypatch.setattr("tests.test_plans.SMALL", None)
+    attend(text, shape, plan, "triton", **given)
+
+
+def test_heads_are_packed() -> None:
+    spec = Spec(64, 4, 64, 64, DType.BFLOAT16, "cuda:90", lists=True)
+    packs = {
+        "[b, g, q]\n attend causal & p": 16,
+        "[b, h, q]\n attend causal & p": 1,
+        "[b, g, q]\n attend causal & p & { h < 3 or q - k < 99 }": 1,
+        "[b, g, q/64]\n attend causal & p": 1,
+    }
+    for text, pack in packs.items():
+        program = attndsl.compile(f"attention planned {{ input p : blocks(64){text} }}").program
+        assert choose_tiling(program, spec).pack == pack
+    program = attndsl.compile("attention planned { input p : blocks(64)[b, g, q]\n attend causal & p }").program
+    of_q, of_keys = choose_backward_tilings(program, spec)
+    plan = backward_plan(program, spec, of_q, of_keys)
+    assert of_q.pack == 16 and of_keys.pack == 1
+    assert plan.gathered is not None and all(run.list is not None for run in plan.runs.full)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
