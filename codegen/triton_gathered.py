@@ -20,7 +20,6 @@ from attndsl.codegen.triton_backward import DkDvKernel, DqKernel
 from attndsl.codegen.triton_forward import KERNEL, ForwardWriter
 from attndsl.listing import Gathered
 from attndsl.plan import BackwardPlan, ForwardPlan, Loads, Part
-from attndsl.program import Axis
 from attndsl.tiles import LIST_HEAD, PLACE
 
 MERGE, ROWS, SUM = "merge_slots", "attention_rows", "sum_slots"
@@ -94,8 +93,7 @@ class _Gathering(KernelWriter, ABC):
         lines.add("member = group // 2", "", "q_offset = tl.arange(0, BLOCK_Q)", "k_offset = tl.arange(0, BLOCK_K)")
         self.rows("first", "last")
         lines.add("q_pos = start + q_rows[:, None]")
-        if any(dim.axis is Axis.Q and dim.block == 1 for decl in self.plan.inputs for dim in decl.dims):
-            lines.add("q_index = tl.minimum(q_rows, rows - 1)[:, None]")
+        self.row_index("[:, None]")
 
     def rows(self, first: str, last: str) -> None:
         """The rows of the entries from `first` on; past `last`, rows that do not exist."""
