@@ -28,7 +28,6 @@ from attndsl.plan import (
     backward_plan,
     backward_tilings,
     branch_scalars,
-    closed_runs,
     default_tiling,
     forward_plan,
     slopes,
@@ -39,6 +38,7 @@ from attndsl.simplify import fold, specialise
 from attndsl.tiles import Side, TileRuns
 from attndsl.tiling import choose_backward_tilings, choose_tiling
 from attndsl.view_plans import view_backward, view_forward
+from attndsl.visits import closed_runs
 
 P = TypeVar("P", bound=Plan)
 

@@ -11,14 +11,12 @@ from typing import Any
 from attndsl.box_tiles import BoxRuns
 from attndsl.boxes import Boxes
 from attndsl.branches import Given
-from attndsl.cuts import with_cuts, without_cuts
-from attndsl.derivation import Chosen
+from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.layout import PLAIN, Layout
 from attndsl.learned import Learned, Over
-from attndsl.linear import normalise
-from attndsl.listing import Gathered, Listable, listables
-from attndsl.mask import mask_by_cuts, pair_mask, written_condition
+from attndsl.listing import Gathered
+from attndsl.mask import pair_mask, written_condition
 from attndsl.program import (
     Arg,
     Const,
@@ -31,9 +29,10 @@ from attndsl.program import (
     Var,
     walk,
 )  # fmt: skip
-from attndsl.relation import Lowering, Relation
-from attndsl.simplify import fold, specialise
-from attndsl.tiles import Run, Side, TileRuns, tile_runs
+from attndsl.relation import Lowering
+from attndsl.simplify import specialise
+from attndsl.tiles import Side, TileRuns
+from attndsl.visits import closed_runs, visits_of
 
 
 class DType(Enum):
@@ -116,6 +115,11 @@ class Spec:
     # Only where the program reads a plan (`listing`): the first row's position is a multiple of EVEN; plans are lists.
     even_start: bool = False
     lists: bool = False
+
+    @property
+    def gathers(self) -> bool:
+        """Whether rows that choose for themselves by lists are gathered."""
+        return self.lists and self.backend is Backend.TRITON
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -346,7 +350,9 @@ def forward_plan(program: Program, spec: Spec, tiling: Tiling, skip: bool = True
 
     skip: whether tiles that sorted data rules out are left out.
     """
-    visits = _visits(with_cuts(derive(program)) if skip else derive(program), spec, tiling, Side.QUERY)
+    visits = visits_of(
+        with_cuts(derive(program)) if skip else derive(program), spec, tiling, Side.QUERY, gathers=spec.gathers
+    )
     program, runs = visits.program, visits.runs
     # The Hopper kernel visits a tile even where there is none, and masks it.
     mask = visits.mask() if runs.partial or visits.gathered or spec.backend is Backend.GLUON else None
@@ -365,17 +371,17 @@ def backward_plan(
     derivatives = slopes(program, branch)
     # Sums of learnable inputs are made tile by tile, in order.
     learns = bool(derivatives["learnable"] or derivatives["sink_learnable"])
-    visits = _visits(program, spec, tiling, Side.QUERY, key_tiling, gathers=not learns)
+    visits = visits_of(program, spec, tiling, Side.QUERY, key_tiling, gathers=spec.gathers and not learns)
     program, runs = visits.program, visits.runs
     key_runs, key_mask = TileRuns((), ()), None
     if spec.backend is not Backend.CPU and visits.gathered is None and tiling.pack == 1:
-        of_keys = _visits(program, spec, key_tiling, Side.KEY, tiling, gathers=False)
+        of_keys = visits_of(program, spec, key_tiling, Side.KEY, tiling)
         program, key_runs = of_keys.program, of_keys.runs
         key_mask = of_keys.mask() if key_runs.partial else None
     gathered = visits.gathered
     if tiling.pack > 1:
         # Rows that share a tile with other heads go over their own lists; keys over the rows that chose them.
-        of_keys = _visits(program, spec, key_tiling, Side.KEY)
+        of_keys = visits_of(program, spec, key_tiling, Side.KEY, gathers=True)
         program, gathered = of_keys.program, of_keys.gathered
     mask = visits.mask() if runs.partial or gathered else None
     if gathered is not None:
@@ -387,59 +393,6 @@ def backward_plan(
     # Kernels that go over the whole pattern once more read what these need not.
     whole = any(x.over in (Over.DIAGONALS, Over.PAIRS) for x in plan.learned)
     return plan if whole else replace(plan, program=with_needed(program, plan.inputs))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Visits:
-    """The runs of one side's tiles, and what decides the pairs in them.
-
-    `selection`: what their lists are made of, which the program then declares; `relation` is that where it holds.
-    """
-
-    program: Program
-    spec: Spec
-    runs: TileRuns
-    lowering: Lowering
-    relation: Relation
-    selection: Listable | None = None
-    gathered: Gathered | None = None
-
-    def mask(self) -> Scalar | None:
-        written = written_condition(self.lowering, self.spec.sizes)
-        written = written if self.selection is None else self.selection.assumed(written)
-        return pair_mask(self.relation, mask_by_cuts(written, self.program, self.lowering.anchor, self.relation))
-
-
-def _visits(
-    program: Program, spec: Spec, tiling: Tiling, side: Side, other: Tiling | None = None, gathers: bool = True
-) -> _Visits:
-    """What the tiles of one side visit. `other`: the tiling of a plan's other kernels, which share its mask.
-
-    gathers: where rows choose for themselves, they may be gathered.
-    """
-    gathers = gathers and spec.backend is Backend.TRITON and spec.lists
-    heads = (spec.heads, spec.kv_heads)
-    if any(isinstance(decl.derivation, Chosen) for decl in program.inputs):
-        lowering = Lowering(program, heads)
-        relation, static = lowering.relation(program.branch.pattern), without_cuts(program)
-        for found in listables(program, relation):
-            relation_there = found.within(relation)
-            if gathers and tiling.pack == 1 and found.gathers(tiling.block_k, (other or tiling).block_k):
-                whole = replace(tiling, block_q=1, block_k=found.keys)
-                runs = closed_runs(relation_there, static, spec, whole, Side.QUERY)
-                program, gathered = found.gathered(program, runs, tiling.block_q)
-                return _Visits(program, spec, TileRuns((), ()), lowering, relation_there, found, gathered)
-            of_both = (tiling,) if tiling.pack > 1 else (tiling, other or tiling)
-            if all(found.fits(t.block_q, t.block_k, spec.even_start) for t in of_both):
-                # Lists of both sides are made from the key tiles of query tiles.
-                runs = closed_runs(relation_there, static, spec, tiling, Side.QUERY)
-                program, runs = found.listed(program, runs, tiling.block_q, tiling.block_k, side)
-                return _Visits(program, spec, runs, lowering, relation_there, found)
-    assert tiling.pack == 1, "only rows that follow a plan's lists share a tile with other heads"
-    lowering = Lowering(program, heads, anchor="k" if side is Side.KEY else "q")
-    relation = lowering.relation(program.branch.pattern)
-    runs = closed_runs(relation, program, spec, tiling, side)
-    return _Visits(program, spec, runs, lowering, relation)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -482,27 +435,8 @@ def slopes(program: Program, branch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def closed_runs(
-    relation: Relation, program: Program, spec: Spec, tiling: Tiling, side: Side, layout: Layout = PLAIN
-) -> TileRuns:
-    """The runs of one side's tiles, with the sizes of a call put in."""
-    runs = tile_runs(relation, tiling.block_q, tiling.block_k, side, program.align_start, layout, program)
-    return _specialised(runs, spec.sizes)
-
-
 def branch_scalars(program: Program, spec: Spec) -> dict[str, Any]:
     """What the program's branch says of scores, with the sizes of a call put in."""
     branch = program.only
     said = {"scale": branch.scale, "score": branch.score, "sink": branch.sink, "weights": branch.weights}
     return {name: None if e is None else specialise(e, spec.sizes) for name, e in said.items()}
-
-
-def _specialised(runs: TileRuns, sizes: dict[str, int]) -> TileRuns:
-    def plain(e: Scalar) -> Scalar:
-        return fold(normalise(specialise(e, sizes)))
-
-    def known(found: tuple[Run, ...]) -> tuple[Run, ...]:
-        folded = (replace(r, first=plain(r.first), count=plain(r.count)) for r in found)
-        return tuple(run for run in folded if run.count != Const(0))
-
-    return TileRuns(known(runs.full), known(runs.partial))

@@ -10,13 +10,14 @@ from attndsl.branches import Branch, Part
 from attndsl.capacity import capacity
 from attndsl.derive import derive, with_needed
 from attndsl.mask import pair_mask, written_condition
-from attndsl.plan import Backend, Plan, Spec, Tiling, closed_runs
+from attndsl.plan import Backend, Plan, Spec, Tiling
 from attndsl.plans import plan_heads
 from attndsl.program import Coarse, Coarsen, Const, Inter, Program, Read, Scalar, Set, walk
 from attndsl.relation import Lowering
 from attndsl.selection import Dot, Forced, Normalise, Probs, Selection, Share, Top
 from attndsl.simplify import fold, specialise
 from attndsl.tiles import Side
+from attndsl.visits import closed_runs
 
 # The longest list that a kernel keeps in registers.
 MAX_WIDTH = 64

@@ -21,7 +21,6 @@ from attndsl.plan import (
     Spec,
     Tiling,
     branch_scalars,
-    closed_runs,
     slopes,
 )  # fmt: skip
 from attndsl.program import Binary, Call, Const, Program, Scalar, Var, reads, rebuild, substitute
@@ -29,6 +28,7 @@ from attndsl.quasi_affine import condition
 from attndsl.relation import Lowering, Relation
 from attndsl.simplify import fold, specialise
 from attndsl.tiles import Side, TileRuns
+from attndsl.visits import closed_runs
 
 
 def view_forward(program: Program, spec: Spec, tiling: Tiling, follows: bool) -> ForwardPlan:
