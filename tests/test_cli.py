@@ -24,9 +24,18 @@ def attndsl(*args: object) -> Result:
     return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
+# What `run` cannot draw: tables without a default, inputs that must be positive; and outputs of several branches.
+NOT_RUN = {"moa": "A015", "radial": "A015", "rmt": "A922", "gated": "A911", "affine_scaled": "A911"}
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.attn")), ids=lambda path: path.stem)
 def test_every_example_runs_and_is_laid_out(path: Path) -> None:
     done = attndsl("run", path, *SMALL, "--kv-heads", 1)
+    if path.stem in NOT_RUN:
+        assert done.exit_code == 1
+        assert NOT_RUN[path.stem] in done.output
+        assert attndsl("fmt", "--check", path).exit_code == 0
+        return
     assert done.exit_code == 0, done.output
     assert re.search(r"error +\d\.\de[-+]\d\d against the oracle over [1-9]", done.output)
     assert re.search(r"dense attention +\d+\.\d+ ms", done.output)
