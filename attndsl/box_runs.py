@@ -7,6 +7,7 @@ each is.
 from __future__ import annotations
 
 import functools
+from contextlib import suppress
 from dataclasses import replace
 from math import prod
 
@@ -14,6 +15,7 @@ import islpy as isl
 
 from attndsl.box_tiles import BoxRun, BoxRuns
 from attndsl.boxes import Boxes
+from attndsl.effort import TooHard
 from attndsl.grid import Grid
 from attndsl.grid_pieces import AxisPart, BoxPiece
 from attndsl.linear import normalise
@@ -23,7 +25,7 @@ from attndsl.program import Binary, Call, Compare, Const, Logic, Scalar, Var, su
 from attndsl.quasi_affine import condition
 from attndsl.relation import Relation
 from attndsl.simplify import fold, specialise
-from attndsl.tiles import Run, Side, TileKind, TileRuns, tile_runs
+from attndsl.tiles import Run, Side, TileKind, TileRuns, tile_runs, touched_runs
 
 # Stands for how many of the first coordinates have all their tokens, until that is put in.
 _WHOLE = Var("place")
@@ -33,13 +35,14 @@ def box_runs(
     piece: BoxPiece, boxes: Boxes, spec: Spec, block: tuple[int, int], side: Side, align_start: bool
 ) -> BoxRuns:
     """The runs of one side's boxes; `block`: the cells of a tile of queries and of keys, where boxes have fewer."""
+    # Where no box is full, there is nothing to tell apart.
+    split = prod(boxes.k_box) >= block[1] and piece.has_full(boxes)
     axes = []
     for axis, part in enumerate(piece.axes):
         ends = axis == 0 and _ends_anywhere(piece.grid)
-        runs = _axis_runs(part, boxes.q_box[axis], boxes.k_box[axis], side, align_start, ends)
+        runs = _axis_runs(part, boxes.q_box[axis], boxes.k_box[axis], side, align_start, ends, split)
         axes.append(_renamed(runs, boxes, axis, spec, clipped=side is Side.KEY and axis == 0 and not align_start))
-    masked = bool(piece.tokens) or prod(boxes.k_box) < block[1]
-    if masked or not all(runs.full for runs in axes):
+    if not all(runs.full for runs in axes):
         every = tuple(tuple(replace(r, kind=TileKind.PARTIAL) for r in runs.full + runs.partial) for runs in axes)
         return BoxRuns((), (BoxRun(every, TileKind.PARTIAL),) if all(every) else ())
     full = BoxRun(tuple(runs.full for runs in axes), TileKind.FULL)
@@ -58,8 +61,11 @@ def _ends_anywhere(grid: Grid) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _axis_runs(part: AxisPart, q: int, k: int, side: Side, align_start: bool, ends: bool) -> TileRuns:
-    relation = part.relation if side is Side.QUERY else part.transposed
+def _axis_runs(part: AxisPart, q: int, k: int, side: Side, align_start: bool, ends: bool, split: bool) -> TileRuns:
+    relation = part.relation if side is Side.QUERY else part.transposed()
+    if not split:
+        with suppress(TooHard):
+            return touched_runs(relation, q, k, side, align_start, part.layout)
     return tile_runs(_unfinished(relation, part) if ends else relation, q, k, side, align_start, part.layout)
 
 

@@ -56,20 +56,28 @@ APART_EFFORT = 400_000
 class AxisPart:
     """A product's set along one axis. `layout`: the residues in which it is dense, `relation` in its indices.
 
-    divisors: the constants by which it divides. cond: the set as a condition on coordinates q and k, of an axis of Nq
-    and Nk; local: the same less what reads neither q nor k.
+    program: its own, of one dimension, for (H, G) heads; size: that of the axis, where it is known. divisors: the
+    constants by which it divides. cond: the set as a condition on coordinates q and k, of an axis of Nq and Nk; local:
+    the same less what reads neither q nor k.
     """
 
+    program: Program
+    heads: tuple[int, int]
+    size: int | None
     divisors: frozenset[int]
     cond: Scalar
     local: Scalar
     layout: Layout
     relation: Relation
-    transposed: Relation
 
     @property
     def period(self) -> int:
         return self.layout.classes
+
+    def transposed(self) -> Relation:
+        """The relation with its quotients in terms of the key."""
+        relation = _relation(Lowering(self.program, self.heads, "k", self.size), self.size)
+        return in_layout(relation, relation.pairs, self.layout)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,6 +98,11 @@ class BoxPiece:
         q_box, k_box = _best_boxes(self, block_q, block_k)[1:]
         return Boxes(self.grid, tuple(part.period for part in self.axes), q_box, k_box)
 
+    def has_full(self, boxes: Boxes) -> bool:
+        """Whether some boxes are full, as far as the counted coordinates tell."""
+        along = zip(_tables(self), boxes.q_box, boxes.k_box, strict=True)
+        return not self.tokens and all(table.count(q, k)[1] for table, q, k in along)
+
     def cost(self, block_q: int, block_k: int) -> float:
         """What they cost, in tiles."""
         return _best_boxes(self, block_q, block_k)[0]
@@ -107,7 +120,8 @@ def grid_pieces(program: Program, heads: tuple[int, int]) -> tuple[Relation | No
     pattern, lowering = program.branch.pattern, Lowering(program, heads)
     try:
         terms = products(pattern, grid, lowering.predicate)
-        terms = bounded(lowering.ctx, lambda: apart(terms, _Empty(program, grid, lowering)), APART_EFFORT)
+        if len(terms) > 1:
+            terms = bounded(lowering.ctx, lambda: apart(terms, _Empty(program, grid, lowering)), APART_EFFORT)
         pieces = tuple(_box_piece(program, grid, term, heads) for term in terms)
     except (NoProduct, TooHard):
         return None
@@ -161,17 +175,18 @@ def _axis_part(
     program: Program, local: Set, size: int | None, divisors: frozenset[int], heads: tuple[int, int]
 ) -> AxisPart:
     """program: one of a single dimension, the coordinates of an axis, which has this size."""
-    pattern, lowering = program.branch.pattern, Lowering(program, heads)
-    relation = _sized(lowering.relation(pattern), size)
-    transposed = _sized(Lowering(program, heads, "k").relation(pattern), size)
+    lowering = Lowering(program, heads, length=size)
+    relation = _relation(lowering, size)
     layout = _residues(relation, divisors, size)
     sizes = {"H": heads[0], "G": heads[1]}
-    cond, of_pairs = (specialise(fold(lowering.predicate(p)), sizes) for p in (pattern, local))
-    return AxisPart(divisors, cond, of_pairs, layout, *(in_layout(r, r.pairs, layout) for r in (relation, transposed)))
+    cond, of_pairs = (specialise(fold(lowering.predicate(p)), sizes) for p in (program.branch.pattern, local))
+    relation = in_layout(relation, relation.pairs, layout)
+    return AxisPart(program, heads, size, divisors, cond, of_pairs, layout, relation)
 
 
-def _sized(relation: Relation, size: int | None) -> Relation:
-    """The relation where the axis has the size that is declared."""
+def _relation(lowering: Lowering, size: int | None) -> Relation:
+    """The relation of a pattern along an axis, of the size that is declared."""
+    relation = lowering.relation(lowering.program.branch.pattern)
     if size is None:
         return relation
     known = isl.Set.read_from_str(relation.pairs.get_ctx(), f"[Nq, Nk] -> {{ : Nq = {size} and Nk = {size} }}")
@@ -193,10 +208,15 @@ def _residues(relation: Relation, divisors: frozenset[int], size: int | None) ->
 Counts = NDArray[np.int64]
 
 
+@functools.lru_cache(maxsize=256)
+def _tables(piece: BoxPiece) -> list[_Counted]:
+    return [_Counted(part, _extent(piece.grid, axis)) for axis, part in enumerate(piece.axes)]
+
+
 @functools.lru_cache(maxsize=1024)
 def _best_boxes(piece: BoxPiece, block_q: int, block_k: int) -> tuple[float, tuple[int, ...], tuple[int, ...]]:
     """The cost of the best boxes, and the boxes of queries and of keys."""
-    tables = [_Counted(part, _extent(piece.grid, axis)) for axis, part in enumerate(piece.axes)]
+    tables = _tables(piece)
     sizes = [table.sizes(max(block_q, block_k)) for table in tables]
     q_boxes, k_boxes = (list(_shapes(sizes, block)) for block in (block_q, block_k))
     classes = prod(part.period for part in piece.axes)

@@ -33,7 +33,7 @@ from attndsl.program import (
 )  # fmt: skip
 from attndsl.reindex import in_layout, with_pairs
 from attndsl.relation import Lowering, Relation
-from attndsl.tiles import touched_runs
+from attndsl.tiles import Side, touched_runs
 
 # Periods beyond this leave too few tokens to a residue.
 MAX_PERIOD = 4096
@@ -279,7 +279,7 @@ def _programs(layout: Layout) -> int:
 
 def _tiles(relation: Relation, layout: Layout, align_start: bool) -> float:
     """Tiles visited over all residues."""
-    runs = touched_runs(relation, BLOCK_Q, BLOCK_K, align_start, layout)
+    runs = touched_runs(relation, BLOCK_Q, BLOCK_K, Side.QUERY, align_start, layout)
     length, zero = np.asarray(TOKENS), np.asarray(0)
     residue = np.arange(layout.classes)[:, None]
     variables = {"Nq": length, "Nk": length, "start": zero, "i_start": zero, "residue": residue}

@@ -121,7 +121,9 @@ def build_relation(program: Program, heads: tuple[int, int] | None = None, ancho
 class Lowering:
     """Lowers the sets of one derived program. One isl context, one table of uniform scalars and data atoms."""
 
-    def __init__(self, program: Program, heads: tuple[int, int] | None = None, anchor: str = "q") -> None:
+    def __init__(
+        self, program: Program, heads: tuple[int, int] | None = None, anchor: str = "q", length: int | None = None
+    ) -> None:
         self.program, self.heads, self.anchor = program, heads, anchor
         self.ctx = isl.Context()
         self.uniform: dict[str, Scalar] = {}
@@ -133,8 +135,8 @@ class Lowering:
         self.here = Coordinates(
             q=self.aff("{ [q, k] -> [q] }"),
             k=self.aff("{ [q, k] -> [k] }"),
-            q_len=self.aff("[Nq] -> { [q, k] -> [Nq] }"),
-            k_len=self.aff("[Nk] -> { [q, k] -> [Nk] }"),
+            q_len=self.aff("[Nq] -> { [q, k] -> [Nq] }" if length is None else f"{{ [q, k] -> [{length}] }}"),
+            k_len=self.aff("[Nk] -> { [q, k] -> [Nk] }" if length is None else f"{{ [q, k] -> [{length}] }}"),
         )
 
     def set(self, text: str) -> isl.Set:

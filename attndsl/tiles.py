@@ -137,10 +137,12 @@ def tile_runs(
 
 
 def touched_runs(
-    relation: Relation, block_q: int, block_k: int, align_start: bool = False, layout: Layout = PLAIN
+    relation: Relation, block_q: int, block_k: int, side: Side, align_start: bool = False, layout: Layout = PLAIN
 ) -> TileRuns:
-    """The key tiles that query tiles visit, all taken for partial: less work, where only their number counts."""
-    return _Tiler(relation, block_q, block_k, Side.QUERY, align_start, layout).touched_runs()
+    """Runs as `tile_runs` gives them, all taken for partial: less work, where no tile is full or only their number
+    counts. Raises TooHard."""
+    runs = _Tiler(relation, block_q, block_k, side, align_start, layout).touched_runs()
+    return TileRuns((), tuple(map(_plain, runs.partial)))
 
 
 def _written_out(runs: TileRuns) -> int:
