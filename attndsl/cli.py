@@ -81,7 +81,7 @@ def run(
         ("device", f"{found.device}; {found.backend} backend"),
         *((f"input {plain(key)}", text) for key, text in found.inputs),
         ("pairs allowed", _share(found.pairs, shape.batch * shape.heads * shape.rows * shape.k_len)),
-        ("tiles visited", f"{100 * found.tiles:.2f} %"),
+        ("tiles visited", _part(found.tiles)),
         ("error", f"{found.error:.1e} against the oracle over {found.rows_checked:,} rows"),
         ("", f"(rounding explains {found.allowed_error:.1e})"),
         ("time", _speed(found.ms, found.flops)),
@@ -209,7 +209,7 @@ def bench(
         table.add_row(
             str(length),
             pairs,
-            f"{100 * found.tiles:.2f} %",
+            _part(found.tiles),
             f"{found.ms:.3f}",
             _rate(found.ms, found.flops),
             dense,
@@ -354,6 +354,10 @@ def _rate(ms: float, flops: float | None) -> str:
         return "–"
     rate = flops / (ms / 1e3)
     return f"{rate / 1e12:.1f} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.1f} GFLOP/s"
+
+
+def _part(share: float | None) -> str:
+    return "not counted" if share is None else f"{100 * share:.2f} %"
 
 
 def _beside(ms: float, dense_ms: float | None, why: str) -> str:

@@ -93,7 +93,8 @@ def nodes(pattern: Set) -> Iterator[Set]:
 
 def too_dense(program: Program, shape: CallShape) -> bool:
     """Whether asking the oracle for single rows of this call takes too long."""
-    coarse = any(isinstance(node, Coarsen | Random) for node in nodes(program.branch.pattern))
+    patterns = (part.pattern for branch in program.branches for part in branch.parts)
+    coarse = any(isinstance(node, Coarsen | Random) for pattern in patterns for node in nodes(pattern))
     return (coarse or separate(program)) and shape.q_len(program) * shape.k_len > MAX_COARSE_PAIRS
 
 

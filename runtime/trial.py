@@ -67,7 +67,7 @@ class Trial:
     backend: str
     inputs: tuple[tuple[str, str], ...]
     pairs: int | None
-    tiles: float
+    tiles: float | None
     rows_checked: int
     error: float
     allowed_error: float
@@ -124,13 +124,16 @@ def trial(attend: Attend, program: Program, options: Options) -> Trial:
         target, "cpu" if target == "cpu" else "triton", shape.heads, shape.kv_heads, shape.dim, None,
         str(dtype).removeprefix("torch."),
     )  # fmt: skip
-    tiling = default_tiling(spec)
-    graph = block_graph(program, shape, tiling.block_q, tiling.block_k, arrays, args)
-    pairs = None if too_dense(program, shape) else count_pairs(graph, program, arrays, args).pairs
+    pairs, density = None, None
+    if program.plain:
+        tiling = default_tiling(spec)
+        graph = block_graph(program, shape, tiling.block_q, tiling.block_k, arrays, args)
+        pairs = None if too_dense(program, shape) else count_pairs(graph, program, arrays, args).pairs
+        density = graph.density
     return Trial(
         shape, str(dtype).removeprefix("torch."), _device_name(device),
         options.backend if options.backend != "auto" else spec.target.partition(":")[0].replace("cuda", "triton"),
-        tuple((decl.name, _said(decl, program)) for decl in program.inputs), pairs, graph.density,
+        tuple((decl.name, _said(decl, program)) for decl in program.inputs), pairs, density,
         sum(check[2] for check in checks), worst[0], worst[1], ms, dense_ms, why,
     )  # fmt: skip
 
@@ -201,7 +204,8 @@ def _per_token(decl: InputDecl) -> bool:
 
 
 def _permutations(program: Program) -> set[str]:
-    places = [node.place for node in nodes(program.branch.pattern) if isinstance(node, On)]
+    patterns = (part.pattern for branch in program.branches for part in branch.parts)
+    places = [node.place for pattern in patterns for node in nodes(pattern) if isinstance(node, On)]
     return {place.input for place in places if isinstance(place, Permuted)}
 
 
@@ -257,12 +261,16 @@ def _dense(
     program: Program, shape: CallShape, args: Mapping[str, int], q: Tensor, k: Tensor, v: Tensor,
     inputs: Mapping[str, Tensor],
 ) -> tuple[float | None, str]:  # fmt: skip
-    """Time of dense attention with the pattern as a mask, or why it was not taken."""
+    """Time of dense attention with the pattern as a mask, or why it was not taken; of all pairs where a view or several
+    branches are no mask."""
     size = shape.batch * shape.heads * shape.rows * shape.k_len
     if size > MAX_MASK:
         return None, f"its mask alone would take {size / 2**30:.1f} GiB"
     if too_dense(program, shape):
         return None, "the oracle makes no mask with `coarsen` at this length"
+    keys, values = (x.repeat_interleave(shape.heads // shape.kv_heads, dim=1) for x in (k, v))
+    if not program.plain:
+        return _milliseconds(lambda: scaled_dot_product_attention(q, keys, values), q.device), ""
     arrays = {name: x.cpu().numpy() for name, x in inputs.items() if not x.is_floating_point()}
     mask = torch.empty(shape.batch, shape.heads, shape.rows, shape.k_len, dtype=torch.bool, device=q.device)
     start = shape.first_position(program)
@@ -270,7 +278,6 @@ def _dense(
         high = min(low + 256, shape.rows)
         rows = allowed(program, shape, start + np.arange(low, high), np.arange(shape.k_len), arrays, args)
         mask[:, :, low:high] = torch.from_numpy(rows)
-    keys, values = (x.repeat_interleave(shape.heads // shape.kv_heads, dim=1) for x in (k, v))
     return _milliseconds(lambda: scaled_dot_product_attention(q, keys, values, attn_mask=mask), q.device), ""
 
 
