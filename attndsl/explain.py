@@ -26,7 +26,7 @@ from attndsl.program import Binary, Call, CallShape, Const, If, InputDecl, Progr
 from attndsl.quasi_affine import condition
 from attndsl.relation import Relation, build_relation
 from attndsl.simplify import fold
-from attndsl.targets import BYTES, RATES, hopper_refusal, layout_refusal
+from attndsl.targets import BYTES, GLUON_VERSIONS, RATES, gradients_refusal, hopper_refusal, layout_refusal
 from attndsl.tiles import Run
 from attndsl.tiling import prefers_portable
 
@@ -249,8 +249,17 @@ def _lowering(program: Program, spec: Spec) -> str:
         return f"portable Triton, since {reason}"
     if prefers_portable(program, spec):
         return "portable Triton, predicted to be ahead of the Hopper lowering with these heads and so few tiles a row"
-    tested = "the Hopper lowering (Gluon), with the Triton versions it was tested on"
+    tested = f"the Hopper lowering (Gluon), with the Triton versions it was tested on ({', '.join(GLUON_VERSIONS)}x)"
     return f"{tested}; else, and with dropout, portable Triton"
+
+
+def _gradients(program: Program, spec: Spec) -> str:
+    """Which lowering its gradients get."""
+    if spec.target == "cpu":
+        return "blocked PyTorch"
+    if reason := gradients_refusal(program, spec) or layout_refusal(program, spec):
+        return f"portable Triton, since {reason}"
+    return "the Hopper lowering, dq summed in no fixed order; portable Triton where determinism is asked for"
 
 
 def _planned(question: Question, plans: tuple[ForwardPlan, ...], start: Scalar | None) -> list[str]:
@@ -266,6 +275,7 @@ def _planned(question: Question, plans: tuple[ForwardPlan, ...], start: Scalar |
         f"backend: {backend}",
         f"{_tiles_text(plan)} (the default for {spec.dtype.value}, D = {spec.dim}, on this target)",
         f"on a call: {_lowering(question.program, question.spec)}",
+        f"its gradients: {_gradients(question.program, question.spec)}",
         *(f"computed before the kernel: {input_text(d)}, {_made_of(d)}" for d in plan.program.inputs if d.derivation),
     ]
     for number, piece in enumerate(plans, 1):

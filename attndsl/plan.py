@@ -239,7 +239,8 @@ class BackwardPlan(Plan):
     With x the logit `score(s)` (or w the weight `weights(s)`) of a pair:
     `d_score`: dx/ds (dw/ds), None where it is 1. `learnable`: each read of a learnable input in it, and the
     derivative by that read. `sink_learnable`: the same for the sink. `uses_lse`: a gradient of lse comes in too.
-    On the CPU one function goes over the query tiles and makes all gradients: there are no `key_runs`.
+    On the CPU one function goes over the query tiles: there are no `key_runs`. On Hopper one kernel goes over the key
+    tiles: there are no `runs`.
     """
 
     key_tiling: Tiling
@@ -315,6 +316,8 @@ def backward_tilings(spec: Spec) -> tuple[Tiling, Tiling]:
     """Tile sizes of the backward kernels: of dq, and of dk and dv."""
     if spec.target == "cpu":
         return default_tiling(spec), default_tiling(spec)
+    if spec.backend is Backend.GLUON:
+        return Tiling(64, 64, warps=4, stages=2), Tiling(64, 128, warps=4, stages=2)
     dim = max(spec.dim, spec.v_dim)
     if spec.dtype is DType.FLOAT32:
         if dim <= 64:
@@ -377,7 +380,8 @@ def backward_plan(
     if spec.backend is not Backend.CPU and visits.gathered is None and tiling.pack == 1:
         of_keys = visits_of(program, spec, key_tiling, Side.KEY, tiling)
         program, key_runs = of_keys.program, of_keys.runs
-        key_mask = of_keys.mask() if key_runs.partial else None
+        # The Hopper kernel masks keys that do not exist in any tile.
+        key_mask = of_keys.mask() if key_runs.partial or spec.backend is Backend.GLUON else None
     gathered = visits.gathered
     if tiling.pack > 1:
         # Rows that share a tile with other heads go over their own lists; keys over the rows that chose them.
@@ -386,6 +390,8 @@ def backward_plan(
     mask = visits.mask() if runs.partial or gathered else None
     if gathered is not None:
         key_mask = mask
+    if spec.backend is Backend.GLUON:
+        runs, mask = TileRuns((), ()), None
     plan = BackwardPlan(
         program, spec, tiling, runs, mask, **branch, key_tiling=key_tiling, key_runs=key_runs, key_mask=key_mask,
         **derivatives, uses_lse=uses_lse, gathered=gathered,

@@ -24,6 +24,8 @@ DTYPE_NAMES = {dtype.value: dtype for dtype in DType} | {
     "bf16": DType.BFLOAT16, "fp16": DType.FLOAT16, "fp32": DType.FLOAT32, "fp64": DType.FLOAT64,
 }  # fmt: skip
 BYTES = {DType.BFLOAT16: 2, DType.FLOAT16: 2, DType.FLOAT32: 4, DType.FLOAT64: 8}
+# Gluon's interface moves between releases: the versions that the Hopper lowering was tested on.
+GLUON_VERSIONS = ("3.6.",)
 BACKENDS = ("triton", "gluon", "cpu")
 
 
@@ -45,12 +47,13 @@ def kernel_names(program: Program, heads: int, kv_heads: int) -> tuple[str, ...]
 
 
 def check_kernel(kernel: str, program: Program, heads: int, kv_heads: int) -> tuple[str, int]:
-    """A kernel's name without its number, and which piece it is of, from 0.
+    """A kernel's name without its number, and which piece it is of, from 0. `gradients` makes dq, dk and dv, which
+    some programs have on Hopper.
 
     Raises `PatternError` (A531) unless the program has such a kernel.
     """
     names = kernel_names(program, heads, kv_heads)
-    if kernel not in names:
+    if kernel not in (*names, "gradients"):
         raise error("A531", f"there is no kernel {kernel!r}", help=f"one of {', '.join(names)}")
     name, _, number = kernel.partition("_")
     return name, int(number or 1) - 1
@@ -95,6 +98,17 @@ def hopper_refusal(program: Program, spec: Spec) -> str:
         return "the Hopper lowering takes D = Dv = 64 or 128"
     if spec.loads is not Loads.DESCRIPTOR:
         return "q, k and v do not lie in memory as hardware tensor copies need"
+    return ""
+
+
+def gradients_refusal(program: Program, spec: Spec) -> str:
+    """Why a program's gradients have no Hopper lowering, as `hopper_refusal` says it of the forward kernel."""
+    if reason := hopper_refusal(program, spec):
+        return reason
+    if spec.dim != 128:
+        return "the Hopper lowering of gradients takes D = Dv = 128"
+    if any(decl.learnable for decl in program.inputs):
+        return "gradients of learnable inputs have no Hopper lowering yet"
     return ""
 
 

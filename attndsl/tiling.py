@@ -1,4 +1,4 @@
-"""Tile sizes by a cost model: what a program of each tiling costs, times the tiles that the pattern makes it visit.
+"""Tile sizes, where several are good by a cost model: what a program costs, times the tiles that the pattern visits.
 
 And which programs take so long that they had better start first.
 """
@@ -27,15 +27,8 @@ from attndsl.program import Arg, CallShape, Program, Read, Scalar, Table, walk
 from attndsl.relation import Lowering
 from attndsl.tiles import TileRuns
 
-# Microseconds of a program that owns 128 rows on an H200, by head dimension: apart from its tiles, and for each tile.
-# Fitted to causal and window(1024) at N = 16384; benchmarks/RESULTS.md has the runs.
-_HOPPER: dict[int, tuple[tuple[Tiling, float, float], ...]] = {
-    128: (
-        (Tiling(128, 128, warps=4, stages=2), 4.6, 1.72),
-        (Tiling(128, 64, warps=4, stages=3), 2.3, 0.97),
-    ),
-    64: ((Tiling(128, 128, warps=4, stages=2), 4.3, 1.26),),
-}
+# Microseconds of a Hopper program that owns 128 rows at D = 64, on an H200: apart from its tiles, and for each tile.
+_HOPPER_64 = (4.3, 1.26)
 # The portable kernel's at D = 64, two programs of 64 rows and their tiles of 64 keys.
 _PORTABLE_64 = (Tiling(64, 64, warps=4, stages=3), 1.6, 0.68)
 # The kernel of dq at D = 128 where it has tensor copies: what 128 rows cost by two programs of 64, and by one.
@@ -51,11 +44,11 @@ _TOKENS = 16384
 
 @functools.lru_cache(maxsize=1024)
 def choose_tiling(program: Program, spec: Spec) -> Tiling:
-    """The tiling with the least predicted time, where several are known for the spec; else the default.
+    """The default tiling for the spec.
 
     Where a plan can list the tiles, they fit into its row classes and members.
     """
-    return _fitted(_choose_tiling(program, spec), program, spec)
+    return _fitted(default_tiling(spec), program, spec)
 
 
 def _fitted(tiling: Tiling, program: Program, spec: Spec, packs: bool = True) -> Tiling:
@@ -80,18 +73,6 @@ def _listables(program: Program, heads: tuple[int, int]) -> tuple[tuple[Listable
     return tuple((found, found.packs(relation, heads[0] // heads[1])) for found in listables(program, relation))
 
 
-def _choose_tiling(program: Program, spec: Spec) -> Tiling:
-    candidates = _HOPPER.get(spec.dim, ()) if spec.backend is Backend.GLUON else ()
-    best, least = default_tiling(spec), float("inf")
-    for tiling, own, per_tile in candidates:
-        tiles = _visited(forward_plan(program, spec, tiling).runs, tiling, spec)
-        if tiles is None:
-            return best
-        if (cost := own + per_tile * tiles) < least:
-            best, least = tiling, cost
-    return best
-
-
 @functools.lru_cache(maxsize=1024)
 def prefers_portable(program: Program, spec: Spec) -> bool:
     """Whether the portable kernel is predicted to be ahead on Hopper: with small heads and few tiles a row, where
@@ -99,7 +80,8 @@ def prefers_portable(program: Program, spec: Spec) -> bool:
     if spec.dim != 64:
         return False
     hopper = replace(spec, backend=Backend.GLUON)
-    (large, large_own, large_tile), (small, small_own, small_tile) = _HOPPER[64][0], _PORTABLE_64
+    large, (small, small_own, small_tile) = default_tiling(hopper), _PORTABLE_64
+    large_own, large_tile = _HOPPER_64
     wide = _visited(forward_plan(program, hopper, large).runs, large, spec)
     narrow = _visited(forward_plan(program, spec, small).runs, small, spec)
     if wide is None or narrow is None:
@@ -118,7 +100,7 @@ def choose_backward_tilings(program: Program, spec: Spec) -> tuple[Tiling, Tilin
 
 def _choose_backward_tilings(program: Program, spec: Spec) -> tuple[Tiling, Tiling]:
     of_q, of_keys = backward_tilings(spec)
-    if spec.loads is not Loads.DESCRIPTOR or max(spec.dim, spec.v_dim) != 128:
+    if spec.backend is Backend.GLUON or spec.loads is not Loads.DESCRIPTOR or max(spec.dim, spec.v_dim) != 128:
         return of_q, of_keys
     (programs, small, own, per_tile), (_, large, large_own, large_tile) = _DQ_128
     narrow = _visited(forward_plan(program, spec, small).runs, small, spec)

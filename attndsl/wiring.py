@@ -13,7 +13,7 @@ from attndsl.diagnostics import error
 from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.plan import Backend, BackwardPlan, ForwardPlan
 from attndsl.program import Program
-from attndsl.targets import check_kernel, hopper_refusal, layout_refusal, make_spec
+from attndsl.targets import check_kernel, gradients_refusal, hopper_refusal, layout_refusal, make_spec
 
 if TYPE_CHECKING:
     from attndsl.runtime.decode import DecodeGenerators
@@ -33,6 +33,7 @@ def engine(program: Program) -> Engine:
         triton_backward=_printer("triton_backward", "backward_sources"),
         cpu_backward=_printer("cpu_backward", "backward_source"),
         gluon_forward=_printer("gluon_forward", "forward_source"),
+        gluon_backward=_printer("gluon_backward", "backward_sources"),
         triton_select=_printer("triton_select", "select_source"),
         triton_diagonals=_printer("triton_learned", "diagonals_source"),
         triton_pairs=_printer("triton_learned", "pairs_sources"),
@@ -89,12 +90,18 @@ class Shown:
             spec = replace(spec, backend=Backend.CPU)
         name, piece = check_kernel(self.kernel, program, self.heads, kv_heads)
         if self.backend == "gluon":
-            of_another = f"the kernel {self.kernel!r} has no Hopper lowering"
-            reason = hopper_refusal(program, spec) or layout_refusal(program, spec)
-            if reason := reason if name == "forward" else of_another:
+            refusals = {"forward": hopper_refusal, "gradients": gradients_refusal}
+            reason = f"the kernel {self.kernel!r} has no Hopper lowering"
+            if name in refusals:
+                reason = refusals[name](program, spec) or layout_refusal(program, spec)
+            if reason:
                 raise error("A510", reason, help="choose backend 'triton'")
             spec = replace(spec, backend=Backend.GLUON)
+        elif name == "gradients":
+            raise error("A510", "the kernel 'gradients' is for Hopper alone", help="choose backend 'gluon', or 'dq'")
         match name:
+            case "gradients":
+                return backward_plans(program, spec)[piece].of_keys()
             case "decode":
                 return decode_plan(program, spec, self.rows, Cache(self.page), split=self.backend != "cpu")
             case "dq" | "dkdv":
@@ -106,8 +113,10 @@ class Shown:
     def text(self, plan: ForwardPlan | BackwardPlan | DecodePlan) -> str:
         """What is generated from the plan."""
         if isinstance(plan, BackwardPlan):
-            from attndsl.codegen import cpu_backward, triton_backward
+            from attndsl.codegen import cpu_backward, gluon_backward, triton_backward
 
+            if self.backend == "gluon":
+                return gluon_backward.gradients_source(plan)
             if self.backend == "cpu":
                 return cpu_backward.backward_source(plan)
             return triton_backward.backward_sources(plan)[0 if self.kernel.startswith("dq") else 1]

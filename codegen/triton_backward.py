@@ -164,8 +164,10 @@ class BackwardKernel(KernelWriter, ABC):
 
 
 class DqKernel(BackwardKernel):
-    def __init__(self, plan: BackwardPlan) -> None:
-        super().__init__(plan, DQ, "q k v out dout dq", "[:, None]", (Over.TILE, Over.KEYS))
+    """The kernel of dq, which makes what others read of rows too."""
+
+    def __init__(self, plan: BackwardPlan, function: str = DQ) -> None:
+        super().__init__(plan, function, "q k v out dout dq", "[:, None]", (Over.TILE, Over.KEYS))
         self.visits = self.flows or bool(self.from_pairs)
         # Other kernels of the same file.
         self.beside: tuple[KernelWriter, ...] = ()

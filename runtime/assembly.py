@@ -20,6 +20,7 @@ from attndsl.runtime.build import KernelSource, compile_kernel, parameters
 from attndsl.runtime.call import dim_size
 from attndsl.runtime.decode import FP8, DecodeTensors
 from attndsl.runtime.derive import derived_dtype
+from attndsl.runtime.gluon_backward import GRADIENTS, gradients_parameters
 from attndsl.runtime.triton_backward import DKDV, DQ, backward_parameters
 from attndsl.runtime.triton_decode import DECODE, decode_sources
 from attndsl.runtime.triton_launch import FUNCTION, INTERPRETED, kernel_source, parameter_sources, shared_cache
@@ -63,6 +64,9 @@ def offline_source(plan: ForwardPlan | BackwardPlan | DecodePlan, text: str) -> 
     if isinstance(plan, DecodePlan):
         return _offline_decode(plan, text)
     q, k, v, inputs = meta_tensors(plan)
+    if isinstance(plan, BackwardPlan) and f"def {GRADIENTS}(" in text:
+        given = gradients_parameters(plan, q, k, v, inputs)
+        return kernel_source(plan, text, parameters(text, GRADIENTS), given, aligned=True, function=GRADIENTS)
     if isinstance(plan, BackwardPlan):
         function = DQ if f"def {DQ}(" in text else DKDV
         given = backward_parameters(plan, q, k, v, inputs)

@@ -122,7 +122,11 @@ def _with_layout(type: str) -> str:
 
     element, _, rest = type.removeprefix("tensordesc<").partition("[")
     block = [int(size) for size in rest.removesuffix("]>").split(",")]
-    layout = gl.NVMMASharedLayout.get_default_for(block, {"bf16": gl.bfloat16, "fp16": gl.float16}[element])
+    kind = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}[element]
+    layout = gl.NVMMASharedLayout.get_default_for(block, kind)
+    if len(block) == 2:
+        # A few numbers of a vector lie in a row.
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=kind.primitive_bitwidth, rank=2)
     return f"tensordesc<{element}{block},{layout!r}>"
 
 

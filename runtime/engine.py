@@ -37,7 +37,8 @@ BACKENDS = ("auto", "gluon", "triton", "cpu")
 class Generators:
     """Source printers, handed in by the API: the runtime knows plans, not how they are printed.
 
-    `triton_backward` prints two files: of the kernel of dq, and of that of dk and dv. For inputs that q and k read
+    `triton_backward` prints two files: of the kernel of dq, and of that of dk and dv; `gluon_backward` of a kernel of
+    rows, and of one that makes all three. For inputs that q and k read
     together `triton_diagonals` prints one more, and `triton_pairs` one a read.
     """
 
@@ -46,6 +47,7 @@ class Generators:
     triton_backward: Callable[[BackwardPlan], tuple[str, str]]
     cpu_backward: Callable[[BackwardPlan], str]
     gluon_forward: Callable[[ForwardPlan], str]
+    gluon_backward: Callable[[BackwardPlan], tuple[str, str]]
     triton_select: Callable[[SelectPlan], str]
     triton_diagonals: Callable[[BackwardPlan], str]
     triton_pairs: Callable[[BackwardPlan], Mapping[int, str]]
@@ -128,7 +130,8 @@ class Engine:
             inputs = self._dense(inputs)
             pointers |= self._entries(inputs)
         kind = _kind(q, k, v, inputs, scale, backend, dropout, pointers)
-        key = ("backward", dlse is None, dout.stride(), out.stride(), *kind)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        key = ("backward", deterministic, dlse is None, dout.stride(), out.stride(), *kind)
         launch = self._prepared.get(key)
         if launch is None:
             drops, uses_lse = dropout is not None, dlse is not None
@@ -250,12 +253,15 @@ class Engine:
             functions = tuple(cpu_backward.CpuBackward(plan, self._text(generate, plan)) for plan in plans)
             deriving = self._deriving(plans[0].program, q, k, v, inputs)
             return deriving.backward(cpu_backward.InTurn(functions))
+        from attndsl.runtime import gluon_backward
         from attndsl.runtime.printing import printed_backward
         from attndsl.runtime.triton_backward import prepare_backward
         from attndsl.runtime.triton_launch import INTERPRETED, loads_for, shared_cache
 
         entries = (inputs[i] for i in self._views)
         spec = replace(spec, loads=loads_for(spec, aligned, q, k, v, dout, *entries))
+        if self.tiling is None and not gluon_backward.why_not(program, spec, q, backend):
+            spec = replace(spec, backend=Backend.GLUON)
         cache = None if INTERPRETED else shared_cache()
         kernels = printed_backward(program, spec, uses_lse, self.tiling, self.generators, cache)
         deriving = self._deriving(kernels.pieces[0][0].program, q, k, v, inputs)

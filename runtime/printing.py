@@ -82,7 +82,8 @@ def printed_forward(
 class PrintedBackward:
     """The backward kernels of a kind of call.
 
-    `pieces`: of each piece its plan, the text of dq and that of dk and dv. `diagonals`, `pairs`: for inputs that q and
+    `pieces`: of each piece its plan, the text of dq and that of dk and dv (on Hopper those of the kernel of rows and of
+    the one of all three). `diagonals`, `pairs`: for inputs that q and
     k read together, a plan and its text, or one text for each read.
     """
 
@@ -99,8 +100,9 @@ def printed_backward(
     def make() -> dict[str, bytes]:
         plans = backward_plans(program, spec, None if tiling is None else (tiling, tiling), uses_lse=uses_lse)
         texts: dict[str, str] = {}
+        printer = printers.gluon_backward if spec.backend is Backend.GLUON else printers.triton_backward
         for n, plan in enumerate(plans, 1):
-            texts[_DQ.format(n)], texts[_DKDV.format(n)] = printers.triton_backward(plan)
+            texts[_DQ.format(n)], texts[_DKDV.format(n)] = printer(plan)
         # These go over the whole pattern; what they need to know of scores the first piece's plan says.
         found, square = {x.over for x in plans[0].learned}, _square(tiling) or learning_tiling(spec)
         diagonals = pairs = None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attndsl.learned import Learned, Over
-from attndsl.plan import BackwardPlan
+from attndsl.plan import Backend, BackwardPlan
 from attndsl.runtime.call import call_shape
 from attndsl.runtime.dropout import PARAMETERS, Dropout
 from attndsl.runtime.engine import Gradients, default_scale, empty_gradient, empty_output, in_order_of
@@ -166,7 +166,7 @@ class InTurn:
 
 def prepare_backward(
     kernels: PrintedBackward, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], aligned: bool
-) -> InTurn:
+) -> Callable[..., Gradients]:
     """The launch of a kind of call."""
     from attndsl.runtime.triton_learned import DiagonalSums, PairSums
 
@@ -178,6 +178,11 @@ def prepare_backward(
         plan, texts = kernels.pairs
         for n, text in texts.items():
             further.append(functools.partial(PairSums, plan, text, n, dout, q, k, v, inputs, aligned))
+    if kernels.pieces[0][0].spec.backend is Backend.GLUON:
+        from attndsl.runtime.gluon_backward import GluonBackward
+
+        (kernel,) = kernels.pieces
+        return GluonBackward(*kernel, dout, q, k, v, inputs, aligned)
     made: type[TritonBackward] = TritonBackward
     if kernels.pieces[0][0].gathered is not None:
         from attndsl.runtime.triton_gathered import GatheredBackward

@@ -27,7 +27,7 @@ from attndsl.runtime.entries import keys_of
 from attndsl.runtime.launcher import Descriptor, Slot, launcher
 from attndsl.runtime.load import load_source
 from attndsl.runtime.triton_version import interpreted, version
-from attndsl.targets import has_tensor_copies, hopper_refusal
+from attndsl.targets import GLUON_VERSIONS, has_tensor_copies, hopper_refusal
 
 INTERPRETED = interpreted()
 FUNCTION = "attention_forward"
@@ -46,10 +46,6 @@ STRIDE_ALIGNMENT = 8
 def shared_cache() -> KernelCache:
     """The process's kernel cache."""
     return KernelCache()
-
-
-# Gluon's interface moves between releases: the versions that the Hopper lowering was tested on.
-GLUON_VERSIONS = ("3.6.",)
 
 
 def why_not_gluon(program: Program, spec: Spec, q: Tensor) -> str:
@@ -221,7 +217,7 @@ def parameter_sources(plan: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Se
             (2, "v", v, block_k),
             (_OUT, "out", out, half),
         ):
-            found[f"{name}_desc"] = _descriptor(plan.spec, index, x, rows, x.shape[3])
+            found[f"{name}_desc"] = descriptor(plan.spec, index, x, rows, x.shape[3])
     return found | program_sources(plan, shape, inputs, q.device)
 
 
@@ -250,16 +246,14 @@ def program_sources(plan: Planned, shape: CallShape, inputs: Sequence[Tensor], d
 
 def descriptors(spec: Spec, name: str, index: int, x: Tensor, rows: int) -> dict[str, Descriptor]:
     """Descriptors of tiles of `rows` rows of the call's value `index`, one for each part of the head dimension."""
-    return {
-        f"{name}_desc{part.suffix}": _descriptor(spec, index, x, rows, part.size) for part in head_parts(x.shape[3])
-    }
+    return {f"{name}_desc{part.suffix}": descriptor(spec, index, x, rows, part.size) for part in head_parts(x.shape[3])}
 
 
-def _descriptor(spec: Spec, index: int, x: Tensor, rows: int, columns: int) -> Descriptor:
+def descriptor(spec: Spec, index: int, x: Tensor, rows: int, columns: int) -> Descriptor:
+    """A descriptor of tiles of the call's value `index`, of the plan's dtype or in float32."""
     block = (1, 1, rows, columns)
-    return Descriptor(
-        index, tuple(x.shape), tuple(x.stride()), block, f"tensordesc<{ELEMENT[spec.dtype]}{list(block)}>"
-    )
+    element = "fp32" if x.dtype is torch.float32 else ELEMENT[spec.dtype]
+    return Descriptor(index, tuple(x.shape), tuple(x.stride()), block, f"tensordesc<{element}{list(block)}>")
 
 
 def without_memory(x: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +31,7 @@ class Decode:
 @dataclass(frozen=True)
 class Job:
     """A piece's kernel at the default tiling, forward or `decode`. `tiling`: another one (block_q, block_k, warps,
-    stages)."""
+    stages). `hopper`: the Hopper lowering, of the forward kernel or of the one of all gradients."""
 
     text: str
     target: str
@@ -41,11 +42,16 @@ class Job:
     tiling: tuple[int, int, int, int] | None = None
     piece: int = 0
     decode: Decode | None = None
+    hopper: Literal["", "forward", "gradients"] = ""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a kernel came to. `spills`: bytes of stack, or registers spilled. `shared`: bytes of shared memory."""
+    """What a kernel came to. `spills`: bytes of stack, or registers spilled. `shared`: bytes of shared memory.
+
+    `in_loops`: accesses to spilled registers in the innermost loops around products. `drained`: how often all products
+    are waited for, in relation to them: 1 where the assembler put one after the other.
+    """
 
     spills: int
     registers: int
@@ -53,6 +59,8 @@ class Found:
     wgmma: bool
     tensor_copies: bool
     triton: str
+    in_loops: int = 0
+    drained: float = 0.0
 
 
 def compile_all(jobs: Sequence[Job]) -> list[Found]:
@@ -81,13 +89,15 @@ def compile_one(job: Job) -> Found:
     from attndsl.codegen.triton_forward import forward_source
     from attndsl.decode import Cache, decode_plan
     from attndsl.piece_plans import forward_plans
-    from attndsl.plan import DType, Loads, Spec, Tiling
+    from attndsl.plan import Backend, DType, Loads, Spec, Tiling
     from attndsl.runtime.assembly import offline_source
     from attndsl.runtime.build import compile_kernel
 
     spec = Spec(*job.heads, job.dim, job.dim, DType(job.dtype), job.target, Loads(job.loads))
     tiling = Tiling(*job.tiling) if job.tiling else None
     program = attndsl.compile(job.text).program
+    if job.hopper:
+        return compile_hopper(job, program, replace(spec, backend=Backend.GLUON))
     if job.decode is None:
         plan = forward_plans(program, spec, tiling)[job.piece]
         source = offline_source(plan, forward_source(plan))
@@ -110,6 +120,45 @@ def compile_one(job: Job) -> Found:
     spills = int(used["STACK"]) + int(used["LOCAL"])
     copies = "cp.async.bulk.tensor" in ptx
     return Found(spills, int(used["REG"]), shared, "wgmma.mma_async" in ptx, copies, triton.__version__)
+
+
+def compile_hopper(job: Job, program: Any, spec: Any) -> Found:
+    import triton
+
+    from attndsl.codegen.gluon_backward import gradients_source
+    from attndsl.codegen.gluon_forward import forward_source
+    from attndsl.piece_plans import backward_plans, forward_plans
+    from attndsl.runtime.assembly import assembly, offline_source
+    from attndsl.runtime.build import compile_kernel
+
+    if job.hopper == "forward":
+        plan: Any = forward_plans(program, spec)[0]
+        text = forward_source(plan)
+    else:
+        plan = backward_plans(program, spec)[0].of_keys()
+        text = gradients_source(plan)
+    kernel = compile_kernel(offline_source(plan, text), job.target)
+    code, ptx, used = assembly(plan, text, "sass"), kernel.text("ptx"), _resources(kernel.binary)
+    products, waits = code.count("HGMMA"), len(re.findall(r"WARPGROUP.DEPBAR.LE gsb0, 0x0", code))
+    return Found(
+        int(used["STACK"]) + int(used["LOCAL"]), int(used["REG"]), int(kernel.metadata["shared"]),
+        "wgmma.mma_async" in ptx, "cp.async.bulk.tensor" in ptx, triton.__version__, spilled_in_loops(code),
+        waits / products,
+    )  # fmt: skip
+
+
+def spilled_in_loops(code: str) -> int:
+    """Loads and stores of spilled registers in the innermost loops of machine code that hold products."""
+    lines = code.splitlines()
+    labels = {line.strip().rstrip(":"): n for n, line in enumerate(lines) if re.match(r"\.L_\w+:", line.strip())}
+    loops = []
+    for n, line in enumerate(lines):
+        target = re.search(r"BRA `\((\.L_\w+)\)", line)
+        if target and labels.get(target[1], n) < n:
+            loops.append((labels[target[1]], n))
+    loops = [(a, b) for a, b in loops if any("HGMMA" in line for line in lines[a:b])]
+    innermost = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+    return sum(len(re.findall(r"\b(?:LDL|STL)\b", line)) for a, b in innermost for line in lines[a:b])
 
 
 def _resources(cubin: bytes) -> dict[str, str]:

@@ -1,0 +1,96 @@
+"""The Hopper lowering compiled without a GPU: the instructions that make it fast, and none that make it slow."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import triton
+from hypothesis import settings
+
+import attndsl
+from attndsl.targets import gradients_refusal, hopper_refusal, layout_refusal, make_spec
+from tests.offline import ROOT, Found, Job, compile_all
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+EXAMPLES = sorted((ROOT / "examples" / "patterns").glob("*.attn"))
+# Bytes of shared memory that a program may have on sm_90.
+SHARED = 232448
+offline = pytest.mark.skipif(
+    not triton.__version__.startswith("3.6.")
+    or (not (TOOLS / "cuobjdump").exists() and shutil.which("cuobjdump") is None),
+    reason="the lowering is for triton 3.6, and read by its cuobjdump",
+)
+
+
+def jobs(path: Path) -> list[Job]:
+    """The kernels that an example has for Hopper."""
+    text, spec = path.read_text(encoding="utf-8"), make_spec("sm_90", "triton", 8, 8, 128)
+    try:
+        program = attndsl.compile(text).program
+    except attndsl.PatternError:
+        return []  # It needs parameters.
+    if not program.plain or layout_refusal(program, spec):
+        return []
+    refusals = (("forward", hopper_refusal), ("gradients", gradients_refusal))
+    return [
+        Job(text, "cuda:90", 128, "descriptor", hopper=kernel)  # type: ignore[arg-type]
+        for kernel, refusal in refusals
+        if not refusal(program, spec)
+    ]
+
+
+def good(found: Found) -> bool:
+    """Products of the hardware's own kind, none waiting for the one before, and tiles copied by hardware; what is
+    spilled is a few scalars of a block."""
+    fits = found.shared <= SHARED and found.spills <= 512
+    return found.wgmma and found.tensor_copies and found.drained < 0.2 and fits
+
+
+def verify(chosen: list[Job]) -> None:
+    problems = [f"{x}: {found}" for x, found in zip(chosen, compile_all(chosen), strict=True) if not good(found)]
+    assert not problems, "\n".join(problems)
+
+
+@offline
+def test_examples_compile_to_products_side_by_side() -> None:
+    verify([job for path in EXAMPLES if path.stem in ("documents", "streaming") for job in jobs(path)])
+
+
+@offline
+def test_plain_patterns_spill_next_to_nothing() -> None:
+    for found in compile_all([Job("causal", "cuda:90", 128, "descriptor", hopper=x) for x in ("forward", "gradients")]):
+        assert good(found) and found.spills <= 64, found
+
+
+@offline
+@pytest.mark.skipif(settings().max_examples < 1000, reason="only with --hypothesis-profile=thorough: minutes")
+@pytest.mark.filterwarnings("ignore::attndsl.PatternWarning")
+def test_every_example_compiles() -> None:
+    found = {path.stem: jobs(path) for path in EXAMPLES}
+    assert {"alibi", "block_diffusion", "documents", "prefix", "streaming", "tree"} <= {
+        x for x, of in found.items() if of
+    }
+    verify([job for of in found.values() for job in of])
+
+
+def test_what_has_no_lowering_says_so() -> None:
+    spec = make_spec("sm_90", "triton", 8, 8, 128)
+    learned = attndsl.compile(
+        "attention a { input t : float[h] learnable\n softmax with sink t[h]\n attend causal }"
+    ).program
+    assert not hopper_refusal(learned, spec)
+    assert "learnable" in gradients_refusal(learned, spec)
+    causal = attndsl.compile("causal").program
+    assert not gradients_refusal(causal, spec)
+    assert "128" in gradients_refusal(causal, make_spec("sm_90", "triton", 8, 8, 64))
+    assert "sm_90" in gradients_refusal(causal, make_spec("sm_80", "triton", 8, 8, 128))
+
+
+def test_the_kernel_of_all_gradients_is_for_hopper_alone() -> None:
+    attn = attndsl.compile("causal & window(64)")
+    text = attn.source("gradients", backend="gluon", target="sm_90", heads=8, kv_heads=2, dim=128)
+    assert "add_shared_to_global(dq_desc" in text and "for member in range(4):" in text
+    with pytest.raises(attndsl.PatternError, match="for Hopper alone"):
+        attn.source("gradients", target="sm_90")
