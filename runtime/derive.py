@@ -39,7 +39,7 @@ from attndsl.relation import Lowering
 from attndsl.runtime.call import dim_size
 from attndsl.runtime.cuts import document_ends, make_cut
 from attndsl.runtime.engine import Gradients, table_tensor
-from attndsl.runtime.plans import Listing, chosen_members, list_size, listed, of_heads, run_ends
+from attndsl.runtime.plans import Listing, chosen_members, list_size, maker, of_heads, run_ends
 from attndsl.runtime.values import Values, mix64, ordered
 from attndsl.simplify import fold
 
@@ -93,6 +93,8 @@ class Deriver:
     _fixed: frozenset[str] = field(init=False)
     _conditions: dict[str, Scalar] = field(init=False)
     _tables: dict[str, Tensor] = field(init=False)
+    # What makes lists, by their input and a stream; there are few of either.
+    _makers: dict[tuple[str, int], Callable[[Tensor], Tensor]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Raises `PatternError` (A519) where a derived input would take too much of a call."""
@@ -207,19 +209,19 @@ class Deriver:
                 assert_never(decl.derivation)
 
     def _list(self, decl: InputDecl, d: TileList | Gathering, plan: Tensor, values: Callable[[], Values]) -> Tensor:
-        blocks = (1, d.keys) if isinstance(d, Gathering) else (d.block_q, d.block_k)
-        name, first = f"ends of {decl.name} in {blocks}", self.shape.first_position(self.program)
-        kept = self._kept_here()
-        ends = kept.get(name)
-        if ends is None:
-            q_len, k_len = self._lengths(1)
-            ends = run_ends(d, values().at(start=first, i_start=first, Nq=q_len, Nk=k_len))
-            nodes = (x for run in d.runs.full + d.runs.partial for e in (run.first, run.count) for x in walk(e))
-            if not any(isinstance(x, Arg | Read) for x in nodes):
-                # They follow from the call's sizes alone.
-                kept[name] = ends
-        plan = of_heads(plan, self.program.input(d.plan).dims, decl, self.shape)
-        return listed(Listing(d, self.shape, plan, ends, first), decl)
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        if (make := self._makers.get((decl.name, stream))) is not None:
+            return make(plan)
+        first, dims = self.shape.first_position(self.program), self.program.input(d.plan).dims
+        q_len, k_len = self._lengths(1)
+        ends = run_ends(d, values().at(start=first, i_start=first, Nq=q_len, Nk=k_len))
+        make = maker(Listing(d, self.shape, of_heads(plan, dims, decl, self.shape), ends, first), decl)
+        nodes = (x for run in d.runs.full + d.runs.partial for e in (run.first, run.count) for x in walk(e))
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if not capturing and not any(isinstance(x, Arg | Read) for x in nodes):
+            # What tiles a plan may choose follows from the call's sizes alone.
+            self._makers[decl.name, stream] = lambda plan: make(of_heads(plan, dims, decl, self.shape))
+        return make(of_heads(plan, dims, decl, self.shape))
 
     def _offsets(self, decl: InputDecl, ids: Tensor) -> Tensor:
         """Each token's distance from the first of its run of equal ids."""

@@ -197,3 +197,26 @@ def place_by_keys(
     counts = counts_ptr + head.to(tl.int64) * counts_head
     before = tl.load(counts + at - 1, mask=(group >= 0) & (at > 0), other=0)
     tl.store(out_ptr + head.to(tl.int64) * out_head + begin + before + rank, code, mask=group >= 0)
+
+
+@triton.jit
+def head_by_keys(
+    counts_ptr,
+    counts_head,
+    out_ptr,
+    out_head,
+    k_tiles,
+    chunks,
+    begin,
+    blocks,
+):
+    """Where the entries of each key tile begin, where those of kind 1 do, and where they end."""
+    head = tl.program_id(0) // blocks
+    k_tile = tl.program_id(0) % blocks * 128 + tl.arange(0, 128)
+    counts = counts_ptr + head.to(tl.int64) * counts_head
+    out = out_ptr + head.to(tl.int64) * out_head + 3 * k_tile
+    there = k_tile < k_tiles
+    for i in range(3):
+        groups = (2 * k_tile + i).to(tl.int64)
+        before = tl.load(counts + groups * chunks - 1, mask=there & (groups > 0), other=0)
+        tl.store(out + i, begin + before, mask=there)

@@ -8,7 +8,7 @@ Nothing here waits for the device. Lists are made by kernels (`lists.py`) where 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -165,21 +165,44 @@ def gathered_tiles(d: Gathering, shape: CallShape, slots: int) -> int:
     return -(-shape.rows * slots // d.block) + 2 * -(-shape.k_len // d.keys)
 
 
+def maker(found: Listing, decl: InputDecl) -> lists.Maker:
+    """What makes a derived list, of this plan or of another with its sizes and strides."""
+    d, batch, heads = found.d, *(max(a, b) for a, b in zip(found.plan.shape[:2], found.ends.shape[:2], strict=True))
+    axes = [dim.axis for dim in decl.dims]
+
+    def of(plan: Tensor) -> Listing:
+        return replace(found, plan=plan.expand(batch, heads, -1, -1))
+
+    def in_dims(make: lists.Maker) -> lists.Maker:
+        def made(plan: Tensor) -> Tensor:
+            whole = make(plan)
+            whole = whole if Axis.H in axes or Axis.G in axes else whole[:, 0]
+            return whole if Axis.B in axes else whole[0]
+
+        return made
+
+    kernels = _kernels(of(found.plan)) if of(found.plan).by_kernels else None
+    if isinstance(d, Gathering):
+        return in_dims(lambda plan: _gathering(of(plan), d, kernels))
+    if kernels is not None:
+        return in_dims(kernels)
+    return in_dims(lambda plan: _of_keys(of(plan)) if d.of_keys else _of_queries(of(plan)))
+
+
 def listed(found: Listing, decl: InputDecl) -> Tensor:
     """What a derived list holds, in the dimensions that it has."""
-    batch, heads = (max(a, b) for a, b in zip(found.plan.shape[:2], found.ends.shape[:2], strict=True))
-    found = _expanded(found, batch, heads)
-    if isinstance(found.d, Gathering):
-        made = _gathering(found, found.d)
-    else:
-        made = _of_keys(found) if found.d.of_keys else _of_queries(found)
-    axes = [dim.axis for dim in decl.dims]
-    made = made if Axis.H in axes or Axis.G in axes else made[:, 0]
-    return made if Axis.B in axes else made[0]
+    return maker(found, decl)(found.plan)
 
 
-def _expanded(found: Listing, batch: int, heads: int) -> Listing:
-    return Listing(found.d, found.shape, found.plan.expand(batch, heads, -1, -1), found.ends, found.first)
+def _kernels(found: Listing) -> lists.Maker:
+    """The kernels that make a list, or of gathered rows the entries."""
+    d = found.d
+    if isinstance(d, Gathering):
+        head = LIST_HEAD * (found.members + gathered_tiles(d, found.shape, found.slots))
+        return lists.by_keys(found.plan, found.ends[0], found.sizes, head, codes=max(1, found.slots))
+    if d.of_keys:
+        return lists.by_keys(found.plan, found.ends[0], found.sizes, LIST_HEAD * found.k_tiles, codes=0)
+    return lists.by_queries(found.plan, found.ends[0], found.sizes)
 
 
 def _block_q(d: TileList | Gathering) -> int:
@@ -188,8 +211,6 @@ def _block_q(d: TileList | Gathering) -> int:
 
 def _of_queries(found: Listing) -> Tensor:
     """Lists of query tiles: each has as much room as the others."""
-    if found.by_kernels:
-        return lists.by_queries(found.plan, found.ends[0], found.sizes)
     kind, k_tile = _kinds(found)
     tiles = torch.where(kind < 2, kind * found.k_tiles + k_tile, 2 * found.k_tiles).sort(-1).values
     q_tiles, entries = kind.shape[2:]
@@ -201,53 +222,48 @@ def _of_queries(found: Listing) -> Tensor:
 
 def _of_keys(found: Listing) -> Tensor:
     """Lists of key tiles, one after another."""
-    made, places = _by_keys(found, LIST_HEAD * found.k_tiles, codes=0)
-    made[..., : LIST_HEAD * found.k_tiles] = places.flatten(2)
-    return made
+    return _by_keys(found, LIST_HEAD * found.k_tiles, codes=0)
 
 
-def _gathering(found: Listing, d: Gathering) -> Tensor:
+def _gathering(found: Listing, d: Gathering, kernels: lists.Maker | None) -> Tensor:
     """The entries of members, and the query tiles that they make."""
     count = gathered_tiles(d, found.shape, found.slots)
     head = LIST_HEAD * (found.members + count)
-    made, places = _by_keys(found, head, codes=max(1, found.slots))
+    made = _by_keys(found, head, max(1, found.slots)) if kernels is None else kernels(found.plan)
+    if not found.members:
+        return made
     # A tile is of one member, and of entries of one kind.
+    places = made[..., : LIST_HEAD * found.members].unflatten(-1, (-1, LIST_HEAD))
     begin, size = places[..., :2].flatten(2), places.diff(dim=-1).flatten(2)
     last = ((size + d.block - 1) // d.block).cumsum(-1, dtype=torch.int32)
     tile = torch.arange(count, dtype=torch.int32, device=last.device).expand(*last.shape[:2], -1).contiguous()
-    group = torch.searchsorted(last, tile, right=True).clamp(max=max(0, 2 * found.members - 1))
-    earlier = pad(last, (1, 0))[..., :-1]
+    group = torch.searchsorted(last, tile, right=True).clamp(max=2 * found.members - 1)
 
     def of(x: Tensor) -> Tensor:
         return x.gather(-1, group)
 
-    if found.members:
-        first = of(begin) + (tile - of(earlier)) * d.block
-        end = torch.minimum(first + d.block, of(begin) + of(size))
-        # The same place twice where a tile is not needed.
-        tiles = torch.stack((group, first, torch.where(tile < last[..., -1:], end, first)), -1)
-        made[..., LIST_HEAD * found.members : head] = tiles.flatten(2)
-    made[..., : LIST_HEAD * found.members] = places.flatten(2)
+    first = of(begin) + (tile - of(pad(last, (1, 0))[..., :-1])) * d.block
+    end = torch.minimum(first + d.block, of(begin) + of(size))
+    # The same place twice where a tile is not needed.
+    tiles = torch.stack((group, first, torch.where(tile < last[..., -1:], end, first)), -1)
+    made[..., LIST_HEAD * found.members : head] = tiles.flatten(2)
     return made
 
 
-def _by_keys(found: Listing, head: int, codes: int) -> tuple[Tensor, Tensor]:
-    """int32 [batch, heads, head + entries], the first `head` numbers of it left open, and the places [batch, heads, key
-    tiles, 3] where the entries of each kind begin, and where they end. codes: as `lists.by_keys` has it."""
-    if found.by_kernels:
-        made, ends = lists.by_keys(found.plan, found.ends[0], found.sizes, head, codes)
-        places = ends + head
-    else:
-        kind, k_tile = _kinds(found)
-        q_tile = torch.arange(kind.shape[2], device=kind.device).view(-1, 1)
-        code = q_tile * codes + torch.arange(kind.shape[3], device=kind.device) if codes else q_tile
-        most = max(1, kind.shape[2] * max(1, codes))
-        place = torch.where(kind < 2, (2 * k_tile + kind) * most + code, 2 * found.k_tiles * most)
-        place = place.flatten(2).sort(-1).values
-        ends = torch.arange(2 * found.k_tiles + 1, device=kind.device) * most
-        places = torch.searchsorted(place, ends.expand(*place.shape[:2], -1).contiguous()) + head
-        made = torch.cat((place.new_zeros(*place.shape[:2], head), place % most), -1).to(torch.int32)
-    return made, torch.stack((places[..., :-2:2], places[..., 1::2], places[..., 2::2]), -1).to(torch.int32)
+def _by_keys(found: Listing, head: int, codes: int) -> Tensor:
+    """As `lists.by_keys` has it, by torch."""
+    kind, k_tile = _kinds(found)
+    q_tile = torch.arange(kind.shape[2], device=kind.device).view(-1, 1)
+    code = q_tile * codes + torch.arange(kind.shape[3], device=kind.device) if codes else q_tile
+    most = max(1, kind.shape[2] * max(1, codes))
+    place = torch.where(kind < 2, (2 * k_tile + kind) * most + code, 2 * found.k_tiles * most)
+    place = place.flatten(2).sort(-1).values
+    ends = torch.arange(2 * found.k_tiles + 1, device=kind.device) * most
+    places = torch.searchsorted(place, ends.expand(*place.shape[:2], -1).contiguous()) + head
+    made = torch.cat((place.new_zeros(*place.shape[:2], head), place % most), -1).to(torch.int32)
+    of_tiles = torch.stack((places[..., :-2:2], places[..., 1::2], places[..., 2::2]), -1)
+    made[..., : LIST_HEAD * found.k_tiles] = of_tiles.flatten(2)
+    return made
 
 
 def _kinds(found: Listing) -> tuple[Tensor, Tensor]:
