@@ -72,7 +72,7 @@ class Planner:
 
     def input(self, name: str) -> Tensor:
         """The plan as the input that it is to what attends it."""
-        return _as_input(self.plan(name), plan_input(self.program.selection(name)))
+        return as_input(self.plan(name), plan_input(self.program.selection(name)))
 
     def _made(self, selection: Selection) -> Tensor:
         read = [self.input(name) for name in _reads(selection, self.program)]
@@ -109,11 +109,11 @@ def with_given_plans(
                 help=f"pass plans={{'{decl.name}': …}}; a `PagedCache` with bounds makes those of Quest",
             )  # fmt: skip
         selection = program.selection(decl.name)
-        found.append(_as_input(_checked(program, selection, shape, given[decl.name], device), decl))
+        found.append(as_input(_checked(program, selection, shape, given[decl.name], device), decl))
     return found
 
 
-def _as_input(plan: Tensor, decl: InputDecl) -> Tensor:
+def as_input(plan: Tensor, decl: InputDecl) -> Tensor:
     """A plan [B, H', R, C] as the input that it is: without the dimensions that it has for nothing."""
     axes = [dim.axis.value for dim in decl.dims]
     if "q" not in axes:

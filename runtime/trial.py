@@ -17,10 +17,12 @@ from attndsl.blockgraph import block_graph
 from attndsl.diagnostics import error
 from attndsl.pairs import allowed, count_pairs, nodes, too_dense
 from attndsl.plan import default_tiling
+from attndsl.plans import own_program
 from attndsl.program import Axis, CallShape, Dim, InputDecl, On, Permuted, Program, Type
 from attndsl.runtime.call import device_target, dim_size
 from attndsl.runtime.engine import BACKENDS
 from attndsl.runtime.reference import reference
+from attndsl.runtime.select_op import as_input
 from attndsl.targets import DTYPE_NAMES, make_spec
 
 # Length of the call of which every row is checked, and rows of the timed one that are.
@@ -108,12 +110,13 @@ def trial(attend: Attend, program: Program, options: Options) -> Trial:
 
     generator = torch.Generator().manual_seed(options.seed)
     whole = replace(shape, rows=min(CHECKED_LENGTH, shape.rows), k_len=min(CHECKED_LENGTH, shape.k_len))
-    checks = [_check_all(call, program, whole, args, dtype, device, generator)]
+    checks = [_check_all(attend, call, program, whole, args, dtype, device, generator)]
     q, k, v, inputs = example_call(program, shape, dtype, device, generator)
     with torch.no_grad():
         out = call(q, k, v, inputs)
+        given, inputs = inputs, inputs | _plans(attend, program, q, k, inputs, args)
         checks += _check_last(out, program, shape, args, q, k, v, inputs)
-        ms = _milliseconds(lambda: call(q, k, v, inputs), device)
+        ms = _milliseconds(lambda: call(q, k, v, given), device)
         dense_ms, why = None, "not asked for"
         if options.dense:
             dense_ms, why = _dense(program, shape, args, q, k, v, inputs)
@@ -133,7 +136,7 @@ def trial(attend: Attend, program: Program, options: Options) -> Trial:
     return Trial(
         shape, str(dtype).removeprefix("torch."), _device_name(device),
         options.backend if options.backend != "auto" else spec.target.partition(":")[0].replace("cuda", "triton"),
-        tuple((decl.name, _said(decl, program)) for decl in program.inputs), pairs, density,
+        tuple((decl.name, _said(decl, program)) for decl in own_program(program).inputs), pairs, density,
         sum(check[2] for check in checks), worst[0], worst[1], ms, dense_ms, why,
     )  # fmt: skip
 
@@ -165,8 +168,19 @@ def example_call(
 
     q = normal(shape.heads, shape.rows, shape.dim)
     k, v = (normal(shape.kv_heads, shape.k_len, dim) for dim in (shape.dim, shape.v_dim))
-    inputs = {decl.name: _example(decl, program, shape, generator).to(device) for decl in program.inputs}
+    declared = own_program(program).inputs
+    inputs = {decl.name: _example(decl, program, shape, generator).to(device) for decl in declared}
     return q, k, v, inputs
+
+
+def _plans(
+    attend: Any, program: Program, q: Tensor, k: Tensor, inputs: Mapping[str, Tensor], args: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """What the program's selections choose, as the inputs that plans are: the oracle attends to the same."""
+    if not program.selections:
+        return {}
+    found = attend.plan(q, k, **inputs, **args)
+    return {decl.name: as_input(found[decl.name], decl) for decl in program.inputs if decl.name in found}
 
 
 def _example(decl: InputDecl, program: Program, shape: CallShape, generator: torch.Generator) -> Tensor:
@@ -216,13 +230,15 @@ _Check = tuple[float, float, int]
 
 
 def _check_all(
-    call: Callable[..., Tensor], program: Program, shape: CallShape, args: Mapping[str, int], dtype: torch.dtype,
-    device: torch.device, generator: torch.Generator,
+    attend: Any, call: Callable[..., Tensor], program: Program, shape: CallShape, args: Mapping[str, int],
+    dtype: torch.dtype, device: torch.device, generator: torch.Generator,
 ) -> _Check:  # fmt: skip
     """Every row of a short call."""
     q, k, v, inputs = example_call(program, shape, dtype, device, generator)
     with torch.no_grad():
-        return _compared(call(q, k, v, inputs), reference(program, q, k, v, inputs, args))
+        out = call(q, k, v, inputs)
+        plans = _plans(attend, program, q, k, inputs, args)
+        return _compared(out, reference(program, q, k, v, inputs | plans, args))
 
 
 def _check_last(
