@@ -116,7 +116,7 @@ def _by_boxes(program: Program, heads: tuple[int, int]) -> Choice | None:
         return None
     rest, boxes = found
     first = () if rest is None else (Piece(PLAIN, rest),)
-    return Choice((*first, *boxes), note=f"{len(boxes)} of boxes, products of sets along the axes")
+    return Choice((*first, *boxes), note=f"products of sets along the axes: pieces by boxes, {len(boxes)} of them")
 
 
 def _reads_derived(program: Program, relation: Relation) -> bool:

@@ -136,6 +136,36 @@ def neighborhood_refuses(sizes: Sizes) -> str:
     return "" if fits else f"the grid needs a multiple of {GRID_WIDTH} tokens, at least {13 * GRID_WIDTH}"
 
 
+VIDEO = (30, 48, 80)
+VIDEO_TEXT = """\
+attention video {
+    axes t[30], y[48], x[80]
+    attend neighborhood(7) on t & neighborhood(13) on (y, x)
+}
+"""
+
+
+def video_rule(_sizes: Sizes, _inputs: Inputs) -> MaskRule:
+    """A window of 7 frames, 13 rows and 13 columns that moves inwards at the borders."""
+    _, height, width = VIDEO
+
+    def axis(x: Tensor, y: Tensor, length: int, window: int) -> Tensor:
+        first = torch.clamp(x - window // 2, 0, length - window)
+        return (first <= y) & (y < first + window)
+
+    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        frames = axis(q // (height * width), k // (height * width), VIDEO[0], 7)
+        rows = axis(q // width % height, k // width % height, height, 13)
+        return frames & rows & axis(q % width, k % width, width, 13)
+
+    return rule
+
+
+def video_refuses(sizes: Sizes) -> str:
+    tokens = VIDEO[0] * VIDEO[1] * VIDEO[2]
+    return "" if sizes.n == tokens else f"a video of 30 x 48 x 80 has {tokens} tokens"
+
+
 def routed_blocks(sizes: Sizes) -> Inputs:
     """keep: int32 [heads, n/64, 9], a plan: for each row of blocks its own and 8 earlier ones, drawn at random."""
     blocks = -(-sizes.n // 64)
@@ -215,6 +245,13 @@ ALL_ROWS: tuple[Row, ...] = (
         neighborhood_text,
         neighborhood_rule,
         refuses=neighborhood_refuses,
+    ),
+    Row(
+        "video",
+        "neighborhood 7x13x13, 30x48x80",
+        lambda _: VIDEO_TEXT,
+        video_rule,
+        refuses=video_refuses,
     ),
     Row(
         "routed",

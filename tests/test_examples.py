@@ -89,6 +89,17 @@ def test_area_is_the_closed_form(name: str, n: int, pairs: int) -> None:
     assert rows.count_pairs(row, sizes, row.inputs(sizes)) == 2 * pairs
 
 
+def test_a_video_has_a_length_of_its_own() -> None:
+    row = rows.ROWS["video"]
+    assert row.refuses(small(2048)) and not row.refuses(small(115200))
+    rule, token = row.rule(small(115200), {}), torch.arange(115200)
+    # A corner, and a place in the middle, each with its whole window.
+    for place, first in ((0, (0, 0, 0)), (15 * 3840 + 24 * 80 + 40, (12, 18, 34))):
+        seen = rule(torch.tensor(0), torch.tensor(0), torch.tensor(place), token).reshape(30, 48, 80)
+        window = tuple(slice(a, a + n) for a, n in zip(first, (7, 13, 13), strict=True))
+        assert seen[window].all() and int(seen.sum()) == 7 * 13 * 13
+
+
 def test_routed_rows_have_their_own_block_and_eight_earlier_ones() -> None:
     row, sizes = rows.ROWS["routed"], small(1024, heads=3)
     chosen = row.inputs(sizes)["sel"]
