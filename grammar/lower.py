@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 
 from attndsl import syntax as ast
 from attndsl.diagnostics import Diagnostic, Source
@@ -126,7 +126,7 @@ class _Library(Scope):
 @cache
 def standard_library() -> Scope:
     """The scope around every text's own."""
-    return _Library(files("attndsl.grammar").joinpath("std.attn").read_text("utf-8"))
+    return _Library(Path(__file__).with_name("std.attn").read_text("utf-8"))
 
 
 def _context(parsed: Parsed, report: Report) -> Context:

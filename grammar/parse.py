@@ -11,7 +11,7 @@ from lark.parsers.lalr_interactive_parser import InteractiveParser
 from attndsl import syntax as ast
 from attndsl.diagnostics import Source, Span
 from attndsl.grammar.build import build
-from attndsl.grammar.parser_tables import parser
+from attndsl.grammar.parser_tables import lex, parser
 from attndsl.grammar.report import Report, TooLarge, nearest
 from attndsl.grammar.source import MAX_BYTES, too_long
 
@@ -115,7 +115,7 @@ def _tokens(source: Source, report: Report) -> tuple[Token, ...]:
     text, offset, found = source.text, 0, list[Token]()
     while True:
         try:
-            for token in parser().lex(text[offset:] if offset else text):
+            for token in lex(text[offset:] if offset else text):
                 if len(found) == MAX_TOKENS:
                     at = _shifted(token, offset)
                     raise report.fatal(

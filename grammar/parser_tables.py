@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import lark
-from lark import Lark
+from lark import Lark, Token
 from lark.grammar import Rule
-from lark.lexer import TerminalDef
+from lark.lexer import LexerThread, TerminalDef
 from lark.parsers.lalr_analysis import Reduce, Shift
 
 GRAMMAR = "attn.lark"
 TABLES = "attn.tables.json"
 
 
+def _beside(name: str) -> Path:
+    # Not through importlib.resources, whose import takes a millisecond or two.
+    return Path(__file__).with_name(name)
+
+
 def grammar() -> str:
-    return files("attndsl.grammar").joinpath(GRAMMAR).read_text("utf-8")
+    return _beside(GRAMMAR).read_text("utf-8")
 
 
 def digest() -> str:
@@ -76,7 +81,7 @@ class _States(dict[int, dict[str, Any]]):
 @cache
 def parser() -> Lark:
     """The parser, from its tables."""
-    tables = json.loads(files("attndsl.grammar").joinpath(TABLES).read_text("utf-8"))
+    tables = json.loads(_beside(TABLES).read_text("utf-8"))
     if tables["digest"] != digest():
         return make_parser()
     # JSON has strings for keys.
@@ -89,5 +94,14 @@ def parser() -> Lark:
     return loaded
 
 
+def lex(text: str) -> Iterator[Token]:
+    """The tokens of a text, by the parser's own lexer: `Lark.lex` makes one anew each time.
+
+    Raises lark's `UnexpectedCharacters`.
+    """
+    tokens: Iterator[Token] = LexerThread.from_text(parser().parser.lexer, text).lex(None)  # type: ignore[no-untyped-call]
+    return tokens
+
+
 if __name__ == "__main__":
-    Path(str(files("attndsl.grammar").joinpath(TABLES))).write_text(make_tables(), encoding="utf-8")
+    _beside(TABLES).write_text(make_tables(), encoding="utf-8")
