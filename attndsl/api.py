@@ -17,6 +17,7 @@ from attndsl.compose import compose
 from attndsl.diagnostics import Diagnostic, PatternWarning, Source, error
 from attndsl.findings import findings
 from attndsl.grammar import format_source, load, parse, read_source
+from attndsl.part_findings import part_findings
 from attndsl.plans import own_program
 from attndsl.program import CallShape, Program, has_lse
 from attndsl.runtime.cache import cache_key
@@ -60,7 +61,8 @@ def load_attention(source: str | os.PathLike[str], *, name: str | None = None, *
     """`compile` without its warnings, which are in `Attention.warnings`."""
     found = source_of(source)
     loaded = load(found.text, name=found.name, select=name, params=params)
-    return Attention(loaded.program, (*loaded.warnings, *findings(loaded.program), *unstable(loaded.program)))
+    said = (*findings(loaded.program), *part_findings(loaded.program), *unstable(loaded.program))
+    return Attention(loaded.program, (*loaded.warnings, *said))
 
 
 def source_of(source: str | os.PathLike[str]) -> Source:

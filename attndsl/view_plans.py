@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from attndsl.branches import Given, Visible
+from attndsl.branches import Given, Part, Visible
 from attndsl.derive import with_needed
 from attndsl.diagnostics import error
 from attndsl.effort import TooHard, bounded
@@ -64,9 +64,21 @@ def view_backward(
 def entries_of(program: Program, heads: tuple[int, int] | None = None, anchor: str = "q") -> Relation:
     """Which entries rows see, of a derived program of one part. Raises `PatternError` (A912) past the effort bound."""
     (part,) = program.only.parts
+    lowering = Lowering(program, heads, anchor)
+    try:
+        return seen_entries(lowering, part)
+    except TooHard:
+        raise error(
+            "A912", "which entries this pattern sees is too hard to decide: not yet supported", part.span,
+            help="write it by the entries' own blocks, as `{ q // 64 - k // 64 < 8 }`",
+        ) from None  # fmt: skip
+
+
+def seen_entries(lowering: Lowering, part: Part) -> Relation:
+    """The entries of a part's view that rows see. Raises `PatternError` (A912) where data at keys decides, and TooHard
+    past the effort bound."""
     view = part.view
     assert view is not None
-    lowering = Lowering(program, heads, anchor)
     written = lowering.lower(part.pattern, lowering.here)
     for name, scalar in lowering.atoms.items():
         if not reads(scalar, "k") or not lowering.involves(written, name):
@@ -88,13 +100,7 @@ def entries_of(program: Program, heads: tuple[int, int] | None = None, anchor: s
             pairs = written.intersect(lowering.set("[Nk] -> { [q, k] : 0 <= k < Nk }")).apply(extent)
         return lowering.existing(pairs.coalesce(), view.stride)
 
-    try:
-        return lowering.of_pairs(bounded(lowering.ctx, seen), view.stride)
-    except TooHard:
-        raise error(
-            "A912", "which entries this pattern sees is too hard to decide: not yet supported", part.span,
-            help="write it by the entries' own blocks, as `{ q // 64 - k // 64 < 8 }`",
-        ) from None  # fmt: skip
+    return lowering.of_pairs(bounded(lowering.ctx, seen), view.stride)
 
 
 def heads_apart(plan: BackwardPlan) -> bool:

@@ -34,6 +34,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "attndsl.box_runs",
         "attndsl.compare",
         "attndsl.findings",
+        "attndsl.part_findings",
         "attndsl.eviction",
         "attndsl.capacity",
         "attndsl.stability",
