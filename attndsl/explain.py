@@ -17,14 +17,29 @@ from attndsl.derivation import BlockMap, Chosen, Cut, DocumentEnds, Draw, Gather
 from attndsl.diagnostics import Diagnostic
 from attndsl.layout import PLAIN
 from attndsl.notation import Level, input_text, program_text, scalar_text, set_text
-from attndsl.pairs import allowed, count_pairs, spans, spans_text, too_dense
+from attndsl.pairs import allowed, count_pairs, nodes, spans, spans_text, too_dense
 from attndsl.piece_plans import forward_plans
 from attndsl.piece_tiles import piece_tiles
 from attndsl.pieces import BLOCK_K, BLOCK_Q, TOKENS, choose_pieces
 from attndsl.plan import ForwardPlan, Loads, Spec
-from attndsl.program import Binary, Call, CallShape, Const, If, InputDecl, Program, Read, Scalar, substitute, walk
+from attndsl.plans import own_program
+from attndsl.program import (
+    Binary,
+    Call,
+    CallShape,
+    Const,
+    If,
+    InputDecl,
+    Program,
+    Read,
+    Scalar,
+    Selected,
+    substitute,
+    walk,
+)
 from attndsl.quasi_affine import condition
 from attndsl.relation import Relation, build_relation
+from attndsl.selection_text import selection_text
 from attndsl.simplify import fold
 from attndsl.targets import BYTES, GLUON_VERSIONS, RATES, gradients_refusal, hopper_refusal, layout_refusal
 from attndsl.tiles import Run
@@ -119,10 +134,13 @@ def stages(question: Question, syntax: str, source: str) -> Explanation:
 def _understood(question: Question) -> list[str]:
     program, branch = question.program, question.program.branch
     lines = [*question.text.strip().splitlines(), ""]
-    for decl in program.inputs:
+    for decl in own_program(program).inputs:
         lines.append(f"input {input_text(decl)}")
     lines += [f"runtime argument {name}" for name in program.args]
     lines += [f"table {table.name}, shape {list(table.shape)}" for table in program.tables]
+    for selection in program.selections:
+        later = "" if selection.rows == 1 else "; what a row chooses may depend on tokens after it"
+        lines.append(f"{selection.name} = {selection_text(selection)}, made in each call{later}")
     lines.append(f"pairs (q, k) in {set_text(branch.pattern)}")
     if program.align_start:
         lines.append("row i stands at position i (align start)")
@@ -175,7 +193,8 @@ def _inputs_read(program: Program) -> list[str]:
     """The inputs that the pattern reads; those of scores decide no pair."""
     written = set_text(program.branch.pattern)
     found = re.findall(r"(\w+)\[| on (?!segment\()(\w+)|segment\((\w+)\)", written)
-    return [decl.name for decl in program.inputs if any(decl.name in names for names in found)]
+    plans = {node.plan for node in nodes(program.branch.pattern) if isinstance(node, Selected)}
+    return [decl.name for decl in program.inputs if decl.name in plans or any(decl.name in names for names in found)]
 
 
 # ------------------------------------------------------------------------------------- simplified

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import attndsl
+from attndsl.api import load_attention
 
 TEXT = """
 attention a {
@@ -66,3 +67,13 @@ def test_a_call_that_does_not_fit_is_refused() -> None:
         attn.plan(q, k, gate=gate[:, :, :3])
     with pytest.raises(attndsl.PatternError, match="A504"):
         attn.plan(q, k[:1], gate=gate)
+
+
+def test_explain_says_what_a_selection_chooses_among() -> None:
+    attn = load_attention("causal & (sink(1) | top(2, blocks(8), by = dot(Q, mean(K)), always = same_block(8)))")
+    text = str(attn.explain(64))
+    assert "top = top(2, blocks(8), per = query, by = dot(Q, mean(K)), among = { k <= q }, always = " in text
+    assert "give `top` to see the keys of sample rows" in text
+    rows = load_attention("causal & cover(0.5, blocks(8), per = rows(8), by = antidiagonal(Q, K, 4), exclusive)")
+    said = "cover(0.5, blocks(8), per = rows(8), by = antidiagonal(Q, K, 4), among = { k <= q }, exclusive = true)"
+    assert f"{said}, made in each call; what a row chooses may depend on tokens after it" in str(rows.explain(64))
