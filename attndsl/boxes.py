@@ -49,15 +49,17 @@ class Boxes:
         """The number of residues, each a program's own."""
         return prod(self.periods)
 
-    @property
-    def all_keys(self) -> bool:
+    def all_keys(self, shape: CallShape) -> bool:
         """Whether every key of a call lies in a box."""
-        return self.grid.everywhere
+        return self._holds(0, shape.k_len)
 
-    @property
-    def all_rows(self) -> bool:
+    def all_rows(self, shape: CallShape, program: Program) -> bool:
         """Whether every row of a call lies in a box."""
-        return self.grid.everywhere
+        return self._holds(shape.first_position(program), shape.q_len(program))
+
+    def _holds(self, low: int, high: int) -> bool:
+        size = self.grid.sizes[0]
+        return self.grid.first <= low and (size is None or high <= self.grid.first + size * self.grid.stride)
 
     def tile_counts(self, side: str, shape: CallShape, program: Program) -> list[int]:
         """The tiles of a call along each axis."""

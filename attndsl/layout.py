@@ -109,8 +109,7 @@ class Layout:
         """Whether tokens are counted in order."""
         return self.q.every and self.k.every
 
-    @property
-    def all_rows(self) -> bool:
+    def all_rows(self, shape: CallShape, program: Program) -> bool:
         """Whether every row of a call belongs to one of its residues."""
         return True
 
@@ -119,8 +118,7 @@ class Layout:
         comb, tokens = (self.q, shape.rows) if side == "q" else (self.k, shape.k_len)
         return -(-comb.most(tokens) // block) * self.classes
 
-    @property
-    def all_keys(self) -> bool:
+    def all_keys(self, shape: CallShape) -> bool:
         """Whether every key of a call belongs to one of its residues."""
         return self.k.every or (self.k.step > 0 and self.classes * self.k.width == self.k.period)
 

@@ -37,7 +37,7 @@ class CpuForward:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         out, lse = empty_output(q, call_shape(q, k, v))
         lse.fill_(-math.inf)
-        if not self.plan.layout.all_rows:
+        if not self.plan.layout.all_rows(call_shape(q, k, v), self.plan.program):
             out.zero_()
         self.into(out, lse, q, k, v, inputs, args, scale, dropout)
         return out, lse

@@ -88,7 +88,7 @@ class TritonBackward:
         for n in range(len(self.plan.learned)):
             given += sums.get(n, (None, None))
         own = not self.plan.follows or self.plan.view is not None
-        if own and (self._dkdv is None or not self.plan.layout.all_keys):
+        if own and (self._dkdv is None or not self.plan.layout.all_keys(self.shape)):
             dk.zero_()
             dv.zero_()
         if self._dq is not None:
@@ -135,7 +135,7 @@ class InTurn:
         dq, dk, dv = map(empty_gradient, (q, k, v))
         out, lse = in_order_of(q, out), lse.contiguous()
         d_lse = None if dlse is None else dlse.contiguous()
-        if not plan.layout.all_rows:
+        if not plan.layout.all_rows(shape, plan.program):
             dq.zero_()
         heads = shape.batch * shape.heads
         delta, row_lse = lse.new_empty(2, heads, row_stride(shape.rows)) if plan.softmax else (None, None)

@@ -91,7 +91,7 @@ class TritonForward:
         layout = kernel.layout
         tiles = layout.programs("q", kernel.tiling.block_q, shape, kernel.program)
         self.grid = tiles * shape.batch * (shape.heads if kernel.tiling.pack == 1 else shape.kv_heads)
-        self.everywhere = layout.all_rows
+        self.everywhere = layout.all_rows(shape, kernel.program)
         self.default_scale = default_scale(shape.dim)
         self._output = output_maker(q, shape)
         if self.grid:
