@@ -150,4 +150,14 @@ class Gathering:
     runs: TileRuns
 
 
-Derivation: TypeAlias = Offsets | DocumentEnds | BlockMap | Draw | Chosen | TileList | Cut | Gathering
+@dataclass(frozen=True, slots=True)
+class TileMap:
+    """uint8 [b?, h?, q blocks, k blocks]: 1 where a condition may hold for a pair of a block of `rows` positions and
+    one of `keys`, as far as the bounds of what it compares tell, else 0."""
+
+    cond: Scalar
+    rows: int
+    keys: int
+
+
+Derivation: TypeAlias = Offsets | DocumentEnds | BlockMap | Draw | Chosen | TileList | Cut | Gathering | TileMap

@@ -27,6 +27,7 @@ from attndsl.derivation import (
     Random,
     Segment,
     TileList,
+    TileMap,
 )
 from attndsl.program import (
     Axis,
@@ -92,14 +93,18 @@ def own_inputs(program: Program) -> tuple[InputDecl, ...]:
 
 def _read_by(derivation: Derivation | None) -> set[str]:
     match derivation:
-        case None | Offsets() | DocumentEnds() | Chosen() | TileList() | Gathering():
+        case None | Offsets() | DocumentEnds() | Chosen():
             return set()
+        case TileList(plan=plan) | Gathering(plan=plan):
+            return {plan}
         case BlockMap(operand=operand):
             pattern: Set = operand
         case Draw(drawn=drawn):
             pattern = drawn
         case Cut(own=own, other=other):
             return {x.input for e in (own, other) for x in walk(e) if isinstance(x, Read)}
+        case TileMap(cond=cond):
+            return {x.input for x in walk(cond) if isinstance(x, Read)}
         case _:
             assert_never(derivation)
     found = {x.input for e in scalars(pattern) for x in walk(e) if isinstance(x, Read)}

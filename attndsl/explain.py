@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from attndsl.blockgraph import BlockGraph, block_graph
 from attndsl.box_tiles import BoxRun
 from attndsl.boxes import Boxes
-from attndsl.derivation import BlockMap, Chosen, Cut, DocumentEnds, Draw, Gathering, Offsets, TileList
+from attndsl.derivation import BlockMap, Chosen, Cut, DocumentEnds, Draw, Gathering, Offsets, TileList, TileMap
 from attndsl.diagnostics import Diagnostic
 from attndsl.layout import PLAIN
 from attndsl.notation import Level, input_text, program_text, scalar_text, set_text
@@ -329,6 +329,8 @@ def _made_of(decl: InputDecl) -> str:
             return f"how far the {side} reach whose {scalar_text(other)} is {which} {scalar_text(own)}"
         case Draw():
             return "the last hash and member that `random` draws for a row class"
+        case TileMap():
+            return "in which tiles the pattern can hold, by the least and greatest of what it compares"
         case Chosen(plan=plan):
             return f"which members `{plan}` chooses"
         case Gathering(plan=plan):

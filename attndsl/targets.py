@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 from attndsl.diagnostics import error
+from attndsl.mapping import mapped
 from attndsl.pieces import choose_pieces
 from attndsl.plan import DType, Loads, Spec, head_parts
 from attndsl.program import Program
@@ -92,6 +93,8 @@ def hopper_refusal(program: Program, spec: Spec) -> str:
         return "views have no Hopper lowering yet"
     if any(decl.members for decl in program.inputs):
         return "tiles that a plan lists have no Hopper lowering yet"
+    if spec.even_start and mapped(program):
+        return "tiles that data lists have no Hopper lowering yet"
     if program.branch.weights is not None:
         return "`weights` has no Hopper lowering yet"
     if spec.dim != spec.v_dim or spec.dim not in (64, 128):

@@ -1,4 +1,4 @@
-"""What the tiles of one side visit: runs in closed form, lists made of a plan, or rows gathered by it."""
+"""What the tiles of one side visit: runs in closed form, lists made of a plan or a map, or rows gathered by a plan."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from attndsl.derivation import Chosen
 from attndsl.layout import PLAIN, Layout
 from attndsl.linear import normalise
 from attndsl.listing import Gathered, Listable, listables
+from attndsl.mapping import map_fits, mapped, mapped_runs
 from attndsl.mask import mask_by_cuts, pair_mask, written_condition
 from attndsl.program import Const, Program, Scalar
 from attndsl.relation import Lowering, Relation
@@ -66,8 +67,14 @@ def visits_of(
                 program, runs = found.listed(program, runs, tiling.block_q, tiling.block_k, side)
                 return Visits(program, spec, runs, lowering, relation_there, found)
     assert tiling.pack == 1, "only rows that follow a plan's lists share a tile with other heads"
-    lowering = Lowering(program, heads, anchor="k" if side is Side.KEY else "q")
+    lists = spec.even_start and mapped(program)
+    lowering = Lowering(program, heads, anchor="k" if side is Side.KEY and not lists else "q")
     relation = lowering.relation(program.branch.pattern)
+    if lists and all(map_fits(t.block_q, t.block_k) for t in (tiling, other or tiling)):
+        runs = closed_runs(relation, without_cuts(program), spec, tiling, Side.QUERY)
+        cond = written_condition(lowering, spec.sizes)
+        program, runs = mapped_runs(program, cond, runs, tiling.block_q, tiling.block_k, side)
+        return Visits(program, spec, runs, lowering, relation)
     runs = closed_runs(relation, program, spec, tiling, side)
     return Visits(program, spec, runs, lowering, relation)
 

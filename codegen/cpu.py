@@ -246,7 +246,8 @@ class TileLoop:
         *index, _ = run.list.index
         tensor = f"{run.list.input}_input"
         at = [f"min(max({self._number(e)}, 0), {tensor}.shape[{i}] - 1)" for i, e in enumerate(index)]
-        return f"*listed({tensor}[{', '.join(at)}], {first}, {count}, {run.step})"
+        row = f"{tensor}[{', '.join(at)}]" if at else tensor
+        return f"*listed({row}, {first}, {count}, {run.step})"
 
     def _number(self, e: Scalar) -> str:
         return self.numbers.text(e)

@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attndsl.derivation import BlockMap, Chosen, Cut, Derivation, DocumentEnds, Draw, Gathering, Offsets, TileList
+from attndsl.derivation import (
+    BlockMap,
+    Chosen,
+    Cut,
+    Derivation,
+    DocumentEnds,
+    Draw,
+    Gathering,
+    Offsets,
+    TileList,
+    TileMap,
+)
 from attndsl.derive import class_hash, own_inputs
 from attndsl.diagnostics import error
 from attndsl.program import (
@@ -40,6 +51,7 @@ from attndsl.runtime.call import dim_size
 from attndsl.runtime.cuts import document_ends, make_cut
 from attndsl.runtime.engine import Gradients, table_tensor
 from attndsl.runtime.plans import Listing, chosen_members, list_size, maker, of_heads, run_ends
+from attndsl.runtime.tile_map import tile_map
 from attndsl.runtime.values import Values, mix64, ordered
 from attndsl.simplify import fold
 
@@ -72,7 +84,7 @@ def counted(derivation: Derivation | None) -> Set | None:
             return operand
         case Draw(drawn=drawn):
             return drawn.among
-        case Offsets() | DocumentEnds() | Chosen() | TileList() | Gathering() | Cut() | None:
+        case Offsets() | DocumentEnds() | Chosen() | TileList() | Gathering() | Cut() | TileMap() | None:
             return None
         case _:
             assert_never(derivation)
@@ -203,6 +215,9 @@ class Deriver:
             case Cut():
                 q_len, k_len = self._lengths(1)
                 return make_cut(decl, decl.derivation, values.at(Nq=q_len, Nk=k_len))
+            case TileMap():
+                q_len, k_len = self._lengths(1)
+                return tile_map(decl, decl.derivation, values.at(Nq=q_len, Nk=k_len))
             case None:
                 raise AssertionError(f"`{decl.name}` is given")
             case _:
@@ -332,7 +347,10 @@ class Deriver:
         return -(-self.shape.k_len // keys)
 
     def _plan(self, name: str) -> Tensor:
-        return next(x for decl, x in zip(self._own, self.given, strict=True) if decl.name == name)
+        decl = self.program.input(name)
+        if isinstance(decl.derivation, TileMap):
+            return torch.empty(self._size(decl), dtype=torch.uint8, device="meta")
+        return next(x for own, x in zip(self._own, self.given, strict=True) if own.name == name)
 
     def _size(self, decl: InputDecl) -> list[int]:
         match decl.derivation:
@@ -341,6 +359,8 @@ class Deriver:
             case TileList(plan=plan) | Gathering(plan=plan):
                 dims = self.program.input(plan).dims
                 return list_size(decl.derivation, decl, self._plan(plan), dims, self.shape)
+            case TileMap():
+                return [dim_size(dim, self.program, self.shape) for dim in decl.dims]
             case _:
                 return [dim_size(dim, self.program, self.shape) for dim in decl.dims]
 
@@ -386,6 +406,8 @@ def derived_dtype(decl: InputDecl) -> torch.dtype:
             return torch.bool
         case Draw():
             return torch.int64
+        case TileMap():
+            return torch.uint8
         case TileList() | Gathering():
             return torch.int32
         case None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attndsl.diagnostics import error
 from attndsl.listing import even_start
+from attndsl.mapping import maps_call
 from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.plan import Backend, BackwardPlan, DType, ForwardPlan, Loads, Spec, Tiling
 from attndsl.pooling import PoolPlan
@@ -294,9 +295,10 @@ class Engine:
                 self.program.span,
                 help="write `align start` if row i stands at position i",
             )
+        even = even_start(self.program, shape) or maps_call(self.program, shape)
         return Spec(
             shape.heads, shape.kv_heads, shape.dim, shape.v_dim, dtype_of(q), device_target(q.device),
-            scale_sign=1 if scale is None or scale > 0 else -1, even_start=even_start(self.program, shape),
+            scale_sign=1 if scale is None or scale > 0 else -1, even_start=even,
             lists=lists_plans(self.program, inputs),
         )  # fmt: skip
 

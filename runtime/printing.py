@@ -22,7 +22,7 @@ from attndsl import layout as layouts
 from attndsl import plan as plans_module
 from attndsl import program as programs
 from attndsl.cuts import with_cuts
-from attndsl.derivation import Gathering, TileList
+from attndsl.derivation import Gathering, TileList, TileMap
 from attndsl.derive import derive
 from attndsl.diagnostics import error
 from attndsl.learned import Over
@@ -155,7 +155,7 @@ def _choices(program: Program, said: Any) -> dict[str, bytes]:
     """What an entry holds beside texts. program: the derived one, that the plans have."""
     derived = [decl for decl in program.inputs if decl.derivation is not None]
     # Lists of tiles follow from the plan.
-    lists = tuple(decl for decl in derived if isinstance(decl.derivation, TileList | Gathering))
+    lists = tuple(decl for decl in derived if isinstance(decl.derivation, TileList | Gathering | TileMap))
     names = [decl.name for decl in derived if decl not in lists]
     choices = {"derived": names, "lists": records.write(lists, {}), "said": records.write(said, _LEFT_OUT)}
     return {_CHOICES: json.dumps(choices).encode()}

@@ -1,0 +1,111 @@
+"""Tiles that data rules out where it is not sorted: the runtime maps which tiles a condition can hold in.
+
+`doc[q] == doc[k]` holds in no pair of two tiles whose ids do not overlap, `q <= until[k]` in none whose rows begin past
+the last of the keys' ends. What a condition compares is bounded by its least and greatest value in a tile wherever it
+reads one side alone, so a map of tiles takes one pass over each input and no look at pairs. Kernels read their tiles
+from lists made of the map, and mask them: which tiles are full it does not say.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+from attndsl.cuts import interval
+from attndsl.derivation import TileMap
+from attndsl.linear import terms
+from attndsl.listing import EVEN, Listable
+from attndsl.program import (
+    Axis,
+    Binary,
+    Blocks,
+    CallShape,
+    Choose,
+    Compare,
+    Complement,
+    Const,
+    Dim,
+    InputDecl,
+    Inter,
+    Minus,
+    On,
+    Program,
+    Read,
+    Scalar,
+    Set,
+    Type,
+    Union,
+    Where,
+    reads,
+    scalars,
+    walk,
+)  # fmt: skip
+from attndsl.tiles import Side, TileRuns
+
+# Tiles of 64 x 64 of a call, over batch entries and heads, up to which they are mapped.
+MAX_TILES = 1 << 24
+
+
+@functools.lru_cache(maxsize=1024)
+def mapped(program: Program) -> bool:
+    """Whether a program's tiles are mapped: a part of its condition is data that is bounded in tiles and not sorted."""
+    if not program.plain or program.grid is not None or not _of_tokens(program.branch.pattern):
+        return False
+    found = (x for e in scalars(program.branch.pattern) for x in walk(e))
+    return any(_maps(x, program) for x in found)
+
+
+def maps_call(program: Program, shape: CallShape) -> bool:
+    """Whether those of one call are: its rows begin where tiles do, and a map of it is small."""
+    tiles = shape.batch * shape.heads * -(-shape.rows // 64) * -(-shape.k_len // 64)
+    return shape.first_position(program) % EVEN == 0 and tiles <= MAX_TILES and mapped(program)
+
+
+def map_fits(block_q: int, block_k: int) -> bool:
+    """Whether tiles of these sizes begin where a map's do."""
+    return EVEN % block_q == 0 and block_k > 0
+
+
+def mapped_runs(
+    program: Program, cond: Scalar, runs: TileRuns, block_q: int, block_k: int, side: Side
+) -> tuple[Program, TileRuns]:
+    """The runs of the tiles in which a condition can hold, of those in `runs`; the program declares map and lists."""
+    lead = [Dim(axis) for axis, names in ((Axis.B, ("b",)), (Axis.H, ("h", "g"))) if reads(cond, *names)]
+    name, taken = f"map_{block_q}_{block_k}", {decl.name for decl in program.inputs}
+    while name in taken:
+        name += "_"
+    dims = (*lead, Dim(Axis.Q, block_q), Dim(Axis.K, block_k))
+    decl = InputDecl(name, Type.INT, dims, derivation=TileMap(cond, block_q, block_k))
+    program = replace(program, inputs=(*program.inputs, decl))
+    choice = Listable("", Read(name, (Const(0),), Type.INT), decl, block_q, block_k)
+    return choice.listed(program, runs, block_q, block_k, side)
+
+
+def _of_tokens(pattern: Set) -> bool:
+    """Whether a set is made of conditions on the tokens themselves."""
+    match pattern:
+        case Where():
+            return True
+        case Union(parts=parts) | Inter(parts=parts):
+            return all(map(_of_tokens, parts))
+        case Minus(left=a, right=b) | Choose(then=a, other=b):
+            return _of_tokens(a) and _of_tokens(b)
+        case Complement(operand=operand) | On(operand=operand, place=Blocks()):
+            return _of_tokens(operand)
+        case _:
+            return False
+
+
+def _maps(e: Scalar, program: Program) -> bool:
+    if e.type is not Type.BOOL or not any(
+        isinstance(x, Read) and program.input(x.input).derivation is None and reads(x, "q", "k") for x in walk(e)
+    ):
+        return False
+    match e:
+        case Compare(left=left, right=right) if Type.FLOAT not in (left.type, right.type):
+            apart = not any(reads(t, "q") and reads(t, "k") for t in terms(Binary("-", left, right))[1])
+            return apart and interval(e, program, "q") is None and interval(e, program, "k") is None
+        case Read():
+            return not (reads(e, "q") and reads(e, "k"))
+        case _:
+            return False

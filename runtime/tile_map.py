@@ -1,0 +1,126 @@
+"""Maps of tiles (`attndsl.mapping`): in which of them a condition can hold, from the bounds of what it compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from attndsl.derivation import TileMap
+from attndsl.program import Axis, Binary, Call, Compare, If, InputDecl, Logic, Scalar, Type, Unary, reads
+from attndsl.runtime.values import Values
+
+Bounds = tuple[Tensor, Tensor]
+
+
+def tile_map(decl: InputDecl, d: TileMap, values: Values) -> Tensor:
+    """uint8 of the input's dimensions: 1 for tiles [rows, keys] in some pair of which the condition may hold, else 0.
+
+    values: of a call, with its lengths. Nothing here waits for the device, or looks at pairs.
+    """
+    shape, device = values.shape, values.device
+    first = shape.first_position(values.program)
+    q_tiles, k_tiles = -(-shape.rows // d.rows), -(-shape.k_len // d.keys)
+    axes = [dim.axis for dim in decl.dims]
+    lead = [shape.batch if Axis.B in axes else 1, shape.heads if Axis.H in axes else 1]
+    sizes = [n for n, axis in zip(lead, (Axis.B, Axis.H), strict=True) if axis in axes]
+    if not q_tiles or not k_tiles:
+        return torch.zeros(*sizes, first // d.rows + q_tiles, k_tiles, dtype=torch.uint8, device=device)
+    # Past the end the last token again: it changes no bound.
+    q = first + torch.arange(q_tiles * d.rows, device=device).clamp(max=shape.rows - 1)
+    k = torch.arange(k_tiles * d.keys, device=device).clamp(max=shape.k_len - 1)
+    tiles = _Tiles(values.at(q=q.view(1, 1, -1, 1), k=k.view(1, 1, 1, -1)), d.rows, d.keys)
+    may = tiles.truth(d.cond)[0].expand(*lead, q_tiles, k_tiles)
+    # Row classes count from the first position on, rows of the call or not.
+    whole = pad(may.to(torch.uint8), (0, 0, first // d.rows, 0))
+    return whole.reshape(*sizes, *whole.shape[-2:])
+
+
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """Bounds of scalars in the tiles of a call, [batch or 1, heads or 1, query tiles or 1, key tiles or 1]."""
+
+    values: Values
+    rows: int
+    keys: int
+
+    def truth(self, e: Scalar) -> Bounds:
+        """Whether a boolean may hold for a pair of a tile, and whether it must for all."""
+        if not _mixed(e):
+            each = self._tiled(self.values.tensor(e))
+            return each.any(4).any(-1), each.all(4).all(-1)
+        match e:
+            case Unary(op="not", operand=x):
+                may, must = self.truth(x)
+                return ~must, ~may
+            case Logic(op=op, operands=xs):
+                join = torch.logical_and if op == "and" else torch.logical_or
+                both = [self.truth(x) for x in xs]
+                return reduce(join, [m for m, _ in both]), reduce(join, [m for _, m in both])
+            case If(cond=c, then=a, other=b) if e.type is Type.BOOL:
+                return self.truth(Logic("or", (Logic("and", (c, a)), Logic("and", (Unary("not", c), b)))))
+            case Compare(op=op, left=a, right=b) if Type.FLOAT not in (a.type, b.type):
+                left, right = self.number(a), self.number(b)
+                if left is not None and right is not None:
+                    return _compared(op, left, right)
+            case _:
+                pass
+        unknown = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.values.device)
+        return unknown, ~unknown
+
+    def number(self, e: Scalar) -> Bounds | None:
+        """The least and the greatest value of an integer in a tile; None where they are not known."""
+        if e.type is not Type.INT:
+            return None
+        if not _mixed(e):
+            each = self._tiled(self.values.tensor(e))
+            return each.amin(-1).amin(-1), each.amax(-1).amax(-1)
+        match e:
+            case Unary(op="-", operand=x):
+                found = self.number(x)
+                return None if found is None else (-found[1], -found[0])
+            case Binary(op="+" | "-" as op, left=a, right=b):
+                left, right = self.number(a), self.number(b)
+                if left is None or right is None:
+                    return None
+                if op == "+":
+                    return left[0] + right[0], left[1] + right[1]
+                return left[0] - right[1], left[1] - right[0]
+            case Call(function="min" | "max" as name, args=args):
+                known = [x for x in map(self.number, args) if x is not None]
+                if len(known) < len(args):
+                    return None
+                join = torch.minimum if name == "min" else torch.maximum
+                return reduce(join, [low for low, _ in known]), reduce(join, [high for _, high in known])
+            case _:
+                return None
+
+    def _tiled(self, x: Tensor) -> Tensor:
+        """Values of tokens [.., .., rows or 1, keys or 1] in tiles: [.., .., query tiles, key tiles, rows, keys]."""
+        x = x.view((1,) * (4 - x.dim()) + x.shape)
+        rows, keys = (self.rows if x.shape[2] > 1 else 1), (self.keys if x.shape[3] > 1 else 1)
+        tiles: Tensor = x.unflatten(3, (-1, keys)).unflatten(2, (-1, rows)).transpose(3, 4)
+        return tiles
+
+
+def _mixed(e: Scalar) -> bool:
+    return reads(e, "q") and reads(e, "k")
+
+
+def _compared(op: str, left: Bounds, right: Bounds) -> Bounds:
+    (a, b), (c, d) = left, right
+    match op:
+        case "<":
+            return a < d, b < c
+        case "<=":
+            return a <= d, b <= c
+        case ">":
+            return b > c, a > d
+        case ">=":
+            return b >= c, a >= d
+        case _:
+            may, must = (a <= d) & (b >= c), (a == b) & (c == d) & (a == c)
+            return (may, must) if op == "==" else (~must, ~may)

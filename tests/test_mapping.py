@@ -1,0 +1,138 @@
+"""Tiles that unsorted data rules out: the map of them, the lists made of it, and what kernels then compute."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import attndsl
+from attndsl.derive import own_inputs
+from attndsl.grammar import load
+from attndsl.mapping import mapped, maps_call
+from attndsl.oracle import mask
+from attndsl.plan import Tiling, backward_plan, forward_plan
+from attndsl.program import CallShape
+from attndsl.runtime.derive import Deriver
+from attndsl.targets import make_spec
+from tests.gradients import judge
+from tests.strategies import Case
+from tests.test_backward_cpu import runner as cpu
+from tests.test_backward_triton import runner as triton
+
+RNG = np.random.default_rng(11)
+N = 192
+
+
+def ids(*size: int) -> np.ndarray[Any, Any]:
+    return RNG.integers(0, 4, (*size[:-1], -(-size[-1] // 16))).repeat(16, -1)[..., : size[-1]].astype(np.int32)
+
+
+def intervals(*size: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Two intervals of hidden rows a key, of 16 keys alike."""
+    ends = np.sort(RNG.integers(0, size[-1] + 1, (*size[:-1], size[-1] // 16, 2, 2)), axis=-1).astype(np.int32)
+    ends = ends.repeat(16, axis=-3)
+    return {"lo": ends[..., 0], "hi": ends[..., 1]}
+
+
+MAPPED: dict[str, tuple[str, dict[str, Any]]] = {
+    "documents": ("attention a { input doc : int[b, k]\n attend causal & document(doc) }", {"doc": ids(2, N)}),
+    "last rows": (
+        "attention a { input until : int[b, h, k]\n attend causal & { q <= until[k] } }",
+        {"until": (np.arange(N) + RNG.integers(0, 40, (2, 2, N))).astype(np.int32)},
+    ),
+    "hidden rows": (
+        """attention a { input lo : int[b, h, k, 2]
+        input hi : int[b, h, k, 2]
+        attend { not (lo[k, 0] <= q < hi[k, 0]) and not (lo[k, 1] <= q < hi[k, 1]) } }""",
+        intervals(2, 2, N),
+    ),
+    "global tokens": (
+        "attention a { input flag : bool[b, k]\n attend causal & (window(9) | global_tokens(flag)) }",
+        {"flag": np.arange(N)[None] % 61 == np.array([[7], [50]])},
+    ),
+    "near in another order": (
+        "attention a { input at : int[k]\n attend { -20 < at[q] - at[k] < 30 and min(k, at[q]) < 150 } | {q == k} }",
+        {"at": (np.arange(N)[::-1] + RNG.integers(-3, 4, N)).astype(np.int32)},
+    ),
+}  # fmt: skip
+
+
+def case(name: str, rows: int = N) -> Case:
+    text, inputs = MAPPED[name]
+    return Case(text, {}, inputs, {}, CallShape(2, 2, 1, rows, N, 16, 16))
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_a_map_holds_every_tile_and_few_others(name: str) -> None:
+    program = load(MAPPED[name][0]).program
+    assert mapped(program)
+    spec = make_spec("sm_90", "triton", 2, 1, 64)
+    plan = forward_plan(program, replace(spec, even_start=True), Tiling(16, 16))
+    decl = next(d for d in plan.program.inputs if d.name.startswith("map_"))
+    shape = CallShape(2, 2, 1, N, N, 64, 64)
+    given = [torch.from_numpy(np.asarray(MAPPED[name][1][d.name])) for d in own_inputs(program)]
+    found = Deriver(plan.program, shape, torch.device("cpu"))(given, [])
+    names = [d.name for d in plan.program.inputs if d.derivation]
+    tiles = dict(zip(names, found, strict=True))[decl.name].numpy()
+    lead = {2: (1, 1), 3: (2, 1), 4: (2, 2)}[tiles.ndim]
+    tiles = np.broadcast_to(tiles.reshape(*lead, 12, 12), (2, 2, 12, 12))
+    allowed = mask(program, shape, MAPPED[name][1]).reshape(2, 2, 12, 16, 12, 16).any(axis=(3, 5))
+    assert (tiles[allowed] == 1).all()
+    # Bounds are not exact, but they spare something.
+    assert tiles.sum() < 0.9 * tiles.size
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_gradients_on_the_cpu(name: str) -> None:
+    judge(cpu(), case(name), torch.float64)
+
+
+@pytest.mark.parametrize("name", ["documents", "hidden rows", "global tokens"])
+def test_gradients_in_triton(name: str) -> None:
+    judge(triton(), case(name), torch.float32)
+
+
+@pytest.mark.parametrize("rows", [128, 64, 50, 1])
+def test_chunks(rows: int) -> None:
+    """With rows that begin where tiles do lists are read, with others every tile is masked."""
+    chosen = case("last rows", rows)
+    assert maps_call(chosen.load(), chosen.shape) == (rows == 64)
+    judge(cpu(), chosen, torch.float64)
+
+
+def test_lists_are_read_by_both_kernels() -> None:
+    program = load(MAPPED["documents"][0]).program
+    spec = replace(make_spec("sm_90", "triton", 2, 1, 64), even_start=True)
+    plan = backward_plan(program, spec, Tiling(64, 64))
+    assert all(run.list is not None for runs in (plan.runs, plan.key_runs) for run in runs.full + runs.partial)
+    odd = backward_plan(program, replace(spec, even_start=False), Tiling(64, 64))
+    assert all(run.list is None for runs in (odd.runs, odd.key_runs) for run in runs.full + runs.partial)
+
+
+def test_what_is_not_mapped() -> None:
+    for text in (
+        "causal & window(9)",
+        "attention a { input doc : int[b, k] sorted\n attend causal & document(doc) }",
+        "attention a { input pi : int[k]\n attend causal & window(9) on pi }",
+        "attention a { input bias : int[k]\n attend { bias[q + k] > 0 } }",
+        "attention a { input span : int[h]\n attend causal & window(span[h]) }",
+    ):
+        assert not mapped(load(text).program), text
+
+
+def test_work_follows_the_map() -> None:
+    """Tiles that the map rules out are not looked at: keys there may hold anything."""
+    attn = attndsl.compile(MAPPED["documents"][0])
+    doc = torch.arange(1024)[None] // 256 % 2  # documents 0, 1, 0, 1
+    q, k, v = torch.randn(1, 1, 1024, 16), torch.randn(1, 1, 1024, 16), torch.randn(1, 1, 1024, 16)
+    k[:, :, 256:512] = torch.nan
+    out = attn(q, k, v, doc=doc)
+    # Rows of document 0 skip the whole of document 1; a masked tile would have spread its NaN to nothing else either,
+    # but rows of document 1 read it.
+    assert out[:, :, :256].isfinite().all()
+    assert out[:, :, 512:768].isfinite().all()
+    assert out[:, :, 256:512].isnan().any()
