@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -206,7 +207,9 @@ def test_align_start() -> None:
 
 
 def test_output_of_one_branch_is_that_branch() -> None:
-    assert attention("near = attend causal\noutput near") == attention("attend causal")
+    named = attention("near = attend causal\noutput near")
+    assert named.branch.name == "near"
+    assert replace(named, branches=(replace(named.branch, name=None),)) == attention("attend causal")
 
 
 @pytest.mark.parametrize(
