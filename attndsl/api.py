@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from attndsl.asking import asked, batch_of, check_names, checked, known
@@ -17,6 +18,7 @@ from attndsl.compose import compose
 from attndsl.diagnostics import Diagnostic, PatternWarning, Source, error
 from attndsl.findings import findings
 from attndsl.grammar import format_source, load, parse, read_source
+from attndsl.listing import reads_plans
 from attndsl.part_findings import part_findings
 from attndsl.plans import own_program
 from attndsl.program import CallShape, Program, has_lse
@@ -413,6 +415,7 @@ class Attention:
         from attndsl.targets import make_spec
 
         spec = make_spec(target, backend, heads, heads if kv_heads is None else kv_heads, dim, None, dtype)
+        spec = replace(spec, even_start=reads_plans(self.program))
         arrays, args = known(self.program, inputs)
         shape = CallShape(
             max(batch, batch_of(self.program, arrays)), spec.heads, spec.kv_heads, q_len,

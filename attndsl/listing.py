@@ -134,7 +134,12 @@ def listables(program: Program, relation: Relation) -> Iterator[Listable]:
 
 def even_start(program: Program, shape: CallShape) -> bool:
     """Whether a call's first row stands where tiles and row classes begin, for programs that read a plan."""
-    return any(decl.members for decl in program.inputs) and shape.first_position(program) % EVEN == 0
+    return reads_plans(program) and shape.first_position(program) % EVEN == 0
+
+
+def reads_plans(program: Program) -> bool:
+    """Whether a program reads plans: of a call's kind it then asks more."""
+    return any(decl.members for decl in program.inputs)
 
 
 def fitting(block: int, unit: int | None) -> int:

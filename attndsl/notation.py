@@ -82,9 +82,12 @@ def set_text(pattern: Set, level: Level = Level.COND) -> str:
 
 def input_text(decl: InputDecl) -> str:
     """An input's declaration, as `doc : int[b, k] sorted`."""
-    dims = f"[{', '.join(map(_dim, decl.dims))}]" if decl.dims else ""
+    written, kind = decl.dims, decl.type.value
+    if decl.members is not None:
+        written, kind = decl.dims[:-1], "tokens" if decl.members == 1 else f"blocks({decl.members})"
+    dims = f"[{', '.join(map(_dim, written))}]" if written else ""
     flags = " learnable" * decl.learnable + " sorted" * decl.sorted
-    return f"{decl.name} : {decl.type.value}{dims}{flags}"
+    return f"{decl.name} : {kind}{dims}{flags}"
 
 
 def program_text(program: Program) -> str:

@@ -28,6 +28,8 @@ from attndsl.targets import DTYPE_NAMES, make_spec
 # Length of the call of which every row is checked, and rows of the timed one that are.
 CHECKED_LENGTH = 512
 CHECKED_ROWS = 64
+# Members that a row class of a random plan lists.
+PLANNED = 16
 # Largest error that is put down to rounding, relative to the largest value (at least 1).
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 # Dense attention is left out where its mask alone takes more bytes.
@@ -186,6 +188,11 @@ def _plans(
 def _example(decl: InputDecl, program: Program, shape: CallShape, generator: torch.Generator) -> Tensor:
     """A plausible input: what `_said` says."""
     sizes = [dim_size(dim, program, shape) for dim in decl.dims]
+    if decl.members is not None:
+        # In order, and those that come twice do not count again.
+        members = -(-shape.k_len // decl.members)
+        sizes[-1] = min(members, PLANNED)
+        return torch.randint(0, max(1, members), sizes, generator=generator, dtype=torch.int32).sort(-1).values
     if decl.type is Type.FLOAT:
         return torch.randn(sizes, generator=generator)
     if decl.type is Type.BOOL:
@@ -202,6 +209,8 @@ def _example(decl: InputDecl, program: Program, shape: CallShape, generator: tor
 
 
 def _said(decl: InputDecl, program: Program) -> str:
+    if decl.members is not None:
+        return f"a plan of up to {PLANNED} members at random"
     if decl.type is Type.FLOAT:
         return "normally distributed"
     if decl.type is Type.BOOL:

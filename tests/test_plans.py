@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attndsl
-from attndsl.api import _engine
+from attndsl.api import _engine, measure
 from attndsl.codegen.triton_forward import forward_source
 from attndsl.diagnostics import PatternError
 from attndsl.listing import even_start
@@ -264,6 +264,22 @@ def test_broadcast_plan() -> None:
     for lead in ((1, 1, 5), (2, 1, 1), (1, 2, 1)):
         plan = random_plan(np.random.default_rng(1), lead, 5, "sorted")
         attend("attention planned { input p : blocks(16)[b, g, q/16]\n attend causal & p }", shape, plan, "cpu")
+
+
+def test_looking_inside() -> None:
+    """What is asked without a plan, with one, and on random ones."""
+    attn = attndsl.compile("attention planned { input p : blocks(16)[b, g, q/16]\n attend causal & p }")
+    assert "give `p`" in str(attn.explain(64))
+    plan = torch.tensor([[[[0], [0], [1], [3]]]], dtype=torch.int32)
+    assert "row 63: keys 48..63" in str(attn.explain(64, p=plan))
+    blocks = attndsl.compile("attention planned { input p : blocks(64)[b, g, q/64]\n attend causal & p }")
+    assert "the key tiles of each query tile by `p`" in str(blocks.explain(4096))
+    assert "input p : blocks(64)[b, g, q/64]" in str(blocks.explain(4096))
+    assert "k_tile = tl.load(k_tiles_p_ptr" in blocks.source()
+    assert "listed(k_tiles_p_input" in blocks.source(backend="cpu")
+    assert attn.evictable(1000) == []
+    trial = measure(attn, n=40, heads=2, dim=16)
+    assert trial.passed
 
 
 def test_nothing_chosen() -> None:
