@@ -109,10 +109,11 @@ def judge(attn: attndsl.Attention, shape: tuple[int, ...], dtype: torch.dtype, b
         assert float((x.double() - y).abs().max()) <= 5 * tolerance * largest
 
 
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("body", PARTS + OUTPUTS)
-def test_cpu(body: str, shape: tuple[int, ...]) -> None:
-    judge(attndsl.compile(text_of(body)), shape, torch.float64, "cpu")
+def test_cpu(body: str) -> None:
+    attn = attndsl.compile(text_of(body))
+    for shape in (SHAPES[1], SHAPES[len(body) % 2 * 2]):
+        judge(attn, shape, torch.float64, "cpu")
 
 
 @pytest.mark.parametrize("body", PARTS + OUTPUTS)
