@@ -42,8 +42,8 @@ from attndsl.program import (
 )  # fmt: skip
 from attndsl.tiles import Side, TileRuns
 
-# Tiles of 64 x 64 of a call, over batch entries and heads, up to which they are mapped.
-MAX_TILES = 1 << 24
+# Tiles of 64 x 64 of a call, over the batch entries and heads that differ, up to which they are mapped.
+MAX_TILES = 1 << 22
 
 
 @functools.lru_cache(maxsize=1024)
@@ -57,8 +57,12 @@ def mapped(program: Program) -> bool:
 
 def maps_call(program: Program, shape: CallShape) -> bool:
     """Whether those of one call are: its rows begin where tiles do, and a map of it is small."""
-    tiles = shape.batch * shape.heads * -(-shape.rows // 64) * -(-shape.k_len // 64)
-    return shape.first_position(program) % EVEN == 0 and tiles <= MAX_TILES and mapped(program)
+    if shape.first_position(program) % EVEN or not mapped(program):
+        return False
+    read = tuple(scalars(program.branch.pattern))
+    batch = shape.batch if any(reads(e, "b") for e in read) else 1
+    heads = shape.heads if any(reads(e, "h", "g") for e in read) else 1
+    return batch * heads * -(-shape.rows // 64) * -(-shape.k_len // 64) <= MAX_TILES
 
 
 def map_fits(block_q: int, block_k: int) -> bool:
