@@ -24,8 +24,8 @@ def attndsl(*args: object) -> Result:
     return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
-# What `run` cannot draw: tables without a default, inputs that must be positive; and outputs of several branches.
-NOT_RUN = {"moa": "A015", "radial": "A015", "rmt": "A922", "gated": "A911", "affine_scaled": "A911"}
+# What `run` cannot draw: tables without a default, and inputs that must be positive.
+NOT_RUN = {"moa": "A015", "radial": "A015", "rmt": "A922"}
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.attn")), ids=lambda path: path.stem)
