@@ -52,6 +52,10 @@ from attndsl.tiles import Run, TileRuns
 _FEW, _MANY = 3, 16
 # Tiles of a slice that is long: its start and the merge are then small beside it.
 _LONG_SLICE = 32
+# Warps of a tile of few rows.
+_FEW_WARPS = 2
+# A length at which a pattern that visits few tiles shows it.
+_FAR = 1 << 20
 # Query rows of a tile, the rows of all its heads together: products take 16 at least.
 _LEAST_ROWS, _MOST_ROWS = 16, 64
 # Up to so many rows a tile is masked while the next one is under way: full tiles need no loop of their own.
@@ -135,8 +139,16 @@ def decode_plan(
         return plan
     plan = _plan(program, spec, rows, cache, split, _pack(spec, rows), tiling)
     if plan.pack > 1 and any(reads(x, "h") for x in run_scalars(plan.runs)):
-        return _plan(program, spec, rows, cache, split, 1, tiling)
-    return plan
+        plan = _plan(program, spec, rows, cache, split, 1, tiling)
+    return plan if tiling is not None or spec.target == "cpu" else _for_short_slices(plan, rows)
+
+
+def _for_short_slices(plan: DecodePlan, rows: int) -> DecodePlan:
+    """Where few rows visit few tiles of pages at any length, with a shallow pipeline: filling a deep one takes longer
+    than it saves (RESULTS.md)."""
+    if plan.cache.page is None or plan.tiling.warps != _FEW_WARPS or most_tiles(plan, rows, _FAR) > _LONG_SLICE:
+        return plan
+    return replace(plan, tiling=replace(plan.tiling, stages=3))
 
 
 def _pack(spec: Spec, rows: int) -> int:
@@ -231,7 +243,11 @@ def decode_tiling(spec: Spec, cache: Cache, rows: int, pack: int, listed: bool =
     # Where a page lies is loaded before the page, and before that the list: the pipeline is deeper for as many tiles in
     # flight.
     stages = 1 + ahead * (1 + (cache.page is not None) + listed)
-    return Tiling(block_q, block_k, warps=8 if before_hopper and (block_q >= 64 or parts > 1) else 4, stages=stages)
+    if before_hopper:
+        return Tiling(block_q, block_k, warps=8 if block_q >= 64 or parts > 1 else 4, stages=stages)
+    # The products of few rows are small: two warps wait for each other less than four, where registers suffice.
+    few = block_q <= _LEAST_ROWS and parts == 1 and not cache.fp8 and not listed
+    return Tiling(block_q, block_k, warps=_FEW_WARPS if few else 4, stages=stages)
 
 
 def split_count(plan: DecodePlan, batch: int, rows: int, capacity: int, multiprocessors: int, listed: int = 0) -> int:

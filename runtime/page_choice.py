@@ -22,7 +22,7 @@ from attndsl.runtime.engine import MAX_PREPARED
 from attndsl.runtime.launcher import Slot
 
 # Warps of a kernel; that of the choice compares 8192 keys at once.
-_WARPS = {"bound_pages": 4, "score_pages": 4, "choose_pages": 16}
+_WARPS = {"bound_pages": 4, "score_pages": 4, "choose_pages": 8}
 
 
 @dataclass(slots=True)
