@@ -20,6 +20,7 @@ from attndsl.pieces import Piece, choose_pieces
 from attndsl.plan import (
     Backend,
     BackwardPlan,
+    DType,
     ForwardPlan,
     Loads,
     Plan,
@@ -126,7 +127,7 @@ def _piece_plan(
     program: Program, piece: Piece | BoxPiece, spec: Spec, tiling: Tiling | None, branch: dict[str, Any], number: int
 ) -> ForwardPlan:
     spec = _spec_of(piece, spec)
-    tiling = _tiling_of(piece, spec, tiling or default_tiling(spec))
+    tiling = _tiling_of(piece, spec, tiling or _scattered_tiling(piece, spec) or default_tiling(spec))
     if number:
         # What all pieces share enters with the first.
         branch = branch | {"sink": None}
@@ -149,6 +150,15 @@ def _boxes(
     layout = piece.boxes(*block)
     runs = box_runs(piece, layout, spec, block, side, program.align_start)
     return layout, runs, box_mask(piece, layout, spec, block) if runs.partial else None
+
+
+def _scattered_tiling(piece: Piece | BoxPiece, spec: Spec, stages: int = 3) -> Tiling | None:
+    """Tile sizes of pieces whose tokens do not lie in a row, where others than the usual ones were faster (measured:
+    benchmarks/RESULTS.md): smaller boxes reach less far, and two programs a multiprocessor hide each other's loads."""
+    half, dim = spec.dtype in (DType.BFLOAT16, DType.FLOAT16), max(spec.dim, spec.v_dim)
+    if piece.layout.plain or spec.target != "cuda:90" or not half or not 64 < dim <= 128:
+        return None
+    return Tiling(64, 64, warps=4, stages=stages)
 
 
 def _tiling_of(piece: Piece | BoxPiece, spec: Spec, tiling: Tiling) -> Tiling:
@@ -193,7 +203,8 @@ def _backward_piece(
     branch: dict[str, Any], uses_lse: bool, number: int,
 ) -> BackwardPlan:  # fmt: skip
     spec = _spec_of(piece, spec)
-    tiling, key_tiling = tilings or backward_tilings(spec)
+    scattered = _scattered_tiling(piece, spec, stages=2)
+    tiling, key_tiling = tilings or (backward_tilings(spec) if scattered is None else (scattered, scattered))
     if number:
         branch = branch | {"sink": None}
     key_runs = TileRuns((), ())

@@ -22,6 +22,7 @@ DOCUMENTS = "attention documents { input doc : int[b, k] sorted\n attend causal 
 SOFTCAP = "attention gemma2 { score softcap(s, 50.0)\n attend causal }"
 SINK = "attention sinks { input sinks : float[h]\n softmax with sink sinks[h]\n attend causal & window(128) }"
 SCATTERED = "causal & (window(64) | dilated(16))"
+GRID = "attention grid { axes y, x[128]\n attend neighborhood(13) on (y, x) }"
 RANDOM = "causal & (window(64) | random(3, of = blocks(64), per = rows(64), seed = h))"
 DEVICES = (
     ("cuda:80", "pointer"), ("cuda:90", "pointer"), ("cuda:90", "descriptor"), ("cuda:100", "descriptor"),
@@ -42,6 +43,7 @@ QUICK += [
 QUICK.append(Job(DOCUMENTS, "cuda:90", 128, "descriptor", (8, 2)))
 # The piece whose tokens lie apart, which loads through pointers.
 QUICK += [Job(SCATTERED, target, dim, "pointer", piece=1) for target in ("cuda:80", "cuda:90") for dim in (64, 128)]
+QUICK += [Job(GRID, target, 128, "pointer") for target in ("cuda:80", "cuda:90")]
 DECODES = [Decode(rows, page, fp8) for rows in (1, 16) for page in (None, 16) for fp8 in (False, True)]
 PATTERNS = ("causal", STREAMING, DOCUMENTS, SOFTCAP, SINK, SCATTERED)
 THOROUGH = [
