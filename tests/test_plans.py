@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from attndsl.api import _engine, measure
 from attndsl.codegen.triton_forward import forward_source
 from attndsl.diagnostics import PatternError
 from attndsl.listing import even_start
+from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.plan import Backend, DType, Spec, Tiling, backward_plan, forward_plan
 from attndsl.program import CallShape
 from attndsl.runtime.cache import KernelCache
@@ -187,10 +189,34 @@ def test_packed_heads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"sinks": torch.randn(heads, generator=torch.Generator().manual_seed(1))} if "sinks" in clauses else {}
     text = f"attention planned {{ input p : blocks(16)[{dims}]\n {clauses} }}"
     monkeypatch.setattr("tests.test_plans.SMALL", None)
+    may_pack(monkeypatch)
     attend(text, shape, plan, "triton", **given)
 
 
-def test_heads_are_packed() -> None:
+def may_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the model choose tiles that heads share, which it does not yet by itself."""
+    monkeypatch.setattr("attndsl.tiling.PACKED", True)
+    for chosen in (choose_tiling, choose_backward_tilings, forward_plans, backward_plans):
+        chosen.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def forget_tilings() -> Iterator[None]:
+    """What a test let the model choose is not for the next one."""
+    yield
+    for chosen in (choose_tiling, choose_backward_tilings, forward_plans, backward_plans):
+        chosen.cache_clear()
+
+
+def test_groups_are_gathered_yet() -> None:
+    program = attndsl.compile("attention planned { input p : blocks(64)[b, g, q]\n attend causal & p }").program
+    spec = Spec(64, 4, 64, 64, DType.BFLOAT16, "cuda:90", lists=True)
+    assert choose_tiling(program, spec).pack == 1
+    assert forward_plans(program, spec)[0].gathered is not None
+
+
+def test_heads_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_pack(monkeypatch)
     spec = Spec(64, 4, 64, 64, DType.BFLOAT16, "cuda:90", lists=True)
     packs = {
         "[b, g, q]\n attend causal & p": 16,
