@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from attndsl.branches import Attended, Branch, Given, Output, Part, Pool, combined, factors
 from attndsl.pairs import nodes
+from attndsl.plans import own_program
 from attndsl.program import Axis, Dim, InputDecl, Program, Read, Scalar, Selected, Type, walk
 from attndsl.selection import Probs
 
@@ -32,11 +33,15 @@ class Pooling:
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """What a program consists of: entries to make, programs of one branch by name, and how their outputs combine."""
+    """What a program consists of: entries to make, programs of one branch by name, and how their outputs combine.
+
+    own: the program with the inputs that a call gives alone.
+    """
 
     pools: tuple[Pooling, ...]
     branches: tuple[tuple[str, Program], ...]
     output: Output
+    own: Program
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -64,7 +69,7 @@ def compose(program: Program) -> Composition:
     pools = tuple(found.values())
     made = tuple(decl for pooling in pools for decl in _declared(pooling))
     programs = tuple((name, _program(program, branch, made)) for name, branch in branches)
-    return Composition(pools, programs, output)
+    return Composition(pools, programs, output, own_program(program))
 
 
 def _handed_in(part: Part, program: Program, found: dict[Pool, Pooling]) -> Part:

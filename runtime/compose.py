@@ -10,7 +10,6 @@ from torch import Tensor
 from attndsl.branches import Attended, Given, combined
 from attndsl.compose import Composition, Pooling, output_inputs
 from attndsl.diagnostics import error
-from attndsl.plans import own_program
 from attndsl.program import InputDecl, Program
 from attndsl.runtime.call import call_shape, check_inputs
 from attndsl.runtime.combine import Combiner, State
@@ -41,7 +40,7 @@ class Composed:
         v: Tensor, given: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str,
         plans: Mapping[str, Tensor], views: Views | None = None,
     ) -> None:  # fmt: skip
-        own = own_program(program)
+        own = composition.own
         checked_values(key, given, args)
         check_inputs(own, call_shape(q, k, v), given, q.device)
         self.q, self.k, self.v, self.args, self.scale, self.backend = q, k, v, list(args), scale, backend

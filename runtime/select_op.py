@@ -79,8 +79,9 @@ class Planner:
         keys: Tensor | None = None
         lse: Tensor | None = None
         if isinstance(selection.score, Probs):
-            # Raises where the branch has no probabilities, before it is attended.
-            checked_mass(_of_selection(self.program, selection), selection, call_shape(self.q, self.k, self.k))
+            # Raises where the branch has no probabilities, before it is attended; a graph raises when it runs.
+            if not torch.compiler.is_compiling():
+                checked_mass(_of_selection(self.program, selection), selection, call_shape(self.q, self.k, self.k))
             keys, lse = (x.detach() for x in self.state(selection.score.branch))
         make = torch.ops.attndsl.select if traced((self.q, self.k, *self.inputs)) else _select
         made: Tensor = make(
