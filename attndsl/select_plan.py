@@ -21,8 +21,6 @@ from attndsl.visits import closed_runs
 
 # The longest list that a kernel keeps in registers.
 MAX_WIDTH = 64
-# Rows of a product, those of the heads that share a choice side by side, and members of a tile.
-_ROWS, _MEMBERS = 128, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +130,11 @@ def select_plan(program: Program, selection: Selection, spec: Spec, tiling: Tili
 
 
 def default_select_tiling(share: int, keys: int) -> Tiling:
-    """Rows of a product are those of the heads that share times the tile's own."""
+    """Rows of a product are those of the heads that share times the tile's own (measured: benchmarks/RESULTS.md)."""
     side = 1 << (share - 1).bit_length()
-    return Tiling(max(1, _ROWS // side), _MEMBERS * keys, warps=4, stages=2)
+    if side == 1:
+        return Tiling(64, 32 * keys, warps=4, stages=2)
+    return Tiling(max(1, 256 // side), 64 * keys, warps=8, stages=2)
 
 
 def _over(program: Program, pattern: Set) -> Program:

@@ -92,7 +92,7 @@ def test_the_kernel_reads_as_written() -> None:
     program = program_of(f"top(3, blocks(64), among = causal, {OWN}, share = group)")
     plan = select_plan(program, program.selections[0], Spec(16, 4, 128, 128, DType.BFLOAT16, "cuda:90"))
     text = select_source(plan)
-    assert plan.tiling.block_q * 4 == 128 and plan.width == 4
+    assert plan.tiling.block_q * 4 == 256 and plan.width == 4
     assert "tl.dot(q, tl.trans(low), scores)" in text and "Full tiles" in text and "take_best" in text
     compile(text, "select", "exec")
 
