@@ -23,7 +23,7 @@ from attndsl.plan import (
     default_tiling,
     forward_plan,
 )  # fmt: skip
-from attndsl.program import Arg, CallShape, Program, Read, Scalar, Table, walk
+from attndsl.program import Arg, CallShape, Program, Read, Scalar, Table, Type, reads, walk
 from attndsl.relation import Lowering
 from attndsl.tiles import TileRuns
 
@@ -116,14 +116,16 @@ def _choose_backward_tilings(program: Program, spec: Spec) -> tuple[Tiling, Tili
 def heavy_tiles(plan: BackwardPlan, shape: CallShape) -> int:
     """How many of a call's first key tiles are visited by far more query tiles than the average: those of sinks.
 
-    0 where data decides it, and in a layout. A program owns a key tile, and a long one that starts late is waited for.
+    A program owns a key tile, and a long one that starts late is waited for. Where a truth that the host does not know
+    decides (which heads stream), the most of either way. 0 where other data decides it, and in a layout.
     """
     stride = 1 if plan.view is None else plan.view.stride
     key_tiles = -(-shape.k_len // (stride * plan.key_tiling.block_k))
     counts = [run.count for run in plan.key_runs.full + plan.key_runs.partial]
     if not plan.layout.plain or not key_tiles:
         return 0
-    if any(isinstance(x, Read | Table | Arg) for e in counts for x in walk(e)):
+    unknown = {x for e in counts for x in walk(e) if isinstance(x, Read | Table | Arg)}
+    if any(x.type is not Type.BOOL or reads(x, "k_tile") for x in unknown):
         return 0
     start = shape.first_position(plan.program)
     heads = np.arange(shape.heads)[:, None]
@@ -131,11 +133,15 @@ def heavy_tiles(plan: BackwardPlan, shape: CallShape) -> int:
         "Nk": np.asarray(shape.k_len), "Nq": np.asarray(shape.q_len(plan.program)), "start": np.asarray(start),
         "k_tile": np.arange(key_tiles), "h": heads, "g": heads // (shape.heads // shape.kv_heads), "b": np.asarray(0),
     }  # fmt: skip
-    visits = np.zeros((shape.heads, key_tiles))
-    for e in counts:
-        visits += np.maximum(evaluate(e, variables, {}), 0)
-    heavy = visits.sum(0) > _HEAVY * visits.sum(0).mean()
-    return key_tiles if heavy.all() else int(np.argmin(heavy))
+    most = 0
+    for truth in (False, True) if unknown else (False,):
+        leaves: dict[Scalar, np.ndarray] = {x: np.asarray(truth) for x in unknown}
+        visits = np.zeros((shape.heads, key_tiles))
+        for e in counts:
+            visits += np.maximum(evaluate(e, variables, leaves), 0)
+        heavy = visits.sum(0) > _HEAVY * visits.sum(0).mean()
+        most = max(most, key_tiles if heavy.all() else int(np.argmin(heavy)))
+    return most
 
 
 def _visited(runs: TileRuns, tiling: Tiling, spec: Spec) -> float | None:

@@ -13,9 +13,11 @@ import torch
 
 import attndsl
 from attndsl.codegen.triton_forward import forward_source
-from attndsl.piece_plans import forward_plans
+from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.plan import Tiling
+from attndsl.program import CallShape
 from attndsl.targets import make_spec
+from attndsl.tiling import heavy_tiles
 from tests.accuracy import check
 from tests.tiling import call, check_tiles
 
@@ -130,6 +132,15 @@ def test_outputs_and_gradients(
         right = torch.autograd.grad(attn.reference(*exact, **given).square().sum(), exact)
         for a, b in zip(found, right, strict=True):
             torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
+
+
+def test_sink_tiles_start_first_whichever_heads_stream() -> None:
+    spec, shape = make_spec("sm_80", "triton", 4, 2, 64), CallShape(1, 4, 2, 400, 400, 64, 64)
+    (plan,) = backward_plans(attndsl.compile(DUO).program, spec, (Tiling(16, 16), Tiling(16, 16)))
+    assert heavy_tiles(plan, shape) == 1
+    spans = attndsl.compile(SPANS, span=[20, 200, 7, 200]).program
+    (plan,) = backward_plans(spans, spec, (Tiling(16, 16), Tiling(16, 16)))
+    assert heavy_tiles(plan, shape) == 0, "no truth to try"
 
 
 @pytest.mark.parametrize("full", [(True, False), (False, False), (True, True)])
