@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from attndsl.asking import asked, batch_of, check_names, checked, known
+from attndsl.asking import asked, batch_of, check_names, check_plain, checked, known
 
 # Imported here and not when first used: importing a submodule sets the package's attribute of its name, and
 # `attndsl.compare` is the function below.
@@ -62,9 +62,8 @@ def compile(source: str | os.PathLike[str], *, name: str | None = None, **params
 def load_attention(source: str | os.PathLike[str], *, name: str | None = None, **params: object) -> Attention:
     """`compile` without its warnings, which are in `Attention.warnings`."""
     found = source_of(source)
-    loaded = load(found.text, name=found.name, select=name, params=params)
-    said = (*findings(loaded.program), *part_findings(loaded.program), *unstable(loaded.program))
-    return Attention(loaded.program, (*loaded.warnings, *said))
+    program = (loaded := load(found.text, name=found.name, select=name, params=params)).program
+    return Attention(program, (*loaded.warnings, *findings(program), *part_findings(program), *unstable(program)))
 
 
 def source_of(source: str | os.PathLike[str]) -> Source:
@@ -85,6 +84,7 @@ def compare(a: Attention | str | os.PathLike[str], b: Attention | str | os.PathL
     Raises `PatternError` when the answer is not found within the effort bound, or the two have other positions.
     """
     first, second = (x.program if isinstance(x, Attention) else load_attention(x).program for x in (a, b))
+    check_plain(first, second)
     try:
         return compare_programs(first, second)
     except Undecided as given_up:
@@ -109,8 +109,7 @@ class Attention:
         # Known before the first call, which may be one that torch.compile traces.
         self._key = _registered(program)
         self._composition = compose(program)
-        parts = () if program.plain else self._composition.programs
-        self._parts = tuple(map(_registered, parts))
+        self._parts = () if program.plain else tuple(map(_registered, self._composition.programs))
 
     def __reduce__(self) -> tuple[type[Attention], tuple[Program, tuple[Diagnostic, ...]]]:
         """Copies and pickles are compiled anew: another process has to know the program too."""
@@ -350,6 +349,7 @@ class Attention:
 
         `blocks` shows the tiles of tokens in order. inputs: as there.
         """
+        check_plain(self.program)
         from attndsl.piece_tiles import count_pieces
 
         arrays, args = known(self.program, inputs)
@@ -411,6 +411,7 @@ class Attention:
         second that the device reaches (default: its data sheet's). stages: every stage's own result instead.
         inputs: those that are known; what depends on the others is said to.
         """
+        check_plain(self.program)
         from attndsl import explain
         from attndsl.targets import make_spec
 

@@ -48,6 +48,12 @@ def check_names(program: Program, given: Mapping[str, object]) -> None:
             raise error("A522", f"`{name}` is not an input of this attention: {takes}")
 
 
+def check_plain(*programs: Program) -> None:
+    """Raises `PatternError` (A911) for what is not one branch over raw tokens."""
+    for program in programs:
+        _ = program.branch
+
+
 def known(program: Program, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
     """Inputs as numpy arrays, and runtime arguments. Inputs may be missing: what needs one says so itself."""
     names = [decl.name for decl in own_program(program).inputs]

@@ -208,7 +208,10 @@ def test_refusals() -> None:
     with pytest.raises(attndsl.PatternError, match="A912"):
         attn(q, k, v, doc=torch.zeros(1, 8, dtype=torch.int32))
     attn = attndsl.compile("attention a { attend causal over pool(mean, 4) }")
-    for refused in (lambda: attn(q, k, v, dropout=0.5, seed=1), lambda: attn.source(), lambda: attn.blocks(8, 8)):
+    for refused in (
+        lambda: attn(q, k, v, dropout=0.5, seed=1), lambda: attn.source(), lambda: attn.blocks(8, 8),
+        lambda: attn.explain(8), lambda: attn.pieces(8, 8), lambda: attndsl.compare(attn, "causal"),
+    ):  # fmt: skip
         with pytest.raises(attndsl.PatternError, match="A911"):
             refused()
     attn = attndsl.compile(text_of("causal over given(kc, vc, 4)"))
