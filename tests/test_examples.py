@@ -102,11 +102,15 @@ def test_a_video_has_a_length_of_its_own() -> None:
 
 def test_routed_rows_have_their_own_block_and_eight_earlier_ones() -> None:
     row, sizes = rows.ROWS["routed"], small(1024, heads=3)
-    chosen = row.inputs(sizes)["sel"]
-    assert chosen.sum(-1).tolist() == [[min(i, 8) + 1 for i in range(16)]] * 3
-    assert not torch.equal(chosen[0], chosen[1])
+    keep = row.inputs(sizes)["keep"]
+    for lists in keep.tolist():
+        for block, listed in enumerate(lists):
+            chosen = [x for x in listed if x >= 0]
+            assert listed == chosen + [-1] * (9 - len(chosen)) and chosen == sorted(set(chosen))
+            assert len(chosen) == min(block, 8) + 1 and chosen[-1] == block
+    assert not torch.equal(keep[0], keep[1])
     per_head = 64 * 64 * (sum(range(9)) + 7 * 8) + 16 * 64 * 65 // 2
-    assert rows.count_pairs(row, sizes, {"sel": chosen}) == 3 * per_head
+    assert rows.count_pairs(row, sizes, {"keep": keep}) == 3 * per_head
 
 
 def test_documents_fill_the_sequence() -> None:
