@@ -20,6 +20,7 @@ from attndsl.runtime.engine import Gradients, default_scale, empty_gradient, emp
 from attndsl.runtime.triton_backward import backward_parameters, row_stride
 from attndsl.runtime.triton_launch import INPUTS, descriptor, prepare, together, why_not_gluon, without_memory
 from attndsl.targets import gradients_refusal, layout_refusal
+from attndsl.tiling import prefers_portable_gradients
 
 GRADIENTS = "attention_gradients"
 ROWS = "attention_rows"
@@ -34,7 +35,11 @@ def why_not(program: Program, spec: Spec, q: Tensor, backend: str) -> str:
         return f"backend {backend!r} was asked for"
     if torch.are_deterministic_algorithms_enabled():
         return "deterministic algorithms were asked for"
-    return gradients_refusal(program, spec) or why_not_gluon(program, spec, q) or layout_refusal(program, spec)
+    if reason := gradients_refusal(program, spec) or why_not_gluon(program, spec, q) or layout_refusal(program, spec):
+        return reason
+    if backend == "auto" and prefers_portable_gradients(program, spec):
+        return "the portable kernels are predicted to be ahead where so few rows see a key"
+    return ""
 
 
 class GluonBackward:

@@ -17,6 +17,7 @@ from benchmarks import memory
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+for_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 PATTERN = "causal & (window(100) | sink(4))"
 
 
@@ -178,7 +179,7 @@ def test_one_attention_on_two_devices() -> None:
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["heads outside tokens", "heads inside tokens"])
-@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "triton", pytest.param("gluon", marks=for_hopper)])
 def test_memory_of_forward_and_backward(backend: str, inside: bool) -> None:
     """From the first call on, and wherever the gradient of the output lies: no copies, and nothing as large beside."""
     attn = attndsl.compile("causal & (sink(64) | window(1024))")
@@ -192,7 +193,7 @@ def test_memory_of_forward_and_backward(backend: str, inside: bool) -> None:
     for order in (dout, dout.contiguous()):
         peak = memory.peak_bytes(lambda: attn(q, k, v, backend=backend), q, k, v, order)
         # The Hopper kernel sums dq in float32.
-        sums = 4 * q.numel() if backend == "auto" and HOPPER else 0
+        sums = 4 * q.numel() if backend == "gluon" else 0
         assert peak <= memory.BAR * memory.least_bytes(q, k, v) + sums
 
 
@@ -207,6 +208,7 @@ def test_repeated_launches_agree() -> None:
     assert int(different) == 0
 
 
+@for_hopper
 @pytest.mark.parametrize("text", [PATTERN, "causal", "attention a { score softcap(s, 20.0)  attend window(150) }"])
 def test_gradients_added_up_by_copies(text: str) -> None:
     """The Hopper kernel's gradients, in whichever order its programs add to dq, beside the deterministic ones."""
@@ -219,7 +221,7 @@ def test_gradients_added_up_by_copies(text: str) -> None:
     right = torch.autograd.grad(attn.reference(*exact), exact, dout.double())
 
     def gradients() -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(attn(*given), given, dout)
+        return torch.autograd.grad(attn(*given, backend="gluon"), given, dout)
 
     found = [gradients() for _ in range(20)]
     torch.use_deterministic_algorithms(True)
