@@ -416,7 +416,7 @@ class Attention:
         from attndsl.targets import make_spec
 
         spec = make_spec(target, backend, heads, heads if kv_heads is None else kv_heads, dim, None, dtype)
-        spec = replace(spec, even_start=reads_plans(self.program))
+        spec = replace(spec, even_start=reads_plans(self.program), lists=reads_plans(self.program))
         arrays, args = known(self.program, inputs)
         shape = CallShape(
             max(batch, batch_of(self.program, arrays)), spec.heads, spec.kv_heads, q_len,

@@ -352,6 +352,11 @@ def _run_lines(plan: ForwardPlan, start: Scalar | None = None) -> list[str]:
         return [
             line for run in plan.box_runs.full + plan.box_runs.partial for line in _box_lines(plan.layout, run, known)
         ]
+    if plan.gathered is not None:
+        return [
+            f"each {plan.gathered.keys} keys are visited by the rows that chose them in `{plan.gathered.plan}`, "
+            f"{plan.tiling.block_q} of them a tile; what a row gets of each it chose is merged after"
+        ]
     if not (plan.runs.full or plan.runs.partial):
         return ["no tile is visited"]
     first = "start" if start is None else scalar_text(start)
@@ -404,10 +409,11 @@ def _cost(question: Question, plans: tuple[ForwardPlan, ...]) -> list[str]:
     area = graph.tiles * tiling.block_q * tiling.block_k
     every = graph.classes.size * graph.q_tiles * graph.k_tiles
     share = f"({100 * graph.density:.2f} %)"
+    # Which of them a plan chooses is not known here.
+    most = "at most " if spec.lists else ""
     if len(plans) == 1 and plans[0].layout.plain:
-        lines.append(
-            f"tiles: {graph.tiles:,} of {every:,} visited {share}, {graph.full:,} full and {graph.partial:,} partial"
-        )
+        kinds = f"{graph.full:,} full and {graph.partial:,} partial"
+        lines.append(f"tiles: {most}{graph.tiles:,} of {every:,} visited {share}, {kinds}")
     else:
         pieces = [piece_tiles(plan, shape, inputs, args) for plan in plans]
         tiles = sum(piece.tiles for piece in pieces)
@@ -420,9 +426,9 @@ def _cost(question: Question, plans: tuple[ForwardPlan, ...]) -> list[str]:
     moved = BYTES[spec.dtype] * shape.batch * (
         shape.rows * shape.heads * (spec.dim + spec.v_dim) + shape.k_len * shape.kv_heads * (spec.dim + spec.v_dim)
     )  # fmt: skip
-    lines.append(f"work: {_amount(flops)}FLOP in visited tiles; {_amount(moved)}B of q, k, v and output")
+    lines.append(f"work: {most}{_amount(flops)}FLOP in visited tiles; {_amount(moved)}B of q, k, v and output")
     rates = question.rates or RATES.get(spec.target)
-    if rates is not None:
+    if rates is not None and not spec.lists:
         compute, memory = flops / rates[0], moved / rates[1]
         bound = "computing" if compute >= memory else "memory"
         lines.append(

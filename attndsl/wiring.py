@@ -87,8 +87,8 @@ class Shown:
         """The plan behind it, for dense tensors. Raises `PatternError` for what there is not."""
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         spec = make_spec(self.target, self.backend, self.heads, kv_heads, self.dim, self.v_dim, self.dtype)
-        # Of calls that read plans, one whose first row stands where tiles begin.
-        spec = replace(spec, even_start=reads_plans(program))
+        # Of calls that read plans, one whose plans are lists and whose first row stands where tiles begin.
+        spec = replace(spec, even_start=reads_plans(program), lists=reads_plans(program))
         if self.backend == "cpu":
             spec = replace(spec, backend=Backend.CPU)
         name, piece = check_kernel(self.kernel, program, self.heads, kv_heads)

@@ -23,6 +23,7 @@ from attndsl.runtime.derive import derived_dtype
 from attndsl.runtime.gluon_backward import GRADIENTS, gradients_parameters
 from attndsl.runtime.triton_backward import DKDV, DQ, backward_parameters
 from attndsl.runtime.triton_decode import DECODE, decode_sources
+from attndsl.runtime.triton_gathered import forward_sources, gathered_parameters
 from attndsl.runtime.triton_launch import FUNCTION, INTERPRETED, kernel_source, parameter_sources, shared_cache
 
 # Formats of each kind of device, in the order in which compilation makes them.
@@ -69,9 +70,10 @@ def offline_source(plan: ForwardPlan | BackwardPlan | DecodePlan, text: str) -> 
         return kernel_source(plan, text, parameters(text, GRADIENTS), given, aligned=True, function=GRADIENTS)
     if isinstance(plan, BackwardPlan):
         function = DQ if f"def {DQ}(" in text else DKDV
-        given = backward_parameters(plan, q, k, v, inputs)
+        given = (backward_parameters if plan.gathered is None else gathered_parameters)(plan, q, k, v, inputs)
         return kernel_source(plan, text, parameters(text, function), given, aligned=True, function=function)
-    return kernel_source(plan, text, parameters(text, FUNCTION), parameter_sources(plan, q, k, v, inputs), aligned=True)
+    given = (parameter_sources if plan.gathered is None else forward_sources)(plan, q, k, v, inputs)
+    return kernel_source(plan, text, parameters(text, FUNCTION), given, aligned=True)
 
 
 def _offline_decode(plan: DecodePlan, text: str) -> KernelSource:

@@ -38,12 +38,9 @@ class GatheredForward:
         self.shape = shape = call_shape(q, k, v)
         self.softmax = kernel.program.branch.weights is None
         self.default_scale = default_scale(shape.dim)
-        grid, own = _tiles(kernel, q, k, v, inputs)
-        self.slots, heads = own["slots"], shape.batch * shape.heads
-        first = INPUTS + len(inputs) + len(kernel.program.args) + (len(PARAMETERS) if kernel.spec.dropout else 0)
-        sources = parameter_sources(kernel, q, k, v, inputs) | own
-        sources |= {"part_ptr": Slot(first, "*fp32"), "part_lse_ptr": Slot(first + 1, "*fp32")}
-        merged = heads * -(-shape.rows // _MERGED)
+        grid, self.slots = _tiles(kernel, q, k, v, inputs)
+        sources = forward_sources(kernel, q, k, v, inputs)
+        merged = shape.batch * shape.heads * -(-shape.rows // _MERGED)
         self._attend = self._merge = None
         if merged:
             self._attend, self._merge = together([
@@ -79,9 +76,8 @@ class GatheredBackward(TritonBackward):
     ) -> None:  # fmt: skip
         self.plan, self.shape = plan, call_shape(q, k, v)
         shape, self.default_scale = self.shape, default_scale(self.shape.dim)
-        grid, own = _tiles(plan, q, k, v, inputs)
-        self.slots, heads = own["slots"], shape.batch * shape.heads
-        sources = {**backward_parameters(plan, q, k, v, inputs, dout), **own}
+        grid, self.slots = _tiles(plan, q, k, v, inputs)
+        sources, heads = gathered_parameters(plan, q, k, v, inputs, dout), shape.batch * shape.heads
         self.packed = plan.tiling.pack > 1
         if self.packed:
             # One query of a key head's heads, whose list it follows: there are no slots.
@@ -116,15 +112,35 @@ class GatheredBackward(TritonBackward):
         return given
 
 
-def _tiles(plan: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> tuple[int, dict[str, int]]:
-    """Programs that own gathered tiles, and the parameters that say how many a head has, and slots a row."""
+def forward_sources(kernel: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> Mapping[str, Any]:
+    """What each parameter of the forward kernel and of its merge is given. Only shapes, strides and dtypes are read."""
+    first = INPUTS + len(inputs) + len(kernel.program.args) + (len(PARAMETERS) if kernel.spec.dropout else 0)
+    parts = {"part_ptr": Slot(first, "*fp32"), "part_lse_ptr": Slot(first + 1, "*fp32")}
+    return parameter_sources(kernel, q, k, v, inputs) | _sizes(kernel, q, k, v, inputs) | parts
+
+
+def gathered_parameters(
+    plan: BackwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], dout: Tensor | None = None
+) -> Mapping[str, Any]:
+    """What each parameter of the backward kernels is given. Only shapes, strides and dtypes are read."""
+    return {**backward_parameters(plan, q, k, v, inputs, dout), **_sizes(plan, q, k, v, inputs)}
+
+
+def _sizes(plan: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> dict[str, int]:
+    """How many gathered tiles a head has, and slots a row."""
+    shape, (programs, slots) = call_shape(q, k, v), _tiles(plan, q, k, v, inputs)
+    return {"gathered_tiles": programs // max(shape.batch * shape.heads, 1), "slots": slots}
+
+
+def _tiles(plan: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> tuple[int, int]:
+    """Programs that own gathered tiles, and slots of a row."""
     assert plan.gathered is not None
     shape, named = call_shape(q, k, v), dict(zip((d.name for d in plan.program.inputs), inputs, strict=True))
     derivation = plan.program.input(plan.gathered.entry.input).derivation
     assert isinstance(derivation, Gathering)
     slots = named[plan.gathered.plan].shape[-1]
     tiles = gathered_tiles(derivation, shape, slots) if slots else 0
-    return tiles * shape.batch * shape.heads, {"gathered_tiles": tiles, "slots": slots}
+    return tiles * shape.batch * shape.heads, slots
 
 
-__all__ = ["GatheredBackward", "GatheredForward"]
+__all__ = ["GatheredBackward", "GatheredForward", "forward_sources", "gathered_parameters"]

@@ -107,3 +107,11 @@ def test_spans() -> None:
     assert spans(np.zeros(3, bool)) == ()
     assert spans_text(()) == "none"
     assert spans_text(tuple((i, i) for i in range(0, 20, 2))) == "0, 2, 4, 6, … (4 more) …, 16, 18"
+
+
+def test_plans_are_explained_as_calls_attend_them() -> None:
+    routed = str(attndsl.compile("attention r { input p : blocks(64)[h, q/64]\n attend causal & p }").explain(4096))
+    assert "key tiles from k_tiles_p[h, 3 * q_tile]" in routed
+    assert "tiles: at most 2,080 of 4,096 visited" in routed and "floor" not in routed
+    moba = str(attndsl.compile("attention m { input p : blocks(512)[b, h, q]\n attend causal & p }").explain(4096))
+    assert "each 512 keys are visited by the rows that chose them in `p`, 64 of them a tile" in moba

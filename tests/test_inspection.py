@@ -30,8 +30,13 @@ wanted = {"sm_80": ["ptx"], "sm_90": ["ttir", "ttgir", "llir", "ptx", "sass"], "
 print(json.dumps({
     f"{target} {format}": attn.assembly("forward", format, target=target, heads=2, kv_heads=1, dim=32)
     for target, formats in wanted.items() for format in formats
+} | {
+    f"chosen {kernel}": attndsl.compile(sys.argv[2]).assembly(kernel, "ptx", heads=2, kv_heads=1, dim=32)
+    for kernel in ("forward", "dq", "dkdv")
 }))
 """
+# Each row chooses for itself, so rows are gathered.
+CHOSEN = "attention chosen { input p : blocks(64)[b, h, q]  attend causal & p }"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +44,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["ATTNDSL_CACHE_DIR"] = str(tmp_path_factory.mktemp("kernels"))
     done = subprocess.run(
-        [sys.executable, "-c", COMPILES, PATTERN],
+        [sys.executable, "-c", COMPILES, PATTERN, CHOSEN],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -68,6 +73,14 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_kernels_compile_without_their_device(compiled: dict[str, str], which: str, says: str) -> None:
     assert says in compiled[which]
     assert "attention_forward" in compiled[which]
+
+
+def test_kernels_of_plans_are_those_of_lists(compiled: dict[str, str]) -> None:
+    chosen = attndsl.compile(CHOSEN)
+    for kernel, name in (("forward", "attention_forward"), ("dq", "attention_dq"), ("dkdv", "attention_dkdv")):
+        assert "chose_p_ptr" in chosen.source(kernel) and name in compiled[f"chosen {kernel}"]
+    blocks = attndsl.compile("attention blocks { input p : blocks(64)[h, q/64]  attend causal & p }")
+    assert "k_tiles_p_ptr" in blocks.source("forward") and "q_tiles_p_ptr" in blocks.source("dkdv")
 
 
 @pytest.mark.parametrize("target", TARGETS)
