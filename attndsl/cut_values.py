@@ -20,9 +20,13 @@ def cut_values(
     program: Program, shape: CallShape, inputs: Mapping[str, Array], args: Mapping[str, int]
 ) -> dict[str, Array]:
     """The cuts that a program declares and whose inputs are given, by name."""
-    call = Evaluator.of_call(program, shape, inputs, args)
     known = known_cuts(program, inputs).inputs
-    return {decl.name: _cut(decl, decl.derivation, call) for decl in known if isinstance(decl.derivation, Cut)}
+    cuts = [(decl, decl.derivation) for decl in known if isinstance(decl.derivation, Cut)]
+    if not cuts:
+        # Without the positions of a call, which may be millions.
+        return {}
+    call = Evaluator.of_call(program, shape, inputs, args)
+    return {decl.name: _cut(decl, cut, call) for decl, cut in cuts}
 
 
 def _cut(decl: InputDecl, cut: Cut, call: Evaluator) -> Array:
