@@ -43,7 +43,7 @@ from attndsl.selection_text import selection_text
 from attndsl.simplify import fold
 from attndsl.targets import BYTES, GLUON_VERSIONS, RATES, gradients_refusal, hopper_refusal, layout_refusal
 from attndsl.tiles import Run
-from attndsl.tiling import prefers_portable, prefers_portable_gradients
+from attndsl.tiling import prefers_portable
 
 Array = NDArray[Any]
 
@@ -278,9 +278,7 @@ def _gradients(program: Program, spec: Spec) -> str:
         return "blocked PyTorch"
     if reason := gradients_refusal(program, spec) or layout_refusal(program, spec):
         return f"portable Triton, since {reason}"
-    if prefers_portable_gradients(program, spec):
-        return "portable Triton, predicted to be ahead of the Hopper lowering where so few rows see a key"
-    return "the Hopper lowering, dq summed in no fixed order; portable Triton where determinism is asked for"
+    return "portable Triton; with backend='gluon' the Hopper lowering, which sums dq in no fixed order"
 
 
 def _planned(question: Question, plans: tuple[ForwardPlan, ...], start: Scalar | None) -> list[str]:

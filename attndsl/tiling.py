@@ -36,9 +36,6 @@ _DQ_128 = (
     (2, Tiling(64, 64, warps=4, stages=2), 0.013, 0.00535),
     (1, Tiling(128, 64, warps=8, stages=3), 0.053, 0.0094),
 )
-# Microseconds of the backward pass for 128 keys at D = 128 on an H100: apart from the tiles of 64 rows that see them,
-# and for each. In one pass, sums of dq included; and in the portable kernels of dq and of dk and dv.
-_GRADIENTS_128, _PORTABLE_GRADIENTS_128 = (15.8, 2.46), (3.3, 3.01)
 # Whether the heads that choose together may share a tile of one query. On an H100 such a forward kernel gave wrong
 # values (RESULTS.md), and under the interpreter right ones; why is not known yet. Until then their rows are gathered.
 PACKED = False
@@ -93,20 +90,6 @@ def prefers_portable(program: Program, spec: Spec) -> bool:
     if wide is None or narrow is None:
         return False
     return small_own + small_tile * narrow < large_own + large_tile * wide
-
-
-@functools.lru_cache(maxsize=1024)
-def prefers_portable_gradients(program: Program, spec: Spec) -> bool:
-    """Whether the portable backward kernels are predicted to be ahead on Hopper: where few rows see a key, the product
-    that one pass spares does not pay for sums in float32. False where data decides how many."""
-    hopper = replace(spec, backend=Backend.GLUON)
-    tiling = default_tiling(hopper)
-    visited = _visited(forward_plan(program, hopper, tiling).runs, tiling, spec)
-    if visited is None:
-        return False
-    tiles = visited * tiling.block_q / 64
-    (own, per_tile), (portable_own, portable_tile) = _GRADIENTS_128, _PORTABLE_GRADIENTS_128
-    return portable_own + portable_tile * tiles < own + per_tile * tiles
 
 
 @functools.lru_cache(maxsize=1024)

@@ -20,7 +20,6 @@ from attndsl.runtime.engine import Gradients, default_scale, empty_gradient, emp
 from attndsl.runtime.triton_backward import backward_parameters, row_stride
 from attndsl.runtime.triton_launch import INPUTS, descriptor, prepare, together, why_not_gluon, without_memory
 from attndsl.targets import gradients_refusal, layout_refusal
-from attndsl.tiling import prefers_portable_gradients
 
 GRADIENTS = "attention_gradients"
 ROWS = "attention_rows"
@@ -29,17 +28,13 @@ ROWS = "attention_rows"
 def why_not(program: Program, spec: Spec, q: Tensor, backend: str) -> str:
     """Why a call's gradients do not come from the kernel for Hopper, empty where they do. `spec` has its `loads`.
 
-    In which order programs add to dq differs from run to run; who asks for determinism gets the portable kernels.
+    Only who asks for it gets it: in which order programs add to dq differs from run to run, and its sums take memory.
     """
-    if backend not in ("auto", "gluon"):
-        return f"backend {backend!r} was asked for"
+    if backend != "gluon":
+        return "the kernel for Hopper is for calls with backend='gluon'"
     if torch.are_deterministic_algorithms_enabled():
         return "deterministic algorithms were asked for"
-    if reason := gradients_refusal(program, spec) or why_not_gluon(program, spec, q) or layout_refusal(program, spec):
-        return reason
-    if backend == "auto" and prefers_portable_gradients(program, spec):
-        return "the portable kernels are predicted to be ahead where so few rows see a key"
-    return ""
+    return gradients_refusal(program, spec) or why_not_gluon(program, spec, q) or layout_refusal(program, spec)
 
 
 class GluonBackward:

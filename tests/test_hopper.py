@@ -6,12 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 from hypothesis import settings
 
 import attndsl
+from attndsl.runtime.gluon_backward import why_not
 from attndsl.targets import gradients_refusal, hopper_refusal, layout_refusal, make_spec
-from attndsl.tiling import prefers_portable_gradients
 from tests.offline import ROOT, Found, Job, compile_all
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -89,18 +90,20 @@ def test_what_has_no_lowering_says_so() -> None:
     assert "sm_90" in gradients_refusal(causal, make_spec("sm_80", "triton", 8, 8, 128))
 
 
-def test_gradients_in_one_pass_where_many_rows_see_a_key() -> None:
-    spec = make_spec("sm_90", "triton", 16, 16, 128)
-    for text, portable in (
-        ("causal", False), ("causal & window(4096)", False), ("causal & window(2048)", False),
-        ("causal & window(1024)", True), ("causal & (sink(64) | window(1024))", True), ("causal & window(128)", True),
-    ):  # fmt: skip
-        attn = attndsl.compile(text)
-        assert prefers_portable_gradients(attn.program, spec) == portable, text
-        said = str(attn.explain(4096, target="sm_90"))
-        assert ("so few rows see a key" in said) == portable, text
-    sorted_ids = attndsl.compile("attention d { input doc : int[b, k] sorted\n attend causal & document(doc) }")
-    assert not prefers_portable_gradients(sorted_ids.program, spec)
+def test_gradients_in_one_pass_are_for_who_asks() -> None:
+    """They do not repeat to the bit, and take memory: the default does neither."""
+    spec, q = make_spec("sm_90", "triton", 16, 16, 128), torch.empty(1, 16, 64, 128, device="meta")
+    attn = attndsl.compile("causal")
+    assert not gradients_refusal(attn.program, spec)
+    for backend in ("auto", "triton"):
+        assert "backend='gluon'" in why_not(attn.program, spec, q, backend)
+    assert "backend='gluon'" not in why_not(attn.program, spec, q, "gluon")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "deterministic" in why_not(attn.program, spec, q, "gluon")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "its gradients: portable Triton; with backend='gluon'" in str(attn.explain(4096, target="sm_90"))
 
 
 def test_the_kernel_of_all_gradients_is_for_hopper_alone() -> None:
