@@ -77,6 +77,9 @@ def interval(cond: Scalar, program: Program, owner: str) -> Interval | None:
             if sides is None:
                 return None
             of_q, of_k, falling = sides
+            # Data that cancels (`ids[q] + k <= ids[q] + q`) leaves a comparison of positions, which no search decides.
+            if not any(isinstance(x, Read) for side in (of_q, of_k) for x in walk(side)):
+                return None
             return _between(op if not falling else _FLIPPED[op], of_q, of_k, owner)
         case _:
             return None

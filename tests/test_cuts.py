@@ -59,6 +59,13 @@ OTHERS = (
     "{ doc[q] - doc[k] == k - q + doc[q - k] }",
     "{ doc[q] % 2 == doc[k] % 2 }",
 )
+# Comparisons whose data cancels: what is left compares positions.
+CANCELLED = (
+    "{ doc[q] + k <= doc[q] + q }",
+    "{ 3 <= 0 * doc[q] + k }",
+    "{ min(doc[k] - doc[k], 4) + 9 <= q }",
+    "{ 2 * doc[q] != doc[q] + doc[q] + k }",
+)
 
 
 def program_of(pattern: str) -> Program:
@@ -89,11 +96,21 @@ def intervals(program: Program, owner: str) -> list[Interval | None]:
 # ------------------------------------------------------------------------------------ recognition
 
 
-@pytest.mark.parametrize("pattern", OTHERS)
+@pytest.mark.parametrize("pattern", (*OTHERS, *CANCELLED))
 def test_what_is_no_interval_declares_no_cut(pattern: str) -> None:
     program = program_of(pattern)
     assert intervals(program, "q") == intervals(program, "k") == [None]
     assert with_cuts(program) is program
+
+
+@pytest.mark.parametrize("pattern", CANCELLED)
+def test_data_that_cancels_compares_positions(pattern: str) -> None:
+    attn = attndsl.compile(f"attention a {{ {DECLARED} attend {pattern} }}")
+    shape = CallShape(1, 2, 1, 37, 37, 16, 16)
+    q, k, v = (torch.randn(1, n, 37, 16, dtype=torch.float64) for n in (2, 1, 1))
+    values = data(shape)
+    given: dict[str, Any] = {decl.name: torch.as_tensor(values[decl.name]) for decl in attn.program.inputs}
+    torch.testing.assert_close(attn(q, k, v, **given), attn.reference(q, k, v, **given))
 
 
 @pytest.mark.parametrize("name", SORTED)
