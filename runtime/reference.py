@@ -76,6 +76,7 @@ def reference(
     scale: float | None = None,
     return_lse: Literal[False] = False,
     dropout: tuple[float, int] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor: ...
 @overload
 def reference(
@@ -89,6 +90,7 @@ def reference(
     *,
     return_lse: Literal[True],
     dropout: tuple[float, int] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def reference(
@@ -101,6 +103,7 @@ def reference(
     scale: float | None = None,
     return_lse: bool = False,
     dropout: tuple[float, int] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def reference(
     program: Program,
@@ -112,6 +115,7 @@ def reference(
     scale: float | None = None,
     return_lse: bool = False,
     dropout: tuple[float, int] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What a program computes, by definition.
 
@@ -125,6 +129,7 @@ def reference(
         scale: multiplies q . k in place of the program's own scale, which is 1/sqrt(D) if it has none.
         return_lse: also return the logarithm of the softmax denominator.
         dropout: the rate and the seed of dropout, of the weights after the softmax (or of `weights`).
+        dtype: what is computed in. float64 is the oracle; float32 shows what rounding alone does to a definition.
 
     Returns:
         out float64 [B, Hq, rows, Dv]; with `return_lse` also lse float64 [B, Hq, rows], natural log, the
@@ -138,14 +143,14 @@ def reference(
     shape = CallShape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
     oracle.check_inputs(program, shape, {name: tensor.shape for name, tensor in inputs.items()})
     exact = {name: x.detach().cpu().numpy() for name, x in inputs.items() if not x.is_floating_point()}
-    floats = {name: x.to(torch.float64) for name, x in inputs.items() if x.is_floating_point()}
+    floats = {name: x.to(dtype) for name, x in inputs.items() if x.is_floating_point()}
     left: Tensor | None = None
     if dropout is not None:
         if not program.plain:
             raise ValueError("dropout is that of one branch over raw tokens")
         rate, seed = dropout
-        left = torch.from_numpy(kept(program, shape, rate, seed)).to(q.device, torch.float64) / (1.0 - rate)
-    q, k, v = (x.to(torch.float64) for x in (q, k, v))
+        left = torch.from_numpy(kept(program, shape, rate, seed)).to(q.device, dtype) / (1.0 - rate)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
     whole = _Call(program, shape, q, k, v, oracle.Evaluator.of_call(program, shape, exact, args), floats, scale, left)
     out, lse = _apart(whole) if separate(program) else whole.result()
     if not return_lse:
@@ -192,7 +197,7 @@ def probabilities(
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One call of a program, its tensors in float64."""
+    """One call of a program, its tensors in the dtype that it is computed in."""
 
     program: Program
     shape: CallShape
@@ -247,11 +252,11 @@ class _Call:
         more: Tensor | None = None
         if part.view is not None and part.view.counted:
             first = torch.arange(keys.shape[-2], device=self.q.device) * part.view.stride
-            more = (self.shape.k_len - first).clamp(max=part.view.size).to(torch.float64).log().expand_as(dots)
+            more = (self.shape.k_len - first).clamp(max=part.view.size).to(dots.dtype).log().expand_as(dots)
 
         def scored(where: Tensor, e: Scalar | None) -> Tensor:
             """The scalar on these pairs, given s; s itself without one."""
-            pairs = _Pairs(self.evaluator, self.floats, where)
+            pairs = _Pairs(self.evaluator, self.floats, where, dots.dtype)
             s = dots[where]
             if self.scale is not None:
                 s = s * self.scale
@@ -259,7 +264,7 @@ class _Call:
                 s = s / self.shape.dim**0.5
             else:
                 s = s * pairs.scalar(branch.scale)
-            found = s if e is None else replace(pairs, s=s, memo={}).scalar(e).to(torch.float64)
+            found = s if e is None else replace(pairs, s=s, memo={}).scalar(e).to(dots.dtype)
             return found if more is None else found + more[where]
 
         zero = dots.new_zeros(dots.shape)
@@ -334,7 +339,7 @@ class _Call:
         where = torch.ones((*self.q.shape[:3], channels), dtype=torch.bool, device=self.q.device)
         variables = {**self.evaluator.variables, "d": np.arange(channels)}
         evaluator = replace(self.evaluator, variables=variables, memo={})
-        return _Pairs(evaluator, self.floats, where).scalar(e).to(torch.float64).reshape(where.shape)
+        return _Pairs(evaluator, self.floats, where, self.q.dtype).scalar(e).to(self.q.dtype).reshape(where.shape)
 
 
 def _below(lse: Tensor) -> Tensor:
@@ -350,7 +355,7 @@ def _softmax(
     left: what dropout multiplies the weights by.
     """
     with torch.no_grad():
-        dense = torch.full(present.shape, -torch.inf, dtype=torch.float64, device=present.device)
+        dense = torch.full(present.shape, -torch.inf, dtype=logits.dtype, device=present.device)
         dense = dense.masked_scatter(present, logits)
         top = dense.amax(-1) if dense.shape[-1] else dense.sum(-1) - torch.inf
         if sink is not None:
@@ -374,17 +379,18 @@ def _softmax(
 class _Pairs:
     """Scalars on the entries of `where`, bool [B, Hq, rows, Nk], as vectors over them in order.
 
-    `s` is the scaled dot product of each. Values are kept per node, by identity.
+    `dtype` is that of floats, `s` the scaled dot product of each. Values are kept per node, by identity.
     """
 
     evaluator: oracle.Evaluator
     floats: Mapping[str, Tensor]
     where: Tensor
+    dtype: torch.dtype
     s: Tensor | None = None
     memo: dict[int, Tensor] = field(default_factory=dict)
 
     def scalar(self, e: Scalar) -> Tensor:
-        """Value of a scalar on each pair: float64, int64 or bool [pairs]."""
+        """Value of a scalar on each pair: of `dtype`, int64 or bool [pairs]."""
         if id(e) not in self.memo:
             self.memo[id(e)] = self._scalar(e)
         return self.memo[id(e)]
@@ -394,14 +400,14 @@ class _Pairs:
             return self._spread(self.evaluator.scalar(e))
         match e:
             case Const(value=value):
-                return self._spread(np.asarray(value, np.float64))
+                return self._spread(np.asarray(value, np.float64)).to(self.dtype)
             case Var():
                 if self.s is None:
                     raise ValueError("`s` is read where there is no pair")
                 return self.s
             case Table(name=name, index=index):
                 table = self.evaluator.program.table(name)
-                values = torch.tensor(table.values, dtype=torch.float64, device=self.where.device)
+                values = torch.tensor(table.values, dtype=self.dtype, device=self.where.device)
                 return self._entry(values.reshape(table.shape), table.dims, index)
             case Read(input=name, index=index):
                 if name not in self.floats:
@@ -430,7 +436,7 @@ class _Pairs:
     def _branches(self, e: If) -> Tensor:
         """Each side on the pairs that take it, so that the other side's derivative is never formed."""
         cond = self.scalar(e.cond)
-        dtype = {Type.FLOAT: torch.float64, Type.INT: torch.int64, Type.BOOL: torch.bool}[e.type]
+        dtype = {Type.FLOAT: self.dtype, Type.INT: torch.int64, Type.BOOL: torch.bool}[e.type]
         value = torch.zeros(cond.shape, dtype=dtype, device=cond.device)
         for taken, side in ((cond, e.then), (~cond, e.other)):
             where = self.where.masked_scatter(self.where, taken)
@@ -443,7 +449,7 @@ class _Pairs:
             # Exact in itself, over operands that looked at a float: `1 + (if s > 0 then 1 else 2)`.
             exact = oracle.apply(e, [x.cpu().numpy() for x in operands])
             return torch.from_numpy(np.asarray(exact)).to(self.where.device)
-        operands = [x.to(torch.float64) for x in operands]
+        operands = [x.to(self.dtype) for x in operands]
         match e:
             case Unary():
                 return -operands[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from attndsl.api import _engine
 from attndsl.plan import Tiling
-from attndsl.program import Program
+from attndsl.program import CallShape, Program
 from tests.accuracy import check, examples
 from tests.cases import CASES
 from tests.strategies import Case, composed_programs, tensors
@@ -67,6 +68,13 @@ def test_random(case: Case) -> None:
 @examples(30)
 def test_random_default_tiles(case: Case) -> None:
     judge(case, torch.float64)
+
+
+def test_large_scores() -> None:
+    """Scores of some hundreds, whose rounding in float32 moves weights by as much as it moves any implementation's."""
+    slopes = np.array([0.34558418, 10, -10, -1.3031572], np.float32)
+    text = "attention steep { input slope : float[h] learnable  score s - slope[h] * (q - k)  attend causal }"
+    judge(Case(text, {}, {"slope": slopes}, {}, CallShape(1, 4, 2, 130, 130, 8, 8)), tiling=Tiling(32, 16))
 
 
 def test_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
