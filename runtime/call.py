@@ -71,12 +71,19 @@ def check_inputs(program: Program, shape: CallShape, inputs: Sequence[Tensor], d
         if x.device != device:
             raise _wrong("A512", f"{name} is on {x.device} and q on {device}", span=decl.span)
         sizes = declared_sizes(decl, program, shape, x)
-        fits = len(sizes) == x.dim() and all(have in (1, want) for have, want in zip(x.shape, sizes, strict=True))
-        if not fits:
+        if len(sizes) != x.dim() or not broadcasts(x.shape, sizes):
             raise _wrong(
                 "A513", f"{name} has shape {list(x.shape)}; this call needs {sizes}",
                 "a dimension may also have size 1, and is then broadcast", span=decl.span,
             )  # fmt: skip
+
+
+def broadcasts(sizes: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether each size is the one that is wanted, or 1.
+
+    Not `size in (1, want)`: to torch.compile two symbolic sizes are then different things, whatever they hold.
+    """
+    return all(size == 1 or size == want for size, want in zip(sizes, wanted, strict=False))
 
 
 def declared_sizes(decl: InputDecl, program: Program, shape: CallShape, x: Tensor) -> list[int]:

@@ -45,7 +45,7 @@ class Composed:
         check_inputs(own, call_shape(q, k, v), given, q.device)
         self.q, self.k, self.v, self.args, self.scale, self.backend = q, k, v, list(args), scale, backend
         self.inputs = {decl.name: x for decl, x in zip(own.inputs, given, strict=True)}
-        self.planner = Planner(key, q, k, given, args, scale, plans, self.state)
+        self.planner = Planner(program, key, q, k, given, args, scale, plans, self.state)
         self._selections = {selection.name for selection in program.selections}
         self._made = _entries(key, composition, k, v, views, backend)
         programs = composition.programs if keys else (program,)

@@ -18,7 +18,7 @@ from torch.library import Library
 from attndsl.diagnostics import error
 from attndsl.plans import own_program, plan_heads, plan_input, plans_read
 from attndsl.program import CallShape, InputDecl, Program
-from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target
+from attndsl.runtime.call import broadcasts, call_shape, check_inputs, check_tables, device_target
 from attndsl.runtime.ops import traced
 from attndsl.runtime.plans import listed_members
 from attndsl.runtime.registry import engine_of
@@ -41,15 +41,16 @@ _KEPT: dict[Any, Selector] = {}
 class Planner:
     """The plans of a program's selections in one call, each made when first asked for, or given.
 
-    given: plans by name, [B, H', R, C or M]. state: the keys and the lse of a branch that `probs` reads.
+    key: the registered program. given: plans by name, [B, H', R, C or M]. state: the keys and the lse of a branch that
+    `probs` reads.
     """
 
     def __init__(
-        self, key: str, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
-        given: Mapping[str, Tensor], state: Callable[[str], State],
+        self, program: Program, key: str, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
+        scale: float | None, given: Mapping[str, Tensor], state: Callable[[str], State],
     ) -> None:  # fmt: skip
         """Raises `PatternError` where a given plan belongs to no selection of the program."""
-        self.key, self.program = key, engine_of(key).program
+        self.program, self.key = program, key
         self.q, self.k, self.inputs = q.detach(), k.detach(), [x.detach() for x in inputs]
         self.args, self.scale, self.given, self.state = args, scale, given, state
         self._found: dict[str, Tensor] = {}
@@ -130,7 +131,7 @@ def _checked(program: Program, selection: Selection, shape: CallShape, plan: obj
     fits = False
     if isinstance(plan, Tensor) and plan.dim() == 4 and plan.dtype in forms and plan.device == device:
         last = members if plan.dtype == torch.uint8 else plan.shape[3]
-        fits = plan.shape[3] == last and all(n in (1, m) for n, m in zip(plan.shape, wanted, strict=False))
+        fits = plan.shape[3] == last and broadcasts(plan.shape, wanted)
     if not isinstance(plan, Tensor) or not fits:
         said = f"{list(plan.shape)} {plan.dtype} on {plan.device}" if isinstance(plan, Tensor) else repr(plan)[:40]
         raise error(

@@ -63,6 +63,7 @@ class Trial:
     inputs: how each declared input was made. pairs: allowed pairs, exactly or nearly; tiles: visited share of all.
     error: largest difference from the oracle over the checked rows; allowed_error: what rounding may explain.
     ms, dense_ms: time of a call, of ours and of dense attention; dense_why: why there is no such time.
+    masked: whether dense attention had the same mask. Views and branches are none: then it attends every pair.
     """
 
     shape: CallShape
@@ -78,6 +79,7 @@ class Trial:
     ms: float
     dense_ms: float | None
     dense_why: str
+    masked: bool
 
     @property
     def passed(self) -> bool:
@@ -139,7 +141,7 @@ def trial(attend: Attend, program: Program, options: Options) -> Trial:
         shape, str(dtype).removeprefix("torch."), _device_name(device),
         options.backend if options.backend != "auto" else spec.target.partition(":")[0].replace("cuda", "triton"),
         tuple((decl.name, _said(decl, program)) for decl in own_program(program).inputs), pairs, density,
-        sum(check[2] for check in checks), worst[0], worst[1], ms, dense_ms, why,
+        sum(check[2] for check in checks), worst[0], worst[1], ms, dense_ms, why, program.plain,
     )  # fmt: skip
 
 
@@ -286,16 +288,16 @@ def _dense(
     program: Program, shape: CallShape, args: Mapping[str, int], q: Tensor, k: Tensor, v: Tensor,
     inputs: Mapping[str, Tensor],
 ) -> tuple[float | None, str]:  # fmt: skip
-    """Time of dense attention with the pattern as a mask, or why it was not taken; of all pairs where a view or several
-    branches are no mask."""
+    """Time of dense attention with the pattern as a mask, or why it was not taken; of every pair, and without a mask,
+    where views or several branches are none."""
+    keys, values = (x.repeat_interleave(shape.heads // shape.kv_heads, dim=1) for x in (k, v))
+    if not program.plain:
+        return _milliseconds(lambda: scaled_dot_product_attention(q, keys, values), q.device), ""
     size = shape.batch * shape.heads * shape.rows * shape.k_len
     if size > MAX_MASK:
         return None, f"its mask alone would take {size / 2**30:.1f} GiB"
     if too_dense(program, shape):
         return None, "the oracle makes no mask with `coarsen` at this length"
-    keys, values = (x.repeat_interleave(shape.heads // shape.kv_heads, dim=1) for x in (k, v))
-    if not program.plain:
-        return _milliseconds(lambda: scaled_dot_product_attention(q, keys, values), q.device), ""
     arrays = {name: x.cpu().numpy() for name, x in inputs.items() if not x.is_floating_point()}
     mask = torch.empty(shape.batch, shape.heads, shape.rows, shape.k_len, dtype=torch.bool, device=q.device)
     start = shape.first_position(program)

@@ -193,6 +193,21 @@ def test_torch_compile() -> None:
         torch.testing.assert_close(x, y)
 
 
+def test_torch_compile_of_another_attention_and_length() -> None:
+    """The second one that a process compiles has sizes that are symbols, its gate's among them."""
+    routed = attndsl.compile("attention a { attend causal & top(2, blocks(4), by = dot(Q, mean(K))) }")
+    gated = attndsl.compile(
+        text_of("""far = attend causal over pool(mean, 4)
+        near = attend causal & top(2, blocks(4), by = probs(far), share = group)
+        output gates[0] * far + gates[1] * near""")
+    )
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda attn, *x, **more: attn(*x, **more), fullgraph=True, backend="aot_eager")
+    for attn, rows in ((routed, 21), (gated, 24), (gated, 37)):
+        (q, k, v), inputs = leaves(attn, (1, 2, 1, rows, rows, 16, 16), torch.float32)
+        torch.testing.assert_close(compiled(attn, q, k, v, **inputs), attn(q, k, v, **inputs))
+
+
 def test_gradients_are_the_same_to_the_bit() -> None:
     attn = attndsl.compile("attention a { attend causal & window(4), causal over pool(max, 5, 2) }")
     (q, k, v), _ = leaves(attn, (1, 2, 1, 40, 40, 16, 16), torch.float32)
