@@ -14,17 +14,17 @@ from attndsl.asking import asked, batch_of, check_names, check_plain, checked, k
 # `attndsl.compare` is the function below.
 from attndsl.compare import Comparison, Undecided
 from attndsl.compare import compare as compare_programs
-from attndsl.compose import compose
+from attndsl.compose import compose, has_lse
 from attndsl.diagnostics import Diagnostic, PatternWarning, Source, error
 from attndsl.findings import findings
 from attndsl.grammar import format_source, load, parse, read_source
 from attndsl.listing import reads_plans
 from attndsl.part_findings import part_findings
 from attndsl.plans import own_program
-from attndsl.program import CallShape, Program, has_lse
-from attndsl.runtime.cache import cache_key
-from attndsl.runtime.registry import attend_operator, register
+from attndsl.program import CallShape, Program
+from attndsl.runtime.registry import attend_operator
 from attndsl.stability import unstable
+from attndsl.wiring import registered
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from attndsl.explain import Explanation, Question
     from attndsl.piece_tiles import PieceTiles
     from attndsl.runtime.cache import KernelCache
-    from attndsl.runtime.decode import DecodeGenerators
-    from attndsl.runtime.engine import Engine
     from attndsl.runtime.trial import Trial
 
 
@@ -107,9 +105,9 @@ class Attention:
         self._inputs = tuple(decl.name for decl in own_program(program).inputs)
         self._attend = attend_operator()
         # Known before the first call, which may be one that torch.compile traces.
-        self._key = _registered(program)
+        self._key = registered(program)
         self._composition = compose(program)
-        self._parts = () if program.plain else tuple(map(_registered, self._composition.programs))
+        self._parts = () if program.plain else tuple(map(registered, self._composition.programs))
 
     def __reduce__(self) -> tuple[type[Attention], tuple[Program, tuple[Diagnostic, ...]]]:
         """Copies and pickles are compiled anew: another process has to know the program too."""
@@ -442,13 +440,6 @@ class Attention:
         return syntax, "\n".join(map(generated, plans))
 
 
-def _registered(program: Program) -> str:
-    """The key under which a program, or that of a branch, is known."""
-    key = cache_key("program", program)
-    register(key, lambda: _engine(program), _decode_generators)
-    return key
-
-
 def document_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """The document of each token, from where documents begin: what `document(doc)` and `packed doc` read.
 
@@ -463,18 +454,6 @@ def document_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
     from attndsl.runtime.cuts import document_ids
 
     return document_ids(cu_seqlens, tokens)
-
-
-def _engine(program: Program) -> Engine:
-    from attndsl.wiring import engine
-
-    return engine(program)
-
-
-def _decode_generators() -> DecodeGenerators:
-    from attndsl.wiring import decode_generators
-
-    return decode_generators()
 
 
 # ------------------------------------------------------------------------------- for the command line

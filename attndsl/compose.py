@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from attndsl.branches import Attended, Branch, Given, Output, Part, Pool, combined, factors
+from attndsl.branches import Attended, Branch, Given, Merged, Output, Part, Pool, combined, factors
 from attndsl.pairs import nodes
 from attndsl.plans import own_program
 from attndsl.program import Axis, Dim, InputDecl, Program, Read, Scalar, Selected, Type, walk
@@ -119,3 +119,14 @@ def output_inputs(output: Output) -> frozenset[str]:
     """The inputs that an output reads."""
     found: tuple[Scalar, ...] = factors(output)
     return frozenset(x.input for e in found for x in walk(e) if isinstance(x, Read))
+
+
+def has_lse(program: Program) -> bool:
+    """Whether the output is that of one softmax."""
+    match program.output:
+        case None:
+            return program.branches[0].weights is None
+        case Attended(branch=name):
+            return program.named(name).weights is None
+        case output:
+            return isinstance(output, Merged)

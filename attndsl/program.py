@@ -19,8 +19,8 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, TypeAlias, assert_never
 
-from attndsl.branches import Attended, Merged, Output, Part
 from attndsl.branches import Branch as Branch
+from attndsl.branches import Output, Part
 from attndsl.call_shape import CallShape as CallShape
 from attndsl.derivation import Random, Segment
 from attndsl.diagnostics import Source, Span, error
@@ -417,17 +417,6 @@ class Program:
 
     def table(self, name: str) -> TableDecl:
         return next(decl for decl in self.tables if decl.name == name)
-
-
-def has_lse(program: Program) -> bool:
-    """Whether the output is that of one softmax."""
-    match program.output:
-        case None:
-            return program.branches[0].weights is None
-        case Attended(branch=name):
-            return program.named(name).weights is None
-        case output:
-            return isinstance(output, Merged)
 
 
 def scalars(pattern: Set) -> Iterator[Scalar]:

@@ -14,6 +14,8 @@ from attndsl.listing import reads_plans
 from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.plan import Backend, BackwardPlan, ForwardPlan
 from attndsl.program import Program
+from attndsl.runtime.cache import cache_key
+from attndsl.runtime.registry import register
 from attndsl.targets import check_kernel, gradients_refusal, hopper_refusal, layout_refusal, make_spec
 
 if TYPE_CHECKING:
@@ -22,6 +24,13 @@ if TYPE_CHECKING:
     from attndsl.runtime.module import AttentionModule as AttentionModule
     from attndsl.runtime.page_choice import PageKernels
     from attndsl.runtime.paged_cache import PagePool as PagePool
+
+
+def registered(program: Program) -> str:
+    """The key under which a program, or that of a branch, is known to operators and graphs."""
+    key = cache_key("program", program)
+    register(key, lambda: engine(program), decode_generators)
+    return key
 
 
 def engine(program: Program) -> Engine:

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from attndsl.api import _engine
 from attndsl.plan import Tiling
 from attndsl.program import CallShape, Program
+from attndsl.wiring import engine as _engine
 from tests.accuracy import examples
 from tests.cases import CASES, case, floats
 from tests.gradients import Run, expected_gradients, judge, upstream

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from attndsl.api import _engine
 from attndsl.codegen.triton_backward import backward_sources
 from attndsl.plan import DType, Loads, Spec, Tiling, backward_plan
 from attndsl.program import CallShape, Program
@@ -28,6 +27,7 @@ from attndsl.runtime.derive import Deriver
 from attndsl.runtime.engine import Gradients
 from attndsl.runtime.triton_backward import TritonBackward, backward_parameters
 from attndsl.tiling import heavy_tiles
+from attndsl.wiring import engine as _engine
 from tests.accuracy import examples
 from tests.cases import CASES, case, floats, ints
 from tests.gradients import Run, expected_gradients, judge, upstream

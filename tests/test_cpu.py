@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from attndsl.api import _engine
 from attndsl.plan import Tiling
 from attndsl.program import CallShape, Program
+from attndsl.wiring import engine as _engine
 from tests.accuracy import check, examples
 from tests.cases import CASES
 from tests.strategies import Case, composed_programs, tensors

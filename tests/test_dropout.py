@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 import attndsl
 import attndsl.nn
-from attndsl.api import _engine
 from attndsl.diagnostics import PatternError
 from attndsl.dropout import kept, philox, threshold
 from attndsl.plan import Loads, Tiling
@@ -28,6 +27,7 @@ from attndsl.program import CallShape
 from attndsl.runtime.dropout import Dropout
 from attndsl.runtime.reference import reference
 from attndsl.targets import hopper_refusal, make_spec
+from attndsl.wiring import engine as _engine
 from tests.accuracy import examples
 from tests.cases import CASES, case, floats
 from tests.gradients import upstream

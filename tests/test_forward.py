@@ -12,7 +12,6 @@ from hypothesis import given
 from torch import Tensor
 
 import attndsl
-from attndsl.api import _engine
 from attndsl.codegen.triton_forward import forward_source
 from attndsl.diagnostics import PatternError
 from attndsl.grammar import load
@@ -22,6 +21,7 @@ from attndsl.runtime.call import call_shape, device_target, dtype_of
 from attndsl.runtime.derive import Deriver
 from attndsl.runtime.reference import reference
 from attndsl.runtime.triton_launch import TritonForward
+from attndsl.wiring import engine as _engine
 from tests.accuracy import check, examples
 from tests.cases import CASES
 from tests.strategies import Case, composed_programs, tensors

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import attndsl
-from attndsl.api import _engine, load_attention
+from attndsl.api import load_attention
 from attndsl.blockruns import Reader
 from attndsl.cut_values import cut_values
 from attndsl.evaluate import evaluate
@@ -23,6 +23,7 @@ from attndsl.piece_tiles import piece_tiles
 from attndsl.pieces import choose_pieces
 from attndsl.plan import Backend, BackwardPlan, DType, ForwardPlan, Spec, Tiling
 from attndsl.program import CallShape, Const, Program, Read, Scalar, Var, walk
+from attndsl.wiring import engine as _engine
 from tests.accuracy import check, examples
 from tests.gradients import judge as judge_gradients
 from tests.scattered import SCATTERED, scattered_programs

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attndsl
-from attndsl.api import _engine, measure
+from attndsl.api import measure
 from attndsl.codegen.triton_forward import forward_source
 from attndsl.diagnostics import PatternError
 from attndsl.listing import even_start
@@ -25,6 +25,7 @@ from attndsl.runtime.cache import KernelCache
 from attndsl.runtime.printing import printed_forward
 from attndsl.runtime.triton_launch import INTERPRETED
 from attndsl.tiling import choose_backward_tilings, choose_tiling
+from attndsl.wiring import engine as _engine
 from tests.gradients import TOLERANCE, expected_gradients, upstream
 
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "ignore::attndsl.PatternWarning")

@@ -89,7 +89,7 @@ def judge(attn: attndsl.Attention, shape: tuple[int, ...], dtype: torch.dtype, b
     (q, k, v), inputs = leaves(attn, shape, dtype)
     given = (q, k, v, *(x for x in inputs.values() if x.is_floating_point()))
     right = [x.detach().double().requires_grad_() for x in given]
-    with_lse = all(branch.weights is None for branch in attn.program.branches) and attndsl.program.has_lse(attn.program)
+    with_lse = all(branch.weights is None for branch in attn.program.branches) and attndsl.compose.has_lse(attn.program)
     found = attn(q, k, v, return_lse=with_lse, backend=backend, **inputs, **call)
     exact = dict(zip((name for name, x in inputs.items() if x.is_floating_point()), right[3:], strict=True))
     expected = attn.reference(*right[:3], return_lse=with_lse, **{**inputs, **exact})
