@@ -19,6 +19,7 @@ from benchmarks.quest import run_quest
 from benchmarks.report import Report, heading, render, timing_table
 from benchmarks.rows import CPU_ROWS, GPU_ROWS, Sizes, select
 from benchmarks.tables import run_table
+from benchmarks.warm import warm
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -41,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further row is started")
     top.add_argument("--site", type=Path, help="folder with unpacked flash-attn-4 packages, for this process only")
     top.add_argument("--flex", action="store_true", help="cpu: also FlexAttention, which needs a C++ compiler")
+    top.add_argument("--workers", type=int, default=0, help="compile in so many processes first, then time")
     top.add_argument("--pattern", default=PATTERN, help="compile: the program that is compiled")
     top.add_argument("--backward", action="store_true", help="compile: to the first gradients")
     return top
@@ -76,11 +78,16 @@ def peers_of(options: argparse.Namespace) -> tuple[peers.Peer, ...]:
 
 def timing(options: argparse.Namespace, command: str) -> str:
     default = CPU_ROWS if options.command == "cpu" else GPU_ROWS
+    rows, others, sizes = select(options.rows, default), peers_of(options), sizes_of(options)
+    backward = options.command == "backward"
+    if options.workers:
+        for failure in warm(rows, others, sizes, backward, options.workers, options.site):
+            print(failure, file=sys.stderr)
     report = run_table(
-        select(options.rows, default),
-        peers_of(options),
-        sizes_of(options),
-        backward=options.command == "backward",
+        rows,
+        others,
+        sizes,
+        backward=backward,
         command=command,
         out=options.out,
         budget_s=options.budget,

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -143,6 +146,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--composed-seconds", type=float, default=90.0, help="stop these after this long")
     top.add_argument("--backward", action="store_true", help="check the gradients too")
     top.add_argument("--seed", type=int, default=0)
+    top.add_argument("--workers", type=int, default=1, help="processes that share the calls: most of the time compiles")
     top.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return top
 
@@ -152,33 +156,60 @@ def wanted(case: Case, shape: Shape, options: argparse.Namespace) -> bool:
     return options.only in case.name and dtype and options.dim in (None, shape.dim)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What checks gave: calls planned, run, failed, and all that was wrong with these."""
+
+    planned: int = 0
+    run: int = 0
+    failed: int = 0
+    failures: tuple[Failure, ...] = ()
+
+    def __add__(self, other: Found) -> Found:
+        return Found(
+            self.planned + other.planned,
+            self.run + other.run,
+            self.failed + other.failed,
+            self.failures + other.failures,
+        )
+
+
+def check_share(options: argparse.Namespace, share: tuple[int, int]) -> Found:
+    """Check one of so many equal parts of the calls, as many as the time allows."""
     device = torch.device(options.device)
     start = time.perf_counter()
-    run, failed = 0, 0
-    failures: list[Failure] = []
+    part, parts = share
+    total = Found()
     if options.composed and STRATEGIES.exists():
-        run, failures = check_composed(options.composed, options.seed, device, start + options.composed_seconds)
-        failed = len(failures)
-    planned = options.composed if STRATEGIES.exists() else 0
+        run, failures = check_composed(options.composed, options.seed, device, start + options.composed_seconds, share)
+        total += Found(len(range(part, options.composed, parts)), run, len(failures), tuple(failures))
     for number, (case, shape) in enumerate(plan(options.seed, options.shapes)):
-        if not wanted(case, shape, options):
+        if number % parts != part or not wanted(case, shape, options):
             continue
-        planned += 1
-        if time.perf_counter() < start + options.seconds:
-            found = check(case, shape, device, options.backward, options.seed + number)
-            failures += found
-            failed += bool(found)
-            run += 1
-    if failures:
+        if time.perf_counter() >= start + options.seconds:
+            total += Found(planned=1)
+            continue
+        found = check(case, shape, device, options.backward, options.seed + number)
+        total += Found(1, 1, bool(found), tuple(found))
+    return total
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    shares = [(part, options.workers) for part in range(options.workers)]
+    if len(shares) == 1:
+        total = check_share(options, shares[0])
+    else:
+        with ProcessPoolExecutor(len(shares), multiprocessing.get_context("spawn")) as pool:
+            total = sum(pool.map(check_share, [options] * len(shares), shares), Found())
+    if total.failures:
         table = [["program", "call", "what", "detail"]]
-        table += [[" ".join(f.program.split())[:70], str(f.shape), f.what, f.detail] for f in failures]
+        table += [[" ".join(f.program.split())[:70], str(f.shape), f.what, f.detail] for f in total.failures]
         print(render(table, markdown=False))
-    if run < planned:
-        print(f"out of time: {planned - run} of {planned} calls were not run")
-    print(f"{run - failed} passed, {failed} failed")
-    return 1 if failed or not run else 0
+    if total.run < total.planned:
+        print(f"out of time: {total.planned - total.run} of {total.planned} calls were not run")
+    print(f"{total.run - total.failed} passed, {total.failed} failed")
+    return 1 if total.failed or not total.run else 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attndsl.serving import PagedCache
-from benchmarks import check_cases, decode, dense, gpu_check, memory, quest, rows
+from benchmarks import check_cases, decode, dense, gpu_check, memory, quest, rows, warm
 from benchmarks.__main__ import main as benchmark
 from benchmarks.peers import CannotRun, Job, Peer
 from benchmarks.tables import make_job, measure
@@ -213,3 +213,20 @@ def test_least_memory_counts_every_tensor_once_and_its_gradient() -> None:
 def test_check_cases_agree_with_the_compiler(case: check_cases.Case) -> None:
     shape = check_cases.Shape(2, 4, 2, rows=40, k_len=131, dim=16, v_dim=8, dtype=torch.float32, strided=True)
     assert gpu_check.check(case, shape, CPU, backward=True, seed=5) == []
+
+
+def test_processes_share_the_checks() -> None:
+    """Together the shares plan each call once."""
+    options = gpu_check.parser().parse_args(["--device", "cpu", "--seconds", "0", "--composed", "7", "--shapes", "2"])
+    options.composed_seconds = 0.0
+    whole = gpu_check.check_share(options, (0, 1))
+    shares = [gpu_check.check_share(options, (part, 3)) for part in range(3)]
+    assert whole.planned == sum(share.planned for share in shares) > 7
+    assert whole.run == 0
+
+
+def test_a_table_is_compiled_ahead() -> None:
+    sizes = rows.Sizes(1, 1, 64, 16, torch.float32, CPU)
+    assert warm.first_call("causal", "attndsl", sizes, True, None) == ""
+    assert warm.first_call("documents", "attndsl", sizes, False, None) == ""
+    assert "KeyError" in warm.first_call("causal", "nobody", sizes, False, None)
