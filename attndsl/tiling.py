@@ -36,8 +36,8 @@ _DQ_128 = (
     (2, Tiling(64, 64, warps=4, stages=2), 0.013, 0.00535),
     (1, Tiling(128, 64, warps=8, stages=3), 0.053, 0.0094),
 )
-# Whether the heads that choose together may share a tile of one query. On an H100 such a forward kernel gave wrong
-# values (RESULTS.md), and under the interpreter right ones; why is not known yet. Until then their rows are gathered.
+# Whether the heads that choose together may share a tile of one query. The kernel that was timed on an H100 read its
+# queries from wrong rows (RESULTS.md); mended, it has been run by the interpreter alone.
 PACKED = False
 # A key tile that so many times more query tiles visit than the others do on average is started first.
 _HEAVY = 4

@@ -333,7 +333,8 @@ class KernelWriter:
 
     def in_order(self, side: str) -> bool:
         """Whether a tile of queries or keys is of tokens in a row."""
-        return self.boxes is None and self.combs[side].every and not (side == "q" and self.plan.gathered)
+        apart = side == "q" and (self.plan.gathered is not None or self.plan.tiling.pack > 1)
+        return self.boxes is None and self.combs[side].every and not apart
 
     def _token(self, side: str, index: str) -> str:
         """The token of an index, as text."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from tests.gradients import TOLERANCE, expected_gradients, upstream
 
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "ignore::attndsl.PatternWarning")
 
-SMALL: Tiling | None = Tiling(16, 16)
+SMALL = Tiling(16, 16)
 
 
 def random_plan(rng: np.random.Generator, lead: tuple[int, ...], members: int, form: str) -> Tensor:
@@ -43,8 +43,11 @@ def random_plan(rng: np.random.Generator, lead: tuple[int, ...], members: int, f
     return torch.from_numpy(plan)
 
 
-def attend(text: str, shape: CallShape, plan: Tensor, backend: str, **inputs: Tensor) -> None:
-    """Judge out, lse and gradients of a call against the oracle's."""
+def attend(
+    text: str, shape: CallShape, plan: Tensor, backend: str, inputs: Mapping[str, Tensor] = {},
+    tiling: Tiling | None = SMALL,
+) -> None:  # fmt: skip
+    """Judge out, lse and gradients of a call against the oracle's. tiling: None lets the model choose."""
     attn = attndsl.compile(text)
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(shape.batch, shape.heads, shape.rows, shape.dim, generator=generator)
@@ -53,7 +56,7 @@ def attend(text: str, shape: CallShape, plan: Tensor, backend: str, **inputs: Te
     given: dict[str, Any] = {"p": plan, **inputs}
     listed = [given[decl.name] for decl in attn.program.inputs]
     engine = _engine(attn.program)
-    engine.tiling = SMALL
+    engine.tiling = tiling
     out, lse = engine.forward(q, k, v, listed, [], None, backend)
     normalised = attn.program.branch.weights is None
     expected = attn.reference(q, k, v, return_lse=normalised, **given)
@@ -102,7 +105,7 @@ def test_random_plans(
     if "reach" in pattern:
         declared += "input reach : int[b]\n"
         inputs["reach"] = torch.from_numpy(rng.integers(0, 60, 2).astype(np.int32))
-    attend(f"attention planned {{ {declared} attend {pattern} }}", shape, plan, "cpu", **inputs)
+    attend(f"attention planned {{ {declared} attend {pattern} }}", shape, plan, "cpu", inputs)
 
 
 FIXED = {
@@ -141,7 +144,7 @@ def test_scores_and_sinks() -> None:
     shape = CallShape(1, 2, 1, 60, 60, 16, 16)
     plan = random_plan(np.random.default_rng(5), (1, 1, 4), 4, "sorted")
     for backend in ["cpu", *(["triton"] if INTERPRETED else [])]:
-        attend(text, shape, plan, backend, sinks=torch.tensor([0.3, -1.0]))
+        attend(text, shape, plan, backend, {"sinks": torch.tensor([0.3, -1.0])})
 
 
 GATHERED = {
@@ -163,7 +166,7 @@ def test_gathered_rows(name: str) -> None:
     given = {n: x for n, x in inputs.items() if f"input {n}" in GATHERED[name]}
     plan = random_plan(np.random.default_rng(2), (1, 2, 20), 3, "sorted")
     text = f"attention planned {{ input p : blocks(16)[b, g, q]\n {GATHERED[name]} }}"
-    attend(text, shape, plan, "triton", **given)
+    attend(text, shape, plan, "triton", given)
 
 
 SINKS = "input sinks : float[h]\n softmax with sink sinks[h]"
@@ -189,9 +192,8 @@ def test_packed_heads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = random_plan(np.random.default_rng(2), sizes(dims, shape), 3, "sorted")
     given = {"sinks": torch.randn(heads, generator=torch.Generator().manual_seed(1))} if "sinks" in clauses else {}
     text = f"attention planned {{ input p : blocks(16)[{dims}]\n {clauses} }}"
-    monkeypatch.setattr("tests.test_plans.SMALL", None)
     may_pack(monkeypatch)
-    attend(text, shape, plan, "triton", **given)
+    attend(text, shape, plan, "triton", given, tiling=None)
 
 
 def may_pack(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +273,7 @@ def test_inputs_that_both_read() -> None:
     generator = torch.Generator().manual_seed(1)
     given = {"near": torch.randn(2, 9, generator=generator), "kinds": torch.randn(3, 3, generator=generator)}
     for backend in ["cpu", *(["triton"] if INTERPRETED else [])]:
-        attend(text, shape, plan, backend, **given)
+        attend(text, shape, plan, backend, given)
 
 
 def test_kept_kernels_know_their_lists(tmp_path: Path) -> None:
