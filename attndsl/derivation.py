@@ -109,10 +109,12 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """bool of the plan's dimensions, its list replaced by all members, of `keys` tokens: which of them it chooses."""
+    """bool of the plan's dimensions, its list replaced by all members, of `keys` tokens: which of them it chooses, or
+    gives this `level`."""
 
     plan: str
     keys: int
+    level: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ class TileList:
 
     `rows`: the queries of a row class (None: all rows are one class), `keys`: the tokens of a member; tiles lie inside
     them. `of_keys`: the query tiles of each key tile, instead of the key tiles of each query tile. `runs`: which key
-    tiles of a query tile, were they chosen, are full or partial.
+    tiles of a query tile, were they chosen, are full or partial. `level`: as in `Chosen`.
     """
 
     plan: str
@@ -131,6 +133,7 @@ class TileList:
     block_k: int
     of_keys: bool
     runs: TileRuns
+    level: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

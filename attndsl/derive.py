@@ -171,7 +171,7 @@ class _Deriver:
 
     def _selected(self, pattern: Selected) -> Set:
         dims = (*self.program.input(pattern.plan).dims[:-1], Dim(Axis.K, pattern.keys))
-        derivation = Chosen(pattern.plan, pattern.keys)
+        derivation = Chosen(pattern.plan, pattern.keys, pattern.level)
         decl = self._input(derivation, f"chosen_{pattern.plan}", Type.BOOL, dims)
         index = (*pattern.index, _quotient(Var("k"), pattern.keys))
         return Where(Read(decl.name, index, Type.BOOL), pattern.span)

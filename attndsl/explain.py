@@ -331,8 +331,8 @@ def _made_of(decl: InputDecl) -> str:
             return "the last hash and member that `random` draws for a row class"
         case TileMap():
             return "in which tiles the pattern can hold, by the least and greatest of what it compares"
-        case Chosen(plan=plan):
-            return f"which members `{plan}` chooses"
+        case Chosen(plan=plan, level=level):
+            return f"which members `{plan}` {'chooses' if level is None else f'gives the factor {level}'}"
         case Gathering(plan=plan):
             return f"the rows that chose each member in `{plan}`"
         case TileList(plan=plan, of_keys=of_keys):

@@ -61,6 +61,7 @@ class Listable:
     plan: InputDecl
     rows: int | None
     keys: int
+    level: int | None
 
     def fits(self, block_q: int, block_k: int, even_start: bool) -> bool:
         """Whether tiles of these sizes lie in one row class and one member each."""
@@ -70,7 +71,7 @@ class Listable:
 
     def gathers(self, *blocks_k: int) -> bool:
         """Whether rows that choose for themselves are gathered, with key tiles of these sizes."""
-        return self.rows == 1 and all(self.keys % block == 0 for block in blocks_k)
+        return self.rows == 1 and self.level is None and all(self.keys % block == 0 for block in blocks_k)
 
     def packs(self, relation: Relation, group: int) -> int:
         """How many heads share a tile with one query that chooses for all of a key head: 1 where too few do."""
@@ -90,7 +91,7 @@ class Listable:
         self, program: Program, runs: TileRuns, block_q: int, block_k: int, side: Side
     ) -> tuple[Program, TileRuns]:
         """The runs of the tiles that the plan chooses, of those in `runs`; the program declares their lists."""
-        found = TileList(self.plan.name, self.rows, self.keys, block_q, block_k, side is Side.KEY, runs)
+        found = TileList(self.plan.name, self.rows, self.keys, block_q, block_k, side is Side.KEY, runs, self.level)
         decl = self._declared(program, f"{'q' if found.of_keys else 'k'}_tiles_{self.plan.name}", found)
         return replace(program, inputs=(*program.inputs, decl)), listed_runs(decl.name, _lead(decl), Var(side.value))
 
@@ -129,7 +130,7 @@ def listables(program: Program, relation: Relation) -> Iterator[Listable]:
         rows = [d.block for d in plan.dims if d.axis is Axis.Q]
         member = Binary("//", Var("k"), Const(found.keys)) if found.keys > 1 else Var("k")
         if e.index[-1] == member:
-            yield Listable(name, e, plan, rows[0] if rows else None, found.keys)
+            yield Listable(name, e, plan, rows[0] if rows else None, found.keys, found.level)
 
 
 def even_start(program: Program, shape: CallShape) -> bool:

@@ -81,7 +81,7 @@ def mapped_runs(
     dims = (*lead, Dim(Axis.Q, block_q), Dim(Axis.K, block_k))
     decl = InputDecl(name, Type.INT, dims, derivation=TileMap(cond, block_q, block_k))
     program = replace(program, inputs=(*program.inputs, decl))
-    choice = Listable("", Read(name, (Const(0),), Type.INT), decl, block_q, block_k)
+    choice = Listable("", Read(name, (Const(0),), Type.INT), decl, block_q, block_k, level=None)
     return choice.listed(program, runs, block_q, block_k, side)
 
 

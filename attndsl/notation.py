@@ -200,8 +200,8 @@ def _set(pattern: Set) -> _Written:
             per = "head" if rows is None else "query" if rows == 1 else f"rows({rows})"
             among = f", among = {set_text(p)}" if written else ""
             return f"random({n}, of = {of}, per = {per}, seed = {scalar_text(seed)}{among})", Level.ATOM
-        case Selected(plan=plan):
-            return plan, Level.ATOM
+        case Selected(plan=plan, level=level):
+            return plan if level is None else f"{plan}[{level}]", Level.ATOM
         case _:
             assert_never(pattern)
 

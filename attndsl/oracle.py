@@ -402,7 +402,10 @@ class Evaluator:
     def _selected(self, e: Selected) -> Array:
         plan = self._input(e.plan)
         members = -(-int(self.variables["Nk"]) // e.keys)
-        chosen = plan != 0 if plan.dtype == np.uint8 else _listed(plan, members)
+        if e.level is not None:
+            chosen = plan == e.level
+        else:
+            chosen = plan != 0 if plan.dtype == np.uint8 else _listed(plan, members)
         if 0 in chosen.shape:
             return np.zeros((1, 1, 1, 1), np.bool_)
         index = (*e.index, Binary("//", Var("k"), Const(e.keys)))

@@ -36,7 +36,7 @@ def selected(plan: InputDecl, span: Span | None = None) -> Selected:
     for dim in plan.dims[:-1]:
         index.append(Binary("//", Var("q"), Const(dim.block)) if dim.block > 1 else Var(dim.axis.value))
     assert plan.members is not None
-    return Selected(plan.name, tuple(index), plan.members, span)
+    return Selected(plan.name, tuple(index), plan.members, span=span)
 
 
 def plans_read(selection: Selection, program: Program) -> set[str]:

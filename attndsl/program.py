@@ -30,6 +30,7 @@ from attndsl.inputs import Axis as Axis
 from attndsl.inputs import Dim as Dim
 from attndsl.inputs import InputDecl as InputDecl
 from attndsl.inputs import TableDecl as TableDecl
+from attndsl.selection import Selected as Selected
 from attndsl.selection import Selection
 
 
@@ -333,19 +334,6 @@ class Coarsen:
     mode: Coarse
     fraction: float = 1.0
     map: Scalar | None = None
-    span: Span | None = field(default=None, compare=False, repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Selected:
-    """The pairs whose key member, k // keys, is chosen for their row class in a plan.
-
-    `plan` is an input with `members`, and `index` says the row class: an index for each of its dimensions but the last.
-    """
-
-    plan: str
-    index: tuple[Scalar, ...]
-    keys: int
     span: Span | None = field(default=None, compare=False, repr=False)
 
 

@@ -195,3 +195,18 @@ class Selection:
                 return most is not None
             case Levels():
                 return False
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """The pairs whose key member, k // keys, is chosen for their row class in a plan.
+
+    `plan` is an input with `members`, and `index` says the row class: an index for each of its dimensions but the last.
+    `level`: only the members that the plan of a `levels` gives this factor.
+    """
+
+    plan: str
+    index: tuple[Scalar, ...]
+    keys: int
+    level: int | None = None
+    span: Span | None = field(default=None, compare=False, repr=False)

@@ -172,27 +172,36 @@ def _branch(node: ast.Branch, outer: _Modifiers | None, ctx: Context) -> Branch 
         ctx.report.error(
             "A042", "two parts attend to the raw tokens", extra.span, "a second one", "write `|` between them: `a | b`"
         )
-    parts: list[Part | None] = []
-    for part in node.parts:
-        found = pattern_set(part.pattern, ctx)
-        parts.append(views.lower_part(part, None if found is None else settle(found, ctx), ctx))
+    parts = [views.lower_part(part, ctx) for part in node.parts]
     own = _modifiers(node.modifiers, ctx)
     if node.name is not None:
         at = Span(node.span.source, node.span.start, node.span.start + len(node.name))
         ctx.scope.declare(node.name, BranchRef(), at, ctx.report)
-    lowered = tuple(part for part in parts if part is not None)
-    if own is None or outer is None or len(lowered) < len(parts):
+    if own is None or outer is None or None in parts:
         return None
+    lowered = tuple(x for part in parts if part is not None for x in part)
     branch = Branch(lowered, *_effective(own, outer), node.name, node.span)
-    return branch if _fits_views(branch, node, ctx) else None
+    return branch if _one_raw(branch, len(raw), ctx) and _fits_views(branch, ctx) else None
 
 
-def _fits_views(branch: Branch, node: ast.Branch, ctx: Context) -> bool:
+def _one_raw(branch: Branch, written: int, ctx: Context) -> bool:
+    """Refuses a `levels` whose factor 1 attends to raw tokens beside a part that does."""
+    raw = [part.span for part in branch.parts if part.view is None]
+    if len(raw) > max(1, written) and raw[-1] is not None:
+        ctx.report.error(
+            "A042", "two parts attend to the raw tokens", raw[-1], "a second one, where the factor is 1",
+            "force what the other attends to: `always = ...`",
+        )  # fmt: skip
+        return False
+    return True
+
+
+def _fits_views(branch: Branch, ctx: Context) -> bool:
     """Reports what a branch says of scores that has no meaning for the entries of a view."""
-    views = [(part.view, written) for part, written in zip(branch.parts, node.parts, strict=True) if part.view]
+    views = [(part.view, part.span) for part in branch.parts if part.view is not None]
     if not views:
         return True
-    first = views[0][1].span
+    first = views[0][1]
     for word, e in (("scale", branch.scale), ("score", branch.score), ("weights", branch.weights)):
         if e is not None and reads(e, "q", "k"):
             ctx.report.error(
@@ -200,10 +209,10 @@ def _fits_views(branch: Branch, node: ast.Branch, ctx: Context) -> bool:
                 "attend to the view in a branch of its own, with its own `score s`",
             )  # fmt: skip
             return False
-    for view, written in views:
+    for view, span in views:
         if view.counted and branch.weights is not None:
             ctx.report.error(
-                "A047", "`counted` adds to a score, and `weights` takes its place", written.span, "counted here",
+                "A047", "`counted` adds to a score, and `weights` takes its place", span, "counted here",
                 "leave out `counted`",
             )  # fmt: skip
             return False

@@ -253,6 +253,15 @@ def _chosen(made: Selection, span: Span, ctx: Context) -> Set | None:
     return found if found is None or made.name in ctx.maker.open_selections else Inter((made.among, found), span)
 
 
+def within(pattern: Set, made: Selection, ctx: Context) -> Set | None:
+    """A pattern within what a selection chooses, which is its last operand."""
+    assert made.span is not None
+    chosen = _chosen(made, made.span, ctx)
+    operands = (pattern, chosen)
+    parts = (x for p in operands if p is not None for x in (p.parts if isinstance(p, Inter) else (p,)))
+    return None if chosen is None else Inter(tuple(parts), pattern.span)
+
+
 def _planned(decl: InputDecl, span: Span, ctx: Context) -> Set | None:
     """The pairs that a plan chooses, read at the current row."""
     if ctx.places:

@@ -2,29 +2,67 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from attndsl import syntax as ast
 from attndsl.branches import Given, Part, Pool, PoolFunction, View, Visible
+from attndsl.grammar.candidates import settle
 from attndsl.grammar.report import nearest
 from attndsl.grammar.routing import partition, probabilities
 from attndsl.grammar.scalars import static_int
 from attndsl.grammar.scope import Context, InputRef, LevelsRef, Poison
 from attndsl.grammar.selections import selection
+from attndsl.grammar.sets import pattern_set, within
 from attndsl.grammar.unsupported import Feature, unsupported
-from attndsl.program import Axis, Dim, InputDecl, Set, Type
+from attndsl.program import Axis, Dim, InputDecl, Inter, Selected, Set, Type
+from attndsl.selection import Levels, Selection
 
 _POOLS = tuple(function.value for function in PoolFunction)
 _VISIBLE = tuple(visible.value for visible in Visible)
 
 
-def lower_part(part: ast.Part, pattern: Set | None, ctx: Context) -> Part | None:
-    """A part over its view; None if a mistake in it was reported."""
-    over = None if part.over is None else view(part.over, ctx)
+def lower_part(part: ast.Part, ctx: Context) -> tuple[Part, ...] | None:
+    """A part over its view, over that of a `levels` one for each factor; None if a mistake in it was reported."""
+    pattern = pattern_set(part.pattern, ctx)
+    levels = None if part.over is None else _levels(part.over, ctx)
+    if levels is not None:
+        over: View | None = None
+        pattern = None if pattern is None else within(pattern, levels, ctx)
+    else:
+        over = None if part.over is None else view(part.over, ctx)
+    pattern = None if pattern is None else settle(pattern, ctx)
     if part.queries is not None and view(part.queries, ctx) is not None:
         unsupported(Feature.POOLED_QUERIES, part.queries.span, ctx)
     _check_within(part, ctx)
-    if pattern is None or (part.over is not None and over is None):
+    if pattern is None or (part.over is not None and over is None and levels is None):
         return None
-    return Part(pattern, over, part.span)
+    if levels is None:
+        return (Part(pattern, over, part.span),)
+    assert isinstance(levels.rule, Levels)
+    factors = dict.fromkeys(levels.rule.factors)
+    return tuple(Part(_of_level(pattern, x), _level_view(x), part.span) for x in factors)
+
+
+def _levels(node: ast.Expr, ctx: Context) -> Selection | None:
+    """The selection of a `levels`, or of the name of one; None where the view is another, or wrong."""
+    match node:
+        case ast.Apply(function="levels"):
+            return selection(node, ctx)
+        case ast.Name(id=name) if isinstance(ctx.scope.find(name), LevelsRef):
+            return ctx.maker.selections.get(name)
+        case _:
+            return None
+
+
+def _of_level(pattern: Set, factor: int) -> Set:
+    """A pattern within a `levels` as it is of one factor."""
+    assert isinstance(pattern, Inter)
+    assert isinstance(pattern.parts[-1], Selected)
+    return replace(pattern, parts=(*pattern.parts[:-1], replace(pattern.parts[-1], level=factor)))
+
+
+def _level_view(factor: int) -> Pool | None:
+    return None if factor == 1 else Pool(PoolFunction.MEAN, factor, factor, counted=True)
 
 
 def _check_within(part: ast.Part, ctx: Context) -> None:
@@ -46,7 +84,7 @@ def _check_within(part: ast.Part, ctx: Context) -> None:
 
 
 def view(node: ast.Expr, ctx: Context) -> View | None:
-    """Lowers `pool` and `given`; checks `pick`, `levels`, and the name of a `levels` plan, which come later."""
+    """Lowers `pool` and `given`; checks `pick`, which comes later, and what `lower_part` has found wrong already."""
     match node:
         case ast.Apply(function="pool"):
             return _pool(node, ctx)
@@ -57,11 +95,9 @@ def view(node: ast.Expr, ctx: Context) -> View | None:
             if None not in good:
                 unsupported(Feature.VIEWS, node.span, ctx)
         case ast.Apply(function="levels"):
-            if selection(node, ctx) is not None:
-                unsupported(Feature.VIEWS, node.span, ctx)
+            pass
         case ast.Name(id=name) if isinstance(ctx.scope.find(name), LevelsRef | Poison):
-            if isinstance(ctx.scope.find(name), LevelsRef):
-                unsupported(Feature.VIEWS, node.span, ctx)
+            pass
         case ast.Name(id=name) if ctx.scope.find(name) is None:
             ctx.unknown(name, node.span)
         case _:

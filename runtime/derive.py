@@ -208,8 +208,8 @@ class Deriver:
                 return self._map(decl, decl.derivation, values)
             case Draw():
                 return self._draw(decl, decl.derivation, values)
-            case Chosen(plan=plan, keys=keys):
-                return chosen_members(values.tensors[plan], self._members(keys))
+            case Chosen(plan=plan, keys=keys, level=level):
+                return chosen_members(values.tensors[plan], self._members(keys), level)
             case TileList() | Gathering():
                 raise AssertionError("a list needs no values of its own")
             case Cut():

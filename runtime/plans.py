@@ -29,10 +29,10 @@ def listed_members(plan: Tensor, members: int) -> Tensor:
     return (plan > before) & (plan >= 0) & (plan < members)
 
 
-def chosen_members(plan: Tensor, members: int) -> Tensor:
-    """bool [..., members]: which members a plan of either form chooses."""
+def chosen_members(plan: Tensor, members: int, level: int | None = None) -> Tensor:
+    """bool [..., members]: which members a plan of either form chooses, or one of factors gives this `level`."""
     if plan.dtype == torch.uint8:
-        return (plan != 0).expand(*plan.shape[:-1], members).contiguous()
+        return (plan != 0 if level is None else plan == level).expand(*plan.shape[:-1], members).contiguous()
     counts = listed_members(plan, members)
     # What does not count goes to a place of its own, which is dropped.
     found = torch.zeros(*plan.shape[:-1], members + 1, dtype=torch.bool, device=plan.device)
@@ -40,12 +40,11 @@ def chosen_members(plan: Tensor, members: int) -> Tensor:
     return found.scatter_(-1, place, True)[..., :members].contiguous()
 
 
-def chosen_entries(plan: Tensor, members: int) -> tuple[Tensor, Tensor]:
+def chosen_entries(plan: Tensor, members: int, level: int | None = None) -> tuple[Tensor, Tensor]:
     """Members [..., C] that a plan of either form lists, and which of them count."""
     if plan.dtype == torch.uint8:
-        return torch.arange(members, device=plan.device).expand(*plan.shape[:-1], members), chosen_members(
-            plan, members
-        )
+        every = torch.arange(members, device=plan.device).expand(*plan.shape[:-1], members)
+        return every, chosen_members(plan, members, level)
     return plan, listed_members(plan, members)
 
 
@@ -270,7 +269,8 @@ def _kinds(found: Listing) -> tuple[Tensor, Tensor]:
     """int64 [batch, heads, query tiles, n]: for each tile that a plan lists 0 where its query tile sees it whole, 1
     where in part, and 2 where it does not count; and the key tile."""
     device, sizes, rows = found.plan.device, found.sizes, found.rows
-    entries, counts = chosen_entries(found.plan, found.members)
+    level = found.d.level if isinstance(found.d, TileList) else None
+    entries, counts = chosen_entries(found.plan, found.members, level)
     q_tile = torch.arange(sizes["q_tiles"], device=device)
     row_class = torch.zeros_like(q_tile)
     if rows is not None:

@@ -24,7 +24,7 @@ from attndsl.runtime.plans import listed_members
 from attndsl.runtime.registry import engine_of
 from attndsl.runtime.select import Selector, checked_mass, empty_plan
 from attndsl.select_plan import fuses_on
-from attndsl.selection import Probs, Selection, Share
+from attndsl.selection import Levels, Probs, Selection, Share
 
 _LIBRARY = Library("attndsl", "FRAGMENT")
 _LIBRARY.define(
@@ -125,7 +125,8 @@ def as_input(plan: Tensor, decl: InputDecl) -> Tensor:
 
 def _checked(program: Program, selection: Selection, shape: CallShape, plan: object, device: torch.device) -> Tensor:
     """A plan that a call gives. Raises `PatternError` for a wrong form, and in debug mode for wrong entries."""
-    members, forms = -(-shape.k_len // selection.keys), (torch.int32, torch.int64, torch.uint8)
+    members, of_levels = -(-shape.k_len // selection.keys), isinstance(selection.rule, Levels)
+    forms = [torch.uint8] if of_levels else [torch.int32, torch.int64, torch.uint8]
     heads = {Share.NONE: shape.heads, Share.GROUP: shape.kv_heads, Share.HEADS: 1}[plan_heads(selection)]
     wanted = [shape.batch, heads, empty_plan(own_program(program), selection, shape, torch.device("meta")).shape[2]]
     fits = False
@@ -136,8 +137,16 @@ def _checked(program: Program, selection: Selection, shape: CallShape, plan: obj
         said = f"{list(plan.shape)} {plan.dtype} on {plan.device}" if isinstance(plan, Tensor) else repr(plan)[:40]
         raise error(
             "A573", f"`{selection.name}` is no plan of this call: {said}", selection.span,
-            help=f"int32 [{', '.join(map(str, wanted))}, C], or uint8 with {members} entries last, on {device}",
+            help=("" if of_levels else f"int32 [{', '.join(map(str, wanted))}, C], or ")
+            + f"uint8 with {members} entries last, on {device}",
         )  # fmt: skip
+    if os.environ.get("ATTNDSL_DEBUG") and isinstance(selection.rule, Levels):
+        known = torch.tensor((0, *selection.rule.factors), dtype=torch.uint8, device=device)
+        if not bool(torch.isin(plan, known).all()):
+            raise error(
+                "A574", f"`{selection.name}` gives factors that it does not have", selection.span,
+                help=f"entries are 0 or one of {', '.join(map(str, dict.fromkeys(selection.rule.factors)))}",
+            )  # fmt: skip
     if os.environ.get("ATTNDSL_DEBUG") and plan.dtype != torch.uint8:
         empty = (plan == -1).to(torch.int8)
         if not bool((listed_members(plan, members) | (plan == -1)).all()) or bool((empty.diff() < 0).any()):

@@ -24,7 +24,7 @@ PARAMS: dict[str, dict[str, object]] = {
 UNSUPPORTED: dict[str, set[str]] = {
 
         "vmoba": {"A901", "A905"}, "seer": {"A910"},
-    "vsa": {"A903"}, "hsa": {"A904"}, "psa": {"A902"},
+    "vsa": {"A903"}, "hsa": {"A904"},
     "blasst": {"A909"},
     "snap": {"A908", "A910"},
     "biformer": {"A905"},
