@@ -114,7 +114,7 @@ def _radial(p: Pairs, tokens: int, block: int, width: list[int], every: list[int
     return np.asarray(kept[p.q // block, p.k // block])
 
 
-def _rettention(p: Pairs, w: int, text: int, tokens: int) -> Array:
+def rettention(p: Pairs, w: int, text: int, tokens: int) -> Array:
     (qf, kf), (qu, ku) = _along(p.n, p, (tokens,), text)
     return np.asarray((qf < 0) | (kf < 0) | (np.abs(qu - ku) <= w // 2))
 
@@ -174,11 +174,19 @@ GRIDS: tuple[System, ...] = (
     example("swin", _windows, (36, 50), same={"w": 3, "shift": 0, "width": 6}, data=_bias),
     example("swin", _windows, (36, 50), name="swin_shifted", same={"w": 3, "shift": 1, "width": 7}, data=_bias),
     example("rmt", _windows, (36, 40), same={"w": 3, "shift": 1, "width": 6}, data=_decay),
+    example("rmt_sigmoid", _windows, (36, 40), same={"w": 3, "shift": 1, "width": 6}, data=_decay),
     example("davit", _windows, (49, 60), same={"w": 4, "width": 8}),
     example(
         "radial", _radial, (30, 46),
         same={"tokens": 8, "block": 4, "width": [8, 8, 2, 1, 1, 1], "every": [1, 1, 1, 2, 2, 4]}, only={"frames": 6},
     ),
-    example("rettention", _rettention, (4, 61), same={"w": 4, "text": 5, "tokens": 9}),
+    System(
+        "rettention",
+        # Without the factor that the example gives each row.
+        """attention rettention(w = 256, text = 226, tokens = 1350) {
+            axes f, u[tokens] from text
+            attend band(w // 2, w // 2) on u | off_grid }""",
+        partial(rettention, w=4, text=5, tokens=9), params={"w": 4, "text": 5, "tokens": 9}, lengths=(4, 61),
+    ),
     example("axial", _axial, (30, 44), same={"width": 8}),
 )  # fmt: skip

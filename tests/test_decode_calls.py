@@ -13,6 +13,7 @@ import attndsl
 from attndsl.decode import Cache, decode_plan, split_count
 from attndsl.plan import DType, Spec
 from attndsl.runtime.registry import decoder_of
+from tests.covered import covers
 from tests.decoding import check_decode, paged
 
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter")
@@ -122,6 +123,7 @@ def test_a_row_of_the_whole(backend: str) -> None:
         torch.testing.assert_close(lse[b].double(), wanted_lse[0, :, -n:], rtol=1e-5, atol=1e-5)
 
 
+@covers("tree")
 @BACKENDS
 def test_tree(backend: str) -> None:
     """A tree of drafts: each sees the tokens before the tree, its ancestors and itself."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import attndsl
 from tests import rules
+from tests.covered import covers
 from tests.rules import BATCH, HEADS, KV_HEADS, Pairs, shape_of
 
 Array = NDArray[Any]
@@ -38,6 +39,15 @@ def padded(p: Pairs) -> Array:
     return np.asarray((p.q < p.of_batch("n")) & (p.k < p.of_batch("n")))
 
 
+def block_sinks(p: Pairs) -> Array:
+    """Block-Attention, and the first two tokens of every segment for all rows after them."""
+    first = np.zeros((BATCH, 1, 1, p.n), bool)
+    for b, ids in enumerate(p.data["seg"]):
+        for segment in set(ids.tolist()):
+            first[b, 0, 0, np.flatnonzero(ids == segment)[:2]] = True
+    return np.asarray(rules.block_attention(p) | p.causally(first))
+
+
 def segments(rng: np.random.Generator, n: int) -> dict[str, Array]:
     ids = np.sort(rng.integers(0, 4, (BATCH, n)), axis=1).astype(np.int32)
     return {"seg": ids, "final": ids[:, -1].astype(np.int32)}
@@ -53,6 +63,7 @@ class Example:
     data: Callable[[np.random.Generator, int], dict[str, Array]] = lambda rng, n: {}
     params: Mapping[str, Any] = field(default_factory=dict)
     lengths: tuple[int, ...] = (1, 17, 61, 130)
+    file: str = ""
 
 
 KNOWN: dict[str, Example] = {
@@ -60,6 +71,7 @@ KNOWN: dict[str, Example] = {
     "packed": Example(packed, runs_of_ids, {"span": 4, "sinks": 2}),
     "padded": Example(padded, lambda rng, n: {"n": np.array([n, n // 2], np.int32)}),
     "block_attention": Example(rules.block_attention, segments),
+    "block_attention_sinks": Example(block_sinks, segments, {"sinks": 2}, file="block_attention"),
     "blockrank": Example(rules.blockrank, segments),
     "star": Example(rules.star, lambda rng, n: {"context": np.array([n // 2, n], np.int32)}, {"size": 7}),
     "block_diffusion": Example(rules.block_diffusion, params={"size": 3}, lengths=(2, 16, 62, 130)),
@@ -72,7 +84,7 @@ def tensors(name: str, n: int, rows: int) -> tuple[attndsl.Attention, list[Tenso
     """The compiled example, float64 q, k, v, its inputs, and the rule's mask."""
     example, rng = KNOWN[name], np.random.default_rng(n)
     data = example.data(rng, n)
-    attn = attndsl.compile(EXAMPLES / f"{name}.attn", **example.params)
+    attn = attndsl.compile(EXAMPLES / f"{example.file or name}.attn", **example.params)
     shape = shape_of(n, rows, 16)
     seen = np.broadcast_to(example.rule(Pairs(shape, data)), (BATCH, HEADS, rows, n)).copy()
     sizes = ((HEADS, rows), (KV_HEADS, n), (KV_HEADS, n))
@@ -89,6 +101,7 @@ def dense(qkv: list[Tensor], seen: Tensor) -> Tensor:
     return weights.masked_fill(~seen, 0.0) @ v
 
 
+@covers(*(example.file or name for name, example in KNOWN.items()))
 @pytest.mark.parametrize("name", KNOWN)
 def test_forward_and_backward(name: str) -> None:
     for n in KNOWN[name].lengths:

@@ -20,6 +20,7 @@ from torch import Tensor
 import attndsl
 from attndsl.api import load_attention
 from tests import rules
+from tests.covered import covers
 from tests.rules import BATCH, HEADS, KV_HEADS, Pairs, shape_of
 
 Array = NDArray[Any]
@@ -62,6 +63,16 @@ def sigmoid(s: Tensor, v: Tensor, seen: Tensor, given: Mapping[str, Tensor], p: 
     return torch.sigmoid(s - 2.0).masked_fill(~seen, 0.0) @ v
 
 
+def stochastic(s: Tensor, v: Tensor, seen: Tensor, given: Mapping[str, Tensor], p: Pairs) -> Tensor:
+    """A window of 6 by position, and one by place in the other order; the future of neither."""
+    place = p.data["pi"].astype(np.int64)
+    distance = place[p.q[0, 0]] - place[p.k[0, 0]]
+    near = seen & torch.from_numpy(p.q - p.k < 6)
+    mixed = seen & torch.from_numpy((distance >= 0) & (distance < 6))
+    gate = given["gate"][..., None]
+    return gate * softmax(s, v, mixed, given) + (1 - gate) * softmax(s, v, near, given)
+
+
 def alibi(s: Tensor, p: Pairs, given: Mapping[str, Tensor]) -> Tensor:
     penalty: Tensor = torch.from_numpy(2.0 ** (-8 * (p.h + 1) / HEADS) * (p.q - p.k))
     return s - penalty
@@ -85,6 +96,11 @@ def causal(p: Pairs) -> Array:
     return p.causal
 
 
+def rat(p: Pairs) -> Array:
+    """The own state, and the last one of every chunk of 5 that ended before."""
+    return np.asarray((p.k == p.q) | (p.k < p.q) & np.isin(p.k, np.arange(4, p.n, 5)))
+
+
 def window_of_6(p: Pairs) -> Array:
     return p.causally(p.q - p.k < 6)
 
@@ -101,11 +117,11 @@ def longformer(p: Pairs) -> Array:
     return np.asarray(seen | at_q | at_k)
 
 
-def floats(**sizes: tuple[str, ...]) -> Callable[[np.random.Generator, int], Data]:
+def floats(**sizes: tuple[str, ...]) -> Callable[[np.random.Generator, int, int], Data]:
     """Random float inputs: of heads, rows and so on."""
 
-    def make(rng: np.random.Generator, n: int) -> Data:
-        known = {"b": BATCH, "h": HEADS, "q": n, "d": DIM}
+    def make(rng: np.random.Generator, n: int, rows: int) -> Data:
+        known = {"b": BATCH, "h": HEADS, "q": rows, "d": DIM}
         return {name: rng.standard_normal([known[x] for x in dims]) for name, dims in sizes.items()}
 
     return make
@@ -115,17 +131,18 @@ def floats(**sizes: tuple[str, ...]) -> Callable[[np.random.Generator, int], Dat
 class Example:
     rule: Callable[[Pairs], Array]
     params: Mapping[str, Any] = field(default_factory=dict)
-    data: Callable[[np.random.Generator, int], Data] = lambda rng, n: {}
+    data: Callable[[np.random.Generator, int, int], Data] = lambda rng, n, rows: {}
     attend: Callable[..., Tensor] = plain
     learned: tuple[str, ...] = ()
-    # Whether inputs have an entry for each row of the call, in place of each token.
-    of_rows: bool = False
     lengths: tuple[int, ...] = (1, 17, 61, 130)
 
 
 KNOWN: dict[str, Example] = {
     "streaming": Example(rules.streaming, {"span": 6, "sinks": 2}),
-    "duo": Example(rules.duo, {"sinks": 3, "span": 5}, lambda rng, n: {"full": np.array([True, False])}),
+    "minference_a_shape": Example(rules.streaming, {"span": 6, "sinks": 2}),
+    "block_causal": Example(rules.block_diffusion_inference, {"size": 5}),
+    "rat": Example(rat, {"size": 5}),
+    "duo": Example(rules.duo, {"sinks": 3, "span": 5}, lambda rng, n, rows: {"full": np.array([True, False])}),
     "moa": Example(
         rules.moa_formula, {"alpha": [-3, 4, 9, 0], "beta": [128, 0, 256, 640], "block": 4, "least": 8}
     ),
@@ -136,13 +153,13 @@ KNOWN: dict[str, Example] = {
     "fixed": Example(rules.fixed_transformer, {"segment": 6, "summary": 2}),
     "longformer": Example(
         longformer, {"reach": 2, "dilation": 3, "far": 1},
-        lambda rng, n: {"flag": rng.random((BATCH, n)) < 0.15},
+        lambda rng, n, rows: {"flag": rng.random((BATCH, n)) < 0.15},
     ),
-    "prefix": Example(rules.prefix_lm, data=lambda rng, n: {"P": np.array([0, n // 2], np.int32)}),
+    "prefix": Example(rules.prefix_lm, data=lambda rng, n, rows: {"P": np.array([0, n // 2], np.int32)}),
     "alibi": Example(causal, attend=scored(alibi)),
     "t5": Example(
         everything, attend=scored(t5), learned=("bias",),
-        data=lambda rng, n: {
+        data=lambda rng, n, rows: {
             "bucket": np.array([rules.t5_bucket(x) for x in range(-128, 129)], np.int32),
             "bias": rng.standard_normal((HEADS, 32)),
         },
@@ -150,13 +167,21 @@ KNOWN: dict[str, Example] = {
     "softcap": Example(window_of_6, {"span": 6}, attend=scored(softcap)),
     "sink": Example(window_of_6, {"span": 6}, floats(sinks=("h",)), with_sink, ("sinks",)),
     "sigmoid": Example(causal, {"bias": -2.0}, attend=sigmoid),
-    "gated": Example(causal, {}, floats(gate=("b", "h", "q", "d")), gated, ("gate",), True),
+    "gated": Example(causal, {}, floats(gate=("b", "h", "q", "d")), gated, ("gate",)),
     "affine_scaled": Example(
-        causal, {}, floats(alpha=("b", "h", "q"), beta=("b", "h", "q")), affine, ("alpha", "beta"), True
+        causal, {}, floats(alpha=("b", "h", "q"), beta=("b", "h", "q")), affine, ("alpha", "beta")
+    ),
+    "stochastic": Example(
+        causal, {"span": 6}, lambda rng, n, rows: {
+            "pi": rng.permutation(n).astype(np.int32),
+            "gate": rng.standard_normal((BATCH, HEADS, rows)),
+        },
+        stochastic, ("gate",),
     ),
 }  # fmt: skip
 
 
+@covers(*KNOWN)
 @pytest.mark.parametrize("name", KNOWN)
 def test_forward_and_backward(name: str) -> None:
     example = KNOWN[name]
@@ -164,7 +189,7 @@ def test_forward_and_backward(name: str) -> None:
     for n in example.lengths:
         for rows in sorted({n, max(1, n // 3)}):
             rng = np.random.default_rng(n)
-            data = example.data(rng, rows if example.of_rows else n)
+            data = example.data(rng, n, rows)
             p = Pairs(shape_of(n, rows, DIM), data)
             seen = torch.from_numpy(np.broadcast_to(example.rule(p), (BATCH, HEADS, rows, n)).copy())
             sizes = ((HEADS, rows), (KV_HEADS, n), (KV_HEADS, n))
@@ -191,6 +216,7 @@ def gradients(
     return [out.detach(), *torch.autograd.grad(out, [*leaves, *(tensors[name] for name in learned)], passed)]
 
 
+@covers("bigbird")
 @pytest.mark.parametrize(("n", "block", "draws"), [(1, 4, 3), (61, 4, 2), (130, 16, 3)])
 def test_bigbird(n: int, block: int, draws: int) -> None:
     """What is drawn is ours to choose: everything else is fixed, and how much is drawn."""

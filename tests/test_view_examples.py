@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import attndsl
+from tests.covered import covers
 from tests.view_rules import Array, Rule, attended, pooled, tokens
 
 PATTERNS = Path(__file__).parent.parent / "examples" / "patterns"
@@ -35,6 +36,7 @@ def by_head(rules: list[Rule], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     return np.stack(heads)[None]
 
 
+@covers("combiner")
 @pytest.mark.parametrize("n", [1, 23, 40])
 def test_combiner(n: int) -> None:
     q, k, v = qkv(n)
@@ -44,6 +46,7 @@ def test_combiner(n: int) -> None:
     np.testing.assert_allclose(attn(q, k, v).numpy(), expected, atol=1e-12)
 
 
+@covers("pyramid")
 @pytest.mark.parametrize("n", [1, 70, 101])
 def test_pyramid(n: int) -> None:
     """Each token counts once: with scores that are all equal the weights are those of dense attention."""
@@ -59,6 +62,7 @@ def test_pyramid(n: int) -> None:
     torch.testing.assert_close(attn(torch.zeros_like(q), k, v), dense)
 
 
+@covers("coarse_and_near")
 @pytest.mark.parametrize("n", [1, 23, 40])
 def test_coarse_and_near(n: int) -> None:
     q, k, v = qkv(n)

@@ -1,0 +1,106 @@
+"""The systems among the examples that choose while decoding, and reuse a choice: as their published rules say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import attndsl
+from tests import routing_rules as rules
+from tests.covered import covers
+from tests.routing_rules import DIM, HEADS, KV_HEADS, SHARE, by_choice, call, check
+
+pytestmark = pytest.mark.filterwarnings("ignore::attndsl.PatternWarning")
+
+
+@covers("quest")
+@pytest.mark.parametrize("tokens", [1, 30, 37])
+def test_quest(tokens: int) -> None:
+    q, k, v = call(tokens)
+    by_choice("quest", [q, k, v], rules.quest(q, k, 4, 3), 1, 4, params={"page": 4, "budget": 12})
+
+
+@covers("token_select")
+@pytest.mark.parametrize("tokens", [1, 30, 41])
+def test_token_select(tokens: int) -> None:
+    """Each head's softmax over the tokens that compete is a vote; all heads take the same."""
+    first, near, n = 2, 4, 3
+    q, k, v = call(tokens)
+    queries, keys = rules.numbers(q, k)
+    rows = list[set[int]]()
+    for t in range(tokens):
+        free = list(range(first, t - near + 1))
+        votes = np.zeros(len(free))
+        for h in range(HEADS if free else 0):
+            votes += rules.softmax(keys[h // SHARE][free] @ queries[h, t] / DIM**0.5)
+        always = {m for m in range(t + 1) if m < first or t - m < near}
+        rows.append(always | set(rules.best(dict(zip(free, votes.tolist(), strict=True)), n)))
+    params = {"first": first, "near": near, "n": n}
+    by_choice("token_select", [q, k, v], [rows] * HEADS, 1, 1, params=params)
+
+
+@covers("tidal_select", "tidal_reuse")
+@pytest.mark.parametrize("tokens", [1, 30, 41])
+def test_tidal(tokens: int) -> None:
+    """A layer with full attention chooses for each group of heads; another layer, with other keys, takes its tokens and
+    what came since; so does the next step, whose row of the plan is the last one's."""
+    n, span = 5, 3
+    q, k, v = call(tokens)
+    queries, keys = rules.numbers(q, k)
+    chosen = [[set[int]() for _ in range(tokens)] for _ in range(HEADS)]
+    for g in range(KV_HEADS):
+        mass = np.zeros((tokens, tokens))
+        for h in range(g * SHARE, (g + 1) * SHARE):
+            for t in range(tokens):
+                mass[t, : t + 1] += rules.softmax(keys[g][: t + 1] @ queries[h, t] / DIM**0.5)
+        for h in range(g * SHARE, (g + 1) * SHARE):
+            chosen[h] = rules.by_score(mass, n)
+    i, j = rules.pairs(tokens)
+    full = np.broadcast_to(j <= i, (HEADS, tokens, tokens))
+    check("tidal_select", [q, k, v], lambda q, k, v, _: rules.attend(q, k, v, full), {"n": n})
+    keep = attndsl.compile(rules.EXAMPLES / "tidal_select.attn", n=n).plan(q, k)["keep"]
+    assert keep.shape[1] == KV_HEADS
+    lists = [[set(row[row >= 0].tolist()) for row in group] for group in keep[0]]
+    assert lists == chosen[::SHARE]
+    later = call(tokens, seed=3)
+    allowed = rules.spread(chosen, 1, 1, tokens) | (j <= i) & (i - j < span)
+    reuse = lambda q, k, v, _: rules.attend(q, k, v, allowed)  # noqa: E731
+    check("tidal_reuse", later, reuse, {"span": span}, keep=keep)
+    # The step after, in a cache that is one token longer.
+    step = call(tokens + 1, rows=1, seed=4)
+    one = np.zeros((HEADS, 1, tokens + 1), bool)
+    for h in range(HEADS):
+        one[h, 0, [*chosen[h][-1], *range(max(0, tokens + 1 - span), tokens + 1)]] = True
+    stepped = lambda q, k, v, _: rules.attend(q, k, v, one)  # noqa: E731
+    check("tidal_reuse", step, stepped, {"span": span}, keep=keep[:, :, -1:])
+
+
+def test_a_plan_for_all_heads_is_less_is_more() -> None:
+    """LessIsMore: the union of what heads want, one list for all of them."""
+    text = (rules.EXAMPLES / "tidal_select.attn").read_text("utf-8").replace("share = group", "share = heads")
+    q, k, _ = call(30)
+    queries, keys = rules.numbers(q, k)
+    mass = np.zeros((30, 30))
+    for h in range(HEADS):
+        for t in range(30):
+            mass[t, : t + 1] += rules.softmax(keys[h // SHARE][: t + 1] @ queries[h, t] / DIM**0.5)
+    keep = attndsl.compile(text, n=5).plan(q, k)["keep"]
+    assert keep.shape[1] == 1
+    assert [set(row[row >= 0].tolist()) for row in keep[0, 0]] == rules.by_score(mass, 5)
+
+
+def test_pages_of_a_full_layer_are_delta() -> None:
+    """DELTA: whole pages, by what all heads gave to them in a layer of full attention."""
+    text = (rules.EXAMPLES / "tidal_select.attn").read_text("utf-8")
+    text = text.replace("tokens,", "blocks(4),").replace("share = group", "share = heads")
+    q, k, _ = call(37, rows=1)
+    queries, keys = rules.numbers(q, k)
+    mass = np.zeros(40)
+    for h in range(HEADS):
+        mass[:37] += rules.softmax(keys[h // SHARE] @ queries[h, 0] / DIM**0.5)
+    keep = attndsl.compile(text, n=3).plan(q, k)["keep"]
+    pages = dict(enumerate(mass.reshape(10, 4).sum(1).tolist()))
+    assert keep.shape == (1, 1, 1, 3)
+    assert set(keep.flatten().tolist()) == set(rules.best(pages, 3))
+    assert torch.equal(keep, keep.sort(-1).values)
