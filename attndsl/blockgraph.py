@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from attndsl.blockruns import call_runs
 from attndsl.program import CallShape, Program
 from attndsl.render import Picture, save_picture, to_fragment, to_page, to_rich, to_text
-from attndsl.tiles import TileKind
+from attndsl.runs import TileKind
 
 if TYPE_CHECKING:
     import networkx as nx

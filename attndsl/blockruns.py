@@ -18,7 +18,8 @@ from attndsl.evaluate import evaluate
 from attndsl.oracle import check_inputs, index_origin
 from attndsl.program import Arg, CallShape, Program, Read, Scalar, Table, Var, children, reads, walk
 from attndsl.relation import build_relation
-from attndsl.tiles import Side, TileKind, TileRuns, tile_runs
+from attndsl.runs import Side, TileKind, TileRuns
+from attndsl.tiles import tile_runs
 
 Array = NDArray[Any]
 

@@ -24,8 +24,9 @@ from attndsl.plan import Spec
 from attndsl.program import Binary, Call, Compare, Const, Logic, Scalar, Var, substitute
 from attndsl.quasi_affine import condition
 from attndsl.relation import Relation
+from attndsl.runs import Run, Side, TileKind, TileRuns
 from attndsl.simplify import fold, specialise
-from attndsl.tiles import Run, Side, TileKind, TileRuns, tile_runs, touched_runs
+from attndsl.tiles import tile_runs, touched_runs
 
 # Stands for how many of the first coordinates have all their tokens, until that is put in.
 _WHOLE = Var("place")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attndsl.program import Binary, Call, Const, Scalar
+from attndsl.runs import Run, TileKind
 from attndsl.simplify import fold
-from attndsl.tiles import Run, TileKind
 
 
 @dataclass(frozen=True, slots=True)

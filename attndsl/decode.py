@@ -44,8 +44,8 @@ from attndsl.program import (
     walk,
 )  # fmt: skip
 from attndsl.relation import Lowering
+from attndsl.runs import Run, TileRuns
 from attndsl.simplify import fold
-from attndsl.tiles import Run, TileRuns
 
 # Programs a multiprocessor gets where tiles are scarce (as many as it runs at once, so none waits for another), and
 # where each still gets a long slice of them (then the last to start leave little idle).

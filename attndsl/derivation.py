@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     from attndsl.diagnostics import Span
     from attndsl.program import Coarse, Scalar, Set
-    from attndsl.tiles import TileRuns
+    from attndsl.runs import TileRuns
 
 
 @dataclass(frozen=True, slots=True)

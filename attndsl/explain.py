@@ -39,10 +39,10 @@ from attndsl.program import (
 )
 from attndsl.quasi_affine import condition
 from attndsl.relation import Relation, build_relation
+from attndsl.runs import Run
 from attndsl.selection_text import selection_text
 from attndsl.simplify import fold
 from attndsl.targets import BYTES, GLUON_VERSIONS, RATES, gradients_refusal, hopper_refusal, layout_refusal
-from attndsl.tiles import Run
 from attndsl.tiling import prefers_portable
 
 Array = NDArray[Any]

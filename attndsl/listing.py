@@ -31,8 +31,8 @@ from attndsl.program import (
     rebuild,
 )  # fmt: skip
 from attndsl.relation import Relation
+from attndsl.runs import PLACE, Side, TileRuns, listed_runs
 from attndsl.simplify import fold
-from attndsl.tiles import PLACE, Side, TileRuns, listed_runs
 
 # The largest tile, and the multiple of positions at which row classes and tiles begin together.
 EVEN = 128

@@ -40,7 +40,7 @@ from attndsl.program import (
     scalars,
     walk,
 )  # fmt: skip
-from attndsl.tiles import Side, TileRuns
+from attndsl.runs import Side, TileRuns
 
 # Tiles of 64 x 64 of a call, over the batch entries and heads that differ, up to which they are mapped.
 MAX_TILES = 1 << 22

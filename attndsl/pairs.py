@@ -32,7 +32,7 @@ from attndsl.program import (
     scalars,
     walk,
 )  # fmt: skip
-from attndsl.tiles import TileKind
+from attndsl.runs import TileKind
 
 Array = NDArray[Any]
 

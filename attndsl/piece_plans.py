@@ -35,8 +35,8 @@ from attndsl.plan import (
 )  # fmt: skip
 from attndsl.program import Program, Scalar
 from attndsl.quasi_affine import condition
+from attndsl.runs import Side, TileRuns
 from attndsl.simplify import fold, specialise
-from attndsl.tiles import Side, TileRuns
 from attndsl.tiling import choose_backward_tilings, choose_tiling
 from attndsl.view_plans import view_backward, view_forward
 from attndsl.visits import closed_runs

@@ -16,7 +16,7 @@ from attndsl.cut_values import cut_values
 from attndsl.piece_plans import forward_plans
 from attndsl.plan import DType, Plan, Spec, Tiling
 from attndsl.program import Binary, CallShape, Const, Program, Var
-from attndsl.tiles import Run
+from attndsl.runs import Run
 
 Array = NDArray[Any]
 

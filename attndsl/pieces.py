@@ -33,7 +33,8 @@ from attndsl.program import (
 )  # fmt: skip
 from attndsl.reindex import in_layout, with_pairs
 from attndsl.relation import Lowering, Relation
-from attndsl.tiles import Side, touched_runs
+from attndsl.runs import Side
+from attndsl.tiles import touched_runs
 
 # Periods beyond this leave too few tokens to a residue.
 MAX_PERIOD = 4096

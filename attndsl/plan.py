@@ -30,8 +30,8 @@ from attndsl.program import (
     walk,
 )  # fmt: skip
 from attndsl.relation import Lowering
+from attndsl.runs import Side, TileRuns
 from attndsl.simplify import specialise
-from attndsl.tiles import Side, TileRuns
 from attndsl.visits import closed_runs, visits_of
 
 

@@ -14,9 +14,9 @@ from attndsl.plan import Backend, Plan, Spec, Tiling
 from attndsl.plans import plan_heads
 from attndsl.program import Coarse, Coarsen, Const, Inter, Program, Read, Scalar, Set, walk
 from attndsl.relation import Lowering
+from attndsl.runs import Side
 from attndsl.selection import Dot, Forced, Normalise, Probs, Selection, Share, Top
 from attndsl.simplify import fold, specialise
-from attndsl.tiles import Side
 from attndsl.visits import closed_runs
 
 # The longest list that a kernel keeps in registers.

@@ -10,8 +10,7 @@ the query tiles at which it is visited.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from typing import assert_never
 
 import islpy as isl
@@ -28,15 +27,14 @@ from attndsl.program import (
     If,
     Logic,
     Program,
-    Read,
     Scalar,
-    Type,
     Unary,
     Var,
 )  # fmt: skip
 from attndsl.quasi_affine import to_scalar
 from attndsl.relation import Relation
 from attndsl.run_ends import either, exclusive, interval_ends, plain_interval, written_size
+from attndsl.runs import Run, Side, TileKind, TileRuns
 from attndsl.simplify import fold
 from attndsl.tile_cuts import Grid, Owner, TileCuts, tile_cuts
 
@@ -52,67 +50,6 @@ MAX_WRITTEN = 20_000
 MAX_KNOWN = 2
 # Up to so many pieces are tried for being parts of one interval.
 MAX_JOINED = 6
-# The place of an entry in a list of tiles, and how many places stand before the tiles, for each own tile.
-PLACE = Var("place")
-LIST_HEAD = 3
-
-
-class TileKind(Enum):
-    FULL = "full"
-    PARTIAL = "partial"
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """The tiles first, first + step, …, `count` of them (none where `count` is not positive).
-
-    A *list run* has a `list`: the tiles are the entries of a list, at the places first, first + step, ….
-    """
-
-    first: Scalar
-    count: Scalar
-    step: int
-    kind: TileKind
-    list: Read | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TileRuns:
-    """The disjoint runs of one tile: of key tiles for query tile `q_tile`, or of query tiles for key tile `k_tile`,
-    or for the tiles with q_tile - k_tile = `diagonal`."""
-
-    full: tuple[Run, ...]
-    partial: tuple[Run, ...]
-
-
-def listed_runs(name: str, lead: tuple[Scalar, ...], own: Var) -> TileRuns:
-    """The runs of tiles that a derived input lists, for the own tile `q_tile` or `k_tile`.
-
-    `name`: an int32 input [..., n] whose last dimension is `Dim(Axis.LIST)`; `lead` indexes its other dimensions,
-    which may be of size 1. A row of it begins with three places for each own tile t, at 3 t: where its full tiles
-    begin, where its partial ones do, and where they end. The tiles themselves stand at these places, each once.
-
-    Whoever makes the input owes the kernels that every tile in it exists, 0 <= tile < the other side's tiles: places
-    are clamped to the row, and what stands there is taken without a check.
-    """
-
-    def entry(place: Scalar) -> Read:
-        return Read(name, (*lead, place), Type.INT)
-
-    begin = Binary("*", Const(LIST_HEAD), own)
-    full, partial, end = (entry(fold(Binary("+", begin, Const(i)))) for i in range(LIST_HEAD))
-    return TileRuns(
-        (Run(full, Binary("-", partial, full), 1, TileKind.FULL, entry(PLACE)),),
-        (Run(partial, Binary("-", end, partial), 1, TileKind.PARTIAL, entry(PLACE)),),
-    )
-
-
-class Side(Enum):
-    """Which tiles a kernel owns, one per program; its loops run over the other side's."""
-
-    QUERY = "q_tile"
-    KEY = "k_tile"
-    DIAGONAL = "diagonal"  # square tiles; the loops run over query tiles
 
 
 def tile_runs(

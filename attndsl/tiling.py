@@ -25,7 +25,7 @@ from attndsl.plan import (
 )  # fmt: skip
 from attndsl.program import Arg, CallShape, Program, Read, Scalar, Table, Type, reads, walk
 from attndsl.relation import Lowering
-from attndsl.tiles import TileRuns
+from attndsl.runs import TileRuns
 
 # Microseconds of a Hopper program that owns 128 rows at D = 64, on an H200: apart from its tiles, and for each tile.
 _HOPPER_64 = (4.3, 1.26)

@@ -26,8 +26,8 @@ from attndsl.plan import (
 from attndsl.program import Binary, Call, Const, Program, Scalar, Var, reads, rebuild, substitute
 from attndsl.quasi_affine import condition
 from attndsl.relation import Lowering, Relation
+from attndsl.runs import Side, TileRuns
 from attndsl.simplify import fold, specialise
-from attndsl.tiles import Side, TileRuns
 from attndsl.visits import closed_runs
 
 

@@ -14,8 +14,9 @@ from attndsl.mapping import map_fits, mapped, mapped_runs
 from attndsl.mask import mask_by_cuts, pair_mask, written_condition
 from attndsl.program import Const, Program, Scalar
 from attndsl.relation import Lowering, Relation
+from attndsl.runs import Run, Side, TileRuns
 from attndsl.simplify import fold, specialise
-from attndsl.tiles import Run, Side, TileRuns, tile_runs
+from attndsl.tiles import tile_runs
 
 if TYPE_CHECKING:
     from attndsl.plan import Spec, Tiling

@@ -17,7 +17,7 @@ from attndsl.codegen.scalars import PYTHON, TORCH, Level, Names, Printer
 from attndsl.layout import PLAIN, Comb, Layout
 from attndsl.plan import Plan, run_scalars
 from attndsl.program import Arg, Axis, Dim, Read, Scalar, Table, Type, Var, reads
-from attndsl.tiles import Run
+from attndsl.runs import Run
 
 # Keys attended in one product: bounds the scores held at once.
 CHUNK = 8192

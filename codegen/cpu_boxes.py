@@ -11,7 +11,7 @@ from attndsl.codegen.cpu import CHUNK, NumberLeaves, TensorLeaves, TileLoop
 from attndsl.codegen.scalars import Names, Printer
 from attndsl.plan import Plan
 from attndsl.program import Binary, Const, Scalar, Var, reads
-from attndsl.tiles import Run
+from attndsl.runs import Run
 
 
 def tile_loop(plan: Plan, per_pair: tuple[Scalar | None, ...]) -> TileLoop:

@@ -19,7 +19,7 @@ from attndsl.grid import AXIS_NAMES
 from attndsl.layout import PLAIN, Layout
 from attndsl.plan import DType, Loads, Part, Plan, head_parts
 from attndsl.program import Arg, Axis, Binary, Const, Dim, Read, Scalar, Table, TableDecl, Type, Var, reads, walk
-from attndsl.tiles import Run, TileRuns
+from attndsl.runs import Run, TileRuns
 
 _VARIABLES = {
     "q": "q_pos", "k": "k_pos", "b": "b", "h": "h", "g": "g", "Nk": "k_len", "start": "start",

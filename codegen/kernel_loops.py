@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.scalars import Level, Printer
 from attndsl.program import Const, Read, walk
-from attndsl.tiles import PLACE, Run
+from attndsl.runs import PLACE, Run
 
 
 @contextmanager

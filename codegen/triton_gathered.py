@@ -20,7 +20,7 @@ from attndsl.codegen.triton_backward import DkDvKernel, DqKernel
 from attndsl.codegen.triton_forward import KERNEL, ForwardWriter
 from attndsl.listing import Gathered
 from attndsl.plan import BackwardPlan, ForwardPlan, Loads, Part
-from attndsl.tiles import LIST_HEAD, PLACE
+from attndsl.runs import LIST_HEAD, PLACE
 
 MERGE, ROWS, SUM = "merge_slots", "attention_rows", "sum_slots"
 # Rows of a program that merges slots.

@@ -16,9 +16,9 @@ from torch.nn.functional import pad
 
 from attndsl.derivation import Gathering, TileList
 from attndsl.program import Axis, CallShape, Dim, InputDecl, reads
+from attndsl.runs import LIST_HEAD, TileKind
 from attndsl.runtime import lists
 from attndsl.runtime.values import Values
-from attndsl.tiles import LIST_HEAD, TileKind
 
 
 def listed_members(plan: Tensor, members: int) -> Tensor:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attndsl
-from attndsl import box_tiles, boxes, branches, derivation, grid, inputs, listing, records, tiles
+from attndsl import box_tiles, boxes, branches, derivation, grid, inputs, listing, records, runs
 from attndsl import layout as layouts
 from attndsl import plan as plans_module
 from attndsl import program as programs
@@ -38,9 +38,9 @@ from attndsl.plan import (
     learning_tiling,
 )  # fmt: skip
 from attndsl.program import InputDecl, Program
+from attndsl.runs import Side
 from attndsl.runtime.cache import KernelCache, cache_key
 from attndsl.targets import layout_refusal
-from attndsl.tiles import Side
 from attndsl.tiling import prefers_portable
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _chosen(files: Mapping[str, bytes], program: Program) -> tuple[Program, Any]
 @functools.cache
 def _recorded() -> Mapping[str, type]:
     """The classes that an entry may hold."""
-    modules = (programs, branches, inputs, derivation, listing, layouts, boxes, box_tiles, grid, tiles, plans_module)
+    modules = (programs, branches, inputs, derivation, listing, layouts, boxes, box_tiles, grid, runs, plans_module)
     return records.classes_of(modules)
 
 

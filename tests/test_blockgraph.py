@@ -19,7 +19,7 @@ from attndsl.blockgraph import BlockGraph, TileCode, block_graph
 from attndsl.grammar import load
 from attndsl.oracle import mask
 from attndsl.program import CallShape
-from attndsl.tiles import TileKind
+from attndsl.runs import TileKind
 from tests.accuracy import examples
 from tests.strategies import Case, composed_programs
 from tests.tiling import Array, call

@@ -27,7 +27,7 @@ from attndsl.piece_tiles import piece_tiles
 from attndsl.pieces import choose_pieces
 from attndsl.plan import DType, Spec, Tiling
 from attndsl.program import CallShape, Read, Scalar, Var, walk
-from attndsl.tiles import TileKind
+from attndsl.runs import TileKind
 from attndsl.wiring import engine
 from tests.accuracy import check, examples
 from tests.gradients import judge

@@ -18,9 +18,9 @@ from attndsl.grammar import load
 from attndsl.oracle import mask
 from attndsl.plan import Tiling, backward_plan, forward_plan
 from attndsl.program import CallShape, Compare, Program, Scalar, Var, Where, scalars, walk
+from attndsl.runs import Side
 from attndsl.runtime.derive import Deriver
 from attndsl.targets import make_spec
-from attndsl.tiles import Side
 from tests.tiling import call, check_tiles, side_runs, visits
 
 CPU = torch.device("cpu")

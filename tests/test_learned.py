@@ -22,9 +22,10 @@ from attndsl.learned import Learned, Over, on_diagonal
 from attndsl.plan import Tiling
 from attndsl.program import CallShape, Const, Read, reads
 from attndsl.relation import build_relation
+from attndsl.runs import Side, TileKind
 from attndsl.runtime import triton_learned
 from attndsl.score import learnable_reads
-from attndsl.tiles import Side, TileKind, tile_runs
+from attndsl.tiles import tile_runs
 from tests.accuracy import examples
 from tests.cases import CASES, case, floats, ints
 from tests.gradients import expected_gradients, judge, upstream

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from attndsl.derivation import Gathering, TileList
 from attndsl.program import Axis, CallShape, Dim, InputDecl, Type
+from attndsl.runs import LIST_HEAD, TileRuns
 from attndsl.runtime import lists
 from attndsl.runtime.plans import Listing, gathered_tiles, listed
 from attndsl.runtime.triton_launch import INTERPRETED
-from attndsl.tiles import LIST_HEAD, TileRuns
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter"),

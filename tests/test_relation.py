@@ -19,8 +19,9 @@ from attndsl.mask import IN_RANGE, pair_mask, without_redundant
 from attndsl.oracle import evaluate, mask
 from attndsl.program import CallShape, Logic, Program, Type
 from attndsl.relation import Lowering, Relation, build_relation
+from attndsl.runs import Side
 from attndsl.simplify import fold
-from attndsl.tiles import Side, tile_runs
+from attndsl.tiles import tile_runs
 from tests.accuracy import examples
 from tests.derived import derived
 from tests.strategies import Case, composed_programs

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attndsl.grammar import load
-from attndsl.tiles import Side, TileKind
+from attndsl.runs import Side, TileKind
 from tests.accuracy import examples
 from tests.strategies import Case, composed_programs
 from tests.tiling import SIDES, call, check_tiles, side_runs, visits

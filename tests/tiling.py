@@ -15,7 +15,8 @@ from attndsl.derive import derive
 from attndsl.oracle import mask
 from attndsl.program import CallShape, Program
 from attndsl.relation import Relation, build_relation
-from attndsl.tiles import Side, TileRuns, tile_runs
+from attndsl.runs import Side, TileRuns
+from attndsl.tiles import tile_runs
 
 Array = NDArray[Any]
 # The sides that own tiles; the third owns diagonals of square ones.

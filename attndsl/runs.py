@@ -1,0 +1,71 @@
+"""What is visited: runs of tiles, whose ends are functions of a tile's index, the lengths and uniform scalars."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from attndsl.program import Binary, Const, Read, Scalar, Type, Var
+from attndsl.simplify import fold
+
+# The place of an entry in a list of tiles, and how many places stand before the tiles, for each own tile.
+PLACE = Var("place")
+LIST_HEAD = 3
+
+
+class TileKind(Enum):
+    FULL = "full"
+    PARTIAL = "partial"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The tiles first, first + step, …, `count` of them (none where `count` is not positive).
+
+    A *list run* has a `list`: the tiles are the entries of a list, at the places first, first + step, ….
+    """
+
+    first: Scalar
+    count: Scalar
+    step: int
+    kind: TileKind
+    list: Read | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TileRuns:
+    """The disjoint runs of one tile: of key tiles for query tile `q_tile`, or of query tiles for key tile `k_tile`,
+    or for the tiles with q_tile - k_tile = `diagonal`."""
+
+    full: tuple[Run, ...]
+    partial: tuple[Run, ...]
+
+
+def listed_runs(name: str, lead: tuple[Scalar, ...], own: Var) -> TileRuns:
+    """The runs of tiles that a derived input lists, for the own tile `q_tile` or `k_tile`.
+
+    `name`: an int32 input [..., n] whose last dimension is `Dim(Axis.LIST)`; `lead` indexes its other dimensions,
+    which may be of size 1. A row of it begins with three places for each own tile t, at 3 t: where its full tiles
+    begin, where its partial ones do, and where they end. The tiles themselves stand at these places, each once.
+
+    Whoever makes the input owes the kernels that every tile in it exists, 0 <= tile < the other side's tiles: places
+    are clamped to the row, and what stands there is taken without a check.
+    """
+
+    def entry(place: Scalar) -> Read:
+        return Read(name, (*lead, place), Type.INT)
+
+    begin = Binary("*", Const(LIST_HEAD), own)
+    full, partial, end = (entry(fold(Binary("+", begin, Const(i)))) for i in range(LIST_HEAD))
+    return TileRuns(
+        (Run(full, Binary("-", partial, full), 1, TileKind.FULL, entry(PLACE)),),
+        (Run(partial, Binary("-", end, partial), 1, TileKind.PARTIAL, entry(PLACE)),),
+    )
+
+
+class Side(Enum):
+    """Which tiles a kernel owns, one per program; its loops run over the other side's."""
+
+    QUERY = "q_tile"
+    KEY = "k_tile"
+    DIAGONAL = "diagonal"  # square tiles; the loops run over query tiles
