@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 import attndsl
 from attndsl.grammar import load
 from tests.accuracy import examples
+from tests.covered import covers
 from tests.test_routed import check, tensors
 from tests.test_view_calls import judge
 from tests.view_rules import Array, Rule, attended
@@ -23,6 +24,7 @@ PATTERNS = Path(__file__).parent.parent / "examples" / "patterns"
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "ignore::attndsl.PatternWarning")
 
 
+@covers("psa")
 def test_psa_by_its_own_rule() -> None:
     """The published levels, from the blocks' ranks: scores, quantiles, forced blocks and logits written out."""
     size, stride, tokens = 8, 4, 45
