@@ -105,7 +105,7 @@ class Attention:
         self._inputs = tuple(decl.name for decl in own_program(program).inputs)
         self._attend = attend_operator()
         # Known before the first call, which may be one that torch.compile traces.
-        self._key = registered(program)
+        self._key = registered(replace(program, observations=()))
         self._composition = compose(program)
         self._parts = () if program.plain else tuple(map(registered, self._composition.programs))
 
@@ -126,6 +126,7 @@ class Attention:
         seed: int | Tensor | None = None,
         plans: Mapping[str, Tensor] | None = None,
         views: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        return_observed: bool = False,
         **inputs: Any,
     ) -> Any:
         """Attend.
@@ -145,20 +146,29 @@ class Attention:
 
         plans: in the place of what selections would choose, by name: see `plan`. `among` holds of them all the same.
         views: the entries of pooled views, as `views` returns them; default: they are made from k and v.
+
+        return_observed: return last a dict of what the program observes, by name: float32 [B, Hq, R, M], for each class
+        of rows and member of the keys the sum, or the largest, of the branch's probabilities. They are found from q, k
+        and lse in a second pass over the tiles that the pattern visits, and have no gradient.
         """
         attend = self._attend or attend_operator(needed=True)
         given, args = self._given(inputs)
-        if self._parts or views:
+        observed: dict[str, Tensor] = {}
+        if self._parts or views or (return_observed and self.program.observations):
             from attndsl.runtime.compose import attend_composed
 
             composed = (self.program, self._key, self._composition, self._parts)
-            out, lse = attend_composed(*composed, q, k, v, given, args, scale, backend, dropout, plans or {}, views)
+            out, lse, observed = attend_composed(
+                *composed, q, k, v, given, args, scale, backend, dropout, plans or {}, views, return_observed
+            )
         else:
             if self.program.selections or plans:
                 from attndsl.runtime.compose import with_plans
 
                 given = with_plans(self.program, self._key, self._composition, q, k, given, args, scale, plans or {})
             out, lse = attend(self._key, q, k, v, given, args, scale, backend, dropout, seed)
+        if return_observed:
+            return (*self._with_lse(out, lse), observed) if return_lse else (out, observed)
         return self._with_lse(out, lse) if return_lse else out
 
     def views(self, k: Tensor, v: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -274,21 +284,26 @@ class Attention:
     def reference(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False,
         dropout: float = 0.0, seed: int | Tensor | None = None, plans: Mapping[str, Tensor] | None = None,
-        **inputs: Any,
+        return_observed: bool = False, **inputs: Any,
     ) -> Any:  # fmt: skip
         """The oracle: what a call means, dense, in float64, written straight from the typed program. Slow.
 
-        With dropout a seed must be given.
+        With dropout a seed must be given. What `return_observed` returns is that of probabilities without dropout.
         """
         from attndsl.runtime.dropout import known
         from attndsl.runtime.reference import reference
+        from attndsl.runtime.reference_observe import observed
         from attndsl.runtime.reference_plans import oracle_plans
 
         check_names(own_program(self.program), inputs)
         tensors = {name: inputs[name] for name in self._inputs}
         args = {name: inputs[name] for name in self.program.args}
         tensors |= oracle_plans(self.program, q, k, tensors, args, scale, plans or {})
-        return reference(self.program, q, k, v, tensors, args, scale, return_lse, known(dropout, seed, q.device))
+        found = reference(self.program, q, k, v, tensors, args, scale, return_lse, known(dropout, seed, q.device))
+        if not return_observed:
+            return found
+        seen = observed(self.program, q, k, v, tensors, args, scale)
+        return (*found, seen) if return_lse else (found, seen)
 
     # -------------------------------------------------------------------------------- inspection
 

@@ -55,10 +55,11 @@ class Composition:
 
 
 def compose(program: Program) -> Composition:
-    """The composition of a program; only the branches that its output or a selection reads are part of it."""
+    """The composition of a program; of its branches those that its output, a selection or `observe` reads."""
     output = program.output or Attended("")
     read = set(combined(output))
     read |= {x.score.branch for x in program.selections if isinstance(x.score, Probs)}
+    read |= {x.branch for x in program.observations}
     found: dict[Pool, Pooling] = {}
     branches = []
     for branch in program.branches:
@@ -105,7 +106,7 @@ def _program(program: Program, branch: Branch, made: tuple[InputDecl, ...]) -> P
     chosen = tuple(decl for decl in program.inputs if _may_read(decl, branch, read))
     inputs = (*chosen, *(decl for decl in made if decl.name in read))
     # What its selections choose comes in as plans.
-    return replace(program, branches=(branch,), inputs=inputs, output=None, selections=())
+    return replace(program, branches=(branch,), inputs=inputs, output=None, selections=(), observations=())
 
 
 def _may_read(decl: InputDecl, branch: Branch, read: set[str]) -> bool:

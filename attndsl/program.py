@@ -30,6 +30,7 @@ from attndsl.inputs import Axis as Axis
 from attndsl.inputs import Dim as Dim
 from attndsl.inputs import InputDecl as InputDecl
 from attndsl.inputs import TableDecl as TableDecl
+from attndsl.observation import Observation
 from attndsl.selection import Selected as Selected
 from attndsl.selection import Selection
 
@@ -358,6 +359,7 @@ class Program:
     output: Output | None = None  # None: that of the only branch
     packed: str | None = None  # the input that tells documents apart, each of which stands alone
     lengths: str | None = None  # … and that says how many tokens of a batch entry are present
+    observations: tuple[Observation, ...] = ()
     source: Source | None = field(default=None, compare=False, repr=False)
 
     @classmethod

@@ -102,6 +102,11 @@ class Relation:
         lengths = isl.Set.read_from_str(self.pairs.get_ctx(), known)
         return replace(self, pairs=self.pairs.intersect_params(lengths), context=self.context.intersect(lengths))
 
+    def of_call(self) -> Relation:
+        """The pairs of rows that a call holds: those from `start` on."""
+        rows = isl.Set.read_from_str(self.pairs.get_ctx(), "[start] -> { [q, k] : q >= start }")
+        return replace(self, pairs=self.pairs.intersect(rows))
+
     def project_atoms(self, pairs: isl.Set) -> isl.Set:
         """{ [q, k] } that are in `pairs` for some value of the data atoms."""
         for name in self.atoms:

@@ -103,6 +103,13 @@ def seen_entries(lowering: Lowering, part: Part) -> Relation:
     return lowering.of_pairs(bounded(lowering.ctx, seen), view.stride)
 
 
+def view_pairs(program: Program, spec: Spec, anchor: str) -> tuple[Relation, Scalar | None, dict[str, Any], Given]:
+    """Which entries rows see, in a derived program of one part over a view: the relation, the mask, what the branch
+    says of scores, and the view."""
+    relation, view = _entries(program, spec, anchor)
+    return relation, _mask(relation, spec), _scalars(program, spec, view, False), view
+
+
 def heads_apart(plan: BackwardPlan) -> bool:
     """Whether each query head has gradients of keys of its own, in float32, that are summed afterwards: entries are
     few, and a program that went over the rows of all heads that share them would be one of few."""

@@ -81,10 +81,14 @@ def visits_of(
 
 
 def closed_runs(
-    relation: Relation, program: Program, spec: Spec, tiling: Tiling, side: Side, layout: Layout = PLAIN
-) -> TileRuns:
-    """The runs of one side's tiles, with the sizes of a call put in."""
-    runs = tile_runs(relation, tiling.block_q, tiling.block_k, side, program.align_start, layout, program)
+    relation: Relation, program: Program, spec: Spec, tiling: Tiling, side: Side, layout: Layout = PLAIN,
+    absolute: bool = False,
+) -> TileRuns:  # fmt: skip
+    """The runs of one side's tiles, with the sizes of a call put in. absolute: tiles of queries count from position 0,
+    not from the call's first row."""
+    runs = tile_runs(
+        relation, tiling.block_q, tiling.block_k, side, program.align_start or absolute, layout, program
+    )  # fmt: skip
     return _specialised(runs, spec.sizes)
 
 

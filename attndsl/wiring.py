@@ -48,6 +48,8 @@ def engine(program: Program) -> Engine:
         triton_diagonals=_printer("triton_learned", "diagonals_source"),
         triton_pairs=_printer("triton_learned", "pairs_sources"),
         triton_pool=_printer("triton_pool", "pool_source"),
+        triton_observe=_printer("triton_observe", "observe_source"),
+        cpu_observe=_printer("cpu_observe", "observe_source"),
     )
     return Engine(program, printers)
 

@@ -109,6 +109,7 @@ class TileLoop:
         self.plan = plan
         self.order = plan.layout if isinstance(plan.layout, Layout) else PLAIN
         self.reads_keys = any(reads(e, "k") for e in per_pair if e is not None)
+        self.reads_values = True
         self.lines = Lines(indent=1)
         self.helpers: set[str] = {"key_spans", "chunks", "positions"}
         self.numbers = Printer(PYTHON, Names(NumberLeaves(plan)), self.helpers)
@@ -266,7 +267,7 @@ class TileLoop:
                 lines.add("k_nth = positions(spans)", f"k_tokens = {self._tokens(self.order.k, 'k_nth')}")
             lines.add(
                 f"keys = {self.rows_of('k')}.to(compute)",
-                f"values = {self.rows_of('v')}.to(compute)",
+                *([f"values = {self.rows_of('v')}.to(compute)"] if self.reads_values else []),
                 "scores = (queries.flatten(2, 3) @ keys.mT).unflatten(2, queries.shape[2:4]) * scale",
             )
             if self.reads_keys:

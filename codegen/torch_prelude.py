@@ -189,3 +189,32 @@ def accumulate(x, index, values):
     index = [torch.as_tensor(i) for i in index]
     values = values.to(x.dtype).sum_to_size(torch.broadcast_shapes(*(i.shape for i in index)))
     x.index_put_(tuple(index), values, accumulate=True) if index else x.add_(values)
+
+
+def cut(low, high, size):
+    """A range as (first block, blocks, low, high) of blocks of a size: whole blocks together, else a part of one."""
+    while low < high:
+        whole = (high - low) // size if low % size == 0 else 0
+        end = low + whole * size if whole else min(high, (low // size + 1) * size)
+        yield low // size, max(whole, 1), low, end
+        low = end
+
+
+def observe(observed, weights, first, classes, spans, size, largest):
+    """Add weights [..., rows, keys of the spans] to observed [..., row classes, blocks of keys], or keep the largest.
+
+    classes: the rows, of which those of `weights` begin at `first`, as `cut` gives them.
+    """
+
+    def reduced(x, dim, count):
+        x = x.unflatten(dim, (count, -1))
+        return x.amax(dim) if largest else x.sum(dim)
+
+    for row_class, rows, low, high in classes:
+        of_rows, at = reduced(weights[..., low - first : high - first, :].mT, -1, rows).mT, 0
+        for span_low, span_high in spans:
+            for member, count, low, high in cut(span_low, span_high, size):
+                found = reduced(of_rows[..., at : at + high - low], -1, count)
+                at += high - low
+                place = observed[..., row_class : row_class + rows, member : member + count]
+                place.copy_(torch.maximum(place, found) if largest else place + found)

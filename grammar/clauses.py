@@ -12,6 +12,7 @@ from attndsl.diagnostics import Span
 from attndsl.grammar import views
 from attndsl.grammar.candidates import planned, settle
 from attndsl.grammar.declare import declare_axes, declare_input, declare_params
+from attndsl.grammar.observations import check_observed, observation
 from attndsl.grammar.outputs import lower_output
 from attndsl.grammar.packing import check_packing, clause_input
 from attndsl.grammar.scalars import number, static_float
@@ -96,6 +97,7 @@ def lower_attention(
         ctx.report.error(
             "A041", f"`{node.name}` attends to nothing", node.name_span, "no `attend`", "add `attend causal`"
         )
+    check_observed(ctx.maker.observations, branches, ctx)
     output = _combination(node, branches, ctx)
     packing = [
         next((clause_input(clause, ctx) for clause in node.clauses if isinstance(clause, kind)), None)
@@ -111,7 +113,10 @@ def lower_attention(
     inputs = planned(ctx.maker.inputs.values(), chosen, patterns)
     combined = None if only else output
     packed, lengths = packing
-    program = Program(node.name, found, inputs, args, tables, aligned, chosen, grid, combined, packed, lengths)
+    observed = tuple(ctx.maker.observations)
+    program = Program(
+        node.name, found, inputs, args, tables, aligned, chosen, grid, combined, packed, lengths, observed
+    )  # fmt: skip
     return program if check_packing(program, node, ctx) else None
 
 
@@ -150,8 +155,9 @@ def _clause(clause: ast.Clause, outer: _Modifiers | None, ctx: Context) -> Branc
                 return None
             selection(value, replace(ctx, among="a plan"), name)
             ctx.scope.declare(name, LevelsRef() if value.function == "levels" else PlanRef(), at, ctx.report)
-        case ast.Observe(value=value):
-            views.observe(value, ctx)
+        case ast.Observe():
+            if (found := observation(clause, _name_span(clause.span, clause.name), ctx)) is not None:
+                ctx.maker.observations.append(found)
         case ast.Input() | ast.Pattern() | ast.Axes() | ast.Align() | ast.Output() | ast.Packed() | ast.Lengths():
             pass
         case ast.Scale() | ast.Score() | ast.Softmax() | ast.Weights() | ast.Skip():

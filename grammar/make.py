@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from attndsl.diagnostics import Span
 from attndsl.grammar.build import INT_MAX
 from attndsl.grammar.report import Report
+from attndsl.observation import Observation
 from attndsl.program import (
     Arg,
     Binary,
@@ -73,6 +74,7 @@ class Maker:
         self.selections: dict[str, Selection] = {}
         # Selections that leave to the place where they stand what they choose among.
         self.open_selections: set[str] = set()
+        self.observations: list[Observation] = []
         self._facts: dict[int, _Facts] = {}
         self._coordinates = set[int]()
         self._terms = 0

@@ -71,7 +71,7 @@ def check_packing(program: Program, node: ast.Attention, ctx: Context) -> bool:
     for clause in node.clauses:
         if isinstance(clause, ast.Packed | ast.Lengths):
             packed = isinstance(clause, ast.Packed)
-            if not program.plain or program.grid is not None or not _stands(program, packed):
+            if not program.plain or program.grid or program.observations or not _stands(program, packed):
                 unsupported(Feature.PACKED if packed else Feature.LENGTHS, clause.span, ctx)
                 return False
     return True

@@ -18,6 +18,7 @@ from attndsl.grammar.scope import (
     Context,
     InputRef,
     LevelsRef,
+    ObservedRef,
     PatternRef,
     PlanRef,
     Poison,
@@ -230,8 +231,9 @@ def _name(node: ast.Name, ctx: Context) -> Scalar | None:
             return _typed(read_table(decl, (), span, ctx, []), span, ctx)
         case InputRef(decl=decl):
             return _typed(read_input(decl, (), span, ctx, []), span, ctx)
-        case SetValue() | PatternRef() | PlanRef() | AxisRef() | BranchRef() | LevelsRef():
+        case SetValue() | PatternRef() | PlanRef() | AxisRef() | BranchRef() | LevelsRef() | ObservedRef():
             kind = {SetValue: "a set", PatternRef: "a pattern", AxisRef: "an axis", BranchRef: "a branch"}
+            kind |= {ObservedRef: "what is observed"}
             what = kind.get(type(bound), "a selection")
             help = (
                 f"write `q.{name}` or `k.{name}`" if isinstance(bound, AxisRef) else "combine sets with `&`, `|`, `~`"

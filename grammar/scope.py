@@ -76,6 +76,11 @@ class BranchRef:
 
 
 @dataclass(frozen=True, slots=True)
+class ObservedRef:
+    """What an `observe` names: a result, which nothing in the text reads."""
+
+
+@dataclass(frozen=True, slots=True)
 class AxisRef:
     """An axis of the grid; None where a mistake in its declaration was reported."""
 
@@ -95,7 +100,17 @@ class Poison:
 
 
 Bound: TypeAlias = (
-    Value | SetValue | TableRef | InputRef | PlanRef | LevelsRef | BranchRef | AxisRef | PatternRef | Poison
+    Value
+    | SetValue
+    | TableRef
+    | InputRef
+    | PlanRef
+    | LevelsRef
+    | BranchRef
+    | ObservedRef
+    | AxisRef
+    | PatternRef
+    | Poison
 )
 
 

@@ -25,16 +25,15 @@ class Feature(Enum):
     COMPETE = ("A905", "a `cover` over more than a row class", "write `compete = row`, or leave it out")
     PACKED = (
         "A907",
-        "`packed` around views, several branches, grids, selections, `coarsen`, `random` or inputs over blocks",
+        "`packed` around views, branches, grids, selections, `observe`, `coarsen`, `random` or inputs over blocks",
         "write `causal & document(doc)`: positions then count from the start of the batch entry",
     )
     LENGTHS = (
         "A908",
-        "`lengths` around views, several branches, grids, selections, `coarsen` or `random`",
+        "`lengths` around views, branches, grids, selections, `observe`, `coarsen` or `random`",
         "write `{ q < n[b] and k < n[b] }`",
     )
     SKIP = ("A909", "`skip below`", "leave it out: the result is then exact")
-    OBSERVE = ("A910", "`observe`", "compute the probabilities from `return_lse`")
 
     @property
     def code(self) -> str:

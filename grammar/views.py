@@ -203,13 +203,3 @@ def _input(node: ast.Expr, ctx: Context) -> InputDecl | None:
             "A023", "an input belongs here", node.span, "not an input", "declare one: `input x : float[b, k, D]`"
         )
     return None
-
-
-def observe(node: ast.Expr, ctx: Context) -> None:
-    if isinstance(node, ast.Apply) and node.function == "probs":
-        if probabilities(node, ctx):
-            unsupported(Feature.OBSERVE, node.span, ctx)
-        return
-    ctx.report.error(
-        "A043", "`observe` reads probabilities", node.span, "here", "write `probs(branch, sum, head, tokens)`"
-    )

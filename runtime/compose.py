@@ -10,9 +10,12 @@ from torch import Tensor
 from attndsl.branches import Attended, Given, combined
 from attndsl.compose import Composition, Pooling, output_inputs
 from attndsl.diagnostics import error
+from attndsl.observation import Observation
+from attndsl.observing import Cells
 from attndsl.program import InputDecl, Program
 from attndsl.runtime.call import call_shape, check_inputs
 from attndsl.runtime.combine import Combiner, State
+from attndsl.runtime.observe import observe
 from attndsl.runtime.ops import attend, checked_values
 from attndsl.runtime.pool import pooled
 from attndsl.runtime.select_op import Planner
@@ -43,35 +46,52 @@ class Composed:
         own = composition.own
         checked_values(key, given, args)
         check_inputs(own, call_shape(q, k, v), given, q.device)
+        self._program = program
         self.q, self.k, self.v, self.args, self.scale, self.backend = q, k, v, list(args), scale, backend
         self.inputs = {decl.name: x for decl, x in zip(own.inputs, given, strict=True)}
         self.planner = Planner(program, key, q, k, given, args, scale, plans, self.state)
         self._selections = {selection.name for selection in program.selections}
         self._made = _entries(key, composition, k, v, views, backend)
         programs = composition.programs if keys else (program,)
-        names = [name for name, _ in composition.branches] if keys else [program.branches[0].name or ""]
+        names = [name for name, _ in composition.branches]
         self._parts = dict(zip(names, zip(keys or (key,), programs, strict=True), strict=True))
         self._attended: dict[str, State] = {}
 
     def attended(self, name: str) -> State:
         """Output and lse of a branch."""
         if name not in self._attended:
-            own_key, part = self._parts[name]
+            own_key, part = self._part(name)
             own = [self._input(decl) for decl in part.inputs]
             out, lse = attend(own_key, self.q, self.k, self.v, own, self.args, self.scale, self.backend)
             self._attended[name] = out, None if part.branches[0].weights is not None else lse
         return self._attended[name]
 
+    def observed(self) -> dict[str, Tensor]:
+        """What the program observes, by name."""
+        return {each.name: self._observed(each) for each in self._program.observations}
+
+    def _observed(self, each: Observation) -> Tensor:
+        _, lse = self.attended(each.branch)
+        assert lse is not None, "what is observed has an lse"
+        key, part = self._part(each.branch)
+        own = [self._input(decl) for decl in part.inputs]
+        wanted = Cells(each.rows, each.keys, each.largest)
+        return observe(key, self.q, self.k, self.v, lse, own, self.args, self.scale, self.backend, wanted)
+
     def state(self, name: str) -> tuple[Tensor, Tensor]:
         """The keys that a branch of one part attended to, and its lse."""
         _, lse = self.attended(name)
         assert lse is not None
-        view = self._parts[name][1].branches[0].parts[0].view
+        view = self._part(name)[1].branches[0].parts[0].view
         if view is None:
             return self.k, lse
         assert isinstance(view, Given)
         keys = self._made[view.keys] if view.keys in self._made else self.inputs[view.keys]
         return keys.expand(*self.k.shape[:2], -1, -1), lse
+
+    def _part(self, name: str) -> tuple[str, Program]:
+        """The key and the program of a branch; the only one of a program without an `output` goes by any name."""
+        return self._parts["" if self._program.output is None else name]
 
     def _input(self, decl: InputDecl) -> Tensor:
         if decl.name in self._selections:
@@ -82,25 +102,25 @@ class Composed:
 def attend_composed(
     program: Program, key: str, composition: Composition, keys: Sequence[str], q: Tensor, k: Tensor, v: Tensor,
     given: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str, dropout: float,
-    plans: Mapping[str, Tensor], views: Views | None,
-) -> State:  # fmt: skip
-    """Output and, where there is one, lse of a call; parameters as in `Composed`."""
+    plans: Mapping[str, Tensor], views: Views | None, observes: bool = False,
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:  # fmt: skip
+    """Output and, where there is one, lse of a call, and if asked for what it observes; parameters as in `Composed`."""
     if dropout:
-        raise error(
-            "A911", "dropout is not yet supported for views and several branches", program.span, help="leave it out"
-        )
+        what = "where probabilities are observed" if observes else "for views and several branches"
+        raise error("A911", f"dropout is not yet supported {what}", program.span, help="leave it out")
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     call = Composed(program, key, composition, keys, q, k, v, given, args, scale, backend, plans, views)
+    observed = call.observed() if observes else {}
     if isinstance(composition.output, Attended):
-        return call.attended(composition.output.branch)
+        return *call.attended(composition.output.branch), observed
     attended = {name: call.attended(name) for name in combined(composition.output)}
     read = output_inputs(composition.output)
     gates = {name: x for name, x in call.inputs.items() if name in read}
     numbers, shape = dict(zip(program.args, args, strict=True)), call_shape(q, k, v)
     found = Combiner(program, shape, q.device, gates, numbers, attended).state(composition.output)
-    return found[0].to(q.dtype).expand(shape.batch, shape.heads, shape.rows, shape.v_dim), found[1]
+    return found[0].to(q.dtype).expand(shape.batch, shape.heads, shape.rows, shape.v_dim), found[1], observed
 
 
 def make_plans(

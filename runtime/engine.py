@@ -25,6 +25,7 @@ from attndsl.runtime.entries import all_view_places, check_entries
 from attndsl.runtime.pieces import in_turn
 
 if TYPE_CHECKING:
+    from attndsl.observing import Cells, ObservePlan
     from attndsl.runtime.derive import Deriving
     from attndsl.select_plan import SelectPlan
 
@@ -53,6 +54,8 @@ class Generators:
     triton_diagonals: Callable[[BackwardPlan], str]
     triton_pairs: Callable[[BackwardPlan], Mapping[int, str]]
     triton_pool: Callable[[PoolPlan], str]
+    triton_observe: Callable[[ObservePlan], str]
+    cpu_observe: Callable[[ObservePlan], str]
 
 
 @dataclass(slots=True)
@@ -145,6 +148,28 @@ class Engine:
             learned = [g if g is None or x.numel() else torch.zeros_like(x) for g, x in pairs]
         return dq, dk, dv, learned
 
+    def observe(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
+        scale: float | None, backend: str, wanted: Cells,
+    ) -> Tensor:  # fmt: skip
+        """What `forward`, which found this lse, gives of probabilities: float32 [B, Hq, row classes, members] (float64
+        for float64 tensors)."""
+        if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        inputs = self._dense(inputs)
+        if not k.shape[2]:
+            inputs = self._readable(inputs)
+        pointers = q.data_ptr() | k.data_ptr() | v.data_ptr() | self._entries(inputs)
+        kind = _kind(q, k, v, inputs, scale, backend, None, pointers)
+        launch = self._prepared.get(("observe", wanted, *kind))
+        if launch is None:
+            from attndsl.runtime.observing import prepare_observer
+
+            launch = prepare_observer(self, q, k, v, inputs, scale, backend, wanted, kind[-1])
+            self._keep(("observe", wanted, *kind), launch)
+        found: Tensor = launch(q, k, v, lse.contiguous(), inputs, args, scale)
+        return found
+
     def _dense(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The inputs, those that hold entries with their last dimension dense, as kernels want it."""
         return [
@@ -191,7 +216,7 @@ class Engine:
         drops: bool,
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         """Checks a kind of call and prepares its launch."""
-        program, spec = self.program_of(scale), replace(self._check(q, k, v, inputs, scale), dropout=drops)
+        program, spec = self.program_of(scale), replace(self.spec_of(q, k, v, inputs, scale), dropout=drops)
         if drops and not program.plain:
             raise error(
                 "A911", "dropout is not yet supported for views and several branches", program.span,
@@ -204,7 +229,7 @@ class Engine:
 
             plans = forward_plans(program, replace(spec, lists=False, backend=Backend.CPU), self.tiling)
             functions = [CpuForward(plan, self._text(self.generators.cpu_forward, plan)) for plan in plans]
-            return self._deriving(plans[0].program, q, k, v, inputs).forward(in_turn(functions))
+            return self.deriving(plans[0].program, q, k, v, inputs).forward(in_turn(functions))
         from attndsl.runtime.printing import printed_forward
         from attndsl.runtime.triton_launch import (
             INTERPRETED,
@@ -229,7 +254,7 @@ class Engine:
         }
         cache = None if INTERPRETED else shared_cache()
         kernels = printed_forward(program, spec, backends, self.tiling, printers, cache)
-        deriving = self._deriving(kernels[0].program, q, k, v, inputs)
+        deriving = self.deriving(kernels[0].program, q, k, v, inputs)
         inputs = [*inputs, *deriving.examples]
         if kernels[0].gathered is not None:
             from attndsl.runtime.triton_gathered import GatheredForward
@@ -242,7 +267,7 @@ class Engine:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None,
         backend: str, aligned: bool, drops: bool, uses_lse: bool,
     ) -> Callable[..., Gradients]:  # fmt: skip
-        program, spec = self.program_of(scale), replace(self._check(q, k, v, inputs, scale), dropout=drops)
+        program, spec = self.program_of(scale), replace(self.spec_of(q, k, v, inputs, scale), dropout=drops)
         if not k.shape[2]:
             inputs = self._readable(inputs)
         if self.choose(backend, spec) == "cpu":
@@ -252,7 +277,7 @@ class Engine:
             plans = backward_plans(program, replace(spec, backend=Backend.CPU), tilings, uses_lse=uses_lse)
             generate = self.generators.cpu_backward
             functions = tuple(cpu_backward.CpuBackward(plan, self._text(generate, plan)) for plan in plans)
-            deriving = self._deriving(plans[0].program, q, k, v, inputs)
+            deriving = self.deriving(plans[0].program, q, k, v, inputs)
             return deriving.backward(cpu_backward.InTurn(functions))
         from attndsl.runtime import gluon_backward
         from attndsl.runtime.printing import printed_backward
@@ -265,11 +290,11 @@ class Engine:
             spec = replace(spec, backend=Backend.GLUON)
         cache = None if INTERPRETED else shared_cache()
         kernels = printed_backward(program, spec, uses_lse, self.tiling, self.generators, cache)
-        deriving = self._deriving(kernels.pieces[0][0].program, q, k, v, inputs)
+        deriving = self.deriving(kernels.pieces[0][0].program, q, k, v, inputs)
         inputs = [*inputs, *deriving.examples]
         return deriving.backward(prepare_backward(kernels, dout, q, k, v, inputs, aligned))
 
-    def _deriving(self, program: Program, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> Deriving:
+    def deriving(self, program: Program, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> Deriving:
         """How launches of a plan's program get their derived inputs."""
         from attndsl.runtime.derive import Deriver, Deriving
 
@@ -282,7 +307,7 @@ class Engine:
             return self.program
         return self.program.with_branch(scale=None)
 
-    def _check(self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None) -> Spec:
+    def spec_of(self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None) -> Spec:
         """What the call's plan is made for. Raises `PatternError` when the call does not fit the program."""
         shape = call_shape(q, k, v)
         check_tables(self.program, shape)

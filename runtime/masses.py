@@ -107,3 +107,26 @@ def _pooled(x: Tensor, pool: Pool, real: torch.dtype) -> Tensor:
             return x[..., -1, :].to(real)
         case _:
             assert_never(pool)
+
+
+def shares(x: Tensor, size: int, stride: int, keys: int, k_len: int, largest: bool) -> Tensor:
+    """Masses [B, H, rows, n] of the entries [stride j, stride j + size) as those [B, H, rows, members] of blocks of
+    `keys` tokens: an entry gives each the share of its present tokens inside it. `largest`: the most, not the sum."""
+    members = -(-k_len // keys)
+    first = torch.arange(x.shape[3], device=x.device)[:, None] * stride
+    end = (first + size).clamp(max=k_len)
+    start = torch.arange(members, device=x.device) * keys
+    inside = (torch.minimum(end, start + keys) - torch.maximum(first, start)).clamp(min=0)
+    share = inside.to(x.dtype) / (end - first)
+    if not largest:
+        given: Tensor = x @ share
+        return given
+    found = x.new_zeros(*x.shape[:3], members)
+    if not x.shape[3]:
+        return found
+    # Entries that lie in a member are few and in a row: the i-th of each, one after another.
+    order = (inside > 0).to(torch.int8).argmax(0)
+    for i in range(-(-keys // stride) + -(-size // stride)):
+        nth = (order + i).clamp(max=x.shape[3] - 1)
+        found = torch.maximum(found, x[..., nth] * share.gather(0, nth.view(1, -1)).view(-1))
+    return found

@@ -356,7 +356,7 @@ def _register_autocast(device: str) -> None:
 # ------------------------------------------------------------------------------------------- vmap
 
 
-def _one_by_one(operator: Any) -> Callable[..., Any]:
+def one_by_one(operator: Any) -> Callable[..., Any]:
     """Batched calls of an operator, one after another."""
 
     def call(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -382,5 +382,5 @@ _LIBRARY.impl("backward", _backward_autograd, "Autograd")
 # On "Meta", which fake tensors take too: `register_fake` looks up this module's source, 10 ms each.
 _LIBRARY.impl("forward", _forward_fake, "Meta")
 _LIBRARY.impl("backward", _backward_fake, "Meta")
-torch.library.register_vmap("attndsl::forward", _one_by_one(torch.ops.attndsl.forward), lib=_LIBRARY)
-torch.library.register_vmap("attndsl::backward", _one_by_one(torch.ops.attndsl.backward), lib=_LIBRARY)
+torch.library.register_vmap("attndsl::forward", one_by_one(torch.ops.attndsl.forward), lib=_LIBRARY)
+torch.library.register_vmap("attndsl::backward", one_by_one(torch.ops.attndsl.backward), lib=_LIBRARY)

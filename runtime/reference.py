@@ -184,15 +184,20 @@ def _apart(call: _Call) -> tuple[Tensor, Tensor | None]:
 
 def probabilities(
     program: Program, branch: Branch, q: Tensor, k: Tensor, inputs: Mapping[str, Tensor], args: Mapping[str, int],
-    scale: float | None = None,
+    scale: float | None = None, v_dim: int | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """exp(logit - lse) of each part of a branch, as `probs` reads them: float64 [B, Hq, rows, keys]."""
-    shape = CallShape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], q.shape[3])
+    """exp(logit - lse) of each part of a branch, as `probs` reads them: float64 [B, Hq, rows, keys].
+
+    v_dim: that of the values, which play no part (default: D).
+    """
+    v_dim = q.shape[3] if v_dim is None else v_dim
+    shape = CallShape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v_dim)
     exact = {name: x.detach().cpu().numpy() for name, x in inputs.items() if not x.is_floating_point()}
     floats = {name: x.detach().to(torch.float64) for name, x in inputs.items() if x.is_floating_point()}
     evaluator = oracle.Evaluator.of_call(program, shape, exact, args)
     q, k = (x.detach().to(torch.float64) for x in (q, k))
-    return _Call(program, shape, q, k, k, evaluator, floats, scale, None).probabilities(branch)
+    v = k.new_zeros(*k.shape[:3], v_dim)
+    return _Call(program, shape, q, k, v, evaluator, floats, scale, None).probabilities(branch)
 
 
 @dataclass(frozen=True, slots=True)

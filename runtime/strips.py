@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attndsl.runtime.masses import floor_share, leading, normalised, pooled, softmax
+from attndsl.runtime.masses import floor_share, leading, normalised, pooled, shares, softmax
 from attndsl.runtime.touched import Touched, call_values
 from attndsl.runtime.values import Values
 from attndsl.selection import (
@@ -201,22 +201,7 @@ class Strips:
                 3, (members, -1)
             )
             return whole.amax(4) if largest else whole.sum(4)
-        first = torch.arange(masses.shape[3], device=self.device)[:, None] * mass.stride
-        end = (first + mass.size).clamp(max=self.shape.k_len)
-        start = torch.arange(members, device=self.device) * size
-        inside = (torch.minimum(end, start + size) - torch.maximum(first, start)).clamp(min=0)
-        shares = inside.to(self.real) / (end - first)
-        if not largest:
-            given: Tensor = masses @ shares
-            return given
-        found = masses.new_zeros(*masses.shape[:3], members)
-        # Keys that lie in a member are few and in a row: the i-th of each, one after another.
-        order = (inside > 0).to(torch.int8).argmax(0)
-        for i in range(-(-size // mass.stride) + -(-mass.size // mass.stride)):
-            nth = (order + i).clamp(max=masses.shape[3] - 1)
-            share = shares.gather(0, nth.view(1, -1)).view(-1)
-            found = torch.maximum(found, masses[..., nth] * share)
-        return found
+        return shares(masses, mass.size, mass.stride, size, self.shape.k_len, largest)
 
     def _antidiagonal(self, stride: int, low: int, high: int) -> Tensor:
         rows, keys, k_len = self.selection.rows, self.selection.keys, self.shape.k_len

@@ -1,0 +1,43 @@
+"""What a call gives beside its output: sums or maxima of a branch's probabilities, over blocks of rows and keys.
+
+    observation  o ::= Observation name branch (sum | max) rows keys
+
+Its value is a float [B, H, R, M]: for each head, each class of the call's rows and each member of the keys, the sum or
+the largest of the branch's probabilities exp(logit - lse) of their pairs, 0 where there are none. A key that is an
+entry of a view gives each member the share of its present tokens inside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from attndsl.diagnostics import Span
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One `observe` of a program.
+
+    Row q is of class q // rows; with 1 each row of the call is a class of its own, with None all of them are one.
+    Token k is of member k // keys.
+    """
+
+    name: str
+    branch: str
+    largest: bool
+    rows: int | None
+    keys: int
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+def classes(rows: int | None, call_rows: int, q_len: int) -> int:
+    """The row classes of a call, whose rows end at position `q_len`: blocks count from position 0."""
+    match rows:
+        case None:
+            return 1
+        case 1:
+            return call_rows
+        case _:
+            return -(-q_len // rows)
