@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from attndsl.box_tiles import BoxRuns
 from attndsl.boxes import Boxes
 from attndsl.codegen.box_text import BoxText, box_loop
+from attndsl.codegen.head_order import head_counts, head_of_rank
 from attndsl.codegen.header import header
 from attndsl.codegen.kernel_loops import run_loop
 from attndsl.codegen.lines import Lines
@@ -18,7 +19,7 @@ from attndsl.codegen.scalars import TRITON, Level, Names, Printer
 from attndsl.grid import AXIS_NAMES
 from attndsl.layout import PLAIN, Layout
 from attndsl.plan import DType, Loads, Part, Plan, head_parts
-from attndsl.program import Arg, Axis, Binary, Const, Dim, Read, Scalar, Table, TableDecl, Type, Var, reads, walk
+from attndsl.program import Arg, Axis, Binary, Const, Dim, Read, Scalar, Table, TableDecl, Type, Var, reads
 from attndsl.runs import Run, TileRuns
 
 _VARIABLES = {
@@ -190,9 +191,9 @@ class KernelWriter:
         tiles = f"q_tiles = tl.cdiv({self.most('q', 'rows')}, BLOCK_Q)"
         tile = "q_tile = q_tiles - 1 - tl.program_id(0) % q_tiles"
         of_head = f"g = h // {spec.heads // spec.kv_heads}" if spec.heads != spec.kv_heads else "g = h"
-        if counts := self._head_counts():
+        if counts := head_counts(self.plan):
             lines.add("", tiles, self.start)
-            self._head_of_rank(counts, of_head)
+            head_of_rank(lines, self.fresh(), counts, spec.heads, of_head)
             lines.add(of_head, tile)
         else:
             one = (
@@ -222,44 +223,6 @@ class KernelWriter:
             lines.add("i_pos = q_nth[:, None]")
         self.row_index("[:, None]")
         self.know_tile_start()
-
-    def _head_counts(self) -> list[Scalar]:
-        """How many tiles a query tile visits, run by run, where what the program says of heads decides it."""
-        counts = [run.count for run in self.plan.runs.full + self.plan.runs.partial]
-        nodes = [x for e in counts for x in walk(e)]
-        given = all(self.plan.program.input(x.input).derivation is None for x in nodes if isinstance(x, Read))
-        known = given and self.plan.layout.plain and self.plan.spec.heads > 1
-        return counts if known and any(reads(e, "h", "g") for e in counts) else []
-
-    def _head_of_rank(self, counts: list[Scalar], of_head: str) -> None:
-        """The program's batch entry and head, where heads with more tiles come first.
-
-        What takes long must not start last. The counts are those of a head's last tile, for all heads at once: tables
-        and inputs say them, at call time and without the host.
-        """
-        heads = self.plan.spec.heads
-        self.lines.add(
-            "",
-            "# Heads one after another: programs in flight share keys. Those whose last rows visit more tiles first,",
-            "# and of a head its last rows: they are longest.",
-            f"batch = tl.num_programs(0) // (q_tiles * {heads})",
-            "nth = tl.program_id(0) // q_tiles",
-            "b = nth % batch",
-            f"every = tl.arange(0, {1 << (heads - 1).bit_length()})",
-            f"h = tl.minimum(every, {heads - 1})",
-            of_head,
-            "q_tile = q_tiles - 1",
-        )
-        printer = self.fresh()
-        printer.share(self.lines, counts, "ranked_")
-        total = " + ".join(f"tl.maximum({printer.text(e)}, 0)" for e in counts)
-        self.lines.add(
-            f"work = tl.where(every < {heads}, {total}, -1)",
-            "as_much = (work[None, :] == work[:, None]) & (every[None, :] < every[:, None])",
-            "ahead = (work[None, :] > work[:, None]) | as_much",
-            "h = tl.sum(tl.where(tl.sum(tl.where(ahead, 1, 0), 1) == nth // batch, every, 0), 0)",
-            f"head = b * {heads} + h",
-        )
 
     def _heads(self) -> None:
         """The batch entry, the query head and its key head."""
