@@ -13,9 +13,22 @@ from numpy.typing import NDArray
 from attndsl.blockgraph import BlockGraph, block_graph
 from attndsl.box_tiles import BoxRun
 from attndsl.boxes import Boxes
-from attndsl.derivation import BlockMap, Chosen, Cut, DocumentEnds, Draw, Gathering, Offsets, TileList, TileMap
+from attndsl.derivation import (
+    BlockMap,
+    Chosen,
+    Cut,
+    DocumentEnds,
+    Draw,
+    Gathering,
+    Offsets,
+    Order,
+    Place,
+    Sorted,
+    TileList,
+    TileMap,
+)
 from attndsl.diagnostics import Diagnostic
-from attndsl.layout import PLAIN
+from attndsl.layout import PLAIN, Layout
 from attndsl.notation import Level, input_text, program_text, scalar_text, set_text
 from attndsl.pairs import allowed, count_pairs, nodes, spans, spans_text, too_dense
 from attndsl.piece_plans import forward_plans
@@ -329,6 +342,12 @@ def _made_of(decl: InputDecl) -> str:
             return f"how far the {side} reach whose {scalar_text(other)} is {which} {scalar_text(own)}"
         case Draw():
             return "the last hash and member that `random` draws for a row class"
+        case Order(key=key, side=side):
+            return f"the {'rows' if side == 'q' else 'keys'} in the order of {scalar_text(key)}"
+        case Sorted(key=key):
+            return f"{scalar_text(key)} in that order"
+        case Place(side=side):
+            return f"the places of {'rows' if side == 'q' else 'keys'}, by value and then by token"
         case TileMap():
             return "in which tiles the pattern can hold, by the least and greatest of what it compares"
         case Chosen(plan=plan, level=level):
@@ -359,7 +378,7 @@ def _run_lines(plan: ForwardPlan, start: Scalar | None = None) -> list[str]:
         return ["no tile is visited"]
     first = "start" if start is None else scalar_text(start)
     where = f"stands at {first} + {plan.tiling.block_q} * q_tile"
-    if not plan.layout.q.every:
+    if isinstance(plan.layout, Layout) and not plan.layout.q.every:
         where = f"is the residue's number i_start + {plan.tiling.block_q} * q_tile"
     lines = [f"query tile q_tile, whose first row {where}, visits"]
     return lines + [f"  {_run_text(run, known)}" for run in (*plan.runs.full, *plan.runs.partial)]
@@ -413,7 +432,10 @@ def _cost(question: Question, plans: tuple[ForwardPlan, ...]) -> list[str]:
         kinds = f"{graph.full:,} full and {graph.partial:,} partial"
         lines.append(f"tiles: {most}{graph.tiles:,} of {every:,} visited {share}, {kinds}")
     else:
-        pieces = [piece_tiles(plan, shape, inputs, args) for plan in plans]
+        try:
+            pieces = [piece_tiles(plan, shape, inputs, args) for plan in plans]
+        except ValueError as missing:
+            return [*lines, f"tiles: {missing}"]
         tiles = sum(piece.tiles for piece in pieces)
         area = sum(x.tiles * plan.tiling.block_q * plan.tiling.block_k for x, plan in zip(pieces, plans, strict=True))
         found = " + ".join(f"{piece.full:,} full and {piece.partial:,} partial" for piece in pieces)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from attndsl.linear import normalise
-from attndsl.program import Binary, Call, CallShape, Const, Program, Scalar, Var
+from attndsl.program import Binary, Call, CallShape, Const, Program, Read, Scalar, Var
 from attndsl.simplify import fold
 
 RESIDUE = Var("residue")
@@ -131,3 +131,29 @@ class Layout:
 
 
 PLAIN = Layout()
+
+
+@dataclass(frozen=True, slots=True)
+class Permutation:
+    """Rows and keys in an order that the runtime finds (`permuting.py`): `q` reads, at the place q, the row of the call
+    that stands there, and `k` the key at the place k. Runs, masks and scores of such a plan are of places."""
+
+    q: Read
+    k: Read
+    classes: int = field(default=1, init=False)
+    plain: bool = field(default=False, init=False)
+
+    def all_rows(self, shape: CallShape, program: Program) -> bool:
+        """Whether every row of a call has a place."""
+        return True
+
+    def all_keys(self, shape: CallShape) -> bool:
+        """Whether every key has one."""
+        return True
+
+    def programs(self, side: str, block: int, shape: CallShape, program: Program) -> int:
+        """How many tiles one side has."""
+        return -(-(shape.rows if side == "q" else shape.k_len) // block)
+
+    def __str__(self) -> str:
+        return f"rows in the order of `{self.q.input}`, keys in that of `{self.k.input}`"

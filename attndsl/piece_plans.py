@@ -16,6 +16,7 @@ from attndsl.derive import derive, with_needed
 from attndsl.grid_pieces import BoxPiece
 from attndsl.linear import normalise
 from attndsl.mask import shaped
+from attndsl.permuting import PermutedPiece
 from attndsl.pieces import Piece, choose_pieces
 from attndsl.plan import (
     Backend,
@@ -45,16 +46,21 @@ P = TypeVar("P", bound=Plan)
 
 
 @functools.lru_cache(maxsize=1024)
-def forward_plans(program: Program, spec: Spec, tiling: Tiling | None = None) -> tuple[ForwardPlan, ...]:
+def forward_plans(
+    program: Program, spec: Spec, tiling: Tiling | None = None, alone: bool = True
+) -> tuple[ForwardPlan, ...]:
     """The forward kernels of a program's pieces, in the order in which they run; one where it stays whole.
 
-    tiling: None lets the cost model choose, and in a layout the default for how it loads.
+    tiling: None lets the cost model choose, and in a layout the default for how it loads. alone: other parts of the
+    same softmax do not share the program.
     """
     if not program.plain:
         return _of_parts(program, lambda part, first: _forward_part(part, spec, tiling, first))
-    pieces = _pieces(program, spec)
+    pieces = _pieces(program, spec, alone)
     if not pieces:
         return (forward_plan(program, spec, tiling or choose_tiling(program, spec)),)
+    if isinstance(pieces, PermutedPiece):
+        return (_permuted_forward(pieces, spec, tiling),)
     program = _of_pieces(program)
     branch = branch_scalars(program, spec)
     return _of_one_program(
@@ -88,7 +94,7 @@ def raw_first(program: Program) -> tuple[Part, ...]:
 def _forward_part(program: Program, spec: Spec, tiling: Tiling | None, first: bool) -> tuple[ForwardPlan, ...]:
     if not program.plain:
         return (view_forward(program, spec, tiling or default_tiling(spec), not first),)
-    return forward_plans(program, spec, tiling)
+    return forward_plans(program, spec, tiling, alone=False)
 
 
 def _backward_part(
@@ -96,16 +102,44 @@ def _backward_part(
 ) -> tuple[BackwardPlan, ...]:
     if not program.plain:
         return (view_backward(program, spec, tilings or backward_tilings(spec), uses_lse, not first),)
-    return backward_plans(program, spec, tilings, uses_lse)
+    return backward_plans(program, spec, tilings, uses_lse, alone=False)
 
 
 # ------------------------------------------------------------------------------------- pieces
 
 
-def _pieces(program: Program, spec: Spec) -> tuple[Piece | BoxPiece, ...]:
-    """The pieces of a program, none where it stays whole, its tokens in order."""
-    # What is dropped is drawn for whole tiles of keys in a row.
-    return () if spec.dropout else choose_pieces(program, (spec.heads, spec.kv_heads)).pieces
+def _pieces(program: Program, spec: Spec, alone: bool) -> tuple[Piece | BoxPiece, ...] | PermutedPiece:
+    """The pieces of a program, none where it stays whole, its tokens in order; or all of it in another order."""
+    if spec.dropout:
+        # What is dropped is drawn for whole tiles of keys in a row.
+        return ()
+    found = choose_pieces(program, (spec.heads, spec.kv_heads)).pieces
+    in_order = tuple(x for x in found if not isinstance(x, PermutedPiece))
+    if len(in_order) == len(found):
+        return in_order
+    # The parts of a softmax share a program, and with it what positions mean.
+    return next(x for x in found if isinstance(x, PermutedPiece)) if alone else ()
+
+
+def _permuted_spec(spec: Spec) -> Spec:
+    """Rows and keys are loaded from where they lie. Positions count from 0, and no tiles are mapped."""
+    return replace(spec, loads=Loads.POINTER, even_start=False)
+
+
+def _permuted_forward(piece: PermutedPiece, spec: Spec, tiling: Tiling | None) -> ForwardPlan:
+    spec = _permuted_spec(spec)
+    # Triton counts the loads of orders as stages: so many keep as many tiles in flight as half as many elsewhere.
+    tiling = tiling or _scattered_tiling(piece, spec, stages=5) or default_tiling(spec)
+    return forward_plan(piece.program, spec, _tiling_of(piece, spec, tiling), layout=piece.layout)
+
+
+def _permuted_backward(
+    piece: PermutedPiece, spec: Spec, tilings: tuple[Tiling, Tiling] | None, uses_lse: bool
+) -> BackwardPlan:
+    spec = _permuted_spec(spec)
+    scattered = _scattered_tiling(piece, spec, stages=3)
+    tiling, key_tiling = tilings or (backward_tilings(spec) if scattered is None else (scattered, scattered))
+    return backward_plan(piece.program, spec, tiling, key_tiling, uses_lse, layout=piece.layout)
 
 
 def _of_pieces(program: Program) -> Program:
@@ -152,7 +186,7 @@ def _boxes(
     return layout, runs, box_mask(piece, layout, spec, block) if runs.partial else None
 
 
-def _scattered_tiling(piece: Piece | BoxPiece, spec: Spec, stages: int = 3) -> Tiling | None:
+def _scattered_tiling(piece: Piece | BoxPiece | PermutedPiece, spec: Spec, stages: int = 3) -> Tiling | None:
     """Tile sizes of pieces whose tokens do not lie in a row, where others than the usual ones were faster (measured:
     benchmarks/RESULTS.md): smaller boxes reach less far, and two programs a multiprocessor hide each other's loads."""
     half, dim = spec.dtype in (DType.BFLOAT16, DType.FLOAT16), max(spec.dim, spec.v_dim)
@@ -161,7 +195,7 @@ def _scattered_tiling(piece: Piece | BoxPiece, spec: Spec, stages: int = 3) -> T
     return Tiling(64, 64, warps=4, stages=stages)
 
 
-def _tiling_of(piece: Piece | BoxPiece, spec: Spec, tiling: Tiling) -> Tiling:
+def _tiling_of(piece: Piece | BoxPiece | PermutedPiece, spec: Spec, tiling: Tiling) -> Tiling:
     """Addresses of single rows take registers: below Hopper, where operands do too, more warps share them.
 
     On the CPU the keys of a box are gathered cell by cell.
@@ -180,17 +214,20 @@ def _spec_of(piece: Piece | BoxPiece, spec: Spec) -> Spec:
 
 @functools.lru_cache(maxsize=1024)
 def backward_plans(
-    program: Program, spec: Spec, tilings: tuple[Tiling, Tiling] | None = None, uses_lse: bool = True
-) -> tuple[BackwardPlan, ...]:
+    program: Program, spec: Spec, tilings: tuple[Tiling, Tiling] | None = None, uses_lse: bool = True,
+    alone: bool = True,
+) -> tuple[BackwardPlan, ...]:  # fmt: skip
     """The backward kernels of a program's pieces, in the order in which they run; one plan where it stays whole.
 
-    tilings: of dq, and of dk and dv; None as in `forward_plans`.
+    tilings: of dq, and of dk and dv; None as in `forward_plans`. alone: as there.
     """
     if not program.plain:
         return _of_parts(program, lambda part, first: _backward_part(part, spec, tilings, uses_lse, first))
-    pieces = _pieces(program, spec)
+    pieces = _pieces(program, spec, alone)
     if not pieces:
         return (backward_plan(program, spec, *(tilings or choose_backward_tilings(program, spec)), uses_lse=uses_lse),)
+    if isinstance(pieces, PermutedPiece):
+        return (_permuted_backward(pieces, spec, tilings, uses_lse),)
     program = _of_pieces(program)
     branch = branch_scalars(program, spec)
     return _of_one_program(

@@ -13,6 +13,8 @@ from attndsl.blockruns import Reader
 from attndsl.box_tiles import BoxRun
 from attndsl.boxes import Boxes
 from attndsl.cut_values import cut_values
+from attndsl.layout import Permutation
+from attndsl.order_values import order_values
 from attndsl.piece_plans import forward_plans
 from attndsl.plan import DType, Plan, Spec, Tiling
 from attndsl.program import Binary, CallShape, Const, Program, Var
@@ -51,11 +53,17 @@ def count_pieces(
 def piece_tiles(plan: Plan, shape: CallShape, inputs: Mapping[str, Array], args: Mapping[str, int]) -> PieceTiles:
     """Counts the tiles of one piece. Raises ValueError where an input or argument that decides tiles is missing."""
     layout, block_q = plan.layout, plan.tiling.block_q
+    if isinstance(layout, Permutation):
+        inputs = {**inputs, **order_values(plan.program, shape, inputs, args)}
     reader = Reader(plan.program, shape, {**inputs, **cut_values(plan.program, shape, inputs, args)}, args)
     b, h = np.divmod(np.arange(shape.batch * shape.heads), max(1, shape.heads))
     if isinstance(layout, Boxes):
         return _box_tiles(plan, layout, shape, reader, b, h)
     variables = reader.variables(b[:, None, None], h[:, None, None])
+    if isinstance(layout, Permutation):
+        variables["q_tile"] = np.arange(layout.programs("q", block_q, shape, plan.program))
+        exists = np.ones((b.size, 1, variables["q_tile"].size), np.bool_)
+        return _counted(plan, reader, variables, exists)
     variables["residue"] = np.arange(layout.classes)[:, None]
     variables["q_tile"] = np.arange(-(-layout.q.most(shape.rows) // block_q))
     variables["i_start"] = reader.value(layout.q.index(Var("start")), variables)
@@ -63,12 +71,17 @@ def piece_tiles(plan: Plan, shape: CallShape, inputs: Mapping[str, Array], args:
     size = (b.size, layout.classes, variables["q_tile"].size)
     length = variables["Nq"] if plan.program.align_start else variables["Nk"]
     exists = np.broadcast_to(reader.value(layout.q.position(first), variables) < length, size)
+    return _counted(plan, reader, variables, exists)
+
+
+def _counted(plan: Plan, reader: Reader, variables: Mapping[str, Array], exists: Array) -> PieceTiles:
+    """Counts the tiles of the query tiles that exist, bool [batch entries and heads, residues, query tiles]."""
 
     def visited(runs: tuple[Run, ...]) -> int:
         counts = (np.maximum(reader.value(run.count, variables), 0) for run in runs)
         return sum(int(np.where(exists, count, 0).sum(dtype=np.int64)) for count in counts)
 
-    return PieceTiles(str(layout), int(exists.sum()), visited(plan.runs.full), visited(plan.runs.partial))
+    return PieceTiles(str(plan.layout), int(exists.sum()), visited(plan.runs.full), visited(plan.runs.partial))
 
 
 def _box_tiles(plan: Plan, boxes: Boxes, shape: CallShape, reader: Reader, b: Array, h: Array) -> PieceTiles:

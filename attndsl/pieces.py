@@ -23,6 +23,7 @@ from attndsl.grid_pieces import BoxPiece, grid_pieces
 from attndsl.isl_sets import project_param
 from attndsl.layout import PLAIN, Comb, Layout
 from attndsl.periods import periods
+from attndsl.permuting import PermutedPiece, permuted
 from attndsl.program import (
     Binary,
     Const,
@@ -79,7 +80,7 @@ class Choice:
     `considered`: every division, tokens in order first, where there was something to compare.
     """
 
-    pieces: tuple[Piece | BoxPiece, ...] = ()
+    pieces: tuple[Piece | BoxPiece | PermutedPiece, ...] = ()
     considered: tuple[Division, ...] = ()
     note: str = ""
 
@@ -95,6 +96,8 @@ def choose_pieces(program: Program, heads: tuple[int, int]) -> Choice:
     program = derive(program)
     if (found := _by_boxes(program, heads)) is not None:
         return found
+    if (in_order := permuted(program, heads)) is not None:
+        return Choice((in_order,), note=f"{in_order.layout}: sorted, the data bounds the keys of a row")
     candidates = _candidates(program, heads)
     if not candidates:
         return Choice()

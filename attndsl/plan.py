@@ -13,7 +13,7 @@ from attndsl.boxes import Boxes
 from attndsl.branches import Given
 from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
-from attndsl.layout import PLAIN, Layout
+from attndsl.layout import PLAIN, Layout, Permutation
 from attndsl.learned import Learned, Over
 from attndsl.listing import Gathered
 from attndsl.mask import pair_mask, written_condition
@@ -149,7 +149,7 @@ class Plan:
     score: Scalar | None
     sink: Scalar | None
     weights: Scalar | None
-    layout: Layout | Boxes = field(default=PLAIN, kw_only=True)
+    layout: Layout | Boxes | Permutation = field(default=PLAIN, kw_only=True)
     follows: bool = field(default=False, kw_only=True)
     gathered: Gathered | None = field(default=None, kw_only=True)
     view: Given | None = field(default=None, kw_only=True)
@@ -178,7 +178,8 @@ class Plan:
         body = (self.mask, self.scale, self.score, self.sink, self.weights)
         lists = () if self.gathered is None else (self.gathered.entry,)
         runs = (*run_scalars(self.runs), *self.box_runs.ends)
-        return (*runs, *(x for x in body if x is not None), *lists, *self._further())
+        orders = (self.layout.q, self.layout.k) if isinstance(self.layout, Permutation) else ()
+        return (*runs, *(x for x in body if x is not None), *lists, *orders, *self._further())
 
     def _further(self) -> tuple[Scalar, ...]:
         """Scalars that only some kernels compute."""
@@ -221,7 +222,7 @@ class Printed:
     spec: Spec
     tiling: Tiling
     text: str
-    layout: Layout | Boxes = PLAIN
+    layout: Layout | Boxes | Permutation = PLAIN
     follows: bool = False
     gathered: Gathered | None = None
     view: Given | None = None
@@ -348,10 +349,12 @@ def learning_tiling(spec: Spec) -> Tiling:
 
 
 @functools.lru_cache(maxsize=1024)
-def forward_plan(program: Program, spec: Spec, tiling: Tiling, skip: bool = True) -> ForwardPlan:
+def forward_plan(
+    program: Program, spec: Spec, tiling: Tiling, skip: bool = True, layout: Layout | Permutation = PLAIN
+) -> ForwardPlan:
     """The forward kernel of a program for one kind of call; the plan's program is the derived one.
 
-    skip: whether tiles that sorted data rules out are left out.
+    skip: whether tiles that sorted data rules out are left out. layout: where the tokens lie that are in order here.
     """
     visits = visits_of(
         with_cuts(derive(program)) if skip else derive(program), spec, tiling, Side.QUERY, gathers=spec.gathers
@@ -360,15 +363,19 @@ def forward_plan(program: Program, spec: Spec, tiling: Tiling, skip: bool = True
     # The Hopper kernel visits a tile even where there is none, and masks it.
     mask = visits.mask() if runs.partial or visits.gathered or spec.backend is Backend.GLUON else None
     branch = branch_scalars(program, spec)
-    plan = ForwardPlan(program, spec, tiling, runs, mask, **branch, gathered=visits.gathered)
+    plan = ForwardPlan(program, spec, tiling, runs, mask, **branch, layout=layout, gathered=visits.gathered)
     return replace(plan, program=with_needed(program, plan.inputs))
 
 
 @functools.lru_cache(maxsize=1024)
 def backward_plan(
-    program: Program, spec: Spec, tiling: Tiling, key_tiling: Tiling | None = None, uses_lse: bool = True
-) -> BackwardPlan:
-    """The backward kernels of a program for one kind of call; `key_tiling` (default: `tiling`) is that of dk and dv."""
+    program: Program, spec: Spec, tiling: Tiling, key_tiling: Tiling | None = None, uses_lse: bool = True,
+    layout: Layout | Permutation = PLAIN,
+) -> BackwardPlan:  # fmt: skip
+    """The backward kernels of a program for one kind of call; `key_tiling` (default: `tiling`) is that of dk and dv.
+
+    layout: as in `forward_plan`.
+    """
     key_tiling, program = key_tiling or tiling, with_cuts(derive(program))
     branch = branch_scalars(program, spec)
     derivatives = slopes(program, branch)
@@ -394,7 +401,7 @@ def backward_plan(
         runs, mask = TileRuns((), ()), None
     plan = BackwardPlan(
         program, spec, tiling, runs, mask, **branch, key_tiling=key_tiling, key_runs=key_runs, key_mask=key_mask,
-        **derivatives, uses_lse=uses_lse, gathered=gathered,
+        **derivatives, uses_lse=uses_lse, layout=layout, gathered=gathered,
     )  # fmt: skip
     # Kernels that go over the whole pattern once more read what these need not.
     whole = any(x.over in (Over.DIAGONALS, Over.PAIRS) for x in plan.learned)

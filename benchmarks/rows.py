@@ -83,6 +83,12 @@ def document_ids(sizes: Sizes) -> Inputs:
     return {"doc": ids.expand(sizes.batch, -1).contiguous().to(sizes.device)}
 
 
+def shuffled_ids(sizes: Sizes) -> Inputs:
+    """The same ids, the tokens of all documents mixed: doc: int32 [batch, n]."""
+    order = torch.randperm(sizes.n, generator=torch.Generator().manual_seed(0)).to(sizes.device)
+    return {"doc": document_ids(sizes)["doc"][:, order].contiguous()}
+
+
 def document_rule(_sizes: Sizes, inputs: Inputs) -> MaskRule:
     doc = inputs["doc"]
     return lambda b, h, q, k: (k <= q) & (doc[b, q] == doc[b, k])
@@ -186,6 +192,7 @@ def routed_rule(sizes: Sizes, inputs: Inputs) -> MaskRule:
 
 
 DOCUMENT_TEXT = "attention documents {\n    input doc : int[b, k] sorted\n    attend causal & document(doc)\n}\n"
+UNSORTED_TEXT = DOCUMENT_TEXT.replace(" sorted", "")
 ROUTED_TEXT = """\
 attention routed {
     input keep : blocks(64)[h, q/64]
@@ -223,6 +230,7 @@ ALL_ROWS: tuple[Row, ...] = (
     ),
     static("prefix", "causal | prefix(4096)", lambda b, h, q, k: (k <= q) | (k < 4096)),
     Row("documents", "12 documents, causal", lambda _: DOCUMENT_TEXT, document_rule, document_ids),
+    Row("shuffled", "the same documents, tokens mixed", lambda _: UNSORTED_TEXT, document_rule, shuffled_ids),
     Row("block_diffusion", "block diffusion 32", lambda _: BLOCK_DIFFUSION, block_diffusion_rule),
     static(
         "dilated",

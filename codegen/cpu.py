@@ -14,7 +14,7 @@ from attndsl.codegen.header import header
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import PYTHON, TORCH, Level, Names, Printer
-from attndsl.layout import PLAIN, Comb, Layout
+from attndsl.layout import PLAIN, Comb, Layout, Permutation
 from attndsl.plan import Plan, run_scalars
 from attndsl.program import Arg, Axis, Dim, Read, Scalar, Table, Type, Var, reads
 from attndsl.runs import Run
@@ -108,14 +108,18 @@ class TileLoop:
         """`per_pair`: what is computed for every pair, besides the mask."""
         self.plan = plan
         self.order = plan.layout if isinstance(plan.layout, Layout) else PLAIN
+        self.permutation = plan.layout if isinstance(plan.layout, Permutation) else None
         self.reads_keys = any(reads(e, "k") for e in per_pair if e is not None)
         self.reads_values = True
         self.lines = Lines(indent=1)
         self.helpers: set[str] = {"key_spans", "chunks", "positions"}
         self.numbers = Printer(PYTHON, Names(NumberLeaves(plan)), self.helpers)
         self.tensors = Printer(TORCH, Names(TensorLeaves(plan)), self.helpers)
-        self.per_batch = any(reads(x, "b") for x in run_scalars(plan.runs))
-        self.per_head = any(reads(x, "h", "g") for x in run_scalars(plan.runs))
+        decided = run_scalars(plan.runs)
+        if self.permutation is not None:
+            decided += (self.permutation.q, self.permutation.k)
+        self.per_batch = any(reads(x, "b") for x in decided)
+        self.per_head = any(reads(x, "h", "g") for x in decided)
 
     def parameters(self) -> list[str]:
         """Names of what the function takes after its tensors: scale, lengths, inputs, tables, arguments."""
@@ -181,15 +185,20 @@ class TileLoop:
     @contextmanager
     def _query_tiles(self) -> Iterator[None]:
         lines, comb = self.lines, self.order.q
-        if not self.plan.layout.plain:
+        if self.permutation is not None:
+            lines.add(f"# Tokens: {self.plan.layout}.")
+            names = {"q_order": self.permutation.q, "k_order": self.permutation.k}
+            lines.add(*(f"{name} = {self._order(read)}" for name, read in names.items()))
+        elif not self.plan.layout.plain:
             lines.add(f"# Tokens: {self.plan.layout}. `nth` counts them.")
         if not self.order.k.every:
             lines.add(f"k_end = {self._index(self.order.k, 'Nk')}")
         if comb.every:
             with lines.block("for q_tile in range(-(-rows // block_q)):"):
+                rows = "slice(low, high)" if self.permutation is None else "q_order[low:high]"
                 lines.add(
                     "low, high = q_tile * block_q, min((q_tile + 1) * block_q, rows)",
-                    "at = (at_b, at_g, at_r, slice(low, high))",
+                    f"at = (at_b, at_g, at_r, {rows})",
                     "q_pos = torch.arange(start + low, start + high).view(-1, 1)",
                 )
                 yield
@@ -208,6 +217,12 @@ class TileLoop:
             else:
                 lines.add("at = (at_b, at_g, at_r, q_pos[:, 0] - start)")
             yield
+
+    def _order(self, read: Read) -> str:
+        """The tokens in the order of a permutation, as text."""
+        tensor = f"{read.input}_input"
+        *index, _ = (self.numbers.within(Names(NumberLeaves(self.plan))).text(e) for e in read.index)
+        return f"{tensor}[{', '.join(index)}]" if index else tensor
 
     def _index(self, comb: Comb, variable: str) -> str:
         """The index of the first token at or after a position, as text."""
@@ -263,7 +278,9 @@ class TileLoop:
         with lines.block(f"for full, partial in chunks(full_spans, partial_spans, {CHUNK}):"):
             printer = self.tensors.within(self.tensors.names.inner())
             lines.add("spans = full + partial")
-            if self.order.k.width > 1:
+            if self.permutation is not None:
+                lines.add("k_tokens = k_order[positions(spans)]")
+            elif self.order.k.width > 1:
                 lines.add("k_nth = positions(spans)", f"k_tokens = {self._tokens(self.order.k, 'k_nth')}")
             lines.add(
                 f"keys = {self.rows_of('k')}.to(compute)",
@@ -288,10 +305,15 @@ class TileLoop:
 
     def rows_of(self, x: str) -> str:
         """The keys or values of the spans: without a copy where they lie at equal distances in one span."""
-        if self.order.k.width > 1:
+        if self._selects:
             return f"{x}[at_b, at_g].index_select(-2, k_tokens)"
         self.helpers.add("gather")
         return f"gather({x}[{self._keys}], spans)"
+
+    @property
+    def _selects(self) -> bool:
+        """Whether the keys of spans are named one by one."""
+        return self.order.k.width > 1 or self.permutation is not None
 
     @property
     def _keys(self) -> str:
@@ -301,7 +323,7 @@ class TileLoop:
 
     def scatter(self, x: str, values: str) -> None:
         """Add values to tensor `x` at the keys of a chunk."""
-        if self.order.k.width > 1:
+        if self._selects:
             # No two of the tokens are the same: the sum has one order.
             self.lines.add(f"{x}[at_b, at_g].index_add_(-2, k_tokens, {values})")
             return

@@ -14,10 +14,11 @@ from attndsl.codegen.header import header
 from attndsl.codegen.kernel_loops import run_loop
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.packed import packed_tile
+from attndsl.codegen.permuted import permuted_tokens
 from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import TRITON, Level, Names, Printer
 from attndsl.grid import AXIS_NAMES
-from attndsl.layout import PLAIN, Layout
+from attndsl.layout import PLAIN, Layout, Permutation
 from attndsl.plan import DType, Loads, Part, Plan, head_parts
 from attndsl.program import Arg, Axis, Binary, Const, Dim, Read, Scalar, Table, TableDecl, Type, Var, reads
 from attndsl.runs import Run, TileRuns
@@ -132,6 +133,9 @@ class KernelWriter:
         self.v_parts = head_parts(plan.spec.v_dim)
         order = plan.layout if isinstance(plan.layout, Layout) else PLAIN
         self.combs = {"q": order.q, "k": order.k}
+        self.permutation = plan.layout if isinstance(plan.layout, Permutation) else None
+        # What rows are called where they are counted in the order of the program's positions.
+        self.q_place = "q_rows" if self.permutation is None else "q_nth"
         self.boxes: BoxText | None = None
         if isinstance(plan.layout, Boxes):
             self.boxes = BoxText(plan.layout, {"q": plan.tiling.block_q, "k": plan.tiling.block_k}, self.aligned)
@@ -211,14 +215,15 @@ class KernelWriter:
             lines.add(tile, f"b = head // {spec.heads}", f"h = head % {spec.heads}", of_head, self.start)
         offsets = ("", "q_offset = tl.arange(0, BLOCK_Q)", "k_offset = tl.arange(0, BLOCK_K)")
         if self.combs["q"].every:
-            lines.add("q_first = start + q_tile * BLOCK_Q", *offsets, "q_rows = q_tile * BLOCK_Q + q_offset")
+            lines.add("q_first = start + q_tile * BLOCK_Q", *offsets)
+            self.tokens_in_order("q")
         else:
             self.first_row()
             lines.add("i_first = i_start + q_tile * BLOCK_Q")
             self.skip_missing("q", "i_first")
             lines.add(*offsets)
             self.tokens("q", "i_first")
-        lines.add("q_pos = start + q_rows[:, None]")
+        lines.add(f"q_pos = start + {self.q_place}[:, None]")
         if not self.combs["q"].every:
             lines.add("i_pos = q_nth[:, None]")
         self.row_index("[:, None]")
@@ -256,7 +261,7 @@ class KernelWriter:
     def row_index(self, axis: str) -> None:
         """The rows of a tile, clamped, for inputs that belong to rows."""
         if any(dim.axis is Axis.Q and dim.block == 1 for decl in self.plan.inputs for dim in decl.dims):
-            self.lines.add(f"q_index = tl.minimum(q_rows, rows - 1){axis}")
+            self.lines.add(f"q_index = tl.minimum({self.q_place}, rows - 1){axis}")
 
     def first_row(self) -> None:
         """`i_start`, the index of the first row of the call that belongs to the residue."""
@@ -270,6 +275,13 @@ class KernelWriter:
         with self.lines.block(f"if {self._token(side, first)} >= {length}:"):
             self.lines.add("return  # Not every residue has as many tokens.")
 
+    def tokens_in_order(self, side: str) -> None:
+        """The rows of a tile of tokens in order, or of places in a permutation."""
+        if self.permutation is None:
+            self.lines.add(f"{side}_rows = {side}_tile * BLOCK_{side.upper()} + {side}_offset")
+        else:
+            self.tokens(side, f"{side}_tile * BLOCK_{side.upper()}")
+
     def tokens(self, side: str, first: str = "k_tile * BLOCK_K", bounded: bool = True) -> None:
         """In a layout: the indices of a tile's tokens, from `first` on, and their rows in the tensors.
 
@@ -277,6 +289,9 @@ class KernelWriter:
         """
         if self.boxes is not None:
             self.boxes.tokens(self.lines, self.fresh(), side, bounded)
+            return
+        if self.permutation is not None:
+            permuted_tokens(self.lines, self.plan, self.permutation, side, first, bounded)
             return
         if self.combs[side].every:
             return
@@ -288,7 +303,8 @@ class KernelWriter:
         """The keys of a tile, in a layout their indices too, along an axis of a tile of pairs."""
         plain = self.in_order("k")
         if plain or any(reads(e, "k") for e in pairs):
-            self.lines.add(f"k_pos = {'k_tile * BLOCK_K + k_offset' if plain else 'k_rows'}{axis}")
+            token = "k_rows" if self.permutation is None else "k_nth"
+            self.lines.add(f"k_pos = {'k_tile * BLOCK_K + k_offset' if plain else token}{axis}")
         if not plain and any(reads(e, "j") for e in pairs):
             self.lines.add(f"j_pos = k_nth{axis}")
         if self.boxes is not None:
@@ -297,7 +313,7 @@ class KernelWriter:
     def in_order(self, side: str) -> bool:
         """Whether a tile of queries or keys is of tokens in a row."""
         apart = side == "q" and (self.plan.gathered is not None or self.plan.tiling.pack > 1)
-        return self.boxes is None and self.combs[side].every and not apart
+        return self.boxes is None and self.permutation is None and self.combs[side].every and not apart
 
     def _token(self, side: str, index: str) -> str:
         """The token of an index, as text."""

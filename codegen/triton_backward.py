@@ -361,7 +361,7 @@ class DkDvKernel(BackwardKernel):
             lines.add(f"b = head // {spec.heads}", f"h = head % {spec.heads}", f"g = h // {self.group}", self.start)
         else:
             lines.add(f"b = head // {spec.kv_heads}", f"g = head % {spec.kv_heads}", self.start)
-        if not self.in_order("k"):
+        if not self.in_order("k") and self.permutation is None:
             self.skip_missing("k", "k_tile * BLOCK_K")
         if not self.combs["q"].every:
             self.first_row()
@@ -369,6 +369,8 @@ class DkDvKernel(BackwardKernel):
         self.tokens("k")
         if self.in_order("k"):
             lines.add("k_pos = k_tile * BLOCK_K + k_offset[:, None]")
+        elif self.permutation is not None:
+            lines.add("k_pos = k_nth[:, None]")
         else:
             lines.add("k_pos, j_pos = k_rows[:, None], k_nth[:, None]")
 
@@ -411,8 +413,8 @@ class DkDvKernel(BackwardKernel):
     def tile(self, masked: bool) -> None:
         spec, lines = self.plan.spec, self.lines
         printer = self.printer.within(self.printer.names.inner())
-        if self.in_order("q"):
-            lines.add("q_rows = q_tile * BLOCK_Q + q_offset")
+        if self.in_order("q") or self.permutation is not None:
+            self.tokens_in_order("q")
         else:
             self.tokens("q", "i_start + q_tile * BLOCK_Q")
         self.keep(transposed=True)
@@ -420,13 +422,13 @@ class DkDvKernel(BackwardKernel):
         self.load("q", self.q_parts, spec.dim, "q", "h", bounded=True)
         self.load("dout", self.v_parts, spec.v_dim, "q", "h", bounded=True)
         if pairs := self.pairs(masked):
-            lines.add("q_pos = start + q_rows[None, :]")
+            lines.add(f"q_pos = start + {self.q_place}[None, :]")
             if any(reads(e, "i") for e in pairs):
                 lines.add("i_pos = q_nth[None, :]")
             if self.boxes is not None:
                 self.boxes.indices(lines, "q", "[None, :]", pairs)
             if self.reads_rows:
-                lines.add("q_index = tl.minimum(q_rows, rows - 1)[None, :]")
+                lines.add(f"q_index = tl.minimum({self.q_place}, rows - 1)[None, :]")
         if self.softmax:
             self.load_row("lse", "row_lse", 'float("inf")')
         self.scores("k{}", "tl.trans(q{})")

@@ -159,7 +159,8 @@ class ForwardWriter(KernelWriter):
         if plan.sink is not None:
             # Sinks are a value a row: rows are a vector here.
             packed = plan.tiling.pack > 1
-            lines.add("q_pos = start + q_rows", "q_index = tl.minimum(q_rows, rows - 1)", *["h = q_heads"] * packed)
+            row = self.q_place
+            lines.add(f"q_pos = start + {row}", f"q_index = tl.minimum({row}, rows - 1)", *["h = q_heads"] * packed)
             self._add_sink(plan.sink)
             lines.add(*["h = q_heads[:, None]"] * packed)
         if self.softmax:

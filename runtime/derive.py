@@ -26,6 +26,9 @@ from attndsl.derivation import (
     Draw,
     Gathering,
     Offsets,
+    Order,
+    Place,
+    Sorted,
     TileList,
     TileMap,
 )
@@ -50,6 +53,7 @@ from attndsl.relation import Lowering
 from attndsl.runtime.call import dim_size
 from attndsl.runtime.cuts import document_ends, make_cut
 from attndsl.runtime.engine import Gradients, table_tensor
+from attndsl.runtime.permute import of_order
 from attndsl.runtime.plans import Listing, chosen_members, list_size, maker, of_heads, run_ends
 from attndsl.runtime.tile_map import tile_map
 from attndsl.runtime.values import Values, mix64, ordered
@@ -85,6 +89,8 @@ def counted(derivation: Derivation | None) -> Set | None:
         case Draw(drawn=drawn):
             return drawn.among
         case Offsets() | DocumentEnds() | Chosen() | TileList() | Gathering() | Cut() | TileMap() | None:
+            return None
+        case Order() | Sorted() | Place():
             return None
         case _:
             assert_never(derivation)
@@ -215,6 +221,9 @@ class Deriver:
             case Cut():
                 q_len, k_len = self._lengths(1)
                 return make_cut(decl, decl.derivation, values.at(Nq=q_len, Nk=k_len))
+            case Order() | Sorted() | Place():
+                q_len, k_len = self._lengths(1)
+                return of_order(decl, decl.derivation, values.at(Nq=q_len, Nk=k_len))
             case TileMap():
                 q_len, k_len = self._lengths(1)
                 return tile_map(decl, decl.derivation, values.at(Nq=q_len, Nk=k_len))
@@ -400,11 +409,11 @@ class Deriving:
 def derived_dtype(decl: InputDecl) -> torch.dtype:
     """The dtype of a derived input."""
     match decl.derivation:
-        case Offsets() | DocumentEnds() | Cut():
+        case Offsets() | DocumentEnds() | Cut() | Order():
             return torch.int32
         case BlockMap() | Chosen():
             return torch.bool
-        case Draw():
+        case Draw() | Sorted() | Place():
             return torch.int64
         case TileMap():
             return torch.uint8

@@ -22,7 +22,7 @@ from attndsl import layout as layouts
 from attndsl import plan as plans_module
 from attndsl import program as programs
 from attndsl.cuts import with_cuts
-from attndsl.derivation import Gathering, TileList, TileMap
+from attndsl.derivation import Gathering, Order, TileList, TileMap
 from attndsl.derive import derive
 from attndsl.diagnostics import error
 from attndsl.learned import Over
@@ -154,10 +154,14 @@ def _kept(
 def _choices(program: Program, said: Any) -> dict[str, bytes]:
     """What an entry holds beside texts. program: the derived one, that the plans have."""
     derived = [decl for decl in program.inputs if decl.derivation is not None]
-    # Lists of tiles follow from the plan.
-    lists = tuple(decl for decl in derived if isinstance(decl.derivation, TileList | Gathering | TileMap))
+    # Lists of tiles follow from the plan, and in another order of tokens everything does.
+    permuted = any(isinstance(decl.derivation, Order) for decl in derived)
+    lists = tuple(d for d in derived if permuted or isinstance(d.derivation, TileList | Gathering | TileMap))
     names = [decl.name for decl in derived if decl not in lists]
-    choices = {"derived": names, "lists": records.write(lists, {}), "said": records.write(said, _LEFT_OUT)}
+    choices = {
+        "derived": names, "lists": records.write(lists, {}), "said": records.write(said, _LEFT_OUT),
+        "permuted": permuted,
+    }  # fmt: skip
     return {_CHOICES: json.dumps(choices).encode()}
 
 
@@ -170,7 +174,9 @@ def _chosen(files: Mapping[str, bytes], program: Program) -> tuple[Program, Any]
     derived = with_cuts(first) if first.plain else first
     needed = (d for d in derived.inputs if d.derivation is None or d.name in choices["derived"])
     lists: tuple[InputDecl, ...] = records.read(choices["lists"], _recorded(), {})
-    program = replace(derived, inputs=(*needed, *lists))
+    # Positions in another order are places from 0 on.
+    aligned = program.align_start or choices["permuted"]
+    program = replace(derived, inputs=(*needed, *lists), align_start=aligned)
     return program, records.read(choices["said"], _recorded(), {"BackwardPlan": {"program": program}})
 
 

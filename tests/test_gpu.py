@@ -51,7 +51,12 @@ GROWN = """attention grown { input d : int[b, k]
     attend causal & (coarsen({ d[q] == d[k] }, 32, all) | sink(2) on segment(d)) }"""
 
 
-@pytest.mark.parametrize("text", [DRAWN, GROWN])
+# Rows and keys in the order of ids that the graph is replayed with.
+PUT_IN_ORDER = """attention documents { input d : int[b, k]
+    attend causal & document(d) & window(90) }"""
+
+
+@pytest.mark.parametrize("text", [DRAWN, GROWN, PUT_IN_ORDER])
 def test_derived_inputs_are_captured(text: str) -> None:
     attn = load_attention(text)
     d = torch.arange(333, device="cuda").div(37, rounding_mode="floor").repeat(2, 1)

@@ -1,0 +1,40 @@
+"""The order of a call's tokens by unsorted data (`attndsl.permuting`), on their device: sorts, without waiting."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attndsl.derivation import Order, Place, Sorted
+from attndsl.program import Axis, InputDecl, Scalar
+from attndsl.runtime.values import Values
+
+# Of a place's bits those that say which token it is.
+TOKEN_BITS = 32
+
+
+def of_order(decl: InputDecl, d: Order | Sorted | Place, values: Values) -> Tensor:
+    """An order of tokens, or what is known of them in it, of the input's dimensions: see `attndsl.derivation`."""
+    match d:
+        case Order(key=key, side=side):
+            return torch.sort(_along(decl, key, side, values), dim=-1, stable=True).indices.to(torch.int32)
+        case Sorted(key=key, side=side, order=order):
+            return _along(decl, key, side, values).gather(-1, values.tensors[order].to(torch.int64))
+        case Place(own=name, among=among, position=position, side=side):
+            own, every = values.tensors[name], values.tensors[among]
+            before = torch.searchsorted(every, own) + torch.searchsorted(every, own, right=True)
+            return (before << TOKEN_BITS) + _along(decl, position, side, values)
+
+
+def _along(decl: InputDecl, e: Scalar, side: str, values: Values) -> Tensor:
+    """int64 of the input's dimensions: a scalar at the tokens, or places, of one side."""
+    shape, axes = values.shape, [dim.axis for dim in decl.dims]
+    tokens = shape.rows if side == "q" else shape.k_len
+    position = torch.arange(tokens, device=values.device).view(1, 1, -1, 1)
+    heads = torch.arange(shape.kv_heads, device=values.device).view(1, -1, 1, 1)
+    found = values.at(**{side: position, "g": heads}).tensor(e)
+    batch = shape.batch if Axis.B in axes else 1
+    of_heads = shape.kv_heads if Axis.G in axes else 1
+    found = found.expand(batch, of_heads, tokens, 1)[..., 0]
+    found = found if Axis.G in axes else found[:, 0]
+    return (found if Axis.B in axes else found[0]).contiguous()
