@@ -213,6 +213,8 @@ class Strips:
         logits = self._dots(x, y) * (self.scale / stride)
         wide = rows // stride
         inside = self._present(self.groups, self.group_values, low * wide, high * wide, stride)
+        # A group without a row gives nothing; of a class that ends early `_present` tells for all of its groups.
+        inside = inside & here.view(-1, stride).any(1).view(1, 1, -1, 1)
         mass = softmax(logits, inside.expand(logits.shape))
         tall = keys // stride
         mass = pad(mass, (0, -mass.shape[3] % tall)).unflatten(3, (-1, tall)).sum(4)
