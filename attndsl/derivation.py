@@ -123,7 +123,8 @@ class TileList:
 
     `rows`: the queries of a row class (None: all rows are one class), `keys`: the tokens of a member; tiles lie inside
     them. `of_keys`: the query tiles of each key tile, instead of the key tiles of each query tile. `runs`: which key
-    tiles of a query tile, were they chosen, are full or partial. `level`: as in `Chosen`.
+    tiles of a query tile, were they chosen, are full or partial. `level`: as in `Chosen`. `mapped`: the plan is a
+    `TileMap`, which tells full tiles too.
     """
 
     plan: str
@@ -134,6 +135,7 @@ class TileList:
     of_keys: bool
     runs: TileRuns
     level: int | None = None
+    mapped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +157,8 @@ class Gathering:
 
 @dataclass(frozen=True, slots=True)
 class TileMap:
-    """uint8 [b?, h?, q blocks, k blocks]: 1 where a condition may hold for a pair of a block of `rows` positions and
-    one of `keys`, as far as the bounds of what it compares tell, else 0."""
+    """uint8 [b?, h?, row tiles, key tiles]: 2 where a condition holds for all pairs of a tile of `rows` rows of the
+    call and one of `keys` keys, 1 where it may hold for some, as far as the bounds of what it compares tell, else 0."""
 
     cond: Scalar
     rows: int

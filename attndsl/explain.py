@@ -349,7 +349,7 @@ def _made_of(decl: InputDecl) -> str:
         case Place(side=side):
             return f"the places of {'rows' if side == 'q' else 'keys'}, by value and then by token"
         case TileMap():
-            return "in which tiles the pattern can hold, by the least and greatest of what it compares"
+            return "in which tiles the pattern can hold or must, by the least and greatest of what it compares"
         case Chosen(plan=plan, level=level):
             return f"which members `{plan}` {'chooses' if level is None else f'gives the factor {level}'}"
         case Gathering(plan=plan):

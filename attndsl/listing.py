@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from attndsl.derivation import Chosen, Gathering, TileList
+from attndsl.derivation import Chosen, Gathering, TileList, TileMap
 from attndsl.isl_sets import where_param
 from attndsl.program import (
     Axis,
@@ -91,7 +91,8 @@ class Listable:
         self, program: Program, runs: TileRuns, block_q: int, block_k: int, side: Side
     ) -> tuple[Program, TileRuns]:
         """The runs of the tiles that the plan chooses, of those in `runs`; the program declares their lists."""
-        found = TileList(self.plan.name, self.rows, self.keys, block_q, block_k, side is Side.KEY, runs, self.level)
+        mapped, of_keys = isinstance(self.plan.derivation, TileMap), side is Side.KEY
+        found = TileList(self.plan.name, self.rows, self.keys, block_q, block_k, of_keys, runs, self.level, mapped)
         decl = self._declared(program, f"{'q' if found.of_keys else 'k'}_tiles_{self.plan.name}", found)
         return replace(program, inputs=(*program.inputs, decl)), listed_runs(decl.name, _lead(decl), Var(side.value))
 

@@ -3,7 +3,7 @@
 `doc[q] == doc[k]` holds in no pair of two tiles whose ids do not overlap, `q <= until[k]` in none whose rows begin past
 the last of the keys' ends. What a condition compares is bounded by its least and greatest value in a tile wherever it
 reads one side alone, so a map of tiles takes one pass over each input and no look at pairs. Kernels read their tiles
-from lists made of the map, and mask them: which tiles are full it does not say.
+from lists made of the map, and mask those in which the bounds do not say that every pair is allowed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import replace
 from attndsl.cuts import interval
 from attndsl.derivation import TileMap
 from attndsl.linear import terms
-from attndsl.listing import EVEN, Listable
+from attndsl.listing import Listable
 from attndsl.program import (
     Axis,
     Binary,
@@ -56,18 +56,13 @@ def mapped(program: Program) -> bool:
 
 
 def maps_call(program: Program, shape: CallShape) -> bool:
-    """Whether those of one call are: its rows begin where tiles do, and a map of it is small."""
-    if shape.first_position(program) % EVEN or not mapped(program):
+    """Whether those of one call are: a map of it is small."""
+    if not mapped(program):
         return False
     read = tuple(scalars(program.branch.pattern))
     batch = shape.batch if any(reads(e, "b") for e in read) else 1
     heads = shape.heads if any(reads(e, "h", "g") for e in read) else 1
     return batch * heads * -(-shape.rows // 64) * -(-shape.k_len // 64) <= MAX_TILES
-
-
-def map_fits(block_q: int, block_k: int) -> bool:
-    """Whether tiles of these sizes begin where a map's do."""
-    return EVEN % block_q == 0 and block_k > 0
 
 
 def mapped_runs(

@@ -10,7 +10,7 @@ from attndsl.derivation import Chosen
 from attndsl.layout import PLAIN, Layout
 from attndsl.linear import normalise
 from attndsl.listing import Gathered, Listable, listables
-from attndsl.mapping import map_fits, mapped, mapped_runs
+from attndsl.mapping import mapped, mapped_runs
 from attndsl.mask import mask_by_cuts, pair_mask, written_condition
 from attndsl.program import Const, Program, Scalar
 from attndsl.relation import Lowering, Relation
@@ -71,7 +71,7 @@ def visits_of(
     lists = spec.even_start and mapped(program)
     lowering = Lowering(program, heads, anchor="k" if side is Side.KEY and not lists else "q")
     relation = lowering.relation(program.branch.pattern)
-    if lists and all(map_fits(t.block_q, t.block_k) for t in (tiling, other or tiling)):
+    if lists:
         runs = closed_runs(relation, without_cuts(program), spec, tiling, Side.QUERY)
         cond = written_condition(lowering, spec.sizes)
         program, runs = mapped_runs(program, cond, runs, tiling.block_q, tiling.block_k, side)

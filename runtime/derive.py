@@ -368,8 +368,9 @@ class Deriver:
             case TileList(plan=plan) | Gathering(plan=plan):
                 dims = self.program.input(plan).dims
                 return list_size(decl.derivation, decl, self._plan(plan), dims, self.shape)
-            case TileMap():
-                return [dim_size(dim, self.program, self.shape) for dim in decl.dims]
+            case TileMap(rows=rows, keys=keys):
+                lead = [dim_size(dim, self.program, self.shape) for dim in decl.dims[:-2]]
+                return [*lead, -(-self.shape.rows // rows), -(-self.shape.k_len // keys)]
             case _:
                 return [dim_size(dim, self.program, self.shape) for dim in decl.dims]
 

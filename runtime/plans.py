@@ -91,10 +91,11 @@ class Listing:
     @property
     def sizes(self) -> dict[str, int]:
         """What the kernels take."""
-        # The classes of single queries are those of the call's rows; those of blocks are of positions.
+        # Classes of single queries and tiles of a map are of the call's rows, those of blocks of positions.
+        of_rows = self.rows == 1 or (isinstance(self.d, TileList) and self.d.mapped)
         return {
             "q_tiles": self.ends.shape[2], "k_tiles": self.k_tiles, "class_rows": self.rows or (1 << 31) - 1,
-            "first_row": 0 if self.rows == 1 else self.first, "block_q": _block_q(self.d), "members": self.members,
+            "first_row": 0 if of_rows else self.first, "block_q": _block_q(self.d), "members": self.members,
             "each": self.d.keys // self.block_k, "slots": self.slots,
         }  # fmt: skip
 
@@ -283,4 +284,7 @@ def _kinds(found: Listing) -> tuple[Tensor, Tensor]:
     for first, end, step, of_kind in (column.unbind(-1) for column in found.ends[..., None, :].unbind(3)):
         inside = counts & (k_tile >= first) & (k_tile < end) & ((k_tile - first) % step == 0)
         kind = torch.where(inside, of_kind.to(torch.int64), kind)
+    if isinstance(found.d, TileList) and found.d.mapped:
+        whole = found.plan.index_select(2, row_class) == 2
+        kind = torch.where((kind == 1) & whole.repeat_interleave(each, -1), 0, kind)
     return kind, k_tile

@@ -7,7 +7,6 @@ from functools import reduce
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from attndsl.derivation import TileMap
 from attndsl.program import Axis, Binary, Call, Compare, If, InputDecl, Logic, Scalar, Type, Unary, reads
@@ -17,7 +16,8 @@ Bounds = tuple[Tensor, Tensor]
 
 
 def tile_map(decl: InputDecl, d: TileMap, values: Values) -> Tensor:
-    """uint8 of the input's dimensions: 1 for tiles [rows, keys] in some pair of which the condition may hold, else 0.
+    """uint8 of the input's dimensions: for tiles [rows, keys] 2 where all pairs are known to be in the condition, which
+    then are of existing keys, 1 where some may be, else 0.
 
     values: of a call, with its lengths. Nothing here waits for the device, or looks at pairs.
     """
@@ -28,15 +28,15 @@ def tile_map(decl: InputDecl, d: TileMap, values: Values) -> Tensor:
     lead = [shape.batch if Axis.B in axes else 1, shape.heads if Axis.H in axes else 1]
     sizes = [n for n, axis in zip(lead, (Axis.B, Axis.H), strict=True) if axis in axes]
     if not q_tiles or not k_tiles:
-        return torch.zeros(*sizes, first // d.rows + q_tiles, k_tiles, dtype=torch.uint8, device=device)
+        return torch.zeros(*sizes, q_tiles, k_tiles, dtype=torch.uint8, device=device)
     # Past the end the last token again: it changes no bound.
     q = first + torch.arange(q_tiles * d.rows, device=device).clamp(max=shape.rows - 1)
     k = torch.arange(k_tiles * d.keys, device=device).clamp(max=shape.k_len - 1)
     tiles = _Tiles(values.at(q=q.view(1, 1, -1, 1), k=k.view(1, 1, 1, -1)), d.rows, d.keys)
-    may = tiles.truth(d.cond)[0].expand(*lead, q_tiles, k_tiles)
-    # Row classes count from the first position on, rows of the call or not.
-    whole = pad(may.to(torch.uint8), (0, 0, first // d.rows, 0))
-    return whole.reshape(*sizes, *whole.shape[-2:])
+    may, must = tiles.truth(d.cond)
+    exist = torch.arange(k_tiles, device=device) < shape.k_len // d.keys
+    found = may.to(torch.uint8) + (must & exist)
+    return found.expand(*lead, q_tiles, k_tiles).reshape(*sizes, q_tiles, k_tiles)
 
 
 @dataclass(frozen=True, slots=True)

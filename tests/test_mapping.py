@@ -42,7 +42,7 @@ MAPPED: dict[str, tuple[str, dict[str, Any]]] = {
     "documents": ("attention a { input doc : int[b, k]\n attend causal & document(doc) }", {"doc": ids(2, N)}),
     "last rows": (
         "attention a { input until : int[b, h, k]\n attend causal & { q <= until[k] } }",
-        {"until": (np.arange(N) + RNG.integers(0, 40, (2, 2, N))).astype(np.int32)},
+        {"until": (np.arange(N) + RNG.integers(30, 60, (2, 2, N))).astype(np.int32)},
     ),
     "hidden rows": (
         """attention a { input lo : int[b, h, k, 2]
@@ -67,23 +67,38 @@ def case(name: str, rows: int = N) -> Case:
 
 
 @pytest.mark.parametrize("name", MAPPED)
-def test_a_map_holds_every_tile_and_few_others(name: str) -> None:
+@pytest.mark.parametrize(("rows", "block_k"), [(N, 16), (100, 16), (33, 128)])
+def test_a_map_holds_every_tile_and_few_others(name: str, rows: int, block_k: int) -> None:
+    """Wherever the rows of a call begin, and where the last tile has keys that do not exist."""
     program = load(MAPPED[name][0]).program
     assert mapped(program)
     spec = make_spec("sm_90", "triton", 2, 1, 64)
-    plan = forward_plan(program, replace(spec, even_start=True), Tiling(16, 16))
+    plan = forward_plan(program, replace(spec, even_start=True), Tiling(16, block_k))
     decl = next(d for d in plan.program.inputs if d.name.startswith("map_"))
-    shape = CallShape(2, 2, 1, N, N, 64, 64)
+    shape = CallShape(2, 2, 1, rows, N, 64, 64)
     given = [torch.from_numpy(np.asarray(MAPPED[name][1][d.name])) for d in own_inputs(program)]
-    found = Deriver(plan.program, shape, torch.device("cpu"))(given, [])
+    deriver = Deriver(plan.program, shape, torch.device("cpu"))
     names = [d.name for d in plan.program.inputs if d.derivation]
-    tiles = dict(zip(names, found, strict=True))[decl.name].numpy()
-    lead = {2: (1, 1), 3: (2, 1), 4: (2, 2)}[tiles.ndim]
-    tiles = np.broadcast_to(tiles.reshape(*lead, 12, 12), (2, 2, 12, 12))
-    allowed = mask(program, shape, MAPPED[name][1]).reshape(2, 2, 12, 16, 12, 16).any(axis=(3, 5))
-    assert (tiles[allowed] == 1).all()
-    # Bounds are not exact, but they spare something.
-    assert tiles.sum() < 0.9 * tiles.size
+    at = names.index(decl.name)
+    found = deriver(given, [])[at]
+    assert (found.shape, found.dtype) == (deriver.examples()[at].shape, torch.uint8)
+    q_tiles, k_tiles = -(-rows // 16), -(-N // block_k)
+    tiles = np.broadcast_to(found.numpy().reshape(*_lead(found), q_tiles, k_tiles), (2, 2, q_tiles, k_tiles))
+    allowed = mask(program, shape, MAPPED[name][1])
+    ragged = ((0, 0), (0, 0), (0, q_tiles * 16 - rows), (0, k_tiles * block_k - N))
+    split = (2, 2, q_tiles, 16, k_tiles, block_k)
+    # Rows that do not exist may see anything; keys that do not exist may not be seen.
+    every = np.pad(np.pad(allowed, (*ragged[:3], (0, 0)), constant_values=True), (*ragged[:2], (0, 0), ragged[3]))
+    assert (tiles[np.pad(allowed, ragged).reshape(split).any(axis=(3, 5))] >= 1).all()
+    assert np.all(every.reshape(split).all(axis=(3, 5)) | (tiles != 2))
+    if block_k == 16:
+        # Bounds are not exact, but they spare something, and know some tiles to be full.
+        assert (tiles > 0).sum() < 0.9 * tiles.size
+        assert (tiles == 2).any() == (name != "global tokens")
+
+
+def _lead(found: torch.Tensor) -> tuple[int, int]:
+    return {2: (1, 1), 3: (2, 1), 4: (2, 2)}[found.dim()]
 
 
 @pytest.mark.parametrize("name", MAPPED)
@@ -98,10 +113,15 @@ def test_gradients_in_triton(name: str) -> None:
 
 @pytest.mark.parametrize("rows", [128, 64, 50, 1])
 def test_chunks(rows: int) -> None:
-    """With rows that begin where tiles do lists are read, with others every tile is masked."""
+    """Lists are read wherever the rows of a call begin."""
     chosen = case("last rows", rows)
-    assert maps_call(chosen.load(), chosen.shape) == (rows == 64)
+    assert maps_call(chosen.load(), chosen.shape)
     judge(cpu(), chosen, torch.float64)
+
+
+def test_calls_of_many_tiles_are_not_mapped() -> None:
+    program = MAPPED["last rows"][0]
+    assert not maps_call(load(program).program, CallShape(1, 64, 64, 1 << 15, 1 << 15, 64, 64))
 
 
 def test_lists_are_read_by_both_kernels() -> None:
@@ -122,6 +142,24 @@ def test_what_is_not_mapped() -> None:
         "attention a { input span : int[h]\n attend causal & window(span[h]) }",
     ):
         assert not mapped(load(text).program), text
+
+
+@pytest.mark.parametrize("rows", [192, 100])
+def test_full_tiles_are_not_masked(rows: int) -> None:
+    """A list has the tiles of which the map says that they are whole before the others."""
+    chosen = case("last rows", rows)
+    program = chosen.load()
+    plan = forward_plan(program, replace(make_spec("sm_90", "triton", 2, 1, 64), even_start=True), Tiling(16, 16))
+    given = [torch.from_numpy(chosen.inputs[d.name]) for d in own_inputs(program)]
+    values = Deriver(plan.program, chosen.shape, torch.device("cpu"))(given, [])
+    made = dict(zip((d.name for d in plan.program.inputs if d.derivation), values, strict=True))
+    tiles, lists = (next(x for name, x in made.items() if name.startswith(start)) for start in ("map_", "k_tiles"))
+    q_tiles, k_tiles = tiles.shape[-2:]
+    for b, h, tile in np.ndindex(2, 2, q_tiles):
+        row, own = lists[b, h], tiles[b, h, tile]
+        begin, middle, end = row[3 * tile : 3 * tile + 3].tolist()
+        assert row[begin:middle].tolist() == [i for i in range(k_tiles) if own[i] == 2]
+        assert row[middle:end].tolist() == [i for i in range(k_tiles) if own[i] == 1]
 
 
 def test_work_follows_the_map() -> None:
