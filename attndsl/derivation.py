@@ -125,6 +125,9 @@ class TileList:
     them. `of_keys`: the query tiles of each key tile, instead of the key tiles of each query tile. `runs`: which key
     tiles of a query tile, were they chosen, are full or partial. `level`: as in `Chosen`. `mapped`: the plan is a
     `TileMap`, which tells full tiles too.
+
+    With `marks`, at most 32, a list of keys is of tiles of so many times `block_k` keys: a query tile stands in it once
+    for several of these, and behind all entries stands for each a word whose bit i says that it chose the i-th.
     """
 
     plan: str
@@ -136,6 +139,7 @@ class TileList:
     runs: TileRuns
     level: int | None = None
     mapped: bool = False
+    marks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,10 +73,15 @@ class Listable:
         """Whether rows that choose for themselves are gathered, with key tiles of these sizes."""
         return self.rows == 1 and self.level is None and all(self.keys % block == 0 for block in blocks_k)
 
-    def packs(self, relation: Relation, group: int) -> int:
-        """How many heads share a tile with one query that chooses for all of a key head: 1 where too few do."""
-        differ = any(d.axis is Axis.H for d in self.plan.dims) or any(reads(e, "h") for e in relation.uniform.values())
-        return 1 if differ or self.rows != 1 or group < LEAST // 2 else max(LEAST, 1 << (group - 1).bit_length())
+    @property
+    def unit(self) -> int:
+        """The largest power of two that divides a member: tiles of so many keys lie inside members."""
+        return self.keys & -self.keys
+
+    def shared(self, relation: Relation) -> bool:
+        """Whether the heads of a key head have one list."""
+        by_head = any(d.axis is Axis.H for d in self.plan.dims)
+        return not by_head and not any(reads(e, "h") for e in relation.uniform.values())
 
     def within(self, relation: Relation) -> Relation:
         """The relation where the selection holds."""
@@ -88,11 +93,13 @@ class Listable:
         return fold(rebuild(written, lambda e: Const(True) if e == self.read else e))
 
     def listed(
-        self, program: Program, runs: TileRuns, block_q: int, block_k: int, side: Side
+        self, program: Program, runs: TileRuns, block_q: int, block_k: int, side: Side, marks: int = 0
     ) -> tuple[Program, TileRuns]:
         """The runs of the tiles that the plan chooses, of those in `runs`; the program declares their lists."""
         mapped, of_keys = isinstance(self.plan.derivation, TileMap), side is Side.KEY
-        found = TileList(self.plan.name, self.rows, self.keys, block_q, block_k, of_keys, runs, self.level, mapped)
+        found = TileList(
+            self.plan.name, self.rows, self.keys, block_q, block_k, of_keys, runs, self.level, mapped, marks
+        )
         decl = self._declared(program, f"{'q' if found.of_keys else 'k'}_tiles_{self.plan.name}", found)
         return replace(program, inputs=(*program.inputs, decl)), listed_runs(decl.name, _lead(decl), Var(side.value))
 

@@ -81,6 +81,8 @@ class Tiling:
     """Tile sizes in tokens, and how a program runs on the device.
 
     pack: the heads of a key head that share a tile of queries, at least so many as there are: a power of two.
+    unit_k: tokens of a listed tile of keys, of which several, wherever they lie, make a tile of `block_k` (0: a listed
+    tile is one). unit_q: rows of a listed tile of queries, likewise.
     """
 
     block_q: int
@@ -88,6 +90,13 @@ class Tiling:
     warps: int = 4
     stages: int = 2
     pack: int = 1
+    unit_k: int = 0
+    unit_q: int = 0
+
+    @property
+    def collects(self) -> bool:
+        """Whether tiles of keys are made of several listed ones."""
+        return self.unit_k > 0
 
 
 class Backend(Enum):
@@ -136,6 +145,8 @@ class Plan:
     `layout`: the order in which it counts tokens; the runs are in its indices, which a mask calls i and j.
     `follows`: it is a further piece of the program's pattern, and adds to what the pieces before it have found.
     `gathered`: query tiles are rows that chose the same member of the keys; there are no runs.
+    `marked`: the kernel of dk and dv goes over the query tiles that a list names for each of its key tiles, which says
+    too which of the tile's keys they chose; there are no `key_runs`.
     `view`: its keys, whose indices runs, mask and score call k, are the entries of a view.
     `box_runs`: in the place of `runs` where the layout is one by boxes, whose indices a mask calls i_a and j_a.
     """
@@ -152,6 +163,7 @@ class Plan:
     layout: Layout | Boxes | Permutation = field(default=PLAIN, kw_only=True)
     follows: bool = field(default=False, kw_only=True)
     gathered: Gathered | None = field(default=None, kw_only=True)
+    marked: Read | None = field(default=None, kw_only=True)
     view: Given | None = field(default=None, kw_only=True)
     box_runs: BoxRuns = field(default=BoxRuns(), kw_only=True)
 
@@ -163,7 +175,8 @@ class Plan:
     @property
     def masks(self) -> bool:
         """Whether some of its tiles are masked."""
-        return bool(self.runs.partial or self.box_runs.partial) or self.gathered is not None
+        listed = self.gathered is not None or self.marked is not None
+        return listed or bool(self.runs.partial or self.box_runs.partial)
 
     @property
     def positive_scale(self) -> bool:
@@ -176,7 +189,8 @@ class Plan:
     def scalars(self) -> tuple[Scalar, ...]:
         """Every scalar the kernel computes."""
         body = (self.mask, self.scale, self.score, self.sink, self.weights)
-        lists = () if self.gathered is None else (self.gathered.entry,)
+        lists = [] if self.gathered is None else [self.gathered.entry]
+        lists += [] if self.marked is None else [self.marked]
         runs = (*run_scalars(self.runs), *self.box_runs.ends)
         orders = (self.layout.q, self.layout.k) if isinstance(self.layout, Permutation) else ()
         return (*runs, *(x for x in body if x is not None), *lists, *orders, *self._further())
@@ -356,6 +370,7 @@ def forward_plan(
 
     skip: whether tiles that sorted data rules out are left out. layout: where the tokens lie that are in order here.
     """
+    spec = _loading(spec, tiling)
     visits = visits_of(
         with_cuts(derive(program)) if skip else derive(program), spec, tiling, Side.QUERY, gathers=spec.gathers
     )
@@ -376,36 +391,36 @@ def backward_plan(
 
     layout: as in `forward_plan`.
     """
-    key_tiling, program = key_tiling or tiling, with_cuts(derive(program))
+    key_tiling, program, spec = key_tiling or tiling, with_cuts(derive(program)), _loading(spec, tiling)
     branch = branch_scalars(program, spec)
     derivatives = slopes(program, branch)
     # Sums of learnable inputs are made tile by tile, in order.
     learns = bool(derivatives["learnable"] or derivatives["sink_learnable"])
     visits = visits_of(program, spec, tiling, Side.QUERY, key_tiling, gathers=spec.gathers and not learns)
     program, runs = visits.program, visits.runs
-    key_runs, key_mask = TileRuns((), ()), None
-    if spec.backend is not Backend.CPU and visits.gathered is None and tiling.pack == 1:
-        of_keys = visits_of(program, spec, key_tiling, Side.KEY, tiling)
+    mask = visits.mask() if runs.partial or visits.gathered else None
+    of_keys, key_runs, key_mask = visits, TileRuns((), ()), mask
+    if spec.backend is not Backend.CPU and visits.gathered is None:
+        # Rows that follow their own lists are gathered, for a key tile, by what they chose.
+        of_keys = visits_of(program, spec, key_tiling, Side.KEY, tiling, gathers=tiling.collects)
         program, key_runs = of_keys.program, of_keys.runs
         # The Hopper kernel masks keys that do not exist in any tile.
-        key_mask = of_keys.mask() if key_runs.partial or spec.backend is Backend.GLUON else None
-    gathered = visits.gathered
-    if tiling.pack > 1:
-        # Rows that share a tile with other heads go over their own lists; keys over the rows that chose them.
-        of_keys = visits_of(program, spec, key_tiling, Side.KEY, gathers=True)
-        program, gathered = of_keys.program, of_keys.gathered
-    mask = visits.mask() if runs.partial or gathered else None
-    if gathered is not None:
-        key_mask = mask
+        masks = key_runs.partial or of_keys.gathered or of_keys.marked or spec.backend is Backend.GLUON
+        key_mask = of_keys.mask() if masks else None
     if spec.backend is Backend.GLUON:
         runs, mask = TileRuns((), ()), None
     plan = BackwardPlan(
         program, spec, tiling, runs, mask, **branch, key_tiling=key_tiling, key_runs=key_runs, key_mask=key_mask,
-        **derivatives, uses_lse=uses_lse, layout=layout, gathered=gathered,
+        **derivatives, uses_lse=uses_lse, layout=layout, gathered=of_keys.gathered, marked=of_keys.marked,
     )  # fmt: skip
     # Kernels that go over the whole pattern once more read what these need not.
     whole = any(x.over in (Over.DIAGONALS, Over.PAIRS) for x in plan.learned)
     return plan if whole else replace(plan, program=with_needed(program, plan.inputs))
+
+
+def _loading(spec: Spec, tiling: Tiling) -> Spec:
+    """Tiles that are collected are read key by key."""
+    return replace(spec, loads=Loads.POINTER) if tiling.collects else spec
 
 
 @functools.lru_cache(maxsize=1024)
@@ -429,6 +444,7 @@ def learning_plan(plan: BackwardPlan, tiling: Tiling, side: Side) -> BackwardPla
         mask=mask,
         layout=PLAIN,
         follows=False,
+        marked=None,
         box_runs=BoxRuns(),
         key_box_runs=BoxRuns(),
     )

@@ -63,6 +63,14 @@ def listed_runs(name: str, lead: tuple[Scalar, ...], own: Var) -> TileRuns:
     )
 
 
+def joined(listed: TileRuns) -> TileRuns:
+    """Listed runs as one of partial tiles: full ones come first, and stand before the others."""
+    (full,), (partial,) = listed.full, listed.partial
+    assert isinstance(partial.count, Binary), "what is listed ends where it says"
+    count = Binary("-", partial.count.left, full.first)
+    return TileRuns((), (Run(full.first, count, 1, TileKind.PARTIAL, full.list),))
+
+
 class Side(Enum):
     """Which tiles a kernel owns, one per program; its loops run over the other side's."""
 

@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from attndsl.decode import Cache, decode_tiling
 from attndsl.derive import derive
 from attndsl.evaluate import evaluate
-from attndsl.listing import Listable, fitting, listables
+from attndsl.listing import LEAST, Listable, fitting, listables
 from attndsl.plan import (
     Backend,
     BackwardPlan,
@@ -36,13 +37,16 @@ _DQ_128 = (
     (2, Tiling(64, 64, warps=4, stages=2), 0.013, 0.00535),
     (1, Tiling(128, 64, warps=8, stages=3), 0.053, 0.0094),
 )
-# Whether the heads that choose together may share a tile of one query. The kernel that was timed on an H100 read its
-# queries from wrong rows (RESULTS.md); mended, it has been run by the interpreter alone.
-PACKED = False
 # A key tile that so many times more query tiles visit than the others do on average is started first.
 _HEAVY = 4
 # The length for which tilings are compared: kernels do not depend on lengths.
 _TOKENS = 16384
+# Rows of a tile that heads share, where their rows are few enough.
+_SHARED_ROWS = 64
+# Stages with which two or three of the programs that collect keys share a multiprocessor.
+_SHALLOW = 3
+# Keys of a tile whose list says of each row which of them it chose, a bit each.
+_MARKED_KEYS = 32
 
 
 @functools.lru_cache(maxsize=1024)
@@ -54,26 +58,65 @@ def choose_tiling(program: Program, spec: Spec) -> Tiling:
     return _fitted(default_tiling(spec), program, spec)
 
 
-def _fitted(tiling: Tiling, program: Program, spec: Spec, packs: bool = True) -> Tiling:
-    for found, most in _listables(program, (spec.heads, spec.kv_heads)):
+def _fitted(tiling: Tiling, program: Program, spec: Spec, of_rows: bool = True) -> Tiling:
+    """The tiling with tiles that fit what a plan lists. of_rows: it is of a kernel that owns query tiles."""
+    for found, shared in _listables(program, (spec.heads, spec.kv_heads)):
+        if of_rows and (collected := collected_tiling(found, shared, tiling, spec)) is not None:
+            return collected
         block_q, block_k = fitting(tiling.block_q, found.rows), fitting(tiling.block_k, found.keys)
         if spec.lists and found.gathers(block_k):
-            if PACKED and packs and most > 1:
-                return replace(tiling, block_q=1, block_k=block_k, pack=most)
             return replace(tiling, block_k=block_k)
         if found.fits(block_q, block_k, spec.even_start):
             return replace(tiling, block_q=block_q, block_k=block_k)
     return tiling
 
 
+def collected_tiling(found: Listable, shared: bool, tiling: Tiling, spec: Spec) -> Tiling | None:
+    """The tiling of query tiles whose key tiles are made of several members, or whose rows are of several heads.
+
+    None where others are as good: where rows of one head fill tiles and members do too, where rows of heads that choose
+    for themselves are gathered, and where a list has too few rows for a tile.
+    """
+    single = found.rows == 1
+    if spec.backend is not Backend.TRITON or spec.dropout or not (spec.even_start or single or found.rows is None):
+        return None
+    group, unit = spec.heads // spec.kv_heads, min(found.unit, tiling.block_k)
+    if single and (not spec.lists or (found.gathers(LEAST) and not (shared and group >= LEAST // 2))):
+        return None
+    if not single and unit == tiling.block_k:
+        return None
+    rows, pack = min(_SHARED_ROWS, found.rows & -found.rows if found.rows else _SHARED_ROWS), 1
+    if rows < _SHARED_ROWS and (shared or group == 1):
+        pack = 1 << (group - 1).bit_length()
+        rows = max(1, min(rows, _SHARED_ROWS // pack))
+        pack = max(pack, LEAST // rows)
+    if rows * pack < LEAST:
+        return None
+    # As few rows over a list as a decode has: its kernel loads keys the same way.
+    sizes = decode_tiling(spec, Cache(), rows, pack, listed=True)
+    unit = min(unit, sizes.block_k)
+    # Places of several members take a stage of the pipeline; tiles of more rows leave no room for one.
+    deep = unit < sizes.block_k and rows * pack < _SHARED_ROWS
+    stages = sizes.stages if deep else min(sizes.stages, _SHALLOW)
+    return replace(sizes, block_q=rows, pack=pack, unit_k=unit, stages=stages)
+
+
+def marked_tiling(tiling: Tiling, of_q: Tiling) -> Tiling:
+    """The tiling of dk and dv where those of dq are made of members too small to own a tile."""
+    return replace(
+        tiling, block_k=min(tiling.block_k, _MARKED_KEYS), block_q=max(tiling.block_q, of_q.block_q),
+        unit_k=of_q.unit_k, unit_q=of_q.block_q,
+    )  # fmt: skip
+
+
 @functools.lru_cache(maxsize=256)
-def _listables(program: Program, heads: tuple[int, int]) -> tuple[tuple[Listable, int], ...]:
-    """What a pattern lies in, and how many heads may share a tile of queries there."""
+def _listables(program: Program, heads: tuple[int, int]) -> tuple[tuple[Listable, bool], ...]:
+    """What a pattern lies in, and whether the heads of a key head have one list of it."""
     if not any(decl.members for decl in program.inputs):
         return ()
     program = derive(program)
     relation = Lowering(program, heads).relation(program.branch.pattern)
-    return tuple((found, found.packs(relation, heads[0] // heads[1])) for found in listables(program, relation))
+    return tuple((found, found.shared(relation)) for found in listables(program, relation))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -95,10 +138,18 @@ def prefers_portable(program: Program, spec: Spec) -> bool:
 @functools.lru_cache(maxsize=1024)
 def choose_backward_tilings(program: Program, spec: Spec) -> tuple[Tiling, Tiling]:
     """The tilings of dq, and of dk and dv, as `choose_tiling` does it."""
-    of_q, of_keys = _choose_backward_tilings(program, spec)
-    # Sums of learnable inputs are made for one head after the other.
-    packs = not any(decl.learnable for decl in program.inputs)
-    return _fitted(of_q, program, spec, packs), _fitted(of_keys, program, spec, packs=False)
+    usual, of_keys = _choose_backward_tilings(program, spec)
+    of_q = _fitted(usual, program, spec)
+    if of_q.pack > 1 and any(decl.learnable for decl in program.inputs):
+        # Sums of learnable inputs are made for one head after the other.
+        of_q = _fitted(usual, program, spec, of_rows=False)
+    own = _fitted(of_keys, program, spec, of_rows=False)
+    if of_q.collects and not any(
+        found.gathers(own.block_k) or found.fits(own.block_q, own.block_k, spec.even_start)
+        for found, _ in _listables(program, (spec.heads, spec.kv_heads))
+    ):
+        return of_q, marked_tiling(of_keys, of_q)
+    return of_q, own
 
 
 def _choose_backward_tilings(program: Program, spec: Spec) -> tuple[Tiling, Tiling]:

@@ -11,10 +11,10 @@ from attndsl.layout import PLAIN, Layout
 from attndsl.linear import normalise
 from attndsl.listing import Gathered, Listable, listables
 from attndsl.mapping import mapped, mapped_runs
-from attndsl.mask import mask_by_cuts, pair_mask, written_condition
-from attndsl.program import Const, Program, Scalar
+from attndsl.mask import IN_RANGE, mask_by_cuts, pair_mask, written_condition
+from attndsl.program import Const, Logic, Program, Read, Scalar
 from attndsl.relation import Lowering, Relation
-from attndsl.runs import Run, Side, TileRuns
+from attndsl.runs import Run, Side, TileRuns, joined
 from attndsl.simplify import fold, specialise
 from attndsl.tiles import tile_runs
 
@@ -27,6 +27,7 @@ class Visits:
     """The runs of one side's tiles, and what decides the pairs in them.
 
     `selection`: what their lists are made of, which the program then declares; `relation` is that where it holds.
+    `collected`: tiles are of several listed ones, of which the last may be missing; `exact`: of those each is full.
     """
 
     program: Program
@@ -36,11 +37,20 @@ class Visits:
     relation: Relation
     selection: Listable | None = None
     gathered: Gathered | None = None
+    marked: Read | None = None
+    collected: bool = False
+    exact: bool = False
 
     def mask(self) -> Scalar | None:
+        if self.exact:
+            return IN_RANGE if self.collected else None
         written = written_condition(self.lowering, self.spec.sizes)
         written = written if self.selection is None else self.selection.assumed(written)
-        return pair_mask(self.relation, mask_by_cuts(written, self.program, self.lowering.anchor, self.relation))
+        found = pair_mask(self.relation, mask_by_cuts(written, self.program, self.lowering.anchor, self.relation))
+        if not self.collected:
+            return found
+        # What stands in the place of a missing key is past the last one, whatever the rest implies of those before it.
+        return IN_RANGE if found is None else fold(Logic("and", (found, IN_RANGE)))
 
 
 def visits_of(
@@ -56,18 +66,22 @@ def visits_of(
         relation, static = lowering.relation(program.branch.pattern), without_cuts(program)
         for found in listables(program, relation):
             relation_there = found.within(relation)
-            if gathers and tiling.pack == 1 and found.gathers(tiling.block_k, (other or tiling).block_k):
+            alike = tiling.pack == 1 or spec.heads == spec.kv_heads or found.shared(relation)
+            fits = tiling.collects and found.fits(tiling.unit_q or tiling.block_q, tiling.unit_k, spec.even_start)
+            if fits and alike:
+                return _collected(program, spec, tiling, side, found, lowering, relation_there)
+            others = tiling if other is None or other.collects else other
+            if gathers and found.gathers(tiling.block_k, others.block_k):
                 whole = replace(tiling, block_q=1, block_k=found.keys)
                 runs = closed_runs(relation_there, static, spec, whole, Side.QUERY)
                 program, gathered = found.gathered(program, runs, tiling.block_q)
                 return Visits(program, spec, TileRuns((), ()), lowering, relation_there, found, gathered)
-            of_both = (tiling,) if tiling.pack > 1 else (tiling, other or tiling)
-            if all(found.fits(t.block_q, t.block_k, spec.even_start) for t in of_both):
+            if all(found.fits(t.block_q, t.block_k, spec.even_start) for t in (tiling, others)):
                 # Lists of both sides are made from the key tiles of query tiles.
                 runs = closed_runs(relation_there, static, spec, tiling, Side.QUERY)
                 program, runs = found.listed(program, runs, tiling.block_q, tiling.block_k, side)
                 return Visits(program, spec, runs, lowering, relation_there, found)
-    assert tiling.pack == 1, "only rows that follow a plan's lists share a tile with other heads"
+    assert tiling.pack == 1 and not tiling.collects, "only rows that follow a plan's lists share a tile with others"
     lists = spec.even_start and mapped(program)
     lowering = Lowering(program, heads, anchor="k" if side is Side.KEY and not lists else "q")
     relation = lowering.relation(program.branch.pattern)
@@ -78,6 +92,21 @@ def visits_of(
         return Visits(program, spec, runs, lowering, relation)
     runs = closed_runs(relation, program, spec, tiling, side)
     return Visits(program, spec, runs, lowering, relation)
+
+
+def _collected(
+    program: Program, spec: Spec, tiling: Tiling, side: Side, found: Listable, lowering: Lowering, relation: Relation
+) -> Visits:
+    """Tiles of several listed ones. For a key tile the list says too which of them each query tile chose."""
+    whole = replace(tiling, block_q=tiling.unit_q or tiling.block_q, block_k=tiling.unit_k)
+    runs = closed_runs(relation, without_cuts(program), spec, whole, Side.QUERY)
+    exact, of_keys = not runs.partial, side is Side.KEY
+    marks = tiling.block_k // tiling.unit_k if of_keys else 0
+    program, listed = found.listed(program, runs, whole.block_q, whole.block_k, side, marks)
+    if of_keys:
+        runs = TileRuns((), ())
+        return Visits(program, spec, runs, lowering, relation, found, marked=listed.full[0].list, exact=exact)
+    return Visits(program, spec, joined(listed), lowering, relation, found, collected=True, exact=exact)
 
 
 def closed_runs(

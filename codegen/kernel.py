@@ -13,7 +13,7 @@ from attndsl.codegen.head_order import head_counts, head_of_rank
 from attndsl.codegen.header import header
 from attndsl.codegen.kernel_loops import run_loop
 from attndsl.codegen.lines import Lines
-from attndsl.codegen.packed import packed_tile
+from attndsl.codegen.packed import collected_loop, packed_tile
 from attndsl.codegen.permuted import permuted_tokens
 from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import TRITON, Level, Names, Printer
@@ -33,6 +33,7 @@ _VARIABLES |= {name: name.replace("i_", "i_pos_").replace("j_", "j_pos_") for na
 
 FULL = "Full tiles: every pair is allowed."
 PARTIAL = "Partial tiles: pairs are masked."
+COLLECTED = "Tiles of listed keys: pairs are masked."
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +313,9 @@ class KernelWriter:
 
     def in_order(self, side: str) -> bool:
         """Whether a tile of queries or keys is of tokens in a row."""
-        apart = side == "q" and (self.plan.gathered is not None or self.plan.tiling.pack > 1)
+        plan, tiling = self.plan, self.plan.tiling
+        rows = plan.gathered is not None or tiling.pack > 1 or tiling.unit_q > 0
+        apart = rows if side == "q" else tiling.collects and not tiling.unit_q
         return self.boxes is None and self.permutation is None and self.combs[side].every and not apart
 
     def _token(self, side: str, index: str) -> str:
@@ -353,6 +356,14 @@ class KernelWriter:
     def visit(self, runs: TileRuns, box_runs: BoxRuns, tile: str) -> Iterator[bool]:
         """Loops over full tiles, then over partial ones, the tile of an iteration called `tile`. Yields inside each
         loop whether pairs are masked."""
+        if self.plan.tiling.collects:
+            self.name_ends(runs.partial)
+            self.lines.add(f"# {COLLECTED}{self.origin}")
+            for _ in collected_loop(
+                self.lines, self.printer, runs.partial[0], self.plan.tiling.block_k, self.plan.tiling.unit_k
+            ):
+                yield True
+            return
         kinds = ((runs.full, box_runs.full, FULL, "full"), (runs.partial, box_runs.partial, PARTIAL, "partial"))
         for found, boxes, comment, label in kinds:
             if found or boxes:

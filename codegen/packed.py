@@ -1,31 +1,67 @@
-"""Query tiles of one row of all heads of a key head."""
+"""Tiles of queries that the heads of a key head share, and tiles of keys that are made of several listed ones."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from attndsl.codegen.lines import Lines
+from attndsl.codegen.scalars import Printer
 from attndsl.plan import Plan
+from attndsl.runs import PLACE, Run
 
 
 def packed_tile(lines: Lines, plan: Plan, start: str) -> None:
-    """Which row of which key head a program owns: `head`, `h` and `q_rows` say it of each row of its tile.
+    """Which rows of which key head a program owns: `head`, `h` and `q_rows` say it of each row of its tile.
 
     start: the line that says where the call's first row stands.
     """
-    spec, group = plan.spec, plan.spec.heads // plan.spec.kv_heads
-    assert plan.tiling.block_q == 1
+    spec, rows, pack = plan.spec, plan.tiling.block_q, plan.tiling.pack
+    group = spec.heads // spec.kv_heads
+    place = "q_offset" if rows == 1 else f"q_offset % {pack}"
+    row = "q_tile + tl.zeros([BLOCK_Q], tl.int32)" if rows == 1 else f"q_tile * {rows} + q_offset // {pack}"
+    several = f"of the {group} heads of a key head, which choose together" if group > 1 else "of a head"
     lines.add(
         "",
-        f"# One row of the {group} heads of a key head, which choose together.",
-        f"b = tl.program_id(0) // rows // {spec.kv_heads}",
-        f"g = tl.program_id(0) // rows % {spec.kv_heads}",
-        "q_tile = rows - 1 - tl.program_id(0) % rows",
+        f"# {rows} row{'s' * (rows > 1)} {several}.",
+        f"q_tiles = {'rows' if rows == 1 else f'tl.cdiv(rows, {rows})'}",
+        f"b = tl.program_id(0) // q_tiles // {spec.kv_heads}",
+        f"g = tl.program_id(0) // q_tiles % {spec.kv_heads}",
+        "q_tile = q_tiles - 1 - tl.program_id(0) % q_tiles",
         start,
         "",
         "q_offset = tl.arange(0, BLOCK_Q)",
         "k_offset = tl.arange(0, BLOCK_K)",
-        f"q_heads = g * {group} + tl.minimum(q_offset, {group - 1})",
-        "h = q_heads[:, None]",
-        f"head = b * {spec.heads} + q_heads",
-        f"q_rows = tl.where(q_offset < {group}, q_tile, rows)",
-        "q_pos = start + q_rows[:, None]",
     )
+    if group < pack:
+        lines.add(f"# Of a row's {pack} places {group} exist{'s' * (group == 1)}.", f"own_head = {place}")
+        lines.add(f"q_rows = tl.where(own_head < {group}, {row}, rows)")
+        place = f"tl.minimum(own_head, {group - 1})"
+    else:
+        lines.add(f"q_rows = {row}")
+    if group > 1:
+        lines.add(f"q_heads = g * {group} + {place}", "h = q_heads[:, None]", f"head = b * {spec.heads} + q_heads")
+    else:
+        lines.add("h = g", f"head = b * {spec.heads} + h")
+    lines.add("q_pos = start + q_rows[:, None]")
+
+
+def collected_loop(lines: Lines, printer: Printer, run: Run, block_k: int, unit: int) -> Iterator[None]:
+    """A loop over the tiles of keys that a list fills: `k_rows` are the keys of one, the number of keys in the place of
+    one that is missing."""
+    several = block_k // unit
+    inner = printer.within(printer.names.inner())
+    inner.names.known[PLACE] = f"listed_first + {'i' if several == 1 else 'places'}"
+    assert run.list is not None
+    lines.add(f"listed_first = {printer.text(run.first)}", f"listed_count = {printer.text(run.count)}")
+    with lines.block(f"for i in range({'listed_count' if several == 1 else f'tl.cdiv(listed_count, {several})'}):"):
+        if several == 1:
+            lines.add(f"listed = {inner.text(run.list)}", "k_rows = listed * BLOCK_K + k_offset")
+        else:
+            key = "listed" if unit == 1 else f"listed * {unit} + k_offset % {unit}"
+            lines.add(
+                f"places = i * {several} + k_offset{f' // {unit}' if unit > 1 else ''}",
+                f"listed = {inner.text(run.list)}",
+                f"k_rows = tl.where(places < listed_count, {key}, k_len)",
+            )
+        yield
+    lines.add("")

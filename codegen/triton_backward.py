@@ -36,6 +36,10 @@ def backward_sources(plan: BackwardPlan) -> tuple[str, str]:
         from attndsl.codegen import triton_gathered
 
         return triton_gathered.backward_sources(plan)
+    if plan.marked is not None:
+        from attndsl.codegen.triton_marked import MarkedDkDv
+
+        return DqKernel(plan).source(), MarkedDkDv(plan).source()
     return DqKernel(plan).source(), DkDvKernel(plan).source()
 
 

@@ -158,7 +158,7 @@ class ForwardWriter(KernelWriter):
         plan, lines = self.plan, self.lines
         if plan.sink is not None:
             # Sinks are a value a row: rows are a vector here.
-            packed = plan.tiling.pack > 1
+            packed = plan.tiling.pack > 1 and plan.spec.heads > plan.spec.kv_heads
             row = self.q_place
             lines.add(f"q_pos = start + {row}", f"q_index = tl.minimum({row}, rows - 1)", *["h = q_heads"] * packed)
             self._add_sink(plan.sink)

@@ -105,6 +105,8 @@ class Listing:
         entries = self.slots * (self.d.keys // self.block_k)
         if self.plan.dtype == torch.uint8 or self.ends.shape[0] > 1 or not 0 < entries <= lists.MAX_WIDTH:
             return False
+        if isinstance(self.d, TileList) and self.d.marks:
+            return False
         counts = 2 * self.k_tiles * lists.chunks_of(self.ends.shape[2], entries)
         return self.plan.device.type == "cuda" and self.k_tiles > 0 and counts <= lists.MAX_COUNTS
 
@@ -156,8 +158,9 @@ def list_size(
     slots = members if plan.dtype == torch.uint8 else plan.shape[-1]
     if isinstance(d, Gathering):
         return [*found, LIST_HEAD * (members + gathered_tiles(d, shape, slots)) + shape.rows * slots]
-    q_tiles, k_tiles = -(-shape.rows // d.block_q), -(-shape.k_len // d.block_k)
-    return [*found, LIST_HEAD * (k_tiles if d.of_keys else q_tiles) + q_tiles * slots * (d.keys // d.block_k)]
+    q_tiles, k_tiles = -(-shape.rows // d.block_q), -(-shape.k_len // (d.block_k * max(1, d.marks)))
+    entries = q_tiles * slots * (d.keys // d.block_k) * (2 if d.marks else 1)
+    return [*found, LIST_HEAD * (k_tiles if d.of_keys else q_tiles) + entries]
 
 
 def gathered_tiles(d: Gathering, shape: CallShape, slots: int) -> int:
@@ -186,6 +189,8 @@ def maker(found: Listing, decl: InputDecl) -> lists.Maker:
         return in_dims(lambda plan: _gathering(of(plan), d, kernels))
     if kernels is not None:
         return in_dims(kernels)
+    if d.marks:
+        return in_dims(lambda plan: _marked(of(plan), d.marks))
     return in_dims(lambda plan: _of_keys(of(plan)) if d.of_keys else _of_queries(of(plan)))
 
 
@@ -248,6 +253,28 @@ def _gathering(found: Listing, d: Gathering, kernels: lists.Maker | None) -> Ten
     tiles = torch.stack((group, first, torch.where(tile < last[..., -1:], end, first)), -1)
     made[..., LIST_HEAD * found.members : head] = tiles.flatten(2)
     return made
+
+
+def _marked(found: Listing, marks: int) -> Tensor:
+    """Lists of key tiles of `marks` listed ones each, and behind the entries their words."""
+    kind, k_tile = _kinds(found)
+    counts, tile = kind < 2, torch.div(k_tile, marks, rounding_mode="floor")
+    # A row's entries increase. Those of one tile are counted at its first: what is after it, less what is after them.
+    highest = torch.where(counts, tile, -1).cummax(-1).values
+    first = counts & (tile > pad(highest[..., :-1], (1, 0), value=-1))
+    after = torch.where(counts, 1 << (k_tile % marks), 0).flip(-1).cumsum(-1).flip(-1)
+    next_first = torch.where(first, after, 0).flip(-1).cummax(-1).values.flip(-1)
+    words = after - pad(next_first[..., 1:], (0, 1))
+    q_tiles, tiles = kind.shape[2], -(-found.k_tiles // marks)
+    row = torch.arange(q_tiles, device=kind.device).view(-1, 1)
+    place = torch.where(first, tile * max(1, q_tiles) + row, tiles * max(1, q_tiles)).flatten(2)
+    place, order = place.sort(dim=-1, stable=True)
+    head = LIST_HEAD * tiles
+    ends = (torch.arange(tiles + 1, device=kind.device) * max(1, q_tiles)).expand(*place.shape[:2], -1)
+    places = torch.searchsorted(place, ends.contiguous()) + head
+    begin, end = places[..., :-1], places[..., 1:]
+    heads = torch.stack((begin, end, end), -1).flatten(2)
+    return torch.cat((heads, place % max(1, q_tiles), words.flatten(2).gather(-1, order)), -1).to(torch.int32)
 
 
 def _by_keys(found: Listing, head: int, codes: int) -> Tensor:

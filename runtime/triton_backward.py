@@ -57,7 +57,7 @@ class TritonBackward:
         self.default_scale = default_scale(shape.dim)
         layout = plan.layout
         self.q_tiles = layout.programs("q", plan.tiling.block_q, shape, plan.program)
-        grid = self.q_tiles * shape.batch * shape.heads
+        grid = self.q_tiles * shape.batch * (shape.heads if plan.tiling.pack == 1 else shape.kv_heads)
         keys = keys_of(plan, k, v, inputs)[0].shape[2]
         key_tiles = layout.programs("k", plan.key_tiling.block_k, replace(shape, k_len=keys), plan.program)
         key_grid = key_tiles * shape.batch * (shape.heads if heads_apart(plan) else shape.kv_heads)

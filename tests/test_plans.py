@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,11 @@ from attndsl.api import measure
 from attndsl.codegen.triton_forward import forward_source
 from attndsl.diagnostics import PatternError
 from attndsl.listing import even_start
-from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.plan import Backend, DType, Spec, Tiling, backward_plan, forward_plan
 from attndsl.program import CallShape
 from attndsl.runtime.cache import KernelCache
 from attndsl.runtime.printing import printed_forward
 from attndsl.runtime.triton_launch import INTERPRETED
-from attndsl.tiling import choose_backward_tilings, choose_tiling
 from attndsl.wiring import engine as _engine
 from tests.gradients import TOLERANCE, expected_gradients, upstream
 
@@ -167,74 +165,6 @@ def test_gathered_rows(name: str) -> None:
     plan = random_plan(np.random.default_rng(2), (1, 2, 20), 3, "sorted")
     text = f"attention planned {{ input p : blocks(16)[b, g, q]\n {GATHERED[name]} }}"
     attend(text, shape, plan, "triton", given)
-
-
-SINKS = "input sinks : float[h]\n softmax with sink sinks[h]"
-PACKED = {
-    "group": (16, 1, "b, g, q", "attend causal & p"),
-    "padded": (24, 2, "b, q", "attend causal & p - window(3)"),
-    "few": (
-        8,
-        1,
-        "g, q",
-        "input sinks : float[h]\n softmax with sink sinks[h]\n score s - 0.1 * h * (q - k)\n attend p",
-    ),
-    "learned": (8, 1, "b, g, q", "input sinks : float[h] learnable\n softmax with sink sinks[h]\n attend causal & p"),
-}
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
-@pytest.mark.parametrize("name", PACKED)
-def test_packed_heads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The heads of a key head that choose together share a tile of one query, at the tiling that the model chooses."""
-    heads, kv_heads, dims, clauses = PACKED[name]
-    shape = CallShape(1, heads, kv_heads, 7, 40, 80 if name == "padded" else 16, 16)
-    plan = random_plan(np.random.default_rng(2), sizes(dims, shape), 3, "sorted")
-    given = {"sinks": torch.randn(heads, generator=torch.Generator().manual_seed(1))} if "sinks" in clauses else {}
-    text = f"attention planned {{ input p : blocks(16)[{dims}]\n {clauses} }}"
-    may_pack(monkeypatch)
-    attend(text, shape, plan, "triton", given, tiling=None)
-
-
-def may_pack(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the model choose tiles that heads share, which it does not yet by itself."""
-    monkeypatch.setattr("attndsl.tiling.PACKED", True)
-    for chosen in (choose_tiling, choose_backward_tilings, forward_plans, backward_plans):
-        chosen.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def forget_tilings() -> Iterator[None]:
-    """What a test let the model choose is not for the next one."""
-    yield
-    for chosen in (choose_tiling, choose_backward_tilings, forward_plans, backward_plans):
-        chosen.cache_clear()
-
-
-def test_groups_are_gathered_yet() -> None:
-    program = attndsl.compile("attention planned { input p : blocks(64)[b, g, q]\n attend causal & p }").program
-    spec = Spec(64, 4, 64, 64, DType.BFLOAT16, "cuda:90", lists=True)
-    assert choose_tiling(program, spec).pack == 1
-    assert forward_plans(program, spec)[0].gathered is not None
-
-
-def test_heads_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    may_pack(monkeypatch)
-    spec = Spec(64, 4, 64, 64, DType.BFLOAT16, "cuda:90", lists=True)
-    packs = {
-        "[b, g, q]\n attend causal & p": 16,
-        "[b, h, q]\n attend causal & p": 1,
-        "[b, g, q]\n attend causal & p & { h < 3 or q - k < 99 }": 1,
-        "[b, g, q/64]\n attend causal & p": 1,
-    }
-    for text, pack in packs.items():
-        program = attndsl.compile(f"attention planned {{ input p : blocks(64){text} }}").program
-        assert choose_tiling(program, spec).pack == pack
-    program = attndsl.compile("attention planned { input p : blocks(64)[b, g, q]\n attend causal & p }").program
-    of_q, of_keys = choose_backward_tilings(program, spec)
-    plan = backward_plan(program, spec, of_q, of_keys)
-    assert of_q.pack == 16 and of_keys.pack == 1
-    assert plan.gathered is not None and all(run.list is not None for run in plan.runs.full)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")

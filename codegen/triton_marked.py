@@ -1,0 +1,54 @@
+"""The kernel of dk and dv where rows choose keys one by one, or members too small to own a tile.
+
+A key tile has a list of the query tiles that chose some of its keys; a word beside each entry says which. Entries are
+gathered into tiles of rows, so a program reads the rows that chose one of its keys, and no others.
+"""
+
+from __future__ import annotations
+
+from attndsl.codegen.scalars import Printer
+from attndsl.codegen.triton_backward import DkDvKernel
+from attndsl.plan import BackwardPlan
+from attndsl.runs import LIST_HEAD, PLACE
+
+
+class MarkedDkDv(DkDvKernel):
+    def __init__(self, plan: BackwardPlan) -> None:
+        super().__init__(plan)
+        assert plan.marked is not None
+        self.list = plan.marked
+
+    def listed(self, place: str) -> str:
+        """What the list holds at a place, or at each of several."""
+        printer = self.fresh()
+        printer.names.known[PLACE] = place
+        return printer.text(self.list)
+
+    def loops(self, tile: str) -> None:
+        """Over the rows whose list has some of the tile's keys, in their order."""
+        lines, rows = self.lines, self.plan.tiling.unit_q
+        decl = self.plan.program.input(self.list.input)
+        several = self.plan.tiling.block_q // rows
+        lines.add(
+            "# The list: three places a key tile, the entries, and a word for each of these.",
+            f"words_at = ({decl.parameter}_size_{len(decl.dims) - 1} - {LIST_HEAD} * k_tiles) // 2",
+            f"begin = {self.listed(f'{LIST_HEAD} * k_tile')}",
+            f"end = {self.listed(f'{LIST_HEAD} * k_tile + 2')}",
+            f"# Rows that chose some of these keys: pairs are masked.{self.origin}",
+        )
+        with lines.block(f"for i in range(tl.cdiv(end - begin, {several})):"):
+            lines.add(
+                f"places = begin + i * {several} + q_offset{f' // {rows}' if rows > 1 else ''}",
+                f"chosen = {self.listed('places')}",
+                f"q_rows = tl.where(places < end, chosen{f' * {rows} + q_offset % {rows}' if rows > 1 else ''}, rows)",
+                f"words = {self.listed('places + words_at')}",
+            )
+            self.tile(masked=True)
+
+    def _allowed(self, printer: Printer, masked: bool, existing: bool) -> str:
+        unit = self.plan.tiling.unit_k
+        bit = f"k_offset[:, None]{f' // {unit}' if unit > 1 else ''}"
+        chosen = f"((words[None, :] >> {bit if unit == 1 else f'({bit})'}) & 1 != 0)"
+        # A place past the end has another's word: its rows do not exist, and have no gradient.
+        found = super()._allowed(printer, masked, existing=existing)
+        return f"({found}) & {chosen}" if found else chosen
