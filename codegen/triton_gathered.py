@@ -76,7 +76,8 @@ class _Gathering(KernelWriter, ABC):
         lines.add(
             "",
             "# Heads one after another, of a head one member after another: programs in flight share keys.",
-            "head = tl.program_id(0) // gathered_tiles",
+            "own_head = tl.program_id(0) // gathered_tiles",
+            "head = first_head + own_head",
             "tile = tl.program_id(0) % gathered_tiles",
             f"b = head // {spec.heads}",
             f"h = head % {spec.heads}",
@@ -124,7 +125,8 @@ class _Gathering(KernelWriter, ABC):
     def store_slots(self, value: str, parts: tuple[Part, ...], dim: int) -> None:
         """Store the accumulators in the slots of the tile's entries."""
         self.lines.add(
-            "slot_at = head.to(tl.int64) * rows * slots + chosen", f"part_ptrs = part_ptr + slot_at[:, None] * {dim}"
+            "slot_at = own_head.to(tl.int64) * rows * slots + chosen",
+            f"part_ptrs = part_ptr + slot_at[:, None] * {dim}",
         )
         for part in parts:
             dims = self.dims(part)
@@ -132,7 +134,7 @@ class _Gathering(KernelWriter, ABC):
             self.lines.add(f"tl.store(part_ptrs + {dims}[None, :], {value}{part.suffix}, mask={mask})")
 
     def _candidates(self) -> list[str]:
-        return [*super()._candidates(), "part_ptr", "part_lse_ptr", "gathered_tiles", "slots"]
+        return [*super()._candidates(), "part_ptr", "part_lse_ptr", "first_head", "gathered_tiles", "slots"]
 
 
 class _Forward(_Gathering, ForwardWriter):
@@ -223,14 +225,15 @@ class _Slots(KernelWriter):
             f"BLOCK_Q: tl.constexpr = {MERGED}",
             "LOG2_E: tl.constexpr = 1.4426950408889634",
             "q_tiles = tl.cdiv(rows, BLOCK_Q)",
-            "head = tl.program_id(0) // q_tiles",
+            "own_head = tl.program_id(0) // q_tiles",
+            "head = first_head + own_head",
             f"b = head // {spec.heads}",
             f"h = head % {spec.heads}",
             f"g = h // {spec.heads // spec.kv_heads}" if spec.heads != spec.kv_heads else "g = h",
             self.start,
             "q_rows = tl.program_id(0) % q_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)",
             "exists = q_rows < rows",
-            "slot_at = (head.to(tl.int64) * rows + q_rows) * slots",
+            "slot_at = (own_head.to(tl.int64) * rows + q_rows) * slots",
         )
 
     def load_slot(self, parts: tuple[Part, ...], dim: int, there: str) -> None:
@@ -250,7 +253,7 @@ class _Slots(KernelWriter):
             self.lines.add(f"tl.store({x}_ptrs + {dims}, {text}, mask={mask})")
 
     def _candidates(self) -> list[str]:
-        return [*super()._candidates(), "part_ptr", "part_lse_ptr", "slots"]
+        return [*super()._candidates(), "part_ptr", "part_lse_ptr", "first_head", "slots"]
 
 
 class _Merge(_Slots, ForwardWriter):

@@ -229,7 +229,7 @@ class Engine:
 
             plans = forward_plans(program, replace(spec, lists=False, backend=Backend.CPU), self.tiling)
             functions = [CpuForward(plan, self._text(self.generators.cpu_forward, plan)) for plan in plans]
-            return self.deriving(plans[0].program, q, k, v, inputs).forward(in_turn(functions))
+            return self.deriving(plans[0].program, q, k, v, inputs).forward(in_turn(*functions))
         from attndsl.runtime.printing import printed_forward
         from attndsl.runtime.triton_launch import (
             INTERPRETED,
@@ -256,12 +256,14 @@ class Engine:
         kernels = printed_forward(program, spec, backends, self.tiling, printers, cache)
         deriving = self.deriving(kernels[0].program, q, k, v, inputs)
         inputs = [*inputs, *deriving.examples]
+        steps: list[Callable[[], Any]] = [
+            functools.partial(TritonForward, x, q, k, v, inputs, aligned) for x in kernels if x.gathered is None
+        ]
         if kernels[0].gathered is not None:
             from attndsl.runtime.triton_gathered import GatheredForward
 
-            return deriving.forward(GatheredForward(kernels[0], q, k, v, inputs, aligned))
-        steps = [functools.partial(TritonForward, x, q, k, v, inputs, aligned) for x in kernels]
-        return deriving.forward(in_turn(together(steps)))
+            steps.insert(0, functools.partial(GatheredForward, kernels[0], q, k, v, inputs, aligned))
+        return deriving.forward(in_turn(*together(steps)))
 
     def _prepare_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from attndsl.runtime.dropout import Dropout
 
 
-class Forward(Protocol):
+class First(Protocol):
     """A forward kernel, ready to be launched."""
 
     def __call__(
@@ -19,6 +19,10 @@ class Forward(Protocol):
         dropout: Dropout | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The output and lse of a call."""
+
+
+class Forward(First, Protocol):
+    """One that may also follow others."""
 
     def into(
         self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
@@ -31,7 +35,7 @@ class Forward(Protocol):
 class InTurn:
     """The forward kernels of a program's pieces. Each but the first takes up the output and lse of those before it."""
 
-    first: Forward
+    first: First
     others: tuple[Forward, ...]
 
     def __call__(
@@ -44,7 +48,6 @@ class InTurn:
         return out, lse
 
 
-def in_turn(pieces: Sequence[Forward]) -> Callable[..., tuple[Tensor, Tensor]]:
+def in_turn(first: First, *others: Forward) -> First:
     """One function of a call; a program that is one piece keeps its own."""
-    first, *others = pieces
-    return InTurn(first, tuple(others)) if others else first
+    return InTurn(first, others) if others else first

@@ -183,15 +183,15 @@ def prepare_backward(
 
         (kernel,) = kernels.pieces
         return GluonBackward(*kernel, dout, q, k, v, inputs, aligned)
-    made: type[TritonBackward] = TritonBackward
-    if kernels.pieces[0][0].gathered is not None:
-        from attndsl.runtime.triton_gathered import GatheredBackward
+    from attndsl.runtime.triton_gathered import GatheredBackward
 
-        made = GatheredBackward
-    pieces = [
-        functools.partial(made, plan, of_q, of_keys, dout, q, k, v, inputs, aligned)
+    pieces: list[Callable[[], TritonBackward]] = [
+        functools.partial(
+            TritonBackward if plan.gathered is None else GatheredBackward, plan, of_q, of_keys, dout, q, k, v, inputs,
+            aligned,
+        )
         for plan, of_q, of_keys in kernels.pieces
-    ]
+    ]  # fmt: skip
     return InTurn(tuple(together(pieces)), tuple(together(further)))
 
 

@@ -1,7 +1,8 @@
 """Launching the kernels of rows that are gathered by the members they chose (`codegen/triton_gathered.py`).
 
 What a row gets from each of its members goes to a slot of its own, in float32: rows * C * D numbers a head, of a plan
-that lists C members a row. A second kernel merges the slots of a row.
+that lists C members a row. A second kernel merges the slots of a row. Heads take turns where their slots would be far
+more than the output.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from attndsl.derivation import Gathering
 from attndsl.plan import BackwardPlan, Printed
+from attndsl.program import CallShape
 from attndsl.runtime.call import call_shape
 from attndsl.runtime.dropout import PARAMETERS, Dropout
 from attndsl.runtime.engine import default_scale, empty_output
@@ -27,6 +29,8 @@ from attndsl.runtime.triton_launch import FUNCTION, INPUTS, Planned, parameter_s
 MERGE, ROWS, SUM = "merge_slots", "attention_rows", "sum_slots"
 # Rows of a program that merges slots.
 _MERGED = 16
+# Bytes of slots at once: of so many outputs, or where that is little, so many.
+_OUTPUTS, _LEAST_BYTES = 2, 1 << 28
 
 
 class GatheredForward:
@@ -38,15 +42,18 @@ class GatheredForward:
         self.shape = shape = call_shape(q, k, v)
         self.softmax = kernel.program.branch.weights is None
         self.default_scale = default_scale(shape.dim)
-        grid, self.slots = _tiles(kernel, q, k, v, inputs)
+        tiles, self.slots = _tiles(kernel, q, k, v, inputs)
         sources = forward_sources(kernel, q, k, v, inputs)
-        merged = shape.batch * shape.heads * -(-shape.rows // _MERGED)
+        self.turn = turn = heads_at_once(shape, self.slots, shape.v_dim, q.element_size())
         self._attend = self._merge = None
-        if merged:
-            self._attend, self._merge = together([
-                lambda: prepare(kernel, kernel.text, FUNCTION, grid, sources, aligned, q.device) if grid else None,
-                lambda: prepare(kernel, kernel.text, MERGE, merged, sources, aligned, q.device),
-            ])  # fmt: skip
+        if turn:
+            merged = turn * -(-shape.rows // _MERGED)
+            grids = {FUNCTION: turn * tiles, MERGE: merged}
+
+            def ready(function: str) -> Any:
+                return prepare(kernel, kernel.text, function, grids[function], sources, aligned, q.device)
+
+            self._attend, self._merge = together([lambda: ready(FUNCTION) if tiles else None, lambda: ready(MERGE)])
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
@@ -55,16 +62,30 @@ class GatheredForward:
         out, lse = empty_output(q, self.shape)
         if self._merge is None:
             return out, lse
-        slots = (*lse.shape, self.slots)
-        part_lse = lse.new_full(slots, -math.inf) if self.softmax else None
-        # What has no lse counts wherever it stands.
-        part = (lse.new_empty if self.softmax else lse.new_zeros)((*slots, self.shape.v_dim))
+        part_lse = lse.new_empty(self.turn, self.shape.rows, self.slots) if self.softmax else None
+        part = lse.new_empty(self.turn, self.shape.rows, self.slots, self.shape.v_dim)
         scale = self.default_scale if scale is None else scale
         call = (q, k, v, out, lse, scale, *inputs, *args, *(dropout.values() if dropout else ()), part, part_lse)
-        if self._attend is not None:
-            self._attend(call)
-        self._merge(call)
+        for first_head in range(0, self.shape.batch * self.shape.heads, self.turn):
+            if part_lse is not None:
+                part_lse.fill_(-math.inf)
+            else:
+                # What has no lse counts wherever it stands.
+                part.zero_()
+            if self._attend is not None:
+                self._attend((*call, first_head))
+            self._merge((*call, first_head))
         return out, lse
+
+
+def heads_at_once(shape: CallShape, slots: int, dim: int, element_size: int) -> int:
+    """The heads, of all batch entries, whose slots of `dim` numbers there is room for: a divisor of their number, 0
+    where there are no rows."""
+    heads = shape.batch * shape.heads
+    each = max(1, shape.rows * slots * dim * torch.float32.itemsize)
+    room = max(_LEAST_BYTES, _OUTPUTS * heads * shape.rows * shape.v_dim * element_size)
+    most = min(heads, max(1, room // each)) if shape.rows else 0
+    return next((n for n in range(most, 0, -1) if heads % n == 0), 0)
 
 
 class GatheredBackward(TritonBackward):
@@ -76,19 +97,20 @@ class GatheredBackward(TritonBackward):
     ) -> None:  # fmt: skip
         self.plan, self.shape = plan, call_shape(q, k, v)
         shape, self.default_scale = self.shape, default_scale(self.shape.dim)
-        grid, self.slots = _tiles(plan, q, k, v, inputs)
+        tiles, self.slots = _tiles(plan, q, k, v, inputs)
         sources, heads = gathered_parameters(plan, q, k, v, inputs, dout), shape.batch * shape.heads
-        self.packed = plan.tiling.pack > 1
-        if self.packed:
-            # One query of a key head's heads, whose list it follows: there are no slots.
+        # One query of a key head's heads, whose list it follows: there are no slots.
+        packed = plan.tiling.pack > 1
+        self.turn = turn = 0 if packed else heads_at_once(shape, self.slots, shape.dim, q.element_size())
+        if packed:
             grids = {DQ: -(-shape.rows // plan.tiling.block_q) * shape.batch * shape.kv_heads}
         else:
             grids = {
                 ROWS: heads * -(-shape.rows // plan.tiling.block_q) if plan.softmax else 0,
-                DQ: grid,
-                SUM: heads * -(-shape.rows // _MERGED),
+                DQ: turn * tiles,
+                SUM: turn * -(-shape.rows // _MERGED),
             }
-        grids[DKDV] = -(-shape.k_len // plan.key_tiling.block_k) * shape.batch * shape.kv_heads if grid else 0
+        grids[DKDV] = -(-shape.k_len // plan.key_tiling.block_k) * shape.batch * shape.kv_heads if tiles else 0
 
         def ready(function: str) -> Any:
             of_keys = function == DKDV
@@ -100,22 +122,31 @@ class GatheredBackward(TritonBackward):
         self._kernels: Mapping[str, Any] = dict(zip(needed, made, strict=True))
 
     def run(self, call: Sequence[Any], dk: Tensor, dv: Tensor, totals: Totals) -> list[Any]:
-        shape = self.shape
-        slots = (shape.batch, shape.heads, shape.rows, self.slots, shape.dim)
-        part = None if self.packed else torch.zeros(slots, dtype=torch.float32, device=dk.device)
-        given = [*call, part]
-        if DKDV not in self._kernels:
+        shape, kernels = self.shape, self._kernels
+        if DKDV not in kernels:
             dk.zero_()
             dv.zero_()
-        for kernel in self._kernels.values():
-            kernel(given)
-        return given
+        if self.turn:
+            if ROWS in kernels:
+                kernels[ROWS](call)
+            part = torch.empty(self.turn, shape.rows, self.slots, shape.dim, dtype=torch.float32, device=dk.device)
+            for first_head in range(0, shape.batch * shape.heads, self.turn):
+                part.zero_()
+                for function in (DQ, SUM):
+                    if function in kernels:
+                        kernels[function]((*call, part, first_head))
+        elif DQ in kernels:
+            kernels[DQ](call)
+        if DKDV in kernels:
+            kernels[DKDV](call)
+        return [*call]
 
 
 def forward_sources(kernel: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> Mapping[str, Any]:
     """What each parameter of the forward kernel and of its merge is given. Only shapes, strides and dtypes are read."""
     first = INPUTS + len(inputs) + len(kernel.program.args) + (len(PARAMETERS) if kernel.spec.dropout else 0)
     parts = {"part_ptr": Slot(first, "*fp32"), "part_lse_ptr": Slot(first + 1, "*fp32")}
+    parts["first_head"] = Slot(first + 2, "i32")
     return parameter_sources(kernel, q, k, v, inputs) | _sizes(kernel, q, k, v, inputs) | parts
 
 
@@ -123,24 +154,24 @@ def gathered_parameters(
     plan: BackwardPlan, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], dout: Tensor | None = None
 ) -> Mapping[str, Any]:
     """What each parameter of the backward kernels is given. Only shapes, strides and dtypes are read."""
-    return {**backward_parameters(plan, q, k, v, inputs, dout), **_sizes(plan, q, k, v, inputs)}
+    found = {**backward_parameters(plan, q, k, v, inputs, dout), **_sizes(plan, q, k, v, inputs)}
+    return found | {"first_head": Slot(found["part_ptr"].index + 1, "i32")}
 
 
 def _sizes(plan: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> dict[str, int]:
     """How many gathered tiles a head has, and slots a row."""
-    shape, (programs, slots) = call_shape(q, k, v), _tiles(plan, q, k, v, inputs)
-    return {"gathered_tiles": programs // max(shape.batch * shape.heads, 1), "slots": slots}
+    tiles, slots = _tiles(plan, q, k, v, inputs)
+    return {"gathered_tiles": tiles, "slots": slots}
 
 
 def _tiles(plan: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> tuple[int, int]:
-    """Programs that own gathered tiles, and slots of a row."""
+    """Gathered tiles of a head, and slots of a row."""
     assert plan.gathered is not None
     shape, named = call_shape(q, k, v), dict(zip((d.name for d in plan.program.inputs), inputs, strict=True))
     derivation = plan.program.input(plan.gathered.entry.input).derivation
     assert isinstance(derivation, Gathering)
     slots = named[plan.gathered.plan].shape[-1]
-    tiles = gathered_tiles(derivation, shape, slots) if slots else 0
-    return tiles * shape.batch * shape.heads, slots
+    return gathered_tiles(derivation, shape, slots) if slots else 0, slots
 
 
-__all__ = ["GatheredBackward", "GatheredForward", "forward_sources", "gathered_parameters"]
+__all__ = ["GatheredBackward", "GatheredForward", "forward_sources", "gathered_parameters", "heads_at_once"]

@@ -20,6 +20,7 @@ from attndsl.diagnostics import PatternError
 from attndsl.listing import even_start
 from attndsl.plan import Backend, DType, Spec, Tiling, backward_plan, forward_plan
 from attndsl.program import CallShape
+from attndsl.runtime import triton_gathered
 from attndsl.runtime.cache import KernelCache
 from attndsl.runtime.printing import printed_forward
 from attndsl.runtime.triton_launch import INTERPRETED
@@ -165,6 +166,43 @@ def test_gathered_rows(name: str) -> None:
     plan = random_plan(np.random.default_rng(2), (1, 2, 20), 3, "sorted")
     text = f"attention planned {{ input p : blocks(16)[b, g, q]\n {GATHERED[name]} }}"
     attend(text, shape, plan, "triton", given)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+@pytest.mark.parametrize("name", ["score", "weights"])
+def test_heads_take_turns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the slots of all heads are too many, those of a few are there at once."""
+    for bound in ("_LEAST_BYTES", "_OUTPUTS"):
+        monkeypatch.setattr(triton_gathered, bound, 0)
+    test_gathered_rows(name)
+
+
+def test_slots_are_bounded() -> None:
+    """Slots take as much as two outputs, or as one head's: of 12 heads by turns a divisor."""
+    few, many = (CallShape(2, 6, 6, rows, rows, 128, 128) for rows in (1024, 1 << 18))
+    assert triton_gathered.heads_at_once(few, 8, 128, 2) == 12
+    assert triton_gathered.heads_at_once(many, 3, 128, 2) == 4  # Room for 4 of 12 is two outputs, of bfloat16.
+    assert triton_gathered.heads_at_once(many, 16, 128, 2) == 1
+    assert triton_gathered.heads_at_once(CallShape(1, 4, 4, 0, 8, 16, 16), 3, 16, 2) == 0
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+def test_parts_after_gathered_rows() -> None:
+    """What rows did not choose, approximated, in one softmax with what they chose."""
+    text = """attention a { input p : blocks(16)[b, DIM, q]
+    attend causal & p, causal - p over pool(mean, 16, counted) }"""
+    plan = random_plan(np.random.default_rng(2), (1, 8, 40), 3, "sorted")
+    generator = torch.Generator().manual_seed(1)
+    q, k, v, dout = (torch.randn(1, heads, 40, 16, generator=generator) for heads in (8, 1, 1, 8))
+    for dim, chosen in (("h", plan), ("g", plan[:, :1])):
+        attn = attndsl.compile(text.replace("DIM", dim))
+        here = [x.clone().requires_grad_() for x in (q, k, v)]
+        there = [x.double().requires_grad_() for x in (q, k, v)]
+        out, expected = attn(*here, p=chosen, backend="triton"), attn.reference(*there, p=chosen)
+        torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=2e-5)
+        found = torch.autograd.grad(out, here, dout)
+        for got, want in zip(found, torch.autograd.grad(expected, there, dout.double()), strict=True):
+            torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
