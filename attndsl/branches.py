@@ -17,6 +17,8 @@ from enum import Enum
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from attndsl.diagnostics import Span
     from attndsl.program import Scalar, Set
 
@@ -163,6 +165,25 @@ def factors(output: Output) -> tuple[Scalar, ...]:
             return (*factors(left), *factors(right))
         case Product(factor=factor, operand=operand):
             return (factor, *factors(operand))
+
+
+def rewritten(output: Output, change: Callable[[Scalar], Scalar]) -> Output:
+    """The output with every scalar in it changed."""
+
+    match output:
+        case Attended():
+            return output
+        case Handed(out=out, lse=lse):
+            return Handed(change(out), change(lse))
+        case Merged(operands=operands):
+            changed = (rewritten(x, change) for x in operands)
+            return Merged(tuple(x for x in changed if isinstance(x, Attended | Handed | Merged)))
+        case Factor(value=value):
+            return Factor(change(value))
+        case Sum(left=left, right=right):
+            return Sum(rewritten(left, change), rewritten(right, change))
+        case Product(factor=factor, operand=operand):
+            return Product(change(factor), rewritten(operand, change))
 
 
 def combined(output: Output) -> tuple[str, ...]:

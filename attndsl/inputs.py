@@ -41,6 +41,10 @@ KERNEL_TENSORS = frozenset(
 )
 
 
+# What the others are called: sums of gradients and their places, outputs of branches and their lse, with gradients.
+_PREFIXES = ("sum_", "at_", "out_", "lse_", "d_out_", "d_lse_")
+
+
 @dataclass(frozen=True, slots=True)
 class InputDecl:
     """`input name : type[dims] learnable sorted`; `derivation`: how the runtime makes it, where no call gives it.
@@ -62,7 +66,7 @@ class InputDecl:
     @property
     def parameter(self) -> str:
         """What its parameters in a kernel are named after: kernels have tensors of their own."""
-        taken = self.name in KERNEL_TENSORS or self.name.startswith(("sum_", "at_")) or self.name.endswith("_input")
+        taken = self.name in KERNEL_TENSORS or self.name.startswith(_PREFIXES) or self.name.endswith("_input")
         return f"{self.name}_input" if taken else self.name
 
 

@@ -50,6 +50,7 @@ def engine(program: Program) -> Engine:
         triton_pool=_printer("triton_pool", "pool_source"),
         triton_observe=_printer("triton_observe", "observe_source"),
         cpu_observe=_printer("cpu_observe", "observe_source"),
+        triton_combine=_printer("triton_combine", "combine_source"),
     )
     return Engine(program, printers)
 

@@ -26,7 +26,7 @@ from attndsl.runs import Run, TileRuns
 _VARIABLES = {
     "q": "q_pos", "k": "k_pos", "b": "b", "h": "h", "g": "g", "Nk": "k_len", "start": "start",
     "q_tile": "q_tile", "k_tile": "k_tile", "diagonal": "diagonal", "residue": "residue", "i": "i_pos", "j": "j_pos",
-    "i_start": "i_start",
+    "i_start": "i_start", "d": "channel",
 }  # fmt: skip
 # Along each axis of a grid: indices have the shape of a tile of pairs, all else is a number.
 _VARIABLES |= {name: name.replace("i_", "i_pos_").replace("j_", "j_pos_") for name in AXIS_NAMES}
@@ -111,6 +111,8 @@ class Leaves:
                 return name
             case Const(value=int(value)) if dim.axis is Axis.CONST and 0 <= value < dim.size:
                 return str(value)
+            case Var(name="d") if dim.axis is Axis.DV and self.plan.spec.v_dim.bit_count() == 1:
+                return "channel"
             case Var(name="k") if dim.axis is Axis.K:
                 return f"{printer.dialect.language}.minimum(k_pos, {last})"
             case _:
@@ -147,12 +149,16 @@ class KernelWriter:
         helpers = prelude("prelude.py", set().union(*(kernel.printer.helpers for kernel in kernels)))
         return "".join(
             (
-                header(self.plan, title),
+                self.comment(title),
                 "import triton\nimport triton.language as tl\n\n\n",
                 helpers + "\n\n\n" if helpers else "",
                 "\n\n".join(kernel.kernel() for kernel in kernels),
             )
         )
+
+    def comment(self, title: str) -> str:
+        """The comment at the head of the file."""
+        return header(self.plan, title)
 
     def kernel(self) -> str:
         """The text of the kernel alone."""

@@ -25,5 +25,10 @@ class Lines:
         yield
         self._indent -= 1
 
+    def followed_by(self, other: Lines) -> Lines:
+        """These lines, then the other's."""
+        self._lines += other._lines
+        return self
+
     def text(self) -> str:
         return "\n".join(self._lines) + "\n"

@@ -6,7 +6,7 @@ from attndsl import syntax as ast
 from attndsl.branches import Attended, Branch, Factor, Handed, Merged, Output, Product, Sum
 from attndsl.grammar.scalars import number
 from attndsl.grammar.scope import BranchRef, Context, InputRef
-from attndsl.program import Axis, Binary, Call, Const, InputDecl, Read, Scalar, Type, Unary, Var
+from attndsl.program import Axis, Binary, Call, Const, InputDecl, Read, Scalar, Type, Unary, Var, reads
 
 _LEAD = {Axis.B: "b", Axis.H: "h", Axis.G: "g", Axis.Q: "q"}
 
@@ -117,6 +117,9 @@ class _Lowering:
             return None
         if not isinstance(out, Factor) or not isinstance(lse, Factor):
             self._error("`given(o, lse)` takes inputs", node, "a branch", "merge the branch itself")
+            return None
+        if reads(lse.value, "d"):
+            self._error("an lse has no channels", node.args[1], "a number a channel", "hand in a number a row")
             return None
         return Handed(out.value, lse.value)
 

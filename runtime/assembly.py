@@ -7,25 +7,31 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import triton
 from torch import Tensor
 
+from attndsl.combining import CombinePlan
 from attndsl.decode import DecodePlan
 from attndsl.diagnostics import error
-from attndsl.plan import BackwardPlan, DType, ForwardPlan
+from attndsl.plan import BackwardPlan, DType, ForwardPlan, Plan
 from attndsl.program import CallShape, Program, Type
 from attndsl.runtime.build import KernelSource, compile_kernel, parameters
-from attndsl.runtime.call import dim_size
+from attndsl.runtime.call import call_shape, dim_size
+from attndsl.runtime.combine_op import combine_sources, function_of
 from attndsl.runtime.decode import FP8, DecodeTensors
 from attndsl.runtime.derive import derived_dtype
+from attndsl.runtime.engine import empty_output
 from attndsl.runtime.gluon_backward import GRADIENTS, gradients_parameters
 from attndsl.runtime.triton_backward import DKDV, DQ, backward_parameters
 from attndsl.runtime.triton_decode import DECODE, decode_sources
 from attndsl.runtime.triton_gathered import forward_sources, gathered_parameters
 from attndsl.runtime.triton_launch import FUNCTION, INTERPRETED, kernel_source, parameter_sources, shared_cache
 
+# Plans whose kernels are shown.
+Shown: TypeAlias = ForwardPlan | BackwardPlan | DecodePlan | CombinePlan
 # Formats of each kind of device, in the order in which compilation makes them.
 FORMATS = {"cuda": ("ttir", "ttgir", "llir", "ptx", "sass"), "hip": ("ttir", "ttgir", "llir", "amdgcn")}
 # Any length will do: it decides no type and no alignment.
@@ -37,7 +43,7 @@ _TORCH = {
 _INPUTS = {Type.INT: torch.int32, Type.FLOAT: torch.float32, Type.BOOL: torch.bool}
 
 
-def assembly(plan: ForwardPlan | BackwardPlan | DecodePlan, text: str, format: str) -> str:
+def assembly(plan: Shown, text: str, format: str) -> str:
     """The text of a generated kernel after compilation.
 
     plan, text: the plan, for a CUDA or ROCm target, and what was generated from it.
@@ -60,11 +66,16 @@ def assembly(plan: ForwardPlan | BackwardPlan | DecodePlan, text: str, format: s
     return kernel.text(format)
 
 
-def offline_source(plan: ForwardPlan | BackwardPlan | DecodePlan, text: str) -> KernelSource:
+def offline_source(plan: Shown, text: str) -> KernelSource:
     """A kernel as a launch on dense, aligned tensors compiles it (ints as int32, floats of inputs as float32)."""
     if isinstance(plan, DecodePlan):
         return _offline_decode(plan, text)
     q, k, v, inputs = meta_tensors(plan)
+    if isinstance(plan, CombinePlan):
+        function = function_of(plan)
+        first = empty_output(q, call_shape(q, k, v))[0]
+        sources = combine_sources(plan, call_shape(q, k, v), first, None, inputs)
+        return kernel_source(plan, text, parameters(text, function), sources, aligned=True, function=function)
     if isinstance(plan, BackwardPlan) and f"def {GRADIENTS}(" in text:
         given = gradients_parameters(plan, q, k, v, inputs)
         return kernel_source(plan, text, parameters(text, GRADIENTS), given, aligned=True, function=GRADIENTS)
@@ -92,7 +103,7 @@ def _offline_decode(plan: DecodePlan, text: str) -> KernelSource:
     return kernel_source(plan, text, parameters(text, DECODE), sources, aligned=True, function=DECODE)
 
 
-def meta_tensors(plan: ForwardPlan | BackwardPlan) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def meta_tensors(plan: Plan) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """q, k, v and the inputs of a call that the plan serves, without memory."""
     spec = plan.spec
     shape = CallShape(2, spec.heads, spec.kv_heads, _LENGTH, _LENGTH, spec.dim, spec.v_dim)

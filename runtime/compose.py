@@ -15,6 +15,7 @@ from attndsl.observing import Cells
 from attndsl.program import InputDecl, Program
 from attndsl.runtime.call import call_shape, check_inputs
 from attndsl.runtime.combine import Combiner, State
+from attndsl.runtime.combine_op import by_kernel, combined_by_kernel
 from attndsl.runtime.observe import observe
 from attndsl.runtime.ops import attend, checked_values
 from attndsl.runtime.pool import pooled
@@ -118,7 +119,10 @@ def attend_composed(
     attended = {name: call.attended(name) for name in combined(composition.output)}
     read = output_inputs(composition.output)
     gates = {name: x for name, x in call.inputs.items() if name in read}
-    numbers, shape = dict(zip(program.args, args, strict=True)), call_shape(q, k, v)
+    shape = call_shape(q, k, v)
+    if attended and by_kernel(q, backend):
+        return *combined_by_kernel(key, program, shape, attended, gates, args), observed
+    numbers = dict(zip(program.args, args, strict=True))
     found = Combiner(program, shape, q.device, gates, numbers, attended).state(composition.output)
     return found[0].to(q.dtype).expand(shape.batch, shape.heads, shape.rows, shape.v_dim), found[1], observed
 

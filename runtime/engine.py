@@ -25,6 +25,7 @@ from attndsl.runtime.entries import all_view_places, check_entries
 from attndsl.runtime.pieces import in_turn
 
 if TYPE_CHECKING:
+    from attndsl.combining import CombinePlan
     from attndsl.observing import Cells, ObservePlan
     from attndsl.runtime.derive import Deriving
     from attndsl.select_plan import SelectPlan
@@ -56,6 +57,7 @@ class Generators:
     triton_pool: Callable[[PoolPlan], str]
     triton_observe: Callable[[ObservePlan], str]
     cpu_observe: Callable[[ObservePlan], str]
+    triton_combine: Callable[[CombinePlan], str]
 
 
 @dataclass(slots=True)

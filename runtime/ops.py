@@ -43,7 +43,7 @@ def attend(
     out: tuple[Tensor, Tensor]
     tensors = (q, k, v, *inputs)
     if traced(tensors):
-        if _transformed():
+        if transformed():
             if torch.is_autocast_enabled(q.device.type):
                 q, k, v = _in_dtype(torch.get_autocast_dtype(q.device.type), q, k, v)
             out = _Attend.apply(key, scale, backend, args, rate, given, q, k, v, *inputs)
@@ -56,7 +56,7 @@ def attend(
     return engine_of(key).forward(q, k, v, inputs, args, scale, backend, _dropout(rate, given))
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether torch.func transforms are at work: they take an autograd.Function, but not inside an operator."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -224,7 +224,7 @@ class _Attend(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if any(ctx.needs_input_grad):
             key, scale, backend, args, dropout, *tensors = inputs
-            _check_learnable(engine_of(key).program, ctx.needs_input_grad[9:])
+            check_learnable(engine_of(key).program, ctx.needs_input_grad[9:])
             ctx.save_for_backward(*output, *tensors)
             ctx.call = (key, args, scale, backend, dropout)
             ctx.set_materialize_grads(False)
@@ -238,7 +238,7 @@ class _Attend(torch.autograd.Function):
         differentiate: Callable[..., Any] = _backward
         # A second derivative was asked for (and is refused there), or something traces the call.
         if torch.is_grad_enabled() or traced((dout, q, k, v, *inputs)):
-            differentiate = _backward_autograd if _transformed() else torch.ops.attndsl.backward
+            differentiate = _backward_autograd if transformed() else torch.ops.attndsl.backward
         dq, dk, dv, found = differentiate(
             key, dout, dlse, q, k, v, out, lse, inputs, args, scale, backend, dropout, seed
         )
@@ -247,7 +247,7 @@ class _Attend(torch.autograd.Function):
         return None, None, None, None, None, None, dq, dk, dv, *gradients
 
 
-def _check_learnable(program: Program, wanted: Sequence[bool]) -> None:
+def check_learnable(program: Program, wanted: Sequence[bool]) -> None:
     """Raises `PatternError` for an input that requires a gradient and was not declared to get one."""
     for decl, wants in zip(program.inputs, wanted, strict=True):
         if wants and not decl.learnable:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attndsl.plan import BackwardPlan
 from attndsl.program import CallShape, Program
 from attndsl.runtime.call import dim_size
 
@@ -39,11 +38,14 @@ class Totals:
         """Add a value to every entry, of the declared sizes. A first one is kept as it is: it may be large."""
         self._found[name] = self._of(name).add_(values) if name in self._found else values
 
-    def gradients(self, plan: BackwardPlan, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-        """The gradient of each input, of its own shape and dtype; None where it is not learnable or not read."""
-        for x in plan.learned:
-            if x.read.input not in self._found:
-                self._of(x.read.input)
+    def gradients(self, inputs: Sequence[Tensor], learned: Sequence[str]) -> list[Tensor | None]:
+        """The gradient of each input, of its own shape and dtype; None where it is not learnable or not read.
+
+        learned: the names of those that are.
+        """
+        for name in learned:
+            if name not in self._found:
+                self._of(name)
         return [
             self._found[decl.name].sum_to_size(x.shape).to(x.dtype) if decl.name in self._found else None
             for decl, x in zip(self.program.inputs, inputs, strict=True)

@@ -161,7 +161,7 @@ class InTurn:
             dv.zero_()
         for kernel in self.further:
             kernel(given[0], totals)
-        return dq, dk, dv, totals.gradients(plan, inputs)
+        return dq, dk, dv, totals.gradients(inputs, [x.read.input for x in plan.learned])
 
 
 def prepare_backward(

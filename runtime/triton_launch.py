@@ -280,6 +280,9 @@ def _alignments(names: Sequence[str], sources: Mapping[str, Any]) -> Iterator[tu
     for name in names:
         if name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "part_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr"):
             yield name, POINTER_ALIGNMENT
+        elif name.startswith(("out_", "d_out_")) and name.endswith("_ptr") and not name.endswith("_input_ptr"):
+            # Those of branches.
+            yield name, POINTER_ALIGNMENT
         elif name.startswith("stride_"):
             multiple = POINTER_ALIGNMENT if _is_bytes(sources, name) else STRIDE_ALIGNMENT
             if sources[name] % multiple == 0:

@@ -31,7 +31,8 @@ class Decode:
 @dataclass(frozen=True)
 class Job:
     """A piece's kernel at the default tiling, forward or `decode`. `tiling`: another one (block_q, block_k, warps,
-    stages). `hopper`: the Hopper lowering, of the forward kernel or of the one of all gradients."""
+    stages). `hopper`: the Hopper lowering, of the forward kernel or of the one of all gradients. `combine`: the kernel
+    that combines the branches, or its gradients'."""
 
     text: str
     target: str
@@ -43,6 +44,7 @@ class Job:
     piece: int = 0
     decode: Decode | None = None
     hopper: Literal["", "forward", "gradients"] = ""
+    combine: Literal["", "forward", "gradients"] = ""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,13 @@ def compile_one(job: Job) -> Found:
     program = attndsl.compile(job.text).program
     if job.hopper:
         return compile_hopper(job, program, replace(spec, backend=Backend.GLUON))
-    if job.decode is None:
+    if job.combine:
+        from attndsl.codegen.triton_combine import combine_source
+        from attndsl.combining import combine_plan
+
+        combined = combine_plan(program, spec, job.combine == "gradients")
+        source = offline_source(combined, combine_source(combined))
+    elif job.decode is None:
         plan = forward_plans(program, spec, tiling)[job.piece]
         source = offline_source(plan, forward_source(plan))
     else:

@@ -273,3 +273,26 @@ def test_sixteen_processes_compile_one_pattern_at_once(tmp_path: object, monkeyp
     running = [subprocess.Popen([sys.executable, "-c", SCRIPT, PATTERN], stdout=subprocess.PIPE) for _ in range(16)]
     assert all(process.wait() == 0 for process in running)
     assert time.perf_counter() - start < 120
+
+
+def test_a_kernel_combines_gated_branches() -> None:
+    """Forward and backward, as the oracle has them to within the rounding of bfloat16; twice the same to the bit."""
+    attn = attndsl.compile("""attention gated {
+        input gate : float[b, h, q, 3] learnable
+        far = attend causal over pool(mean, 64)
+        near = attend causal & window(200)
+        output gate[0] * merge(far, near) + gate[1] * far + sigmoid(gate[2]) * near
+    }""")
+    q, k, v = tensors(2, 4, 1000, 80)
+    gate = torch.randn(2, 4, 1000, 3, device="cuda")
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, gate)]
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v, gate)]
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(attn(*leaves[:3], gate=leaves[3]).double().square().sum(), leaves)
+
+    right = torch.autograd.grad(attn.reference(*exact[:3], gate=exact[3]).square().sum(), exact)
+    found, again = gradients(), gradients()
+    for x, y, z in zip(found, again, right, strict=True):
+        assert torch.equal(x, y)
+        assert float((x.double() - z).abs().max()) <= 4e-2 * max(1.0, float(z.abs().max()))
