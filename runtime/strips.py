@@ -163,9 +163,10 @@ class Strips:
             case Given(value=value):
                 rows = self.selection.rows
                 members = torch.arange(self.of.members, device=self.device) * self.selection.keys
-                here = self.among.at(
-                    q=self._positions(low, high, rows or 1).view(1, 1, -1, 1), k=members.view(1, 1, 1, -1)
-                )
+                # That of all rows begins with the first token, whatever rows the call holds.
+                first = torch.zeros(1, dtype=torch.int64, device=self.device)
+                first = first if rows is None else self._positions(low, high, rows)
+                here = self.among.at(q=first.view(1, 1, -1, 1), k=members.view(1, 1, 1, -1))
                 return here.tensor(value).to(self.real)
             case _:
                 assert_never(score)

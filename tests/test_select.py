@@ -131,6 +131,12 @@ def test_degenerate_calls(rows: int, k_len: int) -> None:
         check(program_of(text), shape)
 
 
+def test_an_expression_is_read_at_the_first_row_of_a_class_whatever_rows_a_call_holds() -> None:
+    shape = CallShape(1, 2, 1, 2, 14, 8, 8)
+    for per in ("head", "rows(4)", "query"):
+        check(program_of(f"top(1, blocks(4), per = {per}, among = causal, by = (q * 7 + k * 13) % 11)"), shape)
+
+
 def test_inputs_rank_and_hold_vectors() -> None:
     shape = CallShape(2, 4, 2, 10, 22, 8, 8)
     generator = torch.Generator().manual_seed(0)
