@@ -14,10 +14,12 @@ from attndsl.derive import derive
 from attndsl.diagnostics import error
 from attndsl.effort import TooHard, bounded
 from attndsl.isl_sets import project_param
+from attndsl.member_numbers import in_integer_sets
 from attndsl.oracle import evaluate
 from attndsl.program import CallShape, Inter, Program, Scalar
 from attndsl.relation import POSITION_BITS, Lowering
 from attndsl.selection import Above, Cover, Forced, Levels, Selection, Top
+from attndsl.view_plans import entries_of
 
 MAX_FORCED = 1 << 16
 
@@ -45,19 +47,48 @@ def _most(lowering: Lowering, pairs: isl.Set, selection: Selection) -> int | Non
         pairs = project_param(pairs, name)
     for name in lowering.uniform:
         pairs = project_param(pairs, name)
-    rows = f"floor(q / {selection.rows})" if selection.rows else "0"
-    divided = isl.Map.read_from_str(lowering.ctx, f"{{ [q, k] -> [{rows}, floor(k / {selection.keys})] }}")
+    divided = isl.Map.read_from_str(lowering.ctx, f"{{ [q, k] -> [{', '.join(in_integer_sets(selection))}] }}")
     exist = lowering.set(f"{{ [q, k] : 0 <= q < {1 << POSITION_BITS} and 0 <= k < {1 << POSITION_BITS} }}")
     members = pairs.intersect_params(lowering.context()).intersect(exist).apply(divided).coalesce().make_disjoint()
     most = 0
     for piece in members.get_basic_sets():
         of_rows = _as_map(piece)
-        wide = of_rows.lexmax_pw_multi_aff().sub(of_rows.lexmin_pw_multi_aff()).get_pw_aff(0).max_val()
+        apart = of_rows.reverse().apply_range(of_rows).deltas()
+        wide = apart.project_out(isl.dim_type.param, 0, apart.dim(isl.dim_type.param)).dim_max_val(0)
         # Positions are bounded by their bits alone: what grows with them is bounded by nothing.
         if not wide.is_int() or wide.to_python() >= MAX_FORCED:
             return None
         most += wide.to_python() + 1
     return most
+
+
+@functools.lru_cache(maxsize=1024)
+def rows_that_see(program: Program, heads: tuple[int, int], q_len: int, k_len: int) -> tuple[int, int]:
+    """The first row that a derived program of one part may let see anything, and one past the last."""
+    part = program.only.parts[0]
+    lowering = Lowering(program, heads)
+    relation = lowering.relation(part.pattern) if part.view is None else entries_of(program, heads)
+
+    def ends() -> tuple[int, int]:
+        pairs = relation.pairs
+        for name in (*relation.atoms, *relation.uniform):
+            pairs = project_param(pairs, name)
+        for name, value in (("Nq", q_len), ("Nk", k_len)):
+            at = pairs.find_dim_by_name(isl.dim_type.param, name)
+            pairs = pairs if at < 0 else pairs.fix_val(isl.dim_type.param, at, isl.Val(value, pairs.get_ctx()))
+        rows = pairs.project_out(isl.dim_type.set, 1, 1)
+        rows = rows.intersect(isl.Set.read_from_str(rows.get_ctx(), f"{{ [q] : 0 <= q < {max(1, q_len)} }}"))
+        if rows.is_empty():
+            return 0, 0
+        least, most = (
+            end.sample_point().get_coordinate_val(isl.dim_type.set, 0) for end in (rows.lexmin(), rows.lexmax())
+        )
+        return int(least.to_python()), int(most.to_python()) + 1
+
+    try:
+        return bounded(lowering.ctx, ends)
+    except TooHard:
+        return 0, q_len
 
 
 def _as_map(piece: isl.BasicSet) -> isl.Map:

@@ -14,13 +14,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any, TypeAlias, assert_never
 
 import numpy as np
 import numpy.typing as npt
 
+from attndsl.members import Lags, extent
 from attndsl.oracle import COMPARE, Array, Evaluator, index_origin
+from attndsl.oracle_places import tile_numbers
 from attndsl.program import (
     Arg,
     Binary,
@@ -112,7 +114,7 @@ def choose(program: Program, selection: Selection, shape: CallShape, data: Data)
     return call.chosen()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Call:
     program: Program
     selection: Selection
@@ -134,26 +136,40 @@ class _Call:
             case None:
                 return 1
             case size:
-                return -(-self.shape.q_len(self.program) // size)
+                tiles = self.selection.row_tiles
+                tokens, each = (size, 1) if tiles is None else extent(tiles)
+                return -(-self.shape.q_len(self.program) // tokens) * each
 
     @property
     def members(self) -> int:
-        return -(-self.shape.k_len // self.selection.keys)
+        tokens, each = self.selection.extent
+        return -(-self.shape.k_len // tokens) * each
+
+    @cached_property
+    def labels(self) -> Array:
+        """The member of each key, for each row: int64 [B, Hq, rows, Nk]; one that none has, of a key of no member."""
+        call = Evaluator.of_call(self.program, self.shape, self.data.inputs, self.data.args)
+        of, k_pos = self.selection.members, call.variables["k"]
+        found = k_pos // self.selection.keys if of is None else call.members_of(of)
+        return np.broadcast_to(found, (self.shape.batch, self.shape.heads, self.shape.rows, self.shape.k_len))
+
+    @cached_property
+    def row_labels(self) -> Array:
+        """The class of each row of the call: int64 [rows]; -1 of one of none."""
+        match self.selection.rows:
+            case 1:
+                found = np.arange(self.shape.rows)
+            case None:
+                found = np.zeros(self.shape.rows, np.int64)
+            case size if self.selection.row_tiles is None:
+                found = self.positions // size
+            case _:
+                found = tile_numbers(self.selection.row_tiles, self.positions)
+        return np.where(self.positions >= 0, found, -1)
 
     def rows_of(self, row_class: int) -> Array:
         """The rows of the call (their indices, not positions) of a class; none before the first token."""
-        existing = np.flatnonzero(self.positions >= 0)
-        match self.selection.rows:
-            case 1:
-                chosen = existing == row_class
-            case None:
-                return existing
-            case size:
-                chosen = self.positions[existing] // size == row_class
-        return np.asarray(existing[chosen])
-
-    def keys_of(self, member: int) -> slice:
-        return slice(member * self.selection.keys, min((member + 1) * self.selection.keys, self.shape.k_len))
+        return np.flatnonzero(self.row_labels == row_class)
 
     def _touched(self, pattern: Set) -> Array:
         """The (r, m) with a present pair in a set."""
@@ -162,9 +178,9 @@ class _Call:
         inside = np.broadcast_to(call.members(pattern), shape)
         found = np.zeros((*shape[:2], self.classes, self.members), np.bool_)
         for r in range(self.classes):
-            of_rows = np.asarray(inside[:, :, self.rows_of(r)].any(2))
+            of_rows, labels = (np.asarray(x[:, :, self.rows_of(r)]) for x in (inside, self.labels))
             for m in range(self.members):
-                found[:, :, r, m] = of_rows[..., self.keys_of(m)].any(-1)
+                found[:, :, r, m] = (of_rows & (labels == m)).any((2, 3))
         return found
 
     # ----------------------------------------------------------------------------------- represent
@@ -180,11 +196,19 @@ class _Call:
         if v.pool is None:
             return given
         found = np.full((*given.shape[:2], count, given.shape[3]), np.nan)
-        for i in range(count):
-            tokens = given[:, :, self.rows_of(i) if of_rows else self.keys_of(i)]
-            if tokens.shape[2]:
-                found[:, :, i] = _POOLS[v.pool](tokens)
+        for b, h, i in np.ndindex(*given.shape[:2], count):
+            own = self.rows_of(i) if of_rows else np.flatnonzero(self.key_labels[b, h] == i)
+            if own.size:
+                found[b, h, i] = _POOLS[v.pool](given[b : b + 1, h : h + 1, own])
         return found
+
+    @property
+    def key_labels(self) -> Array:
+        """The member of each key, which is that of all rows: [B, Hq, Nk]."""
+        assert not isinstance(self.selection.members, Lags), "diagonals hold no vectors"
+        if self.shape.rows:
+            return self.labels[:, :, 0]
+        return np.full((self.shape.batch, self.shape.heads, self.shape.k_len), -1)
 
     def _input_vectors(self, name: str) -> Floats:
         decl, values = self.program.input(name), np.asarray(self.data.inputs[name], np.float64)
@@ -225,18 +249,15 @@ class _Call:
         found = np.zeros((self.shape.batch, self.shape.heads, self.classes, self.members))
         for mass in masses:
             for j in range(mass.probabilities.shape[-1]):
-                tokens = np.arange(j * mass.stride, min(j * mass.stride + mass.size, self.shape.k_len))
-                members, counts = np.unique(tokens // self.selection.keys, return_counts=True)
+                tokens = slice(j * mass.stride, min(j * mass.stride + mass.size, self.shape.k_len))
+                shares = (self.labels[..., tokens, None] == np.arange(self.members)).mean(3)
+                of_members = mass.probabilities[..., j, None] * shares
                 for r in range(self.classes):
-                    of_rows = mass.probabilities[:, :, self.rows_of(r), j]
-                    if not of_rows.shape[2]:
-                        continue
-                    for m, count in zip(members, counts, strict=True):
-                        share = count / len(tokens)
-                        if largest:
-                            found[:, :, r, m] = np.maximum(found[:, :, r, m], of_rows.max(2) * share)
-                        else:
-                            found[:, :, r, m] += of_rows.sum(2) * share
+                    of_rows = of_members[:, :, self.rows_of(r)]
+                    if largest:
+                        found[:, :, r] = np.maximum(found[:, :, r], of_rows.max(2, initial=0.0))
+                    else:
+                        found[:, :, r] += of_rows.sum(2)
         return found
 
     def _antidiagonal(self, stride: int) -> Floats:
@@ -264,11 +285,14 @@ class _Call:
 
     def _given(self, value: Scalar, shape: tuple[int, ...]) -> Floats:
         first = self.positions if self.selection.rows == 1 else np.arange(self.classes) * (self.selection.rows or 1)
+        if self.selection.row_tiles is not None:
+            every = tile_numbers(self.selection.row_tiles, np.arange(self.shape.q_len(self.program)))
+            first = np.asarray([_first(every == r) for r in range(self.classes)])
+        token = np.asarray(
+            [[[_first(x == m) for m in range(self.members)] for x in of_heads] for of_heads in self.key_labels]
+        ).reshape(self.shape.batch, self.shape.heads, 1, self.members)
         call = Evaluator.of_call(self.program, self.shape, self.data.inputs, self.data.args)
-        at = call.at(
-            first.reshape(1, 1, -1, 1), (np.arange(self.members) * self.selection.keys).reshape(1, 1, 1, -1),
-            call.variables["Nq"], call.variables["Nk"],
-        )  # fmt: skip
+        at = call.at(first.reshape(1, 1, -1, 1), token, call.variables["Nq"], call.variables["Nk"])
         return np.broadcast_to(np.asarray(real(at, value), np.float64), shape)
 
     # -------------------------------------------------------------------------------------- choose
@@ -364,6 +388,11 @@ _POOLS: dict[Pool, Callable[[Floats], Floats]] = {
     Pool.FIRST: lambda x: x[:, :, 0],
     Pool.LAST: lambda x: x[:, :, -1],
 }
+
+
+def _first(inside: Array) -> int:
+    """The first place that is true, 0 where none is."""
+    return int(inside.argmax()) if inside.size else 0
 
 
 def _floor(share: float, count: Array) -> Array:

@@ -59,14 +59,16 @@ def token(grid: Grid, coordinates: Sequence[Scalar]) -> Scalar:
     return found
 
 
-def on_grid(grid: Grid) -> Scalar:
-    """Whether both tokens of a pair lie on the grid."""
+def on_grid(grid: Grid, tokens: str = "qk") -> Scalar:
+    """Whether the tokens of a pair lie on the grid: both, or one of them."""
     found: list[Scalar] = []
-    for x in (Var("q"), Var("k")):
+    for x in map(Var, tokens):
         if grid.first:
             found.append(Compare(">=", x, Const(grid.first)))
         if grid.sizes[0] is not None:
             found.append(Compare("<", x, Const(grid.first + grid.sizes[0] * grid.stride)))
+    if len(found) == 1:
+        return found[0]
     return Const(True) if not found else Logic("and", tuple(found))
 
 

@@ -109,12 +109,13 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """bool of the plan's dimensions, its list replaced by all members, of `keys` tokens: which of them it chooses, or
-    gives this `level`."""
+    """bool of the plan's dimensions, its list replaced by all members, `each` of `keys` tokens: which of them it
+    chooses, or gives this `level`."""
 
     plan: str
     keys: int
     level: int | None = None
+    each: int = 1
 
 
 @dataclass(frozen=True, slots=True)

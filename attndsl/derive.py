@@ -32,6 +32,8 @@ from attndsl.derivation import (
     TileList,
     TileMap,
 )
+from attndsl.member_numbers import has_member, number, read
+from attndsl.members import Runs, extent
 from attndsl.program import (
     Axis,
     Binary,
@@ -177,11 +179,21 @@ class _Deriver:
                 assert_never(pattern)
 
     def _selected(self, pattern: Selected) -> Set:
-        dims = (*self.program.input(pattern.plan).dims[:-1], Dim(Axis.K, pattern.keys))
-        derivation = Chosen(pattern.plan, pattern.keys, pattern.level)
+        of = pattern.members
+        keys, each = (pattern.keys, 1) if of is None else extent(of)
+        dims = (*self.program.input(pattern.plan).dims[:-1], Dim(Axis.K, keys, 0 if each == 1 else each))
+        derivation = Chosen(pattern.plan, keys, pattern.level, each)
         decl = self._input(derivation, f"chosen_{pattern.plan}", Type.BOOL, dims)
-        index = (*pattern.index, _quotient(Var("k"), pattern.keys))
-        return Where(Read(decl.name, index, Type.BOOL), pattern.span)
+        match of:
+            case None:
+                member = _quotient(Var("k"), keys)
+            case Runs():
+                member = Binary("-", Var("k"), replace(read(of), input=self._offsets(of.input)))
+            case _:
+                member = number(of, "k")
+        chosen = Where(Read(decl.name, (*pattern.index, member), Type.BOOL), pattern.span)
+        inside = None if of is None else has_member(of)
+        return chosen if inside is None else Inter((Where(inside), chosen), pattern.span)
 
     def _offsets(self, name: str) -> str:
         return self._input(Offsets(name), f"offset_{name}", Type.INT, self.program.input(name).dims).name

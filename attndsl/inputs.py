@@ -28,7 +28,10 @@ class Axis(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Dim:
-    """A dimension of an input: `q/64` is Dim(Axis.Q, block=64), `3` is Dim(Axis.CONST, size=3)."""
+    """A dimension of an input: `q/64` is Dim(Axis.Q, block=64), `3` is Dim(Axis.CONST, size=3).
+
+    A `size` beside a block is what each has of it: row classes or members that are tiles.
+    """
 
     axis: Axis
     block: int = 1
@@ -49,9 +52,10 @@ _PREFIXES = ("sum_", "at_", "out_", "lse_", "d_out_", "d_lse_")
 class InputDecl:
     """`input name : type[dims] learnable sorted`; `derivation`: how the runtime makes it, where no call gives it.
 
-    members: of a plan, the tokens of a member (`blocks(64)` has 64, `tokens` 1); its last dimension is a list. A plan
-    is int32, the members chosen for a row class in increasing order and -1 after them (an entry that is no member, or
-    not above all before it, is skipped), or uint8, with an entry for every member, not 0 where it is chosen.
+    members: of a plan, the tokens of a member (`blocks(64)` has 64, `tokens` 1), or of `each` members where these are
+    no blocks; its last dimension is a list. A plan is int32, the members chosen for a row class in increasing order and
+    -1 after them (an entry that is no member, or not above all before it, is skipped), or uint8, with an entry for
+    every member, not 0 where it is chosen.
     """
 
     name: str
@@ -61,6 +65,7 @@ class InputDecl:
     sorted: bool = False
     derivation: Derivation | None = None
     members: int | None = None
+    each: int = 1
     span: Span | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import reduce
-from math import ceil, prod
+from math import ceil
 from typing import Any, TypeAlias, assert_never
 
 import numpy as np
@@ -25,7 +25,9 @@ import numpy.typing as npt
 from attndsl.alone import separate, sequences, together
 from attndsl.branches import Part, View, Visible
 from attndsl.derivation import Random, Segment
-from attndsl.grid import Along, Grid
+from attndsl.grid import Along
+from attndsl.members import Lags, Members, Placed, Tiles, extent
+from attndsl.oracle_places import axis_size, coordinates, listed, run_starts, tile_numbers
 from attndsl.program import (
     Arg,
     Axis,
@@ -153,9 +155,9 @@ def dim_size(dim: Dim, program: Program, shape: CallShape) -> int:
         case Axis.Q if dim.block == 1:
             return shape.rows
         case Axis.Q:
-            return -(-shape.q_len(program) // dim.block)
+            return -(-shape.q_len(program) // dim.block) * max(1, dim.size)
         case Axis.K:
-            return -(-shape.k_len // dim.block)
+            return -(-shape.k_len // dim.block) * max(1, dim.size)
         case Axis.D:
             return shape.dim
         case Axis.DV:
@@ -341,9 +343,7 @@ class Evaluator:
             case Segment(input=name, lead=lead):
                 ids = self._input(name)
                 ids = np.broadcast_to(ids, (*ids.shape[:-1], int(k_len)))
-                distance = np.zeros(ids.shape, np.int64)
-                for i in range(1, ids.shape[-1]):
-                    distance[..., i] = np.where(ids[..., i] == ids[..., i - 1], distance[..., i - 1] + 1, 0)
+                distance = np.arange(int(k_len)) - run_starts(ids)
                 head = [np.clip(self.scalar(e), 0, n - 1) for e, n in zip(lead, ids.shape[:-1], strict=True)]
                 q_new, k_new = (distance[(*head, np.clip(x, 0, int(k_len) - 1))] for x in (q_pos, k_pos))
                 return self.at(q_new, k_new, q_len, k_len)
@@ -400,51 +400,37 @@ class Evaluator:
         return self._of_blocks(drawn, rows, e.keys) & self.members(e.among)
 
     def _selected(self, e: Selected) -> Array:
-        plan = self._input(e.plan)
-        members = -(-int(self.variables["Nk"]) // e.keys)
+        plan, (tokens, each) = self._input(e.plan), (e.keys, 1) if e.members is None else extent(e.members)
+        members = -(-int(self.variables["Nk"]) // tokens) * each
         if e.level is not None:
             chosen = plan == e.level
         else:
-            chosen = plan != 0 if plan.dtype == np.uint8 else _listed(plan, members)
+            chosen = plan != 0 if plan.dtype == np.uint8 else listed(plan, members)
         if 0 in chosen.shape:
             return np.zeros((1, 1, 1, 1), np.bool_)
-        index = (*e.index, Binary("//", Var("k"), Const(e.keys)))
-        # Values are kept by the identity of nodes, and this one is gone when another takes its place.
-        own = replace(self, memo={})
-        return own._entry(chosen, (*self.program.input(e.plan).dims[:-1], Dim(Axis.K, e.keys)), index)
+        place = []
+        for dim, size, index in zip(self.program.input(e.plan).dims, chosen.shape, e.index, strict=False):
+            place.append(np.clip(self.scalar(index) - index_origin(dim, self.program, self.shape), 0, size - 1))
+        member = self.variables["k"] // e.keys if e.members is None else self.members_of(e.members)
+        found: Array = chosen[(*place, np.clip(member, 0, chosen.shape[-1] - 1))]
+        return found if e.members is None else found & (member >= 0) & (member < members)
 
-
-def _listed(plan: Array, members: int) -> npt.NDArray[np.bool_]:
-    """Which of so many members the rows of a plan [..., C] list: bool [..., members].
-
-    An entry that is no member, or not above all before it, is skipped.
-    """
-    chosen = np.zeros((*plan.shape[:-1], members), np.bool_)
-    for place in np.ndindex(plan.shape[:-1]):
-        before = -1
-        for entry in plan[place].tolist():
-            if before < entry < members:
-                chosen[(*place, entry)] = True
-            before = max(before, entry)
-    return chosen
-
-
-def coordinates(grid: Grid, x: Array) -> list[Array]:
-    """The coordinates of tokens; those of a token off the grid are of no matter."""
-    cell = np.maximum(x - grid.first, 0)
-    layers = grid.sizes[0] if grid.sizes[0] is not None else int(cell.max(initial=0)) // grid.stride + grid.tiles[0]
-    sizes = [-(-layers // grid.tiles[0]) * grid.tiles[0], *(size or 0 for size in grid.sizes[1:])]
-    counts = [size // tile for size, tile in zip(sizes, grid.tiles, strict=True)]
-    # Tiles in order, and in each its cells.
-    place = np.unravel_index(np.minimum(cell, prod(sizes) - 1), (*counts, *grid.tiles))
-    tiles, inside = place[: len(sizes)], place[len(sizes) :]
-    return [t * size + i for t, i, size in zip(tiles, inside, grid.tiles, strict=True)]
-
-
-def axis_size(grid: Grid, axis: int, tokens: int) -> int:
-    """The size of an axis, where it is open one past the last coordinate in so many tokens."""
-    size = grid.sizes[axis]
-    return int(coordinates(grid, np.arange(tokens))[axis].max(initial=-1)) + 1 if size is None else size
+    def members_of(self, members: Members) -> Array:
+        """The member of each key, for the rows too where it depends on them; past the ends for a key that has none."""
+        q_pos, k_pos = self.variables["q"], self.variables["k"]
+        if isinstance(members, Tiles):
+            return tile_numbers(members, k_pos)
+        if isinstance(members, Lags):
+            return np.where(k_pos <= q_pos, (q_pos - k_pos) // members.size, -1)
+        k_len = int(self.variables["Nk"])
+        values = self._input(members.input)
+        values = np.broadcast_to(values, (*values.shape[:-1], k_len)).astype(np.int64)
+        if isinstance(members, Placed):
+            values = np.where((values >= 0) & (values < k_len), values // members.size, -1)
+        else:
+            values = run_starts(values)
+        head = [np.clip(self.scalar(e), 0, n - 1) for e, n in zip(members.lead, values.shape[:-1], strict=True)]
+        return np.asarray(values[(*head, np.clip(k_pos, 0, max(0, k_len - 1)))]) if k_len else k_pos - 1
 
 
 def splitmix64(x: Array) -> npt.NDArray[np.uint64]:

@@ -65,6 +65,8 @@ def _by_bounds(selection: Selection, page: int) -> PageChoice | None:
         or selection.score != Bound(Vectors("Q"), least, largest)
     ):
         return None
+    if selection.members is not None:
+        return None
     if (selection.keys, selection.rows, selection.normalise) != (page, 1, Normalise.NONE):
         return None
     if selection.share is Share.HEADS or selection.forced is not Forced.COUNTED or not _same(selection.among, _CAUSAL):

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 from attndsl.derivation import Random
 from attndsl.diagnostics import Span
+from attndsl.member_numbers import number
+from attndsl.members import Placed, Runs, extent
 from attndsl.pairs import nodes
 from attndsl.program import Axis, Binary, Const, Dim, InputDecl, Program, Scalar, Selected, Type, Var, reads, scalars
 from attndsl.selection import Selection, Share, Top
@@ -15,6 +17,8 @@ def plan_heads(selection: Selection) -> Share:
     """Which heads have one plan: those that share, unless what is allowed, or how many are chosen, reads the head."""
     sets = [selection.among] if selection.always is None else [selection.among, selection.always]
     written: list[Scalar] = [e for each in sets for e in scalars(each)]
+    if isinstance(selection.members, Placed | Runs):
+        written += selection.members.lead
     if isinstance(selection.rule, Top) and selection.rule.count is not None:
         written.append(selection.rule.count)
     finer = {Share.NONE: (), Share.GROUP: ("h",), Share.HEADS: ("h", "g")}[selection.share]
@@ -26,17 +30,23 @@ def plan_input(selection: Selection) -> InputDecl:
     """The declaration of a selection's plan. What all heads share, or all rows, it has no dimension for."""
     heads = {Share.NONE: (Dim(Axis.H),), Share.GROUP: (Dim(Axis.G),), Share.HEADS: ()}[plan_heads(selection)]
     rows = () if selection.rows is None else (Dim(Axis.Q, selection.rows),)
-    dims = (Dim(Axis.B), *heads, *rows, Dim(Axis.LIST))
-    return InputDecl(selection.name, Type.INT, dims, members=selection.keys, span=selection.span)
+    if selection.row_tiles is not None:
+        rows = (Dim(Axis.Q, *extent(selection.row_tiles)),)
+    dims, (keys, each) = (Dim(Axis.B), *heads, *rows, Dim(Axis.LIST)), selection.extent
+    return InputDecl(selection.name, Type.INT, dims, members=keys, each=each, span=selection.span)
 
 
-def selected(plan: InputDecl, span: Span | None = None) -> Selected:
-    """The pairs whose member a plan chooses for their row class."""
+def selected(plan: InputDecl, selection: Selection | None = None, span: Span | None = None) -> Selected:
+    """The pairs whose member a plan chooses for their row class; `selection`: what makes it, where no call gives it."""
+    of, per = (None, None) if selection is None else (selection.members, selection.row_tiles)
     index: list[Scalar] = []
     for dim in plan.dims[:-1]:
-        index.append(Binary("//", Var("q"), Const(dim.block)) if dim.block > 1 else Var(dim.axis.value))
+        if dim.axis is Axis.Q and per is not None:
+            index.append(number(per, "q"))
+        else:
+            index.append(Binary("//", Var("q"), Const(dim.block)) if dim.block > 1 else Var(dim.axis.value))
     assert plan.members is not None
-    return Selected(plan.name, tuple(index), plan.members, span=span)
+    return Selected(plan.name, tuple(index), plan.members, members=of, span=span)
 
 
 def plans_read(selection: Selection, program: Program) -> set[str]:

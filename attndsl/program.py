@@ -30,6 +30,7 @@ from attndsl.inputs import Axis as Axis
 from attndsl.inputs import Dim as Dim
 from attndsl.inputs import InputDecl as InputDecl
 from attndsl.inputs import TableDecl as TableDecl
+from attndsl.members import Placed, Runs
 from attndsl.observation import Observation
 from attndsl.selection import Selected as Selected
 from attndsl.selection import Selection
@@ -428,8 +429,10 @@ def scalars(pattern: Set) -> Iterator[Scalar]:
         case Random(seed=seed, among=p):
             yield seed
             yield from scalars(p)
-        case Selected(index=index):
+        case Selected(index=index, members=members):
             yield from index
+            if isinstance(members, Placed | Runs):
+                yield Read(members.input, (*members.lead, Var("k")), Type.INT)
         case Choose(cond=c, then=a, other=b):
             yield c
             yield from scalars(a)

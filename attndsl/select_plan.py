@@ -57,6 +57,8 @@ class SelectPlan(Plan):
 def why_not_fused(program: Program, selection: Selection, heads: tuple[int, int]) -> str:
     """Why a selection has no fused kernel, empty where it has."""
     rule, score = selection.rule, selection.score
+    if selection.members is not None:
+        return "its members are no blocks in a row"
     if selection.rows != 1:
         return "it chooses for classes of rows"
     if not isinstance(rule, Top) or rule.count is None:

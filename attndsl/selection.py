@@ -6,8 +6,9 @@
     vectors   ::= Vectors source pool
 
 `of` and `per` are as in a `Random`: member m of k is k // keys, row class r of q is q // rows (None: all rows are one
-class). A selection decides once for every (r, m), in this order: represent, score, withdraw, normalise, sum over the
-heads that share, choose. `attndsl.choice` is its oracle; a *plan* is the tensor that says what was chosen.
+class), unless `members` or `row_tiles` say otherwise. A selection decides once for every (r, m), in this order:
+represent, score, withdraw, normalise, sum over the heads that share, choose. `attndsl.choice` is its oracle; a *plan*
+is the tensor that says what was chosen.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, TypeAlias
+
+from attndsl.members import Members, Tiles, extent
 
 if TYPE_CHECKING:
     from attndsl.diagnostics import Span
@@ -169,7 +172,8 @@ class Selection:
     """One selection of a program, by its name: that of its `plan`, or one made for it.
 
     Candidates are the (r, m) with a present pair in `among`, forced those with one in among & `always`. `scale` is the
-    attention's (None: 1/sqrt(D)).
+    attention's (None: 1/sqrt(D)). With `members`, or `row_tiles`, `keys` (`rows`) is how many tokens those have, 1
+    where that differs.
     """
 
     name: str
@@ -183,7 +187,14 @@ class Selection:
     score: Score
     normalise: Normalise
     scale: Scalar | None = None
+    members: Members | None = None
+    row_tiles: Tiles | None = None
     span: Span | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Of n tokens there are ceil(n / extent[0]) * extent[1] members."""
+        return (self.keys, 1) if self.members is None else extent(self.members)
 
     @property
     def bounded(self) -> bool:
@@ -199,7 +210,7 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """The pairs whose key member, k // keys, is chosen for their row class in a plan.
+    """The pairs whose key member is chosen for their row class in a plan; keys k are of member k // keys, or `members`.
 
     `plan` is an input with `members`, and `index` says the row class: an index for each of its dimensions but the last.
     `level`: only the members that the plan of a `levels` gives this factor.
@@ -209,4 +220,5 @@ class Selected:
     index: tuple[Scalar, ...]
     keys: int
     level: int | None = None
+    members: Members | None = None
     span: Span | None = field(default=None, compare=False, repr=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
+from attndsl.members import Lags, Members, Placed, Runs, Tiles
 from attndsl.notation import scalar_text, set_text
 from attndsl.selection import (
     Above,
@@ -26,8 +27,9 @@ from attndsl.selection import (
 
 def selection_text(selection: Selection) -> str:
     """A selection as a call of its function."""
-    of = "tokens" if selection.keys == 1 else f"blocks({selection.keys})"
+    of = _members(selection.keys, selection.members)
     per = {1: "query", None: "head"}.get(selection.rows, f"rows({selection.rows})")
+    per = per if selection.row_tiles is None else _members(1, selection.row_tiles)
     name, first, more = _rule(selection.rule)
     options = [of, f"per = {per}", f"by = {_score(selection.score)}", f"among = {set_text(selection.among)}"]
     if selection.always is not None:
@@ -37,6 +39,22 @@ def selection_text(selection: Selection) -> str:
     if selection.normalise is not Normalise.NONE:
         options.append(f"normalise = {selection.normalise.value}")
     return f"{name}({', '.join([first, *options, *more])})"
+
+
+def _members(keys: int, members: Members | None) -> str:
+    match members:
+        case None:
+            return "tokens" if keys == 1 else f"blocks({keys})"
+        case Tiles(sizes=sizes):
+            return f"tiles({', '.join(map(str, sizes))})"
+        case Placed(size=size, input=name):
+            return f"{_members(size, None)} on permuted({name})"
+        case Runs(input=name):
+            return f"segments({name})"
+        case Lags(size=size):
+            return f"diagonals({size})"
+        case _:
+            assert_never(members)
 
 
 def _rule(rule: Rule) -> tuple[str, str, list[str]]:

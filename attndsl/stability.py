@@ -17,6 +17,8 @@ from attndsl.derive import derive
 from attndsl.diagnostics import Diagnostic, Severity
 from attndsl.effort import TooHard, bounded
 from attndsl.isl_sets import project_param, where_param
+from attndsl.member_numbers import in_integer_sets
+from attndsl.members import Placed, Runs, Tiles
 from attndsl.program import Inter, Program, Set
 from attndsl.relation import POSITION_BITS, Lowering
 from attndsl.selection import Antidiagonal, Bound, Dot, Forced, Normalise, Pool, Selection, Share, Top, Vectors
@@ -34,10 +36,18 @@ def unstable(program: Program) -> Iterator[Diagnostic]:
         if witness is not None:
             row, member = witness
             last = (member + 1) * selection.keys - 1
+            note, own = f"row {row} ranks tokens {member * selection.keys} to {last} as one member", "..."
+            match selection.members:
+                case None:
+                    own = f"same_block({selection.keys})"
+                case Tiles():
+                    note = f"row {row} ranks tile {member}, of which tokens lie after it"
+                case _:
+                    note = f"row {row} may rank a member of which tokens lie after it"
             yield Diagnostic(
                 "W305", Severity.WARNING, f"`{selection.name}` ranks members by tokens that a row does not see",
-                selection.span, notes=(f"row {row} ranks tokens {member * selection.keys} to {last} as one member",),
-                help=f"force it: `always = same_block({selection.keys})`, with `top` and `counted` or `extra`",
+                selection.span, notes=(note,),
+                help=f"force it: `always = {own}`, with `top` and `counted` or `extra`",
             )  # fmt: skip
 
 
@@ -53,7 +63,8 @@ def _sees_whole_members(selection: Selection) -> bool:
         case _:
             return False
     pooled = (v for v in vectors if v.source == "K" or v.pool is not None)
-    return selection.keys > 1 and any(v.pool not in (None, Pool.FIRST) for v in pooled)
+    single = selection.keys == 1 and selection.members is None
+    return not single and any(v.pool not in (None, Pool.FIRST) for v in pooled)
 
 
 def _competes(program: Program, selection: Selection) -> tuple[int, int] | None:
@@ -64,10 +75,10 @@ def _competes(program: Program, selection: Selection) -> tuple[int, int] | None:
     future = isl.Set.read_from_str(every.get_ctx(), "{ [q, k] : k > q }")
     if not every.intersect(future).is_empty():
         return None
-    partly = bounded(among[0].ctx, lambda: _partly(every, selection.keys))
+    partly = bounded(among[0].ctx, lambda: _partly(every, selection))
     if selection.always is not None and _keeps_apart(selection):
         forced = _lowered(program, Inter((selection.among, selection.always)))
-        text = _members(_pairs(*forced, data=False), selection.keys).to_str()
+        text = _members(_pairs(*forced, data=False), selection).to_str()
         partly = partly.subtract(isl.Set.read_from_str(partly.get_ctx(), text))
     if partly.is_empty():
         return None
@@ -104,11 +115,27 @@ def _pairs(lowering: Lowering, pairs: isl.Set, *, data: bool) -> isl.Set:
     return pairs.coalesce()
 
 
-def _members(pairs: isl.Set, keys: int) -> isl.Set:
-    return pairs.apply(isl.Map.read_from_str(pairs.get_ctx(), f"{{ [q, k] -> [q, floor(k / {keys})] }}"))
+def _members(pairs: isl.Set, selection: Selection) -> isl.Set:
+    """The rows and members of pairs, where data says which member of a row's own token."""
+    member = "q" if isinstance(selection.members, Placed | Runs) else in_integer_sets(selection)[1]
+    if member == "q":
+        # Of the members that data makes only that of the row's own token is known to be forced.
+        pairs = pairs.intersect(isl.Set.read_from_str(pairs.get_ctx(), "{ [q, k] : k = q }"))
+    return pairs.apply(isl.Map.read_from_str(pairs.get_ctx(), f"{{ [q, k] -> [q, {member}] }}"))
 
 
-def _partly(pairs: isl.Set, keys: int) -> isl.Set:
-    """The rows and candidates of which some token lies after the row."""
-    after = isl.Set.read_from_str(pairs.get_ctx(), f"{{ [q, m] : {keys} m + {keys - 1} > q }}")
-    return _members(pairs, keys).intersect(after)
+def _partly(pairs: isl.Set, selection: Selection) -> isl.Set:
+    """The rows and candidates of which some token lies after the row.
+
+    A segment does that holds the row's own token; so may any member of a permutation.
+    """
+    ctx = pairs.get_ctx()
+    match selection.members:
+        case Runs():
+            return _members(pairs, selection)
+        case Placed():
+            return pairs.apply(isl.Map.read_from_str(ctx, "{ [q, k] -> [q, m] : m = -1 }"))
+        case _:
+            member = in_integer_sets(selection)[1]
+            later = isl.Map.read_from_str(ctx, f"{{ [q, k] -> [q, {member}] : k > q }}").range()
+            return _members(pairs, selection).intersect(later)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.derivation import Random, Segment
+from attndsl.members import Placed, Runs
 from attndsl.oracle import Evaluator, dim_size
 from attndsl.program import (
     Arg,
@@ -182,8 +183,10 @@ def map_scalars(pattern: Set, change: Callable[[Scalar], Scalar]) -> Set:
             return replace(pattern, operand=inner(operand), place=place)
         case Random(seed=seed, among=among):
             return replace(pattern, seed=change(seed), among=inner(among))
-        case Selected(index=index):
-            return replace(pattern, index=tuple(map(change, index)))
+        case Selected(index=index, members=members):
+            if isinstance(members, Placed | Runs):
+                members = replace(members, lead=tuple(map(change, members.lead)))
+            return replace(pattern, index=tuple(map(change, index)), members=members)
         case _:
             assert_never(pattern)
 
@@ -227,7 +230,7 @@ class World:
             dims = self.program.input(name).dims
             sizes = [dim_size(dim, self.program, shape) for dim in dims]
             if (members := self.program.input(name).members) is not None:
-                sizes[-1] = -(-k_len // members)
+                sizes[-1] = -(-k_len // members) * self.program.input(name).each
             inputs[name] = values[tuple(slice(0, size) for size in sizes)]
         return replace(self, shape=shape, inputs=inputs)
 
@@ -318,7 +321,7 @@ class _Search:
     def _values(self, decl: InputDecl, shape: CallShape) -> Array:
         sizes = [dim_size(dim, self.program, shape) for dim in decl.dims]
         if decl.members is not None:
-            sizes[-1] = -(-shape.k_len // decl.members)
+            sizes[-1] = -(-shape.k_len // decl.members) * decl.each
             return (self.rng.random(sizes) < 0.5).astype(np.uint8)
         if decl.type is Type.BOOL:
             return self.rng.random(sizes) < 0.5

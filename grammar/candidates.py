@@ -77,7 +77,7 @@ def _selection(pattern: Selected, name: str, fixed: tuple[Set, ...], ctx: Contex
         maker.open_selections.remove(name)
         settled = replace(maker.selections[name], among=_all(fixed))
         maker.selections[name], maker.inputs[name] = settled, plan_input(settled)
-        return selected(maker.inputs[name], pattern.span)
+        return selected(maker.inputs[name], settled, pattern.span)
     return pattern
 
 
@@ -102,9 +102,13 @@ def _one_partition(pattern: Set, ctx: Context) -> None:
         found = ctx.maker.selections.get(node.plan) if isinstance(node, Selected) else None
         if found is None or found.rows != 1:
             continue
-        if first is not None and found.keys != first.keys and found.span is not None:
+        members = [(each.keys, each.members) for each in (first, found) if each is not None]
+        if len(set(members)) > 1 and first is not None and found.span is not None:
+            what = f"members of {first.keys} and of {found.keys} keys"
+            if first.keys == found.keys or found.members or first.members:
+                what = "members of two kinds"
             ctx.report.error(
-                "A073", f"queries choose members of {first.keys} and of {found.keys} keys in one part", found.span,
+                "A073", f"queries choose {what} in one part", found.span,
                 "other members", "use one size, select `per = rows(64)`, or attend in two branches",
             )  # fmt: skip
             return

@@ -7,27 +7,33 @@ from attndsl.derivation import Segment
 from attndsl.diagnostics import Span
 from attndsl.grammar.scalars import static_int
 from attndsl.grammar.scope import AxisRef, Context, InputRef, Poison
-from attndsl.grammar.unsupported import Feature, unsupported
 from attndsl.grid import Along, Grid
+from attndsl.members import Tiles
 from attndsl.program import Axis, Blocks, InputDecl, Permuted, Place, Scalar, Type, Var
 
 _LEAD = {Axis.B: "b", Axis.H: "h", Axis.G: "g"}
 
 
-def places_of(node: ast.Expr, ctx: Context) -> tuple[Place, ...] | None:
-    """The places of an expression, several for a tuple of axes; None if it is wrong or not supported (reported)."""
+def places_of(node: ast.Expr, ctx: Context) -> tuple[tuple[Place, ...], ...] | None:
+    """The places of an expression, several for a tuple of axes or tiles, each with what is placed by it next; None if
+    it is wrong (reported)."""
     match node:
         case ast.Group(items=items) if items:
             axes = [_axis(item, ctx) for item in items]
-            good = tuple(x for x in axes if x is not None)
+            good = tuple((x,) for x in axes if x is not None)
             return good if len(good) == len(axes) else None
+        case ast.Apply(function="tiles"):
+            found = tiles(node, ctx)
+            if found is None or not _tokens_here(node, ctx):
+                return None
+            return tuple((Along(found.grid, axis), Blocks(size)) for axis, size in enumerate(found.sizes))
         case _:
             place = place_of(node, ctx)
-            return None if place is None else (place,)
+            return None if place is None else ((place,),)
 
 
 def place_of(node: ast.Expr, ctx: Context) -> Place | None:
-    """The place of an expression that is one; None if it is wrong or not supported (reported)."""
+    """The place of an expression that is one; None if it is wrong (reported)."""
     match node:
         case ast.Apply(function="blocks", args=[ast.Argument(name=None | "size", value=value)]):
             size = static_int(value, ctx, "a block size")
@@ -37,10 +43,6 @@ def place_of(node: ast.Expr, ctx: Context) -> Place | None:
         case ast.Apply(function="segment", args=[ast.Argument(name=None, value=ast.Name() as name)]):
             found = _permuted(name, ctx)
             return None if found is None else Segment(found.input, found.lead)
-        case ast.Apply(function="tiles"):
-            if tiles(node, ctx):
-                unsupported(Feature.TILES, node.span, ctx)
-            return Blocks(1)
         case ast.Name(id=name):
             bound = ctx.scope.find(name)
             if isinstance(bound, AxisRef):
@@ -60,19 +62,21 @@ def place_of(node: ast.Expr, ctx: Context) -> Place | None:
     return None
 
 
-def tiles(node: ast.Apply, ctx: Context) -> bool:
-    """Checks `tiles(a, b)`: one size an axis."""
+def tiles(node: ast.Apply, ctx: Context) -> Tiles | None:
+    """`tiles(a, b)`, one size an axis; None if it is wrong (reported)."""
     axes = sum(isinstance(ctx.scope.find(name), AxisRef) for name in ctx.scope.names())
     sizes = [static_int(arg.value, ctx, "a tile size") for arg in node.args]
     if not axes:
         ctx.report.error("A045", "`tiles` needs axes", node.span, "there is no grid", "declare it: `axes y, x[64]`")
-        return False
-    if not sizes or len(sizes) > axes:
+        return None
+    if len(sizes) != axes:
         ctx.report.error(
-            "A013", f"`tiles` takes one size for each of {axes} axes", node.span, f"{len(sizes)} given", "add sizes"
-        )
-        return False
-    return None not in sizes
+            "A013", f"`tiles` takes one size for each of {axes} axes", node.span, f"{len(sizes)} given",
+            "add sizes" if len(sizes) < axes else "leave some out",
+        )  # fmt: skip
+        return None
+    grid, known = grid_of(ctx), tuple(size for size in sizes if size is not None)
+    return None if grid is None or len(known) < axes else Tiles(grid, known)
 
 
 def grid_of(ctx: Context) -> Grid | None:
@@ -98,13 +102,17 @@ def _axis(node: ast.Expr, ctx: Context) -> Along | None:
             "A045", "a tuple of places holds axes", node.span, "not an axis", "declare it: `axes y, x[64]`"
         )
         return None
-    if ctx.inside == "on":
-        ctx.report.error(
-            "A031", "an axis places tokens and may not stand under `on`", node.span, "no tokens here",
-            "write it last: `P on blocks(4) on y` places by y first",
-        )  # fmt: skip
-        return None
-    return None if axis.grid is None else Along(axis.grid, axis.axis)
+    return None if axis.grid is None or not _tokens_here(node, ctx) else Along(axis.grid, axis.axis)
+
+
+def _tokens_here(node: ast.Expr, ctx: Context) -> bool:
+    if ctx.inside != "on":
+        return True
+    ctx.report.error(
+        "A031", "an axis places tokens and may not stand under `on`", node.span, "no tokens here",
+        "write it last: `P on blocks(4) on y` places by y first",
+    )  # fmt: skip
+    return False
 
 
 def _permuted(node: ast.Name, ctx: Context) -> Permuted | None:

@@ -10,7 +10,8 @@ from attndsl.grammar.places import place_of, tiles
 from attndsl.grammar.report import nearest
 from attndsl.grammar.scalars import number, static_int
 from attndsl.grammar.scope import BranchRef, Context, InputRef, Poison, TableRef
-from attndsl.program import Axis, Binary, Const, Dim, InputDecl, Scalar, Type, Var
+from attndsl.members import Lags, Members, Placed, Runs, Tiles
+from attndsl.program import Axis, Binary, Const, Dim, InputDecl, Permuted, Scalar, Type, Var
 from attndsl.selection import Antidiagonal, Bound, Dot, Given, Pool, Probs, Score, Vectors
 
 _POOLS = tuple(pool.value for pool in Pool)
@@ -27,12 +28,9 @@ def partition(node: ast.Expr, ctx: Context) -> bool:
         case ast.Apply(function="blocks" | "diagonals", args=[ast.Argument(name=None, value=size)]):
             return static_int(size, ctx, "a block size") is not None
         case ast.Apply(function="segments", args=[ast.Argument(name=None, value=ids)]):
-            return (
-                place_of(ast.Apply("permuted", (ast.Argument(None, ids, ids.span),), node.span, node.span), ctx)
-                is not None
-            )
+            return _placed_by(ids, ctx) is not None
         case ast.Apply(function="tiles"):
-            return tiles(node, ctx)
+            return tiles(node, ctx) is not None
         case ast.Place(operand=operand, place=place):
             return partition(operand, ctx) and place_of(place, ctx) is not None
         case _:
@@ -49,7 +47,7 @@ def rows(node: ast.Expr, ctx: Context) -> bool:
         case ast.Apply(function="rows", args=[ast.Argument(name=None, value=size)]):
             return static_int(size, ctx, "a block size") is not None
         case ast.Apply(function="tiles"):
-            return tiles(node, ctx)
+            return tiles(node, ctx) is not None
         case _:
             help = "write `query`, `rows(64)`, `head` or `tiles(...)`"
             ctx.report.error("A043", "this does not divide the rows", node.span, "unknown row class", help)
@@ -65,6 +63,47 @@ def keys_of(node: ast.Expr, ctx: Context) -> int | None:
             return static_int(size, ctx, "a block size")
         case _:
             return None
+
+
+def _placed_by(ids: ast.Expr, ctx: Context) -> Permuted | None:
+    found = place_of(ast.Apply("permuted", (ast.Argument(None, ids, ids.span),), ids.span, ids.span), ctx)
+    return found if isinstance(found, Permuted) else None
+
+
+def members_of(node: ast.Expr, ctx: Context) -> tuple[int, Members | None] | None:
+    """Keys of a member, and the members where they are no blocks in a row (one that has any number of keys counts 1);
+    None where they are not supported, or wrong."""
+    match node:
+        case ast.Apply(function="tiles"):
+            found = tiles(node, ctx)
+            return None if found is None else _of_tiles(found)
+        case ast.Apply(function="segments", args=[ast.Argument(name=None, value=ids)]):
+            place = _placed_by(ids, ctx)
+            return None if place is None else (1, Runs(place.input, place.lead))
+        case ast.Apply(function="diagonals", args=[ast.Argument(name=None, value=size)]):
+            width = static_int(size, ctx, "a block size")
+            return None if width is None else (width, Lags(width))
+        case ast.Place(operand=ast.Name() | ast.Apply(function="blocks") as operand, place=place_node):
+            keys, placed = keys_of(operand, ctx), place_of(place_node, ctx)
+            return (keys, Placed(keys, placed.input, placed.lead)) if keys and isinstance(placed, Permuted) else None
+        case _:
+            keys = keys_of(node, ctx)
+            return None if keys is None else (keys, None)
+
+
+def _of_tiles(found: Tiles) -> tuple[int, Tiles | None]:
+    """Tiles that are those in whose order tokens run are blocks of tokens in a row."""
+    in_order = found.tokens == 1 or (found.grid.first == 0 and found.grid.tiles == found.sizes)
+    return found.tokens, None if in_order else found
+
+
+def classes_of(node: ast.Expr, ctx: Context) -> tuple[int, Tiles | None] | None:
+    """Rows of a row class, 0 for all of them, and the tiles that classes are; None if it is wrong."""
+    if isinstance(node, ast.Apply) and node.function == "tiles":
+        found = tiles(node, ctx)
+        return None if found is None else _of_tiles(found)
+    size = rows_of(node, ctx)
+    return None if size is None else (size, None)
 
 
 def rows_of(node: ast.Expr, ctx: Context) -> int | None:
@@ -84,7 +123,8 @@ def rows_of(node: ast.Expr, ctx: Context) -> int | None:
 
 
 def routing_score(node: ast.Expr, keys: int, rows: int, ctx: Context) -> Score | None:
-    """What ranks members of `keys` tokens for classes of `rows` rows (0: all); None if a mistake was reported."""
+    """What ranks members of `keys` tokens for classes of `rows` rows (0: of any number); None if a mistake was
+    reported."""
     match node:
         case ast.Apply(function="dot" | "bound" | "antidiagonal" as name, args=args):
             wanted = 2 if name == "dot" else 3
@@ -108,7 +148,7 @@ def routing_score(node: ast.Expr, keys: int, rows: int, ctx: Context) -> Score |
         case ast.Apply(function="probs"):
             return branch_mass(node, ctx)
         case ast.Name(id=name) if isinstance(bound := ctx.scope.find(name), InputRef | TableRef):
-            value = _entry(bound, node.span, keys, rows, ctx)
+            value = _entry(bound, node.span, keys or 1, rows, ctx)
         case _:
             value = number(node, ctx)
     return None if value is None else Given(value)
@@ -124,7 +164,7 @@ def _antidiagonal(node: ast.Apply, keys: int, rows: int, ctx: Context) -> Antidi
     stride = static_int(node.args[2].value, ctx, "a stride")
     if stride is None:
         return None
-    if keys % stride or rows % stride or not rows:
+    if keys % stride or rows % stride or not rows or not keys:
         ctx.report.error(
             "A070",
             f"groups of {stride} tokens do not divide the row classes and members",
@@ -137,7 +177,7 @@ def _antidiagonal(node: ast.Apply, keys: int, rows: int, ctx: Context) -> Antidi
 
 
 def vectors(node: ast.Expr, which: str, size: int, ctx: Context) -> Vectors | None:
-    """The vectors of row classes (`which` is Q) or of members (K) of `size` tokens (0: all)."""
+    """The vectors of row classes (`which` is Q) or of members (K) of `size` tokens (0: any number)."""
     match node:
         case ast.Name(id="Q" | "K" as name) if name == which:
             return _fits(Vectors(name), which, size, node.span, ctx)

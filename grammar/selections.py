@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from attndsl import syntax as ast
 from attndsl.grammar import sets
 from attndsl.grammar.arguments import match_arguments
-from attndsl.grammar.routing import keys_of, nearest_word, partition, routing_score, rows, rows_of
+from attndsl.grammar.routing import classes_of, members_of, nearest_word, partition, routing_score, rows
 from attndsl.grammar.scalars import integer, static_float, static_int
 from attndsl.grammar.scope import Context, Use
 from attndsl.grammar.unsupported import Feature, unsupported
+from attndsl.members import Lags, Members, Tiles
 from attndsl.program import Arg, Const, Read, Set, Where, reads, walk
 from attndsl.selection import (
     Above,
@@ -77,6 +78,10 @@ def selection(node: ast.Apply, ctx: Context, name: str | None = None) -> Selecti
     return made
 
 
+def _of_tiles(node: ast.Expr | None) -> bool:
+    return isinstance(node, ast.Apply) and node.function == "tiles"
+
+
 def _matched(node: ast.Apply, ctx: Context) -> dict[str, ast.Argument] | None:
     """The arguments; option words may stand alone."""
     name, flags, rest = node.function, list[ast.Argument](), list[ast.Argument]()
@@ -106,7 +111,9 @@ class _Options:
     ctx: Context
 
     def selection(self, node: ast.Apply, name: str) -> Selection | None:
-        keys, per = self._keys(), self._rows()
+        of, per = self._members(), self._rows()
+        keys, members = of or (None, None)
+        rows, row_tiles = per or (1, None)
         share = Share(self._word("share", "none"))
         forced = Forced(self._word("forced", "counted"))
         if self._word("compete", "row") != "row":
@@ -114,17 +121,22 @@ class _Options:
         among, always = self._set("among"), self._set("always")
         score: Score | None = None
         if "by" in self.given:
-            score = routing_score(self.given["by"], keys or 1, 1 if per is None else per, replace(self.ctx, use=Use.BY))
+            sizes = 0 if members else keys or 1, 0 if row_tiles else rows
+            score = routing_score(self.given["by"], *sizes, replace(self.ctx, use=Use.BY))
         # Masses are normalised already, and what only ranks needs it not.
         plain = self.function == "top" or isinstance(score, Antidiagonal | Probs)
         normalise = Normalise(self._word("normalise", "none" if plain else "softmax"))
         rule = self._rule(node)
         if rule is None or score is None or keys is None or per is None:
             return None
-        everything = Where(Const(True), node.span)
+        if among is None:
+            among = Where(Const(True), node.span)
+        if _of_tiles(self.given.get("of")) or _of_tiles(self.given.get("per")):
+            among = sets.gridded(among, self.ctx)
         made = Selection(
-            name, rule, keys, per or None, share, among or everything, always, forced, score, normalise, span=node.span
-        )
+            name, rule, keys, rows or None, share, among, always, forced, score, normalise, members=members,
+            row_tiles=row_tiles, span=node.span,
+        )  # fmt: skip
         return made if self._fits(made, node) else None
 
     def _fits(self, made: Selection, node: ast.Apply) -> bool:
@@ -134,6 +146,16 @@ class _Options:
             self.ctx.report.error(
                 "A071", f"`{self.function}` sums masses, and these scores may be negative", node.span, "not masses",
                 "write `normalise = softmax`, or leave it out",
+            )  # fmt: skip
+            return False
+        lags = isinstance(made.members, Lags)
+        if lags and (made.rows is not None or self.ctx.align_start):
+            unsupported(Feature.PARTITIONS, self.given["of"].span, self.ctx)
+            return False
+        if lags and not isinstance(made.score, Probs):
+            self.ctx.report.error(
+                "A070", "a diagonal holds no vectors, and no key of its own", self.given["by"].span, "for diagonals",
+                "write `by = probs(branch)`",
             )  # fmt: skip
             return False
         if made.rows == 1 and not made.bounded:
@@ -147,25 +169,26 @@ class _Options:
 
     # -------------------------------------------------------------------------------------- division
 
-    def _keys(self) -> int | None:
+    def _members(self) -> tuple[int, Members | None] | None:
+        """Keys of a member, and what members are where they are no blocks."""
         node = self.given.get("of")
         if node is None:
             return None
         before = len(self.ctx.report.errors)
-        found = keys_of(node, self.ctx)
+        found = members_of(node, self.ctx)
         if found is None and len(self.ctx.report.errors) == before and partition(node, self.ctx):
             unsupported(Feature.PARTITIONS, node.span, self.ctx)
         return found
 
-    def _rows(self) -> int | None:
-        """Rows of a class, 0 for all of them."""
+    def _rows(self) -> tuple[int, Tiles | None] | None:
+        """Rows of a class, 0 for all of them, and what classes are where they are no rows in order."""
         node = self.given.get("per")
         if node is None:
-            return 1
+            return 1, None
         before = len(self.ctx.report.errors)
-        found = rows_of(node, self.ctx)
-        if found is None and len(self.ctx.report.errors) == before and rows(node, self.ctx):
-            unsupported(Feature.PARTITIONS, node.span, self.ctx)
+        found = classes_of(node, self.ctx)
+        if found is None and len(self.ctx.report.errors) == before:
+            rows(node, self.ctx)
         return found
 
     def _set(self, option: str) -> Set | None:
@@ -233,7 +256,8 @@ class _Options:
             )  # fmt: skip
         if factors is None or bounds is None:
             return None
-        keys = self._keys() or 1
+        keys, members = self._members() or (1, None)
+        keys = keys if members is None else 1
         ordered = list(bounds) == sorted(bounds) and all(0 <= x <= 1 for x in bounds)
         whole = tuple(int(x) for x in factors)
         if len(factors) != len(bounds) or not ordered or any(keys % x for x in whole) or max(whole) > 255:

@@ -72,7 +72,7 @@ def pattern_set(node: ast.Expr, ctx: Context) -> Set | None:
             e = boolean(cond, bind_locals(bindings, ctx))
             if e is None:
                 return None
-            return _on_grid(Where(e, span), ctx) if ctx.maker.reads_grid(e) else Where(e, span)
+            return gridded(Where(e, span), ctx) if ctx.maker.reads_grid(e) else Where(e, span)
         case ast.Algebra(op=op, operands=operands):
             sets = [pattern_set(operand, ctx) for operand in operands]
             good = tuple(s for s in sets if s is not None)
@@ -164,7 +164,7 @@ def _choose(node: ast.Conditional, ctx: Context) -> Set | None:
         return None
     if decided is None:
         found = Choose(cond, then, other, node.span)
-        return _on_grid(found, ctx) if ctx.maker.reads_grid(cond) else found
+        return gridded(found, ctx) if ctx.maker.reads_grid(cond) else found
     return then if decided else other
 
 
@@ -214,17 +214,22 @@ def _name(node: ast.Name, ctx: Context) -> Set | None:
 def _placed(node: ast.Place, ctx: Context) -> Set | None:
     """`P on place`; along several axes one after another."""
     where = places_of(node.place, ctx)
-    along = where is not None and isinstance(where[0], Along)
+    along = where is not None and isinstance(where[0][0], Along)
     deeper = replace(ctx, places=ctx.places + 1, inside="on", among="`on`", along=ctx.along or along)
     inner = pattern_set(node.operand, deeper)
     if inner is None or where is None:
         return None
-    placed = tuple(On(inner, place, node.span) for place in where)
-    found = placed[0] if len(placed) == 1 else Inter(placed, node.span)
-    return _on_grid(found, ctx) if along else found
+    placed = []
+    for chain in where:
+        part = inner
+        for place in reversed(chain):
+            part = On(part, place, node.span)
+        placed.append(part)
+    found = placed[0] if len(placed) == 1 else Inter(tuple(placed), node.span)
+    return gridded(found, ctx) if along else found
 
 
-def _on_grid(pattern: Set, ctx: Context) -> Set:
+def gridded(pattern: Set, ctx: Context) -> Set:
     """The pairs of a set whose tokens lie on the grid."""
     grid = grid_of(ctx)
     return pattern if grid is None or grid.everywhere else Inter((pattern, Where(on_grid(grid))), pattern.span)
@@ -249,8 +254,10 @@ def _chosen(made: Selection, span: Span, ctx: Context) -> Set | None:
     if ctx.maker.dead:
         return Where(ctx.maker.const(True, span), span)
     ctx.maker.inputs[made.name] = plan_input(made)
-    found = _planned(ctx.maker.inputs[made.name], span, ctx)
-    return found if found is None or made.name in ctx.maker.open_selections else Inter((made.among, found), span)
+    found = _planned(ctx.maker.inputs[made.name], span, ctx, made)
+    if found is None or made.among == Where(Const(True)):
+        return found
+    return Inter((made.among, found), span)
 
 
 def within(pattern: Set, made: Selection, ctx: Context) -> Set | None:
@@ -262,7 +269,7 @@ def within(pattern: Set, made: Selection, ctx: Context) -> Set | None:
     return None if chosen is None else Inter(tuple(parts), pattern.span)
 
 
-def _planned(decl: InputDecl, span: Span, ctx: Context) -> Set | None:
+def _planned(decl: InputDecl, span: Span, ctx: Context, made: Selection | None = None) -> Set | None:
     """The pairs that a plan chooses, read at the current row."""
     if ctx.places:
         ctx.report.error(
@@ -274,7 +281,7 @@ def _planned(decl: InputDecl, span: Span, ctx: Context) -> Set | None:
         )
         return None
     ctx.maker.term(span)
-    return selected(decl, span)
+    return selected(decl, made, span)
 
 
 def _reads_positions(value: Set, ctx: Context) -> bool:

@@ -9,18 +9,13 @@ from attndsl.grammar.scope import Context
 
 
 class Feature(Enum):
-    TILES = (
-        "A901",
-        "placing tokens by `tiles`",
-        "place them by each axis: `P on blocks(4) on y & P on blocks(8) on x`",
-    )
     VIEWS = ("A902", "attending `over` such a view", "write `pool(mean, 64)`, or hand in entries with `given`")
     POOLED_QUERIES = ("A903", "`from` pooled queries", "pool the queries outside")
     WITHIN = ("A904", "`within`", "run one attention per member and combine the outputs")
     PARTITIONS = (
         "A905",
         "selecting by these members or row classes",
-        "write `blocks(B)` or `tokens`, `rows(B)` or `query`",
+        "write `blocks(B)`, `tokens`, `tiles(...)` or `segments(ids)`, and of diagonals `per = head`",
     )
     COMPETE = ("A905", "a `cover` over more than a row class", "write `compete = row`, or leave it out")
     PACKED = (

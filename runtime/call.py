@@ -90,7 +90,7 @@ def declared_sizes(decl: InputDecl, program: Program, shape: CallShape, x: Tenso
     """The sizes that an input has in a call. A plan lists as many members as it likes, or in uint8 says it of each."""
     sizes = [dim_size(dim, program, shape) for dim in decl.dims]
     if decl.members is not None and x.dim() == len(sizes):
-        sizes[-1] = -(-shape.k_len // decl.members) if x.dtype == torch.uint8 else x.shape[-1]
+        sizes[-1] = -(-shape.k_len // decl.members) * decl.each if x.dtype == torch.uint8 else x.shape[-1]
     return sizes
 
 
@@ -116,9 +116,9 @@ def dim_size(dim: Dim, program: Program, shape: CallShape) -> int:
         case Axis.G:
             return shape.kv_heads
         case Axis.Q:
-            return shape.rows if dim.block == 1 else -(-shape.q_len(program) // dim.block)
+            return shape.rows if dim.block == 1 else -(-shape.q_len(program) // dim.block) * max(1, dim.size)
         case Axis.K:
-            return -(-shape.k_len // dim.block)
+            return -(-shape.k_len // dim.block) * max(1, dim.size)
         case Axis.D:
             return shape.dim
         case Axis.DV:

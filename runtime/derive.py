@@ -214,8 +214,8 @@ class Deriver:
                 return self._map(decl, decl.derivation, values)
             case Draw():
                 return self._draw(decl, decl.derivation, values)
-            case Chosen(plan=plan, keys=keys, level=level):
-                return chosen_members(values.tensors[plan], self._members(keys), level)
+            case Chosen(plan=plan, keys=keys, level=level, each=each):
+                return chosen_members(values.tensors[plan], self._members(keys) * each, level)
             case TileList() | Gathering():
                 raise AssertionError("a list needs no values of its own")
             case Cut():
@@ -363,8 +363,8 @@ class Deriver:
 
     def _size(self, decl: InputDecl) -> list[int]:
         match decl.derivation:
-            case Chosen(plan=plan, keys=keys):
-                return [*self._plan(plan).shape[:-1], self._members(keys)]
+            case Chosen(plan=plan, keys=keys, each=each):
+                return [*self._plan(plan).shape[:-1], self._members(keys) * each]
             case TileList(plan=plan) | Gathering(plan=plan):
                 dims = self.program.input(plan).dims
                 return list_size(decl.derivation, decl, self._plan(plan), dims, self.shape)

@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attndsl.branch_mass import BranchMass, branch_mass
-from attndsl.capacity import budgets, capacity
+from attndsl.capacity import budgets, capacity, rows_that_see
 from attndsl.diagnostics import error
+from attndsl.members import extent
 from attndsl.plans import plan_heads
 from attndsl.program import CallShape, Inter, Program, Set
 from attndsl.runtime.derive import Deriver
 from attndsl.runtime.engine import table_tensor
+from attndsl.runtime.groups import Groups
 from attndsl.runtime.masses import leading, pooled_members
 from attndsl.runtime.strips import STRIP, Strips
 from attndsl.runtime.touched import Touched
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from attndsl.runtime.triton_select import TritonSelect
 
 # Pairs of rows and keys of a branch that one row class may have.
-MAX_PAIRS = 1 << 28
+MAX_PAIRS = 1 << 32
 # Rows for which heads may choose single tokens each on their own.
 MAX_TOKEN_ROWS = 16
 
@@ -52,6 +54,8 @@ class Selector:
     groups: Touched | None = field(init=False, default=None)
     mass: BranchMass | None = field(init=False, default=None)
     mass_deriver: Deriver | None = field(init=False, default=None)
+    # The rows that the branch of a mass may let see anything.
+    seeing: tuple[int, int] = field(init=False, default=(0, 0))
     whole: bool = field(init=False)
     fused: TritonSelect | None = field(init=False, default=None)
 
@@ -59,16 +63,19 @@ class Selector:
         """Raises `PatternError` for what would be slow in silence (A570), or where no list is long enough (A571)."""
         selection, shape = self.selection, self.shape
         heads = (shape.heads, shape.kv_heads)
-        if selection.keys == selection.rows == 1 and selection.share is Share.NONE and shape.rows > MAX_TOKEN_ROWS:
+        single = selection.keys == selection.rows == 1 and selection.members is None
+        if single and selection.share is Share.NONE and shape.rows > MAX_TOKEN_ROWS:
             raise error(
                 "A570", f"each of {shape.heads} heads chooses single tokens for each of {shape.rows} rows",
                 selection.span, help="write `share = group` or `share = heads`, larger members, or `per = rows(64)`",
             )  # fmt: skip
         if isinstance(selection.score, Probs):
             self.mass = checked_mass(self.program, selection, shape)
+            self.seeing = seeing_rows(self.program, self.mass, shape)
         self.capacity = capacity(self.program, selection, heads, self.members)
         # Where the call holds every row, its row classes are whole.
         self.whole = selection.rows is not None and shape.rows == shape.q_len(self.program)
+        self.whole = self.whole and selection.row_tiles is None
         self.tables = {table.name: table_tensor(table, self.device) for table in self.program.tables}
         if self.printer is None or why_not_fused(self.program, selection, heads):
             self._prepare_strips(heads)
@@ -78,10 +85,11 @@ class Selector:
         if isinstance(selection.rule, Top) and selection.rule.count is not None:
             found = budgets(self.program, selection.rule.count, heads)
             self.budgets = torch.tensor(found, device=self.device).view(1, -1, 1, 1)
-        self.among = self._touched(selection.among, selection.rows, selection.keys)
+        keys = selection.keys if selection.members is None else 1
+        self.among = self._touched(selection.among, selection.rows, keys)
         if selection.always is not None:
             forced = Inter((selection.among, selection.always))
-            self.always = self._touched(forced, selection.rows, selection.keys)
+            self.always = self._touched(forced, selection.rows, keys)
         if self.mass is not None:
             self.mass_deriver = Deriver(self.mass.program, self.shape, self.device, given=self.given)
         if isinstance(selection.score, Antidiagonal):
@@ -93,14 +101,17 @@ class Selector:
 
     @property
     def members(self) -> int:
-        return -(-self.shape.k_len // self.selection.keys)
+        return members_of(self.selection, self.shape)
 
     @property
     def classes(self) -> int:
         return _classes(self.program, self.selection, self.shape)
 
-    def vectors(self, v: Vectors, k: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-        """[B, G or H or 1, members, D] of what the keys hold, float32 (float64 for float64 tensors)."""
+    def vectors(self, v: Vectors, k: Tensor, inputs: Sequence[Tensor], groups: Groups | None = None) -> Tensor:
+        """[B, G or H or 1, members, D] of what the keys hold, float32 (float64 for float64 tensors).
+
+        groups: the members' keys, where members are no blocks in a row.
+        """
         real = torch.float64 if k.dtype == torch.float64 else torch.float32
         x = k
         if v.source != "K":
@@ -108,7 +119,10 @@ class Selector:
             x = leading(self.program.input(v.source), inputs[names.index(v.source)])
         if v.pool is None:
             return x.expand(-1, -1, self.members, -1).to(real)
-        return pooled_members(x.expand(-1, -1, self.shape.k_len, -1), self.selection.keys, v.pool, real)
+        x = x.expand(-1, -1, self.shape.k_len, -1)
+        if groups is not None:
+            return groups.pooled(x.expand(self.shape.batch, -1, -1, -1).to(real), v.pool)
+        return pooled_members(x, self.selection.keys, v.pool, real)
 
     # ----------------------------------------------------------------------------------------- plans
 
@@ -163,7 +177,7 @@ class Selector:
 def empty_plan(program: Program, selection: Selection, shape: CallShape, device: torch.device) -> Tensor:
     """A plan without anything in it."""
     heads = {Share.NONE: shape.heads, Share.GROUP: shape.kv_heads, Share.HEADS: 1}[plan_heads(selection)]
-    width, dtype = -(-shape.k_len // selection.keys), torch.uint8
+    width, dtype = members_of(selection, shape), torch.uint8
     if selection.bounded:
         width, dtype = capacity(program, selection, (shape.heads, shape.kv_heads), width), torch.int32
     return torch.empty(
@@ -179,7 +193,14 @@ def _classes(program: Program, selection: Selection, shape: CallShape) -> int:
         case None:
             return 1
         case rows:
-            return -(-shape.q_len(program) // rows)
+            tokens, each = (rows, 1) if selection.row_tiles is None else extent(selection.row_tiles)
+            return -(-shape.q_len(program) // tokens) * each
+
+
+def members_of(selection: Selection, shape: CallShape) -> int:
+    """Members of a plan."""
+    tokens, each = selection.extent
+    return -(-shape.k_len // tokens) * each
 
 
 def checked_mass(program: Program, selection: Selection, shape: CallShape) -> BranchMass:
@@ -188,10 +209,23 @@ def checked_mass(program: Program, selection: Selection, shape: CallShape) -> Br
     Raises `PatternError` where it has none (A575), or where one row class would look at too many (A576).
     """
     mass = branch_mass(program, selection, (shape.heads, shape.kv_heads))
-    keys = mass.keys(shape.k_len)
-    if selection.rows is None and shape.batch * shape.heads * shape.rows * keys > MAX_PAIRS:
+    keys, (low, high) = mass.keys(shape.k_len), seeing_rows(program, mass, shape)
+    if selection.rows is None and shape.batch * shape.heads * (high - low) * keys > MAX_PAIRS:
         raise error(
-            "A576", f"`probs` for all {shape.rows} rows at once looks at {keys} keys of each", selection.span,
+            "A576", f"`probs` for all {high - low} rows that see looks at {keys} keys of each", selection.span,
             help=f"at most {MAX_PAIRS:,} pairs: take fewer rows, or `per = rows(64)`",
         )  # fmt: skip
+    largest = isinstance(selection.score, Probs) and selection.score.largest
+    if largest and selection.members is not None and mass.view is not None:
+        raise error(
+            "A575", f"the largest probabilities of `{mass.branch.name}`'s entries rank no such members yet",
+            selection.span, help="write `probs(branch)`, or probe the raw tokens",
+        )  # fmt: skip
     return mass
+
+
+def seeing_rows(program: Program, mass: BranchMass, shape: CallShape) -> tuple[int, int]:
+    """The position of the first row of a call that a branch may let see anything, and one past the last."""
+    low, high = rows_that_see(mass.program, (shape.heads, shape.kv_heads), shape.q_len(program), shape.k_len)
+    first = shape.first_position(program)
+    return max(low, first), max(low, first, min(high, first + shape.rows))

@@ -22,7 +22,7 @@ from attndsl.runtime.call import broadcasts, call_shape, check_inputs, check_tab
 from attndsl.runtime.ops import traced
 from attndsl.runtime.plans import listed_members
 from attndsl.runtime.registry import engine_of
-from attndsl.runtime.select import Selector, checked_mass, empty_plan
+from attndsl.runtime.select import Selector, checked_mass, empty_plan, members_of
 from attndsl.select_plan import fuses_on
 from attndsl.selection import Levels, Probs, Selection, Share
 
@@ -73,7 +73,9 @@ class Planner:
 
     def input(self, name: str) -> Tensor:
         """The plan as the input that it is to what attends it."""
-        return as_input(self.plan(name), plan_input(self.program.selection(name)))
+        # Where the program declares it, nothing is derived anew: torch.compile would trace that.
+        declared = [decl for decl in self.program.inputs if decl.name == name]
+        return as_input(self.plan(name), declared[0] if declared else plan_input(self.program.selection(name)))
 
     def _made(self, selection: Selection) -> Tensor:
         read = [self.input(name) for name in _reads(selection, self.program)]
@@ -111,6 +113,11 @@ def with_given_plans(
                 help=f"pass plans={{'{decl.name}': …}}; a `PagedCache` with bounds makes those of Quest",
             )  # fmt: skip
         selection = program.selection(decl.name)
+        if selection.members is not None or selection.row_tiles is not None:
+            raise error(
+                "A911", f"decode within `{decl.name}` is not yet supported: it chooses no blocks in a row", decl.span,
+                help="choose `blocks(B)` or `tokens` for rows",
+            )  # fmt: skip
         found.append(as_input(_checked(program, selection, shape, given[decl.name], device), decl))
     return found
 
@@ -125,7 +132,7 @@ def as_input(plan: Tensor, decl: InputDecl) -> Tensor:
 
 def _checked(program: Program, selection: Selection, shape: CallShape, plan: object, device: torch.device) -> Tensor:
     """A plan that a call gives. Raises `PatternError` for a wrong form, and in debug mode for wrong entries."""
-    members, of_levels = -(-shape.k_len // selection.keys), isinstance(selection.rule, Levels)
+    members, of_levels = members_of(selection, shape), isinstance(selection.rule, Levels)
     forms = [torch.uint8] if of_levels else [torch.int32, torch.int64, torch.uint8]
     heads = {Share.NONE: shape.heads, Share.GROUP: shape.kv_heads, Share.HEADS: 1}[plan_heads(selection)]
     wanted = [shape.batch, heads, empty_plan(own_program(program), selection, shape, torch.device("meta")).shape[2]]

@@ -6,13 +6,15 @@ tensors), and ties go to the lower index. Nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, assert_never
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from attndsl.members import Lags
+from attndsl.runtime.groups import Groups, lag_sums, tiled_rows
 from attndsl.runtime.masses import floor_share, leading, normalised, pooled, shares, softmax
 from attndsl.runtime.touched import Touched, call_values
 from attndsl.runtime.values import Values
@@ -62,11 +64,20 @@ class Strips:
         self.group = self.shape.heads // self.shape.kv_heads
         self.tensors = dict(zip((decl.name for decl in of.program.inputs), inputs, strict=True))
         self.width = of.members
+        self.members: Groups | None = None
+        of_members = self.selection.members
+        if of_members is not None and not isinstance(of_members, Lags):
+            self.members = Groups.of(of_members, of.members, self.among)
+            self.width = max(of.members, self.shape.k_len)
+        self.tiles: Tensor | None = None
+        if self.selection.row_tiles is not None:
+            q_len = self.shape.q_len(of.program)
+            self.tiles = tiled_rows(self.selection.row_tiles, of.classes, q_len, self.device, self.among)
         score = self.selection.score
         if isinstance(score, Dot):
-            self.keys = of.vectors(score.y, k, inputs)
+            self.keys = of.vectors(score.y, k, inputs, self.members)
         elif isinstance(score, Bound):
-            low, high = (of.vectors(y, k, inputs) for y in (score.low, score.high))
+            low, high = (of.vectors(y, k, inputs, self.members) for y in (score.low, score.high))
             self.low, self.high = torch.minimum(low, high), torch.maximum(low, high)
         elif isinstance(score, Antidiagonal):
             rows = self.selection.rows
@@ -81,7 +92,8 @@ class Strips:
             self.branch_scale: float | Tensor = self.scale
             if scale is None:
                 self.branch_scale = self.shape.dim**-0.5 if own is None else self.mass_values.tensor(own)
-            self.width = of.mass.keys(self.shape.k_len) * (self.selection.rows or self.shape.rows)
+            keys = max(of.mass.keys(self.shape.k_len), 0 if self.members is None else self.shape.k_len)
+            self.width = keys * (self.selection.rows or self.shape.rows)
         if not of.whole:
             self.width *= self.selection.rows or self.shape.rows
 
@@ -94,23 +106,55 @@ class Strips:
 
     def _present(self, touched: Touched, values: Values, low: int, high: int, rows: int | None) -> Tensor:
         """Whether these row classes have a pair with each member: bool [B or 1, H or 1, high - low, members]."""
+        if touched is self.of.groups or self.selection.members is None:
+            return self._of_classes(touched, values, low, high, rows)
+        if self.members is None:
+            return self._lags(touched, values)
+        return self.members.any(self._of_classes(touched, values, low, high, rows))
+
+    def _of_classes(self, touched: Touched, values: Values, low: int, high: int, rows: int | None) -> Tensor:
+        """As `_present`, of members that are blocks in a row, or else of their keys."""
+        narrow = self.members is not None
         if rows is not None and (rows == 1 or self.of.whole):
-            return touched.at(values, self._positions(low, high, rows))
+            return touched.at(values, self._positions(low, high, rows), narrow=narrow)
         if rows is None:
-            step = max(1, STRIP[self.device.type] // max(1, self.shape.batch * self.shape.heads * self.of.members))
-            found = None
-            for start in range(0, self.shape.rows, step):
-                here = self._positions(start, min(start + step, self.shape.rows), 1)
-                inside = touched.at(values, here).any(2, keepdim=True)
-                found = inside if found is None else found | inside
-            if found is None:
-                return torch.zeros(1, 1, 1, self.of.members, dtype=torch.bool, device=self.device)
-            return found
-        position = torch.arange(low * rows, high * rows, device=self.device)
-        inside = touched.at(values, position)
+            found = torch.zeros((), dtype=torch.bool, device=self.device).view(1, 1, 1, 1)
+            for start, end in self._row_strips(-(-self.shape.k_len // touched.keys)):
+                position = torch.arange(start, end, device=self.device)
+                found = found | touched.at(values, position, narrow=narrow).any(2, keepdim=True)
+            return found if narrow else found.expand(*found.shape[:3], -(-self.shape.k_len // touched.keys))
+        position = self._class_positions(low, high, rows)
+        inside = touched.at(values, position, narrow=narrow)
         here = (position >= max(0, self.first)) & (position < self.first + self.shape.rows)
         by_class: Tensor = (inside & here.view(1, 1, -1, 1)).unflatten(2, (-1, rows))
         return by_class.any(3)
+
+    def _row_strips(self, width: int, low: int | None = None, high: int | None = None) -> Iterator[tuple[int, int]]:
+        """The first and last positions of some of the call's rows after the other, which have `width` entries each; of
+        those from `low` to before `high`."""
+        step = max(1, STRIP[self.device.type] // max(1, self.shape.batch * self.shape.heads * width))
+        begin = self.first if low is None else max(self.first, low)
+        end = self.first + self.shape.rows
+        end = end if high is None else min(end, high)
+        for start in range(begin, end, step):
+            yield start, min(start + step, end)
+
+    def _class_positions(self, low: int, high: int, rows: int) -> Tensor:
+        """The positions of all rows of these row classes, one class after another; -1 for a row that a tile lacks."""
+        if self.tiles is not None:
+            return self.tiles[low:high].flatten()
+        return torch.arange(low * rows, high * rows, device=self.device)
+
+    def _lags(self, touched: Touched, values: Values) -> Tensor:
+        """Which diagonals all rows of the call have a pair on."""
+        size, count = self.selection.keys, self.of.members
+        found = torch.zeros(1, 1, count, dtype=torch.bool, device=self.device)
+        for start, end in self._row_strips(self.shape.k_len):
+            position = torch.arange(start, end, device=self.device)
+            inside = touched.at(values, position)
+            inside = inside.expand(*inside.shape[:2], position.numel(), -1).to(torch.int8)
+            found = found | (lag_sums(inside, start, size, count, largest=True) > 0)
+        return found.unsqueeze(2)
 
     def _rows(self, x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
         """Vectors [B, H, rows, D] of the call's rows by class, [B, H, high - low, rows of a class, D], and which of
@@ -121,7 +165,7 @@ class Strips:
             return x[:, :, None], here.view(1, -1)
         if rows == 1:
             return x[:, :, low:high, None], (self._positions(low, high, 1) >= 0).view(-1, 1)
-        position = torch.arange(low * rows, high * rows, device=self.device)
+        position = self._class_positions(low, high, rows)
         row = position - self.first
         here = (row >= 0) & (row < have) & (position >= 0)
         picked = x[:, :, row.clamp(0, max(0, have - 1))] if have else x.new_zeros(*x.shape[:2], row.numel(), x.shape[3])
@@ -162,46 +206,79 @@ class Strips:
                 return self._probabilities(low, high, largest)
             case Given(value=value):
                 rows = self.selection.rows
-                members = torch.arange(self.of.members, device=self.device) * self.selection.keys
+                members = torch.arange(self.of.members, device=self.device).view(1, 1, 1, -1) * self.selection.keys
+                if self.members is not None:
+                    members = self.members.first.unsqueeze(2)
                 # That of all rows begins with the first token, whatever rows the call holds.
                 first = torch.zeros(1, dtype=torch.int64, device=self.device)
                 first = first if rows is None else self._positions(low, high, rows)
-                here = self.among.at(q=first.view(1, 1, -1, 1), k=members.view(1, 1, 1, -1))
+                if self.tiles is not None:
+                    first = self.tiles[low:high, 0].clamp(min=0)
+                here = self.among.at(q=first.view(1, 1, -1, 1), k=members)
                 return here.tensor(value).to(self.real)
             case _:
                 assert_never(score)
 
     def _probabilities(self, low: int, high: int, largest: bool) -> Tensor:
         """exp(logit - lse) of the branch's keys, given to members by their shares of tokens, over each class's rows."""
-        mass, state, values = self.of.mass, self.state, self.mass_values
-        assert mass is not None and state is not None and values is not None
-        x, here = self._rows(self.q, low, high)
-        lse, _ = self._rows(state[1].to(self.real).unsqueeze(-1), low, high)
-        x, lse, keys = x.flatten(2, 3).to(self.real), lse.flatten(2, 3), state[0].to(self.real)
         rows = self.selection.rows
         if rows is None:
-            position = torch.arange(self.shape.rows, device=self.device) + self.first
-        else:
-            position = torch.arange(low * rows, high * rows, device=self.device) + (self.first if rows == 1 else 0)
+            return self._of_all_rows(largest)
+        assert self.state is not None
+        x, here = self._rows(self.q, low, high)
+        lse, _ = self._rows(self.state[1].to(self.real).unsqueeze(-1), low, high)
+        position = self._positions(low, high, 1) if rows == 1 else self._class_positions(low, high, rows)
+        masses = self._masses(x.flatten(2, 3), lse.flatten(2, 3), position, here.reshape(-1))
+        found: Tensor = self._given_to_members(masses, largest).unflatten(2, (high - low, -1))
+        return found.amax(3) if largest else found.sum(3)
+
+    def _of_all_rows(self, largest: bool) -> Tensor:
+        """As `_probabilities` of the class of all rows, strip by strip: of those rows that the branch lets see."""
+        assert self.state is not None
+        shape, mass, diagonals = self.shape, self.of.mass, isinstance(self.selection.members, Lags)
+        assert mass is not None
+        found = torch.zeros(shape.batch, shape.heads, self.of.members, dtype=self.real, device=self.device)
+        for start, end in self._row_strips(mass.keys(shape.k_len), *self.of.seeing):
+            at, position = slice(start - self.first, end - self.first), torch.arange(start, end, device=self.device)
+            masses = self._masses(self.q[:, :, at], self.state[1][:, :, at, None], position, position >= 0)
+            if diagonals:
+                part = lag_sums(masses, start, self.selection.keys, self.of.members, largest)
+            else:
+                part = self._given_to_members(masses, largest)
+                part = part.amax(2) if largest else part.sum(2)
+            found = torch.maximum(found, part) if largest else found + part
+        return found.unsqueeze(2)
+
+    def _masses(self, x: Tensor, lse: Tensor, position: Tensor, here: Tensor) -> Tensor:
+        """exp(logit - lse) of rows [B, H, rows, D] at these positions, with lse [B, H, rows, 1], and the branch's keys:
+        [B, H, rows, keys]. here: which of the rows are there."""
+        mass, state, values = self.of.mass, self.state, self.mass_values
+        assert mass is not None and state is not None and values is not None
+        keys = state[0].to(self.real)
         index = torch.arange(keys.shape[2], device=self.device)
-        logits = self._dots(x, keys) * self.branch_scale
+        logits = self._dots(x.to(self.real), keys) * self.branch_scale
         at = values.at(q=position.view(1, 1, -1, 1), k=index.view(1, 1, 1, -1), s=logits)
         if mass.logit is not None:
             logits = at.tensor(mass.logit).to(self.real)
-        seen = at.tensor(mass.seen) & here.reshape(1, 1, -1, 1)
-        masses = torch.where(seen, torch.exp(logits - lse), 0).nan_to_num(0.0, posinf=0.0)
-        found: Tensor = self._given_to_members(masses, largest).unflatten(2, (high - low, -1))
-        return found.amax(3) if largest else found.sum(3)
+        seen = at.tensor(mass.seen) & here.view(1, 1, -1, 1)
+        return torch.where(seen, torch.exp(logits - lse.to(self.real)), 0).nan_to_num(0.0, posinf=0.0)
 
     def _given_to_members(self, masses: Tensor, largest: bool) -> Tensor:
         """[B, H, rows, keys of the branch] as [B, H, rows, members]."""
         mass, size, members = self.of.mass, self.selection.keys, self.of.members
         assert mass is not None
-        if mass.size == mass.stride and size % mass.size == 0:
+        if self.members is not None and mass.size == mass.stride == 1:
+            return self.members.largest(masses) if largest else self.members.sum(masses)
+        if self.members is None and mass.size == mass.stride and size % mass.size == 0:
             whole: Tensor = pad(masses, (0, members * (size // mass.size) - masses.shape[3])).unflatten(
                 3, (members, -1)
             )
             return whole.amax(4) if largest else whole.sum(4)
+        if self.members is not None:
+            first = torch.arange(masses.shape[3], device=self.device)[:, None] * mass.stride
+            end = (first + mass.size).clamp(max=self.shape.k_len)
+            given: Tensor = masses @ (self.members.counts(first, mass.size).to(self.real) / (end - first))
+            return given
         return shares(masses, mass.size, mass.stride, size, self.shape.k_len, largest)
 
     def _antidiagonal(self, stride: int, low: int, high: int) -> Tensor:

@@ -45,12 +45,15 @@ class Touched:
         """The scalars of a call, its derived inputs among them."""
         return call_values(self.program, self.shape, self.deriver, inputs, args, tables)
 
-    def at(self, values: Values, q_pos: Tensor) -> Tensor:
-        """bool [B or 1, H or 1, rows or 1, members], for row blocks of the positions q_pos."""
+    def at(self, values: Values, q_pos: Tensor, *, narrow: bool = False) -> Tensor:
+        """bool [B or 1, H or 1, rows or 1, members], for row blocks of the positions q_pos.
+
+        narrow: one for all members where it is the same for each.
+        """
         members = torch.arange(-(-self.shape.k_len // self.keys), device=self.device)
         here = values.at(q=q_pos.view(1, 1, -1, 1), k=(members * self.keys).view(1, 1, 1, -1))
         inside = here.tensor(self.condition) & (q_pos >= 0).view(1, 1, -1, 1)
-        return inside.expand(*inside.shape[:-1], members.numel())
+        return inside if narrow else inside.expand(*inside.shape[:-1], members.numel())
 
 
 def call_values(

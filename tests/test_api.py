@@ -176,7 +176,7 @@ WRONG: dict[str, Callable[[], object]] = {
     )(Q, K, V),
     "A576": lambda: attndsl.compile(
         "attention a { x = attend causal  output x plan p = top(1, tokens, per = head, among = causal, by = probs(x)) }"
-    ).plan(*(torch.empty(1, 1, 1 << 15, 8, device="meta") for _ in range(2))),
+    ).plan(*(torch.empty(1, 1, 1 << 17, 8, device="meta") for _ in range(2))),
     "A565": call("causal", Q, K, V, views={"pool(mean, 4)": (K, V)}),
     "A912": call("attention a { input doc : int[b, k]  attend document(doc) over pool(mean, 4) }", Q, K, V, doc=IDS),
     "A911": lambda: attndsl.compile("attention a { attend causal over pool(mean, 4) }").mask(4, 4),

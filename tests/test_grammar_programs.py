@@ -23,13 +23,10 @@ PARAMS: dict[str, dict[str, object]] = {
 }
 UNSUPPORTED: dict[str, set[str]] = {
 
-        "vmoba": {"A901", "A905"},
     "vsa": {"A903"}, "hsa": {"A904"},
     "blasst": {"A909"},
     "snap": {"A908"},
-    "biformer": {"A905"},
-    "minference_vertical_slash": {"A905"}, "pbs": {"A905"},
-    "svg_ear": {"A902", "A905"},
+    "svg_ear": {"A902"},
 
 }  # fmt: skip
 

@@ -63,7 +63,8 @@ def check(program: Program, shape: CallShape, seed: int = 0, **inputs: torch.Ten
     heads = {Share.NONE: shape.heads, Share.GROUP: shape.kv_heads, Share.HEADS: 1}[plan_heads(selection)]
     assert plan.shape[:2] == (shape.batch, heads)
     assert plan.dtype == (torch.int32 if selection.bounded else torch.uint8)
-    members = -(-shape.k_len // selection.keys)
+    tokens, each = selection.extent
+    members = -(-shape.k_len // tokens) * each
     np.testing.assert_array_equal(levels_of(plan, members, shape.heads), wanted.level)
 
 

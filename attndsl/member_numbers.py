@@ -1,0 +1,93 @@
+"""The numbers of members that are no blocks in a row, as scalars: which one a key is of, and whether it is of one."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from attndsl.coordinates import coordinate, on_grid
+from attndsl.members import Lags, Members, Placed, Runs, Tiles
+from attndsl.program import Binary, Compare, Const, Logic, Read, Scalar, Type, Var
+from attndsl.selection import Selection
+
+
+def number(members: Tiles | Placed | Lags, x: str) -> Scalar:
+    """The member of token `x` ("q" or "k"), of a pair whose tokens have one.
+
+    >>> from attndsl.grid import Grid
+    >>> from attndsl.notation import scalar_text
+    >>> scalar_text(number(Tiles(Grid(("y", "x"), (None, 64), 0, (1, 1)), (8, 8)), "k"))
+    'k // 64 // 8 * 8 + k % 64 // 8'
+    """
+    match members:
+        case Tiles(grid=grid, sizes=sizes):
+            found = _quotient(coordinate(grid, 0, Var(x)), sizes[0])
+            for axis, count in enumerate(members.counts, start=1):
+                place = _quotient(coordinate(grid, axis, Var(x)), sizes[axis])
+                found = Binary("+", Binary("*", found, Const(count)), place)
+            return found
+        case Placed(size=size):
+            return _quotient(read(members, x), size)
+        case Lags(size=size):
+            return _quotient(Binary("-", Var("q"), Var("k")), size)
+        case _:
+            assert_never(members)
+
+
+def read(members: Placed | Runs, x: str = "k") -> Read:
+    """What the input of a permutation, or of segments, says of token `x`."""
+    return Read(members.input, (*members.lead, Var(x)), Type.INT)
+
+
+def has_member(members: Members) -> Scalar | None:
+    """Whether the key of a pair is of a member; None where each is."""
+    match members:
+        case Tiles(grid=grid):
+            return None if grid.everywhere else on_grid(grid, "k")
+        case Placed():
+            place = read(members)
+            return Logic("and", (Compare(">=", place, Const(0)), Compare("<", place, Var("Nk"))))
+        case Lags():
+            return Compare("<=", Var("k"), Var("q"))
+        case Runs():
+            return None
+        case _:
+            assert_never(members)
+
+
+def in_integer_sets(selection: Selection) -> tuple[str, str]:
+    """The row class of q and the member of k as isl writes them. Where data says which member, every key is its own: no
+    fewer are then counted than there are.
+
+    >>> _isl(Binary("//", Binary("-", Var("q"), Var("k")), Const(4)))
+    'floor(((q - k)) / 4)'
+    """
+    match selection.members:
+        case None:
+            of_key = f"floor(k / {selection.keys})"
+        case Placed() | Runs():
+            of_key = "k"
+        case members:
+            of_key = _isl(number(members, "k"))
+    if selection.row_tiles is not None:
+        return _isl(number(selection.row_tiles, "q")), of_key
+    return f"floor(q / {selection.rows})" if selection.rows else "0", of_key
+
+
+def _isl(e: Scalar) -> str:
+    match e:
+        case Var(name=name):
+            return name
+        case Const(value=value):
+            return str(value)
+        case Binary(op="//", left=a, right=Const(value=n)):
+            return f"floor(({_isl(a)}) / {n})"
+        case Binary(op="%", left=a, right=Const(value=n)):
+            return f"(({_isl(a)}) mod {n})"
+        case Binary(op=op, left=a, right=b):
+            return f"({_isl(a)} {op} {_isl(b)})"
+        case _:
+            raise AssertionError(f"not the number of a member: {e}")
+
+
+def _quotient(x: Scalar, size: int) -> Scalar:
+    return x if size == 1 else Binary("//", x, Const(size))

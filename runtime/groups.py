@@ -1,0 +1,164 @@
+"""Members that are no blocks in a row, on a device: which keys each has, what is summed, pooled or sought over them.
+
+Keys are put in order by their member, once a call; a member's keys then lie in a row, and sums are differences of
+running sums. Nothing is added atomically, and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from attndsl.member_numbers import has_member, number, read
+from attndsl.members import Members, Runs, Tiles
+from attndsl.runtime.values import Values
+from attndsl.selection import Pool
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Which keys each member has, in each batch entry and head (or in all of them alike).
+
+    label: int64 [B or 1, H or 1, Nk], the member of each key, one past the last for a key of none. order: the keys by
+    their members, in each by their positions. ends: int64 [..., members + 1], where a member's keys begin in the order.
+    """
+
+    label: Tensor
+    order: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, members: Members, count: int, values: Values) -> Groups:
+        """values: the scalars of a call, which holds `count` members."""
+        keys = torch.arange(values.shape.k_len, device=values.device)
+        here = values.at(q=0, k=keys.view(1, 1, 1, -1), Nk=values.shape.k_len)
+        if isinstance(members, Runs):
+            ids = here.tensor(read(members))
+            begins = pad(ids[..., 1:] != ids[..., :-1], (1, 0), value=True)
+            label = torch.where(begins[..., : keys.numel()], keys, 0)
+            label = label.cummax(-1).values if keys.numel() else label
+        else:
+            # Values are kept by the identity of their scalars, which therefore live as long.
+            of_key, inside = number(members, "k"), has_member(members)
+            label = here.tensor(of_key)
+            exists = (label >= 0) & (label < count)
+            label = torch.where(exists if inside is None else exists & here.tensor(inside), label, count)
+        return cls.labelled(label.expand(*label.shape[:-1], keys.numel()).squeeze(2), count)
+
+    @classmethod
+    def labelled(cls, label: Tensor, count: int) -> Groups:
+        ordered, order = label.to(torch.int64).sort(dim=-1, stable=True)
+        every = torch.arange(count + 1, device=label.device).expand(*label.shape[:-1], -1)
+        return cls(label, order, torch.searchsorted(ordered.contiguous(), every.contiguous()))
+
+    @property
+    def first(self) -> Tensor:
+        """The first key of each member, 0 where it has none: [B or 1, H or 1, members]."""
+        if not self.order.shape[-1]:
+            return torch.zeros_like(self.ends[..., :-1])
+        place = self.ends[..., :-1].clamp(max=self.order.shape[-1] - 1)
+        return torch.where(self.sizes > 0, self.order.gather(-1, place), 0)
+
+    @property
+    def sizes(self) -> Tensor:
+        """How many keys each member has."""
+        return self.ends.diff(dim=-1)
+
+    def any(self, inside: Tensor) -> Tensor:
+        """Whether some key of each member is inside: bool [..., rows, Nk or 1] as bool [..., rows, members]."""
+        if inside.shape[-1] == 1 != self.label.shape[-1]:
+            return inside & (self.sizes > 0).unsqueeze(2)
+        return self._summed(inside.to(torch.int32)) > 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        """[B, H, rows, Nk] summed over each member's keys: [B, H, rows, members]."""
+        return self._summed(x.to(torch.float64)).to(x.dtype)
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest of each member's keys of what is at least 0, 0 where it has none."""
+        label = self.label.unsqueeze(2).expand(*x.shape)
+        found = x.new_zeros(*x.shape[:-1], self.ends.shape[-1])
+        return found.scatter_reduce(-1, label, x, "amax")[..., :-1]
+
+    def pooled(self, x: Tensor, pool: Pool) -> Tensor:
+        """Vectors [B, G, Nk, D] pooled over each member's keys: [B, G or H, members, D], NaN where it has none."""
+        label, order, ends = (_of_heads(y, x.shape[1]) for y in (self.label, self.order, self.ends))
+        if label.shape[1] > x.shape[1]:
+            x = x.repeat_interleave(label.shape[1] // x.shape[1], 1)
+        shape, count = (*x.shape[:2], -1), ends.diff(dim=-1)
+        label, order, ends = (y.expand(shape).unsqueeze(-1) for y in (label, order, ends))
+        wide = (-1, -1, -1, x.shape[3])
+        if pool in (Pool.FIRST, Pool.LAST):
+            place = ends[:, :, :-1] if pool is Pool.FIRST else ends[:, :, 1:] - 1
+            token = order.gather(2, place.clamp(0, max(0, order.shape[2] - 1))) if order.shape[2] else place
+            found = x.gather(2, token.expand(wide)) if order.shape[2] else x.new_zeros(*token.shape[:3], x.shape[3])
+        elif pool in (Pool.MAX, Pool.MIN):
+            least = x.new_full((*x.shape[:2], ends.shape[2], x.shape[3]), -torch.inf)
+            signed = x if pool is Pool.MAX else -x
+            found = least.scatter_reduce(2, label.expand(wide), signed, "amax")[:, :, :-1]
+            found = found if pool is Pool.MAX else -found
+        else:
+            # In float64: a difference of long sums is then accurate to float32.
+            until = pad(x.gather(2, order.expand(wide)).to(torch.float64).cumsum(2), (0, 0, 1, 0))
+            found = until.gather(2, ends.expand(wide)).diff(dim=2)
+            found = found / count.unsqueeze(-1) if pool is Pool.MEAN else found
+        return torch.where(count.unsqueeze(-1) > 0, found, torch.nan).to(x.dtype)
+
+    def counts(self, first: Tensor, size: int) -> Tensor:
+        """How many of the keys [first, first + size) each member has: int64 [B or 1, H or 1, n, members], for first
+        [n, 1]."""
+        members = torch.arange(self.ends.shape[-1] - 1, device=first.device)
+        found = self.label.new_zeros(*self.label.shape[:2], first.numel(), members.numel())
+        outside = pad(self.label, (0, 1), value=members.numel())
+        for i in range(size):
+            of_keys = outside[..., (first.view(-1) + i).clamp(max=self.label.shape[-1])]
+            found += of_keys.unsqueeze(-1) == members
+        return found
+
+    def _summed(self, x: Tensor) -> Tensor:
+        lead = torch.broadcast_shapes(x.shape[:2], self.order.shape[:2])
+        x = x.expand(*lead, x.shape[2], self.order.shape[-1])
+        order, ends = (y.unsqueeze(2).expand(*lead, x.shape[2], -1) for y in (self.order, self.ends))
+        until = pad(x.gather(-1, order).cumsum(-1, dtype=x.dtype), (1, 0))
+        return until.gather(-1, ends).diff(dim=-1)
+
+
+def _of_heads(x: Tensor, heads: int) -> Tensor:
+    """[B or 1, H or 1, n] with a head for each of so many, or its own."""
+    return x if x.shape[1] > 1 else x.expand(-1, heads, -1)
+
+
+def tiled_rows(tiles: Tiles, count: int, q_len: int, device: torch.device, values: Values) -> Tensor:
+    """The positions of each tile's rows, int64 [count, tokens of a tile], in order and -1 after them."""
+    position = torch.arange(q_len, device=device)
+    here = values.at(q=position, k=position)
+    of_row, inside = number(tiles, "q"), has_member(tiles)
+    label = here.tensor(of_row)
+    exists = (label >= 0) & (label < count)
+    exists = exists if inside is None else exists & here.tensor(inside)
+    groups = Groups.labelled(torch.where(exists, label, count).expand(q_len).view(1, 1, -1), count)
+    place = groups.ends[0, 0, :-1, None] + torch.arange(tiles.tokens, device=device)
+    if not q_len:
+        return torch.full_like(place, -1)
+    found = groups.order[0, 0, place.clamp(max=q_len - 1)]
+    return torch.where(place < groups.ends[0, 0, 1:, None], found, -1)
+
+
+def lag_sums(x: Tensor, first: int, size: int, count: int, largest: bool) -> Tensor:
+    """[B, H, rows, Nk] of rows from position `first` on, summed (or the largest of what is at least 0) along diagonals
+    of `size` lags each: [B, H, count]. Keys after their row are of none."""
+    rows, keys = x.shape[2:]
+    if not rows or not keys:
+        return x.new_zeros(*x.shape[:2], count)
+    # Each row a place further to the right, so that equal lags stand in one column.
+    skewed = pad(x.flip(-1), (0, rows)).flatten(2)[..., :-rows].unflatten(-1, (rows, keys + rows - 1))
+    lags = skewed.amax(2) if largest else skewed.to(torch.float64).sum(2)
+    # Column c has the lag first - (keys - 1) + c; those below 0 fall off.
+    begin = first - (keys - 1)
+    lags = lags[..., -begin:] if begin < 0 else pad(lags, (begin, 0))
+    lags = pad(lags, (0, count * size - lags.shape[-1])).unflatten(-1, (count, size))
+    found: Tensor = lags.amax(-1) if largest else lags.sum(-1)
+    return found.to(x.dtype)
