@@ -14,6 +14,7 @@ from attndsl.cut_values import cut_values
 from attndsl.cuts import known_cuts, with_cuts
 from attndsl.derivation import Cut
 from attndsl.derive import derive
+from attndsl.effort import one_at_a_time
 from attndsl.evaluate import evaluate
 from attndsl.oracle import check_inputs, index_origin
 from attndsl.program import Arg, CallShape, Program, Read, Scalar, Table, Var, children, reads, walk
@@ -89,6 +90,7 @@ def most_visits(program: Program, runs: TileRuns, shape: CallShape, block_q: int
 
 
 @functools.lru_cache(maxsize=256)
+@one_at_a_time
 def _closed_runs(
     program: Program, heads: tuple[int, int], block_q: int, block_k: int, positions: tuple[int, int, int],
     given: frozenset[str],

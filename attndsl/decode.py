@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from attndsl.derive import derive, with_needed
+from attndsl.effort import one_at_a_time
 from attndsl.evaluate import evaluate
 from attndsl.listing import listables
 from attndsl.mask import pair_mask, written_condition
@@ -43,7 +44,7 @@ from attndsl.program import (
     substitute,
     walk,
 )  # fmt: skip
-from attndsl.relation import Lowering
+from attndsl.relation import lowered
 from attndsl.runs import Run, TileRuns
 from attndsl.simplify import fold
 
@@ -124,6 +125,7 @@ class DecodePlan(Plan):
 
 
 @functools.lru_cache(maxsize=1024)
+@one_at_a_time
 def decode_plan(
     program: Program, spec: Spec, rows: int, cache: Cache, split: bool = True, tiling: Tiling | None = None
 ) -> DecodePlan:
@@ -183,8 +185,7 @@ def _listed_plan(
     own, and heads with theirs, have tiles of their own."""
     if not any(decl.members for decl in program.inputs):
         return None
-    lowering = Lowering(program, (spec.heads, spec.kv_heads))
-    relation = lowering.relation(program.branch.pattern)
+    lowering, relation = lowered(program, (spec.heads, spec.kv_heads))
     of_row = {Dim(Axis.B), Dim(Axis.H), Dim(Axis.G), Dim(Axis.Q)}
     found = next((x for x in listables(program, relation) if {*x.plan.dims[:-1]} <= of_row), None)
     if found is None:

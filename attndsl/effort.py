@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import islpy as isl
 
@@ -13,10 +15,24 @@ EFFORT = 200_000
 _PASSED = "maximal number of operations"
 
 _Result = TypeVar("_Result")
+_Given = ParamSpec("_Given")
+_PLANNING = threading.RLock()
 
 
 class TooHard(Exception):
     """A step passed its effort bound."""
+
+
+def one_at_a_time(step: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """A step that shares isl contexts with others of its kind, which are for one thread at a time: a bound is of the
+    context, and another thread's operations would count against it."""
+
+    @functools.wraps(step)
+    def alone(*given: _Given.args, **named: _Given.kwargs) -> _Result:
+        with _PLANNING:
+            return step(*given, **named)
+
+    return alone
 
 
 def bounded(ctx: isl.Context, step: Callable[[], _Result], effort: int = EFFORT) -> _Result:

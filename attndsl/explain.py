@@ -28,6 +28,7 @@ from attndsl.derivation import (
     TileMap,
 )
 from attndsl.diagnostics import Diagnostic
+from attndsl.effort import one_at_a_time
 from attndsl.layout import PLAIN, Layout
 from attndsl.notation import Level, input_text, program_text, scalar_text, set_text
 from attndsl.pairs import allowed, count_pairs, nodes, spans, spans_text, too_dense
@@ -106,6 +107,7 @@ class Question:
     rates: tuple[float, float] | None = None
 
 
+@one_at_a_time
 def explain(question: Question) -> Explanation:
     """The explanation, section by section."""
     plans = forward_plans(question.program, question.spec)
@@ -122,6 +124,7 @@ def explain(question: Question) -> Explanation:
     return Explanation(tuple(s for s in sections if s.lines))
 
 
+@one_at_a_time
 def stages(question: Question, syntax: str, source: str) -> Explanation:
     """Every stage's own result: syntax, typed program, relation, runs, plan, source text."""
     plans = forward_plans(question.program, question.spec)

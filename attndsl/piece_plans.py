@@ -13,6 +13,7 @@ from attndsl.boxes import Boxes
 from attndsl.branches import Part
 from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
+from attndsl.effort import one_at_a_time
 from attndsl.grid_pieces import BoxPiece
 from attndsl.linear import normalise
 from attndsl.mask import shaped
@@ -46,6 +47,7 @@ P = TypeVar("P", bound=Plan)
 
 
 @functools.lru_cache(maxsize=1024)
+@one_at_a_time
 def forward_plans(
     program: Program, spec: Spec, tiling: Tiling | None = None, alone: bool = True
 ) -> tuple[ForwardPlan, ...]:
@@ -213,6 +215,7 @@ def _spec_of(piece: Piece | BoxPiece, spec: Spec) -> Spec:
 
 
 @functools.lru_cache(maxsize=1024)
+@one_at_a_time
 def backward_plans(
     program: Program, spec: Spec, tilings: tuple[Tiling, Tiling] | None = None, uses_lse: bool = True,
     alone: bool = True,

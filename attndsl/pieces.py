@@ -17,7 +17,7 @@ import islpy as isl
 import numpy as np
 
 from attndsl.derive import derive
-from attndsl.effort import EFFORT, TooHard, bounded
+from attndsl.effort import EFFORT, TooHard, bounded, one_at_a_time
 from attndsl.evaluate import evaluate
 from attndsl.grid_pieces import BoxPiece, grid_pieces
 from attndsl.isl_sets import project_param
@@ -33,7 +33,7 @@ from attndsl.program import (
     walk,
 )  # fmt: skip
 from attndsl.reindex import in_layout, with_pairs
-from attndsl.relation import Lowering, Relation
+from attndsl.relation import Relation, lowered
 from attndsl.runs import Side
 from attndsl.tiles import touched_runs
 
@@ -91,6 +91,7 @@ class Choice:
 
 
 @functools.lru_cache(maxsize=256)
+@one_at_a_time
 def choose_pieces(program: Program, heads: tuple[int, int]) -> Choice:
     """The pieces of a program's pattern for (H, G) heads."""
     program = derive(program)
@@ -101,8 +102,7 @@ def choose_pieces(program: Program, heads: tuple[int, int]) -> Choice:
     candidates = _candidates(program, heads)
     if not candidates:
         return Choice()
-    lowering = Lowering(program, heads)
-    relation = lowering.relation(program.branch.pattern)
+    lowering, relation = lowered(program, heads)
     if _reads_derived(program, relation):
         return Choice(note="tokens in order: the pattern holds parts that are computed before the kernel")
     try:

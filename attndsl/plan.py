@@ -11,8 +11,9 @@ from typing import Any
 from attndsl.box_tiles import BoxRuns
 from attndsl.boxes import Boxes
 from attndsl.branches import Given
-from attndsl.cuts import with_cuts
+from attndsl.cuts import with_cuts, without_cuts
 from attndsl.derive import derive, with_needed
+from attndsl.effort import one_at_a_time
 from attndsl.layout import PLAIN, Layout, Permutation
 from attndsl.learned import Learned, Over
 from attndsl.listing import Gathered
@@ -29,7 +30,7 @@ from attndsl.program import (
     Var,
     walk,
 )  # fmt: skip
-from attndsl.relation import Lowering
+from attndsl.relation import lowered
 from attndsl.runs import Side, TileRuns
 from attndsl.simplify import specialise
 from attndsl.visits import closed_runs, visits_of
@@ -363,6 +364,7 @@ def learning_tiling(spec: Spec) -> Tiling:
 
 
 @functools.lru_cache(maxsize=1024)
+@one_at_a_time
 def forward_plan(
     program: Program, spec: Spec, tiling: Tiling, skip: bool = True, layout: Layout | Permutation = PLAIN
 ) -> ForwardPlan:
@@ -383,6 +385,7 @@ def forward_plan(
 
 
 @functools.lru_cache(maxsize=1024)
+@one_at_a_time
 def backward_plan(
     program: Program, spec: Spec, tiling: Tiling, key_tiling: Tiling | None = None, uses_lse: bool = True,
     layout: Layout | Permutation = PLAIN,
@@ -424,14 +427,14 @@ def _loading(spec: Spec, tiling: Tiling) -> Spec:
 
 
 @functools.lru_cache(maxsize=1024)
+@one_at_a_time
 def learning_plan(plan: BackwardPlan, tiling: Tiling, side: Side) -> BackwardPlan:
     """The plan as the kernels for inputs that q and k read together have it: with runs and a mask of their own.
 
     They go over the whole pattern, its tokens in order, of whichever piece the plan is.
     """
     program, spec = plan.program, replace(plan.spec, loads=Loads.POINTER)
-    lowering = Lowering(program, (spec.heads, spec.kv_heads))
-    relation = lowering.relation(program.branch.pattern)
+    lowering, relation = lowered(without_cuts(program), (spec.heads, spec.kv_heads))
     runs = closed_runs(relation, program, spec, tiling, side)
     mask = pair_mask(relation, written_condition(lowering, spec.sizes)) if runs.partial else None
     return replace(

@@ -13,6 +13,7 @@ islpy is imported by the modules about integer sets (`tests/test_structure.py` n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -67,7 +68,7 @@ class NotAffine(Exception):
     """The scalar is not quasi-affine in q, k and the uniform scalars."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Relation:
     """A pattern's pairs.
 
@@ -119,8 +120,15 @@ def build_relation(program: Program, heads: tuple[int, int] | None = None, ancho
 
     `anchor`, q or k, is the position in whose terms quotients are written where there is a choice.
     """
-    program = derive(program)
-    return Lowering(program, heads, anchor).relation(program.branch.pattern)
+    return lowered(derive(program), heads, anchor)[1]
+
+
+@functools.lru_cache(maxsize=64)
+def lowered(program: Program, heads: tuple[int, int] | None = None, anchor: str = "q") -> tuple[Lowering, Relation]:
+    """The relation of a derived program's pattern, as `build_relation` has it, and the lowering that made it: one for
+    all tilings and kernels that ask."""
+    lowering = Lowering(program, heads, anchor)
+    return lowering, lowering.relation(program.branch.pattern)
 
 
 class Lowering:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import reduce
 
 import islpy as isl
 
@@ -15,13 +16,17 @@ ToScalar = Callable[[isl.AstExpr], Scalar]
 MAX_GROUPED = 24
 
 
-def interval_ends(build: isl.AstBuild, piece: isl.Set, context: isl.Set, scalar: ToScalar, cases: bool = True) -> Ends:
+def interval_ends(build: isl.AstBuild, piece: isl.Set, context: isl.Set, scalar: ToScalar) -> Ends:
     """The first tile of an interval { [t] } and how many there are, none where its parameters do not allow it.
 
-    As isl writes them, case by case, or where that is shorter as the greatest lower and the least upper bound.
-    cases: False leaves the former out where there is the latter; it takes long where there are many parameters.
+    Of a conjunction the greatest lower and the least upper bound; of others what isl writes, case by case, which takes
+    many times longer.
     """
-    return min(_written(build, piece, context, scalar, cases), key=written_size)
+    basic = piece.get_basic_sets()
+    if len(basic) == 1 and plain_interval(basic[0]):
+        return _bounds(build, piece, basic[0], context, scalar)
+    first, last = (scalar(build.expr_from_pw_aff(end)) for end in (piece.dim_min(0), piece.dim_max(0)))
+    return first, _guarded(build, piece.params(), context, scalar, _count(first, last))
 
 
 def plain_interval(piece: isl.BasicSet) -> bool:
@@ -30,6 +35,36 @@ def plain_interval(piece: isl.BasicSet) -> bool:
     return len(whole) == 1 and not any(
         whole[0].get_div(i).involves_dims(isl.dim_type.in_, 0, 1) for i in range(whole[0].dim(isl.dim_type.div))
     )
+
+
+def straightened(piece: isl.BasicSet) -> list[isl.BasicSet]:
+    """A conjunction on { [t] }, with bounds of quotients of t put as bounds of t: `t // 8 >= n` as `t >= 8 n`."""
+    whole = isl.Set.from_basic_set(piece).compute_divs().get_basic_sets()
+    if plain_interval(piece) or len(whole) != 1:
+        return [piece]
+    return list(reduce(isl.Set.intersect, map(_straightened, whole[0].get_constraints())).get_basic_sets()) or [piece]
+
+
+def _straightened(constraint: isl.Constraint) -> isl.Set:
+    bound, div = constraint.get_aff(), isl.dim_type.div
+    quotients = [
+        i for i in range(bound.dim(div))
+        if not bound.get_coefficient_val(div, i).is_zero() and bound.get_div(i).involves_dims(isl.dim_type.in_, 0, 1)
+    ]  # fmt: skip
+    if len(quotients) != 1 or not bound.get_coefficient_val(isl.dim_type.in_, 0).is_zero():
+        return isl.Set.from_basic_set(isl.BasicSet.from_constraint(constraint))
+    # factor * floor(quotient) + rest >= 0, or = 0, where rest does not know t.
+    (place,) = quotients
+    factor, quotient = bound.get_coefficient_val(div, place), bound.get_div(place)
+    rest = bound.set_coefficient_val(div, place, isl.Val.zero(constraint.get_ctx()))
+    limit = isl.PwAff.from_aff((rest.neg() if factor.is_pos() else rest).scale_down_val(factor.abs()))
+    divisor = quotient.get_denominator_val()
+    divided = isl.PwAff.from_aff(quotient.scale_val(divisor))
+    least = divided.ge_set(limit.ceil().scale_val(divisor))
+    most = divided.lt_set(limit.floor().scale_val(divisor).add_constant_val(divisor))
+    if constraint.is_equality():
+        return least.intersect(most)
+    return least if factor.is_pos() else most
 
 
 def exclusive(params: list[isl.Set]) -> list[list[int]]:
@@ -47,7 +82,16 @@ def exclusive(params: list[isl.Set]) -> list[list[int]]:
     return groups
 
 
-def either(ends: list[tuple[Scalar, Scalar]]) -> tuple[Scalar, Scalar]:
+def in_a_row(ends: list[Ends]) -> Ends:
+    """First tile and number of tiles of intervals in order of which those that have tiles follow each other."""
+    *others, (first, count) = ends
+    for other, tiles in reversed(others):
+        first = If(Compare(">", tiles, Const(0)), other, first)
+        count = Binary("+", tiles, count)
+    return first, count
+
+
+def either(ends: list[Ends]) -> Ends:
     """First tile and number of tiles of that interval of a group which has some: no loop has to choose among them."""
     *others, (first, count) = ends
     for other, tiles in reversed(others):
@@ -69,38 +113,32 @@ def written_size(ends: tuple[Scalar, ...]) -> int:
     return sum(map(size, ends))
 
 
-def _written(build: isl.AstBuild, piece: isl.Set, context: isl.Set, scalar: ToScalar, cases: bool) -> Iterator[Ends]:
-    basic = piece.get_basic_sets()
-    plain = len(basic) == 1 and plain_interval(basic[0])
-    if plain:
-        yield _bounds(build, basic[0], context, scalar)
-    if not plain or (cases and not basic[0].dim(isl.dim_type.div)):  # Those of quotients take long too.
-        first, last = (scalar(build.expr_from_pw_aff(end)) for end in (piece.dim_min(0), piece.dim_max(0)))
-        yield first, _guarded(build, piece.params().gist(context), scalar, _count(first, last))
-
-
-def _bounds(build: isl.AstBuild, piece: isl.BasicSet, context: isl.Set, scalar: ToScalar) -> Ends:
+def _bounds(build: isl.AstBuild, piece: isl.Set, conjunction: isl.BasicSet, context: isl.Set, scalar: ToScalar) -> Ends:
     lower, upper = list[Scalar](), list[Scalar]()
-    for constraint in piece.get_constraints():
+    for constraint in conjunction.get_constraints():
         if not constraint.involves_dims(isl.dim_type.set, 0, 1):
             continue
         bound, equal = constraint.get_bound(isl.dim_type.set, 0), constraint.is_equality()
-        below = equal or constraint.is_lower_bound(isl.dim_type.set, 0)
-        above = equal or constraint.is_upper_bound(isl.dim_type.set, 0)
-        for ends, wanted, rounded in ((lower, below, isl.Aff.ceil), (upper, above, isl.Aff.floor)):
-            if wanted:
-                end = isl.PwAff.from_aff(rounded(bound)).project_domain_on_params()
-                ends.append(scalar(build.expr_from_pw_aff(end)))
+
+        def end(rounded: isl.Aff) -> Scalar:
+            return scalar(build.expr_from_pw_aff(isl.PwAff.from_aff(rounded).project_domain_on_params()))
+
+        if equal:
+            # One tile, where there is one.
+            return end(bound.floor()), _guarded(build, piece.params(), context, scalar, Const(1))
+        if constraint.is_lower_bound(isl.dim_type.set, 0):
+            lower.append(end(bound.ceil()))
+        else:
+            upper.append(end(bound.floor()))
     first, last = Call("max", tuple(lower)), Call("min", tuple(upper))
-    others = isl.Set.from_basic_set(piece.drop_constraints_involving_dims(isl.dim_type.set, 0, 1))
-    count = Call("max", (_count(first, last), Const(0)))
-    return first, _guarded(build, others.params().gist(context), scalar, count)
+    others = isl.Set.from_basic_set(conjunction.drop_constraints_involving_dims(isl.dim_type.set, 0, 1))
+    return first, _guarded(build, others.params(), context, scalar, Call("max", (_count(first, last), Const(0))))
 
 
 def _count(first: Scalar, last: Scalar) -> Scalar:
     return Binary("+", Binary("-", last, first), Const(1))
 
 
-def _guarded(build: isl.AstBuild, params: isl.Set, scalar: ToScalar, count: Scalar) -> Scalar:
-    guard = fold(scalar(build.expr_from_set(params)))
+def _guarded(build: isl.AstBuild, params: isl.Set, context: isl.Set, scalar: ToScalar, count: Scalar) -> Scalar:
+    guard = fold(scalar(build.expr_from_set(params.gist(context))))
     return count if guard == Const(True) else If(guard, count, Const(0))

@@ -9,11 +9,12 @@ from attndsl.branch_mass import branch_mass
 from attndsl.branches import Branch, Part
 from attndsl.capacity import capacity
 from attndsl.derive import derive, with_needed
+from attndsl.effort import one_at_a_time
 from attndsl.mask import pair_mask, written_condition
 from attndsl.plan import Backend, Plan, Spec, Tiling
 from attndsl.plans import plan_heads
 from attndsl.program import Coarse, Coarsen, Const, Inter, Program, Read, Scalar, Set, walk
-from attndsl.relation import Lowering
+from attndsl.relation import Lowering, lowered
 from attndsl.runs import Side
 from attndsl.selection import Dot, Forced, Normalise, Probs, Selection, Share, Top
 from attndsl.simplify import fold, specialise
@@ -103,14 +104,14 @@ def fuses_on(target: str) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
+@one_at_a_time
 def select_plan(program: Program, selection: Selection, spec: Spec, tiling: Tiling | None = None) -> SelectPlan:
     """The kernel of a selection that `why_not_fused` has nothing against; the plan's program is the derived one."""
     heads, keys = (spec.heads, spec.kv_heads), selection.keys
     candidates = derive(_over(program, _members(selection.among, keys)))
     share = {Share.NONE: 1, Share.GROUP: spec.heads // spec.kv_heads, Share.HEADS: spec.heads}[selection.share]
     tiling = tiling or default_select_tiling(share, keys)
-    lowering = Lowering(candidates, heads)
-    relation = lowering.relation(candidates.branch.pattern)
+    lowering, relation = lowered(candidates, heads)
     runs = closed_runs(relation, candidates, spec, tiling, Side.QUERY)
     written = written_condition(lowering, spec.sizes)
     forced: Scalar | None = None

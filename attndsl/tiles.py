@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import assert_never
+from functools import reduce
+from typing import TypeVar, assert_never
 
 import islpy as isl
 
@@ -33,7 +34,15 @@ from attndsl.program import (
 )  # fmt: skip
 from attndsl.quasi_affine import to_scalar
 from attndsl.relation import Relation
-from attndsl.run_ends import either, exclusive, interval_ends, plain_interval, written_size
+from attndsl.run_ends import (
+    either,
+    exclusive,
+    in_a_row,
+    interval_ends,
+    plain_interval,
+    straightened,
+    written_size,
+)  # fmt: skip
 from attndsl.runs import Run, Side, TileKind, TileRuns
 from attndsl.simplify import fold
 from attndsl.tile_cuts import Grid, Owner, TileCuts, tile_cuts
@@ -50,6 +59,8 @@ MAX_WRITTEN = 20_000
 MAX_KNOWN = 2
 # Up to so many pieces are tried for being parts of one interval.
 MAX_JOINED = 6
+
+T = TypeVar("T")
 
 
 def tile_runs(
@@ -114,6 +125,7 @@ class _Tiler:
         # A full key tile has all its keys below Nk; a full query tile (transposed) has no such duty, since the
         # rows that do not exist are zero where the kernel reads them.
         self.reach = self._set("{ [q, k] : k >= 0 }")
+        self.above, self.below = self._map("{ [t] -> [u] : u > t }"), self._map("{ [t] -> [u] : u < t }")
         self.cuts = TileCuts() if program is None else tile_cuts(program, relation.atoms, self._owner(), self._grids())
         self.known = {name: tuple(map(self._set, texts)) for name, texts in self.cuts.pairs.items()}
         parameters = ", ".join(["start", *self.cuts.scalars])
@@ -192,7 +204,7 @@ class _Tiler:
         missing = self.reach.subtract(self.relation.pairs)
         holes = self._some(missing).apply(self.tiles).coalesce()
         full = self._existing(touched.subtract(holes))
-        return full, self._existing(touched.subtract(full))
+        return full, self._rest(touched, full)
 
     def _split_by_parts(self, touched: isl.Set) -> tuple[isl.Set, isl.Set]:
         """The same, but tiles that only several parts of the pattern fill together are partial."""
@@ -200,7 +212,14 @@ class _Tiler:
         for part in self._certain().get_basic_sets():
             holes = self.reach.subtract(isl.Set.from_basic_set(part)).apply(self.tiles).coalesce()
             full = full.union(self._existing(touched.subtract(holes)))
-        return self._existing(full), self._existing(touched.subtract(full))
+        return (full := self._existing(full)), self._rest(touched, full)
+
+    def _rest(self, touched: isl.Set, full: isl.Set) -> isl.Set:
+        """The tiles that are not full: put plainly, unless that takes quotients of the tiles that a line runs over."""
+        rest = touched.subtract(full).coalesce()
+        plainly = self._existing(rest)
+        pieces = (piece for line in self._own_tile(plainly).get_basic_sets() for piece in straightened(line))
+        return plainly if all(map(plain_interval, pieces)) else rest
 
     def _certain(self) -> isl.Set:
         """The pairs of the relation, whatever the truth of the data, as far as a tile knows it."""
@@ -249,32 +268,54 @@ class _Tiler:
             piece = isl.Set.from_basic_set(basic)
             if piece.intersect_params(context).is_empty():
                 continue
-            if not plain_interval(basic) and self._interval(piece) is None:
+            if not plain_interval(basic) and not self._gapless(piece):
                 return None
             pieces.append(piece)
-        # Where data decides which pieces meet, an interval of several has its ends case by case: no gain.
-        return self._runs_of(pieces if self.known else self._joined(pieces), kind, context)
+        # Where data decides which pieces meet, each may have tiles or none: in a row they are no easier to visit.
+        together = [[piece] for piece in pieces] if self.known else self._joined(pieces)
+        return self._runs_of(together, kind, context)
 
-    def _runs_of(self, pieces: list[isl.Set], kind: TileKind, context: isl.Set) -> list[Run]:
+    def _runs_of(self, joined: list[list[isl.Set]], kind: TileKind, context: isl.Set) -> list[Run]:
         build = isl.AstBuild.from_context(context)
-        ends = [interval_ends(build, piece, context, self._scalar, cases=not self.known) for piece in pieces]
-        groups = exclusive([piece.params().intersect(context) for piece in pieces])
+        ends = [in_a_row([interval_ends(build, x, context, self._scalar) for x in pieces]) for pieces in joined]
+        params = [reduce(isl.Set.union, [x.params() for x in pieces]) for pieces in joined]
+        groups = exclusive([x.intersect(context) for x in params])
         return [Run(*either([ends[i] for i in group]), 1, kind) for group in groups]
 
-    def _joined(self, pieces: list[isl.Set]) -> list[isl.Set]:
-        """The pieces, those that always meet joined: fewer runs, and a kernel need not choose among them."""
+    def _joined(self, pieces: list[isl.Set]) -> list[list[isl.Set]]:
+        """The pieces, those that always meet together, in order: fewer runs, and kernels need not choose among them."""
         if len(pieces) > MAX_JOINED:
-            return pieces
-        joined: list[isl.Set] = []
+            return [[piece] for piece in pieces]
+        joined: list[list[isl.Set]] = []
         for piece in pieces:
-            for i, other in enumerate(joined):
-                both = other.union(piece).coalesce()
-                if self._interval(both) is not None:
+            for i, others in enumerate(joined):
+                if (both := self._meeting(others, piece)) is not None:
                     joined[i] = both
                     break
             else:
-                joined.append(piece)
+                joined.append([piece])
         return joined
+
+    def _meeting(self, others: list[isl.Set], piece: isl.Set) -> list[isl.Set] | None:
+        """Pieces that are one interval, and one more, in order, if they still are with it."""
+        earlier = reduce(isl.Set.union, others)
+        both = earlier.union(piece).coalesce()
+        if both.n_basic_set() == 1 and plain_interval(both.get_basic_sets()[0]):
+            return [both]
+        if not self._gapless(both):
+            return None
+        if earlier.apply(self.below).is_disjoint(piece):
+            return [*others, piece]
+        return [piece, *others] if earlier.apply(self.above).is_disjoint(piece) else None
+
+    def _gapless(self, line: isl.Set) -> bool:
+        """Whether a set { [t] } is an interval, whatever its parameters."""
+
+        def compute() -> bool:
+            between = line.apply(self.above).intersect(line.apply(self.below))
+            return bool(between.is_subset(line))
+
+        return bool(self._tried(compute))
 
     def _loops(self, lines: dict[TileKind, isl.Set], context: isl.Set) -> TileRuns:
         """Let isl write the loops over both kinds in order of the tile index, and read runs off them."""
@@ -315,8 +356,9 @@ class _Tiler:
         """The same set, its intervals written with ends in terms of the own tile."""
         pieces = isl.Set.empty(line.get_space())
         for basic in line.make_disjoint().get_basic_sets():
-            piece = isl.Set.from_basic_set(basic)
-            hull = None if plain_interval(basic) else self._interval(piece)
+            straight = straightened(basic)
+            piece = reduce(isl.Set.union, map(isl.Set.from_basic_set, straight))
+            hull = None if all(map(plain_interval, straight)) else self._interval(piece)
             pieces = pieces.union(piece if hull is None else hull)
         return pieces.coalesce()
 
@@ -327,10 +369,14 @@ class _Tiler:
             hull = self._hull(piece)
             return hull if hull.is_subset(piece) else None
 
+        return self._tried(compute)
+
+    def _tried(self, step: Callable[[], T]) -> T | None:
+        """What a step gives within the bound of one piece, None where it passes that."""
         if self.hard >= MAX_HARD:
             return None
         try:
-            return bounded(self.ctx, compute, PIECE_EFFORT)
+            return bounded(self.ctx, step, PIECE_EFFORT)
         except TooHard:
             self.hard += 1
             return None

@@ -12,6 +12,7 @@ import numpy as np
 
 from attndsl.decode import Cache, decode_tiling
 from attndsl.derive import derive
+from attndsl.effort import one_at_a_time
 from attndsl.evaluate import evaluate
 from attndsl.listing import LEAST, Listable, fitting, listables
 from attndsl.plan import (
@@ -25,7 +26,7 @@ from attndsl.plan import (
     forward_plan,
 )  # fmt: skip
 from attndsl.program import Arg, CallShape, Program, Read, Scalar, Table, Type, reads, walk
-from attndsl.relation import Lowering
+from attndsl.relation import lowered
 from attndsl.runs import TileRuns
 
 # Microseconds of a Hopper program that owns 128 rows at D = 64, on an H200: apart from its tiles, and for each tile.
@@ -50,6 +51,7 @@ _MARKED_KEYS = 32
 
 
 @functools.lru_cache(maxsize=1024)
+@one_at_a_time
 def choose_tiling(program: Program, spec: Spec) -> Tiling:
     """The default tiling for the spec.
 
@@ -115,11 +117,12 @@ def _listables(program: Program, heads: tuple[int, int]) -> tuple[tuple[Listable
     if not any(decl.members for decl in program.inputs):
         return ()
     program = derive(program)
-    relation = Lowering(program, heads).relation(program.branch.pattern)
+    _, relation = lowered(program, heads)
     return tuple((found, found.shared(relation)) for found in listables(program, relation))
 
 
 @functools.lru_cache(maxsize=1024)
+@one_at_a_time
 def prefers_portable(program: Program, spec: Spec) -> bool:
     """Whether the portable kernel is predicted to be ahead on Hopper: with small heads and few tiles a row, where
     several small programs hide more than one large one."""
@@ -136,6 +139,7 @@ def prefers_portable(program: Program, spec: Spec) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
+@one_at_a_time
 def choose_backward_tilings(program: Program, spec: Spec) -> tuple[Tiling, Tiling]:
     """The tilings of dq, and of dk and dv, as `choose_tiling` does it."""
     usual, of_keys = _choose_backward_tilings(program, spec)

@@ -5,6 +5,7 @@ Positions stay those of tokens: `Nk` is their number, and entry k of a view with
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -61,6 +62,7 @@ def view_backward(
     return replace(plan, program=with_needed(program, plan.inputs))
 
 
+@functools.lru_cache(maxsize=64)
 def entries_of(program: Program, heads: tuple[int, int] | None = None, anchor: str = "q") -> Relation:
     """Which entries rows see, of a derived program of one part. Raises `PatternError` (A912) past the effort bound."""
     (part,) = program.only.parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from attndsl.listing import Gathered, Listable, listables
 from attndsl.mapping import mapped, mapped_runs
 from attndsl.mask import IN_RANGE, mask_by_cuts, pair_mask, written_condition
 from attndsl.program import Const, Logic, Program, Read, Scalar
-from attndsl.relation import Lowering, Relation
+from attndsl.relation import Lowering, Relation, lowered
 from attndsl.runs import Run, Side, TileRuns, joined
 from attndsl.simplify import fold, specialise
 from attndsl.tiles import tile_runs
@@ -44,9 +45,7 @@ class Visits:
     def mask(self) -> Scalar | None:
         if self.exact:
             return IN_RANGE if self.collected else None
-        written = written_condition(self.lowering, self.spec.sizes)
-        written = written if self.selection is None else self.selection.assumed(written)
-        found = pair_mask(self.relation, mask_by_cuts(written, self.program, self.lowering.anchor, self.relation))
+        found = _pair_mask(self.program, self.spec, self.lowering, self.relation, self.selection)
         if not self.collected:
             return found
         # What stands in the place of a missing key is past the last one, whatever the rest implies of those before it.
@@ -60,10 +59,19 @@ def visits_of(
 
     gathers: where rows choose for themselves, they may be gathered.
     """
-    heads = (spec.heads, spec.kv_heads)
+    return _visits(program, spec, _sizes(tiling), side, None if other is None else _sizes(other), gathers)
+
+
+def _sizes(tiling: Tiling) -> Tiling:
+    """What of a tiling decides what is visited: kernels that differ in the rest share it."""
+    return replace(tiling, warps=0, stages=0)
+
+
+@functools.lru_cache(maxsize=128)
+def _visits(program: Program, spec: Spec, tiling: Tiling, side: Side, other: Tiling | None, gathers: bool) -> Visits:
+    heads, static = (spec.heads, spec.kv_heads), without_cuts(program)
     if any(isinstance(decl.derivation, Chosen) for decl in program.inputs):
-        lowering = Lowering(program, heads)
-        relation, static = lowering.relation(program.branch.pattern), without_cuts(program)
+        lowering, relation = lowered(static, heads)
         for found in listables(program, relation):
             relation_there = found.within(relation)
             alike = tiling.pack == 1 or spec.heads == spec.kv_heads or found.shared(relation)
@@ -83,10 +91,9 @@ def visits_of(
                 return Visits(program, spec, runs, lowering, relation_there, found)
     assert tiling.pack == 1 and not tiling.collects, "only rows that follow a plan's lists share a tile with others"
     lists = spec.even_start and mapped(program)
-    lowering = Lowering(program, heads, anchor="k" if side is Side.KEY and not lists else "q")
-    relation = lowering.relation(program.branch.pattern)
+    lowering, relation = lowered(static, heads, "k" if side is Side.KEY and not lists else "q")
     if lists:
-        runs = closed_runs(relation, without_cuts(program), spec, tiling, Side.QUERY)
+        runs = closed_runs(relation, static, spec, tiling, Side.QUERY)
         cond = written_condition(lowering, spec.sizes)
         program, runs = mapped_runs(program, cond, runs, tiling.block_q, tiling.block_k, side)
         return Visits(program, spec, runs, lowering, relation)
@@ -115,10 +122,26 @@ def closed_runs(
 ) -> TileRuns:  # fmt: skip
     """The runs of one side's tiles, with the sizes of a call put in. absolute: tiles of queries count from position 0,
     not from the call's first row."""
+    return _closed(relation, program, spec, _sizes(tiling), side, layout, absolute)
+
+
+@functools.lru_cache(maxsize=128)
+def _closed(
+    relation: Relation, program: Program, spec: Spec, tiling: Tiling, side: Side, layout: Layout, absolute: bool
+) -> TileRuns:
     runs = tile_runs(
         relation, tiling.block_q, tiling.block_k, side, program.align_start or absolute, layout, program
     )  # fmt: skip
     return _specialised(runs, spec.sizes)
+
+
+@functools.lru_cache(maxsize=128)
+def _pair_mask(
+    program: Program, spec: Spec, lowering: Lowering, relation: Relation, selection: Listable | None
+) -> Scalar | None:
+    written = written_condition(lowering, spec.sizes)
+    written = written if selection is None else selection.assumed(written)
+    return pair_mask(relation, mask_by_cuts(written, program, lowering.anchor, relation))
 
 
 def _specialised(runs: TileRuns, sizes: dict[str, int]) -> TileRuns:

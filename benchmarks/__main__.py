@@ -15,6 +15,7 @@ from benchmarks.compile_time import PATTERN, run_compile
 from benchmarks.decode import CONTENDERS, DecodeSizes, run_decode
 from benchmarks.memory import run_memory
 from benchmarks.overhead import run_overhead
+from benchmarks.planning import run_planning
 from benchmarks.quest import run_quest
 from benchmarks.report import Report, heading, render, timing_table
 from benchmarks.rows import CPU_ROWS, GPU_ROWS, Sizes, select
@@ -28,9 +29,10 @@ def parser() -> argparse.ArgumentParser:
     """The command line; sizes left out take the command's defaults."""
     top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     top.add_argument(
-        "command", choices=("forward", "backward", "memory", "decode", "quest", "cpu", "overhead", "compile")
+        "command",
+        choices=("forward", "backward", "memory", "decode", "quest", "cpu", "overhead", "compile", "planning"),
     )
-    top.add_argument("--rows", help="comma-separated rows of benchmarks/rows.py")
+    top.add_argument("--rows", help="comma-separated rows of benchmarks/rows.py; planning: examples")
     top.add_argument("--peers", help="comma-separated peers; `none` for ours alone")
     top.add_argument("--batch", type=int, default=1)
     top.add_argument("--heads", type=int)
@@ -140,6 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{heading(Report(command, f'B=1 H=2 N=64 D=64 on {device.type}'))}\n\n{render(table, options.md)}")
         case "decode" | "quest":
             return decode(options, command)
+        case "planning":
+            table = list(run_planning(options.rows.split(",") if options.rows else None))
+            setting = "processor time, one core, sm_90, portable"
+            print(f"{heading(Report(command, setting))}\n\n{render(table, options.md)}")
         case "compile":
             table = run_compile(options.pattern, device, options.backward)
             print(f"{heading(Report(command, f'{options.pattern} on {device.type}'))}\n\n{render(table, options.md)}")

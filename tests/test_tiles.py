@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 from typing import Any
 
+import islpy as isl
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from attndsl.grammar import load
-from attndsl.runs import Side, TileKind
+from attndsl.piece_plans import backward_plans, forward_plans
+from attndsl.run_ends import plain_interval, straightened
+from attndsl.runs import Side, TileKind, TileRuns
+from attndsl.targets import make_spec
 from tests.accuracy import examples
 from tests.strategies import Case, composed_programs
 from tests.tiling import SIDES, call, check_tiles, side_runs, visits
@@ -158,3 +166,43 @@ def test_kinds_of_runs() -> None:
 @examples(24)
 def test_composed_programs(case: Case, blocks: tuple[int, int]) -> None:
     check_tiles(case.load(), case.shape, *blocks, case.inputs, case.args)
+
+
+# ------------------------------------------------------------------------------- intervals of tiles
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "512 * floor((3 - t)/8) <= 192 - n",
+        "8 * floor((192 - n - 64t)/512) >= -12 - m and 64t <= n + m",
+        "floor((2t + n)/5) = m and t >= 0",
+        "4 * floor((n + t)/4) < n + t and 0 <= t <= m",
+        "3 * floor(t/2) <= 3 + 5 * floor(n/4) and 7 * floor(t/3) >= m - 9",
+    ],
+)
+def test_bounds_of_quotients_are_bounds(line: str) -> None:
+    ctx = isl.Context()
+    (piece,) = isl.Set.read_from_str(ctx, f"[n, m] -> {{ [t] : {line} }}").compute_divs().get_basic_sets()
+    found = straightened(piece)
+    assert reduce(isl.Set.union, map(isl.Set.from_basic_set, found)).is_equal(isl.Set.from_basic_set(piece))
+    # One that says a residue of t is no bound.
+    assert all(map(plain_interval, found)) == ("n + t and" not in line)
+
+
+def test_threads_plan_one_program_together() -> None:
+    """Kernels of a program share isl's contexts, which are for one thread at a time."""
+    kinds = [(plans, heads) for plans in (forward_plans, backward_plans) for heads in (2, 4, 8)]
+
+    def runs(name: str, kind: tuple[Callable[..., Any], int]) -> list[TileRuns]:
+        program = load(f"pattern {name} = causal & (window(77) | sink(5) | same_block(48, 7))").program
+        return [plan.runs for plan in kind[0](program, make_spec("sm_90", "triton", kind[1], 2, 64))]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            together = list(pool.map(lambda kind: runs("together", kind), kinds))
+    finally:
+        sys.setswitchinterval(interval)
+    assert together == [runs("alone", kind) for kind in kinds]
