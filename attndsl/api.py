@@ -17,7 +17,7 @@ from attndsl.compare import compare as compare_programs
 from attndsl.compose import compose, has_lse
 from attndsl.diagnostics import Diagnostic, PatternWarning, Source, error
 from attndsl.findings import findings
-from attndsl.grammar import format_source, load, parse, read_source
+from attndsl.grammar import format_source, load, read_source
 from attndsl.listing import reads_plans
 from attndsl.part_findings import part_findings
 from attndsl.plans import own_program
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from attndsl.blockgraph import BlockGraph
     from attndsl.eviction import Retention
-    from attndsl.explain import Explanation, Question
+    from attndsl.explain import Explanation
     from attndsl.piece_tiles import PieceTiles
     from attndsl.runtime.cache import KernelCache
     from attndsl.runtime.trial import Trial
@@ -125,7 +125,7 @@ class Attention:
         dropout: float = 0,  # An integer: for torch.compile the float would be a value that changes.
         seed: int | Tensor | None = None,
         plans: Mapping[str, Tensor] | None = None,
-        views: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        views: Mapping[str, tuple[Tensor, ...]] | None = None,
         return_observed: bool = False,
         **inputs: Any,
     ) -> Any:
@@ -171,22 +171,35 @@ class Attention:
             return (*self._with_lse(out, lse), observed) if return_lse else (out, observed)
         return self._with_lse(out, lse) if return_lse else out
 
-    def views(self, k: Tensor, v: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def views(
+        self, k: Tensor, v: Tensor, seq_lens: Tensor | None = None, page_table: Tensor | None = None, *,
+        layout: str = "hnd",
+    ) -> dict[str, tuple[Tensor, ...]]:  # fmt: skip
         """The entries of each pooled view, keys [B, Hkv, entries, D] and values [B, Hkv, entries, Dv], by its name.
 
         >>> import attndsl, torch
         >>> attn = attndsl.compile("attention a { attend causal over pool(mean, 4) }")
         >>> {name: keys.shape for name, (keys, values) in attn.views(*torch.zeros(2, 1, 1, 10, 8)).items()}
         {'pool(mean, 4)': torch.Size([1, 1, 3, 8])}
+
+        seq_lens, page_table, layout: of caches, as `decode` takes them. All that it needs beside them is returned then,
+        with room for all tokens, what selections go by (`mean(K) over blocks(64)`, in float32, no values) included.
+        `attndsl.serving.update_views` makes anew what further tokens change.
         """
+        if seq_lens is not None:
+            from attndsl.runtime.compose_decode import cache_views
+
+            given = (k, v, seq_lens, page_table, layout)
+            return cache_views(self.program, self._key, self._composition, *given)
         from attndsl.runtime.compose import make_views
 
-        return make_views(self._key, self._composition, k, v)
+        return dict(make_views(self._key, self._composition, k, v))
 
     def decode(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, page_table: Tensor | None = None, *,
         layout: str = "hnd", scale: float | None = None, return_lse: bool = False, k_scale: Tensor | None = None,
-        v_scale: Tensor | None = None, backend: str = "auto", plans: Mapping[str, Tensor] | None = None, **inputs: Any,
+        v_scale: Tensor | None = None, backend: str = "auto", plans: Mapping[str, Tensor] | None = None,
+        views: Mapping[str, tuple[Tensor, ...]] | None = None, **inputs: Any,
     ) -> Any:  # fmt: skip
         """Attend from the last n tokens of each of B sequences to their caches: what the same rows of a call on a
         sequence alone give. Decoding (n = 1), speculative decoding and prefill in chunks. It has no gradient.
@@ -198,21 +211,26 @@ class Attention:
         layout: "hnd", or "nhd" for tokens before heads. Caches are of q's dtype, or float8_e4m3fn, whose numbers
         k_scale and v_scale multiply: float tensors of one number, or one a key head.
         inputs: as in a call; an input over k has the caches' capacity, M or P * page, in place of Nk.
-        plans: what the program's selections choose, each of them by name, int32 [B, H', n, C]: see `plan`.
+        plans: in the place of what selections would choose, by name, int32 [B, H', n, C]: see `attndsl.serving.plan`.
+        views: what `views` made of these caches, kept up to date. What is not handed in is made here, of all tokens.
 
         Returns [B, Hq, n, Dv] in q's dtype, and with `return_lse` float32 [B, Hq, n]. Lengths and page tables are read
         on the device only, and what lies outside the caches is never read: a CUDA graph of a call serves all lengths.
         Raises `PatternError` when shapes, dtypes or devices do not fit, and where the environment has ATTNDSL_DEBUG
         also for lengths past the cache and pages that do not exist.
         """
-        from attndsl.runtime.decode_op import decode, decode_plans
+        from attndsl.runtime.decode_op import decode, in_order
 
         given, args = self._given(inputs)
-        if self.program.selections or plans:
-            given = decode_plans(self._key, q, k_cache, v_cache, page_table, layout, given, plans or {})
-        out, lse = decode(
-            self._key, q, k_cache, v_cache, seq_lens, page_table, k_scale, v_scale, given, args, scale, layout, backend
-        )
+        cache = (k_cache, v_cache, seq_lens, page_table)
+        if self._parts or self.program.selections or plans or views:
+            from attndsl.runtime.compose_decode import decode_composed
+
+            composed = (self.program, self._key, self._composition, self._parts)
+            call = in_order(q, *cache, layout, k_scale, v_scale)
+            out, lse = decode_composed(*composed, call, given, args, scale, backend, plans or {}, views)
+        else:
+            out, lse = decode(self._key, q, *cache, k_scale, v_scale, given, args, scale, layout, backend)
         return self._with_lse(out, lse) if return_lse else out
 
     def plan(
@@ -255,14 +273,14 @@ class Attention:
 
     def retention(self, page: int = 1, **inputs: Any) -> Retention:
         """What `evictable` decides by, for every length: see `attndsl.eviction`."""
-        from attndsl.eviction import known_scalars, retention
+        from attndsl.eviction import retention_of
 
         if self.program.align_start or page < 1:
             reason = (
                 "under `align start` a row's keys need not come before it" if page > 0 else f"pages of {page} tokens"
             )
             raise error("A558", f"there is no eviction: {reason}", self.program.span, help="keep all pages")
-        return retention(self.program, page, known_scalars(self.program, *known(self.program, inputs)))
+        return retention_of(self.program, self._composition, page, *known(self.program, inputs))
 
     def _given(self, inputs: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
         """The program's inputs and its runtime arguments, in order."""
@@ -427,6 +445,7 @@ class Attention:
         check_plain(self.program)
         from attndsl import explain
         from attndsl.targets import make_spec
+        from attndsl.wiring import ends
 
         spec = make_spec(target, backend, heads, heads if kv_heads is None else kv_heads, dim, None, dtype)
         spec = replace(spec, even_start=reads_plans(self.program), lists=reads_plans(self.program))
@@ -435,24 +454,11 @@ class Attention:
             max(batch, batch_of(self.program, arrays)), spec.heads, spec.kv_heads, q_len,
             q_len if k_len is None else k_len, dim, dim,
         )  # fmt: skip
-        source = self.program.source
-        text = "" if source is None else format_source(source.text, source.name)
+        text = "" if (source := self.program.source) is None else format_source(source.text, source.name)
         question = explain.Question(self.program, spec, checked(shape), text, self.warnings, arrays, args, row, rates)
         if not stages:
             return asked(lambda: explain.explain(question))
-        return explain.stages(question, *self._ends(question))
-
-    def _ends(self, question: Question) -> tuple[str, str]:
-        """The first and the last stage: the syntax tree, and the generated source."""
-        from rich.pretty import pretty_repr
-
-        from attndsl.piece_plans import forward_plans
-        from attndsl.wiring import generated
-
-        source = self.program.source
-        syntax = "" if source is None else pretty_repr(parse(source.text, name=source.name), max_width=100)
-        plans = forward_plans(self.program, question.spec)
-        return syntax, "\n".join(map(generated, plans))
+        return explain.stages(question, *ends(question))
 
 
 def document_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:

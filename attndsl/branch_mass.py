@@ -43,8 +43,8 @@ class BranchMass:
 
 
 @functools.lru_cache(maxsize=256)
-def branch_mass(program: Program, selection: Selection, heads: tuple[int, int]) -> BranchMass:
-    """What a selection by `probs(branch)` needs to know of the branch.
+def branch_mass(program: Program, selection: Selection, heads: tuple[int, int], ragged: bool = False) -> BranchMass:
+    """What a selection by `probs(branch)` needs to know of the branch. ragged: as in `derive`.
 
     Raises `PatternError` (A575) for one that has several parts, or no lse.
     """
@@ -56,7 +56,7 @@ def branch_mass(program: Program, selection: Selection, heads: tuple[int, int]) 
             "A575", f"the probabilities of `{branch.name}` rank nothing yet: {reason}", selection.span,
             help="select by a branch of one part and a softmax",
         )  # fmt: skip
-    alone = derive(replace(program, branches=(branch,), output=None, selections=()))
+    alone = derive(replace(program, branches=(branch,), output=None, selections=()), ragged)
     view, logit = branch.parts[0].view, branch.score
     if view is None:
         seen = fold(Lowering(alone, heads).predicate(alone.branch.pattern))

@@ -131,3 +131,17 @@ def has_lse(program: Program) -> bool:
             return program.named(name).weights is None
         case output:
             return isinstance(output, Merged)
+
+
+def raw_first(program: Program) -> tuple[Part, ...]:
+    """The parts of a program's only branch in the order in which they run."""
+    return tuple(sorted(program.only.parts, key=lambda part: part.view is not None))
+
+
+def part_programs(program: Program) -> tuple[Program, ...]:
+    """The parts of a program's only branch as programs of their own, that over raw tokens first. What they share, the
+    sink, enters with the first."""
+    parts = raw_first(program)
+    return tuple(
+        program.with_branch(parts=(part,), **({} if part is parts[0] else {"sink": None})) for part in parts
+    )  # fmt: skip

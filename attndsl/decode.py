@@ -47,6 +47,7 @@ from attndsl.program import (
 from attndsl.relation import lowered
 from attndsl.runs import Run, TileRuns
 from attndsl.simplify import fold
+from attndsl.view_plans import view_forward
 
 # Programs a multiprocessor gets where tiles are scarce (as many as it runs at once, so none waits for another), and
 # where each still gets a long slice of them (then the last to start leave little idle).
@@ -96,13 +97,14 @@ class DecodePlan(Plan):
 
     `pack`: a power of two; heads past those that share a key head are padding. `split`: several programs share a
     tile's keys, and their results are merged. `listing`: the tiles visited are those of a list, the runs are empty, and
-    the mask decides pairs of any tile.
+    the mask decides pairs of any tile. `joined`: its slices stand among those of the other parts of a softmax.
     """
 
     cache: Cache
     pack: int
     split: bool
     listing: Listing | None = None
+    joined: bool = False
 
     @property
     def group(self) -> int:
@@ -129,9 +131,9 @@ class DecodePlan(Plan):
 def decode_plan(
     program: Program, spec: Spec, rows: int, cache: Cache, split: bool = True, tiling: Tiling | None = None
 ) -> DecodePlan:
-    """The decode kernel of a program for calls of so many rows a sequence.
+    """The decode kernel of a program of one part for calls of so many rows a sequence.
 
-    The plan's program is the derived one.
+    The plan's program is the derived one. Over a view the cache is its entries, in the order of a contiguous one.
 
     tiling: its `block_q` counts the rows of all heads in a tile. Where the tiles that a row visits depend on its head,
     a tile is of one head: the union over heads could be all keys.
@@ -167,15 +169,22 @@ def _plan(
 ) -> DecodePlan:
     tiling = tiling or decode_tiling(spec, cache, rows, pack)
     of_rows = replace(tiling, block_q=max(tiling.block_q // pack, 1))
-    base = forward_plan(program, spec, of_rows, skip=False)
+    base = _of_one_head(program, spec, of_rows)
     runs = _of_key_heads(base)
     if tiling.block_q <= _ONE_LOOP and runs.partial:
         # One loop fills its pipeline once.
         runs = TileRuns((), runs.full + runs.partial)
     return DecodePlan(
-        base.program, spec, of_rows, runs, base.mask, **branch_scalars(base.program, spec), cache=cache, pack=pack,
-        split=split,
+        base.program, spec, of_rows, runs, base.mask, base.scale, base.score, base.sink, base.weights, cache=cache,
+        pack=pack, split=split, view=base.view,
     )  # fmt: skip
+
+
+def _of_one_head(program: Program, spec: Spec, tiling: Tiling) -> ForwardPlan:
+    """The forward kernel's plan, from which that of a decode is made."""
+    if program.plain:
+        return forward_plan(program, spec, tiling, skip=False)
+    return view_forward(program, spec, tiling, follows=False)
 
 
 def _listed_plan(
@@ -183,7 +192,7 @@ def _listed_plan(
 ) -> DecodePlan | None:
     """The kernel over the list of a plan that the pattern lies in, None where it lies in none: rows with lists of their
     own, and heads with theirs, have tiles of their own."""
-    if not any(decl.members for decl in program.inputs):
+    if not program.plain or not any(decl.members for decl in program.inputs):
         return None
     lowering, relation = lowered(program, (spec.heads, spec.kv_heads))
     of_row = {Dim(Axis.B), Dim(Axis.H), Dim(Axis.G), Dim(Axis.Q)}
@@ -210,11 +219,11 @@ def _listed_plan(
 def _of_key_heads(base: ForwardPlan) -> TileRuns:
     """The runs, in terms of the key head where the pattern knows no other."""
     program, spec, runs = base.program, base.spec, base.runs
-    if any(reads(e, "h", "H") for e in scalars(program.branch.pattern)) and spec.heads != spec.kv_heads:
+    if any(reads(e, "h", "H") for e in scalars(program.only.pattern)) and spec.heads != spec.kv_heads:
         return runs
     if any(reads(x, "h") for x in run_scalars(runs)):
         # As if a key head had one head.
-        runs = forward_plan(program, replace(spec, heads=spec.kv_heads), base.tiling, skip=False).runs
+        runs = _of_one_head(program, replace(spec, heads=spec.kv_heads), base.tiling).runs
     return TileRuns(tuple(map(_said_of_g, runs.full)), tuple(map(_said_of_g, runs.partial)))
 
 
@@ -272,9 +281,11 @@ def most_tiles(plan: DecodePlan, rows: int, capacity: int) -> int:
     ends = run_scalars(plan.runs)
     if capacity == 0 or rows == 0:
         return 0
+    # Tokens that the keys of a tile stand for.
+    tile = plan.tiling.block_k * (1 if plan.view is None else plan.view.stride)
     if any(isinstance(x, Read | Table | Arg) for e in ends for x in walk(e)):
-        return -(-capacity // plan.tiling.block_k)
-    h, tile = np.arange(plan.spec.heads)[:, None], plan.tiling.block_k
+        return -(-capacity // tile)
+    h = np.arange(plan.spec.heads)[:, None]
     # Every way in which a length can stand to the tiles.
     lengths = np.arange(max(capacity - tile + 1, 1), capacity + 1)[:, None, None]
     variables = {

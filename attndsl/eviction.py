@@ -8,7 +8,7 @@ kept. Where the sets are too hard, everything is needed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,13 @@ import islpy as isl
 import numpy as np
 from numpy.typing import NDArray
 
+from attndsl.compose import Composition, part_programs
 from attndsl.derive import derive
 from attndsl.effort import TooHard, bounded
 from attndsl.evaluate import evaluate
 from attndsl.isl_sets import project_param
-from attndsl.program import Arg, Const, Program, Read, Scalar
+from attndsl.keeping import kept, kept_by
+from attndsl.program import Arg, Binary, Compare, Const, Logic, Program, Read, Scalar, Var
 from attndsl.quasi_affine import condition
 from attndsl.relation import Lowering
 
@@ -42,9 +44,40 @@ class Retention:
         return ~np.broadcast_to(found, pages.shape).astype(bool) & ((pages + 1) * self.page <= tokens)
 
 
+def retention_of(
+    program: Program, composition: Composition, page: int, arrays: Mapping[str, Any], args: Mapping[str, int]
+) -> Retention:
+    """What all that a program attends to needs: its parts over raw tokens, and of what is kept of a cache (`keeping`)
+    the tokens of entries that are not complete, which further tokens make anew.
+
+    arrays, args: inputs and arguments that are known.
+    """
+    needed: list[Scalar] = []
+    for part in _raw(program, composition):
+        needed.append(retention(part, page, known_scalars(part, arrays, args)).needed)
+    tail = max((each.size for each in kept(program, composition)), default=1)
+    if tail > 1:
+        # A page whose last token comes after the first that an entry ending at the next token may begin with.
+        end = Binary("*", Const(page), Binary("+", Var("k"), Const(1)))
+        needed.append(Compare(">", end, Binary("-", Var("Nk"), Const(tail - 1))))
+    found = needed[0] if len(needed) == 1 else Logic("or", tuple(needed)) if needed else Const(False)
+    return Retention(page, found)
+
+
+def _raw(program: Program, composition: Composition) -> Iterator[Program]:
+    """The parts over raw tokens, as programs, and the candidates that are ranked by single keys."""
+    for branch in (program,) if program.plain else composition.programs:
+        yield from (part for part in part_programs(branch) if part.plain)
+    for selection in program.selections:
+        if None in kept_by(selection):
+            yield Program.of(
+                selection.name, selection.among, inputs=program.inputs, args=program.args, tables=program.tables
+            )
+
+
 @functools.lru_cache(maxsize=256)
 def retention(program: Program, page: int, known: Known = ()) -> Retention:
-    """What a program needs of a sequence's pages."""
+    """What a program of one part over raw tokens needs of a sequence's pages."""
     program = derive(program)
     lowering = Lowering(program)
     relation = lowering.relation(program.branch.pattern)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from attndsl.box_runs import box_mask, box_runs
 from attndsl.box_tiles import BoxRuns
 from attndsl.boxes import Boxes
-from attndsl.branches import Part
+from attndsl.compose import raw_first
 from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.effort import one_at_a_time
@@ -86,11 +86,6 @@ def _of_parts(program: Program, make: Callable[[Program, bool], tuple[P, ...]]) 
     # What follows from these, the raw part's plan declares after them.
     inputs += [decl for decl in used if decl not in program.inputs]
     return tuple(replace(plan, program=replace(plan.program, inputs=tuple(inputs))) for plan in found)
-
-
-def raw_first(program: Program) -> tuple[Part, ...]:
-    """The parts of a program's only branch in the order in which they run."""
-    return tuple(sorted(program.only.parts, key=lambda part: part.view is not None))
 
 
 def _forward_part(program: Program, spec: Spec, tiling: Tiling | None, first: bool) -> tuple[ForwardPlan, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from attndsl import api, wiring
+from attndsl.keeping import kept_beside
 from attndsl.paging import page_choices
-from attndsl.wiring import page_kernels
+from attndsl.wiring import decode_kept, page_kernels
 
 if TYPE_CHECKING:
     from attndsl.wiring import PagePool
@@ -55,11 +57,25 @@ class PagedCache(PagePool):
         bounds: bool = False,
         **inputs: Any,
     ) -> None:
+        choices = page_choices(attn.program, page) if bounds else ()
+        self.attn = attn
         super().__init__(
             attn, attn.retention(page, **inputs), batch, kv_heads, head_dim, head_dim if v_dim is None else v_dim,
-            pages, max_len, dtype, device, page_kernels() if bounds else None,
-            page_choices(attn.program, page),
+            pages, max_len, dtype, device, page_kernels() if bounds else None, choices,
+            attn._key, kept_beside(attn.program, attn._composition, {choice.name for choice in choices}),
         )  # fmt: skip
+
+    def plan(self, q: Any, plans: Mapping[str, Any] | None = None, **inputs: Any) -> dict[str, Any]:
+        """What the attention's selections choose for q [B, Hq, n, D], the last n tokens of each sequence, by name, with
+        those given: for `decode` here, in the caches of other layers, and at later steps.
+
+        inputs: as `decode` takes them.
+        """
+        found, attn = self._by_bounds(q, plans), self.attn
+        if {x.name for x in attn.program.selections} <= set(found):
+            return found
+        cache = (self.k, self.v, self.seq_lens, self.page_table)
+        return plan(attn, q, *cache, plans=found, views=self.views, **inputs)
 
 
 def update_bounds(k: Any, k_min: Any, k_max: Any, seq_lens: Any, page_table: Any, new: int) -> None:
@@ -79,4 +95,46 @@ def update_bounds(k: Any, k_min: Any, k_max: Any, seq_lens: Any, page_table: Any
     page_kernels().update(k, k_min, k_max, seq_lens, page_table, new)
 
 
-__all__ = ["PagedCache", "update_bounds"]
+def update_views(
+    attn: api.Attention, views: Mapping[str, tuple[Any, ...]], k: Any, v: Any, seq_lens: Any, page_table: Any = None,
+    *, new: int = 1, layout: str = "hnd",
+) -> None:  # fmt: skip
+    """Make what the last `new` tokens of each sequence change of its views anew, in place, for caches of one's own.
+
+    >>> import attndsl.serving, torch
+    >>> attn = attndsl.compile("attention a { attend causal over pool(mean, 4) }")
+    >>> k, v, lengths = torch.randn(1, 2, 64, 16), torch.randn(1, 2, 64, 16), torch.tensor([9]).int()
+    >>> views = attn.views(k, v, lengths)
+    >>> lengths += 2
+    >>> attndsl.serving.update_views(attn, views, k, v, lengths, new=2)
+    >>> out = attn.decode(torch.randn(1, 2, 1, 16), k, v, lengths, views=views)
+
+    views: what `attn.views` returned for these caches. seq_lens: int32 [B], the new tokens included. Of tokens that
+    were taken back (drafts that were rejected) nothing is left once the next ones have come. One kernel for the keys of
+    a view and one for its values on a GPU; a CUDA graph of them serves all lengths.
+    """
+    update = decode_kept().update_views
+    update(attn.program, attn._key, attn._composition, views, k, v, seq_lens, page_table, new, layout)
+
+
+def plan(
+    attn: api.Attention, q: Any, k_cache: Any, v_cache: Any, seq_lens: Any, page_table: Any = None, *,
+    layout: str = "hnd", scale: float | None = None, plans: Mapping[str, Any] | None = None,
+    views: Mapping[str, tuple[Any, ...]] | None = None, **inputs: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """What an attention's selections choose in a decode, by name: to be handed to `attn.decode` of other layers, and of
+    later steps. Parameters are those of `attn.decode`.
+
+    >>> import attndsl.serving, torch
+    >>> attn = attndsl.compile("causal & top(2, blocks(4), by = dot(Q, mean(K)), always = same_block(4))")
+    >>> q, k, lengths = torch.ones(1, 1, 1, 8), torch.ones(1, 1, 32, 8), torch.tensor([11]).int()
+    >>> attndsl.serving.plan(attn, q, k, k, lengths)["top"]
+    tensor([[[[0, 2]]]], dtype=torch.int32)
+    """
+    composed = (attn.program, attn._key, attn._composition, attn._parts)
+    cache = (k_cache, v_cache, seq_lens, page_table, layout)
+    found: dict[str, Any] = decode_kept().plan_decode(*composed, q, *cache, *attn._given(inputs), scale, plans, views)
+    return found
+
+
+__all__ = ["PagedCache", "plan", "update_bounds", "update_views"]

@@ -19,6 +19,7 @@ from attndsl.runtime.registry import register
 from attndsl.targets import check_kernel, gradients_refusal, hopper_refusal, layout_refusal, make_spec
 
 if TYPE_CHECKING:
+    from attndsl.explain import Question
     from attndsl.runtime.decode import DecodeGenerators
     from attndsl.runtime.engine import Engine
     from attndsl.runtime.module import AttentionModule as AttentionModule
@@ -51,6 +52,7 @@ def engine(program: Program) -> Engine:
         triton_observe=_printer("triton_observe", "observe_source"),
         cpu_observe=_printer("cpu_observe", "observe_source"),
         triton_combine=_printer("triton_combine", "combine_source"),
+        triton_keep=_printer("triton_keep", "keep_source"),
     )
     return Engine(program, printers)
 
@@ -78,6 +80,13 @@ def page_kernels() -> PageKernels:
     from attndsl.runtime.page_choice import PageKernels
 
     return PageKernels(_printer("triton_pages", "pages_source"))
+
+
+def decode_kept() -> Any:
+    """The module that makes, updates and reads what decode keeps of caches."""
+    from attndsl.runtime import compose_decode
+
+    return compose_decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +159,17 @@ def generated(plan: ForwardPlan | DecodePlan) -> str:
     if plan.spec.backend is Backend.GLUON:
         return gluon_forward.forward_source(plan)
     return triton_forward.forward_source(plan)
+
+
+def ends(question: Question) -> tuple[str, str]:
+    """The first and the last stage of what `explain` shows: the syntax tree, and the generated source."""
+    from rich.pretty import pretty_repr
+
+    from attndsl.grammar import parse
+
+    source = question.program.source
+    syntax = "" if source is None else pretty_repr(parse(source.text, name=source.name), max_width=100)
+    return syntax, "\n".join(map(generated, forward_plans(question.program, question.spec)))
 
 
 def page_pool() -> type[PagePool]:

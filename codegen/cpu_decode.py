@@ -15,11 +15,16 @@ class _SequenceLoop(TileLoop):
 
     plan: DecodePlan
 
+    def parameters(self) -> list[str]:
+        # How many tokens a sequence has is its length.
+        return [name for name in super().parameters() if name != "tokens"]
+
     def prologue(self) -> None:
-        tiling = self.plan.tiling
+        tiling, view = self.plan.tiling, self.plan.view
         self.lines.add(
             f"block_q, block_k = {tiling.block_q}, {tiling.block_k}",
             "_, kv_heads, group, rows, _ = q.shape",
+            *([] if view is None else [f"entries = -(-k_len // {view.stride})"]),
             "start = k_len - rows",
             "compute = torch.float64 if q.dtype == torch.float64 else torch.float32",
             "all_b = torch.full((1, 1, 1, 1, 1), b)",

@@ -39,6 +39,7 @@ class _Decode(ForwardWriter):
         self._loops()
         self._epilogue()
         where = "a contiguous cache" if self.cache.page is None else f"a cache in pages of {self.cache.page}"
+        where = where if self.plan.view is None else "the entries of a view"
         text = self.file(f"decode kernel over {where}, portable Triton")
         if self.plan.listing is not None:
             text += "\n\n" + _check(self.plan)
@@ -48,8 +49,9 @@ class _Decode(ForwardWriter):
         given = ["part_ptr", "part_lse_ptr", "seq_lens_ptr", "page_table_ptr", "k_scale_ptr", "v_scale_ptr", "list_ptr"]
         sizes = ["stride_listb", "stride_listh", "stride_listr", "list_size"]
         sizes += ["stride_lens", "stride_table", "stride_k_scale", "stride_v_scale", "capacity", "pages", "splits"]
+        sizes += ["slices"]
         # A sequence's length is read in the kernel.
-        return [name for name in (*given, *super()._candidates(), *sizes) if name != "k_len"]
+        return [name for name in (*given, *super()._candidates(), *sizes) if name not in ("k_len", "entries")]
 
     def constants(self) -> None:
         plan, tiling = self.plan, self.plan.tiling
@@ -108,6 +110,8 @@ class _Decode(ForwardWriter):
             "start = k_len - rows",
             "q_first = start" + (f" + q_tile * {rows}" if rows > 1 else " + q_tile"),
         )
+        if plan.view is not None:
+            lines.add(f"entries = tl.cdiv(k_len, {plan.view.stride})")
         if any(dim.axis is Axis.K or (dim.axis is Axis.Q and dim.block > 1) for x in plan.inputs for dim in x.dims):
             lines.add("last_key = tl.maximum(k_len - 1, 0)")
         self.know_tile_start()
@@ -267,7 +271,7 @@ class _Decode(ForwardWriter):
             return
         if self.cache.page is None:
             lines.add("keys = (k_tile * BLOCK_K + k_offset[:, None]).to(tl.int64)")
-            lines.add(*(["present = keys < k_len"] if bounded else []))
+            lines.add(*([f"present = keys < {self.k_end}"] if bounded else []))
             return
         exists = "(page >= 0) & (page < pages)"
         if self.cache.page % self.plan.tiling.block_k == 0:
@@ -305,7 +309,7 @@ class _Decode(ForwardWriter):
         if self.softmax or plan.split:
             lines.add(f"row_at = (b.to(tl.int64) * {plan.spec.heads} + {heads}) * rows + q_rows")
         if plan.split:
-            lines.add("slice_at = row_at * splits + split")
+            lines.add(f"slice_at = row_at * {'slices' if plan.joined else 'splits'} + split")
         if self.softmax:
             lines.add('lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum))')
             if plan.split:

@@ -63,6 +63,8 @@ class Combiner:
     inputs: Mapping[str, Tensor]
     args: Mapping[str, int]
     attended: Mapping[str, State]
+    # Of a decode, int64 [batch, 1, 1, 1]: the length of each sequence, where the shape's is the most that one may have.
+    lengths: Tensor | None = None
     memo: dict[int, Tensor] = field(default_factory=dict)
 
     def state(self, output: Output) -> State:
@@ -146,15 +148,21 @@ class Combiner:
             case "g":
                 return heads // (shape.heads // shape.kv_heads)
             case "q":
-                rows = torch.arange(shape.rows, device=self.device) + shape.first_position(self.program)
-                return rows.view(1, 1, -1, 1)
+                return torch.arange(shape.rows, device=self.device).view(1, 1, -1, 1) + self._first
             case "d":
                 return torch.arange(shape.v_dim, device=self.device)
         sizes = {
             "Nq": shape.q_len(self.program), "Nk": shape.k_len, "H": shape.heads, "G": shape.kv_heads, "D": shape.dim,
             "Dv": shape.v_dim,
         }  # fmt: skip
+        if self.lengths is not None and name in ("Nq", "Nk"):
+            return self.lengths
         return torch.full((), sizes[name], device=self.device)
+
+    @property
+    def _first(self) -> int | Tensor:
+        """The position of the call's first row."""
+        return self.shape.first_position(self.program) if self.lengths is None else self.lengths - self.shape.rows
 
     def _entry(self, values: Tensor, dims: tuple[Dim, ...], index: tuple[Scalar, ...]) -> Tensor:
         """An entry, every index clamped to its dimension. Read at its own variables and at constants, it is a view."""
@@ -162,7 +170,13 @@ class Combiner:
             return self._view(values, dims, index)
         places = []
         for dim, size, e in zip(dims, values.shape, index, strict=True):
-            place = self._value(e) - index_origin(dim, self.program, self.shape)
+            place = self._value(e)
+            if self.lengths is None:
+                place = place - index_origin(dim, self.program, self.shape)
+            elif dim.axis is Axis.Q and dim.block == 1:
+                place = place - self._first
+            elif dim.axis in (Axis.Q, Axis.K) and size > 1:
+                place = torch.minimum(place, (self.lengths - 1) // dim.block)
             places.append(place.clamp(0, size - 1))
         return values[tuple(places)]
 

@@ -21,7 +21,7 @@ from attndsl.runtime.ops import attend, checked_values
 from attndsl.runtime.pool import pooled
 from attndsl.runtime.select_op import Planner
 
-Views = Mapping[str, tuple[Tensor, Tensor]]
+Views = Mapping[str, tuple[Tensor, ...]]
 
 
 def make_views(key: str, composition: Composition, k: Tensor, v: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

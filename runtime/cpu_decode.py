@@ -3,19 +3,53 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attndsl.decode import DecodePlan
-from attndsl.program import Axis, InputDecl
+from attndsl.decode import DecodePlan, decode_plan
+from attndsl.plan import Spec, Tiling
+from attndsl.program import Axis, InputDecl, Program
+from attndsl.runtime.combine import merged
 from attndsl.runtime.decode import DecodeTensors, Listed
 from attndsl.runtime.derive_ragged import ragged_deriver
 from attndsl.runtime.engine import default_scale, empty_output, table_tensor
 from attndsl.runtime.load import load_source
+
+
+def prepare_decode(
+    programs: Sequence[Program], spec: Spec, call: DecodeTensors, inputs: Sequence[Tensor],
+    generate: Callable[[DecodePlan], str], tiling: Tiling | None = None,
+) -> Parts:  # fmt: skip
+    """What decodes a kind of call of one softmax, whose parts are `programs`."""
+    found = []
+    for program in programs:
+        cache = call.of_part(program, inputs).cache
+        plan = decode_plan(program, spec, call.shape.rows, cache, split=False, tiling=tiling)
+        found.append(CpuDecode(plan, generate(plan)))
+    return Parts(tuple(found))
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The decode functions of the parts of one softmax, or of one weighted sum."""
+
+    parts: tuple[CpuDecode, ...]
+
+    def __call__(
+        self, call: DecodeTensors, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
+    ) -> tuple[Tensor, Tensor]:
+        if len(self.parts) == 1:
+            return self.parts[0](call, inputs, args, scale)
+        states = [part(call, inputs, args, scale, wide=True) for part in self.parts]
+        if self.parts[0].plan.softmax:
+            out, lse = merged([(out, lse) for out, lse in states])
+            assert lse is not None, "each part has one"
+            return out.to(call.q.dtype), lse
+        return sum(out for out, _ in states).to(call.q.dtype), states[0][1]  # type: ignore[union-attr]
 
 
 @dataclass(slots=True)
@@ -39,18 +73,22 @@ class CpuDecode:
         self._args = tuple((i, name) for i, name in enumerate(self.plan.program.args) if name in args)
 
     def __call__(
-        self, call: DecodeTensors, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
-    ) -> tuple[Tensor, Tensor]:
-        shape = call.shape
+        self, call: DecodeTensors, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+        wide: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Output and lse; `wide`: the output as it is before it is rounded to q's dtype."""
+        shape, call = call.shape, call.of_part(self.plan.program, inputs)
         out, lse = empty_output(call.q, shape)
         lse.fill_(-math.inf)
-        wide = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+        high = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+        if wide:
+            out = out.to(high)
         grouped = (shape.kv_heads, shape.heads // shape.kv_heads)
         q, result, sums = call.q.unflatten(1, grouped), out.unflatten(1, grouped), lse.unflatten(1, grouped)
         if call.k_scale is not None:
-            q = q.to(wide) * call.k_scale.to(wide).view(-1, 1, 1, 1)
+            q = q.to(high) * call.k_scale.to(high).view(-1, 1, 1, 1)
         if call.v_scale is not None:
-            result = torch.empty_like(result, dtype=wide)
+            result = torch.empty_like(result, dtype=high)
         # A contiguous cache is one of a page a sequence.
         table = torch.arange(shape.batch)[:, None] if call.page_table is None else call.page_table
         lengths = call.seq_lens.clamp(0, call.capacity).tolist()
@@ -69,7 +107,7 @@ class CpuDecode:
                 **given, **numbers, **self._tables,
             )  # fmt: skip
         if call.v_scale is not None:
-            out.copy_((result * call.v_scale.to(wide).view(-1, 1, 1, 1)).flatten(1, 2))
+            out.copy_((result * call.v_scale.to(high).view(-1, 1, 1, 1)).flatten(1, 2))
         return out, lse
 
     def _chosen(self, plan: Tensor, b: int, k_len: int, grouped: tuple[int, int]) -> Tensor:

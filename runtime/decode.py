@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attndsl.decode import Cache, DecodePlan, Listing, decode_plan
+from attndsl.branches import Given
+from attndsl.compose import part_programs
+from attndsl.decode import Cache, DecodePlan, Listing
 from attndsl.diagnostics import error
 from attndsl.plan import Spec, Tiling
 from attndsl.program import CallShape, Dim, Program
 from attndsl.runtime.call import check_heads, check_inputs, check_tables, device_target, dtype_of
 from attndsl.runtime.engine import MAX_PREPARED, Engine
+from attndsl.runtime.entries import all_view_places, check_entries, view_places
 from attndsl.runtime.plans import as_four, chosen_entries
 
 CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -27,7 +30,8 @@ class DecodeTensors:
     """The tensors of a call, heads before tokens.
 
     q [B, Hq, n, D]; k, v [B, Hkv, M, D] or with a page table [pages, Hkv, page, D]; seq_lens int32 [B];
-    page_table int32 [B, P] or None; k_scale, v_scale [], [1] or [Hkv], or None.
+    page_table int32 [B, P] or None; k_scale, v_scale [], [1] or [Hkv], or None. `tokens`: where k and v are the entries
+    of a view, how many tokens a sequence can have at most.
     """
 
     q: Tensor
@@ -37,10 +41,13 @@ class DecodeTensors:
     page_table: Tensor | None
     k_scale: Tensor | None
     v_scale: Tensor | None
+    tokens: int | None = None
 
     @property
     def capacity(self) -> int:
         """Tokens that a sequence can have at most."""
+        if self.tokens is not None:
+            return self.tokens
         page = self.k.shape[2]
         return page if self.page_table is None else min(page * self.page_table.shape[1], 2**31 - 256)
 
@@ -56,6 +63,18 @@ class DecodeTensors:
             None if self.page_table is None else self.k.shape[2], self.k.dtype == FP8, self.k_scale is not None,
             self.v_scale is not None,
         )  # fmt: skip
+
+    def of_part(self, program: Program, inputs: Sequence[Tensor]) -> DecodeTensors:
+        """The call as a part has it: over a view the keys are entries, of which it takes no copy where they are
+        broadcast."""
+        (part,) = program.only.parts
+        if part.view is None:
+            return self
+        assert isinstance(part.view, Given), "pools are made before a part is decoded"
+        at_k, at_v = view_places(program, part.view)
+        sizes = (self.q.shape[0], self.k.shape[1], -(-self.capacity // part.view.stride))
+        k, v = (inputs[i].expand(*sizes, x.shape[3]) for i, x in ((at_k, self.k), (at_v, self.v)))
+        return DecodeTensors(self.q, k, v, self.seq_lens, None, None, None, self.capacity)
 
     def kind(self) -> tuple[Any, ...]:
         """Everything about the tensors that a launch depends on. Written out, since it is asked at every call."""
@@ -127,6 +146,11 @@ class Decoder:
     tiling: Tiling | None = None
     splits: int | None = None
     _prepared: dict[Any, Launch] = field(default_factory=dict)
+    # Which inputs hold entries of views.
+    _views: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._views = all_view_places(self.engine.program)
 
     def decode(
         self, call: DecodeTensors, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str
@@ -135,6 +159,7 @@ class Decoder:
         key = (
             call.kind(), backend, scale if scale is None else scale > 0,
             tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs),
+            all(inputs[i].data_ptr() & 15 == 0 for i in self._views),
         )  # fmt: skip
         launch = self._prepared.get(key)
         if launch is None:
@@ -151,6 +176,7 @@ class Decoder:
         shape = call.shape
         check_tables(program, shape)
         check_inputs(program, shape, inputs, call.q.device)
+        self._check_entries(program, call, inputs)
         spec = Spec(
             shape.heads, shape.kv_heads, shape.dim, shape.v_dim, dtype_of(call.q), device_target(call.q.device),
             scale_sign=1 if scale is None or scale > 0 else -1,
@@ -158,13 +184,21 @@ class Decoder:
         if backend == "gluon":
             raise error("A510", "decode has no Hopper lowering of its own", help="leave `backend` out")
         if self.engine.choose(backend, spec) == "cpu":
-            from attndsl.runtime.cpu_decode import CpuDecode
+            from attndsl.runtime.cpu_decode import prepare_decode as prepare_on_cpu
 
-            plan = decode_plan(program, spec, shape.rows, call.cache, split=False, tiling=self.tiling)
-            return CpuDecode(plan, self.generators.cpu(plan))
+            return prepare_on_cpu(part_programs(program), spec, call, inputs, self.generators.cpu, self.tiling)
         from attndsl.runtime.triton_decode import prepare_decode
 
-        return prepare_decode(program, spec, call, inputs, self.generators.triton, self.tiling, self.splits)
+        parts = part_programs(program)
+        return prepare_decode(parts, spec, call, inputs, self.generators.triton, self.tiling, self.splits)
+
+    def _check_entries(self, program: Program, call: DecodeTensors, inputs: Sequence[Tensor]) -> None:
+        check_entries(program, call.q, inputs)
+        for i in self._views:
+            # As caches are, entries are large: none is copied at every step.
+            if inputs[i].shape[-1] == 1 or inputs[i].stride(-1) != 1:
+                said = f"the last dimension of `{program.inputs[i].name}` has stride {inputs[i].stride(-1)}"
+                raise error("A552", said, help="keep entries dense")
 
 
 # ----------------------------------------------------------------------------------------- checks
@@ -189,6 +223,17 @@ def check_tensors(program: Program, call: DecodeTensors) -> None:
             help=f"q is [B, Hq, n, D], the caches of layout 'hnd' [{first}, D] and [{first}, Dv], not empty",
         )  # fmt: skip
     check_heads(q.shape[1], kv_heads, dim, v.shape[3])
+    check_lengths(call, batch)
+    for name, x in (("k_scale", call.k_scale), ("v_scale", call.v_scale)):
+        if x is not None and (k.dtype != FP8 or not x.is_floating_point() or x.shape not in ((), (1,), (kv_heads,))):
+            raise error(
+                "A553", f"{name} is {_said(x)}, for a cache of {_dtype(k)} with {kv_heads} key heads",
+                help="scales are for float8_e4m3fn caches: a float tensor of one number, or of one a key head",
+            )  # fmt: skip
+
+
+def check_lengths(call: DecodeTensors, batch: int) -> None:
+    """Raises `PatternError` where lengths and the page table are not those of so many sequences."""
     if call.seq_lens.dtype != torch.int32 or call.seq_lens.shape != (batch,):
         raise error(
             "A550", f"seq_lens is {_said(call.seq_lens)}; this call needs int32 [{batch}]",
@@ -201,12 +246,6 @@ def check_tensors(program: Program, call: DecodeTensors) -> None:
             "A551", f"page_table is {_said(table)}; this call needs int32 [{batch}, pages of a sequence]",
             help="the pages of each sequence, first tokens first",
         )  # fmt: skip
-    for name, x in (("k_scale", call.k_scale), ("v_scale", call.v_scale)):
-        if x is not None and (k.dtype != FP8 or not x.is_floating_point() or x.shape not in ((), (1,), (kv_heads,))):
-            raise error(
-                "A553", f"{name} is {_said(x)}, for a cache of {_dtype(k)} with {kv_heads} key heads",
-                help="scales are for float8_e4m3fn caches: a float tensor of one number, or of one a key head",
-            )  # fmt: skip
 
 
 def _check_types(call: DecodeTensors) -> None:

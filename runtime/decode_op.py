@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,10 @@ from torch.library import Library
 
 from attndsl.diagnostics import error
 from attndsl.program import CallShape
-from attndsl.runtime.call import check_heads
 from attndsl.runtime.decode import DecodeTensors
 from attndsl.runtime.engine import empty_output
 from attndsl.runtime.ops import checked_values, traced, wants_gradients
-from attndsl.runtime.registry import decoder_of, engine_of
-from attndsl.runtime.select_op import with_given_plans
+from attndsl.runtime.registry import decoder_of
 
 LAYOUTS = ("hnd", "nhd")
 _LIBRARY = Library("attndsl", "FRAGMENT")
@@ -54,20 +52,24 @@ def decode(
     return _decode(*call)
 
 
-def decode_plans(
-    key: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor | None, layout: str,
-    inputs: list[Tensor], plans: Mapping[str, Tensor],
-) -> list[Tensor]:  # fmt: skip
-    """A decode's inputs with the plans that it is given. Raises `PatternError` where one is missing or does not fit."""
-    program = engine_of(key).program
-    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if x.dim() != 4:
-            raise error("A501", f"{name} must have 4 dimensions, not {list(x.shape)}", help="q is [B, Hq, n, D]")
-    if layout == "nhd":
+def in_order(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, page_table: Tensor | None, layout: str,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> DecodeTensors:  # fmt: skip
+    """A call's tensors, heads before tokens. Raises `PatternError` where they do not lie as kernels need."""
+    if layout not in LAYOUTS:
+        raise error("A552", f"there is no layout {layout!r}", help=f"one of {', '.join(LAYOUTS)}")
+    # Caches are large: one whose elements are not dense is refused, and not copied at every step.
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.dim() == 4 and x.shape[3] > 1 and x.stride(3) != 1:
+            raise error("A552", f"the last dimension of {name} has stride {x.stride(3)}", help="keep heads dense")
+    if layout == "nhd" and k_cache.dim() == v_cache.dim() == 4:
         k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-    shape = DecodeTensors(q, k_cache, v_cache, q, page_table, None, None).shape
-    check_heads(shape.heads, shape.kv_heads, shape.dim, shape.v_dim)
-    return with_given_plans(program, shape, inputs, plans, q.device)
+    if q.dim() and q.stride(-1) != 1:
+        q = q.contiguous()
+    if page_table is not None and page_table.dim() and page_table.stride(-1) != 1:
+        page_table = page_table.contiguous()
+    return DecodeTensors(q, k_cache, v_cache, seq_lens, page_table, k_scale, v_scale)
 
 
 def _decode(
@@ -85,19 +87,7 @@ def _decode(
     layout: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if layout not in LAYOUTS:
-        raise error("A552", f"there is no layout {layout!r}", help=f"one of {', '.join(LAYOUTS)}")
-    # Caches are large: one whose elements are not dense is refused, and not copied at every step.
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if x.dim() == 4 and x.shape[3] > 1 and x.stride(3) != 1:
-            raise error("A552", f"the last dimension of {name} has stride {x.stride(3)}", help="keep heads dense")
-    if layout == "nhd" and k_cache.dim() == v_cache.dim() == 4:
-        k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-    if q.dim() and q.stride(-1) != 1:
-        q = q.contiguous()
-    if page_table is not None and page_table.dim() and page_table.stride(-1) != 1:
-        page_table = page_table.contiguous()
-    call = DecodeTensors(q, k_cache, v_cache, seq_lens, page_table, k_scale, v_scale)
+    call = in_order(q, k_cache, v_cache, seq_lens, page_table, layout, k_scale, v_scale)
     return decoder_of(key).decode(call, inputs, args, scale, backend)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attndsl.diagnostics import error
+from attndsl.keeping import KeepPlan
 from attndsl.listing import even_start
 from attndsl.mapping import maps_call
 from attndsl.piece_plans import backward_plans, forward_plans
@@ -58,6 +59,7 @@ class Generators:
     triton_observe: Callable[[ObservePlan], str]
     cpu_observe: Callable[[ObservePlan], str]
     triton_combine: Callable[[CombinePlan], str]
+    triton_keep: Callable[[KeepPlan], str]
 
 
 @dataclass(slots=True)

@@ -13,11 +13,11 @@ from attndsl.selection import Normalise, Pool
 
 
 def pooled(x: Tensor, here: Tensor, pool: Pool | None) -> Tensor:
-    """x [B, H, n, tokens, D] as [B, H, n, D], of the tokens that are there (bool [n or 1, tokens])."""
+    """x [B, H, n, tokens, D] as [B, H, n, D], of the tokens that are there (bool [B or 1, n or 1, tokens])."""
     if pool is None:
         return x[..., 0, :]
-    count = here.sum(-1).view(1, 1, -1, 1)
-    present = here.view(1, 1, *here.shape, 1)
+    count = here.sum(-1)[:, None, :, None]
+    present = here[:, None, :, :, None]
     match pool:
         case Pool.MEAN:
             return torch.where(present, x, 0).sum(3) / count
@@ -31,7 +31,7 @@ def pooled(x: Tensor, here: Tensor, pool: Pool | None) -> Tensor:
             place = torch.arange(here.shape[-1], device=here.device)
             at = torch.where(here, place, here.shape[-1] if pool is Pool.FIRST else -1)
             at = at.amin(-1) if pool is Pool.FIRST else at.amax(-1)
-            at = at.clamp(0, here.shape[-1] - 1).view(1, 1, -1, 1, 1)
+            at = at.clamp(0, here.shape[-1] - 1)[:, None, :, None, None]
             found = x.gather(3, at.expand(*x.shape[:3], 1, x.shape[4])).squeeze(3)
         case _:
             assert_never(pool)
@@ -109,15 +109,20 @@ def _pooled(x: Tensor, pool: Pool, real: torch.dtype) -> Tensor:
             assert_never(pool)
 
 
-def shares(x: Tensor, size: int, stride: int, keys: int, k_len: int, largest: bool) -> Tensor:
+def shares(
+    x: Tensor, size: int, stride: int, keys: int, k_len: int, largest: bool, lengths: Tensor | None = None
+) -> Tensor:
     """Masses [B, H, rows, n] of the entries [stride j, stride j + size) as those [B, H, rows, members] of blocks of
-    `keys` tokens: an entry gives each the share of its present tokens inside it. `largest`: the most, not the sum."""
+    `keys` tokens: an entry gives each the share of its present tokens inside it. `largest`: the most, not the sum.
+
+    lengths: int64 [B, 1, 1, 1] where sequences have their own, of which k_len is the most that one may have."""
     members = -(-k_len // keys)
     first = torch.arange(x.shape[3], device=x.device)[:, None] * stride
-    end = (first + size).clamp(max=k_len)
+    end = (first + size).clamp(max=k_len) if lengths is None else torch.minimum(first + size, lengths)
     start = torch.arange(members, device=x.device) * keys
     inside = (torch.minimum(end, start + keys) - torch.maximum(first, start)).clamp(min=0)
-    share = inside.to(x.dtype) / (end - first)
+    # Entries past a sequence's own have no tokens.
+    share = inside.to(x.dtype) / (end - first).clamp(min=1)
     if not largest:
         given: Tensor = x @ share
         return given
@@ -125,8 +130,8 @@ def shares(x: Tensor, size: int, stride: int, keys: int, k_len: int, largest: bo
     if not x.shape[3]:
         return found
     # Entries that lie in a member are few and in a row: the i-th of each, one after another.
-    order = (inside > 0).to(torch.int8).argmax(0)
+    order = (inside > 0).to(torch.int8).argmax(-2, keepdim=True)
     for i in range(-(-keys // stride) + -(-size // stride)):
         nth = (order + i).clamp(max=x.shape[3] - 1)
-        found = torch.maximum(found, x[..., nth] * share.gather(0, nth.view(1, -1)).view(-1))
+        found = torch.maximum(found, x.gather(3, nth.expand(found.shape)) * share.gather(-2, nth))
     return found

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from attndsl.diagnostics import error
 from attndsl.eviction import Retention
+from attndsl.keeping import Kept
 from attndsl.paging import PageChoice
+from attndsl.runtime.decode import DecodeTensors
+from attndsl.runtime.keep import Entries, Keeper
 from attndsl.runtime.page_choice import PageKernels
 
 
@@ -38,6 +41,8 @@ class PagePool:
         device: torch.device | str | None,
         bounds: PageKernels | None,
         choices: Sequence[PageChoice],
+        program: str,
+        kept: Sequence[Kept],
     ) -> None:
         self.attend, self.retention, self.page, self.max_len = attend, retention, retention.page, max_len
         self._check_size(pages)
@@ -51,9 +56,11 @@ class PagePool:
         self.k_min = self.k_max = None
         self._bounds, self.choices = bounds, tuple(choices) if bounds is not None else ()
         if bounds is not None:
-            kept = torch.float32 if self.k.element_size() == 1 else self.k.dtype
-            self.k_min = torch.zeros(pages, kv_heads, head_dim, dtype=kept, device=device)
+            exact = torch.float32 if self.k.element_size() == 1 else self.k.dtype
+            self.k_min = torch.zeros(pages, kv_heads, head_dim, dtype=exact, device=device)
             self.k_max = torch.zeros_like(self.k_min)
+        call = DecodeTensors(self.k, self.k, self.v, self.seq_lens, self.page_table, None, None)
+        self._keeper = Keeper(program, kept, call) if kept else None
         self._free = list(range(pages - 1, -1, -1))
         # For each sequence, place in the sequence -> page.
         self._held: list[dict[int, int]] = [{} for _ in range(batch)]
@@ -64,9 +71,15 @@ class PagePool:
         return sum(map(len, self._held))
 
     @property
+    def views(self) -> Entries | None:
+        """What is kept beside the pool, as `attn.decode` takes it; None where that is nothing."""
+        return None if self._keeper is None else self._keeper.entries
+
+    @property
     def bytes(self) -> int:
-        """Memory of the pool, its table and its bounds."""
-        tensors = (self.k, self.v, self.page_table, self.seq_lens, self.k_min, self.k_max)
+        """Memory of the pool, its table, its bounds and views."""
+        entries = (x for each in (self.views or {}).values() for x in each)
+        tensors = (self.k, self.v, self.page_table, self.seq_lens, self.k_min, self.k_max, *entries)
         return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
     def append(self, k: Tensor, v: Tensor, sequences: Sequence[int] | None = None) -> None:
@@ -108,19 +121,25 @@ class PagePool:
         if self._bounds is not None and self.k_min is not None and self.k_max is not None:
             given = (self.seq_lens[rows], self.page_table[rows])
             self._bounds.update(self.k, self.k_min, self.k_max, *given, new)
+        if self._keeper is not None:
+            lengths, table = self.seq_lens[rows], self.page_table[rows]
+            call = DecodeTensors(self.k, self.k, self.v, lengths, table, None, None)
+            self._keeper.update(call, new, None if isinstance(rows, slice) else rows)
 
     def decode(self, q: Tensor, *, plans: Mapping[str, Tensor] | None = None, **options: Any) -> Any:
         """`attn.decode` of q [B, Hq, n, D], the last n tokens of each sequence, over the pool.
 
-        plans: of the attention's selections, by name; `plan` makes those that it can of the others.
+        plans: of the attention's selections, by name. Those that go by bounds which the cache keeps are chosen by
+        them, the others by what it keeps of views.
         """
         if self.choices or plans:
-            options["plans"] = self.plan(q, plans)
+            options["plans"] = self._by_bounds(q, plans)
+        if self._keeper is not None:
+            options["views"] = self.views
         return self.attend.decode(q, self.k, self.v, self.seq_lens, self.page_table, **options)
 
-    def plan(self, q: Tensor, plans: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The plans of the selections that go by pages' bounds, by name, with those given: for `decode` here, in the
-        caches of other layers, and at later steps."""
+    def _by_bounds(self, q: Tensor, plans: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The plans of the selections that go by pages' bounds, by name, with those given."""
         found = dict(plans or {})
         for x in self.choices:
             if x.name not in found:

@@ -21,12 +21,13 @@ from attndsl import box_tiles, boxes, branches, derivation, grid, inputs, listin
 from attndsl import layout as layouts
 from attndsl import plan as plans_module
 from attndsl import program as programs
+from attndsl.compose import raw_first
 from attndsl.cuts import with_cuts
 from attndsl.derivation import Gathering, Order, TileList, TileMap
 from attndsl.derive import derive
 from attndsl.diagnostics import error
 from attndsl.learned import Over
-from attndsl.piece_plans import backward_plans, forward_plans, raw_first
+from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.plan import (
     Backend,
     BackwardPlan,

@@ -13,14 +13,17 @@ from torch.nn.functional import pad
 from attndsl.branch_mass import BranchMass, branch_mass
 from attndsl.capacity import budgets, capacity, rows_that_see
 from attndsl.diagnostics import error
+from attndsl.keeping import KEYS, of_members
 from attndsl.members import extent
 from attndsl.plans import plan_heads
 from attndsl.program import CallShape, Inter, Program, Set
 from attndsl.runtime.derive import Deriver
+from attndsl.runtime.derive_ragged import RaggedDeriver
 from attndsl.runtime.engine import table_tensor
 from attndsl.runtime.groups import Groups
+from attndsl.runtime.keep import update_in_torch
 from attndsl.runtime.masses import leading, pooled_members
-from attndsl.runtime.strips import STRIP, Strips
+from attndsl.runtime.strips import STRIP, Ragged, Strips
 from attndsl.runtime.touched import Touched
 from attndsl.select_plan import SelectPlan, why_not_fused
 from attndsl.selection import Antidiagonal, Dot, Probs, Selection, Share, Top, Vectors
@@ -46,6 +49,8 @@ class Selector:
     given: Sequence[Tensor] = ()
     # What prints the fused kernel. Without, or where there is none, plans are made strip by strip.
     printer: Callable[[SelectPlan], str] | None = None
+    # A decode: sequences have lengths of their own, and the shape's is the most that one may have.
+    ragged: bool = False
     capacity: int = field(init=False)
     budgets: Tensor | None = field(init=False, default=None)
     tables: dict[str, Tensor] = field(init=False)
@@ -70,11 +75,11 @@ class Selector:
                 selection.span, help="write `share = group` or `share = heads`, larger members, or `per = rows(64)`",
             )  # fmt: skip
         if isinstance(selection.score, Probs):
-            self.mass = checked_mass(self.program, selection, shape)
+            self.mass = checked_mass(self.program, selection, shape, self.ragged)
             self.seeing = seeing_rows(self.program, self.mass, shape)
         self.capacity = capacity(self.program, selection, heads, self.members)
         # Where the call holds every row, its row classes are whole.
-        self.whole = selection.rows is not None and shape.rows == shape.q_len(self.program)
+        self.whole = not self.ragged and selection.rows is not None and shape.rows == shape.q_len(self.program)
         self.whole = self.whole and selection.row_tiles is None
         self.tables = {table.name: table_tensor(table, self.device) for table in self.program.tables}
         if self.printer is None or why_not_fused(self.program, selection, heads):
@@ -91,13 +96,14 @@ class Selector:
             forced = Inter((selection.among, selection.always))
             self.always = self._touched(forced, selection.rows, keys)
         if self.mass is not None:
-            self.mass_deriver = Deriver(self.mass.program, self.shape, self.device, given=self.given)
+            make = RaggedDeriver if self.ragged else Deriver
+            self.mass_deriver = make(self.mass.program, self.shape, self.device, given=self.given)
         if isinstance(selection.score, Antidiagonal):
             self.groups = self._touched(selection.among, selection.score.stride, selection.score.stride)
 
     def _touched(self, pattern: Set, rows: int | None, keys: int) -> Touched:
         rows = (rows or 1) if self.whole else 1
-        return Touched.of(self.program, pattern, rows, keys, self.shape, self.device, self.given)
+        return Touched.of(self.program, pattern, rows, keys, self.shape, self.device, self.given, self.ragged)
 
     @property
     def members(self) -> int:
@@ -124,22 +130,36 @@ class Selector:
             return groups.pooled(x.expand(self.shape.batch, -1, -1, -1).to(real), v.pool)
         return pooled_members(x, self.selection.keys, v.pool, real)
 
+    def kept(self, v: Vectors, ragged: Ragged, inputs: Sequence[Tensor]) -> Tensor:
+        """The same of a decode: what is kept of keys, or what inputs hold, of the tokens that a sequence has."""
+        if v.source == "K":
+            x = ragged.members[KEYS if (found := of_members(self.selection, v)) is None else found.name]
+            return x.to(torch.promote_types(x.dtype, torch.float32))
+        given = inputs[[decl.name for decl in self.program.inputs].index(v.source)]
+        if v.pool is None:
+            return self.vectors(v, given, inputs)
+        x = leading(self.program.input(v.source), given).expand(self.shape.batch, -1, self.shape.k_len, -1)
+        size, real = self.selection.keys, torch.promote_types(x.dtype, torch.float32)
+        members = torch.zeros(*x.shape[:2], self.members, x.shape[3], dtype=real, device=self.device)
+        update_in_torch(x, members, ragged.lengths.view(-1), None, v.pool, size, size, self.shape.k_len, self.members)
+        return members
+
     # ----------------------------------------------------------------------------------------- plans
 
     def __call__(
         self, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None = None,
-        state: tuple[Tensor, Tensor] | None = None,
+        state: tuple[Tensor, Tensor] | None = None, ragged: Ragged | None = None,
     ) -> Tensor:  # fmt: skip
         """The plan: int32 [B, H', R, C], or uint8 [B, H', R, M] where nothing bounds it.
 
         scale: in the place of the attention's own. state: for `probs`, the keys [B, Hkv, keys, D] of its branch, and
-        the lse [B, Hq, rows] that it had.
+        the lse [B, Hq, rows] that it had. ragged: of a decode, which needs no k.
         """
         plan = empty_plan(self.program, self.selection, self.shape, self.device)
         if self.among is None:
             self._fused(plan, q, k, inputs, args, scale, state)
             return plan
-        strips = Strips(self, q, k, inputs, args, scale, state)
+        strips = Strips(self, q, k, inputs, args, scale, state, ragged)
         heads = plan.shape[1]
         step = max(1, STRIP[self.device.type] // max(1, self.shape.batch * self.shape.heads * strips.width))
         for low in range(0, self.classes, step):
@@ -203,12 +223,12 @@ def members_of(selection: Selection, shape: CallShape) -> int:
     return -(-shape.k_len // tokens) * each
 
 
-def checked_mass(program: Program, selection: Selection, shape: CallShape) -> BranchMass:
+def checked_mass(program: Program, selection: Selection, shape: CallShape, ragged: bool = False) -> BranchMass:
     """The branch that a selection reads the probabilities of.
 
     Raises `PatternError` where it has none (A575), or where one row class would look at too many (A576).
     """
-    mass = branch_mass(program, selection, (shape.heads, shape.kv_heads))
+    mass = branch_mass(program, selection, (shape.heads, shape.kv_heads), ragged)
     keys, (low, high) = mass.keys(shape.k_len), seeing_rows(program, mass, shape)
     if selection.rows is None and shape.batch * shape.heads * (high - low) * keys > MAX_PAIRS:
         raise error(

@@ -16,13 +16,16 @@ from torch import Tensor
 from torch.library import Library
 
 from attndsl.diagnostics import error
+from attndsl.keeping import KEYS, kept_by
 from attndsl.plans import own_program, plan_heads, plan_input, plans_read
 from attndsl.program import CallShape, InputDecl, Program
 from attndsl.runtime.call import broadcasts, call_shape, check_inputs, check_tables, device_target
+from attndsl.runtime.decode import DecodeTensors
 from attndsl.runtime.ops import traced
 from attndsl.runtime.plans import listed_members
 from attndsl.runtime.registry import engine_of
 from attndsl.runtime.select import Selector, checked_mass, empty_plan, members_of
+from attndsl.runtime.strips import Ragged
 from attndsl.select_plan import fuses_on
 from attndsl.selection import Levels, Probs, Selection, Share
 
@@ -30,6 +33,10 @@ _LIBRARY = Library("attndsl", "FRAGMENT")
 _LIBRARY.define(
     "select(str program, str selection, Tensor q, Tensor k, Tensor[] inputs, SymInt[] args, float? scale, "
     "Tensor? keys=None, Tensor? lse=None) -> Tensor"
+)
+_LIBRARY.define(
+    "select_ragged(str program, str selection, Tensor q, Tensor seq_lens, int kv_heads, SymInt capacity, "
+    "Tensor[] members, Tensor[] inputs, SymInt[] args, float? scale, Tensor? keys=None, Tensor? lse=None) -> Tensor"
 )
 # What `probs` reads of a branch: its keys [B, Hkv, keys, D], and the lse [B, Hq, rows] that it had.
 State: TypeAlias = tuple[Tensor, Tensor]
@@ -54,11 +61,7 @@ class Planner:
         self.q, self.k, self.inputs = q.detach(), k.detach(), [x.detach() for x in inputs]
         self.args, self.scale, self.given, self.state = args, scale, given, state
         self._found: dict[str, Tensor] = {}
-        names = [selection.name for selection in self.program.selections]
-        for name in given:
-            if name not in names:
-                known = f"it has {', '.join(names)}" if names else "it has none"
-                raise error("A572", f"`{name}` is not a selection of this attention: {known}", self.program.span)
+        check_named(self.program, given)
 
     def plan(self, name: str) -> Tensor:
         """A plan, [B, H', R, C or M]. Raises `PatternError` where a given one does not fit the call."""
@@ -93,33 +96,85 @@ class Planner:
         return made
 
 
-def with_given_plans(
-    program: Program, shape: CallShape, inputs: list[Tensor], given: Mapping[str, Tensor], device: torch.device
-) -> list[Tensor]:
-    """The inputs of a decode, its plans among them, all of which are `given`. The shape's `k_len` is the capacity.
+class RaggedPlanner:
+    """The plans of a program's selections in one decode, each made when first asked for, or given.
 
-    Raises `PatternError` where one is missing, or fits no selection of the program.
+    members: what is kept of a cache for the vectors of a selection's members. state: as in `Planner`.
     """
+
+    def __init__(
+        self, key: str, call: DecodeTensors, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+        given: Mapping[str, Tensor], members: Callable[[str], Sequence[Tensor]], state: Callable[[str], State],
+    ) -> None:  # fmt: skip
+        """Raises `PatternError` where a given plan belongs to no selection of the program."""
+        self.key, self.call, self.program = key, call, engine_of(key).program
+        self.inputs, self.args, self.scale, self.given = inputs, args, scale, given
+        self.members, self.state = members, state
+        self._found: dict[str, Tensor] = {}
+        check_named(self.program, given)
+
+    def plan(self, name: str) -> Tensor:
+        """A plan, [B, H', R, C or M]. Raises `PatternError` where a given one does not fit the call."""
+        if name not in self._found:
+            selection = self.program.selection(name)
+            if selection.members is not None or selection.row_tiles is not None:
+                raise error(
+                    "A911", f"decode within `{name}` is not yet supported: it chooses no blocks in a row",
+                    selection.span, help="choose `blocks(B)` or `tokens` for rows",
+                )  # fmt: skip
+            if name in self.given:
+                plan = self.given[name]
+                self._found[name] = _checked(self.program, selection, self.call.shape, plan, self.call.q.device)
+            else:
+                self._found[name] = self._made(selection)
+        return self._found[name]
+
+    def input(self, name: str) -> Tensor:
+        """The plan as the input that it is to what attends it."""
+        return as_input(self.plan(name), plan_input(self.program.selection(name)))
+
+    def _made(self, selection: Selection) -> Tensor:
+        if reason := _why_not_ragged(self.program, selection, self.call):
+            raise error(
+                "A561", f"decode takes what `{selection.name}` chooses as a plan: {reason}", selection.span,
+                help=f"pass plans={{'{selection.name}': …}}",
+            )  # fmt: skip
+        call, read = self.call, [self.input(name) for name in _reads(selection, self.program)]
+        keys: Tensor | None = None
+        lse: Tensor | None = None
+        if isinstance(selection.score, Probs):
+            keys, lse = self.state(selection.score.branch)
+        inputs = [*self.inputs, *read]
+        make = torch.ops.attndsl.select_ragged if traced((call.q, *inputs)) else _select_ragged
+        made: Tensor = make(
+            self.key, selection.name, call.q, call.seq_lens, call.k.shape[1], call.capacity,
+            self.members(selection.name), inputs, self.args, self.scale, keys, lse,
+        )  # fmt: skip
+        return made
+
+
+def _why_not_ragged(program: Program, selection: Selection, call: DecodeTensors) -> str:
+    """Why a decode does not choose itself, empty where it does."""
+    if selection.rows not in (1, None):
+        return "it chooses for blocks of rows"
+    single = None in kept_by(selection)
+    if isinstance(selection.score, Probs):
+        if selection.rows is None:
+            return "it ranks by the probabilities of all rows"
+        single = any(part.view is None for part in program.named(selection.score.branch).parts)
+    if single and (call.page_table is not None or call.k.dtype != call.q.dtype):
+        what = "pages" if call.page_table is not None else "8 bits"
+        return f"it ranks single keys, and those of a cache in {what} would be copied at each step"
+    return ""
+
+
+def check_named(program: Program, given: Mapping[str, Tensor]) -> None:
+    """Raises `PatternError` where a given plan belongs to no selection of the program."""
     names = [selection.name for selection in program.selections]
     for name in given:
         if name not in names:
             known = f"it has {', '.join(names)}" if names else "it has none"
             raise error("A572", f"`{name}` is not a selection of this attention: {known}", program.span)
-    found = list(inputs)
-    for decl in program.inputs[len(inputs) :]:
-        if decl.name not in given:
-            raise error(
-                "A561", f"decode takes what `{decl.name}` chooses as a plan", decl.span,
-                help=f"pass plans={{'{decl.name}': …}}; a `PagedCache` with bounds makes those of Quest",
-            )  # fmt: skip
-        selection = program.selection(decl.name)
-        if selection.members is not None or selection.row_tiles is not None:
-            raise error(
-                "A911", f"decode within `{decl.name}` is not yet supported: it chooses no blocks in a row", decl.span,
-                help="choose `blocks(B)` or `tokens` for rows",
-            )  # fmt: skip
-        found.append(as_input(_checked(program, selection, shape, given[decl.name], device), decl))
-    return found
 
 
 def as_input(plan: Tensor, decl: InputDecl) -> Tensor:
@@ -212,6 +267,45 @@ def _select(
         return selector(q, k, inputs, args, scale, None if keys is None or lse is None else (keys, lse))
 
 
+def _select_ragged(
+    key: str, name: str, q: Tensor, seq_lens: Tensor, kv_heads: int, capacity: int, members: Sequence[Tensor],
+    inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, keys: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    shape = _ragged_shape(q, kv_heads, capacity)
+    given = tuple((x.shape, x.dtype) for x in inputs)
+    kind = ("ragged", key, name, shape, q.dtype, q.device, *given)
+    selector = _KEPT.get(kind)
+    if selector is None:
+        program = engine_of(key).program
+        selection = program.selection(name)
+        seen = _of_selection(program, selection)
+        check_tables(seen, shape)
+        check_inputs(seen, shape, inputs, q.device)
+        if len(_KEPT) >= MAX_KEPT:
+            _KEPT.clear()
+        like = [torch.empty_like(x, device="meta") for x in inputs]
+        selector = _KEPT[kind] = Selector(seen, selection, shape, q.device, like, ragged=True)
+    names = [KEYS if each is None else each.name for each in kept_by(selector.selection)]
+    lengths = seq_lens.clamp(0, capacity).to(torch.int64).view(-1, 1, 1, 1)
+    ragged = Ragged(lengths, dict(zip(names, members, strict=True)))
+    with torch.no_grad():
+        return selector(q, q, inputs, args, scale, None if keys is None or lse is None else (keys, lse), ragged)
+
+
+def _ragged_shape(q: Tensor, kv_heads: int, capacity: int) -> CallShape:
+    batch, heads, rows, dim = q.shape
+    return CallShape(batch, heads, kv_heads, rows, capacity, dim, dim)
+
+
+def _select_ragged_fake(
+    key: str, name: str, q: Tensor, seq_lens: Tensor, kv_heads: int, capacity: int, *rest: object
+) -> Tensor:
+    program = engine_of(key).program
+    shape = _ragged_shape(q, kv_heads, capacity)
+    return empty_plan(own_program(program), program.selection(name), shape, q.device)
+
+
 def _select_fake(
     key: str, name: str, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
     keys: Tensor | None = None, lse: Tensor | None = None,
@@ -222,4 +316,6 @@ def _select_fake(
 
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("select", _select, _device)
+    _LIBRARY.impl("select_ragged", _select_ragged, _device)
+_LIBRARY.impl("select_ragged", _select_ragged_fake, "Meta")
 _LIBRARY.impl("select", _select_fake, "Meta")

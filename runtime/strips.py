@@ -6,7 +6,8 @@ tensors), and ties go to the lower index. Nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.functional import pad
 from attndsl.members import Lags
 from attndsl.runtime.groups import Groups, lag_sums, tiled_rows
 from attndsl.runtime.masses import floor_share, leading, normalised, pooled, shares, softmax
-from attndsl.runtime.touched import Touched, call_values
+from attndsl.runtime.touched import Touched, as_rows, call_values
 from attndsl.runtime.values import Values
 from attndsl.selection import (
     Above,
@@ -43,20 +44,30 @@ STRIP = {"cpu": 1 << 20, "cuda": 1 << 24}
 _LARGEST = 3.0e38
 
 
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """What differs in a decode: int64 lengths [B, 1, 1, 1], and vectors of members, by their names, that are kept."""
+
+    lengths: Tensor
+    members: Mapping[str, Tensor]
+
+
 class Strips:
     """One call of a selector, by strips of its row classes."""
 
     def __init__(
         self, of: Selector, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
-        state: tuple[Tensor, Tensor] | None = None,
+        state: tuple[Tensor, Tensor] | None = None, ragged: Ragged | None = None,
     ) -> None:  # fmt: skip
         self.of, self.selection, self.shape, self.device = of, of.selection, of.shape, of.device
-        self.q, self.k, self.state = q, k, state
+        self.q, self.k, self.state, self.ragged = q, k, state, ragged
+        # int64 [B, 1, 1, 1], where sequences have lengths of their own.
+        self.lengths = None if ragged is None else ragged.lengths
         assert of.among is not None
         self.real = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.candidates = of.among
-        self.among = of.among.values(inputs, args, of.tables)
-        self.always = None if of.always is None else of.always.values(inputs, args, of.tables)
+        self.among = of.among.values(inputs, args, of.tables, self.lengths)
+        self.always = None if of.always is None else of.always.values(inputs, args, of.tables, self.lengths)
         self.scale: float | Tensor = self.shape.dim**-0.5 if scale is None else scale
         if scale is None and self.selection.scale is not None:
             self.scale = self.among.tensor(self.selection.scale)
@@ -75,9 +86,9 @@ class Strips:
             self.tiles = tiled_rows(self.selection.row_tiles, of.classes, q_len, self.device, self.among)
         score = self.selection.score
         if isinstance(score, Dot):
-            self.keys = of.vectors(score.y, k, inputs, self.members)
+            self.keys = self._vectors(score.y, inputs)
         elif isinstance(score, Bound):
-            low, high = (of.vectors(y, k, inputs, self.members) for y in (score.low, score.high))
+            low, high = (self._vectors(y, inputs) for y in (score.low, score.high))
             self.low, self.high = torch.minimum(low, high), torch.maximum(low, high)
         elif isinstance(score, Antidiagonal):
             rows = self.selection.rows
@@ -87,7 +98,9 @@ class Strips:
             self.width *= (rows // score.stride) * (self.selection.keys // score.stride)
         self.mass_values: Values | None = None
         if of.mass is not None and of.mass_deriver is not None:
-            self.mass_values = call_values(of.mass.program, self.shape, of.mass_deriver, inputs, args, of.tables)
+            self.mass_values = call_values(
+                of.mass.program, self.shape, of.mass_deriver, inputs, args, of.tables, self.lengths
+            )  # fmt: skip
             own = of.mass.branch.scale
             self.branch_scale: float | Tensor = self.scale
             if scale is None:
@@ -97,11 +110,19 @@ class Strips:
         if not of.whole:
             self.width *= self.selection.rows or self.shape.rows
 
+    def _vectors(self, v: Vectors, inputs: Sequence[Tensor]) -> Tensor:
+        """[B, G or H or 1, members, D] of what the keys hold."""
+        if self.ragged is not None:
+            return self.of.kept(v, self.ragged, inputs)
+        return self.of.vectors(v, self.k, inputs, self.members)
+
     # ------------------------------------------------------------------------------------ row classes
 
     def _positions(self, low: int, high: int, rows: int) -> Tensor:
-        """The first position of each of these row classes of `rows` rows."""
-        start = self.first if rows == 1 else 0
+        """The first position of each of these row classes of `rows` rows: [classes], or [B, classes]."""
+        start: int | Tensor = self.first if rows == 1 else 0
+        if self.lengths is not None:
+            start = self.lengths.view(-1, 1) - self.shape.rows
         return torch.arange(low, high, device=self.device) * rows + start
 
     def _present(self, touched: Touched, values: Values, low: int, high: int, rows: int | None) -> Tensor:
@@ -120,7 +141,7 @@ class Strips:
         if rows is None:
             found = torch.zeros((), dtype=torch.bool, device=self.device).view(1, 1, 1, 1)
             for start, end in self._row_strips(-(-self.shape.k_len // touched.keys)):
-                position = torch.arange(start, end, device=self.device)
+                position = self._positions(start - self.first, end - self.first, 1)
                 found = found | touched.at(values, position, narrow=narrow).any(2, keepdim=True)
             return found if narrow else found.expand(*found.shape[:3], -(-self.shape.k_len // touched.keys))
         position = self._class_positions(low, high, rows)
@@ -158,18 +179,17 @@ class Strips:
 
     def _rows(self, x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
         """Vectors [B, H, rows, D] of the call's rows by class, [B, H, high - low, rows of a class, D], and which of
-        them are there."""
+        them are there, [B or 1, high - low, rows of a class]."""
         rows, have = self.selection.rows, self.shape.rows
         if rows is None:
-            here = torch.arange(have, device=self.device) + self.first >= 0
-            return x[:, :, None], here.view(1, -1)
+            return x[:, :, None], _of_batch(self._positions(0, have, 1) >= 0)[:, None]
         if rows == 1:
-            return x[:, :, low:high, None], (self._positions(low, high, 1) >= 0).view(-1, 1)
+            return x[:, :, low:high, None], _of_batch(self._positions(low, high, 1) >= 0)[..., None]
         position = self._class_positions(low, high, rows)
         row = position - self.first
         here = (row >= 0) & (row < have) & (position >= 0)
         picked = x[:, :, row.clamp(0, max(0, have - 1))] if have else x.new_zeros(*x.shape[:2], row.numel(), x.shape[3])
-        return picked.unflatten(2, (-1, rows)), here.view(-1, rows)
+        return picked.unflatten(2, (-1, rows)), here.view(1, -1, rows)
 
     def _queries(self, v: Vectors, low: int, high: int) -> Tensor:
         """[B, Hq or 1, high - low, D]: NaN where a class has no rows."""
@@ -214,7 +234,7 @@ class Strips:
                 first = first if rows is None else self._positions(low, high, rows)
                 if self.tiles is not None:
                     first = self.tiles[low:high, 0].clamp(min=0)
-                here = self.among.at(q=first.view(1, 1, -1, 1), k=members)
+                here = self.among.at(q=as_rows(first), k=members)
                 return here.tensor(value).to(self.real)
             case _:
                 assert_never(score)
@@ -228,7 +248,7 @@ class Strips:
         x, here = self._rows(self.q, low, high)
         lse, _ = self._rows(self.state[1].to(self.real).unsqueeze(-1), low, high)
         position = self._positions(low, high, 1) if rows == 1 else self._class_positions(low, high, rows)
-        masses = self._masses(x.flatten(2, 3), lse.flatten(2, 3), position, here.reshape(-1))
+        masses = self._masses(x.flatten(2, 3), lse.flatten(2, 3), position, here.flatten(1))
         found: Tensor = self._given_to_members(masses, largest).unflatten(2, (high - low, -1))
         return found.amax(3) if largest else found.sum(3)
 
@@ -257,10 +277,10 @@ class Strips:
         keys = state[0].to(self.real)
         index = torch.arange(keys.shape[2], device=self.device)
         logits = self._dots(x.to(self.real), keys) * self.branch_scale
-        at = values.at(q=position.view(1, 1, -1, 1), k=index.view(1, 1, 1, -1), s=logits)
+        at = values.at(q=as_rows(position), k=index.view(1, 1, 1, -1), s=logits)
         if mass.logit is not None:
             logits = at.tensor(mass.logit).to(self.real)
-        seen = at.tensor(mass.seen) & here.view(1, 1, -1, 1)
+        seen = at.tensor(mass.seen) & as_rows(here)
         return torch.where(seen, torch.exp(logits - lse.to(self.real)), 0).nan_to_num(0.0, posinf=0.0)
 
     def _given_to_members(self, masses: Tensor, largest: bool) -> Tensor:
@@ -279,13 +299,13 @@ class Strips:
             end = (first + mass.size).clamp(max=self.shape.k_len)
             given: Tensor = masses @ (self.members.counts(first, mass.size).to(self.real) / (end - first))
             return given
-        return shares(masses, mass.size, mass.stride, size, self.shape.k_len, largest)
+        return shares(masses, mass.size, mass.stride, size, self.shape.k_len, largest, self.lengths)
 
     def _antidiagonal(self, stride: int, low: int, high: int) -> Tensor:
         rows, keys, k_len = self.selection.rows, self.selection.keys, self.shape.k_len
         assert rows is not None
         x, here = self._rows(self.q, low, high)
-        x = torch.where(here.view(1, 1, *here.shape, 1), x, 0).to(self.real)
+        x = torch.where(here[:, None, :, :, None], x, 0).to(self.real)
         x = x.flatten(2, 3).unflatten(2, (-1, stride)).flatten(3)
         y = pad(self.k, (0, 0, 0, -k_len % stride)).unflatten(2, (-1, stride)).flip(3).flatten(3).to(self.real)
         logits = self._dots(x, y) * (self.scale / stride)
@@ -376,3 +396,8 @@ class Strips:
                 return level
             case _:
                 assert_never(rule)
+
+
+def _of_batch(x: Tensor) -> Tensor:
+    """[rows], or [B, rows] where sequences differ, as [B or 1, rows]."""
+    return x[None] if x.dim() == 1 else x

@@ -13,6 +13,7 @@ from attndsl.derive import derive
 from attndsl.program import CallShape, Coarse, Coarsen, Program, Scalar, Set
 from attndsl.relation import Lowering
 from attndsl.runtime.derive import Deriver
+from attndsl.runtime.derive_ragged import RaggedDeriver
 from attndsl.runtime.values import Values
 from attndsl.simplify import fold
 
@@ -32,42 +33,62 @@ class Touched:
     @classmethod
     def of(
         cls, program: Program, pattern: Set, rows: int, keys: int, shape: CallShape, device: torch.device,
-        given: Sequence[Tensor] = (),
+        given: Sequence[Tensor] = (), ragged: bool = False,
     ) -> Touched:  # fmt: skip
+        """ragged: sequences have lengths of their own, and the shape's is the most that one may have."""
         if rows > 1 or keys > 1:
             pattern = Coarsen(pattern, rows, keys, Coarse.ANY)
-        derived = derive(replace(program, branches=(Branch((Part(pattern),)),), output=None))
+        derived = derive(replace(program, branches=(Branch((Part(pattern),)),), output=None), ragged)
         heads = (shape.heads, shape.kv_heads)
         condition = fold(Lowering(derived, heads).predicate(derived.branch.pattern))
-        return cls(derived, shape, device, rows, keys, condition, Deriver(derived, shape, device, given=given))
+        make = RaggedDeriver if ragged else Deriver
+        return cls(derived, shape, device, rows, keys, condition, make(derived, shape, device, given=given))
 
-    def values(self, inputs: Sequence[Tensor], args: Sequence[int], tables: Mapping[str, Tensor]) -> Values:
+    def values(
+        self, inputs: Sequence[Tensor], args: Sequence[int], tables: Mapping[str, Tensor],
+        lengths: Tensor | None = None,
+    ) -> Values:  # fmt: skip
         """The scalars of a call, its derived inputs among them."""
-        return call_values(self.program, self.shape, self.deriver, inputs, args, tables)
+        return call_values(self.program, self.shape, self.deriver, inputs, args, tables, lengths)
 
     def at(self, values: Values, q_pos: Tensor, *, narrow: bool = False) -> Tensor:
-        """bool [B or 1, H or 1, rows or 1, members], for row blocks of the positions q_pos.
+        """bool [B or 1, H or 1, rows or 1, members], for row blocks of the positions q_pos: see `as_rows`.
 
         narrow: one for all members where it is the same for each.
         """
         members = torch.arange(-(-self.shape.k_len // self.keys), device=self.device)
-        here = values.at(q=q_pos.view(1, 1, -1, 1), k=(members * self.keys).view(1, 1, 1, -1))
-        inside = here.tensor(self.condition) & (q_pos >= 0).view(1, 1, -1, 1)
+        q_pos, first = as_rows(q_pos), (members * self.keys).view(1, 1, 1, -1)
+        inside = values.at(q=q_pos, k=first).tensor(self.condition) & (q_pos >= 0)
+        if values.lengths is not None:
+            inside = inside & (first < values.lengths)
         return inside if narrow else inside.expand(*inside.shape[:-1], members.numel())
+
+
+def as_rows(positions: Tensor) -> Tensor:
+    """Positions [rows], or [B, rows] where sequences differ, as [B or 1, 1, rows, 1]."""
+    return positions[None, None, :, None] if positions.dim() == 1 else positions[:, None, :, None]
 
 
 def call_values(
     program: Program, shape: CallShape, deriver: Deriver, inputs: Sequence[Tensor], args: Sequence[int],
-    tables: Mapping[str, Tensor],
+    tables: Mapping[str, Tensor], lengths: Tensor | None = None,
 ) -> Values:  # fmt: skip
-    """The scalars of a derived program in a call, its derived inputs among them."""
+    """The scalars of a derived program in a call, its derived inputs among them. lengths: int64 [B, 1, 1, 1], where
+    sequences have their own."""
     device, names = deriver.device, [decl.name for decl in program.inputs]
-    tensors = dict(zip(names, [*inputs, *deriver(inputs, args)], strict=True))
+    if lengths is None:
+        derived = deriver(inputs, args)
+    else:
+        assert isinstance(deriver, RaggedDeriver)
+        derived = deriver.of(inputs, args, lengths.view(-1))
+    tensors = dict(zip(names, [*inputs, *derived], strict=True))
     h = torch.arange(shape.heads, device=device).view(1, -1, 1, 1)
     variables = {
-        "H": shape.heads, "G": shape.kv_heads, "D": shape.dim, "Dv": shape.v_dim, "Nq": shape.q_len(program),
-        "Nk": shape.k_len, "b": torch.arange(shape.batch, device=device).view(-1, 1, 1, 1), "h": h,
+        "H": shape.heads, "G": shape.kv_heads, "D": shape.dim, "Dv": shape.v_dim,
+        "Nq": shape.q_len(program) if lengths is None else lengths,
+        "Nk": shape.k_len if lengths is None else lengths,
+        "b": torch.arange(shape.batch, device=device).view(-1, 1, 1, 1), "h": h,
         "g": h // (shape.heads // shape.kv_heads),
     }  # fmt: skip
     arguments = dict(zip(program.args, args, strict=True))
-    return Values(program, shape, device, tensors, tables, arguments, variables)
+    return Values(program, shape, device, tensors, tables, arguments, variables, lengths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -27,7 +28,7 @@ _MULTIPROCESSORS = 4
 
 
 def prepare_decode(
-    program: Program,
+    programs: Sequence[Program],
     spec: Spec,
     call: DecodeTensors,
     inputs: Sequence[Tensor],
@@ -35,58 +36,104 @@ def prepare_decode(
     tiling: Tiling | None = None,
     splits: int | None = None,
 ) -> TritonDecode:
-    """The launch of a kind of call."""
-    shape = call.shape
-    plan = decode_plan(program, spec, shape.rows, call.cache, split=True, tiling=tiling)
-    if splits is None:
-        entries = 0 if (listed := Listed.of(plan)) is None else inputs[listed.input].shape[-1]
-        splits = split_count(plan, shape.batch, shape.rows, shape.k_len, _multiprocessors(call.q.device), entries)
-    if splits == 1:
-        plan = decode_plan(program, spec, shape.rows, call.cache, split=False, tiling=tiling)
-    return TritonDecode(plan, generate(plan), splits, call, inputs)
+    """The launch of a kind of call of one softmax, whose parts are `programs`."""
+    shape, joined, plans, slices = call.shape, len(programs) > 1, list[DecodePlan](), list[int]()
+    for program in programs:
+        cache = call.of_part(program, inputs).cache
+        plan = decode_plan(program, spec, shape.rows, cache, split=True, tiling=tiling)
+        number = splits
+        if number is None:
+            entries = 0 if (listed := Listed.of(plan)) is None else inputs[listed.input].shape[-1]
+            multiprocessors = _multiprocessors(call.q.device)
+            number = split_count(plan, shape.batch, shape.rows, shape.k_len, multiprocessors, entries)
+        if number == 1 and not joined:
+            plan = decode_plan(program, spec, shape.rows, cache, split=False, tiling=tiling)
+        plans.append(replace(plan, joined=joined))
+        slices.append(number)
+    return TritonDecode(plans, [generate(plan) for plan in plans], slices, call, inputs)
 
 
 class TritonDecode:
-    """The decode kernel for one kind of call, and the merge where it is split."""
+    """The decode kernels of the parts of one softmax for one kind of call, and where they are split the launch that
+    merges the slices of all."""
 
-    def __init__(self, plan: DecodePlan, text: str, splits: int, call: DecodeTensors, inputs: Sequence[Tensor]) -> None:
-        shape, device = call.shape, call.q.device
-        self.plan, self.shape, self.splits, self.listed = plan, shape, splits, Listed.of(plan)
-        self.deriver = ragged_deriver(plan.program, shape, device, inputs)
-        inputs = [*inputs, *(self.deriver.examples() if self.deriver else ())]
-        self.default_scale = default_scale(shape.dim)
-        self.fp8 = plan.cache.fp8
-        self._decode = self._merge = self._check = None
-        self._lists: Sequence[int] = ()
-        rows = shape.batch * shape.heads * shape.rows
-        if rows:
-            aligned = (call.q.data_ptr() | call.k.data_ptr() | call.v.data_ptr()) % 16 == 0
-            sources = decode_sources(plan, splits, call, inputs)
-            grid = plan.units(shape.batch, shape.rows) * splits
-            if self.listed is not None and inputs[self.listed.input].dtype != torch.uint8:
-                self._lists = as_four(inputs[self.listed.input], self.listed.dims).shape
-                self._check = prepare(plan, text, CHECK, prod(self._lists[:3]), sources, False, device)
-            self._decode = prepare(plan, text, DECODE, grid, sources, aligned, device)
-            if plan.split:
-                self._merge = prepare(plan, text, MERGE, rows, sources, aligned, device)
+    def __init__(
+        self, plans: Sequence[DecodePlan], texts: Sequence[str], slices: Sequence[int], call: DecodeTensors,
+        inputs: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        self.shape, self.slices = call.shape, sum(slices)
+        self._parts: list[tuple[int, _Part]] = []
+        self._merge = None
+        rows = self.shape.batch * self.shape.heads * self.shape.rows
+        if not rows:
+            return
+        for i, (plan, text, splits) in enumerate(zip(plans, texts, slices, strict=True)):
+            self._parts.append((sum(slices[:i]), _Part(plan, text, splits, self.slices, call, inputs)))
+        if plans[0].split:
+            self._merge = prepare(plans[0], texts[0], MERGE, rows, self._merged(plans[0], call), True, call.q.device)
+
+    def _merged(self, plan: DecodePlan, call: DecodeTensors) -> dict[str, Any]:
+        """What each parameter of the merge is given."""
+        out, _ = empty_output(call.q, self.shape)
+        found: dict[str, Any] = {f"stride_out{axis}": out.stride(i) for i, axis in enumerate("bhn")}
+        return found | {
+            "part_ptr": Slot(0, "*fp32"), "part_lse_ptr": Slot(1, "*fp32"),
+            "out_ptr": Slot(2, f"*{ELEMENT[plan.spec.dtype]}"), "lse_ptr": Slot(3, "*fp32"), "rows": self.shape.rows,
+            "splits": self.slices,
+        }  # fmt: skip
 
     def __call__(
         self, call: DecodeTensors, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
     ) -> tuple[Tensor, Tensor]:
         out, lse = empty_output(call.q, self.shape)
-        if self._decode is None:
-            return out, lse
         part = part_lse = None
         if self._merge is not None:
-            part = torch.empty((lse.numel(), self.splits, self.shape.v_dim), dtype=torch.float32, device=lse.device)
-            part_lse = torch.empty((lse.numel(), self.splits), dtype=torch.float32, device=lse.device)
+            part = torch.empty((lse.numel(), self.slices, self.shape.v_dim), dtype=torch.float32, device=lse.device)
+            part_lse = torch.empty((lse.numel(), self.slices), dtype=torch.float32, device=lse.device)
+        for first, kernel in self._parts:
+            # A part's slices lie after those of the parts before it.
+            own = (part, part_lse) if part is None or part_lse is None else (part[:, first:], part_lse[:, first:])
+            kernel(call, inputs, args, scale, out, lse, *own)
+        if self._merge is not None:
+            self._merge((part, part_lse, out, lse))
+        return out, lse
+
+
+class _Part:
+    """The kernel of a pattern over tokens, or over the entries of a view, for one kind of call."""
+
+    def __init__(
+        self, plan: DecodePlan, text: str, splits: int, slices: int, call: DecodeTensors, inputs: Sequence[Tensor]
+    ) -> None:
+        shape, device = call.shape, call.q.device
+        self.plan, self.listed = plan, Listed.of(plan)
+        self.deriver = ragged_deriver(plan.program, shape, device, inputs)
+        call = call.of_part(plan.program, inputs)
+        inputs = [*inputs, *(self.deriver.examples() if self.deriver else ())]
+        self.default_scale = default_scale(shape.dim)
+        self.fp8 = plan.cache.fp8
+        self._check = None
+        self._lists: Sequence[int] = ()
+        aligned = (call.q.data_ptr() | call.k.data_ptr() | call.v.data_ptr()) % 16 == 0
+        sources = {**decode_sources(plan, splits, call, inputs), "slices": slices}
+        grid = plan.units(shape.batch, shape.rows) * splits
+        if self.listed is not None and inputs[self.listed.input].dtype != torch.uint8:
+            self._lists = as_four(inputs[self.listed.input], self.listed.dims).shape
+            self._check = prepare(plan, text, CHECK, prod(self._lists[:3]), sources, False, device)
+        self._decode = prepare(plan, text, DECODE, grid, sources, aligned, device)
+
+    def __call__(
+        self, call: DecodeTensors, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, out: Tensor,
+        lse: Tensor, part: Tensor | None, part_lse: Tensor | None,
+    ) -> None:  # fmt: skip
+        call = call.of_part(self.plan.program, inputs)
         if self.deriver is not None:
             inputs = [*inputs, *self.deriver.of(inputs, args, call.seq_lens)]
         listed = None
         if self._check is not None:
             listed = torch.empty(self._lists, dtype=torch.int32, device=lse.device)
         elif self.listed is not None:
-            listed = self.listed.checked(inputs, self.shape.k_len)
+            listed = self.listed.checked(inputs, call.capacity)
         k, v = (call.k.view(torch.uint8), call.v.view(torch.uint8)) if self.fp8 else (call.k, call.v)
         values = (
             call.q, k, v, out, lse, self.default_scale if scale is None else scale, *inputs, *args, call.seq_lens,
@@ -95,9 +142,6 @@ class TritonDecode:
         if self._check is not None:
             self._check(values)
         self._decode(values)
-        if self._merge is not None:
-            self._merge(values)
-        return out, lse
 
 
 def decode_sources(plan: DecodePlan, splits: int, call: DecodeTensors, inputs: Sequence[Tensor]) -> Mapping[str, Any]:

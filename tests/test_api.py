@@ -111,6 +111,8 @@ Q, K, V = tensors()
 IDS = torch.zeros(1, 32, dtype=torch.int32)
 LENGTHS = torch.tensor([32], dtype=torch.int32)
 MOBA = "top(2, blocks(4), by = dot(Q, mean(K)))"
+POOLED = "attention a { attend causal over pool(mean, 4) }"
+EIGHT_BITS = (K.to(torch.float8_e4m3fn), V.to(torch.float8_e4m3fn))
 SELECTS = "attention a {{ plan sel = top(2, {}, among = causal, by = dot(Q, {}), always = {}) attend causal }}"
 
 
@@ -164,8 +166,10 @@ WRONG: dict[str, Callable[[], object]] = {
     "A558": lambda: attndsl.compile("attention a { align start  attend all }").evictable(8),
     "A560": lambda: paged_cache(1, 4, 64).top(Q, 1),
     "A561": lambda: attndsl.compile(
-        "attention a { plan sel = top(2, blocks(4), among = causal, by = dot(Q, mean(K)))  attend causal & sel }"
+        "causal & top(2, blocks(4), per = rows(4), among = causal, by = dot(mean(Q), mean(K)))"
     ).decode(Q, K, V, LENGTHS),
+    "A566": lambda: attndsl.compile(f"causal & {MOBA}").decode(Q, *EIGHT_BITS, LENGTHS),
+    "A567": lambda: attndsl.compile(POOLED).decode(Q, K, V, LENGTHS, views={"pool(mean, 4)": (K, V)}),
     "A570": lambda: attndsl.compile(SELECTS.format("tokens", "K", "causal")).plan(torch.zeros(1, 2, 32, 8), K[..., :8]),
     "A571": lambda: attndsl.compile(SELECTS.format("blocks(4)", "mean(K)", "all")).plan(Q, K),
     "A572": call(f"causal & {MOBA}", Q, K, V, plans={"far": torch.zeros(1, 2, 8, 1, dtype=torch.int32)}),
@@ -179,7 +183,7 @@ WRONG: dict[str, Callable[[], object]] = {
     ).plan(*(torch.empty(1, 1, 1 << 17, 8, device="meta") for _ in range(2))),
     "A565": call("causal", Q, K, V, views={"pool(mean, 4)": (K, V)}),
     "A912": call("attention a { input doc : int[b, k]  attend document(doc) over pool(mean, 4) }", Q, K, V, doc=IDS),
-    "A911": lambda: attndsl.compile("attention a { attend causal over pool(mean, 4) }").mask(4, 4),
+    "A911": lambda: attndsl.compile(POOLED).mask(4, 4),
     "A541": lambda: attndsl.compare("causal", "attention a { align start  attend causal }"),
 }
 # Raised for what a test cannot bring about here, or brings about elsewhere.

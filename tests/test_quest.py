@@ -86,13 +86,16 @@ def test_which_selections_go_by_bounds(text: str, found: PageChoice | None) -> N
     assert page_choices(attndsl.compile(text).program, page=4) == (() if found is None else (found,))
 
 
-def test_other_selections_need_a_plan() -> None:
+def test_other_selections_are_made_of_what_the_cache_keeps() -> None:
+    """Of all that a row may choose among, as any other selection, and as the oracle does."""
     attn = attndsl.compile(program("among = causal, always = window(9)"))
     cache = attndsl.serving.PagedCache(attn, batch=1, kv_heads=1, head_dim=8, pages=4, page=4, max_len=16, bounds=True)
     cache.append(draw(1, 1, 9, 8), draw(1, 1, 9, 8))
     q = draw(1, 1, 1, 8)
-    with pytest.raises(attndsl.PatternError, match="decode takes what `sel` chooses as a plan"):
-        cache.decode(q)
+    k, v = (
+        x[cache.page_table[0, :3].long()].transpose(0, 1).reshape(1, 1, 12, 8)[:, :, :9] for x in (cache.k, cache.v)
+    )
+    torch.testing.assert_close(cache.decode(q).double(), attn.reference(q, k, v), rtol=1e-5, atol=1e-5)
     with pytest.raises(attndsl.PatternError, match="`other` is not a selection"):
         cache.decode(q, plans={"other": torch.zeros(1, 1, 1, 3, dtype=torch.int32)})
     with pytest.raises(attndsl.PatternError, match="`sel` is no plan of this call"):

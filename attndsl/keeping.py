@@ -1,0 +1,101 @@
+"""What decode keeps of a cache beside its tokens: the entries of pooled views, and vectors of members that selections
+go by. Both are functions of a few tokens each, so a new token changes only the entries that it belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+
+from attndsl.compose import Composition
+from attndsl.plan import DType
+from attndsl.program import Program
+from attndsl.selection import Bound, Dot, Pool, Selection, Vectors
+
+# The name of the keys themselves, of which nothing is kept, among what selections go by.
+KEYS = "K"
+# Tokens of an entry that a program loads at once.
+_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Entries over the tokens [j * stride, j * stride + size), by name: of keys, and where `values` of these too.
+
+    `exact`: they are ranked by, and kept in float32 (float64 of float64): in the cache's dtype means flip choices.
+    """
+
+    name: str
+    function: Pool
+    size: int
+    stride: int
+    values: bool
+    exact: bool
+
+    def entries(self, tokens: int) -> int:
+        """How many entries so many tokens have."""
+        return -(-tokens // self.stride)
+
+
+def kept(program: Program, composition: Composition) -> tuple[Kept, ...]:
+    """All that decode keeps for a program."""
+    return kept_beside(program, composition, frozenset())
+
+
+def kept_beside(program: Program, composition: Composition, chosen: Container[str]) -> tuple[Kept, ...]:
+    """What decode keeps for a program where the plans of the selections named are handed in."""
+    views = (
+        Kept(pooling.name, Pool(pooling.pool.function.value), pooling.pool.size, pooling.pool.stride, True, False)
+        for pooling in composition.pools
+    )
+    members = (of_members(x, v) for x in program.selections if x.name not in chosen for v in vectors_of(x))
+    return tuple(dict.fromkeys((*views, *(x for x in members if x is not None))))
+
+
+def kept_by(selection: Selection) -> tuple[Kept | None, ...]:
+    """What is kept for the vectors of a selection's members that keys make; None where these are the keys."""
+    return tuple(of_members(selection, v) for v in vectors_of(selection) if v.source == KEYS)
+
+
+def of_members(selection: Selection, vectors: Vectors) -> Kept | None:
+    """What is kept of keys for the vectors of a selection's members; None where these are tokens, or an input's."""
+    if vectors.source != KEYS or vectors.pool is None or selection.keys == 1:
+        return None
+    name = f"{vectors.pool.value}(K) over blocks({selection.keys})"
+    return Kept(name, vectors.pool, selection.keys, selection.keys, False, True)
+
+
+def vectors_of(selection: Selection) -> Iterator[Vectors]:
+    """The vectors of members that a selection scores, where these are blocks in a row."""
+    match selection.score:
+        case _ if selection.members is not None:
+            return
+        case Dot(y=y):
+            yield y
+        case Bound(low=low, high=high):
+            yield from (low, high)
+        case _:
+            return
+
+
+@dataclass(frozen=True, slots=True)
+class KeepPlan:
+    """The kernel that makes entries of a cache anew. `page`: tokens of a page, None where a sequence's lie together."""
+
+    function: Pool
+    size: int
+    stride: int
+    dim: int
+    dtype: DType
+    target: str
+    page: int | None
+
+    @property
+    def width(self) -> int:
+        """The head dimension, padded to a power of two."""
+        return 1 << (self.dim - 1).bit_length()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an entry that are loaded at once."""
+        return min(_TOKENS, 1 << (self.size - 1).bit_length())

@@ -1,0 +1,164 @@
+"""Decode of programs with selections, views and several branches: the plans, then a kernel a part, then the output.
+
+What a step needs of the whole cache beside the tokens that a row reads are entries of a few tokens each, kept up to
+date (`keep.py`), so choosing takes the time of reading these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from attndsl.branches import Attended, Given, combined
+from attndsl.compose import Composition, output_inputs
+from attndsl.diagnostics import error
+from attndsl.keeping import Kept, kept, kept_by
+from attndsl.program import InputDecl, Program
+from attndsl.runtime.call import check_inputs
+from attndsl.runtime.combine import Combiner, State
+from attndsl.runtime.decode import DecodeTensors, check_tensors
+from attndsl.runtime.decode_op import decode, in_order
+from attndsl.runtime.keep import Entries, check_entries, make_entries, update_entries
+from attndsl.runtime.ops import checked_values
+from attndsl.runtime.select_op import RaggedPlanner
+
+
+class ComposedDecode:
+    """One decode of a program: its plans and its branches, each made when first asked for.
+
+    key, keys: the registered program, and those of its branches (none: it is plain). given: the inputs of the call.
+    """
+
+    def __init__(
+        self, program: Program, key: str, composition: Composition, keys: Sequence[str], call: DecodeTensors,
+        given: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str, plans: Mapping[str, Tensor],
+        views: Mapping[str, tuple[Tensor, ...]] | None,
+    ) -> None:  # fmt: skip
+        own = composition.own
+        checked_values(key, given, args)
+        check_tensors(program, call)
+        check_inputs(own, call.shape, given, call.q.device)
+        self.program, self.key, self.composition, self.call = program, key, composition, call
+        self.args, self.scale, self.backend = list(args), scale, backend
+        self.inputs = {decl.name: x for decl, x in zip(own.inputs, given, strict=True)}
+        self._kept = {each.name: each for each in kept(program, composition)}
+        self._entries = self._given_entries(views)
+        self.planner = RaggedPlanner(key, call, given, args, scale, plans, self.members, self.state)
+        self._selections = {selection.name for selection in program.selections}
+        names = [name for name, _ in composition.branches]
+        programs = dict(zip(names, zip(keys or (key,), composition.programs, strict=True), strict=True))
+        self._programs = programs if keys else {names[0]: (key, program)}
+        self._pools = {pooling.keys: pooling.name for pooling in composition.pools}
+        self._pools |= {pooling.values: pooling.name for pooling in composition.pools}
+        self._attended: dict[str, State] = {}
+
+    def attended(self, name: str) -> State:
+        """Output and lse of a branch."""
+        if name not in self._attended:
+            call, (key, program) = self.call, self._programs[name]
+            own = [self._input(decl) for decl in program.inputs]
+            tensors = (call.q, call.k, call.v, call.seq_lens, call.page_table, call.k_scale, call.v_scale)
+            out, lse = decode(key, *tensors, own, self.args, self.scale, "hnd", self.backend)
+            self._attended[name] = out, None if program.branches[0].weights is not None else lse
+        return self._attended[name]
+
+    def state(self, name: str) -> tuple[Tensor, Tensor]:
+        """The keys that a branch of one part attended to, and its lse."""
+        _, lse = self.attended(name)
+        assert lse is not None
+        view = self._programs[name][1].branches[0].parts[0].view
+        if view is None:
+            return self.call.k, lse
+        assert isinstance(view, Given)
+        at = self._input(self._programs[name][1].input(view.keys))
+        return at.expand(self.call.shape.batch, self.call.shape.kv_heads, -1, -1), lse
+
+    def members(self, name: str) -> list[Tensor]:
+        """What a selection's members are ranked by of the cache, in the order of its vectors."""
+        found = []
+        for each in kept_by(self.program.selection(name)):
+            found.append(self.call.k if each is None else self._entry(each.name)[0])
+        return found
+
+    def _input(self, decl: InputDecl) -> Tensor:
+        if decl.name in self._selections:
+            return self.planner.input(decl.name)
+        if decl.name not in self._pools:
+            return self.inputs[decl.name]
+        keys, values = self._entry(self._pools[decl.name])
+        return keys if any(decl.name == pooling.keys for pooling in self.composition.pools) else values
+
+    def _entry(self, name: str) -> tuple[Tensor, ...]:
+        """What is kept under a name, made of the whole cache where it was not handed in."""
+        if name not in self._entries:
+            self._entries |= make_entries(self.key, [self._kept[name]], self.call, self.backend)
+        return self._entries[name]
+
+    def _given_entries(self, views: Mapping[str, tuple[Tensor, ...]] | None) -> Entries:
+        for name, entries in (views or {}).items():
+            if name not in self._kept:
+                raise _unknown(tuple(self._kept.values()))
+            check_entries(self._kept[name], entries, self.call)
+        return dict(views or {})
+
+
+def _unknown(known: Sequence[Kept]) -> Exception:
+    names = ", ".join(f"`{each.name}`" for each in known) or "none"
+    return error("A565", f"the views of this attention are {names}", help="pass what `attn.views(…)` returns")
+
+
+def decode_composed(
+    program: Program, key: str, composition: Composition, keys: Sequence[str], call: DecodeTensors,
+    given: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str, plans: Mapping[str, Tensor],
+    views: Mapping[str, tuple[Tensor, ...]] | None,
+) -> State:  # fmt: skip
+    """Output and, where there is one, lse of a decode; parameters as in `ComposedDecode`."""
+    of = ComposedDecode(program, key, composition, keys, call, given, args, scale, backend, plans, views)
+    if isinstance(composition.output, Attended):
+        return of.attended(composition.output.branch)
+    attended = {name: of.attended(name) for name in combined(composition.output)}
+    read = output_inputs(composition.output)
+    gates = {name: x for name, x in of.inputs.items() if name in read}
+    shape, numbers = call.shape, dict(zip(program.args, args, strict=True))
+    lengths = call.seq_lens.clamp(0, call.capacity).to(torch.int64).view(-1, 1, 1, 1)
+    combiner = Combiner(program, shape, call.q.device, gates, numbers, attended, lengths)
+    out, lse = combiner.state(composition.output)
+    # Rows before the first token are empty, whatever an output makes of them.
+    empty = torch.arange(shape.rows, device=call.q.device).view(1, 1, -1, 1) < shape.rows - lengths
+    out = torch.where(empty, 0, out).to(call.q.dtype)
+    out = out.expand(shape.batch, shape.heads, shape.rows, shape.v_dim)
+    return out, None if lse is None else torch.where(empty[..., 0], -torch.inf, lse)
+
+
+def plan_decode(
+    program: Program, key: str, composition: Composition, keys: Sequence[str], q: Tensor, k_cache: Tensor,
+    v_cache: Tensor, seq_lens: Tensor, page_table: Tensor | None, layout: str, given: Sequence[Tensor],
+    args: Sequence[int], scale: float | None, plans: Mapping[str, Tensor] | None,
+    views: Mapping[str, tuple[Tensor, ...]] | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The plan of each selection of a program in a decode, by its name."""
+    call = in_order(q, k_cache, v_cache, seq_lens, page_table, layout)
+    with torch.no_grad():
+        of = ComposedDecode(program, key, composition, keys, call, given, args, scale, "auto", plans or {}, views)
+        return {selection.name: of.planner.plan(selection.name) for selection in program.selections}
+
+
+def cache_views(
+    program: Program, key: str, composition: Composition, k: Tensor, v: Tensor, seq_lens: Tensor,
+    page_table: Tensor | None, layout: str,
+) -> Entries:  # fmt: skip
+    """All that decode keeps of a cache beside its tokens, by name."""
+    return make_entries(key, kept(program, composition), in_order(k, k, v, seq_lens, page_table, layout))
+
+
+def update_views(
+    program: Program, key: str, composition: Composition, views: Mapping[str, tuple[Tensor, ...]], k: Tensor, v: Tensor,
+    seq_lens: Tensor, page_table: Tensor | None, new: int, layout: str,
+) -> None:  # fmt: skip
+    """Make what the last `new` tokens of each sequence change of it anew, in place."""
+    known = kept(program, composition)
+    if set(views) != {each.name for each in known}:
+        raise _unknown(known)
+    update_entries(key, known, views, in_order(k, k, v, seq_lens, page_table, layout), new)
