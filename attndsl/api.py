@@ -18,7 +18,7 @@ from attndsl.compose import compose, has_lse
 from attndsl.diagnostics import Diagnostic, PatternWarning, Source, error
 from attndsl.findings import findings
 from attndsl.grammar import format_source, load, read_source
-from attndsl.listing import reads_plans
+from attndsl.listing import lists_tiles, reads_plans
 from attndsl.part_findings import part_findings
 from attndsl.plans import own_program
 from attndsl.program import CallShape, Program
@@ -448,7 +448,7 @@ class Attention:
         from attndsl.wiring import ends
 
         spec = make_spec(target, backend, heads, heads if kv_heads is None else kv_heads, dim, None, dtype)
-        spec = replace(spec, even_start=reads_plans(self.program), lists=reads_plans(self.program))
+        spec = replace(spec, even_start=lists_tiles(self.program), lists=reads_plans(self.program))
         arrays, args = known(self.program, inputs)
         shape = CallShape(
             max(batch, batch_of(self.program, arrays)), spec.heads, spec.kv_heads, q_len,

@@ -84,11 +84,15 @@ class BlockMap:
 @dataclass(frozen=True, slots=True)
 class Draw:
     """int64 [b?, h, row classes, 2]: the greatest hash drawn for a row class, as the bits of an unsigned number, and
-    the greatest member drawn with that hash. `unit` and `everywhere` as in `BlockMap`."""
+    the greatest member drawn with that hash. `unit` and `everywhere` as in `BlockMap`.
+
+    With `members` int32 [b?, h, row classes?, count]: the members drawn themselves, as a plan lists them.
+    """
 
     drawn: Random
     unit: int
     everywhere: bool
+    members: bool = False
 
 
 @dataclass(frozen=True, slots=True)

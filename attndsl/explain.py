@@ -343,6 +343,8 @@ def _made_of(decl: InputDecl) -> str:
             which = "at most" if inclusive else "below"
             side = "keys" if cut == "k" else "rows"
             return f"how far the {side} reach whose {scalar_text(other)} is {which} {scalar_text(own)}"
+        case Draw(members=True):
+            return "the members that `random` draws for a row class"
         case Draw():
             return "the last hash and member that `random` draws for a row class"
         case Order(key=key, side=side):

@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from attndsl.derivation import Chosen, Gathering, TileList, TileMap
+from attndsl.derivation import Chosen, Draw, Gathering, TileList, TileMap
+from attndsl.derive import derive
 from attndsl.isl_sets import where_param
 from attndsl.program import (
     Axis,
     Binary,
+    Call,
     CallShape,
     Const,
     Dim,
@@ -54,10 +56,11 @@ class Gathered:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Listable:
-    """A selection that a pattern lies in: the atom that stands for it, the read behind it and the plan's units."""
+    """A selection or draw that a pattern lies in: the atom that stands for it, the condition behind it and the plan's
+    units."""
 
     atom: str
-    read: Read
+    read: Scalar
     plan: InputDecl
     rows: int | None
     keys: int
@@ -96,6 +99,8 @@ class Listable:
         self, program: Program, runs: TileRuns, block_q: int, block_k: int, side: Side, marks: int = 0
     ) -> tuple[Program, TileRuns]:
         """The runs of the tiles that the plan chooses, of those in `runs`; the program declares their lists."""
+        if self.plan not in program.inputs:
+            program = replace(program, inputs=(*program.inputs, self.plan))
         mapped, of_keys = isinstance(self.plan.derivation, TileMap), side is Side.KEY
         found = TileList(
             self.plan.name, self.rows, self.keys, block_q, block_k, of_keys, runs, self.level, mapped, marks
@@ -130,20 +135,56 @@ def _lead(decl: InputDecl) -> tuple[Scalar, ...]:
 def listables(program: Program, relation: Relation) -> Iterator[Listable]:
     """The listables that every pair of a derived program's pattern is in."""
     for name, e in relation.atoms.items():
-        if not isinstance(e, Read) or not isinstance(found := program.input(e.input).derivation, Chosen):
-            continue
-        plan = program.input(found.plan)
-        if not where_param(relation.pairs, name, 0).is_empty():
-            continue
-        rows = [d.block for d in plan.dims if d.axis is Axis.Q]
-        member = Binary("//", Var("k"), Const(found.keys)) if found.keys > 1 else Var("k")
-        if e.index[-1] == member:
-            yield Listable(name, e, plan, rows[0] if rows else None, found.keys, found.level)
+        found = _of_plan(program, name, e) or _of_draw(program, name, e)
+        if found is not None and where_param(relation.pairs, name, 0).is_empty():
+            yield found
+
+
+def _of_plan(program: Program, name: str, e: Scalar) -> Listable | None:
+    if not isinstance(e, Read) or not isinstance(found := program.input(e.input).derivation, Chosen):
+        return None
+    plan = program.input(found.plan)
+    rows = [d.block for d in plan.dims if d.axis is Axis.Q]
+    if e.index[-1] != _quotient("k", found.keys):
+        return None
+    return Listable(name, e, plan, rows[0] if rows else None, found.keys, found.level)
+
+
+def _of_draw(program: Program, name: str, e: Scalar) -> Listable | None:
+    """The members that `random` draws, where they and its row classes are no smaller than tiles."""
+    match e:
+        case Call(function="drawn", args=(_, member, Read(input=last, index=(*_, row, Const())), _)):
+            decl = program.input(last)
+        case _:
+            return None
+    draw = decl.derivation
+    assert isinstance(draw, Draw)
+    count, keys, rows = draw.drawn.count, draw.drawn.keys, draw.drawn.rows
+    if draw.unit > 1 or draw.everywhere or keys < LEAST or (rows or LEAST) < LEAST:
+        return None
+    if member != _quotient("k", keys) or row != (Const(0) if rows is None else _quotient("q", rows)):
+        return None
+    lead = [dim for dim in decl.dims if dim.axis in (Axis.B, Axis.H)]
+    classes = [] if rows is None else [Dim(Axis.Q, rows)]
+    dims = (*lead, *classes, Dim(Axis.LIST, size=count))
+    plan = InputDecl(f"members_{last}", Type.INT, dims, derivation=replace(draw, members=True))
+    return Listable(name, e, plan, rows, keys, None)
+
+
+def _quotient(position: str, size: int) -> Scalar:
+    return Var(position) if size == 1 else Binary("//", Var(position), Const(size))
 
 
 def even_start(program: Program, shape: CallShape) -> bool:
-    """Whether a call's first row stands where tiles and row classes begin, for programs that read a plan."""
-    return reads_plans(program) and shape.first_position(program) % EVEN == 0
+    """Whether a call's first row stands where tiles and row classes begin, for programs whose tiles may be listed."""
+    return lists_tiles(program) and shape.first_position(program) % EVEN == 0
+
+
+def lists_tiles(program: Program) -> bool:
+    """Whether a plan or a draw may list a program's tiles."""
+    return reads_plans(program) or (
+        program.plain and any(isinstance(decl.derivation, Draw) for decl in derive(program).inputs)
+    )
 
 
 def reads_plans(program: Program) -> bool:

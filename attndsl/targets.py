@@ -10,6 +10,7 @@ from attndsl.mapping import mapped
 from attndsl.pieces import choose_pieces
 from attndsl.plan import DType, Loads, Spec, head_parts
 from attndsl.program import Program
+from attndsl.tiling import all_listables
 
 # As users write them, and as plans do.
 TARGETS = {
@@ -93,6 +94,10 @@ def hopper_refusal(program: Program, spec: Spec) -> str:
         return "views have no Hopper lowering yet"
     if any(decl.members for decl in program.inputs):
         return "tiles that a plan lists have no Hopper lowering yet"
+    if spec.even_start and any(
+        not found.plan.members for found, _ in all_listables(program, (spec.heads, spec.kv_heads))
+    ):
+        return "tiles that `random` draws have no Hopper lowering yet"
     if spec.even_start and mapped(program):
         return "tiles that data lists have no Hopper lowering yet"
     if program.branch.weights is not None:

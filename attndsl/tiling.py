@@ -14,7 +14,7 @@ from attndsl.decode import Cache, decode_tiling
 from attndsl.derive import derive
 from attndsl.effort import one_at_a_time
 from attndsl.evaluate import evaluate
-from attndsl.listing import LEAST, Listable, fitting, listables
+from attndsl.listing import LEAST, Listable, fitting, listables, lists_tiles
 from attndsl.plan import (
     Backend,
     BackwardPlan,
@@ -62,7 +62,7 @@ def choose_tiling(program: Program, spec: Spec) -> Tiling:
 
 def _fitted(tiling: Tiling, program: Program, spec: Spec, of_rows: bool = True) -> Tiling:
     """The tiling with tiles that fit what a plan lists. of_rows: it is of a kernel that owns query tiles."""
-    for found, shared in _listables(program, (spec.heads, spec.kv_heads)):
+    for found, shared in all_listables(program, (spec.heads, spec.kv_heads)):
         if of_rows and (collected := collected_tiling(found, shared, tiling, spec)) is not None:
             return collected
         block_q, block_k = fitting(tiling.block_q, found.rows), fitting(tiling.block_k, found.keys)
@@ -112,9 +112,9 @@ def marked_tiling(tiling: Tiling, of_q: Tiling) -> Tiling:
 
 
 @functools.lru_cache(maxsize=256)
-def _listables(program: Program, heads: tuple[int, int]) -> tuple[tuple[Listable, bool], ...]:
+def all_listables(program: Program, heads: tuple[int, int]) -> tuple[tuple[Listable, bool], ...]:
     """What a pattern lies in, and whether the heads of a key head have one list of it."""
-    if not any(decl.members for decl in program.inputs):
+    if not lists_tiles(program):
         return ()
     program = derive(program)
     _, relation = lowered(program, heads)
@@ -150,7 +150,7 @@ def choose_backward_tilings(program: Program, spec: Spec) -> tuple[Tiling, Tilin
     own = _fitted(of_keys, program, spec, of_rows=False)
     if of_q.collects and not any(
         found.gathers(own.block_k) or found.fits(own.block_q, own.block_k, spec.even_start)
-        for found, _ in _listables(program, (spec.heads, spec.kv_heads))
+        for found, _ in all_listables(program, (spec.heads, spec.kv_heads))
     ):
         return of_q, marked_tiling(of_keys, of_q)
     return of_q, own

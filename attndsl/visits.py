@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from attndsl.cuts import without_cuts
-from attndsl.derivation import Chosen
+from attndsl.derivation import Chosen, Draw
 from attndsl.layout import PLAIN, Layout
 from attndsl.linear import normalise
 from attndsl.listing import Gathered, Listable, listables
@@ -70,7 +70,7 @@ def _sizes(tiling: Tiling) -> Tiling:
 @functools.lru_cache(maxsize=128)
 def _visits(program: Program, spec: Spec, tiling: Tiling, side: Side, other: Tiling | None, gathers: bool) -> Visits:
     heads, static = (spec.heads, spec.kv_heads), without_cuts(program)
-    if any(isinstance(decl.derivation, Chosen) for decl in program.inputs):
+    if any(isinstance(decl.derivation, Chosen | Draw) for decl in program.inputs):
         lowering, relation = lowered(static, heads)
         for found in listables(program, relation):
             relation_there = found.within(relation)

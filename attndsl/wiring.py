@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from attndsl.decode import Cache, DecodePlan, decode_plan
 from attndsl.diagnostics import error
-from attndsl.listing import reads_plans
+from attndsl.listing import lists_tiles, reads_plans
 from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.plan import Backend, BackwardPlan, ForwardPlan
 from attndsl.program import Program
@@ -109,7 +109,7 @@ class Shown:
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         spec = make_spec(self.target, self.backend, self.heads, kv_heads, self.dim, self.v_dim, self.dtype)
         # Of calls that read plans, one whose plans are lists and whose first row stands where tiles begin.
-        spec = replace(spec, even_start=reads_plans(program), lists=reads_plans(program))
+        spec = replace(spec, even_start=lists_tiles(program), lists=reads_plans(program))
         if self.backend == "cpu":
             spec = replace(spec, backend=Backend.CPU)
         name, piece = check_kernel(self.kernel, program, self.heads, kv_heads)

@@ -276,8 +276,10 @@ class Deriver:
         return needed
 
     def _draw(self, decl: InputDecl, d: Draw, values: Values) -> Tensor:
-        """Hash and index of the last member drawn for each row class; past every member where all are drawn."""
-        found = torch.zeros(self._size(decl), dtype=torch.int64, device=self.device)
+        """Hash and index of the last member drawn for each row class; past every member where all are drawn. Or the
+        members themselves."""
+        found = torch.full(self._size(decl), -1, dtype=derived_dtype(decl), device=self.device)
+        classes_of = found.unsqueeze(-2) if d.members and d.drawn.rows is None else found
         of_class = class_hash(d.drawn.seed, Var("q"))
         rows = decl.dims[-2]
         first = self.shape.first_position(self.program) if (rows.axis, rows.block) == (Axis.Q, 1) else 0
@@ -286,8 +288,20 @@ class Deriver:
             at = self._range(classes.start, classes.stop).view(1, 1, -1, 1)
             of_rows = values.at(q=at).tensor(of_class)
             where = slice(classes.start - first, classes.stop - first)
-            found[..., where, :] = leading(self.last_drawn(of_rows, count > 0, d.drawn.count), decl)
+            last = self.last_drawn(of_rows, count > 0, d.drawn.count)
+            if d.members:
+                last = self._members_drawn(of_rows, count > 0, last, d.drawn.count)
+            classes_of[..., where, : last.shape[-1]] = leading(last, decl)
         return found
+
+    def _members_drawn(self, of_class: Tensor, candidate: Tensor, last: Tensor, count: int) -> Tensor:
+        """The members drawn up to the `last`, in increasing order and -1 after them: [..., count or fewer]."""
+        members = candidate.shape[-1]
+        every, hashed = self._range(0, members), ordered(mix64(of_class, self._range(0, members)))
+        last_hash, last_member = ordered(last[..., :1]), last[..., 1:]
+        drawn = candidate & ((hashed < last_hash) | ((hashed == last_hash) & (every <= last_member)))
+        found = torch.where(drawn, every, members).sort(-1).values[..., : min(count, members)]
+        return torch.where(found < members, found, -1)
 
     def last_drawn(self, of_class: Tensor, candidate: Tensor, count: int) -> Tensor:
         """Hash and index [..., 2] of the last of `count` members drawn from bool [..., members], for the hashes of row
@@ -357,8 +371,8 @@ class Deriver:
 
     def _plan(self, name: str) -> Tensor:
         decl = self.program.input(name)
-        if isinstance(decl.derivation, TileMap):
-            return torch.empty(self._size(decl), dtype=torch.uint8, device="meta")
+        if decl.derivation is not None:
+            return torch.empty(self._size(decl), dtype=derived_dtype(decl), device="meta")
         return next(x for own, x in zip(self._own, self.given, strict=True) if own.name == name)
 
     def _size(self, decl: InputDecl) -> list[int]:
@@ -414,7 +428,9 @@ def derived_dtype(decl: InputDecl) -> torch.dtype:
             return torch.int32
         case BlockMap() | Chosen():
             return torch.bool
-        case Draw() | Sorted() | Place():
+        case Draw(members=members):
+            return torch.int32 if members else torch.int64
+        case Sorted() | Place():
             return torch.int64
         case TileMap():
             return torch.uint8

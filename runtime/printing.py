@@ -23,7 +23,7 @@ from attndsl import plan as plans_module
 from attndsl import program as programs
 from attndsl.compose import raw_first
 from attndsl.cuts import with_cuts
-from attndsl.derivation import Gathering, Order, TileList, TileMap
+from attndsl.derivation import Derivation, Draw, Gathering, Order, TileList, TileMap
 from attndsl.derive import derive
 from attndsl.diagnostics import error
 from attndsl.learned import Over
@@ -157,13 +157,19 @@ def _choices(program: Program, said: Any) -> dict[str, bytes]:
     derived = [decl for decl in program.inputs if decl.derivation is not None]
     # Lists of tiles follow from the plan, and in another order of tokens everything does.
     permuted = any(isinstance(decl.derivation, Order) for decl in derived)
-    lists = tuple(d for d in derived if permuted or isinstance(d.derivation, TileList | Gathering | TileMap))
+    lists = tuple(d for d in derived if permuted or _is_list(d.derivation))
     names = [decl.name for decl in derived if decl not in lists]
     choices = {
         "derived": names, "lists": records.write(lists, {}), "said": records.write(said, _LEFT_OUT),
         "permuted": permuted,
     }  # fmt: skip
     return {_CHOICES: json.dumps(choices).encode()}
+
+
+def _is_list(derivation: Derivation | None) -> bool:
+    if isinstance(derivation, Draw):
+        return derivation.members
+    return isinstance(derivation, TileList | Gathering | TileMap)
 
 
 def _chosen(files: Mapping[str, bytes], program: Program) -> tuple[Program, Any]:
