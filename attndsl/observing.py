@@ -83,6 +83,6 @@ def observe_plan(program: Program, spec: Spec, cells: Cells) -> ObservePlan:
 
 def _tiling(spec: Spec) -> Tiling:
     """Tile sizes on a GPU. Nothing is kept but the keys: tiles are as large as blocks that are often observed."""
-    if spec.dtype is DType.FLOAT32 or spec.dim > 128:
+    if spec.dtype is DType.FLOAT32:
         return backward_tilings(spec)[1]
-    return Tiling(64, 64, warps=4, stages=2)
+    return Tiling(64, 64, warps=4, stages=2) if spec.dim <= 128 else Tiling(64, 64, warps=8, stages=1)

@@ -32,7 +32,8 @@ class Decode:
 class Job:
     """A piece's kernel at the default tiling, forward or `decode`. `tiling`: another one (block_q, block_k, warps,
     stages). `hopper`: the Hopper lowering, of the forward kernel or of the one of all gradients. `combine`: the kernel
-    that combines the branches, or its gradients'."""
+    that combines the branches, or its gradients'. `observe`: the kernel that sums probabilities in blocks of rows
+    (None: all) and keys."""
 
     text: str
     target: str
@@ -45,6 +46,7 @@ class Job:
     decode: Decode | None = None
     hopper: Literal["", "forward", "gradients"] = ""
     combine: Literal["", "forward", "gradients"] = ""
+    observe: tuple[int | None, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,15 @@ def compile_one(job: Job) -> Found:
     import attndsl
     from attndsl.codegen.triton_decode import decode_source
     from attndsl.codegen.triton_forward import forward_source
+    from attndsl.codegen.triton_observe import KERNEL, observe_source
     from attndsl.decode import Cache, decode_plan
+    from attndsl.observing import Cells, observe_plan
     from attndsl.piece_plans import forward_plans
     from attndsl.plan import Backend, DType, Loads, Spec, Tiling
-    from attndsl.runtime.assembly import offline_source
-    from attndsl.runtime.build import compile_kernel
+    from attndsl.runtime.assembly import meta_tensors, offline_source
+    from attndsl.runtime.build import compile_kernel, parameters
+    from attndsl.runtime.observing import observe_sources
+    from attndsl.runtime.triton_launch import kernel_source
 
     spec = Spec(*job.heads, job.dim, job.dim, DType(job.dtype), job.target, Loads(job.loads))
     tiling = Tiling(*job.tiling) if job.tiling else None
@@ -106,6 +112,11 @@ def compile_one(job: Job) -> Found:
 
         combined = combine_plan(program, spec, job.combine == "gradients")
         source = offline_source(combined, combine_source(combined))
+    elif job.observe is not None:
+        observing = observe_plan(program, spec, Cells(*job.observe, largest=False))
+        text = observe_source(observing)
+        given = observe_sources(observing, *meta_tensors(observing))
+        source = kernel_source(observing, text, parameters(text, KERNEL), given, aligned=True, function=KERNEL)
     elif job.decode is None:
         plan = forward_plans(program, spec, tiling)[job.piece]
         source = offline_source(plan, forward_source(plan))

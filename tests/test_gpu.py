@@ -46,6 +46,29 @@ def test_cuda_graph_replays_on_new_contents() -> None:
     assert close(attn, out, q, k, v)
 
 
+def test_a_graph_observes_probabilities() -> None:
+    """Sums of keys and maxima of blocks, captured with the call, at lengths that no tile divides."""
+    attn = attndsl.compile(
+        f"attention a {{ x = attend {PATTERN}\n observe mass = probs(x, sum, head, tokens)\n"
+        "observe map = probs(x, max, rows(64), blocks(64)) }"
+    )
+    q, k, v = tensors(2, 4, 333, 64)
+    attn(q, k, v, return_observed=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, found = attn(q, k, v, return_observed=True)
+    for x in (q, k, v):
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert close(attn, out, q, k, v)
+    wanted = attn.reference(q, k, v, return_observed=True)[1]
+    torch.testing.assert_close(found["mass"].double(), wanted["mass"], atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(found["map"].double(), wanted["map"], atol=2e-2, rtol=2e-2)
+    again = attn(q, k, v, return_observed=True)[1]
+    assert all(torch.equal(found[name], again[name]) for name in found), "two runs agree to the bit"
+
+
 DRAWN = "causal & (window(40) | random(2, of = blocks(32), per = rows(16), seed = h))"
 GROWN = """attention grown { input d : int[b, k]
     attend causal & (coarsen({ d[q] == d[k] }, 32, all) | sink(2) on segment(d)) }"""

@@ -44,12 +44,24 @@ QUICK.append(Job(DOCUMENTS, "cuda:90", 128, "descriptor", (8, 2)))
 # The piece whose tokens lie apart, which loads through pointers.
 QUICK += [Job(SCATTERED, target, dim, "pointer", piece=1) for target in ("cuda:80", "cuda:90") for dim in (64, 128)]
 QUICK += [Job(GRID, target, 128, "pointer") for target in ("cuda:80", "cuda:90")]
+QUICK += [
+    Job(STREAMING, "cuda:80", 128, "pointer", observe=(64, 64)),
+    Job(DOCUMENTS, "cuda:90", 64, "pointer", observe=(None, 1)),
+]
+QUICK += [Job(STREAMING, "hip:gfx942", 80, "pointer", observe=(4, 16))]
 DECODES = [Decode(rows, page, fp8) for rows in (1, 16) for page in (None, 16) for fp8 in (False, True)]
 PATTERNS = ("causal", STREAMING, DOCUMENTS, SOFTCAP, SINK, SCATTERED)
 THOROUGH = [
     Job(text, target, dim, loads, heads)
     for text, dim, (target, loads), heads in product(PATTERNS, (64, 80, 96, 128, 192, 256), DEVICES, ((8, 8), (8, 2)))
 ]
+THOROUGH += [
+    Job(text, target, dim, "pointer", (8, 2), dtype, observe=observe)
+    for text, target, dim, dtype, observe in product(
+        (STREAMING, DOCUMENTS), ("cuda:80", "cuda:90", "hip:gfx942"), (64, 80, 128, 256), ("bfloat16", "float32"),
+        ((64, 64), (None, 1), (4, 16)),
+    )
+]  # fmt: skip
 THOROUGH += [
     Job(text, target, dim, "pointer", heads, dtype, decode=decode)
     for text, target, dim, heads, decode, dtype in product(
