@@ -19,6 +19,7 @@ from benchmarks.planning import run_planning
 from benchmarks.quest import run_quest
 from benchmarks.report import Report, heading, render, timing_table
 from benchmarks.rows import CPU_ROWS, GPU_ROWS, Sizes, select
+from benchmarks.serving import run_serving
 from benchmarks.tables import run_table
 from benchmarks.warm import warm
 
@@ -30,7 +31,18 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     top.add_argument(
         "command",
-        choices=("forward", "backward", "memory", "decode", "quest", "cpu", "overhead", "compile", "planning"),
+        choices=(
+            "forward",
+            "backward",
+            "memory",
+            "decode",
+            "quest",
+            "serving",
+            "cpu",
+            "overhead",
+            "compile",
+            "planning",
+        ),
     )
     top.add_argument("--rows", help="comma-separated rows of benchmarks/rows.py; planning: examples")
     top.add_argument("--peers", help="comma-separated peers; `none` for ours alone")
@@ -118,6 +130,11 @@ def decode(options: argparse.Namespace, command: str) -> int:
         asked = [] if options.peers == "none" else options.peers.split(",")
         contenders = [name for name in CONTENDERS if name.startswith("attndsl") or name in asked]
     print(heading(Report(command, f"B={batch} Hq/Hkv=32/8 D={dim} {dtype}, one row, under a CUDA graph")))
+    if options.command == "serving":
+        n = options.n or 131072
+        sizes = DecodeSizes(batch, 32, 8, n, dim, dtype, torch.device("cuda"))
+        print("\n" + render(list(run_serving(sizes, n // 4)), options.md))
+        return 0
     quest = options.command == "quest"
     for n in [options.n] if options.n else [32768, 131072]:
         sizes = DecodeSizes(batch, 32, 8, n, dim, dtype, torch.device("cuda"))
@@ -132,7 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.site is not None:
         peers.add_site(options.site)
     command = "python -m benchmarks " + shlex.join(given)
-    if options.command in ("forward", "backward", "memory", "decode", "quest") and not torch.cuda.is_available():
+    if (
+        options.command in ("forward", "backward", "memory", "decode", "quest", "serving")
+        and not torch.cuda.is_available()
+    ):
         print("this table needs a GPU; `python -m benchmarks cpu` does not", file=sys.stderr)
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -140,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case "overhead":
             table = run_overhead(device)
             print(f"{heading(Report(command, f'B=1 H=2 N=64 D=64 on {device.type}'))}\n\n{render(table, options.md)}")
-        case "decode" | "quest":
+        case "decode" | "quest" | "serving":
             return decode(options, command)
         case "planning":
             table = list(run_planning(options.rows.split(",") if options.rows else None))

@@ -75,7 +75,7 @@ class Caches:
 
 def make_caches(sizes: DecodeSizes, visited: float) -> Caches:
     """As many layers as the bytes that a call visits ask for, 16 at most."""
-    layers = max(1, min(CALLS, -(-int(CACHES_BYTES) // int(visited)))) if sizes.device.type == "cuda" else 1
+    layers = max(1, min(CALLS, -int(-CACHES_BYTES // visited))) if sizes.device.type == "cuda" else 1
     generator = torch.Generator(sizes.device).manual_seed(0)
 
     def random(heads: int, tokens: int) -> Tensor:
@@ -96,19 +96,19 @@ def ours(row: DecodeRow, caches: Caches) -> Step:
     return lambda i: attn.decode(caches.q[i], caches.k[i], caches.v[i], lengths)
 
 
-def ours_paged(row: DecodeRow, caches: Caches) -> Step:
+def ours_paged(row: DecodeRow, caches: Caches, page: int = PAGE) -> Step:
     """Over pages in random order: the same tensors taken for pools of pages, so that no second copy is needed."""
     import attndsl
 
     attn, lengths, sizes = attndsl.compile(row.text), caches.lengths, caches.sizes
-    each = sizes.n // PAGE
+    each = sizes.n // page
     pages = torch.randperm(sizes.batch * each, generator=torch.Generator().manual_seed(1)).to(torch.int32)
     table = pages.view(sizes.batch, each).to(sizes.device)
-    shape = (sizes.batch * each, sizes.kv_heads, PAGE, sizes.dim)
+    shape = (sizes.batch * each, sizes.kv_heads, page, sizes.dim)
 
     def pool(x: Tensor) -> Tensor:
         """The cache with sequence b's tokens where its pages lie."""
-        by_page = x.view(sizes.batch, sizes.kv_heads, each, PAGE, sizes.dim).transpose(1, 2).reshape(shape)
+        by_page = x.view(sizes.batch, sizes.kv_heads, each, page, sizes.dim).transpose(1, 2).reshape(shape)
         found = torch.empty_like(by_page)
         found[table.flatten().long()] = by_page
         return found
@@ -174,6 +174,16 @@ def run_decode(sizes: DecodeSizes, contenders: list[str] | None = None) -> Itera
 
 def measure(row: DecodeRow, build: Callable[[DecodeRow, Caches], Step], caches: Caches, visited: float) -> str:
     """Checked, then timed."""
+    found, device = timed(row, build, caches), caches.sizes.device
+    if isinstance(found, str):
+        return found
+    us, step = found
+    host = f", host {host_microseconds(lambda: step(0), device):.0f} us" if device.type == "cuda" else ""
+    return f"{us:.1f} us ({visited / us / 1e3:.0f} GB/s{host})"
+
+
+def timed(row: DecodeRow, build: Callable[[DecodeRow, Caches], Step], caches: Caches) -> tuple[float, Step] | str:
+    """µs of a call, under a CUDA graph on a GPU, and the call; or how wrong it is."""
     # Keys and values of the first layer, before they may be put into pages.
     q, k, v = caches.q[0], caches.k[0], caches.v[0]
     step = build(row, caches)
@@ -183,12 +193,8 @@ def measure(row: DecodeRow, build: Callable[[DecodeRow, Caches], Step], caches: 
     del k, v
     layers, device = len(caches.q), caches.sizes.device
     if device.type == "cuda":
-        graph = recorded(step, layers)
-        us = 1e3 * milliseconds(graph.replay, device) / CALLS
-        host = f", host {host_microseconds(lambda: step(0), device):.0f} us"
-    else:
-        us, host = 1e3 * milliseconds(lambda: step(0), device), ""
-    return f"{us:.1f} us ({visited / us / 1e3:.0f} GB/s{host})"
+        return 1e3 * milliseconds(recorded(step, layers).replay, device) / CALLS, step
+    return 1e3 * milliseconds(lambda: step(0), device), step
 
 
 def recorded(step: Callable[[int], object], layers: int, calls: int = CALLS) -> torch.cuda.CUDAGraph:

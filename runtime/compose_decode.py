@@ -47,9 +47,11 @@ class ComposedDecode:
         self._entries = self._given_entries(views)
         self.planner = RaggedPlanner(key, call, given, args, scale, plans, self.members, self.state)
         self._selections = {selection.name for selection in program.selections}
-        names = [name for name, _ in composition.branches]
-        programs = dict(zip(names, zip(keys or (key,), composition.programs, strict=True), strict=True))
-        self._programs = programs if keys else {names[0]: (key, program)}
+        # A plain program's output is that of its branch, by no name; selections know its own.
+        self._programs = dict.fromkeys(("", program.branches[0].name or ""), (key, program))
+        if keys:
+            names = [name for name, _ in composition.branches]
+            self._programs = dict(zip(names, zip(keys, composition.programs, strict=True), strict=True))
         self._pools = {pooling.keys: pooling.name for pooling in composition.pools}
         self._pools |= {pooling.values: pooling.name for pooling in composition.pools}
         self._attended: dict[str, State] = {}

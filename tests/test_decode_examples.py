@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import attndsl
+import attndsl.serving
 from tests import routing_rules as rules
 from tests.covered import covers
 from tests.routing_rules import DIM, HEADS, KV_HEADS, SHARE, by_choice, call, check
 
-pytestmark = pytest.mark.filterwarnings("ignore::attndsl.PatternWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::attndsl.PatternWarning", "ignore:::triton.runtime.interpreter")
 
 
 @covers("quest")
@@ -104,3 +105,39 @@ def test_pages_of_a_full_layer_are_delta() -> None:
     assert keep.shape == (1, 1, 1, 3)
     assert set(keep.flatten().tolist()) == set(rules.best(pages, 3))
     assert torch.equal(keep, keep.sort(-1).values)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_tidal_in_a_cache(backend: str) -> None:
+    """Two sequences of their own lengths: one step of a full layer chooses, a second layer takes its tokens and what is
+    near, in that step and in the next one, whose caches are a token longer. By hand, in numpy."""
+    n, span, lengths, capacity = 5, 3, [40, 9], 48
+    select = attndsl.compile(rules.EXAMPLES / "tidal_select.attn", n=n)
+    reuse = attndsl.compile(rules.EXAMPLES / "tidal_reuse.attn", span=span)
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.float64 if backend == "cpu" else torch.float32
+
+    def draw(heads: int, tokens: int) -> torch.Tensor:
+        return torch.randn(2, heads, tokens, DIM, generator=generator, dtype=dtype)
+
+    q, k, v = draw(HEADS, 1), draw(KV_HEADS, capacity), draw(KV_HEADS, capacity)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    keep = attndsl.serving.plan(select, q, k, v, seq_lens)["keep"]
+    queries, keys = q.double().numpy(), k.double().numpy()
+    chosen = []
+    for b, length in enumerate(lengths):
+        for g in range(KV_HEADS):
+            heads = range(g * SHARE, (g + 1) * SHARE)
+            mass = sum(rules.softmax(keys[b, g, :length] @ queries[b, h, 0] / DIM**0.5) for h in heads)
+            chosen.append(set(rules.best(dict(enumerate(np.asarray(mass).tolist())), n)))
+            assert set(keep[b, g, 0].tolist()) == chosen[-1]
+    for later in range(2):
+        q, k, v = draw(HEADS, 1), draw(KV_HEADS, capacity), draw(KV_HEADS, capacity)
+        out = reuse.decode(q, k, v, seq_lens + later, keep=keep, backend=backend)
+        for b, length in enumerate(lengths):
+            for h in range(HEADS):
+                seen = chosen[b * KV_HEADS + h // SHARE] | set(range(length + later - span, length + later))
+                rows = sorted(seen)
+                logits = k[b, h // SHARE, rows].double().numpy() @ q[b, h, 0].double().numpy() / DIM**0.5
+                right = rules.softmax(logits) @ v[b, h // SHARE, rows].double().numpy()
+                np.testing.assert_allclose(out[b, h, 0].double().numpy(), right, atol=1e-5)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attndsl.serving import PagedCache
-from benchmarks import check_cases, decode, dense, gpu_check, memory, quest, rows, warm
+from benchmarks import check_cases, decode, dense, gpu_check, memory, quest, rows, serving, warm
 from benchmarks.__main__ import main as benchmark
 from benchmarks.peers import CannotRun, Job, Peer
 from benchmarks.tables import make_job, measure
@@ -195,6 +195,25 @@ def test_quest_table(monkeypatch: pytest.MonkeyPatch) -> None:
     others = torch.arange(64, dtype=torch.int32).expand(2, 2, 1, 64)
     monkeypatch.setattr(PagedCache, "top", lambda *_: others)
     assert [*quest.run_quest(sizes)][1] == ["the three", "1600", "FAILED: a better page was left out", ""]
+
+
+def test_serving_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every bar of serving has a row, checked before it is timed; a slow one says so."""
+    times = iter([0.002, 0.001, *[0.02] * 30])
+    monkeypatch.setattr(decode, "milliseconds", lambda call, device: next(times))
+    monkeypatch.setattr(quest, "milliseconds", lambda call, device: next(times))
+    sizes = decode.DecodeSizes(2, 4, 2, n=2048, dim=16, dtype=torch.float32, device=CPU)
+    header, *table = serving.run_serving(sizes, short=512)
+    assert header == ["what", "tokens", "time", "bar", "met"]
+    rows = {(row[0], row[1]): row[2:] for row in table}
+    assert rows["SDPA, full", "2048"] == ["1.0 us", "", ""]
+    assert rows["full", "2048"] == ["2.0 us", "1 us: SDPA + 5 %, or 2.9 TB/s", "NO"]
+    near = "sink(64) | window(1024)"
+    assert rows[near, "512"] == rows[near, "2048"] == ["20.0 us", "20 us", "yes"]
+    for page in (16, 64, 256):
+        assert rows[f"{near}, pages of {page}", "2048"] == ["20.0 us", "22.0 us: contiguous + 10 %", "yes"]
+    assert rows["Quest: the three", "2048"] == ["20.0 us", "4.0x", "NO"]
+    assert rows["NSA, a whole step", "2048"] == ["20.0 us", "", ""]
 
 
 def test_unknown_rows_are_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import attndsl
+import attndsl.serving
 from attndsl.api import load_attention
 from benchmarks import memory
 
@@ -30,6 +31,36 @@ def tensors(*shape: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Ten
 def close(attn: attndsl.Attention, out: torch.Tensor, *qkv: torch.Tensor) -> bool:
     error = (out.double() - attn.reference(*qkv)).abs().max().item()
     return bool(error < 2e-2)
+
+
+def test_a_cuda_graph_of_a_routed_step_serves_other_lengths() -> None:
+    """What is kept updated, the choice by it and the branches of NSA: recorded once, replayed at other lengths."""
+    attn = attndsl.compile("examples/patterns/nsa.attn", block=16, n=4, span=40)
+    torch.manual_seed(0)
+    k, v = (torch.randn(2, 2, 512, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    q, gate = torch.randn(2, 8, 1, 64, device="cuda", dtype=torch.bfloat16), torch.rand(2, 8, 1, 3, device="cuda")
+    lengths = torch.tensor([300, 17], device="cuda", dtype=torch.int32)
+    views = attn.views(k, v, lengths)
+
+    def step() -> torch.Tensor:
+        attndsl.serving.update_views(attn, views, k, v, lengths)
+        out: torch.Tensor = attn.decode(q, k, v, lengths, views=views, gate=gate.to(q.dtype))
+        return out
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for _ in range(40):
+        lengths += 1
+        graph.replay()
+    plans = attndsl.serving.plan(attn, q, k, v, lengths, views=views, gate=gate.to(q.dtype))
+    for b, length in enumerate((340, 57)):
+        alone = (x[b : b + 1, :, :length].float() for x in (k, v))
+        exact = attn.reference(
+            q[b : b + 1].float(), *alone, gate=gate[b : b + 1], plans={name: x[b : b + 1] for name, x in plans.items()}
+        )
+        torch.testing.assert_close(out[b : b + 1].double(), exact, rtol=2e-2, atol=2e-2)
 
 
 def test_cuda_graph_replays_on_new_contents() -> None:
