@@ -129,7 +129,8 @@ class TileList:
     `rows`: the queries of a row class (None: all rows are one class), `keys`: the tokens of a member; tiles lie inside
     them. `of_keys`: the query tiles of each key tile, instead of the key tiles of each query tile. `runs`: which key
     tiles of a query tile, were they chosen, are full or partial. `level`: as in `Chosen`. `mapped`: the plan is a
-    `TileMap`, which tells full tiles too.
+    `TileMap`, which tells full tiles too. Over a view with an entry every `stride` tokens, `keys` and `block_k` count
+    entries.
 
     With `marks`, at most 32, a list of keys is of tiles of so many times `block_k` keys: a query tile stands in it once
     for several of these, and behind all entries stands for each a word whose bit i says that it chose the i-th.
@@ -145,6 +146,7 @@ class TileList:
     level: int | None = None
     mapped: bool = False
     marks: int = 0
+    stride: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,10 @@ class Gathered:
 @dataclass(frozen=True, slots=True, eq=False)
 class Listable:
     """A selection or draw that a pattern lies in: the atom that stands for it, the condition behind it and the plan's
-    units."""
+    units.
+
+    `keys`: those of a member, its entries over a view, which has one every `stride` tokens.
+    """
 
     atom: str
     read: Scalar
@@ -65,6 +68,7 @@ class Listable:
     rows: int | None
     keys: int
     level: int | None
+    stride: int = 1
 
     def fits(self, block_q: int, block_k: int, even_start: bool) -> bool:
         """Whether tiles of these sizes lie in one row class and one member each."""
@@ -74,7 +78,9 @@ class Listable:
 
     def gathers(self, *blocks_k: int) -> bool:
         """Whether rows that choose for themselves are gathered, with key tiles of these sizes."""
-        return self.rows == 1 and self.level is None and all(self.keys % block == 0 for block in blocks_k)
+        return (
+            self.rows == self.stride == 1 and self.level is None and all(self.keys % block == 0 for block in blocks_k)
+        )
 
     @property
     def unit(self) -> int:
@@ -103,7 +109,17 @@ class Listable:
             program = replace(program, inputs=(*program.inputs, self.plan))
         mapped, of_keys = isinstance(self.plan.derivation, TileMap), side is Side.KEY
         found = TileList(
-            self.plan.name, self.rows, self.keys, block_q, block_k, of_keys, runs, self.level, mapped, marks
+            self.plan.name,
+            self.rows,
+            self.keys,
+            block_q,
+            block_k,
+            of_keys,
+            runs,
+            self.level,
+            mapped,
+            marks,
+            self.stride,
         )
         decl = self._declared(program, f"{'q' if found.of_keys else 'k'}_tiles_{self.plan.name}", found)
         return replace(program, inputs=(*program.inputs, decl)), listed_runs(decl.name, _lead(decl), Var(side.value))
@@ -132,22 +148,23 @@ def _lead(decl: InputDecl) -> tuple[Scalar, ...]:
     return tuple(Var(d.axis.value) for d in decl.dims[:-1])
 
 
-def listables(program: Program, relation: Relation) -> Iterator[Listable]:
-    """The listables that every pair of a derived program's pattern is in."""
+def listables(program: Program, relation: Relation, stride: int = 1) -> Iterator[Listable]:
+    """The listables that every pair of a derived program's pattern is in. stride: that of the view it is over."""
     for name, e in relation.atoms.items():
-        found = _of_plan(program, name, e) or _of_draw(program, name, e)
+        found = _of_plan(program, name, e, stride) or (_of_draw(program, name, e) if stride == 1 else None)
         if found is not None and where_param(relation.pairs, name, 0).is_empty():
             yield found
 
 
-def _of_plan(program: Program, name: str, e: Scalar) -> Listable | None:
+def _of_plan(program: Program, name: str, e: Scalar, stride: int) -> Listable | None:
     if not isinstance(e, Read) or not isinstance(found := program.input(e.input).derivation, Chosen):
         return None
     plan = program.input(found.plan)
     rows = [d.block for d in plan.dims if d.axis is Axis.Q]
-    if e.index[-1] != _quotient("k", found.keys):
+    keys, rest = divmod(found.keys, stride)
+    if rest or e.index[-1] != _quotient("k", keys):
         return None
-    return Listable(name, e, plan, rows[0] if rows else None, found.keys, found.level)
+    return Listable(name, e, plan, rows[0] if rows else None, keys, found.level, stride)
 
 
 def _of_draw(program: Program, name: str, e: Scalar) -> Listable | None:

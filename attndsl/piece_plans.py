@@ -81,10 +81,11 @@ def _of_parts(program: Program, make: Callable[[Program, bool], tuple[P, ...]]) 
     program, found = derive(program), list[P]()
     for part in raw_first(program):
         found += make(program.with_branch(parts=(part,)), not found)
+        # What the plans of a part declare, those of the next call otherwise.
+        more = dict.fromkeys(decl for plan in found for decl in plan.program.inputs if decl not in program.inputs)
+        program = replace(program, inputs=(*program.inputs, *more))
     used = dict.fromkeys(decl for plan in found for decl in plan.program.inputs)
     inputs = [decl for decl in program.inputs if decl in used]
-    # What follows from these, the raw part's plan declares after them.
-    inputs += [decl for decl in used if decl not in program.inputs]
     return tuple(replace(plan, program=replace(plan.program, inputs=tuple(inputs))) for plan in found)
 
 

@@ -14,6 +14,7 @@ from attndsl.derive import with_needed
 from attndsl.diagnostics import error
 from attndsl.effort import TooHard, bounded
 from attndsl.linear import normalise
+from attndsl.listing import Listable, fitting, listables
 from attndsl.mask import shaped
 from attndsl.plan import (
     Backend,
@@ -35,7 +36,12 @@ from attndsl.visits import closed_runs
 def view_forward(program: Program, spec: Spec, tiling: Tiling, follows: bool) -> ForwardPlan:
     """The forward kernel of a derived program of one part, which is over a view."""
     relation, view = _entries(program, spec, "q")
-    runs = closed_runs(relation, program, spec, tiling, Side.QUERY)
+    found, (tiling,) = _listable(program, spec, relation, view, (tiling,))
+    if found is None:
+        runs = closed_runs(relation, program, spec, tiling, Side.QUERY)
+    else:
+        relation = found.within(relation)
+        program, runs = _listed(program, spec, found, relation, tiling, Side.QUERY)
     masked = runs.partial or spec.backend is Backend.GLUON
     mask = _mask(relation, spec) if masked else None
     scalars = _scalars(program, spec, view, follows)
@@ -47,12 +53,18 @@ def view_backward(
     program: Program, spec: Spec, tilings: tuple[Tiling, Tiling], uses_lse: bool, follows: bool
 ) -> BackwardPlan:
     """The backward kernels of such a program."""
-    tiling, key_tiling = tilings
     relation, view = _entries(program, spec, "q")
-    runs = closed_runs(relation, program, spec, tiling, Side.QUERY)
+    found, (tiling, key_tiling) = _listable(program, spec, relation, view, tilings)
     key_runs = TileRuns((), ())
-    if spec.backend is not Backend.CPU:
-        key_runs = closed_runs(_entries(program, spec, "k")[0], program, spec, key_tiling, Side.KEY)
+    if found is not None:
+        relation = found.within(relation)
+        program, runs = _listed(program, spec, found, relation, tiling, Side.QUERY)
+        if spec.backend is not Backend.CPU:
+            program, key_runs = _listed(program, spec, found, relation, key_tiling, Side.KEY)
+    else:
+        runs = closed_runs(relation, program, spec, tiling, Side.QUERY)
+        if spec.backend is not Backend.CPU:
+            key_runs = closed_runs(_entries(program, spec, "k")[0], program, spec, key_tiling, Side.KEY)
     mask = _mask(relation, spec) if runs.partial or key_runs.partial else None
     scalars = _scalars(program, spec, view, follows)
     plan = BackwardPlan(
@@ -60,6 +72,28 @@ def view_backward(
         key_mask=mask, **slopes(program, scalars), uses_lse=uses_lse, follows=follows, view=view,
     )  # fmt: skip
     return replace(plan, program=with_needed(program, plan.inputs))
+
+
+def _listable(
+    program: Program, spec: Spec, relation: Relation, view: Given, tilings: tuple[Tiling, ...]
+) -> tuple[Listable | None, tuple[Tiling, ...]]:
+    """A selection whose tiles of entries can be listed, and tilings that lie inside its classes and members; or none,
+    and the tilings as they are."""
+    for found in listables(program, relation, view.stride):
+        inside = tuple(
+            replace(t, block_q=fitting(t.block_q, found.rows), block_k=fitting(t.block_k, found.keys)) for t in tilings
+        )
+        if all(found.fits(t.block_q, t.block_k, spec.even_start) for t in inside):
+            return found, inside
+    return None, tilings
+
+
+def _listed(
+    program: Program, spec: Spec, found: Listable, relation: Relation, tiling: Tiling, side: Side
+) -> tuple[Program, TileRuns]:
+    """The runs of the tiles that a plan chooses. Lists of both sides are made from the key tiles of query tiles."""
+    runs = closed_runs(relation, program, spec, tiling, Side.QUERY)
+    return found.listed(program, runs, tiling.block_q, tiling.block_k, side)
 
 
 @functools.lru_cache(maxsize=64)

@@ -77,11 +77,11 @@ class Listing:
 
     @property
     def k_tiles(self) -> int:
-        return -(-self.shape.k_len // self.block_k)
+        return -(-_keys(self.d, self.shape) // self.block_k)
 
     @property
     def members(self) -> int:
-        return -(-self.shape.k_len // self.d.keys)
+        return -(-_keys(self.d, self.shape) // self.d.keys)
 
     @property
     def slots(self) -> int:
@@ -105,10 +105,15 @@ class Listing:
         entries = self.slots * (self.d.keys // self.block_k)
         if self.plan.dtype == torch.uint8 or self.ends.shape[0] > 1 or not 0 < entries <= lists.MAX_WIDTH:
             return False
-        if isinstance(self.d, TileList) and self.d.marks:
+        if isinstance(self.d, TileList) and (self.d.marks or self.d.stride > 1):
             return False
         counts = 2 * self.k_tiles * lists.chunks_of(self.ends.shape[2], entries)
         return self.plan.device.type == "cuda" and self.k_tiles > 0 and counts <= lists.MAX_COUNTS
+
+
+def _keys(d: TileList | Gathering, shape: CallShape) -> int:
+    """The keys that tiles are of: tokens, or the entries of a view."""
+    return -(-shape.k_len // d.stride) if isinstance(d, TileList) else shape.k_len
 
 
 def run_ends(d: TileList | Gathering, values: Values) -> Tensor:
@@ -154,11 +159,11 @@ def list_size(
     for dim in decl.dims[:-1]:
         names, size = (("b",), shape.batch) if dim.axis is Axis.B else (("h", "g"), shape.heads)
         found.append(size if any(reads(e, *names) for e in ends) else own[dim.axis])
-    members = -(-shape.k_len // d.keys)
+    members = -(-_keys(d, shape) // d.keys)
     slots = members if plan.dtype == torch.uint8 else plan.shape[-1]
     if isinstance(d, Gathering):
         return [*found, LIST_HEAD * (members + gathered_tiles(d, shape, slots)) + shape.rows * slots]
-    q_tiles, k_tiles = -(-shape.rows // d.block_q), -(-shape.k_len // (d.block_k * max(1, d.marks)))
+    q_tiles, k_tiles = -(-shape.rows // d.block_q), -(-_keys(d, shape) // (d.block_k * max(1, d.marks)))
     entries = q_tiles * slots * (d.keys // d.block_k) * (2 if d.marks else 1)
     return [*found, LIST_HEAD * (k_tiles if d.of_keys else q_tiles) + entries]
 

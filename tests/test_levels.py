@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import attndsl
+from attndsl.compose import compose
 from attndsl.grammar import load
+from attndsl.piece_plans import forward_plans
+from attndsl.plan import DType, Spec
+from attndsl.program import CallShape, Read, walk
+from attndsl.runtime.derive import Deriver
 from tests.accuracy import examples
 from tests.covered import covers
 from tests.test_routed import check, tensors
@@ -139,6 +144,51 @@ def test_left_out_among_is_what_is_attended() -> None:
         f"attention a {{ attend causal over {RULES[0].format('per = rows(8), by = dot(mean(Q), mean(K))')} }}"
     )
     assert program.program.selections[0].among == load("causal").program.branch.pattern
+
+
+LARGE = (
+    "plan lv = levels((1, 2, 4), blocks({n}), quantiles = (0.3, 0.5, 0.8), per = rows({n}), among = causal, "
+    "by = dot(mean(Q), mean(K)), share = {share}, always = same_block({n})) attend causal over lv"
+)
+
+
+@pytest.mark.parametrize(
+    ("n", "share", "shape", "backend"),
+    [
+        (32, "none", (1, 2, 1, 64, 100, 16, 16), "triton"),
+        (64, "group", (1, 2, 1, 128, 192, 16, 16), "triton"),
+        (64, "heads", (2, 2, 1, 50, 300, 16, 16), "cpu"),
+        (128, "group", (1, 4, 2, 300, 300, 16, 16), "cpu"),
+    ],
+)
+def test_tiles_of_entries_are_listed(n: int, share: str, shape: tuple[int, ...], backend: str) -> None:
+    """Of each factor's entries the tiles are visited that the plan gives it: those of kernels lie inside blocks."""
+    attn = attndsl.compile(f"attention a {{ {LARGE.format(n=n, share=share)} }}")
+    judge(attn, shape, torch.float32 if backend == "triton" else torch.float64, backend)
+
+
+def test_a_list_holds_what_the_plan_gives_its_factor() -> None:
+    program = compose(load(f"attention a {{ {LARGE.format(n=64, share='none')} }}").program).programs[0]
+    spec = Spec(2, 1, 16, 16, DType.FLOAT32, "cuda:90", even_start=True)
+    plans = forward_plans(program, spec)
+    assert [p.view.stride if p.view else 1 for p in plans] == [1, 2, 4]
+    shape, draw = CallShape(1, 2, 1, 256, 256, 16, 16), np.random.default_rng(0)
+    level = torch.from_numpy(draw.choice([0, 1, 2, 4], (1, 2, 4, 4)).astype(np.uint8))
+    for factor, plan in zip((1, 2, 4), plans, strict=True):
+        runs = (*plan.runs.full, *plan.runs.partial)
+        assert runs and all(run.list is not None for run in runs)
+        block = plan.tiling.block_k * factor
+        given = [level if d.members else torch.empty(0) for d in plan.program.inputs if d.derivation is None]
+        deriver = Deriver(plan.program, shape, torch.device("cpu"), given=given)
+        found = dict(zip((d.name for d in plan.program.inputs if d.derivation), deriver(given, []), strict=True))
+        (name,) = {x.input for run in runs if run.list is not None for x in walk(run.list) if isinstance(x, Read)}
+        q_tiles = 256 // plan.tiling.block_q
+        for h in range(2):
+            listed = found[name][0, h]
+            for q_tile, (begin, _, end) in enumerate(listed[: 3 * q_tiles].view(-1, 3).tolist()):
+                row = q_tile * plan.tiling.block_q // 64
+                visited = {t * block // 64 for t in listed[begin:end].tolist()}
+                assert visited == {m for m in range(row + 1) if level[0, h, row, m] == factor}
 
 
 def test_levels_are_injected_and_reused() -> None:
