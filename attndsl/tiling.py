@@ -67,7 +67,11 @@ def _fitted(tiling: Tiling, program: Program, spec: Spec, of_rows: bool = True) 
             return collected
         block_q, block_k = fitting(tiling.block_q, found.rows), fitting(tiling.block_k, found.keys)
         if spec.lists and found.gathers(block_k):
-            return replace(tiling, block_k=block_k)
+            # With addresses of single rows, more of them at once spill (D = 128).
+            few = (
+                not of_rows and block_k == tiling.block_q == 64 and tiling.warps == 4 and max(spec.dim, spec.v_dim) > 64
+            )
+            return replace(tiling, block_q=32 if few else tiling.block_q, block_k=block_k)
         if found.fits(block_q, block_k, spec.even_start):
             return replace(tiling, block_q=block_q, block_k=block_k)
     return tiling

@@ -307,13 +307,7 @@ class DkDvKernel(BackwardKernel):
             lines.add("h = g")
         if not self.scale_per_head:
             self.scale(folded=False)
-        if self.group == 1 or self.apart:
-            self._head()
-        else:
-            lines.add("", "# The query heads that share these keys, one after another: their sum has one order.")
-            with lines.block(f"for member in range({self.group}):"):
-                lines.add(f"h = g * {self.group} + member")
-                self._head()
+        self.heads()
         lines.add("")
         if self.flows and not self.scale_per_head:
             lines.add(*(f"dk{part.suffix} = dk{part.suffix} * scale" for part in self.q_parts))
@@ -390,7 +384,18 @@ class DkDvKernel(BackwardKernel):
         lines.add("k_pos = k_rows[:, None]")
         boxes.indices(lines, "k", "[:, None]", list(self.plan.scalars))
 
-    def _head(self) -> None:
+    def heads(self) -> None:
+        """What the rows of all heads that attend to the keys add to the accumulators."""
+        if self.group == 1 or self.apart:
+            self._head()
+            return
+        self.lines.add("", "# The query heads that share these keys, one after another: their sum has one order.")
+        with self.lines.block(f"for member in range({self.group}):"):
+            self.lines.add(f"h = g * {self.group} + member")
+            self._head()
+
+    def of_head(self) -> None:
+        """What a head's rows need that does not differ among them."""
         plan, lines = self.plan, self.lines
         if plan.spec.loads is Loads.POINTER or not self.in_order("q"):
             lines.add(self.base("q", "h"), self.base("dout", "h"))
@@ -400,6 +405,10 @@ class DkDvKernel(BackwardKernel):
             self.scale(folded=False)
         if self.folded:
             lines.add("factor = scale * LOG2_E")
+
+    def _head(self) -> None:
+        plan, lines = self.plan, self.lines
+        self.of_head()
         lines.add(*(f"sum_{n} = tl.zeros([BLOCK_K], tl.float32)" for n, _ in self.learned))
         self.printer.hoist(lines, self.pairs(masked=plan.masks), (*ROW, "s"), "column_")
         self.loops("q_tile")

@@ -16,10 +16,12 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 
 from attndsl.codegen.kernel import FULL, PARTIAL, KernelWriter
-from attndsl.codegen.triton_backward import DkDvKernel, DqKernel
+from attndsl.codegen.row_lists import RowLists
+from attndsl.codegen.triton_backward import DqKernel
 from attndsl.codegen.triton_forward import KERNEL, ForwardWriter
 from attndsl.listing import Gathered
 from attndsl.plan import BackwardPlan, ForwardPlan, Loads, Part
+from attndsl.program import Read
 from attndsl.runs import LIST_HEAD, PLACE
 
 MERGE, ROWS, SUM = "merge_slots", "attention_rows", "sum_slots"
@@ -180,22 +182,21 @@ class _Dq(_Gathering, DqKernel):
         self.store_slots("dq", self.q_parts, self.plan.spec.dim)
 
 
-class _DkDv(_Gathering, DkDvKernel):
-    def loops(self, tile: str) -> None:
-        """Over the rows that chose the key tile's member, in the order of the list."""
-        lines = self.lines
-        lines.add(
+class _DkDv(_Gathering, RowLists):
+    @property
+    def row_list(self) -> Read:
+        return self.gathered.entry
+
+    def ends(self) -> str:
+        self.lines.add(
             f"places_at = {LIST_HEAD} * (k_tile * BLOCK_K // MEMBER)",
-            *(
-                f"{name} = {self.listed(f'places_at + {i}' if i else 'places_at')}"
-                for i, name in enumerate(("begin", "middle", "end"))
-            ),
+            f"begin = {self.listed('places_at')}",
+            f"end = {self.listed('places_at + 2')}",
         )
-        for first, last, comment in (("begin", "middle", FULL), ("middle", "end", PARTIAL)):
-            lines.add(f"# {comment}{self.origin}")
-            with lines.block(f"for i in range(tl.cdiv({last} - {first}, BLOCK_Q)):"):
-                self.rows(f"{first} + i * BLOCK_Q", last)
-                self.member_tile(masked=comment == PARTIAL)
+        return "BLOCK_Q"
+
+    def take(self, place: str, several: str) -> None:
+        self.rows(place, "end")
 
     def member_tile(self, masked: bool) -> None:
         self.tile(masked)

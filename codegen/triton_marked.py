@@ -6,17 +6,22 @@ gathered into tiles of rows, so a program reads the rows that chose one of its k
 
 from __future__ import annotations
 
+from attndsl.codegen.row_lists import RowLists
 from attndsl.codegen.scalars import Printer
-from attndsl.codegen.triton_backward import DkDvKernel
 from attndsl.plan import BackwardPlan
+from attndsl.program import Read
 from attndsl.runs import LIST_HEAD, PLACE
 
 
-class MarkedDkDv(DkDvKernel):
+class MarkedDkDv(RowLists):
     def __init__(self, plan: BackwardPlan) -> None:
         super().__init__(plan)
         assert plan.marked is not None
         self.list = plan.marked
+
+    @property
+    def row_list(self) -> Read:
+        return self.list
 
     def listed(self, place: str) -> str:
         """What the list holds at a place, or at each of several."""
@@ -24,26 +29,24 @@ class MarkedDkDv(DkDvKernel):
         printer.names.known[PLACE] = place
         return printer.text(self.list)
 
-    def loops(self, tile: str) -> None:
-        """Over the rows whose list has some of the tile's keys, in their order."""
-        lines, rows = self.lines, self.plan.tiling.unit_q
+    def ends(self) -> str:
         decl = self.plan.program.input(self.list.input)
-        several = self.plan.tiling.block_q // rows
-        lines.add(
+        self.lines.add(
             "# The list: three places a key tile, the entries, and a word for each of these.",
             f"words_at = ({decl.parameter}_size_{len(decl.dims) - 1} - {LIST_HEAD} * k_tiles) // 2",
             f"begin = {self.listed(f'{LIST_HEAD} * k_tile')}",
             f"end = {self.listed(f'{LIST_HEAD} * k_tile + 2')}",
-            f"# Rows that chose some of these keys: pairs are masked.{self.origin}",
         )
-        with lines.block(f"for i in range(tl.cdiv(end - begin, {several})):"):
-            lines.add(
-                f"places = begin + i * {several} + q_offset{f' // {rows}' if rows > 1 else ''}",
-                f"chosen = {self.listed('places')}",
-                f"q_rows = tl.where(places < end, chosen{f' * {rows} + q_offset % {rows}' if rows > 1 else ''}, rows)",
-                f"words = {self.listed('places + words_at')}",
-            )
-            self.tile(masked=True)
+        return str(self.plan.tiling.block_q // self.plan.tiling.unit_q)
+
+    def take(self, place: str, several: str) -> None:
+        rows = self.plan.tiling.unit_q
+        self.lines.add(
+            f"places = {place} + q_offset{f' // {rows}' if rows > 1 else ''}",
+            f"chosen = {self.listed('places')}",
+            f"q_rows = tl.where(places < end, chosen{f' * {rows} + q_offset % {rows}' if rows > 1 else ''}, rows)",
+            f"words = {self.listed('places + words_at')}",
+        )
 
     def _allowed(self, printer: Printer, masked: bool, existing: bool) -> str:
         unit = self.plan.tiling.unit_k
