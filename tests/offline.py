@@ -33,7 +33,8 @@ class Job:
     """A piece's kernel at the default tiling, forward or `decode`. `tiling`: another one (block_q, block_k, warps,
     stages). `hopper`: the Hopper lowering, of the forward kernel or of the one of all gradients. `combine`: the kernel
     that combines the branches, or its gradients'. `observe`: the kernel that sums probabilities in blocks of rows
-    (None: all) and keys."""
+    (None: all) and keys. `listed`: a kernel of a program whose plan lists members, in a call that begins where tiles
+    do."""
 
     text: str
     target: str
@@ -47,6 +48,7 @@ class Job:
     hopper: Literal["", "forward", "gradients"] = ""
     combine: Literal["", "forward", "gradients"] = ""
     observe: tuple[int | None, int] | None = None
+    listed: Literal["", "forward", "dq", "dkdv"] = ""
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,17 @@ def compile_one(job: Job) -> Found:
         text = observe_source(observing)
         given = observe_sources(observing, *meta_tensors(observing))
         source = kernel_source(observing, text, parameters(text, KERNEL), given, aligned=True, function=KERNEL)
+    elif job.listed in ("dq", "dkdv"):
+        from attndsl.codegen.triton_backward import backward_sources
+        from attndsl.piece_plans import backward_plans
+
+        (backward,) = backward_plans(program, replace(spec, lists=True, even_start=True))
+        of_q, of_keys = backward_sources(backward)
+        own = (backward, of_q) if job.listed == "dq" else (backward.of_keys(), of_keys)
+        source = offline_source(*own)
     elif job.decode is None:
-        plan = forward_plans(program, spec, tiling)[job.piece]
+        lists = job.listed == "forward"
+        plan = forward_plans(program, replace(spec, lists=lists, even_start=lists), tiling)[job.piece]
         source = offline_source(plan, forward_source(plan))
     else:
         cache = Cache(job.decode.page, job.decode.fp8, job.decode.fp8, job.decode.fp8)

@@ -97,6 +97,26 @@ def test_compiles_and_uses_the_hardware() -> None:
     assert found.triton == triton.__version__
 
 
+PLANNED = "attention planned {{ input p : {}[{}]\n attend causal & p }}"
+BLOCKS, SMALL, TOKENS = (PLANNED.format(x, "b, g, q") for x in ("blocks(64)", "blocks(16)", "tokens"))
+ROUTED, SHORT = PLANNED.format("blocks(128)", "b, h, q"), PLANNED.format("blocks(16)", "b, h, q/64")
+LISTED = [
+    Job(BLOCKS, "cuda:90", 128, "descriptor", (64, 4), listed="forward"),
+    Job(TOKENS, "cuda:80", 128, "pointer", (64, 4), listed="forward"),
+    Job(SMALL, "cuda:90", 128, "descriptor", (64, 4), listed="dq"),
+    Job(TOKENS, "cuda:90", 128, "descriptor", (64, 4), listed="dkdv"),
+    Job(ROUTED, "cuda:90", 128, "descriptor", (16, 16), listed="dkdv"),
+    Job(SHORT, "cuda:90", 128, "descriptor", (8, 8), listed="forward"),
+]
+
+
+def test_kernels_over_lists() -> None:
+    """Addresses of single keys and of single rows do not spill, and the tiles leave room for two programs."""
+    found = compile_all(LISTED)
+    assert [x.spills for x in found] == [0] * len(LISTED)
+    assert all(2 * x.shared <= 227 << 10 for x, job in zip(found, LISTED, strict=True) if job.target == "cuda:90")
+
+
 def test_spills_are_seen() -> None:
     """What `verify` relies on: a kernel of tiles that are too large shows its spills."""
     (found,) = compile_all([Job("causal", "cuda:80", 128, "pointer", tiling=(128, 128, 4, 2))])
