@@ -87,7 +87,8 @@ class _Backward:
             copied = f"spread({printer.text(plan.score)}, scores)" if plan.score is not None else "scores"
             lines.add(f"logits = {copied}")
             loop.mask("logits", "-math.inf")
-            lines.add("weights = torch.exp(logits - row_lse)")
+            loop.helpers.add("exponential")
+            lines.add("weights = exponential(logits - row_lse)")
         left = "weights"
         if plan.spec.dropout:
             left = "left"

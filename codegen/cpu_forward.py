@@ -27,6 +27,8 @@ def attend(loop: TileLoop) -> None:
     plan, lines = loop.plan, loop.lines
     loop.prologue()
     softmax = plan.softmax
+    if softmax:
+        loop.helpers.add("exponential")
     with loop.tiles():
         lines.add("queries = q[at].to(compute)")
         if plan.follows:
@@ -58,8 +60,8 @@ def attend(loop: TileLoop) -> None:
                 loop.mask("scores", "-math.inf")
                 lines.add(
                     "new_max = torch.maximum(row_max, scores.amax(-1))",
-                    "weights = torch.exp(scores - new_max[..., None])",
-                    "decay = torch.exp(row_max - new_max)",
+                    "weights = exponential(scores - new_max[..., None])",
+                    "decay = exponential(row_max - new_max)",
                     "row_sum = row_sum * decay + weights.sum(-1)",
                     "row_max = new_max",
                     "acc *= decay[..., None]",
@@ -72,8 +74,8 @@ def attend(loop: TileLoop) -> None:
             lines.add(
                 f"sink = ({loop.tensors.text(plan.sink)} + torch.zeros_like(acc[..., :1]))[..., 0]",
                 "final_max = torch.maximum(row_max, sink)",
-                "decay = torch.exp(row_max - final_max)",
-                "row_sum = row_sum * decay + torch.exp(sink - final_max)",
+                "decay = exponential(row_max - final_max)",
+                "row_sum = row_sum * decay + exponential(sink - final_max)",
                 "row_max = final_max",
                 "acc *= decay[..., None]",
             )

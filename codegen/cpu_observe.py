@@ -36,7 +36,8 @@ def observe_source(plan: ObservePlan) -> str:
                 loop.helpers.add("spread")
                 lines.add(f"scores = spread({printer.text(plan.score)}, scores)")
             loop.mask("scores", "-math.inf")
-            lines.add("weights = torch.exp(scores - row_lse)")
+            loop.helpers.add("exponential")
+            lines.add("weights = exponential(scores - row_lse)")
             match cells.rows:
                 case None:
                     rows = "low, [(0, 1, existing, high)] if existing < high else []"
