@@ -18,13 +18,13 @@ from attndsl.compose import compose, has_lse
 from attndsl.diagnostics import Diagnostic, PatternWarning, Source, error
 from attndsl.findings import findings
 from attndsl.grammar import format_source, load, read_source
-from attndsl.listing import lists_tiles, reads_plans
 from attndsl.part_findings import part_findings
+from attndsl.parts import part_of, parts_of
 from attndsl.plans import own_program
 from attndsl.program import CallShape, Program
 from attndsl.runtime.registry import attend_operator
 from attndsl.stability import unstable
-from attndsl.wiring import registered
+from attndsl.wiring import kernel_cache, measure, registered
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from attndsl.eviction import Retention
     from attndsl.explain import Explanation
     from attndsl.piece_tiles import PieceTiles
-    from attndsl.runtime.cache import KernelCache
-    from attndsl.runtime.trial import Trial
 
 
 def compile(source: str | os.PathLike[str], *, name: str | None = None, **params: object) -> Attention:
@@ -325,9 +323,16 @@ class Attention:
 
     # -------------------------------------------------------------------------------- inspection
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts that questions are asked of: patterns over raw tokens or over a view. An only part of no
+        name is ""."""
+        return tuple(parts_of(self.program))
+
     def mask(
-        self, q_len: int, k_len: int, heads: int = 1, kv_heads: int = 1, *, batch: int = 0, **inputs: Any
-    ) -> NDArray[np.bool_]:
+        self, q_len: int, k_len: int, heads: int = 1, kv_heads: int = 1, *, batch: int = 0, part: str | None = None,
+        **inputs: Any,
+    ) -> NDArray[np.bool_]:  # fmt: skip
         """Which pairs are allowed, by the oracle: bool numpy [heads, q_len, k_len] of one batch entry.
 
         >>> import attndsl
@@ -337,22 +342,24 @@ class Attention:
                 [0, 1, 1]]])
 
         q_len: rows of the call, the last ones of k_len positions (the first, under `align start`).
-        inputs: what the pattern reads, as tensors or arrays of the declared shapes. batch: which entry of them.
+        inputs: what the pattern reads, as tensors or arrays of the declared shapes. batch: which entry of them. What a
+        selection chooses is given by its name, as `plan` returns it.
+        part: of several, see `parts`; over a view, the entries stand in the place of keys.
         Raises `PatternError` when an input is missing or does not fit.
         """
         from attndsl import oracle
 
-        arrays, args = known(self.program, inputs)
+        program, (arrays, args) = part_of(self.program, part), known(self.program, inputs)
         entries = batch_of(self.program, arrays)
         if not 0 <= batch < entries:
             raise error("A523", f"there is no batch entry {batch}: the inputs have {entries}", help="count from 0")
         shape = CallShape(entries, heads, kv_heads, q_len, k_len, 64, 64)
-        found: NDArray[np.bool_] = asked(lambda: oracle.mask(self.program, checked(shape), arrays, args)[batch])
+        found: NDArray[np.bool_] = asked(lambda: oracle.mask(program, checked(shape), arrays, args)[batch])
         return found
 
     def blocks(
-        self, q_len: int, k_len: int, block_q: int = 128, block_k: int = 128, heads: int = 1, kv_heads: int = 1,
-        **inputs: Any,
+        self, q_len: int, k_len: int, block_q: int = 128, block_k: int = 128, heads: int = 1, kv_heads: int = 1, *,
+        part: str | None = None, **inputs: Any,
     ) -> BlockGraph:  # fmt: skip
         """Which tiles of keys each tile of queries visits: counts, density, runs, analyses, pictures.
 
@@ -361,16 +368,17 @@ class Attention:
         0.0908203125
 
         inputs: those that decide tiles (read at b, h, g, not at q or k) and runtime arguments; others may be left out.
+        part: as in `mask`.
         """
         from attndsl.blockgraph import block_graph
 
-        arrays, args = known(self.program, inputs)
+        program, (arrays, args) = part_of(self.program, part), known(self.program, inputs)
         shape = CallShape(batch_of(self.program, arrays), heads, kv_heads, q_len, k_len, 64, 64)
-        return asked(lambda: block_graph(self.program, checked(shape), block_q, block_k, arrays, args))
+        return asked(lambda: block_graph(program, checked(shape), block_q, block_k, arrays, args))
 
     def pieces(
-        self, q_len: int, k_len: int, block_q: int = 128, block_k: int = 128, heads: int = 1, kv_heads: int = 1,
-        **inputs: Any,
+        self, q_len: int, k_len: int, block_q: int = 128, block_k: int = 128, heads: int = 1, kv_heads: int = 1, *,
+        part: str | None = None, **inputs: Any,
     ) -> tuple[PieceTiles, ...]:  # fmt: skip
         """The pieces in which a call visits the pattern, each in its own order of tokens, and how many tiles each has.
 
@@ -378,23 +386,25 @@ class Attention:
         >>> [(piece.layout, piece.tiles) for piece in attndsl.compile("dilated(16)").pieces(4096, 4096)]
         [('queries and keys 1 of every 16, from residue on', 64)]
 
-        `blocks` shows the tiles of tokens in order. inputs: as there.
+        `blocks` shows the tiles of tokens in order. part, inputs: as there; a part over a view is one piece.
         """
-        check_plain(self.program)
         from attndsl.piece_tiles import count_pieces
 
-        arrays, args = known(self.program, inputs)
+        program, (arrays, args) = part_of(self.program, part), known(self.program, inputs)
         shape = CallShape(batch_of(self.program, arrays), heads, kv_heads, q_len, k_len, 64, 64)
-        return asked(lambda: count_pieces(self.program, checked(shape), block_q, block_k, arrays, args))
+        return asked(lambda: count_pieces(program, checked(shape), block_q, block_k, arrays, args))
 
     def kernels(self, heads: int = 8, kv_heads: int | None = None) -> tuple[str, ...]:
-        """Names of the kernels that `source` and `assembly` show; a pattern in several pieces has one for each.
+        """Names of the kernels that `source` and `assembly` show, in the order in which calls run them.
 
         >>> import attndsl
         >>> attndsl.compile("causal & (window(128) | dilated(128))").kernels()
         ('forward', 'forward_2', 'dq', 'dkdv', 'dq_2', 'dkdv_2', 'decode')
+
+        A branch has one for each piece and each part; those of a named branch begin with its name. Before them stand
+        those that pool views and choose (where torch operators choose there is none), and last those that combine.
         """
-        from attndsl.targets import kernel_names
+        from attndsl.parts import kernel_names
 
         return kernel_names(self.program, heads, heads if kv_heads is None else kv_heads)
 
@@ -442,13 +452,11 @@ class Attention:
         second that the device reaches (default: its data sheet's). stages: every stage's own result instead.
         inputs: those that are known; what depends on the others is said to.
         """
-        check_plain(self.program)
         from attndsl import explain
         from attndsl.targets import make_spec
-        from attndsl.wiring import ends
+        from attndsl.wiring import generated, syntax_text
 
         spec = make_spec(target, backend, heads, heads if kv_heads is None else kv_heads, dim, None, dtype)
-        spec = replace(spec, even_start=lists_tiles(self.program), lists=reads_plans(self.program))
         arrays, args = known(self.program, inputs)
         shape = CallShape(
             max(batch, batch_of(self.program, arrays)), spec.heads, spec.kv_heads, q_len,
@@ -458,7 +466,7 @@ class Attention:
         question = explain.Question(self.program, spec, checked(shape), text, self.warnings, arrays, args, row, rates)
         if not stages:
             return asked(lambda: explain.explain(question))
-        return explain.stages(question, *ends(question))
+        return explain.stages(question, syntax_text(self.program), generated)
 
 
 def document_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -475,23 +483,6 @@ def document_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
     from attndsl.runtime.cuts import document_ids
 
     return document_ids(cu_seqlens, tokens)
-
-
-# ------------------------------------------------------------------------------- for the command line
-
-
-def measure(attn: Attention, **options: Any) -> Trial:
-    """Runs an attention on random tensors of this machine: see `attndsl.runtime.trial.Options`."""
-    from attndsl.runtime.trial import Options, trial
-
-    return trial(attn, attn.program, Options(**options))
-
-
-def kernel_cache() -> KernelCache:
-    """The cache of compiled kernels that calls use."""
-    from attndsl.runtime.cache import KernelCache
-
-    return KernelCache()
 
 
 __all__ = [

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from attndsl.diagnostics import PatternError, error
 from attndsl.plans import own_program
-from attndsl.program import Axis, CallShape, Program
+from attndsl.program import Axis, CallShape, InputDecl, Program
 
 _Answer = TypeVar("_Answer")
 
@@ -55,13 +55,35 @@ def check_plain(*programs: Program) -> None:
 
 
 def known(program: Program, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-    """Inputs as numpy arrays, and runtime arguments. Inputs may be missing: what needs one says so itself."""
-    names = [decl.name for decl in own_program(program).inputs]
+    """Inputs as numpy arrays, and runtime arguments. Inputs may be missing: what needs one says so itself.
+
+    What selections choose may be among them, by name, as `Attention.plan` returns it.
+    """
+    names, made = [decl.name for decl in program.inputs], {selection.name for selection in program.selections}
     for name in given:
         if name not in names and name not in program.args:
             check_names(program, given)
-    arrays = {name: as_array(given[name]) for name in names if name in given}
+    arrays = {
+        decl.name: _plan_array(given[decl.name], decl) if decl.name in made else as_array(given[decl.name])
+        for decl in program.inputs
+        if decl.name in given
+    }
     return arrays, {name: int(given[name]) for name in program.args if name in given}
+
+
+def _plan_array(plan: Any, decl: InputDecl) -> Any:
+    """A plan [B, H', R, C] as the input that it is: without the dimensions that it has for nothing."""
+    found = as_array(plan)
+    axes = [dim.axis for dim in decl.dims]
+    gone = [i for i, axis in ((1, {Axis.H, Axis.G}), (2, {Axis.Q})) if not axis & set(axes)]
+    if found.ndim != 4 or any(found.shape[i] != 1 for i in gone):
+        raise error(
+            "A573",
+            f"`{decl.name}` is no plan of this attention: its shape is {list(found.shape)}",
+            decl.span,
+            help="pass what `attn.plan` returns",
+        )
+    return found.squeeze(tuple(gone))
 
 
 def asked(question: Callable[[], _Answer]) -> _Answer:

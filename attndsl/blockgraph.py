@@ -7,7 +7,7 @@ memory in proportion to the query tiles, not to the tiles they visit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.blockruns import call_runs
+from attndsl.oracle import entries
 from attndsl.program import CallShape, Program
 from attndsl.render import Picture, save_picture, to_fragment, to_page, to_rich, to_text
 from attndsl.runs import TileKind
@@ -84,7 +85,7 @@ class BlockGraph:
     Attributes:
         name: of the program.
         text: its source, where it has one.
-        shape: sizes of the call.
+        shape: sizes of the call, of a view with as many keys as it has entries.
         block_q, block_k: tile sizes in tokens.
         start: position of row 0.
         classes: int32 [batch, heads], the class of each.
@@ -411,7 +412,7 @@ def block_graph(
     """The block graph of a call.
 
     Args:
-        program: whose pattern it is.
+        program: whose only part it is; over a view, the keys are its entries.
         shape: sizes of the call; `dim` and `v_dim` matter only to patterns that read D or Dv.
         block_q, block_k: tile sizes in tokens.
         inputs: the inputs that decide tiles (those read at b, h, g only), each of its declared shape.
@@ -426,10 +427,11 @@ def block_graph(
     bases = np.cumsum([0, *(len(part.first) for part in lists)], dtype=np.int64)[:-1]
     offsets = [part.offsets + base for part, base in zip(lists, bases, strict=True)]
     full = _joined([part.full for part in lists], np.bool_)
+    (written,) = program.only.parts
     return BlockGraph(
         name=program.name,
         text="" if program.source is None else program.source.text,
-        shape=shape,
+        shape=replace(shape, k_len=entries(written.view, shape.k_len)),
         block_q=block_q,
         block_k=block_k,
         start=shape.first_position(program),

@@ -18,9 +18,9 @@ from attndsl.effort import one_at_a_time
 from attndsl.evaluate import evaluate
 from attndsl.oracle import check_inputs, index_origin
 from attndsl.program import Arg, CallShape, Program, Read, Scalar, Table, Var, children, reads, walk
-from attndsl.relation import build_relation
 from attndsl.runs import Side, TileKind, TileRuns
 from attndsl.tiles import tile_runs
+from attndsl.view_plans import part_relation
 
 Array = NDArray[Any]
 
@@ -100,8 +100,9 @@ def _closed_runs(
     positions: Nq, Nk and the first row's position. Only the tile is left symbolic, a fifth of the work that all lengths
     at once take. given: the inputs that are known. Tiles that others rule out count as visited.
     """
-    relation = build_relation(program, heads).at(*positions)
-    cut = known_cuts(with_cuts(derive(program)), given)
+    relation = part_relation(program, heads).at(*positions)
+    derived = derive(program)
+    cut = known_cuts(with_cuts(derived) if program.plain else derived, given)
     runs = tile_runs(relation, block_q, block_k, Side.QUERY, program.align_start, program=cut)
     ends = [x for run in runs.full + runs.partial for x in (run.first, run.count)]
     cuts = {decl.name for decl in cut.inputs if isinstance(decl.derivation, Cut)}

@@ -129,6 +129,7 @@ def explain(
 def show_blocks(
     pattern: Pattern, param: Params = None, arg: Inputs = None, name: Chosen = None, n: Tokens = 4096, heads: Heads = 1,
     kv_heads: KvHeads = None, head: Annotated[int, typer.Option(min=0, help="Which head to draw.")] = 0,
+    part: Annotated[str | None, typer.Option(help="Which part to draw; all, if left out.")] = None,
     block_q: Annotated[int, typer.Option(min=1, help="Rows of a tile.")] = 128,
     block_k: Annotated[int, typer.Option(min=1, help="Keys of a tile.")] = 128,
     png: Annotated[Path | None, typer.Option(help="Write a picture to this file.")] = None,
@@ -136,22 +137,30 @@ def show_blocks(
 ) -> None:  # fmt: skip
     """Draw which tiles of keys the tiles of queries visit."""
     attn = _loaded(pattern, name, param)
-    graph = _answer(lambda: attn.blocks(n, n, block_q, block_k, heads, kv_heads or heads, **_integers(arg)))
+    files = [(path, ending) for path, ending in ((png, ".png"), (html, ".html")) if path is not None]
+    if part is None and len(attn.parts) > 1 and files:
+        raise typer.BadParameter(f"one of {', '.join(attn.parts)}: a file holds one part", param_hint="--part")
     if head >= heads:
         raise typer.BadParameter(f"there is no head {head} of {heads}", param_hint="--head")
-    for path, ending in ((png, ".png"), (html, ".html")):
-        if path is None:
-            continue
-        if path.suffix.lower() != ending:
-            raise typer.BadParameter(f"the file must end in {ending}", param_hint=f"--{ending[1:]}")
-        _written(path, lambda at: graph.save(at, head))
-        show(_console(), f"wrote {path}")
-    if png is None and html is None:
-        from attndsl.render import to_text
+    for name in attn.parts if part is None else (part,):
+        graph = _answer(
+            lambda name=name: attn.blocks(  # type: ignore[misc]
+                n, n, block_q, block_k, heads, kv_heads or heads, part=name, **_integers(arg)
+            )
+        )
+        for path, ending in files:
+            if path.suffix.lower() != ending:
+                raise typer.BadParameter(f"the file must end in {ending}", param_hint=f"--{ending[1:]}")
+            _written(path, lambda at, graph=graph: graph.save(at, head))  # type: ignore[misc]
+            show(_console(), f"wrote {path}")
+        if not files:
+            from attndsl.render import to_text
 
-        console = _console()
-        columns = max(8, min(64, (console.width - 2) // 2))
-        show(console, to_text(graph.picture(36, columns, head)))
+            console = _console()
+            columns = max(8, min(64, (console.width - 2) // 2))
+            if name:
+                show(console, f"{name}: {graph.q_tiles} x {graph.k_tiles} tiles", "bold")
+            show(console, to_text(graph.picture(36, columns, head)))
 
 
 @app.command()
@@ -160,9 +169,13 @@ def source(
     kv_heads: KvHeads = None, dim: Dim = 128, dtype: Dtype = "bfloat16", target: Target = "sm_90",
     backend: Backend = "triton",
     assembly: Annotated[str | None, typer.Option(help="ttir, ttgir, llir, ptx, sass or amdgcn instead.")] = None,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Print the kernels' names instead.")] = False,
 ) -> None:  # fmt: skip
     """Print a generated kernel, or what it compiles to for a target that need not be there."""
     attn = _loaded(pattern, name, param)
+    if kernels:
+        sys.stdout.write("\n".join(_answer(lambda: attn.kernels(heads, kv_heads))) + "\n")
+        return
     sizes: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "dtype": dtype}
     if assembly is None:
         text = _answer(lambda: attn.source(kernel, target, backend, **sizes))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
+from attndsl.around import amount, around
 from attndsl.blockgraph import BlockGraph, block_graph
 from attndsl.box_tiles import BoxRun
 from attndsl.boxes import Boxes
@@ -30,13 +31,14 @@ from attndsl.derivation import (
 from attndsl.diagnostics import Diagnostic
 from attndsl.effort import one_at_a_time
 from attndsl.layout import PLAIN, Layout
+from attndsl.listing import lists_tiles, reads_plans
 from attndsl.notation import Level, input_text, program_text, scalar_text, set_text
-from attndsl.pairs import allowed, count_pairs, nodes, spans, spans_text, too_dense
+from attndsl.pairs import count_pairs, nodes, seen, spans, spans_text, too_dense
+from attndsl.parts import kernel_names, parts_of
 from attndsl.piece_plans import forward_plans
 from attndsl.piece_tiles import piece_tiles
 from attndsl.pieces import BLOCK_K, BLOCK_Q, TOKENS, choose_pieces
 from attndsl.plan import ForwardPlan, Loads, Spec
-from attndsl.plans import own_program
 from attndsl.program import (
     Binary,
     Call,
@@ -52,12 +54,13 @@ from attndsl.program import (
     walk,
 )
 from attndsl.quasi_affine import condition
-from attndsl.relation import Relation, build_relation
+from attndsl.relation import Relation
 from attndsl.runs import Run
-from attndsl.selection_text import selection_text
 from attndsl.simplify import fold
 from attndsl.targets import BYTES, GLUON_VERSIONS, RATES, gradients_refusal, hopper_refusal, layout_refusal
 from attndsl.tiling import prefers_portable
+from attndsl.understood import understood
+from attndsl.view_plans import part_relation
 
 Array = NDArray[Any]
 
@@ -109,68 +112,68 @@ class Question:
 
 @one_at_a_time
 def explain(question: Question) -> Explanation:
-    """The explanation, section by section."""
-    plans = forward_plans(question.program, question.spec)
-    relation = build_relation(question.program, (question.spec.heads, question.spec.kv_heads))
-    sections = [
-        Section("understood", tuple(_understood(question))),
-        Section("rows", tuple(_rows(question))),
-        Section("simplified", tuple(_simplified(relation))),
-        Section("warnings", tuple(_warnings(question.warnings))),
-        Section("pieces", tuple(_pieces(question))),
-        Section("planned", tuple(_planned(question, plans, Const(question.shape.first_position(question.program))))),
-        Section("cost", tuple(_cost(question, plans))),
+    """The explanation, section by section; those of a part have its name before theirs."""
+    sections = [Section("understood", tuple(understood(question.program, question.text)))]
+    for name, own in _parts(question):
+        plans = forward_plans(own.program, own.spec)
+        relation = part_relation(own.program, (own.spec.heads, own.spec.kv_heads))
+        found = {
+            "rows": _rows(own),
+            "simplified": _simplified(relation),
+            "pieces": _pieces(own),
+            "planned": _planned(own, plans, Const(own.shape.first_position(own.program))),
+            "cost": _cost(own, plans),
+        }
+        sections += [Section(f"{name}: {title}" if name else title, tuple(lines)) for title, lines in found.items()]
+    sections.insert(3 if question.program.plain else 1, Section("warnings", tuple(_warnings(question.warnings))))
+    sections += [
+        Section("before and after", tuple(around(question.program, question.spec, question.shape))),
+        Section("kernels", tuple(_kernels(question))),
     ]
     return Explanation(tuple(s for s in sections if s.lines))
 
 
+def _parts(question: Question) -> list[tuple[str, Question]]:
+    """The question of each part that is asked about. What it knows of plans is that they are lists."""
+    found = []
+    for name, program in parts_of(question.program).items():
+        spec = replace(question.spec, even_start=lists_tiles(program), lists=reads_plans(program))
+        found.append((name, replace(question, program=program, spec=spec)))
+    return found
+
+
 @one_at_a_time
-def stages(question: Question, syntax: str, source: str) -> Explanation:
-    """Every stage's own result: syntax, typed program, relation, runs, plan, source text."""
-    plans = forward_plans(question.program, question.spec)
-    relation = build_relation(question.program, (question.spec.heads, question.spec.kv_heads))
-    found = {
-        "syntax": syntax.splitlines(),
-        "typed program": program_text(question.program).splitlines(),
-        "relation": [
-            str(relation.pairs),
-            *(f"{name} stands for {scalar_text(e)}" for name, e in (relation.uniform | relation.atoms).items()),
-        ],
-        "pieces": list(_pieces(question)),
-        "runs": [line for plan in plans for line in _run_lines(plan)],
-        "plan": list(_planned(question, plans, None)),
-        "source": source.splitlines(),
-    }
-    return Explanation(tuple(Section(title, tuple(lines)) for title, lines in found.items() if lines))
+def stages(question: Question, syntax: str, source: Callable[[ForwardPlan], str]) -> Explanation:
+    """Every stage's own result: syntax, typed program, relation, runs, plan, source text.
+
+    source: prints a plan's kernel.
+    """
+    sections = [Section("syntax", tuple(syntax.splitlines()))]
+    for name, own in _parts(question):
+        plans = forward_plans(own.program, own.spec)
+        relation = part_relation(own.program, (own.spec.heads, own.spec.kv_heads))
+        found = {
+            "typed program": program_text(own.program).splitlines(),
+            "relation": [
+                str(relation.pairs),
+                *(f"{name} stands for {scalar_text(e)}" for name, e in (relation.uniform | relation.atoms).items()),
+            ],
+            "pieces": list(_pieces(own)),
+            "runs": [line for plan in plans for line in _run_lines(plan)],
+            "plan": list(_planned(own, plans, None)),
+            "source": "\n".join(map(source, plans)).splitlines(),
+        }
+        sections += [Section(f"{name}: {title}" if name else title, tuple(lines)) for title, lines in found.items()]
+    return Explanation(tuple(s for s in sections if s.lines))
 
 
 # ------------------------------------------------------------------------------------- understood
 
 
-def _understood(question: Question) -> list[str]:
-    program, branch = question.program, question.program.branch
-    lines = [*question.text.strip().splitlines(), ""]
-    for decl in own_program(program).inputs:
-        lines.append(f"input {input_text(decl)}")
-    lines += [f"runtime argument {name}" for name in program.args]
-    lines += [f"table {table.name}, shape {list(table.shape)}" for table in program.tables]
-    for selection in program.selections:
-        later = "" if selection.rows == 1 else "; what a row chooses may depend on tokens after it"
-        lines.append(f"{selection.name} = {selection_text(selection)}, made in each call{later}")
-    lines.append(f"pairs (q, k) in {set_text(branch.pattern)}")
-    if program.align_start:
-        lines.append("row i stands at position i (align start)")
-    else:
-        lines.append("row i of a call stands at position i + Nk − rows")
-    scale = "1/√D" if branch.scale is None else scalar_text(branch.scale)
-    lines.append(f"s = {scale} · (q · k)")
-    if branch.weights is not None:
-        lines.append(f"a pair weighs {scalar_text(branch.weights)}; rows are not normalised")
-        return lines
-    if branch.score is not None:
-        lines.append(f"logit {scalar_text(branch.score)}")
-    sink = "" if branch.sink is None else f", with e^({scalar_text(branch.sink)}) added to the denominator"
-    return [*lines, f"softmax over each row{sink}"]
+def _kernels(question: Question) -> list[str]:
+    """The kernels of a program of several, by the names that `source` takes."""
+    spec, program = question.spec, question.program
+    return [] if program.plain else [", ".join(kernel_names(program, spec.heads, spec.kv_heads))]
 
 
 def _rows(question: Question) -> list[str]:
@@ -185,15 +188,14 @@ def _rows(question: Question) -> list[str]:
     start = shape.first_position(program)
     first, last = max(start, 0), start + shape.rows - 1
     asked = [question.row] if question.row is not None else sorted({first, min(last, max(first, 700)), last})
-    seen = allowed(
-        program, shape, np.asarray(asked), np.arange(shape.k_len), question.inputs or {}, question.args or {}
-    )
+    found = seen(program, shape, np.asarray(asked), question.inputs or {}, question.args or {})
     lines = []
     for i, row in enumerate(asked):
-        heads = [spans(seen[0, h, i]) for h in range(shape.heads)]
-        keys = int(seen[0, 0, i].sum())
+        heads = [spans(found[0, h, i]) for h in range(shape.heads)]
+        keys = int(found[0, 0, i].sum())
         which = "" if len(set(heads)) == 1 else " (head 0; other heads differ)"
-        lines.append(f"row {row}: keys {spans_text(heads[0])}  [{keys} of {shape.k_len}]{which}")
+        what = "keys" if program.plain else "entries"
+        lines.append(f"row {row}: {what} {spans_text(heads[0])}  [{keys} of {found.shape[-1]}]{which}")
     return lines
 
 
@@ -207,9 +209,9 @@ def _missing(question: Question) -> str:
 
 def _inputs_read(program: Program) -> list[str]:
     """The inputs that the pattern reads; those of scores decide no pair."""
-    written = set_text(program.branch.pattern)
+    written = set_text(program.only.pattern)
     found = re.findall(r"(\w+)\[| on (?!segment\()(\w+)|segment\((\w+)\)", written)
-    plans = {node.plan for node in nodes(program.branch.pattern) if isinstance(node, Selected)}
+    plans = {node.plan for node in nodes(program.only.pattern) if isinstance(node, Selected)}
     return [decl.name for decl in program.inputs if decl.name in plans or any(decl.name in names for names in found)]
 
 
@@ -258,6 +260,8 @@ def _warnings(warnings: tuple[Diagnostic, ...]) -> list[str]:
 def _pieces(question: Question) -> list[str]:
     """The layouts that were considered, and the pieces chosen."""
     spec = question.spec
+    if not question.program.plain:
+        return []
     choice = choose_pieces(question.program, (spec.heads, spec.kv_heads))
     if choice.note:
         return [choice.note]
@@ -448,10 +452,9 @@ def _cost(question: Question, plans: tuple[ForwardPlan, ...]) -> list[str]:
         lines.append(f"tokens in order: {graph.tiles:,} of {every:,} tiles {share}")
     lines.append(_pairs_line(question, graph, flops_of_pair))
     flops = area * flops_of_pair
-    moved = BYTES[spec.dtype] * shape.batch * (
-        shape.rows * shape.heads * (spec.dim + spec.v_dim) + shape.k_len * shape.kv_heads * (spec.dim + spec.v_dim)
-    )  # fmt: skip
-    lines.append(f"work: {most}{_amount(flops)}FLOP in visited tiles; {_amount(moved)}B of q, k, v and output")
+    vectors = shape.batch * (shape.rows * shape.heads + graph.shape.k_len * shape.kv_heads)
+    moved = BYTES[spec.dtype] * vectors * (spec.dim + spec.v_dim)
+    lines.append(f"work: {most}{amount(flops)}FLOP in visited tiles; {amount(moved)}B of q, k, v and output")
     rates = question.rates or RATES.get(spec.target)
     if rates is not None and not spec.lists:
         compute, memory = flops / rates[0], moved / rates[1]
@@ -469,18 +472,11 @@ def _pairs_line(question: Question, graph: BlockGraph, flops_of_pair: int) -> st
         return f"pairs: depend on {missing}"
     if too_dense(question.program, shape):
         return "pairs: not counted at this length (`coarsen`, `random`)"
-    count = count_pairs(graph, question.program, question.inputs or {}, question.args or {})
-    everything = shape.batch * shape.heads * shape.rows * shape.k_len
+    count = count_pairs(graph, question.program, shape, question.inputs or {}, question.args or {})
+    everything = shape.batch * shape.heads * shape.rows * graph.shape.k_len
     share = 100 * count.pairs / max(1, everything)
     about = "" if count.exact else "about "
     return (
         f"pairs: {about}{count.pairs:,} of {everything:,} allowed ({share:.2f} %), "
-        f"{_amount(count.pairs * flops_of_pair)}FLOP"
+        f"{amount(count.pairs * flops_of_pair)}FLOP"
     )
-
-
-def _amount(x: float) -> str:
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if x >= factor:
-            return f"{x / factor:.3g} {prefix}"
-    return f"{x:g} "

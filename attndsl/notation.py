@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import assert_never
 
+from attndsl.branches import Attended, Factor, Handed, Merged, Output, Pool, Product, Sum, View, Visible
 from attndsl.derivation import Random, Segment
 from attndsl.grid import Along
 from attndsl.program import (
@@ -90,16 +91,46 @@ def input_text(decl: InputDecl) -> str:
     return f"{decl.name} : {kind}{dims}{flags}"
 
 
+def view_text(view: View) -> str:
+    """A view as the language writes it."""
+    stride = f", {view.stride}" if view.stride != view.size else ""
+    options = ", visible = any" * (view.visible is Visible.ANY) + ", counted" * view.counted
+    what = f"pool({view.function.value}, " if isinstance(view, Pool) else f"given({view.keys}, {view.values}, "
+    return f"{what}{view.size}{stride}{options})"
+
+
+def output_text(output: Output, level: Level = Level.COND) -> str:
+    """How branches combine, as the language writes it."""
+    match output:
+        case Attended(branch=name):
+            return name
+        case Handed(out=out, lse=lse):
+            return f"given({scalar_text(out)}, {scalar_text(lse)})"
+        case Merged(operands=operands):
+            return f"merge({', '.join(map(output_text, operands))})"
+        case Factor(value=value):
+            return scalar_text(value, level)
+        case Sum(left=left, right=right):
+            return _bracketed((f"{output_text(left, Level.SUM)} + {output_text(right, Level.TERM)}", Level.SUM), level)
+        case Product(factor=factor, operand=operand):
+            written = f"{scalar_text(factor, Level.TERM)} * {output_text(operand, Level.UNARY)}"
+            return _bracketed((written, Level.TERM), level)
+        case _:
+            assert_never(output)
+
+
 def program_text(program: Program) -> str:
-    """The whole program with every name resolved: one attention, its tables in comments."""
-    branch = program.branch
+    """The whole program of one part with every name resolved: one attention, its tables in comments."""
+    branch = program.only
+    (part,) = branch.parts
     lines = [f"input  {input_text(decl)}" for decl in program.inputs]
     lines += ["align  start"] * program.align_start
     lines += [f"scale  {scalar_text(branch.scale)}"] if branch.scale is not None else []
     lines += [f"score  {scalar_text(branch.score)}"] if branch.score is not None else []
     lines += [f"softmax with sink {scalar_text(branch.sink)}"] if branch.sink is not None else []
     lines += [f"weights {scalar_text(branch.weights)}"] if branch.weights is not None else []
-    lines.append(f"attend {set_text(branch.pattern)}")
+    over = "" if part.view is None else f" over {view_text(part.view)}"
+    lines.append(f"attend {set_text(part.pattern)}{over}")
     params = f"({', '.join(f'{name} : runtime int' for name in program.args)})" if program.args else ""
     tables = [
         f"# {table.name} = {list(table.values[:16])}{' …' if len(table.values) > 16 else ''}, shape {list(table.shape)}"

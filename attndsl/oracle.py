@@ -100,21 +100,22 @@ def mask(
         args: the runtime ints.
 
     Returns:
-        bool [batch, heads, rows, k_len]. Rows at negative positions are empty.
+        bool [batch, heads, rows, k_len], over a view with entries last. Rows at negative positions are empty.
 
     Raises:
         ValueError: an input that the pattern reads is missing, or one has another shape than declared.
     """
     check_inputs(program, shape, {name: array.shape for name, array in inputs.items()})
-    full = (shape.batch, shape.heads, shape.rows, shape.k_len)
+    (part,) = program.only.parts
+    full = (shape.batch, shape.heads, shape.rows, entries(part.view, shape.k_len))
     if 0 in full:
         return np.zeros(full, np.bool_)
     if not separate(program):
-        return Evaluator.of_call(program, shape, inputs, args).seen(program.branch.parts[0])
+        return Evaluator.of_call(program, shape, inputs, args).seen(part)
     found = np.zeros(full, np.bool_)
     for x in sequences(program, shape, inputs):
         own = Evaluator.of_call(together(program), x.shape(shape), x.inputs(program, inputs), args, x.entry)
-        found[x.entry : x.entry + 1, :, x.rows, x.keys] = own.seen(program.branch.parts[0])
+        found[x.entry : x.entry + 1, :, x.rows, x.keys] = own.seen(part)
     return found
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import TYPE_CHECKING, Any, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.alone import separate
-from attndsl.blockgraph import BlockGraph
+from attndsl.branches import Visible
 from attndsl.derivation import Random
-from attndsl.oracle import Evaluator, check_inputs, mask
+from attndsl.oracle import Evaluator, check_inputs, entries, mask
 from attndsl.program import (
     Blocks,
     CallShape,
@@ -33,6 +33,9 @@ from attndsl.program import (
     walk,
 )  # fmt: skip
 from attndsl.runs import TileKind
+
+if TYPE_CHECKING:
+    from attndsl.blockgraph import BlockGraph
 
 Array = NDArray[Any]
 
@@ -69,8 +72,29 @@ def allowed(
         return mask(program, shape, inputs, args)[:, :, rows][..., k_pos]
     call = Evaluator.of_call(program, shape, inputs, args)
     place = call.at(q_pos.reshape(1, 1, -1, 1), k_pos.reshape(1, 1, 1, -1), call.variables["Nq"], call.variables["Nk"])
-    inside = place.members(program.branch.pattern) & (place.variables["q"] >= 0)
+    inside = place.members(program.only.pattern) & (place.variables["q"] >= 0)
     return np.array(np.broadcast_to(inside, (shape.batch, shape.heads, q_pos.size, k_pos.size)))
+
+
+def seen(
+    program: Program, shape: CallShape, q_pos: Array, inputs: Mapping[str, Array] = {}, args: Mapping[str, int] = {}
+) -> NDArray[np.bool_]:
+    """The keys of a program's only part, tokens or entries of its view, that rows at these positions see.
+
+    q_pos: int [rows]. Returns bool [batch, heads, rows, keys]. Raises ValueError as `allowed`.
+    """
+    (part,) = program.only.parts
+    view, count = part.view, entries(part.view, shape.k_len)
+    if view is None or not count:
+        return allowed(program, shape, q_pos, np.arange(count), inputs, args)
+    # Nominal extents reach past the last token.
+    tokens = np.arange((count - 1) * view.stride + view.size)
+    inside = allowed(program, shape, q_pos, tokens, inputs, args)
+    every = view.visible is Visible.EVERY
+    if not every:
+        inside[..., tokens >= shape.k_len] = False
+    extents = np.lib.stride_tricks.sliding_window_view(inside, view.size, -1)[..., :: view.stride, :]
+    return np.asarray(extents.all(-1) if every else extents.any(-1))
 
 
 def nodes(pattern: Set) -> Iterator[Set]:
@@ -99,12 +123,15 @@ def too_dense(program: Program, shape: CallShape) -> bool:
 
 
 def count_pairs(
-    graph: BlockGraph, program: Program, inputs: Mapping[str, Array] = {}, args: Mapping[str, int] = {}
-) -> PairCount:
-    """The allowed pairs of a call: full tiles by their area, partial ones by the oracle.
+    graph: BlockGraph, program: Program, shape: CallShape, inputs: Mapping[str, Array] = {},
+    args: Mapping[str, int] = {},
+) -> PairCount:  # fmt: skip
+    """The allowed pairs of a call: full tiles by their area, partial ones by the oracle; over a view, all by it.
 
     graph: the call's block graph. Raises ValueError where an input that the pattern reads is missing.
     """
+    if not program.plain:
+        return _count_entries(program, shape, inputs, args)
     if separate(program):
         return PairCount(int(mask(program, graph.shape, inputs, args).sum()), exact=True)
     groups = _equal_calls(graph, apart=_heads_differ(program))
@@ -114,6 +141,18 @@ def count_pairs(
         total += len(group) * (full + partial)
         exact = exact and not sampled
     return PairCount(round(total), exact)
+
+
+def _count_entries(
+    program: Program, shape: CallShape, inputs: Mapping[str, Array], args: Mapping[str, int]
+) -> PairCount:
+    """The pairs of rows and entries: of all rows, or of so many, evenly spread, as are counted in time."""
+    most = max(1, MAX_PAIRS // max(1, shape.batch * shape.heads * shape.k_len))
+    rows = np.arange(0, shape.rows, -(-shape.rows // most) if shape.rows else 1)
+    found, start = 0, shape.first_position(program)
+    for low in range(0, rows.size, 64):
+        found += int(seen(program, shape, start + rows[low : low + 64], inputs, args).sum())
+    return PairCount(round(found * shape.rows / max(1, rows.size)), exact=rows.size == shape.rows)
 
 
 def _heads_differ(program: Program) -> bool:

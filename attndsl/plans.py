@@ -56,6 +56,13 @@ def plans_read(selection: Selection, program: Program) -> set[str]:
     return {node.plan for each in sets for node in nodes(each) if isinstance(node, Selected) and node.plan in made}
 
 
+def of_selection(program: Program, selection: Selection) -> Program:
+    """The program as a selection sees it: with the inputs of a call, and the plans that it chooses among."""
+    own, read = own_program(program), plans_read(selection, program)
+    plans = (plan_input(each) for each in program.selections if each.name in read)
+    return replace(own, inputs=(*own.inputs, *plans))
+
+
 def own_program(program: Program) -> Program:
     """The program with the inputs that a call gives alone: without the plans that its selections make."""
     made = {selection.name for selection in program.selections}

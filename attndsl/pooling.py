@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from attndsl.branches import PoolFunction
 from attndsl.plan import DType
 
 # Elements of tokens that a program loads at once, and tokens of an entry among them.
 _LOADED, _TOKENS = 8192, 64
+
+
+def entries(tokens: Any, stride: int) -> Any:
+    """How many entries so many tokens have."""
+    return (tokens + stride - 1) // stride
 
 
 @dataclass(frozen=True, slots=True)

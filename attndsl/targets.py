@@ -40,27 +40,6 @@ def parse_target(target: str) -> str:
     return TARGETS[target]
 
 
-def kernel_names(program: Program, heads: int, kv_heads: int) -> tuple[str, ...]:
-    """The kernels of a program: `forward`, `dq` and `dkdv`, once more for each further piece, and `decode`."""
-    pieces = range(2, len(choose_pieces(program, (heads, kv_heads)).pieces) + 1)
-    suffixes = ("", *(f"_{n}" for n in pieces))
-    of_piece = [f"{name}{suffix}" for names in (("forward",), ("dq", "dkdv")) for suffix in suffixes for name in names]
-    return (*of_piece, "decode")
-
-
-def check_kernel(kernel: str, program: Program, heads: int, kv_heads: int) -> tuple[str, int]:
-    """A kernel's name without its number, and which piece it is of, from 0. `gradients` makes dq, dk and dv, which
-    some programs have on Hopper.
-
-    Raises `PatternError` (A531) unless the program has such a kernel.
-    """
-    names = kernel_names(program, heads, kv_heads)
-    if kernel not in (*names, "gradients"):
-        raise error("A531", f"there is no kernel {kernel!r}", help=f"one of {', '.join(names)}")
-    name, _, number = kernel.partition("_")
-    return name, int(number or 1) - 1
-
-
 def make_spec(
     target: str, backend: str, heads: int, kv_heads: int, dim: int, v_dim: int | None = None, dtype: str = "bfloat16"
 ) -> Spec:

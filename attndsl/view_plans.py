@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from attndsl.branches import Given, Part, Visible
-from attndsl.derive import with_needed
+from attndsl.derive import derive, with_needed
 from attndsl.diagnostics import error
 from attndsl.effort import TooHard, bounded
 from attndsl.linear import normalise
@@ -27,7 +27,7 @@ from attndsl.plan import (
 )  # fmt: skip
 from attndsl.program import Binary, Call, Const, Program, Scalar, Var, reads, rebuild, substitute
 from attndsl.quasi_affine import condition
-from attndsl.relation import Lowering, Relation
+from attndsl.relation import Lowering, Relation, build_relation
 from attndsl.runs import Side, TileRuns
 from attndsl.simplify import fold, specialise
 from attndsl.visits import closed_runs
@@ -94,6 +94,11 @@ def _listed(
     """The runs of the tiles that a plan chooses. Lists of both sides are made from the key tiles of query tiles."""
     runs = closed_runs(relation, program, spec, tiling, Side.QUERY)
     return found.listed(program, runs, tiling.block_q, tiling.block_k, side)
+
+
+def part_relation(program: Program, heads: tuple[int, int] | None = None) -> Relation:
+    """The relation of a program of one part: rows and tokens, or the entries of its view."""
+    return build_relation(program, heads) if program.plain else entries_of(derive(program), heads)
 
 
 @functools.lru_cache(maxsize=64)

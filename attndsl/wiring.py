@@ -6,25 +6,32 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from attndsl.combining import CombinePlan, combine_plan
+from attndsl.compose import compose, raw_first
 from attndsl.decode import Cache, DecodePlan, decode_plan
 from attndsl.diagnostics import error
 from attndsl.listing import lists_tiles, reads_plans
+from attndsl.parts import find_kernel
 from attndsl.piece_plans import backward_plans, forward_plans
-from attndsl.plan import Backend, BackwardPlan, ForwardPlan
+from attndsl.plan import Backend, BackwardPlan, ForwardPlan, Loads, Spec
+from attndsl.plans import of_selection
+from attndsl.pooling import PoolPlan
 from attndsl.program import Program
 from attndsl.runtime.cache import cache_key
 from attndsl.runtime.registry import register
-from attndsl.targets import check_kernel, gradients_refusal, hopper_refusal, layout_refusal, make_spec
+from attndsl.select_plan import SelectPlan, fuses_on, select_plan
+from attndsl.targets import gradients_refusal, hopper_refusal, layout_refusal, make_spec
 
 if TYPE_CHECKING:
-    from attndsl.explain import Question
+    from attndsl.runtime.cache import KernelCache
     from attndsl.runtime.decode import DecodeGenerators
     from attndsl.runtime.engine import Engine
     from attndsl.runtime.module import AttentionModule as AttentionModule
     from attndsl.runtime.page_choice import PageKernels
     from attndsl.runtime.paged_cache import PagePool as PagePool
+    from attndsl.runtime.trial import Trial
 
 
 def registered(program: Program) -> str:
@@ -89,6 +96,11 @@ def decode_kept() -> Any:
     return compose_decode
 
 
+# Plans of kernels to look at, and the names of those that attend to nothing.
+ShownPlan: TypeAlias = ForwardPlan | BackwardPlan | DecodePlan | PoolPlan | SelectPlan | CombinePlan
+_AROUND = ("pool", "select", "combine", "combine_gradients")
+
+
 @dataclass(frozen=True, slots=True)
 class Shown:
     """A kernel to look at. Parameters as in `Attention.source`."""
@@ -104,15 +116,18 @@ class Shown:
     rows: int
     page: int | None
 
-    def plan(self, program: Program) -> ForwardPlan | BackwardPlan | DecodePlan:
+    def plan(self, program: Program) -> ShownPlan:
         """The plan behind it, for dense tensors. Raises `PatternError` for what there is not."""
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         spec = make_spec(self.target, self.backend, self.heads, kv_heads, self.dim, self.v_dim, self.dtype)
+        owner, name, piece = find_kernel(self.kernel, program, self.heads, kv_heads)
+        if name in _AROUND:
+            return self._around(program, owner, name, piece, replace(spec, loads=Loads.POINTER))
+        program = program if program.plain else dict(compose(program).branches)[owner]
         # Of calls that read plans, one whose plans are lists and whose first row stands where tiles begin.
         spec = replace(spec, even_start=lists_tiles(program), lists=reads_plans(program))
         if self.backend == "cpu":
             spec = replace(spec, backend=Backend.CPU)
-        name, piece = check_kernel(self.kernel, program, self.heads, kv_heads)
         if self.backend == "gluon":
             refusals = {"forward": hopper_refusal, "gradients": gradients_refusal}
             reason = f"the kernel {self.kernel!r} has no Hopper lowering"
@@ -127,6 +142,7 @@ class Shown:
             case "gradients":
                 return backward_plans(program, spec)[piece].of_keys()
             case "decode":
+                program = program.with_branch(parts=(raw_first(program)[piece],))
                 return decode_plan(program, spec, self.rows, Cache(self.page), split=self.backend != "cpu")
             case "dq" | "dkdv":
                 plan = backward_plans(program, spec)[piece]
@@ -134,8 +150,39 @@ class Shown:
             case _:
                 return forward_plans(program, spec)[piece]
 
-    def text(self, plan: ForwardPlan | BackwardPlan | DecodePlan) -> str:
+    def _around(self, program: Program, owner: str, name: str, n: int, spec: Spec) -> ShownPlan:
+        """The plan of what goes before and after the kernels that attend."""
+        if self.backend != "triton":
+            where = "on the CPU torch operators do it" if self.backend == "cpu" else "it has no Hopper lowering"
+            raise error("A510", f"there is no kernel {self.kernel!r} here: {where}", help="choose backend 'triton'")
+        match name:
+            case "pool":
+                pool = compose(program).pools[n].pool
+                return PoolPlan(pool.function, pool.size, pool.stride, spec.dim, spec.dtype, spec.target)
+            case "select":
+                selection = program.selection(owner)
+                if not fuses_on(spec.target):
+                    reason = f"on {self.target} `{owner}` is chosen by torch operators: Triton 3.6 fails on the kernel"
+                    raise error("A510", reason, help="choose another target")
+                return select_plan(of_selection(program, selection), selection, spec)
+            case _:
+                return combine_plan(program, spec, name == "combine_gradients")
+
+    def text(self, plan: ShownPlan) -> str:
         """What is generated from the plan."""
+        match plan:
+            case PoolPlan():
+                from attndsl.codegen.triton_pool import pool_source
+
+                return pool_source(plan)
+            case SelectPlan():
+                from attndsl.codegen.triton_select import select_source
+
+                return select_source(plan)
+            case CombinePlan():
+                from attndsl.codegen.triton_combine import combine_source
+
+                return combine_source(plan)
         if isinstance(plan, BackwardPlan):
             from attndsl.codegen import cpu_backward, gluon_backward, triton_backward
 
@@ -143,7 +190,7 @@ class Shown:
                 return gluon_backward.gradients_source(plan)
             if self.backend == "cpu":
                 return cpu_backward.backward_source(plan)
-            return triton_backward.backward_sources(plan)[0 if self.kernel.startswith("dq") else 1]
+            return triton_backward.backward_sources(plan)[0 if self.kernel.rpartition(".")[2].startswith("dq") else 1]
         return generated(plan)
 
 
@@ -161,15 +208,14 @@ def generated(plan: ForwardPlan | DecodePlan) -> str:
     return triton_forward.forward_source(plan)
 
 
-def ends(question: Question) -> tuple[str, str]:
-    """The first and the last stage of what `explain` shows: the syntax tree, and the generated source."""
+def syntax_text(program: Program) -> str:
+    """The first stage of what `explain` shows: the syntax tree."""
     from rich.pretty import pretty_repr
 
     from attndsl.grammar import parse
 
-    source = question.program.source
-    syntax = "" if source is None else pretty_repr(parse(source.text, name=source.name), max_width=100)
-    return syntax, "\n".join(map(generated, forward_plans(question.program, question.spec)))
+    source = program.source
+    return "" if source is None else pretty_repr(parse(source.text, name=source.name), max_width=100)
 
 
 def page_pool() -> type[PagePool]:
@@ -184,3 +230,20 @@ def attention_module() -> type[AttentionModule]:
     from attndsl.runtime.module import AttentionModule
 
     return AttentionModule
+
+
+# ------------------------------------------------------------------------------- for the command line
+
+
+def measure(attn: Any, **options: Any) -> Trial:
+    """Runs an attention on random tensors of this machine: see `attndsl.runtime.trial.Options`."""
+    from attndsl.runtime.trial import Options, trial
+
+    return trial(attn, attn.program, Options(**options))
+
+
+def kernel_cache() -> KernelCache:
+    """The cache of compiled kernels that calls use."""
+    from attndsl.runtime.cache import KernelCache
+
+    return KernelCache()

@@ -17,6 +17,7 @@ from attndsl.combining import CombinePlan
 from attndsl.decode import DecodePlan
 from attndsl.diagnostics import error
 from attndsl.plan import BackwardPlan, DType, ForwardPlan, Plan
+from attndsl.pooling import PoolPlan
 from attndsl.program import CallShape, Program, Type
 from attndsl.runtime.build import KernelSource, compile_kernel, parameters
 from attndsl.runtime.call import call_shape, dim_size
@@ -25,13 +26,24 @@ from attndsl.runtime.decode import FP8, DecodeTensors
 from attndsl.runtime.derive import derived_dtype
 from attndsl.runtime.engine import empty_output
 from attndsl.runtime.gluon_backward import GRADIENTS, gradients_parameters
+from attndsl.runtime.pool import POOLED, WARPS, pool_sources
 from attndsl.runtime.triton_backward import DKDV, DQ, backward_parameters
 from attndsl.runtime.triton_decode import DECODE, decode_sources
 from attndsl.runtime.triton_gathered import forward_sources, gathered_parameters
-from attndsl.runtime.triton_launch import FUNCTION, INTERPRETED, kernel_source, parameter_sources, shared_cache
+from attndsl.runtime.triton_launch import (
+    FUNCTION,
+    INTERPRETED,
+    kernel_source,
+    parameter_sources,
+    shared_cache,
+    small_source,
+)
+from attndsl.runtime.triton_select import FUNCTION as SELECT
+from attndsl.runtime.triton_select import select_sources
+from attndsl.select_plan import SelectPlan
 
 # Plans whose kernels are shown.
-Shown: TypeAlias = ForwardPlan | BackwardPlan | DecodePlan | CombinePlan
+Shown: TypeAlias = ForwardPlan | BackwardPlan | DecodePlan | PoolPlan | SelectPlan | CombinePlan
 # Formats of each kind of device, in the order in which compilation makes them.
 FORMATS = {"cuda": ("ttir", "ttgir", "llir", "ptx", "sass"), "hip": ("ttir", "ttgir", "llir", "amdgcn")}
 # Any length will do: it decides no type and no alignment.
@@ -51,16 +63,17 @@ def assembly(plan: Shown, text: str, format: str) -> str:
 
     Raises `PatternError` (A532 to A534) for a format that the target has not, or that cannot be had here.
     """
-    backend = plan.spec.target.partition(":")[0]
+    target = plan.target if isinstance(plan, PoolPlan) else plan.spec.target
+    backend = target.partition(":")[0]
     if backend not in FORMATS:
         raise error("A532", "the CPU lowering is Python: it is not compiled", help="read it with `source`")
     if format not in FORMATS[backend]:
         known = ", ".join(FORMATS[backend])
-        raise error("A532", f"{plan.spec.target} has no format {format!r}", help=f"one of {known}")
+        raise error("A532", f"{target} has no format {format!r}", help=f"one of {known}")
     if INTERPRETED:
         raise error("A533", "nothing is compiled while TRITON_INTERPRET is set", help="unset it and start again")
     disassembler = _disassembler() if format == "sass" else ""
-    kernel = compile_kernel(offline_source(plan, text), plan.spec.target, shared_cache())
+    kernel = compile_kernel(offline_source(plan, text), target, shared_cache())
     if format == "sass":
         return _disassembled(disassembler, kernel.binary)
     return kernel.text(format)
@@ -70,7 +83,13 @@ def offline_source(plan: Shown, text: str) -> KernelSource:
     """A kernel as a launch on dense, aligned tensors compiles it (ints as int32, floats of inputs as float32)."""
     if isinstance(plan, DecodePlan):
         return _offline_decode(plan, text)
+    if isinstance(plan, PoolPlan):
+        x = torch.empty(2, 2, _LENGTH, plan.dim, dtype=_TORCH[plan.dtype], device="meta")
+        return small_source(text, POOLED, WARPS, pool_sources(plan, POOLED, x, (x,)))
     q, k, v, inputs = meta_tensors(plan)
+    if isinstance(plan, SelectPlan):
+        sources = select_sources(plan, call_shape(q, k, v), q, plan.spec.kv_heads, inputs)
+        return kernel_source(plan, text, parameters(text, SELECT), sources, aligned=False, function=SELECT)
     if isinstance(plan, CombinePlan):
         function = function_of(plan)
         first = empty_output(q, call_shape(q, k, v))[0]
@@ -111,7 +130,13 @@ def meta_tensors(plan: Plan) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     q = torch.empty(shape.batch, shape.heads, shape.rows, shape.dim, dtype=dtype, device="meta")
     k = torch.empty(shape.batch, shape.kv_heads, shape.k_len, shape.dim, dtype=dtype, device="meta")
     v = torch.empty(shape.batch, shape.kv_heads, shape.k_len, shape.v_dim, dtype=dtype, device="meta")
-    return q, k, v, list(_meta_inputs(plan.program, shape))
+    inputs = list(_meta_inputs(plan.program, shape))
+    if plan.view is not None:
+        # Entries have the dtype of keys and values.
+        entries = (plan.view.keys, plan.view.values)
+        named = zip(plan.program.inputs, inputs, strict=True)
+        inputs = [x.to(dtype) if decl.name in entries else x for decl, x in named]
+    return q, k, v, inputs
 
 
 def _meta_inputs(program: Program, shape: CallShape) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import Library
 
 from attndsl.branches import Pool, PoolFunction
-from attndsl.pooling import PoolPlan
+from attndsl.pooling import PoolPlan, entries
 from attndsl.runtime.call import device_target, dtype_of
 from attndsl.runtime.engine import MAX_PREPARED, empty_gradient
 from attndsl.runtime.launcher import Slot
@@ -28,7 +28,8 @@ _LIBRARY.define(
 )
 # Launches by kind of call.
 _PREPARED: dict[Any, Callable[[Sequence[Any]], None]] = {}
-_WARPS = 4
+WARPS = 4
+POOLED = "pool_tokens"
 
 
 def pooled(program: str, x: Tensor, pool: Pool, backend: str = "auto") -> Tensor:
@@ -43,11 +44,6 @@ def pooled(program: str, x: Tensor, pool: Pool, backend: str = "auto") -> Tensor
     return found
 
 
-def entries(tokens: Any, stride: int) -> Any:
-    """How many entries so many tokens have."""
-    return (tokens + stride - 1) // stride
-
-
 # ---------------------------------------------------------------------------------------- kernels
 
 
@@ -56,26 +52,31 @@ def _launch(program: str, plan: PoolPlan, function: str, owned: int, x: Tensor, 
 
     owned: blocks of what its programs own.
     """
-    from attndsl.runtime.triton_launch import POINTER, prepare_small
+    from attndsl.runtime.triton_launch import prepare_small
 
-    batch, heads, tokens, _ = x.shape
-    grid = batch * heads * owned
+    grid = x.shape[0] * x.shape[1] * owned
     if not grid:
         return
-    names = {"pool_tokens": ("pooled",), "pick_tokens": ("picked",), "spread_entries": ("gradient", "picked")}[function]
     key = (plan, function, x.shape, x.stride(), x.dtype, x.device)
     if key not in _PREPARED:
-        sources: dict[str, Any] = {f"stride_x{axis}": n for axis, n in zip("bhn", x.stride(), strict=False)}
-        sources |= {"heads": heads, "tokens": tokens, "entries": entries(tokens, plan.stride)}
-        sources |= {"x_ptr": Slot(0, POINTER[x.dtype])}
-        sources |= {
-            f"{name}_ptr": Slot(i, POINTER[y.dtype]) for i, (name, y) in enumerate(zip(names, others, strict=False), 1)
-        }
         if len(_PREPARED) >= MAX_PREPARED:
             _PREPARED.clear()
-        text = engine_of(program).generators.triton_pool(plan)
-        _PREPARED[key] = prepare_small(text, function, plan.target, _WARPS, grid, sources, x.device)
+        text, sources = engine_of(program).generators.triton_pool(plan), pool_sources(plan, function, x, others)
+        _PREPARED[key] = prepare_small(text, function, plan.target, WARPS, grid, sources, x.device)
     _PREPARED[key]((x, *others))
+
+
+def pool_sources(plan: PoolPlan, function: str, x: Tensor, others: Sequence[Tensor]) -> dict[str, Any]:
+    """What a kernel's parameters are given; of tensors, only shapes, strides and dtypes are read."""
+    from attndsl.runtime.triton_launch import POINTER
+
+    names = {"pool_tokens": ("pooled",), "pick_tokens": ("picked",), "spread_entries": ("gradient", "picked")}[function]
+    found: dict[str, Any] = {f"stride_x{axis}": n for axis, n in zip("bhn", x.stride(), strict=False)}
+    found |= {"heads": x.shape[1], "tokens": x.shape[2], "entries": entries(x.shape[2], plan.stride)}
+    found["x_ptr"] = Slot(0, POINTER[x.dtype])
+    for i, (name, y) in enumerate(zip(names, others, strict=False), 1):
+        found[f"{name}_ptr"] = Slot(i, POINTER[y.dtype])
+    return found
 
 
 def _plan(x: Tensor, function: str, size: int, stride: int) -> PoolPlan:
@@ -84,7 +85,7 @@ def _plan(x: Tensor, function: str, size: int, stride: int) -> PoolPlan:
 
 def _by_kernel(program: str, x: Tensor, plan: PoolPlan) -> Tensor:
     found = _fake(program, x, plan.function.value, plan.size, plan.stride, True)
-    _launch(program, plan, "pool_tokens", entries(found.shape[2], plan.block), x, (found,))
+    _launch(program, plan, POOLED, entries(found.shape[2], plan.block), x, (found,))
     return found
 
 

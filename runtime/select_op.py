@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +16,7 @@ from torch.library import Library
 
 from attndsl.diagnostics import error
 from attndsl.keeping import KEYS, kept_by
-from attndsl.plans import own_program, plan_heads, plan_input, plans_read
+from attndsl.plans import of_selection, own_program, plan_heads, plan_input, plans_read
 from attndsl.program import CallShape, InputDecl, Program
 from attndsl.runtime.call import broadcasts, call_shape, check_inputs, check_tables, device_target
 from attndsl.runtime.decode import DecodeTensors
@@ -87,7 +86,7 @@ class Planner:
         if isinstance(selection.score, Probs):
             # Raises where the branch has no probabilities, before it is attended; a graph raises when it runs.
             if not torch.compiler.is_compiling():
-                checked_mass(_of_selection(self.program, selection), selection, call_shape(self.q, self.k, self.k))
+                checked_mass(of_selection(self.program, selection), selection, call_shape(self.q, self.k, self.k))
             keys, lse = (x.detach() for x in self.state(selection.score.branch))
         make = torch.ops.attndsl.select if traced((self.q, self.k, *self.inputs)) else _select
         made: Tensor = make(
@@ -225,13 +224,6 @@ def _reads(selection: Selection, program: Program) -> list[str]:
     return [each.name for each in program.selections if each.name in found]
 
 
-def _of_selection(program: Program, selection: Selection) -> Program:
-    """The program as a selection sees it: with the inputs of a call, and the plans that it chooses among."""
-    own = own_program(program)
-    read = tuple(plan_input(program.selection(name)) for name in _reads(selection, program))
-    return replace(own, inputs=(*own.inputs, *read))
-
-
 def _select(
     key: str, name: str, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
     keys: Tensor | None = None, lse: Tensor | None = None,
@@ -254,7 +246,7 @@ def _select(
     if selector is None:
         program = engine_of(key).program
         selection, shape = program.selection(name), call_shape(q, k, k)
-        seen = _of_selection(program, selection)
+        seen = of_selection(program, selection)
         check_tables(seen, shape)
         check_inputs(seen, shape, inputs, q.device)
         if len(_KEPT) >= MAX_KEPT:
@@ -279,7 +271,7 @@ def _select_ragged(
     if selector is None:
         program = engine_of(key).program
         selection = program.selection(name)
-        seen = _of_selection(program, selection)
+        seen = of_selection(program, selection)
         check_tables(seen, shape)
         check_inputs(seen, shape, inputs, q.device)
         if len(_KEPT) >= MAX_KEPT:

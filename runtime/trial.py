@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from attndsl.blockgraph import block_graph
 from attndsl.diagnostics import error
 from attndsl.pairs import allowed, count_pairs, nodes, too_dense
+from attndsl.parts import parts_of
 from attndsl.plan import default_tiling
 from attndsl.plans import own_program
 from attndsl.program import Axis, CallShape, Dim, InputDecl, On, Permuted, Program, Type
@@ -60,7 +61,8 @@ class Options:
 class Trial:
     """What came of it.
 
-    inputs: how each declared input was made. pairs: allowed pairs, exactly or nearly; tiles: visited share of all.
+    inputs: how each declared input was made. pairs: allowed pairs, exactly or nearly; tiles: visited share of all. Of
+    several parts both are sums.
     error: largest difference from the oracle over the checked rows; allowed_error: what rounding may explain.
     ms, dense_ms: time of a call, of ours and of dense attention; dense_why: why there is no such time.
     masked: whether dense attention had the same mask. Views and branches are none: then it attends every pair.
@@ -131,12 +133,15 @@ def trial(attend: Attend, program: Program, options: Options) -> Trial:
         target, "cpu" if target == "cpu" else "triton", shape.heads, shape.kv_heads, shape.dim, None,
         str(dtype).removeprefix("torch."),
     )  # fmt: skip
-    pairs, density = None, None
-    if program.plain:
-        tiling = default_tiling(spec)
-        graph = block_graph(program, shape, tiling.block_q, tiling.block_k, arrays, args)
-        pairs = None if too_dense(program, shape) else count_pairs(graph, program, arrays, args).pairs
-        density = graph.density
+    tiling = default_tiling(spec)
+    tiles, pairs = 0, None if too_dense(program, shape) else 0
+    for part in parts_of(program).values():
+        graph = block_graph(part, shape, tiling.block_q, tiling.block_k, arrays, args)
+        tiles += graph.tiles
+        if pairs is not None:
+            pairs += count_pairs(graph, part, shape, arrays, args).pairs
+    every = shape.batch * shape.heads * -(-shape.rows // tiling.block_q) * -(-shape.k_len // tiling.block_k)
+    density = tiles / max(1, every)
     return Trial(
         shape, str(dtype).removeprefix("torch."), _device_name(device),
         options.backend if options.backend != "auto" else spec.target.partition(":")[0].replace("cuda", "triton"),

@@ -167,10 +167,15 @@ def prepare_small(
     template = [sources[name] for name in names]
     if INTERPRETED:
         return _Interpreted(getattr(load_source(text, function), function)[(grid,)], template)
-    types = tuple((name, _type(name, sources[name])) for name in names)
-    alignments = tuple(_alignments(names, sources))
-    source = KernelSource(text, function, types, alignments, warps, 1)
+    source = small_source(text, function, warps, sources)
     return launcher(compile_kernel(source, target, shared_cache(), whole=False), grid, device.index, template)
+
+
+def small_source(text: str, function: str, warps: int, sources: Mapping[str, Any]) -> KernelSource:
+    """How to compile such a kernel."""
+    names = parameters(text, function)
+    types = tuple((name, _type(name, sources[name])) for name in names)
+    return KernelSource(text, function, types, tuple(_alignments(names, sources)), warps, 1)
 
 
 @dataclass(frozen=True, slots=True)

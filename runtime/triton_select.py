@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,15 +37,7 @@ class TritonSelect:
         self.plan = plan = select_plan(program, selection, spec)
         self.deriver = Deriver(plan.program, shape, q.device, given=given)
         inputs = [*given, *self.deriver.examples()]
-        element = f"*{ELEMENT[spec.dtype]}"
-        sources = {
-            "q_ptr": Slot(0, element), "high_ptr": Slot(1, element), "low_ptr": Slot(2, element),
-            "plan_ptr": Slot(3, "*i32"), "lse_ptr": Slot(4, "*fp32"), "scale": Slot(5, "fp32"),
-            "rows": shape.rows, "k_len": shape.k_len,
-            "members": -(-shape.k_len // selection.keys), "vector_share": shape.heads // vector_heads,
-            **{f"stride_q{axis}": q.stride(i) for i, axis in enumerate("bhn")},
-            **program_sources(plan, shape, inputs, q.device),
-        }  # fmt: skip
+        sources = select_sources(plan, shape, q, vector_heads, inputs)
         self.batch = shape.batch
         groups = shape.batch * shape.heads // plan.share
         self.grid = -(-shape.rows // plan.tiling.block_q) * groups if shape.k_len else 0
@@ -74,3 +67,18 @@ class TritonSelect:
         low = high if q.dtype == torch.float32 or lse is not None else (vectors - high.float()).to(q.dtype)
         scale = self.scale if scale is None else scale
         self._launch((q, high, low, into, lse, scale, *inputs, *self.deriver(inputs, args), *args))
+
+
+def select_sources(
+    plan: SelectPlan, shape: CallShape, q: Tensor, vector_heads: int, inputs: Sequence[Tensor]
+) -> dict[str, Any]:
+    """What the kernel's parameters are given; of tensors, only shapes, strides and dtypes are read."""
+    element = f"*{ELEMENT[plan.spec.dtype]}"
+    return {
+        "q_ptr": Slot(0, element), "high_ptr": Slot(1, element), "low_ptr": Slot(2, element),
+        "plan_ptr": Slot(3, "*i32"), "lse_ptr": Slot(4, "*fp32"), "scale": Slot(5, "fp32"),
+        "rows": shape.rows, "k_len": shape.k_len,
+        "members": -(-shape.k_len // plan.selection.keys), "vector_share": shape.heads // vector_heads,
+        **{f"stride_q{axis}": q.stride(i) for i, axis in enumerate("bhn")},
+        **program_sources(plan, shape, inputs, q.device),
+    }  # fmt: skip

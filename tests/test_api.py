@@ -183,7 +183,8 @@ WRONG: dict[str, Callable[[], object]] = {
     ).plan(*(torch.empty(1, 1, 1 << 17, 8, device="meta") for _ in range(2))),
     "A565": call("causal", Q, K, V, views={"pool(mean, 4)": (K, V)}),
     "A912": call("attention a { input doc : int[b, k]  attend document(doc) over pool(mean, 4) }", Q, K, V, doc=IDS),
-    "A911": lambda: attndsl.compile(POOLED).mask(4, 4),
+    "A911": lambda: attndsl.compare("attention a { attend causal over pool(mean, 4) }", "causal"),
+    "A535": lambda: attndsl.compile("attention a { attend causal, causal over pool(mean, 4) }").mask(4, 4),
     "A541": lambda: attndsl.compare("causal", "attention a { align start  attend causal }"),
 }
 # Raised for what a test cannot bring about here, or brings about elsewhere.

@@ -135,6 +135,23 @@ def test_name_picks_a_program(tmp_path: Path) -> None:
     assert attndsl("check", path, "--name", "nowhere").exit_code == 1
 
 
+def test_parts_are_drawn_and_their_kernels_named(tmp_path: Path) -> None:
+    nsa, sizes = EXAMPLES / "nsa.attn", ["--n", 512, "--heads", 2, "--kv-heads", 1]
+    drawn = attndsl("show", nsa, *sizes)
+    assert drawn.exit_code == 0
+    assert [line for line in drawn.output.splitlines() if line.endswith(" tiles")] == [
+        "summary: 4 x 1 tiles", "routed: 4 x 4 tiles", "near: 4 x 4 tiles",
+    ]  # fmt: skip
+    assert "summary:" not in attndsl("show", nsa, *sizes, "--part", "near").output
+    assert attndsl("show", nsa, *sizes, "--part", "far").exit_code == 1
+    assert attndsl("show", nsa, *sizes, "--png", tmp_path / "nsa.png").exit_code == 2
+    assert attndsl("show", nsa, *sizes, "--png", tmp_path / "nsa.png", "--part", "near").exit_code == 0
+    named = attndsl("source", nsa, "--kernels", "--kv-heads", 2).output.split()
+    assert named[:3] == ["pool", "top.select", "summary.forward"]
+    assert "def combine_gradients(" in attndsl("source", nsa, "--kernel", named[-1]).output
+    assert "near: planned" in attndsl("explain", nsa, "--n", 256).output
+
+
 def test_explain_with_stages() -> None:
     done = attndsl("explain", "causal", "--stages", "--n", 64, "--dim", 16)
     assert done.exit_code == 0

@@ -33,6 +33,9 @@ print(json.dumps({
 } | {
     f"chosen {kernel}": attndsl.compile(sys.argv[2]).assembly(kernel, "ptx", heads=2, kv_heads=1, dim=32)
     for kernel in ("forward", "dq", "dkdv")
+} | {
+    f"routed {kernel}": attndsl.compile("examples/patterns/nsa.attn").assembly(kernel, "ptx", heads=4, dim=32)
+    for kernel in ("pool", "top.select", "summary.forward", "combine", "combine_gradients")
 }))
 """
 # Each row chooses for itself, so rows are gathered.
@@ -81,6 +84,14 @@ def test_kernels_of_plans_are_those_of_lists(compiled: dict[str, str]) -> None:
         assert "chose_p_ptr" in chosen.source(kernel) and name in compiled[f"chosen {kernel}"]
     blocks = attndsl.compile("attention blocks { input p : blocks(64)[h, q/64]  attend causal & p }")
     assert "k_tiles_p_ptr" in blocks.source("forward") and "q_tiles_p_ptr" in blocks.source("dkdv")
+
+
+def test_what_stands_around_the_kernels_that_attend_compiles(compiled: dict[str, str]) -> None:
+    for kernel, name in (
+        ("pool", "pool_tokens"), ("top.select", "attention_select"), ("summary.forward", "attention_forward"),
+        ("combine", "combine_branches"), ("combine_gradients", "combine_gradients"),
+    ):  # fmt: skip
+        assert f".entry {name}(" in compiled[f"routed {kernel}"]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -1,0 +1,45 @@
+"""What a call makes before the kernels that attend, and after: entries of views, plans, and how branches combine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from attndsl.compose import compose
+from attndsl.parts import combines
+from attndsl.plan import Spec
+from attndsl.plans import of_selection
+from attndsl.pooling import entries
+from attndsl.program import CallShape, Program
+from attndsl.select_plan import fuses_on, why_not_fused
+from attndsl.targets import BYTES
+
+
+def around(program: Program, spec: Spec, shape: CallShape) -> Iterator[str]:
+    """A line for each, with the kernel that makes it or why there is none, and the bytes that it has to move."""
+    on_cpu, size = spec.target == "cpu", BYTES[spec.dtype]
+    composition = compose(program)
+    for n, pooling in enumerate(() if program.plain else composition.pools, 1):
+        count = entries(shape.k_len, pooling.pool.stride)
+        kernel = "torch" if on_cpu else f"`pool{'' if n == 1 else f'_{n}'}`, of keys and of values"
+        moved = size * shape.batch * shape.kv_heads * (spec.dim + spec.v_dim) * (shape.k_len + count)
+        yield f"{pooling.name}: {count:,} entries by {kernel}; {amount(moved)}B"
+    for selection in program.selections:
+        reason = why_not_fused(of_selection(program, selection), selection, (spec.heads, spec.kv_heads))
+        if on_cpu or reason or not fuses_on(spec.target):
+            reason = reason or ("there is no GPU" if on_cpu else "Triton 3.6 fails on its kernel for this target")
+            yield f"{selection.name}: chosen by torch operators, since {reason}"
+        else:
+            yield f"{selection.name}: chosen by `{selection.name}.select`, which keeps a list of the best"
+    if combines(program):
+        kernel = "torch, in float32" if on_cpu else "`combine`, which reads each once"
+        rows = shape.batch * shape.heads * shape.rows
+        moved = size * rows * spec.v_dim * (len(composition.branches) + 1)
+        yield f"output: combined by {kernel}; {amount(moved)}B of branches and output"
+
+
+def amount(x: float) -> str:
+    """A number with the prefix of its unit: `1.5 G`."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if x >= factor:
+            return f"{x / factor:.3g} {prefix}"
+    return f"{x:g} "

@@ -1,0 +1,120 @@
+"""What a program consists of, by name: the parts that questions are asked of, and the kernels that calls run.
+
+A part is a pattern over raw tokens or over the entries of a view. A program's only part needs no name; those of several
+branches have the branches', and of several parts in one branch each its number: `near`, `far.1`, `far.2`, or `1`, `2`.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+
+from attndsl.branches import Attended
+from attndsl.compose import compose
+from attndsl.diagnostics import error
+from attndsl.pieces import choose_pieces
+from attndsl.plans import of_selection
+from attndsl.program import Program
+from attndsl.select_plan import why_not_fused
+
+
+def parts_of(program: Program) -> dict[str, Program]:
+    """Each part as a program of its own, by name. Views and plans are its inputs."""
+    if program.plain:
+        return {"": program}
+    found = {}
+    for branch, own in compose(program).branches:
+        written = own.only.parts
+        for n, part in enumerate(written, 1):
+            name = ".".join([branch] * bool(branch) + [str(n)] * (len(written) > 1))
+            found[name] = own.with_branch(parts=(part,))
+    return found
+
+
+def part_of(program: Program, name: str | None) -> Program:
+    """The part of this name; None: the only one. Raises `PatternError` (A535) where there is none, or several."""
+    found = parts_of(program)
+    if name is None and len(found) == 1:
+        return next(iter(found.values()))
+    names = ", ".join(f"`{x}`" for x in found)
+    if name is None:
+        raise error("A535", f"this attention has several parts: {names}", program.span, help="say which: part=…")
+    if name not in found:
+        help = f"one of {names}" if len(found) > 1 else "leave it out: there is one part"
+        raise error("A535", f"there is no part {name!r}", program.span, help=help)
+    return found[name]
+
+
+# ---------------------------------------------------------------------------------------- kernels
+
+
+def kernel_names(program: Program, heads: int, kv_heads: int) -> tuple[str, ...]:
+    """The kernels of a program: those of its views, selections and branches, and those that combine them.
+
+    A branch has `forward`, `dq` and `dkdv`, once more for each further piece of a part and each further part, and a
+    `decode` for each part; those of a named branch begin with its name.
+    """
+    names = list(_before(program, heads, kv_heads))
+    branches = (("", program),) if program.plain else compose(program).branches
+    for branch, own in branches:
+        names += [f"{branch}.{x}" if branch else x for x in _of_branch(own, heads, kv_heads)]
+    if combines(program):
+        names += ["combine", "combine_gradients"]
+    return tuple(names)
+
+
+def combines(program: Program) -> bool:
+    """Whether a kernel combines its branches."""
+    return program.output is not None and not isinstance(program.output, Attended)
+
+
+def _before(program: Program, heads: int, kv_heads: int) -> Iterator[str]:
+    if not program.plain:
+        for n, _ in enumerate(compose(program).pools, 1):
+            yield "pool" if n == 1 else f"pool_{n}"
+    for selection in program.selections:
+        if not why_not_fused(of_selection(program, selection), selection, (heads, kv_heads)):
+            yield f"{selection.name}.select"
+
+
+def _of_branch(program: Program, heads: int, kv_heads: int) -> list[str]:
+    pieces, parts = _pieces(program, heads, kv_heads), len(program.only.parts)
+    counts = {("forward",): pieces, ("dq", "dkdv"): pieces, ("decode",): parts}
+    return [
+        f"{name}_{n}" if n > 1 else name
+        for names, count in counts.items()
+        for n in range(1, count + 1)
+        for name in names
+    ]
+
+
+@functools.lru_cache(maxsize=256)
+def _pieces(program: Program, heads: int, kv_heads: int) -> int:
+    """How many kernels one after another attend a branch."""
+    parts = [program.with_branch(parts=(part,)) for part in program.only.parts]
+    return sum(max(1, len(choose_pieces(part, (heads, kv_heads)).pieces)) if part.plain else 1 for part in parts)
+
+
+def find_kernel(kernel: str, program: Program, heads: int, kv_heads: int) -> tuple[str, str, int]:
+    """What a kernel is of (a branch, a selection, or nothing), its name there, and which piece it is of, from 0.
+    `gradients` makes dq, dk and dv, which some programs have on Hopper.
+
+    Raises `PatternError` (A531) unless the program has such a kernel.
+    """
+    names = kernel_names(program, heads, kv_heads)
+    owner, _, name = kernel.rpartition(".")
+    if kernel not in names and not (name == "gradients" and f"{kernel.removesuffix(name)}forward" in names):
+        why = _why_not(program, owner, heads, kv_heads) if name == "select" else ""
+        raise error("A531", why or f"there is no kernel {kernel!r}", help=f"one of {', '.join(names)}")
+    if number := re.fullmatch(r"(forward|dq|dkdv|decode|pool)_(\d+)", name):
+        return owner, number[1], int(number[2]) - 1
+    return owner, name, 0
+
+
+def _why_not(program: Program, name: str, heads: int, kv_heads: int) -> str:
+    for selection in program.selections:
+        if selection.name == name:
+            reason = why_not_fused(of_selection(program, selection), selection, (heads, kv_heads))
+            return f"`{name}` is chosen by torch operators, since {reason}"
+    return ""

@@ -1,0 +1,49 @@
+"""What was understood of a program, in words: what it reads, where its rows stand, what its branches attend to."""
+
+from __future__ import annotations
+
+from attndsl.branches import Branch
+from attndsl.notation import input_text, output_text, scalar_text, set_text, view_text
+from attndsl.plans import own_program
+from attndsl.program import Program
+from attndsl.selection_text import selection_text
+
+
+def understood(program: Program, text: str) -> list[str]:
+    """A line for each thing that the program says. text: the program in canonical layout."""
+    lines = [*text.strip().splitlines(), ""]
+    for decl in own_program(program).inputs:
+        lines.append(f"input {input_text(decl)}")
+    lines += [f"runtime argument {name}" for name in program.args]
+    lines += [f"table {table.name}, shape {list(table.shape)}" for table in program.tables]
+    for selection in program.selections:
+        later = "" if selection.rows == 1 else "; what a row chooses may depend on tokens after it"
+        lines.append(f"{selection.name} = {selection_text(selection)}, made in each call{later}")
+    start = "at position i (align start)" if program.align_start else "of a call stands at position i + Nk − rows"
+    place = f"row i {'stands ' * program.align_start}{start}"
+    if program.plain:
+        pairs, *rest = _branch_lines(program.branch)
+        return [*lines, pairs, place, *rest]
+    lines.append(place)
+    for branch in program.branches:
+        first, *rest = _branch_lines(branch)
+        lines += [f"{branch.name}: {first}" if branch.name else first, *(f"  {line}" for line in rest)]
+    return lines if program.output is None else [*lines, f"output {output_text(program.output)}"]
+
+
+def _branch_lines(branch: Branch) -> list[str]:
+    """Which pairs a branch has, and what it makes of them."""
+    pairs = [
+        f"pairs (q, k) in {set_text(part.pattern)}"
+        if part.view is None
+        else f"pairs (q, entry) in {set_text(part.pattern)} over {view_text(part.view)}"
+        for part in branch.parts
+    ]
+    scale = "1/√D" if branch.scale is None else scalar_text(branch.scale)
+    lines = ["; and ".join(pairs), f"s = {scale} · (q · k)"]
+    if branch.weights is not None:
+        return [*lines, f"a pair weighs {scalar_text(branch.weights)}; rows are not normalised"]
+    if branch.score is not None:
+        lines.append(f"logit {scalar_text(branch.score)}")
+    sink = "" if branch.sink is None else f", with e^({scalar_text(branch.sink)}) added to the denominator"
+    return [*lines, f"{'one ' * (len(pairs) > 1)}softmax over each row{sink}"]
