@@ -177,18 +177,26 @@ def _turned(a: int | None) -> int | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def with_cuts(program: Program) -> Program:
-    """The derived program with an input for each end of its conditions' intervals, after all others."""
+def with_cuts(program: Program, ragged: bool = False) -> Program:
+    """The derived program with an input for each end of its conditions' intervals, after all others.
+
+    ragged: as in `derive`. Then only rows own intervals, of keys, those of a call have entries, and heads have none of
+    their own: a tile is of rows of several.
+    """
     found: dict[Cut, InputDecl] = {}
     taken = {decl.name for decl in program.inputs}
     for cond in _conditions(program.branch.pattern):
-        for owner in "qk":
+        for owner in "q" if ragged else "qk":
             allowed = interval(cond, program, owner)
             for end in () if allowed is None else allowed.ends:
-                if end not in found:
-                    found[end] = _declared(end, program, taken)
+                if end not in found and not (ragged and _of_heads_or_keys(end)):
+                    found[end] = _declared(end, program, taken, ragged)
                     taken.add(found[end].name)
     return replace(program, inputs=(*program.inputs, *found.values())) if found else program
+
+
+def _of_heads_or_keys(cut: Cut) -> bool:
+    return cut.owner == "k" or cut.cut == "q" or any(map(_reads_any(cut), "hg"))
 
 
 def known_cuts(program: Program, given: Collection[str]) -> Program:
@@ -216,15 +224,18 @@ def _conditions(pattern: Set) -> Iterator[Scalar]:
                 yield x
 
 
-def _declared(cut: Cut, program: Program, taken: set[str]) -> InputDecl:
+def _declared(cut: Cut, program: Program, taken: set[str], ragged: bool) -> InputDecl:
     """`doc_k_first`: for each row, the first key whose `doc` is not below the row's; `doc_k_end`: one past the last."""
     read = next(x.input for e in (cut.own, cut.other) for x in walk(e) if isinstance(x, Read))
     name = f"{read}_{cut.cut}_{'end' if cut.inclusive else 'first'}"
     numbered = (f"{name}_{i}" for i in range(len(taken) + 1))
     name = next(n for n in (name, *numbered) if n not in taken)
     dims = [Dim(axis) for axis, names in ((Axis.B, "b"), (Axis.H, "hg")) if any(map(_reads_any(cut), names))]
+    if ragged:
+        # Sequences have lengths of their own.
+        dims = [Dim(Axis.B)]
     if cut.owner:
-        dims.append(Dim(Axis.Q if of_rows(cut.own, cut.owner, program) else Axis.K))
+        dims.append(Dim(Axis.Q if ragged or of_rows(cut.own, cut.owner, program) else Axis.K))
     return InputDecl(name, Type.INT, tuple(dims), derivation=cut)
 
 

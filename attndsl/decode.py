@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.effort import one_at_a_time
 from attndsl.evaluate import evaluate
@@ -183,7 +184,7 @@ def _plan(
 def _of_one_head(program: Program, spec: Spec, tiling: Tiling) -> ForwardPlan:
     """The forward kernel's plan, from which that of a decode is made."""
     if program.plain:
-        return forward_plan(program, spec, tiling, skip=False)
+        return forward_plan(with_cuts(program, ragged=True), spec, tiling, skip=False)
     return view_forward(program, spec, tiling, follows=False)
 
 

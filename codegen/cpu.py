@@ -90,14 +90,18 @@ class NumberLeaves:
             case Arg(name=name):
                 return f"arg_{name}"
             case Table(name=name, index=index):
-                return self._item(f"{name}_table", index, printer)
+                return self._item(f"{name}_table", index, self.plan.program.table(name).dims, printer)
             case Read(input=name, index=index):
-                return self._item(f"{name}_input", index, printer)
+                return self._item(f"{name}_input", index, self.plan.program.input(name).dims, printer)
             case _:
                 raise AssertionError(f"not a leaf: {e}")
 
-    def _item(self, tensor: str, index: tuple[Scalar, ...], printer: Printer) -> str:
-        at = [f"min(max({printer.text(e)}, 0), {tensor}.shape[{i}] - 1)" for i, e in enumerate(index)]
+    def _item(self, tensor: str, index: tuple[Scalar, ...], dims: tuple[Dim, ...], printer: Printer) -> str:
+        at = []
+        for i, (e, dim) in enumerate(zip(index, dims, strict=True)):
+            # Rows of a call are counted from its first.
+            of_call = " - start" if dim.axis is Axis.Q and dim.block == 1 else ""
+            at.append(f"min(max({printer.text(e, Level.SUM)}{of_call}, 0), {tensor}.shape[{i}] - 1)")
         return f"{tensor}[{', '.join(at)}].item()" if at else f"{tensor}.item()"
 
 

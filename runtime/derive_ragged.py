@@ -15,7 +15,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from attndsl.derivation import BlockMap, Draw
+from attndsl.cuts import reflexive
+from attndsl.derivation import BlockMap, Cut, Draw
 from attndsl.derive import class_hash, own_inputs
 from attndsl.program import Axis, CallShape, Coarse, InputDecl, Program, Var, reads
 from attndsl.runtime.call import dim_size
@@ -56,6 +57,36 @@ class RaggedDeriver(Deriver):
         whole = -(-self._lengths(self._unit(decl))[0] // block_q)
         first = (values.lengths - self.shape.rows).clamp(min=0) // (self._unit(decl) * block_q)
         return torch.minimum(first, torch.full_like(first, whole - self._blocks(decl, block_q, whole * block_q)))
+
+    def _made(self, decl: InputDecl, values: Values) -> Tensor:
+        if isinstance(decl.derivation, Cut):
+            return self._cut(decl, decl.derivation, values)
+        return Deriver._made(self, decl, values)
+
+    def _cut(self, decl: InputDecl, cut: Cut, values: Values) -> Tensor:
+        """Of the rows of a call: how far the keys that a sequence has reach whose value is below a row's.
+
+        As `make_cut` does it, an entry lies among the keys, or is one past the last, whatever the inputs hold.
+        """
+        assert values.lengths is not None
+        lengths, rows, capacity = values.lengths.view(-1, 1), self.shape.rows, self.shape.k_len
+        position = (lengths - rows + self._range(0, rows)).clamp(min=0)
+        values = values.at(Nq=values.lengths, Nk=values.lengths, q=position[:, None, :, None])
+        size = (self.shape.batch, rows if cut.owner else 1)
+        own = values.tensor(cut.own).expand(size[0], 1, size[1], 1)[:, 0, :, 0]
+        if isinstance(cut.other, Var):
+            # Positions are their own values.
+            found = own + cut.inclusive
+        else:
+            place = self._range(0, capacity)
+            other = values.at(k=place.view(1, 1, 1, -1)).tensor(cut.other).expand(size[0], 1, 1, capacity)[:, 0, 0]
+            # What lies past a sequence's last token is above all.
+            other = torch.where(place < lengths, other, torch.iinfo(other.dtype).max)
+            found = torch.searchsorted(other, own.to(other.dtype).contiguous(), right=cut.inclusive)
+        found = torch.minimum(found.clamp(min=0), lengths)
+        if reflexive(cut, self.program):
+            found = torch.maximum(found, position + 1) if cut.inclusive else torch.minimum(found, position)
+        return found.to(torch.int32).reshape(self._size(decl))
 
     def _map(self, decl: InputDecl, d: BlockMap, values: Values) -> Tensor:
         found = torch.zeros(self._size(decl), dtype=torch.bool, device=self.device)

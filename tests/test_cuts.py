@@ -244,3 +244,12 @@ def test_the_published_pattern_of_powers_is_exact() -> None:
 def test_plans_without_data_have_no_cuts() -> None:
     plan = forward_plan(load("causal & window(9)").program, make_spec("sm_90", "triton", 4, 4, 64), Tiling(64, 64))
     assert not plan.program.inputs
+
+
+@pytest.mark.parametrize("rows", [1, 200])
+def test_rows_of_a_chunk_read_their_own_entries(rows: int) -> None:
+    """On the CPU runs of an input over the rows of a call were read at positions of the whole sequence."""
+    attn = attndsl.compile("attention a { input limit : int[b, q] sorted  attend causal & { k < limit[q] } }")
+    q, k = torch.randn(1, 1, rows, 16, dtype=torch.float64), torch.randn(1, 1, 600, 16, dtype=torch.float64)
+    limit = torch.linspace(10, 580, rows).long()[None]
+    torch.testing.assert_close(attn(q, k, k, limit=limit), attn.reference(q, k, k, limit=limit))
