@@ -13,7 +13,7 @@ import torch
 from benchmarks import peers
 from benchmarks.compile_time import PATTERN, run_compile
 from benchmarks.decode import CONTENDERS, DecodeSizes, run_decode
-from benchmarks.memory import run_memory
+from benchmarks.memory import run_growth, run_memory
 from benchmarks.overhead import run_overhead
 from benchmarks.planning import run_planning
 from benchmarks.quest import run_quest
@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
             "forward",
             "backward",
             "memory",
+            "growth",
             "decode",
             "quest",
             "serving",
@@ -122,6 +123,17 @@ def memory(options: argparse.Namespace, command: str) -> str:
     return f"{heading(Report(command, setting))}\n\n{render(table, options.md)}"
 
 
+def growth(options: argparse.Namespace, command: str) -> int:
+    """Row by row, from 16 K to 256 K tokens or at one length."""
+    heads, dim, dtype = options.heads or 16, options.dim or 128, options.dtype or "bf16"
+    setting = f"B=1 H={heads} D={dim} {dtype}, bytes a token of forward and backward beside q, k, v and dout"
+    print(f"{heading(Report(command, setting))}\n", flush=True)
+    lengths = [options.n] if options.n else [1 << i for i in range(14, 19)]
+    for row in run_growth(lengths, heads, dim, DTYPES[dtype]):
+        print(" | ".join(row), flush=True)
+    return 0
+
+
 def decode(options: argparse.Namespace, command: str) -> int:
     """Row by row, at one length or two."""
     batch, dim, dtype = options.batch if options.batch > 1 else 8, options.dim or 128, DTYPES[options.dtype or "bf16"]
@@ -150,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         peers.add_site(options.site)
     command = "python -m benchmarks " + shlex.join(given)
     if (
-        options.command in ("forward", "backward", "memory", "decode", "quest", "serving")
+        options.command in ("forward", "backward", "memory", "growth", "decode", "quest", "serving")
         and not torch.cuda.is_available()
     ):
         print("this table needs a GPU; `python -m benchmarks cpu` does not", file=sys.stderr)
@@ -162,6 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{heading(Report(command, f'B=1 H=2 N=64 D=64 on {device.type}'))}\n\n{render(table, options.md)}")
         case "decode" | "quest" | "serving":
             return decode(options, command)
+        case "growth":
+            return growth(options, command)
         case "planning":
             table = list(run_planning(options.rows.split(",") if options.rows else None))
             setting = "processor time, one core, sm_90, portable"

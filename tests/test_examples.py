@@ -216,6 +216,19 @@ def test_serving_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["NSA, a whole step", "2048"] == ["20.0 us", "", ""]
 
 
+def test_growth_of_memory_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row an example; a length that cannot be run costs its cell."""
+    monkeypatch.setattr(memory, "growth_cell", lambda name, n, heads, dim, dtype: f"{name} {n // 1024}")
+    table = list(memory.run_growth([16384, 262144], 2, 16, torch.float32))
+    assert table[0] == ["example", "16K", "256K"]
+    assert [row[0] for row in table[1:]] == list(memory.ROUTED)
+    assert table[1][1:] == ["moba 16", "moba 256"]
+    if not torch.cuda.is_available():
+        monkeypatch.undo()
+        assert memory.growth_cell("moba", 64, 2, 16, torch.float32)
+        assert benchmark(["growth"]) == 2
+
+
 def test_unknown_rows_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark(["cpu", "--rows", "causal,nope"]) == 2
     assert "no row called nope; there are causal" in capsys.readouterr().err
