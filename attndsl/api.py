@@ -157,7 +157,7 @@ class Attention:
 
             composed = (self.program, self._key, self._composition, self._parts)
             out, lse, observed = attend_composed(
-                *composed, q, k, v, given, args, scale, backend, dropout, plans or {}, views, return_observed
+                *composed, q, k, v, given, args, scale, backend, dropout, seed, plans or {}, views, return_observed
             )
         else:
             if self.program.selections or plans:

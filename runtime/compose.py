@@ -16,6 +16,7 @@ from attndsl.program import InputDecl, Program
 from attndsl.runtime.call import call_shape, check_inputs
 from attndsl.runtime.combine import Combiner, State
 from attndsl.runtime.combine_op import by_kernel, combined_by_kernel
+from attndsl.runtime.dropout import seed_tensor
 from attndsl.runtime.observe import observe
 from attndsl.runtime.ops import attend, checked_values
 from attndsl.runtime.pool import pooled
@@ -42,12 +43,12 @@ class Composed:
     def __init__(
         self, program: Program, key: str, composition: Composition, keys: Sequence[str], q: Tensor, k: Tensor,
         v: Tensor, given: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str,
-        plans: Mapping[str, Tensor], views: Views | None = None,
+        plans: Mapping[str, Tensor], views: Views | None = None, dropout: float = 0, seed: Tensor | None = None,
     ) -> None:  # fmt: skip
         own = composition.own
         checked_values(key, given, args)
         check_inputs(own, call_shape(q, k, v), given, q.device)
-        self._program = program
+        self._program, self._dropout, self._seed = program, dropout, seed
         self.q, self.k, self.v, self.args, self.scale, self.backend = q, k, v, list(args), scale, backend
         self.inputs = {decl.name: x for decl, x in zip(own.inputs, given, strict=True)}
         self.planner = Planner(program, key, q, k, given, args, scale, plans, self.state)
@@ -63,7 +64,8 @@ class Composed:
         if name not in self._attended:
             own_key, part = self._part(name)
             own = [self._input(decl) for decl in part.inputs]
-            out, lse = attend(own_key, self.q, self.k, self.v, own, self.args, self.scale, self.backend)
+            call = (self.q, self.k, self.v, own, self.args, self.scale, self.backend, self._dropout, self._seed)
+            out, lse = attend(own_key, *call)
             self._attended[name] = out, None if part.branches[0].weights is not None else lse
         return self._attended[name]
 
@@ -103,16 +105,22 @@ class Composed:
 def attend_composed(
     program: Program, key: str, composition: Composition, keys: Sequence[str], q: Tensor, k: Tensor, v: Tensor,
     given: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str, dropout: float,
-    plans: Mapping[str, Tensor], views: Views | None, observes: bool = False,
+    seed: int | Tensor | None, plans: Mapping[str, Tensor], views: Views | None, observes: bool = False,
 ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:  # fmt: skip
-    """Output and, where there is one, lse of a call, and if asked for what it observes; parameters as in `Composed`."""
+    """Output and, where there is one, lse of a call, and if asked for what it observes; parameters as in `Composed`.
+
+    One seed for all branches: what is dropped depends on the pair, not on the branch that reaches it.
+    """
+    drawn: Tensor | None = None
     if dropout:
-        what = "where probabilities are observed" if observes else "for views and several branches"
-        raise error("A911", f"dropout is not yet supported {what}", program.span, help="leave it out")
+        if observes or not all(branch.plain for branch in composition.programs):
+            what = "where probabilities are observed" if observes else "for views"
+            raise error("A911", f"dropout is not yet supported {what}", program.span, help="leave it out")
+        drawn = seed_tensor(seed, q.device)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
-    call = Composed(program, key, composition, keys, q, k, v, given, args, scale, backend, plans, views)
+    call = Composed(program, key, composition, keys, q, k, v, given, args, scale, backend, plans, views, dropout, drawn)
     observed = call.observed() if observes else {}
     if isinstance(composition.output, Attended):
         return *call.attended(composition.output.branch), observed

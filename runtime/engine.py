@@ -223,7 +223,7 @@ class Engine:
         program, spec = self.program_of(scale), replace(self.spec_of(q, k, v, inputs, scale), dropout=drops)
         if drops and not program.plain:
             raise error(
-                "A911", "dropout is not yet supported for views and several branches", program.span,
+                "A911", "dropout is not yet supported for views", program.span,
                 help="leave `dropout` out",
             )  # fmt: skip
         if not k.shape[2]:

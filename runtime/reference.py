@@ -146,8 +146,8 @@ def reference(
     floats = {name: x.to(dtype) for name, x in inputs.items() if x.is_floating_point()}
     left: Tensor | None = None
     if dropout is not None:
-        if not program.plain:
-            raise ValueError("dropout is that of one branch over raw tokens")
+        if any(len(branch.parts) > 1 or branch.parts[0].view is not None for branch in program.branches):
+            raise ValueError("dropout is that of branches over raw tokens")
         rate, seed = dropout
         left = torch.from_numpy(kept(program, shape, rate, seed)).to(q.device, dtype) / (1.0 - rate)
     q, k, v = (x.to(dtype) for x in (q, k, v))

@@ -224,7 +224,7 @@ def test_refusals() -> None:
         attn(q, k, v, doc=torch.zeros(1, 8, dtype=torch.int32))
     attn = attndsl.compile("attention a { attend causal over pool(mean, 4) }")
     for refused in (
-        lambda: attn(q, k, v, dropout=0.5, seed=1), lambda: attndsl.compare(attn, "causal"), lambda: attn.evictable(8),
+        lambda: attn(q, k, v, dropout=0.5, seed=1), lambda: attndsl.compare(attn, "causal"),
     ):  # fmt: skip
         with pytest.raises(attndsl.PatternError, match="A911"):
             refused()
