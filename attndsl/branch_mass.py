@@ -50,8 +50,9 @@ def branch_mass(program: Program, selection: Selection, heads: tuple[int, int], 
     """
     assert isinstance(selection.score, Probs)
     branch = program.named(selection.score.branch)
-    if len(branch.parts) > 1 or branch.weights is not None:
+    if len(branch.parts) > 1 or branch.weights is not None or branch.skip is not None:
         reason = "`weights` replace its softmax" if branch.weights is not None else "it has several parts"
+        reason = reason if branch.skip is None else "which pairs it skips is not kept"
         raise error(
             "A575", f"the probabilities of `{branch.name}` rank nothing yet: {reason}", selection.span,
             help="select by a branch of one part and a softmax",

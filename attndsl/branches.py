@@ -85,7 +85,8 @@ class Branch:
     """One softmax (or one weighted sum) over its parts; what two of them reach counts in both.
 
     `scale` multiplies q . k (None: 1/sqrt(D)); `score` maps s to the logit (None: s itself); `sink` adds
-    e**sink to the denominator; `weights` replaces the softmax.
+    e**sink to the denominator; `weights` replaces the softmax; `skip` drops tiles in which no weight is above it, in
+    relation to what their rows have seen (`attndsl.skipping`).
     """
 
     parts: tuple[Part, ...]
@@ -94,6 +95,7 @@ class Branch:
     sink: Scalar | None = None
     weights: Scalar | None = None
     name: str | None = None
+    skip: float | None = field(default=None, kw_only=True)
     span: Span | None = field(default=None, compare=False, repr=False)
 
     @property

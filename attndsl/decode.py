@@ -14,6 +14,7 @@ import numpy as np
 
 from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
+from attndsl.diagnostics import error
 from attndsl.effort import one_at_a_time
 from attndsl.evaluate import evaluate
 from attndsl.listing import listables
@@ -139,6 +140,11 @@ def decode_plan(
     tiling: its `block_q` counts the rows of all heads in a tile. Where the tiles that a row visits depend on its head,
     a tile is of one head: the union over heads could be all keys.
     """
+    if program.only.skip is not None:
+        raise error(
+            "A911", "decode is not yet supported where tiles are skipped", program.span,
+            help="leave `skip below` out: what decode reads is memory",
+        )  # fmt: skip
     program = derive(program, ragged=True)
     if (plan := _listed_plan(program, spec, rows, cache, split, tiling)) is not None:
         return plan

@@ -14,6 +14,7 @@ from math import gcd
 
 from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
+from attndsl.effort import one_at_a_time
 from attndsl.mask import mask_by_cuts, pair_mask, written_condition
 from attndsl.plan import Backend, DType, Loads, Plan, Spec, Tiling, backward_tilings, branch_scalars, default_tiling
 from attndsl.program import Program, Scalar
@@ -53,6 +54,7 @@ def observe_plans(program: Program, spec: Spec, cells: tuple[Cells, ...]) -> tup
 
 
 @functools.lru_cache(maxsize=256)
+@one_at_a_time
 def observe_plan(program: Program, spec: Spec, cells: Cells) -> ObservePlan:
     """The kernel of a program of one part. On a GPU the cells become those that fit into tiles."""
     spec = replace(spec, loads=Loads.POINTER, dropout=False, even_start=False, lists=False)

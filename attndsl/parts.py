@@ -79,6 +79,8 @@ def _before(program: Program, heads: int, kv_heads: int) -> Iterator[str]:
 
 
 def _of_branch(program: Program, heads: int, kv_heads: int) -> list[str]:
+    if program.only.skip is not None:
+        return ["forward"]  # It has no gradient, and decode does not skip.
     pieces, parts = _pieces(program, heads, kv_heads), len(program.only.parts)
     counts = {("forward",): pieces, ("dq", "dkdv"): pieces, ("decode",): parts}
     return [

@@ -39,6 +39,7 @@ from attndsl.program import Program, Scalar
 from attndsl.quasi_affine import condition
 from attndsl.runs import Side, TileRuns
 from attndsl.simplify import fold, specialise
+from attndsl.skipping import skipping_plan
 from attndsl.tiling import choose_backward_tilings, choose_tiling
 from attndsl.view_plans import view_backward, view_forward
 from attndsl.visits import closed_runs
@@ -58,6 +59,8 @@ def forward_plans(
     """
     if not program.plain:
         return _of_parts(program, lambda part, first: _forward_part(part, spec, tiling, first))
+    if program.branch.skip is not None:
+        return (skipping_plan(program, spec),)
     pieces = _pieces(program, spec, alone)
     if not pieces:
         return (forward_plan(program, spec, tiling or choose_tiling(program, spec)),)

@@ -95,6 +95,8 @@ class Choice:
 def choose_pieces(program: Program, heads: tuple[int, int]) -> Choice:
     """The pieces of a program's pattern for (H, G) heads."""
     program = derive(program)
+    if program.branch.skip is not None:
+        return Choice(note="tokens in order: which tiles are skipped depends on it")
     if (found := _by_boxes(program, heads)) is not None:
         return found
     if (in_order := permuted(program, heads)) is not None:

@@ -149,6 +149,7 @@ class Plan:
     `marked`: the kernel of dk and dv goes over the query tiles that a list names for each of its key tiles, which says
     too which of the tile's keys they chose; there are no `key_runs`.
     `view`: its keys, whose indices runs, mask and score call k, are the entries of a view.
+    `skip`: tiles whose scores lie all so far below what their rows have seen are dropped (`skipping.py`).
     `box_runs`: in the place of `runs` where the layout is one by boxes, whose indices a mask calls i_a and j_a.
     """
 
@@ -166,6 +167,7 @@ class Plan:
     gathered: Gathered | None = field(default=None, kw_only=True)
     marked: Read | None = field(default=None, kw_only=True)
     view: Given | None = field(default=None, kw_only=True)
+    skip: float | None = field(default=None, kw_only=True)
     box_runs: BoxRuns = field(default=BoxRuns(), kw_only=True)
 
     @property

@@ -71,6 +71,8 @@ def hopper_refusal(program: Program, spec: Spec) -> str:
         return "dropout has no Hopper lowering yet"
     if not program.plain:
         return "views have no Hopper lowering yet"
+    if program.branch.skip is not None:
+        return "tiles that scores skip have no Hopper lowering yet"
     if any(decl.members for decl in program.inputs):
         return "tiles that a plan lists have no Hopper lowering yet"
     if spec.even_start and any(

@@ -93,6 +93,13 @@ def touched_runs(
     return TileRuns((), tuple(map(_plain, runs.partial)))
 
 
+def ordered_runs(
+    relation: Relation, block_q: int, block_k: int, side: Side, align_start: bool, program: Program
+) -> tuple[Run, ...]:
+    """The runs of all visited tiles, taken for partial, one after another in the order of the tiles."""
+    return tuple(map(_plain, _Tiler(relation, block_q, block_k, side, align_start, PLAIN, program).ordered_runs()))
+
+
 def _written_out(runs: TileRuns) -> int:
     return written_size(tuple(x for run in runs.full + runs.partial for x in (run.first, run.count)))
 
@@ -198,6 +205,19 @@ class _Tiler:
         touched = self._touched()
         nothing = isl.Set.empty(touched.get_space())
         return bounded(self.ctx, lambda: self._scan(nothing, touched), SCAN_EFFORT)
+
+    def ordered_runs(self) -> tuple[Run, ...]:
+        touched = self._touched()
+        context = self._own_tile(self.existing).params()
+
+        def scanned(tiles: isl.Set) -> tuple[Run, ...]:
+            return self._loops({TileKind.PARTIAL: self._own_tile(tiles)}, context).partial
+
+        try:
+            found = bounded(self.ctx, lambda: scanned(touched), SCAN_EFFORT)
+        except TooHard:
+            return scanned(self.existing)
+        return found if _written_out(TileRuns((), found)) <= MAX_WRITTEN else scanned(self.existing)
 
     def _split(self, touched: isl.Set) -> tuple[isl.Set, isl.Set]:
         """The full tiles, and the partial ones."""

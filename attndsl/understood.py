@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from attndsl.branches import Branch
 from attndsl.notation import input_text, output_text, scalar_text, set_text, view_text
+from attndsl.observation import Observation
 from attndsl.plans import own_program
 from attndsl.program import Program
 from attndsl.selection_text import selection_text
+from attndsl.skipping import TILE
 
 
 def understood(program: Program, text: str) -> list[str]:
@@ -19,6 +21,7 @@ def understood(program: Program, text: str) -> list[str]:
     for selection in program.selections:
         later = "" if selection.rows == 1 else "; what a row chooses may depend on tokens after it"
         lines.append(f"{selection.name} = {selection_text(selection)}, made in each call{later}")
+    lines += map(_observed, program.observations)
     start = "at position i (align start)" if program.align_start else "of a call stands at position i + Nk − rows"
     place = f"row i {'stands ' * program.align_start}{start}"
     if program.plain:
@@ -46,4 +49,16 @@ def _branch_lines(branch: Branch) -> list[str]:
     if branch.score is not None:
         lines.append(f"logit {scalar_text(branch.score)}")
     sink = "" if branch.sink is None else f", with e^({scalar_text(branch.sink)}) added to the denominator"
-    return [*lines, f"{'one ' * (len(pairs) > 1)}softmax over each row{sink}"]
+    lines.append(f"{'one ' * (len(pairs) > 1)}softmax over each row{sink}")
+    if branch.skip is not None:
+        tiles = f"tiles of {TILE} rows and {TILE} keys, in the order of keys"
+        lines.append(f"approximate: {tiles}, are dropped below {branch.skip}")
+    return lines
+
+
+def _observed(each: Observation) -> str:
+    """What an observation is."""
+    rows = {None: "all rows", 1: "a row"}.get(each.rows, f"{each.rows} rows")
+    keys = "a token" if each.keys == 1 else f"{each.keys} tokens"
+    reduced = "the largest" if each.largest else "the sum"
+    return f"{each.name}: {reduced} of the probabilities of {each.branch}, for {rows} and {keys} at a time"

@@ -279,7 +279,9 @@ class TileLoop:
         Yields a printer for expressions in the loop.
         """
         lines = self.lines
-        with lines.block(f"for full, partial in chunks(full_spans, partial_spans, {CHUNK}):"):
+        # Where tiles are skipped, a portion is a tile.
+        size = CHUNK if self.plan.skip is None else self.plan.tiling.block_k
+        with lines.block(f"for full, partial in chunks(full_spans, partial_spans, {size}):"):
             printer = self.tensors.within(self.tensors.names.inner())
             lines.add("spans = full + partial")
             if self.permutation is not None:

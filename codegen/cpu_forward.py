@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from attndsl.codegen.cpu import TileLoop
 from attndsl.codegen.cpu_boxes import tile_loop
 from attndsl.plan import ForwardPlan
@@ -58,6 +60,14 @@ def attend(loop: TileLoop) -> None:
                     loop.helpers.add("spread")
                     lines.add(f"scores = spread({printer.text(plan.score)}, scores)")
                 loop.mask("scores", "-math.inf")
+                if plan.skip is not None:
+                    lines.add(
+                        f"# skip below {plan.skip}: no row has a score near its largest so far.",
+                        f"quiet = (scores.amax(-1) - row_max < {math.log(plan.skip)!r}).all(-1)",
+                    )
+                    with lines.block("if quiet.all():"):
+                        lines.add("continue")
+                    lines.add("scores.masked_fill_(quiet[..., None, None], -math.inf)")
                 lines.add(
                     "new_max = torch.maximum(row_max, scores.amax(-1))",
                     "weights = exponential(scores - new_max[..., None])",

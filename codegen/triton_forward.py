@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from attndsl.codegen.kernel import KernelWriter
 from attndsl.mask import KEY
 from attndsl.plan import ForwardPlan, Loads, Plan
@@ -122,7 +124,25 @@ class ForwardWriter(KernelWriter):
                 lines.add("scores = scores * LOG2_E")
             if masked and plan.mask is not None:
                 lines.add(f'scores = tl.where({printer.text(plan.mask)}, scores, float("-inf"))')
+            if plan.skip is not None:
+                self._skip(plan.skip, masked)
+                return
             self._softmax_step()
+        self._add_values(masked)
+
+    def _skip(self, below: float, masked: bool) -> None:
+        """Add the tile unless no row has a score near its largest so far."""
+        scaled = " * factor" if self.folded else ""
+        self.lines.add(
+            f"gain = tl.where(q_rows < rows, tl.max(scores, 1){scaled} - row_max, float('-inf'))".replace("'", '"')
+        )
+        with self.lines.block(f"if tl.max(gain, 0) >= {math.log2(below)!r}:  # skip below {below}"):
+            self._softmax_step()
+            self._add_values(masked)
+
+    def _add_values(self, masked: bool) -> None:
+        """Load the tile's values, and add them by their weights."""
+        plan, lines = self.plan, self.lines
         if plan.spec.dropout:
             # The sum of a row's weights is that without dropout.
             lines.add("weights = tl.where(keep, weights, 0.0)")

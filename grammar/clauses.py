@@ -35,6 +35,7 @@ class _Modifiers:
     sink: Scalar | None = None
     weights: Scalar | None = None
     softmax: bool = False
+    skip: float | None = None
 
 
 def lower_bare(
@@ -187,6 +188,11 @@ def _branch(node: ast.Branch, outer: _Modifiers | None, ctx: Context) -> Branch 
         return None
     lowered = tuple(x for part in parts if part is not None for x in part)
     branch = Branch(lowered, *_effective(own, outer), node.name, node.span)
+    if branch.weights is None:
+        branch = replace(branch, skip=outer.skip if own.skip is None else own.skip)
+    if branch.skip is not None and (len(branch.parts) > 1 or branch.parts[0].view is not None):
+        unsupported(Feature.SKIP, node.span, ctx)
+        return None
     return branch if _one_raw(branch, len(raw), ctx) and _fits_views(branch, ctx) else None
 
 
@@ -242,8 +248,8 @@ def _modifiers(clauses: tuple[ast.Modifier, ...], ctx: Context) -> _Modifiers | 
     _once(clauses, (ast.Scale, ast.Score, ast.Softmax, ast.Weights, ast.Skip), ctx)
     weights = _first(clauses, ast.Weights)
     for other in clauses:
-        if weights is not None and isinstance(other, ast.Score | ast.Softmax):
-            word = "score" if isinstance(other, ast.Score) else "softmax"
+        if weights is not None and isinstance(other, ast.Score | ast.Softmax | ast.Skip):
+            word = type(other).__name__.lower()
             ctx.report.error(
                 "A040", f"`weights` replaces `{word}`", other.span, "both are given", f"leave out `{word}`"
             )
@@ -259,7 +265,7 @@ def _modifiers(clauses: tuple[ast.Modifier, ...], ctx: Context) -> _Modifiers | 
             case ast.Softmax():
                 found = replace(found, sink=_sink(clause, ctx))
             case ast.Skip(word=word, value=value):
-                _skip(clause, word, value, ctx)
+                found = replace(found, skip=_skip(clause, word, value, ctx))
             case _:
                 assert_never(clause)
     return found if len(ctx.report.errors) == before else None
@@ -281,19 +287,19 @@ def _sink(clause: ast.Softmax, ctx: Context) -> Scalar | None:
     return number(value, ctx.of(Use.SINK))
 
 
-def _skip(clause: ast.Skip, word: str, value: ast.Expr, ctx: Context) -> None:
+def _skip(clause: ast.Skip, word: str, value: ast.Expr, ctx: Context) -> float | None:
     if word != "below":
         ctx.report.error(
             "A043", f"`skip` has no option `{word}`", clause.span, "unknown word", "write `skip below 0.0001`"
         )
-        return
+        return None
     bound = static_float(value, ctx, "the bound of `skip`")
     if bound is None:
-        return
+        return None
     if not 0 < bound < 1:
         ctx.report.error("A012", "the bound of `skip` lies in (0, 1)", value.span, f"this is {bound}", "write `0.0001`")
-        return
-    unsupported(Feature.SKIP, clause.span, ctx)
+        return None
+    return float(bound)
 
 
 def _combination(node: ast.Attention, branches: list[Branch | None], ctx: Context) -> Output | None:

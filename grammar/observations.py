@@ -76,8 +76,9 @@ def check_observed(found: Iterable[Observation], branches: Iterable[Branch | Non
     named = {branch.name: branch for branch in branches if branch is not None}
     for each in found:
         branch = named.get(each.branch)
-        if branch is not None and branch.weights is not None:
+        if branch is not None and (branch.weights is not None or branch.skip is not None):
+            reason = "`weights` replace its softmax" if branch.skip is None else "which pairs it skips is not kept"
             ctx.report.error(
-                "A076", f"`{each.branch}` has no probabilities: `weights` replace its softmax", each.span,
-                "observed here", "observe a branch with a softmax",
+                "A076", f"`{each.branch}` has no probabilities: {reason}", each.span, "observed here",
+                "observe a branch with a plain softmax",
             )  # fmt: skip

@@ -79,6 +79,8 @@ def check_packing(program: Program, node: ast.Attention, ctx: Context) -> bool:
 
 def _stands(program: Program, packed: bool) -> bool:
     branch = program.branch
+    if branch.skip is not None:
+        return False  # Tiles hold rows of several sequences.
     read = [e for e in (branch.scale, branch.score, branch.sink, branch.weights) if e is not None]
     names = {x.input for e in (*scalars(branch.pattern), *read) for x in walk(e) if isinstance(x, Read)}
     # Which blocks of an input are a document's is not said.

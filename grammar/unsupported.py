@@ -28,7 +28,7 @@ class Feature(Enum):
         "`lengths` around views, branches, grids, selections, `observe`, `coarsen` or `random`",
         "write `{ q < n[b] and k < n[b] }`",
     )
-    SKIP = ("A909", "`skip below`", "leave it out: the result is then exact")
+    SKIP = ("A909", "`skip below` over views and several parts", "skip in a branch over raw tokens")
 
     @property
     def code(self) -> str:

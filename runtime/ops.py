@@ -224,6 +224,7 @@ class _Attend(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if any(ctx.needs_input_grad):
             key, scale, backend, args, dropout, *tensors = inputs
+            _check_differentiable(engine_of(key).program)
             check_learnable(engine_of(key).program, ctx.needs_input_grad[9:])
             ctx.save_for_backward(*output, *tensors)
             ctx.call = (key, args, scale, backend, dropout)
@@ -245,6 +246,15 @@ class _Attend(torch.autograd.Function):
         learned = iter(found)
         gradients = [next(learned) if decl.learnable else None for decl in engine_of(key).program.inputs]
         return None, None, None, None, None, None, dq, dk, dv, *gradients
+
+
+def _check_differentiable(program: Program) -> None:
+    """Raises `PatternError` (A923) for a program that has no gradient."""
+    if program.only.skip is not None:
+        raise error(
+            "A923", "`skip below` has no gradient: which tiles it drops is not kept", program.span,
+            help="call it under torch.no_grad(), or leave `skip below` out while training",
+        )  # fmt: skip
 
 
 def check_learnable(program: Program, wanted: Sequence[bool]) -> None:

@@ -56,6 +56,7 @@ from attndsl.program import (
     children,
     walk,
 )
+from attndsl.runtime.reference_skip import left_by_skipping
 
 FLOAT_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "+": operator.add,
@@ -67,56 +68,36 @@ FLOAT_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
 
 @overload
 def reference(
-    program: Program,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    inputs: Mapping[str, Tensor],
-    args: Mapping[str, int],
+    program: Program, q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str, Tensor], args: Mapping[str, int],
     scale: float | None = None,
     return_lse: Literal[False] = False,
     dropout: tuple[float, int] | None = None,
     dtype: torch.dtype = torch.float64,
-) -> Tensor: ...
+) -> Tensor: ...  # fmt: skip
 @overload
 def reference(
-    program: Program,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    inputs: Mapping[str, Tensor],
-    args: Mapping[str, int],
+    program: Program, q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str, Tensor], args: Mapping[str, int],
     scale: float | None = None,
     *,
     return_lse: Literal[True],
     dropout: tuple[float, int] | None = None,
     dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor]: ...
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def reference(
-    program: Program,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    inputs: Mapping[str, Tensor],
-    args: Mapping[str, int],
+    program: Program, q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str, Tensor], args: Mapping[str, int],
     scale: float | None = None,
     return_lse: bool = False,
     dropout: tuple[float, int] | None = None,
     dtype: torch.dtype = torch.float64,
-) -> Tensor | tuple[Tensor, Tensor]: ...
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def reference(
-    program: Program,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    inputs: Mapping[str, Tensor],
-    args: Mapping[str, int],
+    program: Program, q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str, Tensor], args: Mapping[str, int],
     scale: float | None = None,
     return_lse: bool = False,
     dropout: tuple[float, int] | None = None,
     dtype: torch.dtype = torch.float64,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """What a program computes, by definition.
 
     Args:
@@ -232,6 +213,8 @@ class _Call:
         sink: Tensor | None = None
         if branch.sink is not None:
             sink = self._over(branch.sink, 1)[..., 0]
+        if branch.skip is not None:
+            present = present & left_by_skipping(dense, present, branch.skip)
         return _softmax(dense[present], present, values, sink, self.left)
 
     def probabilities(self, branch: Branch) -> list[Tensor]:

@@ -100,6 +100,18 @@ def test_a_graph_observes_probabilities() -> None:
     assert all(torch.equal(found[name], again[name]) for name in found), "two runs agree to the bit"
 
 
+def test_tiles_are_skipped() -> None:
+    """Where the last keys score far below the first ones, their tiles are dropped, as the oracle drops them."""
+    attn = attndsl.compile(f"attention a {{ attend {PATTERN} skip below 0.01 }}")
+    q, k, v = tensors(2, 4, 333, 64)
+    q[..., 0], k[..., 0], k[:, :, :4, 0] = 16, 0, 8
+    out, lse = attn(q, k, v, return_lse=True)
+    wanted, wanted_lse = attn.reference(q, k, v, return_lse=True)
+    torch.testing.assert_close(out.double(), wanted, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(lse.double(), wanted_lse, atol=2e-2, rtol=2e-2)
+    assert close(attn, out, q, k, v)
+
+
 DRAWN = "causal & (window(40) | random(2, of = blocks(32), per = rows(16), seed = h))"
 GROWN = """attention grown { input d : int[b, k]
     attend causal & (coarsen({ d[q] == d[k] }, 32, all) | sink(2) on segment(d)) }"""

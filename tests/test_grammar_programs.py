@@ -24,7 +24,6 @@ PARAMS: dict[str, dict[str, object]] = {
 UNSUPPORTED: dict[str, set[str]] = {
 
     "vsa": {"A903"}, "hsa": {"A904"},
-    "blasst": {"A909"},
     "snap": {"A908"},
     "svg_ear": {"A902"},
 

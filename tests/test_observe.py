@@ -249,6 +249,7 @@ def test_what_is_refused() -> None:
         attn(q, q, q, dropout=0.5, return_observed=True)
     assert attn(q, q, q, dropout=0.5).shape == q.shape
     assert attndsl.compile("causal")(q, q, q, return_observed=True)[1] == {}
+    assert "mass: the sum of the probabilities of x, for all rows and a token at a time" in str(attn.explain(64))
 
 
 # ----------------------------------------------------------------------------------------- random programs

@@ -1,0 +1,54 @@
+"""`skip below t`: a tile of pairs is dropped where no row of it has a score near the best that it has seen before.
+
+A tile holds TILE rows of the call (row i is of tile i // TILE) and TILE keys. A block of rows goes over its tiles in
+the order of the keys, and drops one iff for each of its rows the largest logit in the tile lies below the largest in
+the tiles before it by more than -ln t. So no dropped pair weighs t times the heaviest of its row. What is dropped
+depends on order and size of the tiles, which are the same in every lowering, and on which rows the call holds. A plan
+has one loop over masked tiles, tokens in order: no layouts, no lists.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+from attndsl.cuts import with_cuts
+from attndsl.derive import derive, with_needed
+from attndsl.effort import one_at_a_time
+from attndsl.linear import normalise
+from attndsl.mask import mask_by_cuts, pair_mask, written_condition
+from attndsl.plan import DType, ForwardPlan, Loads, Spec, Tiling, branch_scalars
+from attndsl.program import Program, Scalar
+from attndsl.relation import Lowering
+from attndsl.runs import Side, TileRuns
+from attndsl.simplify import fold, specialise
+from attndsl.tiles import ordered_runs
+
+TILE = 64
+
+
+@functools.lru_cache(maxsize=256)
+@one_at_a_time
+def skipping_plan(program: Program, spec: Spec) -> ForwardPlan:
+    """The forward kernel of a program that skips; the plan's program is the derived one."""
+    tiling = _tiling(spec)
+    spec = replace(spec, loads=Loads.POINTER, even_start=False, lists=False)
+    program = with_cuts(derive(program))
+    lowering = Lowering(program, (spec.heads, spec.kv_heads))
+    relation = lowering.relation(program.branch.pattern)
+    runs = ordered_runs(relation, TILE, TILE, Side.QUERY, program.align_start, program)
+
+    def known(e: Scalar) -> Scalar:
+        return fold(normalise(specialise(e, spec.sizes)))
+
+    visited = TileRuns((), tuple(replace(run, first=known(run.first), count=known(run.count)) for run in runs))
+    mask = pair_mask(relation, mask_by_cuts(written_condition(lowering, spec.sizes), program, "q", relation))
+    scalars = branch_scalars(program, spec)
+    plan = ForwardPlan(program, spec, tiling, visited, mask, **scalars, skip=program.branch.skip)
+    return replace(plan, program=with_needed(program, plan.inputs))
+
+
+def _tiling(spec: Spec) -> Tiling:
+    """Tile sizes are the language's; the others are what fits."""
+    wide = spec.dtype is DType.FLOAT32 or max(spec.dim, spec.v_dim) > 128
+    return Tiling(TILE, TILE, warps=8 if wide else 4, stages=1 if wide else 2)
