@@ -18,6 +18,7 @@ from benchmarks.overhead import run_overhead
 from benchmarks.planning import run_planning
 from benchmarks.quest import run_quest
 from benchmarks.report import Report, heading, render, timing_table
+from benchmarks.routed import run_routed, systems
 from benchmarks.rows import CPU_ROWS, GPU_ROWS, Sizes, select
 from benchmarks.serving import run_serving
 from benchmarks.tables import run_table
@@ -39,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
             "decode",
             "quest",
             "serving",
+            "routed",
             "cpu",
             "overhead",
             "compile",
@@ -162,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         peers.add_site(options.site)
     command = "python -m benchmarks " + shlex.join(given)
     if (
-        options.command in ("forward", "backward", "memory", "growth", "decode", "quest", "serving")
+        options.command in ("forward", "backward", "memory", "growth", "decode", "quest", "serving", "routed")
         and not torch.cuda.is_available()
     ):
         print("this table needs a GPU; `python -m benchmarks cpu` does not", file=sys.stderr)
@@ -176,6 +178,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return decode(options, command)
         case "growth":
             return growth(options, command)
+        case "routed":
+            n, dim, dtype = options.n or 65536, options.dim or 128, DTYPES[options.dtype or "bf16"]
+            table = list(run_routed(n, dim, dtype, device, options.peers != "none", systems()))
+            setting = f"B=1 D={dim} {dtype}, choice included; milliseconds (dense: SDPA flash, its time over ours)"
+            print(f"{heading(Report(command, setting))}\n\n{render(table, options.md)}")
         case "planning":
             table = list(run_planning(options.rows.split(",") if options.rows else None))
             setting = "processor time, one core, sm_90, portable"
