@@ -203,7 +203,9 @@ def _listed_plan(
         return None
     lowering, relation = lowered(program, (spec.heads, spec.kv_heads))
     of_row = {Dim(Axis.B), Dim(Axis.H), Dim(Axis.G), Dim(Axis.Q)}
-    found = next((x for x in listables(program, relation) if {*x.plan.dims[:-1]} <= of_row), None)
+    # Of a map of factors one is a condition like any other.
+    lists = (x for x in listables(program, relation) if x.level is None)
+    found = next((x for x in lists if {*x.plan.dims[:-1]} <= of_row), None)
     if found is None:
         return None
     axes = [dim.axis for dim in found.plan.dims]

@@ -16,7 +16,7 @@ from attndsl.diagnostics import error
 from attndsl.keeping import KEYS, of_members
 from attndsl.members import extent
 from attndsl.plans import plan_heads
-from attndsl.program import CallShape, Inter, Program, Set
+from attndsl.program import CallShape, Inter, Program, Set, reads
 from attndsl.runtime.derive import Deriver
 from attndsl.runtime.derive_ragged import RaggedDeriver
 from attndsl.runtime.engine import table_tensor
@@ -95,11 +95,26 @@ class Selector:
         if selection.always is not None:
             forced = Inter((selection.among, selection.always))
             self.always = self._touched(forced, selection.rows, keys)
+        if selection.members is not None:
+            self._check_candidates(self.among)
         if self.mass is not None:
             make = RaggedDeriver if self.ragged else Deriver
             self.mass_deriver = make(self.mass.program, self.shape, self.device, given=self.given)
         if isinstance(selection.score, Antidiagonal):
             self.groups = self._touched(selection.among, selection.score.stride, selection.score.stride)
+
+    def _check_candidates(self, among: Touched) -> None:
+        """Raises `PatternError` (A577) where finding the candidates would look at too many pairs."""
+        shape, asked = self.shape, among.condition
+        if not reads(asked, "k"):
+            return
+        rows = self.classes if self.whole or self.selection.rows == 1 else shape.rows
+        lead = (shape.batch if reads(asked, "b") else 1) * (shape.heads if reads(asked, "h", "g") else 1)
+        if (pairs := lead * rows * shape.k_len) > MAX_PAIRS:
+            raise error(
+                "A577", f"which members {rows} rows may choose is looked up in {pairs:,} pairs", self.selection.span,
+                help=f"at most {MAX_PAIRS:,}: choose `per = rows(64)`, or among what does not read k",
+            )  # fmt: skip
 
     def _touched(self, pattern: Set, rows: int | None, keys: int) -> Touched:
         rows = (rows or 1) if self.whole else 1

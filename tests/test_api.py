@@ -16,6 +16,9 @@ import torch
 import attndsl
 import attndsl.serving
 from attndsl.blockgraph import TileCode
+from attndsl.grammar import load
+from attndsl.program import CallShape
+from attndsl.runtime.select import Selector
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = "attention documents { input doc : int[b, k] sorted  attend causal & document(doc) }"
@@ -113,6 +116,9 @@ LENGTHS = torch.tensor([32], dtype=torch.int32)
 MOBA = "top(2, blocks(4), by = dot(Q, mean(K)))"
 POOLED = "attention a { attend causal over pool(mean, 4) }"
 EIGHT_BITS = (K.to(torch.float8_e4m3fn), V.to(torch.float8_e4m3fn))
+TILED = load(
+    "attention a { axes t, x[8]  attend causal & top(1, tiles(8, 8), by = dot(Q, mean(K)), share = heads) }"
+).program
 SELECTS = "attention a {{ plan sel = top(2, {}, among = causal, by = dot(Q, {}), always = {}) attend causal }}"
 
 
@@ -181,6 +187,9 @@ WRONG: dict[str, Callable[[], object]] = {
     "A576": lambda: attndsl.compile(
         "attention a { x = attend causal  output x plan p = top(1, tokens, per = head, among = causal, by = probs(x)) }"
     ).plan(*(torch.empty(1, 1, 1 << 17, 8, device="meta") for _ in range(2))),
+    "A577": lambda: Selector(
+        TILED, TILED.selections[0], CallShape(1, 1, 1, *[1 << 17] * 2, 8, 8), torch.device("meta")
+    ),
     "A565": call("causal", Q, K, V, views={"pool(mean, 4)": (K, V)}),
     "A912": call("attention a { input doc : int[b, k]  attend document(doc) over pool(mean, 4) }", Q, K, V, doc=IDS),
     "A911": lambda: attndsl.compare("attention a { attend causal over pool(mean, 4) }", "causal"),

@@ -142,6 +142,51 @@ def test_derived_inputs_are_captured(text: str) -> None:
     assert (out.double() - attn.reference(q, k, v, **inputs)).abs().max().item() < 2e-2
 
 
+CHOOSING: dict[str, tuple[str, dict[str, Any]]] = {
+    "psa": ("examples/patterns/psa.attn", {"block": 128, "stride": 16}),
+    "columns and diagonals": ("examples/patterns/vertical_slash.attn", {"columns": 40, "slashes": 60, "near": 8}),
+    "tiles": (
+        "attention a { axes t, y[8], x[16] attend top(4, tiles(2, 4, 8), per = tiles(2, 4, 8), "
+        "by = dot(mean(Q), mean(K))) }", {},
+    ),
+    "segments": (
+        "attention a { input c : int[b, k] attend causal & cover(0.7, segments(c), per = rows(64), "
+        "by = dot(mean(Q), mean(K)), always = window(16)) }", {},
+    ),
+    "permuted": ("examples/patterns/pbs.attn", {"segment": 128, "block": 64}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_choices_are_captured(name: str) -> None:
+    """Members that are no blocks and pyramids are chosen without waiting for the host: recorded, and replayed on new
+    contents."""
+    text, params = CHOOSING[name]
+    attn = attndsl.compile(text, **params)
+    q, k, v = tensors(1, 4, 1024, 64)
+    place = torch.arange(1024, device="cuda")
+    inputs: dict[str, Any] = {
+        "segments": {"c": (place // 50)[None]},
+        "permuted": {"pi": (place // 128 * 128 + place * 37 % 128).expand(1, 4, -1).contiguous()},
+    }.get(name, {})
+    attn(q, k, v, **inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attn(q, k, v, **inputs)
+        plans = attn.plan(q, k, **inputs)
+    for seed in range(2):
+        for x in (q, k, v):
+            x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        # With the plan that was made: scores of bfloat16 may differ from the oracle's by their rounding.
+        expected = attn.reference(q, k, v, plans={key: plan.clone() for key, plan in plans.items()}, **inputs)
+        assert (out.double() - expected).abs().max().item() < 2e-2
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        attn(*leaves, **inputs).sum().backward()
+        assert all(x.grad is not None and bool(x.grad.isfinite().all()) for x in leaves)
+
+
 def test_a_decode_graph_serves_all_lengths() -> None:
     attn = attndsl.compile(PATTERN)
     (q, _, _), (_, k, v) = tensors(3, 8, 1, 128), tensors(3, 2, 4096, 128)
