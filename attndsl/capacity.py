@@ -14,11 +14,14 @@ from attndsl.derive import derive
 from attndsl.diagnostics import error
 from attndsl.effort import TooHard, bounded
 from attndsl.isl_sets import project_param
+from attndsl.linear import normalise
 from attndsl.member_numbers import in_integer_sets
 from attndsl.oracle import evaluate
-from attndsl.program import CallShape, Inter, Program, Scalar
+from attndsl.program import CallShape, Inter, Program, Scalar, Var
+from attndsl.quasi_affine import condition
 from attndsl.relation import POSITION_BITS, Lowering
 from attndsl.selection import Above, Cover, Forced, Levels, Selection, Top
+from attndsl.simplify import fold
 from attndsl.view_plans import entries_of
 
 MAX_FORCED = 1 << 16
@@ -89,6 +92,27 @@ def rows_that_see(program: Program, heads: tuple[int, int], q_len: int, k_len: i
         return bounded(lowering.ctx, ends)
     except TooHard:
         return 0, q_len
+
+
+@functools.lru_cache(maxsize=256)
+def lags_of(program: Program, heads: tuple[int, int], size: int) -> Scalar | None:
+    """Of a derived program's pattern the condition on k, a block of `size` lags, that some row from `start` on has a
+    pair so far back; None where data or effort forbids."""
+    lowering = Lowering(program, heads)
+    relation = lowering.relation(program.branch.pattern)
+    if relation.atoms:
+        return None
+
+    def back() -> Scalar:
+        rows = lowering.set("[Nq, start] -> { [q, k] : start <= q < Nq and 0 <= k <= q }")
+        lags = isl.Map.read_from_str(lowering.ctx, f"{{ [q, k] -> [x, floor((q - k) / {size})] }}")
+        found = relation.pairs.intersect(rows).apply(lags).coalesce()
+        return fold(normalise(condition(found, relation.context, {**relation.uniform, "start": Var("start")})))
+
+    try:
+        return bounded(lowering.ctx, back)
+    except TooHard:
+        return None
 
 
 def _as_map(piece: isl.BasicSet) -> isl.Map:

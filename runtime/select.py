@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attndsl.branch_mass import BranchMass, branch_mass
-from attndsl.capacity import budgets, capacity, rows_that_see
+from attndsl.capacity import budgets, capacity, lags_of, rows_that_see
 from attndsl.diagnostics import error
 from attndsl.keeping import KEYS, of_members
-from attndsl.members import extent
+from attndsl.members import Lags, extent
 from attndsl.plans import plan_heads
 from attndsl.program import CallShape, Inter, Program, Set, reads
 from attndsl.runtime.derive import Deriver
@@ -105,8 +105,9 @@ class Selector:
 
     def _check_candidates(self, among: Touched) -> None:
         """Raises `PatternError` (A577) where finding the candidates would look at too many pairs."""
-        shape, asked = self.shape, among.condition
-        if not reads(asked, "k"):
+        shape, asked, of = self.shape, among.condition, self.selection.members
+        heads = (shape.heads, shape.kv_heads)
+        if not reads(asked, "k") or (isinstance(of, Lags) and lags_of(among.program, heads, of.size) is not None):
             return
         rows = self.classes if self.whole or self.selection.rows == 1 else shape.rows
         lead = (shape.batch if reads(asked, "b") else 1) * (shape.heads if reads(asked, "h", "g") else 1)

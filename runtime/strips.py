@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from attndsl.capacity import lags_of
 from attndsl.members import Lags
 from attndsl.runtime.groups import Groups, lag_sums, tiled_rows
 from attndsl.runtime.masses import floor_share, leading, normalised, pooled, shares, softmax
@@ -169,6 +170,11 @@ class Strips:
     def _lags(self, touched: Touched, values: Values) -> Tensor:
         """Which diagonals all rows of the call have a pair on."""
         size, count = self.selection.keys, self.of.members
+        closed = lags_of(touched.program, (self.shape.heads, self.shape.kv_heads), size)
+        if closed is not None:
+            k = torch.arange(count, device=self.device).view(1, 1, 1, -1)
+            inside = values.at(q=0, k=k, start=max(0, self.first)).tensor(closed)
+            return inside.expand(*inside.shape[:2], 1, count) if inside.dim() == 4 else inside.expand(1, 1, 1, count)
         found = torch.zeros(1, 1, count, dtype=torch.bool, device=self.device)
         for start, end in self._row_strips(self.shape.k_len):
             position = torch.arange(start, end, device=self.device)

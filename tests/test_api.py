@@ -188,7 +188,7 @@ WRONG: dict[str, Callable[[], object]] = {
         "attention a { x = attend causal  output x plan p = top(1, tokens, per = head, among = causal, by = probs(x)) }"
     ).plan(*(torch.empty(1, 1, 1 << 17, 8, device="meta") for _ in range(2))),
     "A577": lambda: Selector(
-        TILED, TILED.selections[0], CallShape(1, 1, 1, *[1 << 17] * 2, 8, 8), torch.device("meta")
+        TILED, TILED.selections[0], CallShape(1, 1, 1, 1 << 17, 1 << 17, 8, 8), torch.device("meta")
     ),
     "A565": call("causal", Q, K, V, views={"pool(mean, 4)": (K, V)}),
     "A912": call("attention a { input doc : int[b, k]  attend document(doc) over pool(mean, 4) }", Q, K, V, doc=IDS),

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 import attndsl
 from attndsl.api import load_attention
+from attndsl.capacity import lags_of
+from attndsl.derive import derive
 from attndsl.grammar import load
-from attndsl.program import CallShape
+from attndsl.program import CallShape, Program
+from attndsl.runtime import select_op
 from attndsl.runtime.select import Selector
 from tests import test_routed, test_select
 from tests.accuracy import examples
@@ -172,6 +175,24 @@ def test_a_probe_looks_at_its_own_rows_alone() -> None:
     shape = CallShape(1, 32, 8, 1 << 17, 1 << 17, 128, 128)
     for selection in program.selections:
         assert Selector(program, selection, shape, torch.device("meta")).seeing == ((1 << 17) - 8, 1 << 17)
+
+
+@pytest.mark.parametrize(
+    "among", ["causal", "all", "window(9)", "causal & dilated(3)", "sink(2) | band(3, 5)", "{ h < 2 and q - k > 4 }",
+              "causal & { q < Nk // 2 }", "{ k > q }"],
+)  # fmt: skip
+def test_diagonals_in_closed_form(among: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the integer sets say of them is what all pairs show."""
+    text = f"{PROBE} plan p = top(99, diagonals(2), per = head, among = {among}, by = probs(probe)) output probe"
+    program = load(f"attention a {{ {text} }}").program
+    assert lags_of(derive(Program.of("a", program.selections[0].among)), (4, 2), 2) is not None
+    found = []
+    for _ in range(2):
+        attn = attndsl.compile(f"attention a {{ {text} }}")
+        found.append([attn.plan(*tensors(rows, k_len)[:2])["p"] for rows, k_len in ((37, 37), (5, 30), (1, 1))])
+        monkeypatch.setattr("attndsl.runtime.strips.lags_of", lambda *_: None)
+        select_op._KEPT.clear()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize(
