@@ -34,7 +34,9 @@ class PagedCache(PagePool):
     that is smaller (`PatternError` A562).
     dtype: of the pool (default: torch's), float8_e4m3fn included. bounds: also keep the least and largest key of each
     page, `k_min` and `k_max` [pages, Hkv, D], in the pool's dtype (float32 for 8-bit pools), by which `top` chooses
-    pages as Quest does (arXiv 2406.10774). inputs: arguments and inputs of the pattern that are known and stay so, such
+    pages as Quest does (arXiv 2406.10774). on_device: the device knows which pages are free, and the host does not,
+    so that a CUDA graph of `append` and `decode` serves all lengths; a sequence that does not fit is then left as it
+    is, and `full` marks it. inputs: arguments and inputs of the pattern that are known and stay so, such
     as a runtime span.
 
     Attributes: k, v: the pools, [pages, Hkv, page, D] and Dv. page_table: int32 [batch, max_len / page], -1 where there
@@ -55,6 +57,7 @@ class PagedCache(PagePool):
         dtype: Any = None,
         device: Any = None,
         bounds: bool = False,
+        on_device: bool = False,
         **inputs: Any,
     ) -> None:
         choices = page_choices(attn.program, page) if bounds else ()
@@ -63,6 +66,7 @@ class PagedCache(PagePool):
             attn, attn.retention(page, **inputs), batch, kv_heads, head_dim, head_dim if v_dim is None else v_dim,
             pages, max_len, dtype, device, page_kernels() if bounds else None, choices,
             attn._key, kept_beside(attn.program, attn._composition, {choice.name for choice in choices}),
+            on_device,
         )  # fmt: skip
 
     def plan(self, q: Any, plans: Mapping[str, Any] | None = None, **inputs: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from attndsl.keeping import Kept
 from attndsl.paging import PageChoice
 from attndsl.runtime.decode import DecodeTensors
 from attndsl.runtime.keep import Entries, Keeper
+from attndsl.runtime.page_books import Books, DeviceBooks, HostBooks
 from attndsl.runtime.page_choice import PageKernels
 
 
@@ -43,16 +44,17 @@ class PagePool:
         choices: Sequence[PageChoice],
         program: str,
         kept: Sequence[Kept],
+        on_device: bool,
     ) -> None:
         self.attend, self.retention, self.page, self.max_len = attend, retention, retention.page, max_len
         self._check_size(pages)
-        shape = (pages, kv_heads, self.page)
-        # Zeros, since a pool is read in tiles: a masked key counts nothing only if its value is a number.
-        self.k = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
-        self.v = torch.zeros(*shape, v_dim, dtype=dtype, device=device)
+        shape = (pages + on_device, kv_heads, self.page)
+        # Zeros, since a pool is read in tiles: a masked key counts nothing only if its value is a number. Beside a pool
+        # whose books the device keeps there is a page for tokens that do not fit.
+        self._pools = tuple(torch.zeros(*shape, dim, dtype=dtype, device=device) for dim in (head_dim, v_dim))
+        self.k, self.v = (pool[:pages] for pool in self._pools)
         self.page_table = torch.full((batch, -(-max_len // self.page)), -1, dtype=torch.int32, device=device)
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.lengths = [0] * batch
         self.k_min = self.k_max = None
         self._bounds, self.choices = bounds, tuple(choices) if bounds is not None else ()
         if bounds is not None:
@@ -61,14 +63,23 @@ class PagePool:
             self.k_max = torch.zeros_like(self.k_min)
         call = DecodeTensors(self.k, self.k, self.v, self.seq_lens, self.page_table, None, None)
         self._keeper = Keeper(program, kept, call) if kept else None
-        self._free = list(range(pages - 1, -1, -1))
-        # For each sequence, place in the sequence -> page.
-        self._held: list[dict[int, int]] = [{} for _ in range(batch)]
+        make = DeviceBooks if on_device else HostBooks
+        self._books: Books = make(retention, self.page_table, self.seq_lens, pages, max_len)
+
+    @property
+    def lengths(self) -> list[int]:
+        """The length of each sequence. Where the device keeps the books, this waits for it."""
+        return self._books.lengths
 
     @property
     def pages_held(self) -> int:
-        """Pages in use."""
-        return sum(map(len, self._held))
+        """Pages in use. Where the device keeps the books, this waits for it."""
+        return self._books.pages_held
+
+    @property
+    def full(self) -> Tensor | None:
+        """Where the device keeps the books, for which sequences there was no room: bool [batch]."""
+        return self._books.full if isinstance(self._books, DeviceBooks) else None
 
     @property
     def views(self) -> Entries | None:
@@ -86,45 +97,33 @@ class PagePool:
         """Add the keys [b, Hkv, n, D] and values [b, Hkv, n, Dv] of n new tokens to each sequence (default: all).
 
         Before that, pages that no row from here on can read are given back. Raises `PatternError` (A557) where the pool
-        has no page left, or a sequence would pass `max_len`; nothing has changed then but what was given back.
+        has no page left, or a sequence would pass `max_len`; nothing has changed then but what was given back. Where
+        the device keeps the books nothing is raised: such a sequence takes no more tokens, and `full` says so.
         """
-        chosen = range(len(self.lengths)) if sequences is None else sequences
-        self._give_back(chosen)
-        new = k.shape[2]
-        places = [
-            (b, i)
-            for b in chosen
-            for i in range(-(-self.lengths[b] // self.page), -(-(self.lengths[b] + new) // self.page))
-        ]
-        self._check_room(chosen, new, len(places))
-        if places:
-            pages = [self._free.pop() for _ in places]
-            for (b, i), page in zip(places, pages, strict=True):
-                self._held[b][i] = page
-            self._set_entries(places, pages)
-        self._write(k, v, chosen, new, whole=sequences is None)
-        for b in chosen:
-            self.lengths[b] += new
+        rows = slice(None) if sequences is None else torch.tensor(list(sequences), device=self.k.device)
+        new, first = k.shape[2], self.seq_lens[rows].clone()
+        self._write(k, v, rows, first, self._books.take(sequences, rows, new))
+        lengths, table = self.seq_lens[rows], self.page_table[rows]
+        if self._bounds is not None and self.k_min is not None and self.k_max is not None:
+            self._bounds.update(self.k, self.k_min, self.k_max, lengths, table, new)
+        if self._keeper is not None:
+            call = DecodeTensors(self.k, self.k, self.v, lengths, table, None, None)
+            self._keeper.update(call, new, None if isinstance(rows, slice) else rows)
 
-    def _write(self, k: Tensor, v: Tensor, chosen: Sequence[int], new: int, whole: bool) -> None:
-        device = self.k.device
-        rows = slice(None) if whole else torch.tensor(list(chosen), device=device)
-        at = self.seq_lens[rows, None] + torch.arange(new, device=device, dtype=torch.int32)
-        page = self.page_table[rows].gather(1, (at // self.page).long()).long()
-        for pool, x in ((self.k, k), (self.v, v)):
+    def _write(self, k: Tensor, v: Tensor, rows: slice | Tensor, first: Tensor, fits: Tensor | None) -> None:
+        """Put the new tokens of sequences into their pages, from the place `first` of each on; those that do not fit
+        go to a page beside."""
+        at = first[:, None] + torch.arange(k.shape[2], device=first.device, dtype=torch.int32)
+        places = (at // self.page).long().clamp(max=self.page_table.shape[1] - 1)
+        page = self.page_table[rows].gather(1, places).long()
+        if fits is not None:
+            page = torch.where(fits[:, None], page, len(self.k))
+        for pool, x in zip(self._pools, (k, v), strict=True):
             x = x.to(pool.dtype).transpose(1, 2)
             if pool.element_size() == 1:
                 # Few operators take 8-bit floats.
                 pool, x = pool.view(torch.uint8), x.view(torch.uint8)
             pool[page, :, at % self.page] = x
-        self.seq_lens[rows] += new
-        if self._bounds is not None and self.k_min is not None and self.k_max is not None:
-            given = (self.seq_lens[rows], self.page_table[rows])
-            self._bounds.update(self.k, self.k_min, self.k_max, *given, new)
-        if self._keeper is not None:
-            lengths, table = self.seq_lens[rows], self.page_table[rows]
-            call = DecodeTensors(self.k, self.k, self.v, lengths, table, None, None)
-            self._keeper.update(call, new, None if isinstance(rows, slice) else rows)
 
     def decode(self, q: Tensor, *, plans: Mapping[str, Tensor] | None = None, **options: Any) -> Any:
         """`attn.decode` of q [B, Hq, n, D], the last n tokens of each sequence, over the pool.
@@ -163,28 +162,7 @@ class PagePool:
 
     def release(self, b: int) -> None:
         """Give back all pages of a sequence, which is then empty."""
-        places = [(b, i) for i in self._held[b]]
-        self._drop(places)
-        self.lengths[b] = 0
-        self.seq_lens[b] = 0
-
-    # -------------------------------------------------------------------------------------- pages
-
-    def _give_back(self, sequences: Sequence[int]) -> None:
-        places: list[tuple[int, int]] = []
-        for b in sequences:
-            held = np.fromiter(self._held[b], dtype=np.int64)
-            places += [(b, int(i)) for i in held[self.retention.evictable(self.lengths[b], held)]]
-        self._drop(places)
-
-    def _drop(self, places: list[tuple[int, int]]) -> None:
-        if places:
-            self._free += [self._held[b].pop(i) for b, i in places]
-            self._set_entries(places, [-1] * len(places))
-
-    def _set_entries(self, places: list[tuple[int, int]], pages: list[int]) -> None:
-        b, i = torch.tensor(places, device=self.page_table.device).T
-        self.page_table[b, i] = torch.tensor(pages, dtype=torch.int32, device=self.page_table.device)
+        self._books.release(b)
 
     def _check_size(self, pages: int) -> None:
         """Raises `PatternError` (A562) where one sequence of `max_len` tokens would not fit: a pattern that comes back
@@ -199,16 +177,3 @@ class PagePool:
             f"{pages}: tokens {first} to {first + self.page - 1} are the first",
             help="make the pool larger or max_len less, or leave columns for good, as windows and sinks do",
         )  # fmt: skip
-
-    def _check_room(self, sequences: Sequence[int], new: int, wanted: int) -> None:
-        longest = max((self.lengths[b] + new for b in sequences), default=0)
-        if longest > self.max_len:
-            raise error(
-                "A557", f"a sequence of {longest} tokens passes max_len = {self.max_len}", help="make the table longer"
-            )
-        if wanted > len(self._free):
-            raise error(
-                "A557", f"{wanted} more pages are needed and {len(self._free)} of {len(self.k)} are free: "
-                f"the pattern keeps {self.pages_held} pages of the {sum(self.lengths)} tokens so far",
-                help="make the pool larger, or release a sequence",
-            )  # fmt: skip

@@ -64,6 +64,30 @@ def test_a_cuda_graph_of_a_routed_step_serves_other_lengths() -> None:
         torch.testing.assert_close(out[b : b + 1].double(), exact, rtol=2e-2, atol=2e-2)
 
 
+def test_a_cuda_graph_of_a_paged_step_appends_evicts_and_attends() -> None:
+    """Pages are taken and given back by the device: a hundred replays in a pool of nine pages a sequence."""
+    attn = attndsl.compile("causal & (window(64) | sink(16))")
+    cache = attndsl.serving.PagedCache(
+        attn, 2, 2, 64, pages=18, max_len=4096, dtype=torch.bfloat16, device="cuda", on_device=True
+    )
+    generator = torch.Generator("cuda").manual_seed(0)
+    every = [torch.randn(2, 2, 120, 64, device="cuda", dtype=torch.bfloat16, generator=generator) for _ in range(2)]
+    k, v = (x[:, :, :1].clone() for x in every)
+    q = torch.randn(2, 8, 1, 64, device="cuda", dtype=torch.bfloat16, generator=generator)
+    cache.append(k, v)
+    cache.decode(q)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cache.append(k, v)
+        out = cache.decode(q)
+    for i in range(1, 120):
+        k.copy_(every[0][:, :, i : i + 1])
+        v.copy_(every[1][:, :, i : i + 1])
+        graph.replay()
+    assert cache.lengths == [120, 120] and cache.full is not None and not cache.full.any()
+    assert close(attn, out, q, *every)
+
+
 def test_cuda_graph_replays_on_new_contents() -> None:
     attn = attndsl.compile(PATTERN)
     q, k, v = tensors(2, 4, 333, 64)

@@ -133,6 +133,19 @@ def test_tokens_that_were_taken_back() -> None:
 class NoQuestions(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses what would wait for a device, or make tensors whose size depends on what they hold."""
 
+    def __enter__(self) -> Any:
+        # On the CPU no operator stands behind it.
+        self.tolist = Tensor.tolist
+        Tensor.tolist = self._refused  # type: ignore[method-assign, assignment]
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *raised: Any) -> None:
+        Tensor.tolist = self.tolist  # type: ignore[method-assign]
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+
+    def _refused(self, *_: Any) -> Any:
+        raise AssertionError("tolist")
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         assert name not in ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2"), name
