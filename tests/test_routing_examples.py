@@ -7,11 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import attndsl
 from tests import routing_rules as rules
 from tests.covered import covers
+from tests.grid_rules import cells
 from tests.routing_rules import DIM, HEADS, KV_HEADS, SHARE, by_choice, call, check, noise
 
 pytestmark = pytest.mark.filterwarnings("ignore::attndsl.PatternWarning")
@@ -110,6 +112,55 @@ def test_regions(tokens: int) -> None:
     q, k, v = call(tokens)
     chosen = rules.block_means(q, k, 9, 2, causal=False)
     by_choice("regions", [q, k, v], chosen, 9, 9, causal=False, params={"region": 9, "n": 2})
+
+
+def in_tiles(tokens: int, sizes: tuple[int, ...], tile: tuple[int, ...]) -> NDArray[np.int64]:
+    """The tile of each token, numbered line by line."""
+    place = cells(tokens, sizes) // tile
+    wide = [-(-size // t) for size, t in zip(sizes, tile[1:], strict=True)]
+    return np.array([np.ravel_multi_index(at[1:], wide) + at[0] * int(np.prod(wide)) for at in place])
+
+
+@covers("biformer")
+@pytest.mark.parametrize("tokens", [1, 48, 53])
+def test_biformer(tokens: int) -> None:
+    q, k, v = call(tokens)
+    tile = in_tiles(tokens, (8,), (3, 3))
+    # The last line of regions may have fewer than it is wide: those that are there are candidates.
+    there = sorted(set(tile.tolist()))
+    queries, keys = rules.numbers(q, k)
+    allowed = np.zeros((HEADS, tokens, tokens), bool)
+    for h in range(HEADS):
+        x, y = ({m: of[tile == m].mean(0) for m in there} for of in (queries[h], keys[h // SHARE]))
+        for r in there:
+            taken = rules.best({m: float(x[r] @ y[m]) for m in there}, 2)
+            allowed[h] |= (tile == r)[:, None] & np.isin(tile, taken)
+    params = {"n": 2, "region": 3, "width": 8}
+    check("biformer", [q, k, v], lambda q, k, v, _: rules.attend(q, k, v, allowed), params)
+
+
+@covers("vmoba_video")
+@pytest.mark.parametrize("tokens", [1, 60, 67])
+def test_vmoba_video(tokens: int) -> None:
+    q, k, v = call(tokens)
+    tile = in_tiles(tokens, (3, 5), (2, 2, 2))
+    there, share = sorted(set(tile.tolist())), 0.6
+    queries, keys = rules.numbers(q, k)
+    allowed = np.zeros((HEADS, tokens, tokens), bool)
+    for h in range(HEADS):
+        y = np.stack([keys[h // SHARE][tile == m].mean(0) for m in there])
+        for t in range(tokens):
+            gate, own = y @ queries[h, t], there.index(tile[t])
+            gate = (gate - gate.min()) / (np.ptp(gate) or 1.0)
+            taken, sofar = {own}, gate[own]
+            for m in rules.best({m: float(x) for m, x in enumerate(gate) if m != own}, len(gate)):
+                if len(taken) > 1 and sofar >= share * gate.sum():
+                    break
+                taken.add(m)
+                sofar += gate[m]
+            allowed[h, t] = np.isin(tile, [there[m] for m in taken])
+    params = {"share": share, "tile_t": 2, "tile": 2, "height": 3, "width": 5}
+    check("vmoba_video", [q, k, v], lambda q, k, v, _: rules.attend(q, k, v, allowed), params)
 
 
 @covers("routing_transformer")
