@@ -23,7 +23,8 @@ from attndsl.coordinates import on_grid
 from attndsl.derivation import Random
 from attndsl.derive import derive
 from attndsl.diagnostics import Diagnostic, Severity, Span
-from attndsl.effort import EFFORT, TooHard, bounded
+from attndsl.effort import EFFORT, TooHard, bounded, eased
+from attndsl.isl_sets import common_multiple
 from attndsl.program import (
     Call,
     Choose,
@@ -47,7 +48,7 @@ from attndsl.relation import Lowering
 from attndsl.witness import Witness, World, canonical, has_coarsen
 
 # Elementary isl operations allowed to one question.
-QUESTION_EFFORT = EFFORT // 2
+QUESTION_EFFORT = EFFORT // 4
 # Terms of one pattern that are looked at, and questions that may pass their bound before the rest is left.
 MAX_TERMS = 64
 MAX_FAILURES = 2
@@ -95,10 +96,12 @@ class _Analysis:
         self.existing = Existing(self.lowering, self.pattern)
         self.gridded = None if program.grid is None else canonical(Where(on_grid(program.grid)))
         self.terms = self.failures = 0
+        self.effort = QUESTION_EFFORT
 
     def run(self) -> Iterator[Diagnostic]:
         try:
             pairs = self.existing.of(self.pattern)
+            self.effort = eased(QUESTION_EFFORT, common_multiple(pairs))
             if self._holds(pairs.is_empty):
                 yield Diagnostic(
                     "W302", Severity.WARNING, "the pattern allows no pair", self._span(self.pattern, None),
@@ -114,7 +117,7 @@ class _Analysis:
     def _ask(self, question: Callable[[], Any]) -> Any:
         """The answer of isl, None past the effort bound."""
         try:
-            return bounded(self.lowering.ctx, question, QUESTION_EFFORT)
+            return bounded(self.lowering.ctx, question, self.effort)
         except TooHard:
             self.failures += 1
             if self.failures > MAX_FAILURES:

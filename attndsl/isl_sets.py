@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import reduce
 from typing import TypeVar
 
@@ -13,6 +15,16 @@ _Result = TypeVar("_Result")
 
 def fold(items: list[_Result], combine: Callable[[_Result, _Result], _Result]) -> _Result:
     return reduce(combine, items)
+
+
+def common_multiple(items: isl.Set) -> int:
+    """The least common multiple of a set's divisors: what its complement's conjunctions may hold together."""
+    found = 1
+    for basic in items.get_basic_sets():
+        for i in range(basic.dim(isl.dim_type.div)):
+            with suppress(isl.Error):  # One that is no quotient, but any number.
+                found = math.lcm(found, int(basic.get_div(i).get_denominator_val().to_python()))
+    return found
 
 
 def divided(x: isl.PwAff, divisor: isl.PwAff, rest: bool) -> isl.PwAff:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from attndsl.cuts import by_cuts
 from attndsl.derivation import Cut
 from attndsl.effort import TooHard, bounded
@@ -60,7 +62,11 @@ def pair_mask(relation: Relation, written: Scalar) -> Scalar | None:
     """
     candidates = [written]
     if not relation.atoms:
-        candidates.append(fold(condition(relation.pairs, relation.context, relation.uniform)))
+        with suppress(TooHard):
+            simplified = bounded(
+                relation.pairs.get_ctx(), lambda: condition(relation.pairs, relation.context, relation.uniform)
+            )
+            candidates.append(fold(simplified))
     return shaped(min(candidates, key=pair_cost))
 
 

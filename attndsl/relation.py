@@ -23,7 +23,7 @@ import islpy as isl
 
 from attndsl.derivation import Random
 from attndsl.derive import derive
-from attndsl.effort import EFFORT, TooHard, bounded
+from attndsl.effort import EFFORT, Budget, TooHard, bounded
 from attndsl.isl_sets import choose, coarse_pairs, divided, fold, place_pairs, project_param
 from attndsl.placing import Coordinates, placed
 from attndsl.program import (
@@ -61,6 +61,8 @@ from attndsl.quasi_affine import condition
 MAX_CASES = 256
 # Positions are below 2**POSITION_BITS.
 POSITION_BITS = 31
+# Elementary isl operations allowed to all steps of a lowering; what is lowered after that is masked pair by pair.
+RELATION_EFFORT = 2 * EFFORT
 _TOO_HARD = "too hard for exact sets within the effort bound: masked pair by pair"
 
 
@@ -123,10 +125,14 @@ def build_relation(program: Program, heads: tuple[int, int] | None = None, ancho
     return lowered(derive(program), heads, anchor)[1]
 
 
-@functools.lru_cache(maxsize=64)
 def lowered(program: Program, heads: tuple[int, int] | None = None, anchor: str = "q") -> tuple[Lowering, Relation]:
     """The relation of a derived program's pattern, as `build_relation` has it, and the lowering that made it: one for
     all tilings and kernels that ask."""
+    return _lowered(program, heads, anchor)
+
+
+@functools.lru_cache(maxsize=64)
+def _lowered(program: Program, heads: tuple[int, int] | None, anchor: str) -> tuple[Lowering, Relation]:
     lowering = Lowering(program, heads, anchor)
     return lowering, lowering.relation(program.branch.pattern)
 
@@ -144,6 +150,7 @@ class Lowering:
         self.notes: list[str] = []
         self._names: dict[Scalar, str] = {}
         self._too_hard: set[Coarsen] = set()
+        self._budget = Budget(RELATION_EFFORT)
         self.space = self.set("{ [q, k] }").get_space()
         self.here = Coordinates(
             q=self.aff("{ [q, k] -> [q] }"),
@@ -164,7 +171,7 @@ class Lowering:
     def relation(self, pattern: Set) -> Relation:
         written = self.lower(pattern, self.here)
         try:
-            pairs = bounded(self.ctx, lambda: self.existing(written, 1), EFFORT // 2)
+            pairs = self._budget.bounded(self.ctx, lambda: self.existing(written, 1), EFFORT // 2)
         except TooHard:
             self.notes.append(_TOO_HARD)
             pairs = self.existing(self._atom(self.predicate(pattern), self.here), 1)
@@ -255,7 +262,7 @@ class Lowering:
             case _:
                 assert_never(pattern)
         try:
-            return bounded(self.ctx, lambda: step().coalesce())
+            return self._budget.bounded(self.ctx, lambda: step().coalesce())
         except TooHard:
             self.notes.append(_TOO_HARD)
             if isinstance(pattern, Coarsen):

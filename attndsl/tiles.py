@@ -16,8 +16,8 @@ from typing import TypeVar, assert_never
 
 import islpy as isl
 
-from attndsl.effort import EFFORT, TooHard, bounded
-from attndsl.isl_sets import where_param
+from attndsl.effort import EFFORT, Budget, TooHard, bounded, eased
+from attndsl.isl_sets import common_multiple, where_param
 from attndsl.layout import PLAIN, Layout
 from attndsl.linear import normalise
 from attndsl.program import (
@@ -47,12 +47,15 @@ from attndsl.runs import Run, Side, TileKind, TileRuns
 from attndsl.simplify import fold
 from attndsl.tile_cuts import Grid, Owner, TileCuts, tile_cuts
 
-# Elementary isl operations allowed to the tiles of one side of one pattern.
+# Elementary isl operations allowed to the tiles of one side of one pattern, whatever is tried, and to one attempt.
+TILES_EFFORT = 4 * EFFORT
 SCAN_EFFORT = 2 * EFFORT
+# … and to telling full tiles from partial ones, whose operations are the slowest.
+SPLIT_EFFORT = 120_000
 # … and to writing one piece of it as an interval.
 PIECE_EFFORT = EFFORT // 10
 # After so many pieces past it the rest is not tried.
-MAX_HARD = 4
+MAX_HARD = 2
 # Nodes of the ends of runs, written out: what they share counts each time, as it does for whoever compares them.
 MAX_WRITTEN = 20_000
 # Conditions on sorted data up to which full tiles are told from partial ones: with more, that takes too long.
@@ -117,7 +120,7 @@ class _Tiler:
         self.relation, self.side, self.layout = relation, side, layout
         self.block_q, self.block_k = block_q, block_k
         self.align_start = align_start
-        self.hard = 0
+        self.hard, self.budget = 0, Budget(eased(TILES_EFFORT, common_multiple(relation.pairs)))
         self.ctx = relation.pairs.get_ctx()
         # `start` is the position of row 0, or in a layout its index. Rows are always below Nq.
         start, length = ("0", "Nq") if align_start else ("start", "Nk")
@@ -191,10 +194,11 @@ class _Tiler:
         attempts = [lambda: self._scan(nothing, touched)]
         if len(self.known) <= MAX_KNOWN:
             split = self._split if len(self.known) < MAX_KNOWN else self._split_by_parts
-            attempts.insert(0, lambda: self._scan(*split(touched)))
+            attempts.insert(0, lambda: self._scan(*bounded(self.ctx, lambda: split(touched), SPLIT_EFFORT)))
         for attempt in attempts:
+            self.hard = 0
             try:
-                found = bounded(self.ctx, attempt, SCAN_EFFORT)
+                found = self.budget.bounded(self.ctx, attempt, SCAN_EFFORT)
             except TooHard:
                 continue
             if _written_out(found) <= MAX_WRITTEN:
@@ -259,9 +263,8 @@ class _Tiler:
 
     def _touched(self) -> isl.Set:
         try:
-            return bounded(
-                self.ctx,
-                lambda: self._existing(self._some(self.relation.pairs).apply(self.tiles)),
+            return self.budget.bounded(
+                self.ctx, lambda: self._existing(self._some(self.relation.pairs).apply(self.tiles)), EFFORT // 2
             )
         except TooHard:
             return self.existing
@@ -278,6 +281,9 @@ class _Tiler:
         }
         full_runs, partial_runs = (self._interval_runs(line, kind, context) for kind, line in lines.items())
         if full_runs is None or partial_runs is None:
+            if self.hard >= MAX_HARD:
+                # Loops over these pieces take longer still.
+                raise TooHard
             return self._loops(lines, context)
         return TileRuns(tuple(full_runs), tuple(partial_runs))
 

@@ -23,9 +23,22 @@ HOSTILE = {
         then same_block(23) | causal_neighborhood(5, stride = 5)
         else (if not (-12 <= q < r) then power_of_two else none), (7, 17), fraction(0.3)), 16, fraction(0.3)) }""",
     "neighborhoods": "neighborhood(48, 5, 7) & neighborhood(30, 3, 2) | neighborhood(9, 2, 3)",
+    "moduli": "causal & ("
+    + " | ".join(f"{{ (q + {i} * k) % {m} < {m // 3} }}" for i, m in enumerate((97, 101, 103, 107, 109, 113), 1))
+    + ")",
+    "large moduli": """causal & { (q - k) % 1000003 < 70001 and (3 * q + 5 * k) % 99991 > 77
+        and q // 65537 != k // 40009 }""",
+    "half planes": "causal & "
+    + " & ".join(
+        f"({{ {a} * q - {b} * k < {c} }} | {{ q % {a} == 1 }})"
+        for a, b, c in ((3, 2, 70), (5, 7, -900), (11, 3, 17), (13, 17, -70), (19, 5, 1))
+    ),
+    "axes": """attention a { axes t, y[12], x[10], z[6] attend neighborhood(3) on t
+        & neighborhood(5, 2) on y & neighborhood(7, 1, 2) on x
+        & neighborhood(3) on z | { q.t == k.t and q.y + q.x == k.y + k.x } }""",
     "complement": "attention a { input width : int[h]  attend ~coarsen(band(width[h], 0), 4, all) }",
 }
-# On one idle core each takes 0.3 to 0.9 s; the bound leaves room for a busy machine.
+# On one idle core each takes 0.1 to 1.7 s; the bound leaves room for a busy machine.
 SECONDS = 6.0
 
 

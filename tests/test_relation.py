@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 
-from attndsl import effort as effort_module
 from attndsl.blockruns import Reader
 from attndsl.derivation import Draw
 from attndsl.derive import derive
-from attndsl.effort import TooHard, bounded
+from attndsl.effort import GRAIN, Budget, TooHard, bounded
 from attndsl.grammar import load
 from attndsl.mask import IN_RANGE, pair_mask, without_redundant
 from attndsl.oracle import evaluate, mask
@@ -228,7 +227,7 @@ def test_past_the_effort_tiles_are_a_superset(text: str, monkeypatch: pytest.Mon
 
 def test_a_condition_past_the_effort_becomes_data(monkeypatch: pytest.MonkeyPatch) -> None:
     program, shape = load("causal & neighborhood(4, 2, 3)").program, call(16, 16)
-    monkeypatch.setattr(effort_module.bounded, "__defaults__", (20,))
+    monkeypatch.setattr("attndsl.relation.RELATION_EFFORT", 20)
     lowering = Lowering(program, (1, 1))
     relation = lowering.relation(program.branch.pattern)
     assert relation.notes
@@ -256,6 +255,32 @@ def test_a_bound_inside_a_bound_leaves_the_outer_one() -> None:
         bounded(ctx, outer, 2000)
     # What was refused is allowed again.
     assert not a.complement().is_empty()
+
+
+def test_steps_inside_a_bound_share_it() -> None:
+    ctx, done = isl.Context(), []
+    a = isl.Set.read_from_str(ctx, "{ [x, y] : x % 7 = 1 or y % 11 = 2 or x + y > 5 }")
+
+    def outer() -> None:
+        for _ in range(1000):
+            done.append(bounded(ctx, a.complement, 10_000))
+
+    with pytest.raises(TooHard):
+        bounded(ctx, outer, 40_000)
+    assert 0 < len(done) < 1000
+    assert ctx.get_max_operations() == 0
+
+
+def test_steps_of_a_budget_share_it() -> None:
+    ctx, budget, done = isl.Context(), Budget(40_000), 0
+    a = isl.Set.read_from_str(ctx, "{ [x, y] : x % 7 = 1 or y % 11 = 2 or x + y > 5 }")
+    with pytest.raises(TooHard):
+        for _ in range(1000):
+            before = budget.left
+            budget.bounded(ctx, a.complement)
+            assert budget.left <= before - GRAIN
+            done += 1
+    assert 0 < done <= 40_000 // GRAIN + 1
 
 
 @pytest.mark.parametrize(
