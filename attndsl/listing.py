@@ -156,6 +156,13 @@ def listables(program: Program, relation: Relation, stride: int = 1) -> Iterator
             yield found
 
 
+def draws_of(program: Program, relation: Relation) -> Iterator[Listable]:
+    """The draws of blocks that a derived program's pattern asks about, whether it lies in them or not."""
+    for name, e in relation.atoms.items():
+        if (found := _of_draw(program, name, e)) is not None:
+            yield found
+
+
 def _of_plan(program: Program, name: str, e: Scalar, stride: int) -> Listable | None:
     if not isinstance(e, Read) or not isinstance(found := program.input(e.input).derivation, Chosen):
         return None
@@ -168,7 +175,7 @@ def _of_plan(program: Program, name: str, e: Scalar, stride: int) -> Listable | 
 
 
 def _of_draw(program: Program, name: str, e: Scalar) -> Listable | None:
-    """The members that `random` draws, where they and its row classes are no smaller than tiles."""
+    """The members that `random` draws, where they and its row classes are made of whole tiles."""
     match e:
         case Call(function="drawn", args=(_, member, Read(input=last, index=(*_, row, Const())), _)):
             decl = program.input(last)
@@ -177,7 +184,7 @@ def _of_draw(program: Program, name: str, e: Scalar) -> Listable | None:
     draw = decl.derivation
     assert isinstance(draw, Draw)
     count, keys, rows = draw.drawn.count, draw.drawn.keys, draw.drawn.rows
-    if draw.unit > 1 or draw.everywhere or keys < LEAST or (rows or LEAST) < LEAST:
+    if draw.unit > 1 or draw.everywhere or keys % LEAST or (rows or LEAST) % LEAST:
         return None
     if member != _quotient("k", keys) or row != (Const(0) if rows is None else _quotient("q", rows)):
         return None

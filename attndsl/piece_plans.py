@@ -15,6 +15,7 @@ from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.effort import one_at_a_time
 from attndsl.grid_pieces import BoxPiece
+from attndsl.learned import Over
 from attndsl.linear import normalise
 from attndsl.mask import shaped
 from attndsl.permuting import PermutedPiece
@@ -40,6 +41,7 @@ from attndsl.quasi_affine import condition
 from attndsl.runs import Side, TileRuns
 from attndsl.simplify import fold, specialise
 from attndsl.skipping import skipping_plan
+from attndsl.splitting import SplitPiece
 from attndsl.tiling import choose_backward_tilings, choose_tiling
 from attndsl.view_plans import view_backward, view_forward
 from attndsl.visits import closed_runs
@@ -66,6 +68,10 @@ def forward_plans(
         return (forward_plan(program, spec, tiling or choose_tiling(program, spec)),)
     if isinstance(pieces, PermutedPiece):
         return (_permuted_forward(pieces, spec, tiling),)
+    if isinstance(pieces[0], SplitPiece):
+        return _of_split(
+            pieces, lambda x: forward_plan(x.program, spec, tiling or choose_tiling(x.program, spec), follows=x.further)
+        )
     program = _of_pieces(program)
     branch = branch_scalars(program, spec)
     return _of_one_program(
@@ -109,13 +115,30 @@ def _backward_part(
 # ------------------------------------------------------------------------------------- pieces
 
 
-def _pieces(program: Program, spec: Spec, alone: bool) -> tuple[Piece | BoxPiece, ...] | PermutedPiece:
+def _of_split(pieces: Iterable[SplitPiece], make: Callable[[SplitPiece], P]) -> tuple[P, ...]:
+    """The plans of the pieces of a split, whose program is the whole with what some plan reads."""
+    pieces = tuple(pieces)
+    plans, whole = tuple(map(make, pieces)), pieces[0].whole
+    used = dict.fromkeys(decl for plan in plans for decl in plan.program.inputs)
+    # Sums over the whole pattern read all that it reads.
+    of_all = {x.over for plan in plans if isinstance(plan, BackwardPlan) for x in plan.learned}
+    learns = not of_all.isdisjoint((Over.DIAGONALS, Over.PAIRS))
+    inputs = tuple(decl for decl in whole.inputs if learns or decl in used)
+    program = replace(whole, inputs=(*inputs, *(decl for decl in used if decl not in whole.inputs)))
+    return tuple(replace(plan, program=program) for plan in plans)
+
+
+def _pieces(
+    program: Program, spec: Spec, alone: bool
+) -> tuple[Piece | BoxPiece, ...] | PermutedPiece | tuple[SplitPiece, ...]:
     """The pieces of a program, none where it stays whole, its tokens in order; or all of it in another order."""
     if spec.dropout:
         # What is dropped is drawn for whole tiles of keys in a row.
         return ()
     found = choose_pieces(program, (spec.heads, spec.kv_heads)).pieces
-    in_order = tuple(x for x in found if not isinstance(x, PermutedPiece))
+    if apart := tuple(x for x in found if isinstance(x, SplitPiece)):
+        return apart if alone and spec.even_start else ()
+    in_order = tuple(x for x in found if not isinstance(x, PermutedPiece | SplitPiece))
     if len(in_order) == len(found):
         return in_order
     # The parts of a softmax share a program, and with it what positions mean.
@@ -230,6 +253,13 @@ def backward_plans(
         return (backward_plan(program, spec, *(tilings or choose_backward_tilings(program, spec)), uses_lse=uses_lse),)
     if isinstance(pieces, PermutedPiece):
         return (_permuted_backward(pieces, spec, tilings, uses_lse),)
+    if isinstance(pieces[0], SplitPiece):
+
+        def backward(piece: SplitPiece) -> BackwardPlan:
+            chosen = tilings or choose_backward_tilings(piece.program, spec)
+            return backward_plan(piece.program, spec, *chosen, uses_lse=uses_lse, follows=piece.further)
+
+        return _of_split(pieces, backward)
     program = _of_pieces(program)
     branch = branch_scalars(program, spec)
     return _of_one_program(

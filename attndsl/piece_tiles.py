@@ -53,6 +53,8 @@ def count_pieces(
 def piece_tiles(plan: Plan, shape: CallShape, inputs: Mapping[str, Array], args: Mapping[str, int]) -> PieceTiles:
     """Counts the tiles of one piece. Raises ValueError where an input or argument that decides tiles is missing."""
     layout, block_q = plan.layout, plan.tiling.block_q
+    if any(run.list is not None for run in plan.runs.full + plan.runs.partial):
+        raise ValueError("some are listed when the kernel runs, and are not counted here")
     if isinstance(layout, Permutation):
         inputs = {**inputs, **order_values(plan.program, shape, inputs, args)}
     reader = Reader(plan.program, shape, {**inputs, **cut_values(plan.program, shape, inputs, args)}, args)

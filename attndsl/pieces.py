@@ -16,6 +16,7 @@ from itertools import permutations
 import islpy as isl
 import numpy as np
 
+from attndsl.derivation import Draw
 from attndsl.derive import derive
 from attndsl.effort import EFFORT, TooHard, bounded, one_at_a_time
 from attndsl.evaluate import evaluate
@@ -35,6 +36,7 @@ from attndsl.program import (
 from attndsl.reindex import in_layout, with_pairs
 from attndsl.relation import Relation, lowered
 from attndsl.runs import Side
+from attndsl.splitting import Split, SplitPiece, split
 from attndsl.tiles import touched_runs
 
 # Periods beyond this leave too few tokens to a residue.
@@ -80,7 +82,7 @@ class Choice:
     `considered`: every division, tokens in order first, where there was something to compare.
     """
 
-    pieces: tuple[Piece | BoxPiece | PermutedPiece, ...] = ()
+    pieces: tuple[Piece | BoxPiece | PermutedPiece | SplitPiece, ...] = ()
     considered: tuple[Division, ...] = ()
     note: str = ""
 
@@ -101,6 +103,8 @@ def choose_pieces(program: Program, heads: tuple[int, int]) -> Choice:
         return found
     if (in_order := permuted(program, heads)) is not None:
         return Choice((in_order,), note=f"{in_order.layout}: sorted, the data bounds the keys of a row")
+    if (apart := _apart(program, heads)) is not None:
+        return apart
     candidates = _candidates(program, heads)
     if not candidates:
         return Choice()
@@ -123,6 +127,45 @@ def _by_boxes(program: Program, heads: tuple[int, int]) -> Choice | None:
     rest, boxes = found
     first = () if rest is None else (Piece(PLAIN, rest),)
     return Choice((*first, *boxes), note=f"products of sets along the axes: pieces by boxes, {len(boxes)} of them")
+
+
+def _apart(program: Program, heads: tuple[int, int]) -> Choice | None:
+    """What a draw adds to a pattern apart from the rest, where that spares tiles."""
+    if not any(isinstance(decl.derivation, Draw) for decl in program.inputs):
+        return None
+
+    def compared() -> tuple[Split, float, float] | None:
+        found = split(program, heads)
+        if found is None:
+            return None
+        return found, _touched(found.without, program), _touched(found.whole, program)
+
+    try:
+        compared_to = bounded(lowered(program, heads)[0].ctx, compared, SEARCH_EFFORT)
+    except TooHard:
+        return None
+    if compared_to is None:
+        return None
+    found, rest, whole = compared_to
+    drawn = found.drawn
+    assert isinstance(drawn.plan.derivation, Draw)
+    # Rows of smaller classes have smaller tiles, each with a list of its own.
+    lists = max(1, BLOCK_Q // 2 // (drawn.rows or BLOCK_Q)) * drawn.plan.derivation.drawn.count * drawn.keys / BLOCK_K
+    programs = TOKENS // BLOCK_Q
+    if rest + programs * (lists + PROGRAM + TAKEN_UP) >= WORTH_IT * (whole + programs * PROGRAM):
+        return None
+    return Choice(found.pieces, note="what `random` adds to the rest is a piece of its own, its tiles listed")
+
+
+def _touched(relation: Relation, program: Program) -> float:
+    """The tiles that a relation touches at the length for which costs are compared, whatever data and heads say."""
+    ctx = relation.pairs.get_ctx()
+    pairs = relation.project_atoms(relation.pairs)
+    for name in relation.uniform:
+        pairs = project_param(pairs, name)
+    length = isl.Set.read_from_str(ctx, f"[Nq, Nk, start] -> {{ : Nq = {TOKENS} and Nk = {TOKENS} and start = 0 }}")
+    known = replace(relation, context=relation.context.intersect(length))
+    return _tiles(in_layout(known, pairs.intersect_params(known.context), PLAIN), PLAIN, program.align_start)
 
 
 def _reads_derived(program: Program, relation: Relation) -> bool:

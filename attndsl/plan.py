@@ -368,11 +368,13 @@ def learning_tiling(spec: Spec) -> Tiling:
 @functools.lru_cache(maxsize=1024)
 @one_at_a_time
 def forward_plan(
-    program: Program, spec: Spec, tiling: Tiling, skip: bool = True, layout: Layout | Permutation = PLAIN
-) -> ForwardPlan:
+    program: Program, spec: Spec, tiling: Tiling, skip: bool = True, layout: Layout | Permutation = PLAIN,
+    follows: bool = False,
+) -> ForwardPlan:  # fmt: skip
     """The forward kernel of a program for one kind of call; the plan's program is the derived one.
 
     skip: whether tiles that sorted data rules out are left out. layout: where the tokens lie that are in order here.
+    follows: it adds to what another piece has found, with which all that enters once came in.
     """
     spec = _loading(spec, tiling)
     visits = visits_of(
@@ -381,8 +383,10 @@ def forward_plan(
     program, runs = visits.program, visits.runs
     # The Hopper kernel visits a tile even where there is none, and masks it.
     mask = visits.mask() if runs.partial or visits.gathered or spec.backend is Backend.GLUON else None
-    branch = branch_scalars(program, spec)
-    plan = ForwardPlan(program, spec, tiling, runs, mask, **branch, layout=layout, gathered=visits.gathered)
+    branch = branch_scalars(program, spec) | ({"sink": None} if follows else {})
+    plan = ForwardPlan(
+        program, spec, tiling, runs, mask, **branch, layout=layout, follows=follows, gathered=visits.gathered
+    )
     return replace(plan, program=with_needed(program, plan.inputs))
 
 
@@ -390,14 +394,14 @@ def forward_plan(
 @one_at_a_time
 def backward_plan(
     program: Program, spec: Spec, tiling: Tiling, key_tiling: Tiling | None = None, uses_lse: bool = True,
-    layout: Layout | Permutation = PLAIN,
+    layout: Layout | Permutation = PLAIN, follows: bool = False,
 ) -> BackwardPlan:  # fmt: skip
     """The backward kernels of a program for one kind of call; `key_tiling` (default: `tiling`) is that of dk and dv.
 
-    layout: as in `forward_plan`.
+    layout, follows: as in `forward_plan`.
     """
     key_tiling, program, spec = key_tiling or tiling, with_cuts(derive(program)), _loading(spec, tiling)
-    branch = branch_scalars(program, spec)
+    branch = branch_scalars(program, spec) | ({"sink": None} if follows else {})
     derivatives = slopes(program, branch)
     # Sums of learnable inputs are made tile by tile, in order.
     learns = bool(derivatives["learnable"] or derivatives["sink_learnable"])
@@ -416,7 +420,8 @@ def backward_plan(
         runs, mask = TileRuns((), ()), None
     plan = BackwardPlan(
         program, spec, tiling, runs, mask, **branch, key_tiling=key_tiling, key_runs=key_runs, key_mask=key_mask,
-        **derivatives, uses_lse=uses_lse, layout=layout, gathered=of_keys.gathered, marked=of_keys.marked,
+        **derivatives, uses_lse=uses_lse, layout=layout, follows=follows, gathered=of_keys.gathered,
+        marked=of_keys.marked,
     )  # fmt: skip
     # Kernels that go over the whole pattern once more read what these need not.
     whole = any(x.over in (Over.DIAGONALS, Over.PAIRS) for x in plan.learned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attndsl
+from attndsl.api import load_attention
 from attndsl.derivation import Draw
 from attndsl.derive import own_inputs
 from attndsl.grammar import load
 from attndsl.listing import even_start, lists_tiles
 from attndsl.oracle import mask
-from attndsl.plan import Tiling, forward_plan
+from attndsl.piece_plans import forward_plans
+from attndsl.pieces import choose_pieces
+from attndsl.plan import Backend, Tiling, forward_plan
 from attndsl.program import CallShape
+from attndsl.runtime.cache import KernelCache
 from attndsl.runtime.derive import Deriver
-from attndsl.targets import hopper_refusal, make_spec
+from attndsl.runtime.printing import printed_backward, printed_forward
+from attndsl.splitting import SplitPiece
+from attndsl.targets import hopper_refusal, layout_refusal, make_spec
 from attndsl.tiling import all_listables
+from attndsl.wiring import engine
 from tests.accuracy import examples
-from tests.cases import case
+from tests.cases import case, floats
 from tests.gradients import judge
+from tests.scattered import SINK
 from tests.strategies import Case
 from tests.test_backward_cpu import runner as cpu
 from tests.test_backward_triton import runner as triton
@@ -47,6 +56,32 @@ DRAWN: dict[str, Case] = {
     ),
     "wide heads": case(
         "causal & random(2, of = blocks(64), per = rows(64), seed = h)", 130, 130, (2, 2), (80, 80), batch=1
+    ),
+}  # fmt: skip
+
+
+# What is drawn adds to what is there without it.
+SPLIT: dict[str, Case] = {
+    "window": case("causal & (window(12) | random(2, of = blocks(16), per = rows(16), seed = h))", 100, 100, (4, 2)),
+    "bigbird": case(
+        """(band(1, 1) | { q == 0 or k == 0 or q == Nq - 1 or k == Nk - 1 }) on blocks(16)
+        | random(3, of = blocks(16), per = rows(16), seed = h)""", 100, 100, batch=1,
+    ),
+    "chunk": case("causal & (window(12) | random(2, of = blocks(32), per = rows(32), seed = h))", 40, 168),
+    "sink": case(
+        f"attention a {{ {SINK}\n attend window(5) | random(2, of = blocks(16), per = head, seed = h) }}",
+        inputs={"sinks": floats(2)},
+    ),
+    "documents": case(
+        """attention a { input doc : int[b, k] sorted
+        attend document(doc) & window(20) | causal & random(2, of = blocks(16), per = rows(16), seed = h) }""",
+        inputs={"doc": np.sort(np.random.default_rng(0).integers(0, 4, (2, 70)), axis=1).astype(np.int32)},
+    ),
+    "bias": case(
+        """attention a { input near : float[h, 9] learnable
+        score s + near[h, clamp(q - k, -4, 4) + 4]
+        attend window(5) | random(2, of = blocks(16), per = rows(16), seed = h) }""",
+        batch=1, inputs={"near": floats(2, 9)},
     ),
 }  # fmt: skip
 
@@ -109,6 +144,82 @@ def test_default_tiles_are_made_of_members() -> None:
     judge(triton(None), DRAWN["of rows"], torch.float32)
 
 
+@pytest.mark.parametrize("name", SPLIT)
+def test_what_is_drawn_besides_the_rest_is_a_piece(name: str) -> None:
+    """The second piece's tiles are listed, and the two share what the runtime makes for them."""
+    chosen = SPLIT[name]
+    program, shape = chosen.load(), chosen.shape
+    pieces = choose_pieces(program, (shape.heads, shape.kv_heads)).pieces
+    assert len(pieces) == 2
+    spec = replace(make_spec("sm_90", "triton", shape.heads, shape.kv_heads, 64), even_start=True)
+    first, second = forward_plans(program, spec, SMALL)
+    assert (first.follows, second.follows) == (False, True)
+    assert all(run.list is not None for run in second.runs.full + second.runs.partial)
+    assert first.program == second.program
+    assert all(isinstance(piece, SplitPiece) for piece in pieces)
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_gradients_of_pieces_on_the_cpu(name: str) -> None:
+    judge(cpu(SMALL), SPLIT[name], torch.float64)
+
+
+@pytest.mark.parametrize("name", ["chunk", "sink"])
+def test_gradients_of_pieces_in_triton(name: str) -> None:
+    judge(triton(SMALL), SPLIT[name], torch.float32)
+
+
+def test_default_tiles_of_pieces() -> None:
+    judge(triton(None), SPLIT["bigbird"], torch.float32)
+
+
+def test_what_stays_whole() -> None:
+    for text in (
+        "causal - random(2, of = blocks(16), per = rows(16), seed = h, among = causal)",  # pairs taken away
+        "causal & (window(12) | random(2, of = tokens, per = query, seed = h))",
+        "causal | random(2, of = blocks(16), per = rows(16), seed = h) & window(9)",  # nothing to spare
+        # Without one of them the other may draw any tile.
+        "causal & (random(1, blocks(32), rows(16), h) | random(2, blocks(16), rows(32), 5))",
+    ):
+        assert choose_pieces(load(text).program, (2, 1)).plain, text
+    # Where rows begin elsewhere, and beside other parts of a softmax.
+    program, spec = SPLIT["window"].load(), make_spec("sm_90", "triton", 4, 2, 64)
+    assert len(forward_plans(program, replace(spec, even_start=False))) == 1
+    assert len(forward_plans(program, replace(spec, even_start=True), alone=False)) == 1
+    assert not layout_refusal(program, replace(spec, even_start=False))
+    assert layout_refusal(program, replace(spec, even_start=True))
+    judge(cpu(SMALL), replace(SPLIT["chunk"], shape=CallShape(1, 2, 1, 41, 168, 16, 16)), torch.float64)
+
+
+def test_pieces_of_a_draw_are_explained() -> None:
+    attn = load_attention("window(9) | random(2, of = blocks(64), per = rows(64), seed = h)")
+    text = str(attn.explain(1024, 1024))
+    assert "what `random` adds to the rest is a piece of its own" in text
+    assert "computed before the kernel: members_drawn" in text
+    assert "tiles: some are listed when the kernel runs, and are not counted here" in text
+
+
+def test_pieces_of_a_draw_are_kept(tmp_path: Path) -> None:
+    program = SPLIT["bigbird"].load()
+    spec = replace(make_spec("sm_90", "triton", 4, 2, 64), even_start=True)
+    printers = engine(program).generators
+    of_backend = {Backend.TRITON: printers.triton_forward}
+    first, again = (
+        printed_forward(program, spec, (Backend.TRITON,), None, of_backend, KernelCache(tmp_path / "kernels"))
+        for _ in range(2)
+    )
+    assert first == again
+    assert [x.follows for x in first] == [False, True]
+    assert first[0].program.inputs == forward_plans(program, spec)[0].program.inputs
+    back, kept = (
+        printed_backward(program, spec, False, None, printers, KernelCache(tmp_path / "kernels")) for _ in range(2)
+    )
+    assert back == kept
+    assert load_attention("window(9) | random(2, of = blocks(64), per = rows(64), seed = h)").kernels() == (
+        "forward", "forward_2", "dq", "dkdv", "dq_2", "dkdv_2", "decode",
+    )  # fmt: skip
+
+
 @st.composite
 def drawn_programs(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Case:
     """A draw of blocks, within other sets and around them."""
@@ -118,7 +229,15 @@ def drawn_programs(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Case:
     among = draw(st.sampled_from(("", ", among = causal", ", among = window(20) | sink(4)", ", among = ~causal")))
     keys = draw(st.sampled_from((16, 32, 48)))
     drawn = f"random({draw(st.integers(1, 5))}, blocks({keys}), {per}, {seed}{among})"
-    around = draw(st.sampled_from(("{}", "causal & {}", "{} - window(9)", "{} & same_block(40)", "dilated(2) & {}")))
+    around = draw(
+        st.sampled_from(
+            (
+                "{}", "causal & {}", "{} - window(9)", "{} & same_block(40)", "dilated(2) & {}", "window(9) | {}",
+                "causal & (sink(3) | window(7) | {})", "strided(9) | {} & causal",
+                "(if h < 1 then window(5) else none) | {}",
+            )
+        )
+    )  # fmt: skip
     return case(around.format(drawn), rows, k_len, draw(st.sampled_from(((2, 1), (2, 2)))))
 
 
