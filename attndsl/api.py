@@ -261,13 +261,14 @@ class Attention:
         >>> attndsl.compile("causal & (window(8) | sink(4))").evictable(24, page=4)
         [1, 2, 3]
 
-        page: tokens of a page. inputs: arguments, and inputs that do not read q or k, where they are known.
-        A column that the pattern leaves and comes back to is not evictable; a page once evictable stays so.
+        page: tokens of a page. inputs: arguments and inputs that are known; of those read at keys, as `until[k]`, the
+        tensors decide, of all sequences and heads. A column that the pattern leaves and comes back to is not evictable;
+        a page once evictable stays so, as long as the inputs do.
         """
         import numpy as np
 
-        pages = np.arange(max(seq_len, 0) // page)
-        return [int(i) for i in pages[self.retention(page, **inputs).evictable(seq_len, pages)]]
+        pages, (arrays, _) = np.arange(max(seq_len, 0) // page), known(self.program, inputs)
+        return [int(i) for i in pages[self.retention(page, **inputs).evictable(seq_len, pages, arrays)]]
 
     def retention(self, page: int = 1, **inputs: Any) -> Retention:
         """What `evictable` decides by, for every length: see `attndsl.eviction`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import islpy as isl
@@ -22,7 +22,27 @@ from attndsl.effort import TooHard, bounded
 from attndsl.evaluate import evaluate
 from attndsl.isl_sets import project_param
 from attndsl.keeping import kept, kept_by
-from attndsl.program import Arg, Binary, Compare, Const, Logic, Program, Read, Scalar, Var
+from attndsl.program import (
+    Arg,
+    Axis,
+    Binary,
+    Compare,
+    Complement,
+    Const,
+    Dim,
+    Inter,
+    Logic,
+    Minus,
+    Program,
+    Read,
+    Scalar,
+    Set,
+    Type,
+    Union,
+    Var,
+    Where,
+    rebuild,
+)
 from attndsl.quasi_affine import condition
 from attndsl.relation import Lowering
 
@@ -31,17 +51,53 @@ Known = tuple[tuple[Scalar, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
+class KeyNeed:
+    """What is needed by what inputs hold at single keys: a condition on the key (`k`) and the tokens so far (`Nk`).
+
+    reads: arguments of the condition, and the reads at that key for which they stand.
+    """
+
+    needed: Scalar
+    reads: tuple[tuple[Arg, Read], ...]
+
+    def at(self, tokens: int, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
+        """Which keys some row from `tokens` on reads, of any sequence and head: bool [keys]."""
+        held: dict[Scalar, NDArray[Any]] = {arg: _by_lead(arrays[read.input], read) for arg, read in self.reads}
+        keys = max(x.shape[-1] for x in held.values())
+        found = evaluate(self.needed, {"q": np.asarray(0), "k": np.arange(keys), "Nk": np.asarray(tokens)}, held)
+        needed = np.broadcast_to(found, np.broadcast_shapes(found.shape, (1, 1, 1, keys)))
+        return np.asarray(needed.reshape(-1, keys).any(0))
+
+
+def _by_lead(x: NDArray[Any], read: Read) -> NDArray[np.int64]:
+    """What an input holds at keys, as [b, h, g, keys]; of dimensions that it lacks 1."""
+    sizes = {e.name: n for e, n in zip(read.index, x.shape, strict=True) if isinstance(e, Var)}
+    order = [i for name in "bhgk" for i, e in enumerate(read.index) if e == Var(name)]
+    return x.astype(np.int64).transpose(order).reshape([sizes.get(name, 1) for name in "bhgk"])
+
+
+@dataclass(frozen=True, slots=True)
 class Retention:
-    """Which pages of `page` tokens are needed: a condition on the page (`k`) and the tokens so far (`Nk`)."""
+    """Which pages of `page` tokens are needed: a condition on the page (`k`) and the tokens so far (`Nk`), or what
+    `by_key` says of one of its keys."""
 
     page: int
     needed: Scalar
+    by_key: tuple[KeyNeed, ...] = ()
 
-    def evictable(self, tokens: int, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def evictable(
+        self, tokens: int, pages: NDArray[np.int64], arrays: Mapping[str, NDArray[Any]] | None = None
+    ) -> NDArray[np.bool_]:
         """Which of these pages, by their place in a sequence, no row from `tokens` on can read; never one that is
-        not full yet."""
+        not full yet. arrays: what `by_key` reads."""
         found = evaluate(self.needed, {"q": np.asarray(0), "k": pages, "Nk": np.asarray(tokens)}, {})
-        return ~np.broadcast_to(found, pages.shape).astype(bool) & ((pages + 1) * self.page <= tokens)
+        needed = np.broadcast_to(found, pages.shape).astype(bool)
+        for each in self.by_key:
+            keys = each.at(tokens, arrays or {})
+            keys = np.asarray(np.pad(keys, (0, -len(keys) % self.page)).reshape(-1, self.page).any(1))
+            # Past what is told of keys anything may be read.
+            needed = needed | (pages >= len(keys)) | keys[np.minimum(pages, len(keys) - 1)]
+        return ~needed & ((pages + 1) * self.page <= tokens)
 
 
 def retention_of(
@@ -53,15 +109,58 @@ def retention_of(
     arrays, args: inputs and arguments that are known.
     """
     needed: list[Scalar] = []
+    by_key: list[KeyNeed] = []
     for part in _raw(program, composition):
-        needed.append(retention(part, page, known_scalars(part, arrays, args)).needed)
+        told, reads = _at_keys(part, arrays)
+        if reads:
+            by_key.append(KeyNeed(retention(told, 0, known_scalars(told, arrays, args)).needed, reads))
+        else:
+            needed.append(retention(part, page, known_scalars(part, arrays, args)).needed)
     tail = max((each.size for each in kept(program, composition)), default=1)
     if tail > 1:
         # A page whose last token comes after the first that an entry ending at the next token may begin with.
         end = Binary("*", Const(page), Binary("+", Var("k"), Const(1)))
         needed.append(Compare(">", end, Binary("-", Var("Nk"), Const(tail - 1))))
     found = needed[0] if len(needed) == 1 else Logic("or", tuple(needed)) if needed else Const(False)
-    return Retention(page, found)
+    return Retention(page, found, tuple(by_key))
+
+
+def _at_keys(program: Program, arrays: Mapping[str, Any]) -> tuple[Program, tuple[tuple[Arg, Read], ...]]:
+    """The program with arguments in the place of what its sets read of known integers at the key alone, and which."""
+    found: dict[Read, Arg] = {}
+    own = {"b", "h", "g", "k"}
+
+    def step(e: Scalar) -> Scalar:
+        match e:
+            case Read(input=name, index=(*_, Var(name="k")), type=Type.INT) if (
+                name in arrays
+                and arrays[name].size
+                and all(isinstance(x, Var) and x.name in own for x in e.index)
+                and len(set(e.index)) == len(e.index)
+                and program.input(name).dims[-1] == Dim(Axis.K)
+            ):
+                return found.setdefault(e, Arg(f"at_key_{len(found)}"))
+            case _:
+                return e
+
+    def rewritten(pattern: Set) -> Set:
+        match pattern:
+            case Where(cond=cond):
+                return replace(pattern, cond=rebuild(cond, step))
+            case Union(parts=parts) | Inter(parts=parts):
+                return replace(pattern, parts=tuple(map(rewritten, parts)))
+            case Minus(left=a, right=b):
+                return replace(pattern, left=rewritten(a), right=rewritten(b))
+            case Complement(operand=operand):
+                return replace(pattern, operand=rewritten(operand))
+            case _:
+                # Elsewhere k is no token.
+                return pattern
+
+    told = program.with_branch(pattern=rewritten(program.branch.pattern))
+    return replace(told, args=(*program.args, *(arg.name for arg in found.values()))), tuple(
+        (arg, read) for read, arg in found.items()
+    )
 
 
 def _raw(program: Program, composition: Composition) -> Iterator[Program]:
@@ -77,7 +176,8 @@ def _raw(program: Program, composition: Composition) -> Iterator[Program]:
 
 @functools.lru_cache(maxsize=256)
 def retention(program: Program, page: int, known: Known = ()) -> Retention:
-    """What a program of one part over raw tokens needs of a sequence's pages."""
+    """What a program of one part over raw tokens needs of a sequence's pages; of its keys where `page` is 0, for what
+    its arguments named `at_key` are there."""
     program = derive(program)
     lowering = Lowering(program)
     relation = lowering.relation(program.branch.pattern)
@@ -90,17 +190,17 @@ def retention(program: Program, page: int, known: Known = ()) -> Retention:
             if e in ranges:
                 low, high = ranges[e]
                 pairs = pairs.intersect(lowering.set(f"[{name}] -> {{ [q, k] : {low} <= {name} <= {high} }}"))
+        told = {name: e for name, e in relation.uniform.items() if isinstance(e, Arg) and e.name.startswith("at_key_")}
         for name in pairs.get_var_names(isl.dim_type.param):
-            pairs = pairs if name == "s" else project_param(pairs, name)
+            pairs = pairs if name == "s" or (name in told and not page) else project_param(pairs, name)
         # From here Nk stands for the tokens so far, and k for a page.
         position = pairs.find_dim_by_name(isl.dim_type.param, "s")
         pairs = pairs.set_dim_name(isl.dim_type.param, position, "Nk")
-        of_page = isl.Map.read_from_str(
-            lowering.ctx, f"{{ [q, k] -> [0, p] : {page} p <= k < {page} p + {page} }}"
-        )  # fmt: skip
+        place = f"{page} p <= k < {page} p + {page}" if page else "p = k"
+        of_page = isl.Map.read_from_str(lowering.ctx, f"{{ [q, k] -> [0, p] : {place} }}")
         pages = pairs.apply(of_page).compute_divs().coalesce()
         context = lowering.set("[Nk] -> { : Nk >= 0 }")
-        return condition(pages, context, {})
+        return condition(pages, context, told)
 
     try:
         return Retention(page, bounded(lowering.ctx, needed))

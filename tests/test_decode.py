@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -88,6 +89,11 @@ def decodes(draw: st.DrawFn) -> tuple[Case, list[int], int | None]:
     capacity = case.shape.k_len
     known = st.sampled_from([0, 1, min(case.shape.rows, capacity), capacity])
     lengths = [draw(st.one_of(known, st.integers(0, capacity))) for _ in range(case.shape.batch)]
+    if "order" in case.inputs:
+        # A permutation of each sequence's tokens, and not of the cache's places alone.
+        ends = sorted({0, *lengths, capacity})
+        runs = [np.arange(low, high)[::-1] for low, high in pairwise(ends)]
+        case = replace(case, inputs={**case.inputs, "order": np.concatenate([np.arange(0), *runs]).astype(np.int32)})
     return case, lengths, draw(st.sampled_from((None, None, 1, 16, 24)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,3 +194,39 @@ def test_a_million_tokens_in_constant_memory() -> None:
         for tokens in (1 << 14, 1 << 20, (1 << 20) + 7):
             pages = np.arange(-(-tokens // 16))
             assert (~kept.evictable(tokens, pages)).sum() in (4 + 64, 4 + 65)
+
+
+# ---------------------------------------------------------------------- what inputs hold at keys
+
+AT_KEYS = {
+    "nats": "input until : int[b, h, k]  attend causal & { q <= until[k] }",
+    "one head": "input until : int[k]  attend causal & ({ q <= until[k] } | sink(2))",
+    "two": "input until : int[b, h, k]  input kind : int[b, k]  attend causal & { q <= until[k] and kind[k] == 1 }",
+    "windows": "input reach : int[b, k]  attend causal & { q - k < reach[k] } & window(20)",
+    "not": "input until : int[g, k]  attend causal - { q > until[k] + k % 3 }",
+    "elsewhere": "input until : int[b, k]  attend causal & coarsen({ q <= until[k] }, 4, any)",
+}
+
+
+@pytest.mark.parametrize("name", AT_KEYS)
+def test_inputs_at_keys_decide(name: str) -> None:
+    """By the oracle's mask of a longer sequence: what is evictable no later row sees, and what no row of a much longer
+    one sees is evictable, page by page."""
+    attn, rng, n, far = attndsl.compile(f"attention a {{ {AT_KEYS[name]} }}"), np.random.default_rng(5), 33, 90
+    sizes = {"b": 2, "h": 4, "g": 2, "k": far}
+    arrays: dict[str, Any] = {}
+    for decl in attn.program.inputs:
+        shape = [sizes[dim.axis.value] for dim in decl.dims]
+        high = {"until": 60, "kind": 2, "reach": 9}[decl.name]
+        arrays[decl.name] = rng.integers(0, high, shape)
+    masks = [attn.mask(far, far, 4, 2, batch=b, **arrays) for b in range(2 if "b" in AT_KEYS[name] else 1)]
+    for page in (1, 4):
+        for tokens in (n, 8, 0):
+            seen = np.any([mask[:, tokens:].any((0, 1)) for mask in masks], 0)[:tokens]
+            whole = tokens // page
+            unseen = np.flatnonzero(~seen[: whole * page].reshape(whole, page).any(1)).tolist() if whole else []
+            found = attn.evictable(tokens, page, **arrays)
+            assert set(found) <= set(unseen)
+            if name != "elsewhere":
+                assert found == unseen
+    assert attn.evictable(n, 1) == ([] if name != "windows" else list(range(n - 19))), "unknown, all may be read"
