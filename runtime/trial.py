@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attndsl.blockgraph import block_graph
 from attndsl.diagnostics import error
+from attndsl.members import Placed
 from attndsl.pairs import allowed, count_pairs, nodes, too_dense
 from attndsl.parts import parts_of
 from attndsl.plan import default_tiling
@@ -237,7 +238,8 @@ def _per_token(decl: InputDecl) -> bool:
 def _permutations(program: Program) -> set[str]:
     patterns = (part.pattern for branch in program.branches for part in branch.parts)
     places = [node.place for pattern in patterns for node in nodes(pattern) if isinstance(node, On)]
-    return {place.input for place in places if isinstance(place, Permuted)}
+    members = [selection.members for selection in program.selections]
+    return {x.input for x in (*places, *members) if isinstance(x, Permuted | Placed)}
 
 
 # ---------------------------------------------------------------------------------------- checks

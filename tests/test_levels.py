@@ -75,10 +75,10 @@ def of_levels(level: NDArray[np.int64], size: int) -> Rule:
 
 RULES = (
     "levels((1, 2, 4), blocks(8), quantiles = (0.3, 0.5, 0.8), {})",
-    "levels((1, 8), blocks(8), masses = (0.4, 0.9), {})",
+    "levels((1, 8), blocks(8), masses = (0.417, 0.913), {})",
     "levels((2, 4), blocks(4), quantiles = (0.5, 0.7), {})",
     "levels((1, 3, 1), blocks(6), quantiles = (0.2, 0.5, 1.0), {})",
-    "levels((4, 2, 1), blocks(8), masses = (0.2, 0.4, 0.6), {})",
+    "levels((4, 2, 1), blocks(8), masses = (0.217, 0.413, 0.619), {})",
 )
 PATTERN = (
     "causal",
