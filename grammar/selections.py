@@ -13,7 +13,7 @@ from attndsl.grammar.scalars import integer, static_float, static_int
 from attndsl.grammar.scope import Context, Use
 from attndsl.grammar.unsupported import Feature, unsupported
 from attndsl.members import Lags, Members, Tiles
-from attndsl.program import Arg, Const, Read, Set, Where, reads, walk
+from attndsl.program import Arg, Const, Inter, Read, Set, Where, reads, walk
 from attndsl.selection import (
     Above,
     Antidiagonal,
@@ -132,7 +132,8 @@ class _Options:
         if among is None:
             among = Where(Const(True), node.span)
         if _of_tiles(self.given.get("of")) or _of_tiles(self.given.get("per")):
-            among = sets.gridded(among, self.ctx)
+            on_grid = sets.gridded(among, self.ctx)
+            among = on_grid.parts[-1] if "among" not in self.given and isinstance(on_grid, Inter) else on_grid
         made = Selection(
             name, rule, keys, rows or None, share, among, always, forced, score, normalise, members=members,
             row_tiles=row_tiles, span=node.span,
