@@ -63,7 +63,7 @@ def bounded(ctx: isl.Context, step: Callable[[], _Result], effort: int = EFFORT)
 
 
 def spent(ctx: isl.Context) -> int:
-    """The operations of a context since the outermost bounded step began, to the next multiple of GRAIN.
+    """The operations of a context since the outermost bounded step began, or up to an eighth and a GRAIN more.
 
     isl counts them and does not say: it is asked under which bound it would go on.
     """
@@ -71,7 +71,7 @@ def spent(ctx: isl.Context) -> int:
     low, high = 0, GRAIN
     while not _goes_on(ctx, high):
         low, high = high, 2 * high
-    while high - low > GRAIN:
+    while high - low > max(GRAIN, low // 8):
         middle = (low + high) // 2 // GRAIN * GRAIN
         low, high = (low, middle) if _goes_on(ctx, middle) else (middle, high)
     ctx.set_max_operations(outer)

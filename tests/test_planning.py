@@ -1,0 +1,62 @@
+"""Planning stays fast: no example passes a bound of effort, or many seconds; `benchmarks planning` shows times."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attndsl import effort
+from attndsl.compose import compose
+from attndsl.diagnostics import PatternError
+from attndsl.grammar import load
+from attndsl.piece_plans import backward_plans, forward_plans
+from attndsl.relation import Lowering
+from benchmarks import planning
+
+# Of one file's plans, all branches and kernels. A published pattern takes up to 0.4 s on one idle core.
+SECONDS = 4.0
+# Patterns that were slow, and of which no step passes its bound of effort now.
+WITHIN = {"block_attention", "block_diffusion", "duo", "longlora", "moa", "packed", "sliding_tile", "star", "video"}
+FILES = sorted(planning.PATTERNS.glob("*.attn"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_example_is_planned_soon(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds with room for a busy machine; that no step passes its bound holds the line without a clock."""
+    passed = list[effort.TooHard]()
+
+    def counted(self: effort.TooHard, *given: Any) -> None:
+        passed.append(self)
+
+    try:
+        program = load(path.read_text(), name=path.name, params=planning.TABLES.get(path.stem, {})).program
+    except PatternError as e:
+        pytest.skip(f"`benchmarks/planning.py` gives it no parameters: {e.diagnostics[0].message}")
+    monkeypatch.setattr(effort.TooHard, "__init__", counted)
+    begun = time.process_time()
+    for part in compose(program).programs:
+        spec = planning.spec_of(part)
+        assert forward_plans(part, spec)
+        assert backward_plans(part, spec)
+    assert time.process_time() - begun < SECONDS
+    assert not passed or path.stem not in WITHIN
+
+
+def test_kernels_of_a_program_share_its_relation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One lowering a side, whatever the number of tilings, searches and kernels."""
+    program = load("pattern shared = causal & (window(78) | dilated(16) & window(2048))").program
+    anchors = list[str]()
+    relation = Lowering.relation
+
+    def counted(self: Lowering, *given: Any) -> Any:
+        anchors.append(self.anchor)
+        return relation(self, *given)
+
+    monkeypatch.setattr(Lowering, "relation", counted)
+    spec = planning.spec_of(program)
+    forward_plans(program, spec)
+    backward_plans(program, spec)
+    assert sorted(anchors) in (["q"], ["k", "q"])
