@@ -126,6 +126,37 @@ def test_vmoba_takes_the_block_that_crosses() -> None:
     one_way("vmoba", q, k, rules.vmoba(q, k, 8, 0.6), change, block=8, share=0.6)
 
 
+def test_pbs_takes_the_block_that_crosses() -> None:
+    """Blocks of keys in another order inside segments of 16; what a row of blocks sees of earlier segments competes."""
+    tokens, segment, block, share = 80, 16, 8, 0.6
+    q, k, _ = call(tokens)
+    q = 4 * q
+    draw = np.random.default_rng(0)
+    pi = np.stack([[s + draw.permutation(segment) for s in range(0, tokens, segment)] for _ in range(HEADS)])
+    pi = pi.reshape(HEADS, tokens)
+    queries, keys = rules.numbers(q, k)
+
+    def choose(h: int, g: int) -> list[set[int]]:
+        rows, moved = [], keys[g][np.argsort(pi[h])]
+        x, y = rules.means(queries[h], block), rules.means(moved, block)
+        for r in range(tokens // block):
+            earlier = r * block // segment * segment // block
+            mass = rules.softmax(np.array([x[r] @ y[m] / DIM**0.5 for m in range(earlier)])) if earlier else np.zeros(0)
+            kept, sofar = set[int](), 0.0
+            for m in rules.best({m: float(mass[m]) for m in range(earlier)}, earlier):
+                if sofar >= share:
+                    break
+                kept.add(m)
+                sofar += float(mass[m])
+            # The block that holds the first token stays, whatever it weighs.
+            rows.append(kept | ({int(pi[h, 0]) // block} if earlier else set()))
+        return rows
+
+    change = "by = dot(mean(Q), mean(K)),", "exclusive, by = dot(mean(Q), mean(K)),"
+    more = {"segment": segment, "block": block, "share": share, "pi": torch.from_numpy(pi)[None].int()}
+    one_way("pbs", q, k, rules.for_heads(choose), change, **more)
+
+
 def test_sparge_leaves_out_the_block_that_crosses() -> None:
     q, k, _ = call(512)
     q = 12 * q
