@@ -1,4 +1,4 @@
-"""What a call makes before the kernels that attend, and after: entries of views, plans, and how branches combine."""
+"""What a call makes before the kernels that attend, and after: entries of views, plans, output, what is observed."""
 
 from __future__ import annotations
 
@@ -35,6 +35,9 @@ def around(program: Program, spec: Spec, shape: CallShape) -> Iterator[str]:
         rows = shape.batch * shape.heads * shape.rows
         moved = size * rows * spec.v_dim * (len(composition.branches) + 1)
         yield f"output: combined by {kernel}; {amount(moved)}B of branches and output"
+    for each in program.observations:
+        kernel = "PyTorch" if on_cpu else f"`{each.name}.observe`"
+        yield f"{each.name}: observed by {kernel} where a call asks, from q, k and lse once more"
 
 
 def amount(x: float) -> str:

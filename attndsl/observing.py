@@ -12,6 +12,7 @@ import functools
 from dataclasses import dataclass, replace
 from math import gcd
 
+from attndsl.branches import View
 from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.effort import one_at_a_time
@@ -37,6 +38,14 @@ class Cells:
         """The largest cells, powers of two, that divide these and the tiles."""
         rows = None if self.rows is None else gcd(self.rows, tiling.block_q)
         return replace(self, rows=rows, keys=gcd(self.keys, tiling.block_k))
+
+
+def cells_of(view: View | None, wanted: Cells) -> Cells:
+    """The blocks of a part's keys that a kernel finds: those of entries, where members hold whole ones."""
+    if view is None:
+        return wanted
+    whole = view.size == view.stride and wanted.keys % view.size == 0
+    return replace(wanted, keys=wanted.keys // view.size if whole else 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,17 +50,20 @@ def part_of(program: Program, name: str | None) -> Program:
 
 
 def kernel_names(program: Program, heads: int, kv_heads: int) -> tuple[str, ...]:
-    """The kernels of a program: those of its views, selections and branches, and those that combine them.
+    """The kernels of a program: those of its views, selections and branches, those that combine and those that observe.
 
     A branch has `forward`, `dq` and `dkdv`, once more for each further piece of a part and each further part, and a
     `decode` for each part; those of a named branch begin with its name.
     """
     names = list(_before(program, heads, kv_heads))
-    branches = (("", program),) if program.plain else compose(program).branches
-    for branch, own in branches:
+    branches = {"": program} if program.plain else dict(compose(program).branches)
+    for branch, own in branches.items():
         names += [f"{branch}.{x}" if branch else x for x in _of_branch(own, heads, kv_heads)]
     if combines(program):
         names += ["combine", "combine_gradients"]
+    for each in program.observations:
+        parts = branches[each.branch if program.output is not None else ""].only.parts
+        names += [f"{each.name}.observe{'' if n == 1 else f'_{n}'}" for n in range(1, len(parts) + 1)]
     return tuple(names)
 
 
@@ -109,7 +112,7 @@ def find_kernel(kernel: str, program: Program, heads: int, kv_heads: int) -> tup
     if kernel not in names and not (name == "gradients" and f"{kernel.removesuffix(name)}forward" in names):
         why = _why_not(program, owner, heads, kv_heads) if name == "select" else ""
         raise error("A531", why or f"there is no kernel {kernel!r}", help=f"one of {', '.join(names)}")
-    if number := re.fullmatch(r"(forward|dq|dkdv|decode|pool)_(\d+)", name):
+    if number := re.fullmatch(r"(forward|dq|dkdv|decode|pool|observe)_(\d+)", name):
         return owner, number[1], int(number[2]) - 1
     return owner, name, 0
 

@@ -13,6 +13,7 @@ from attndsl.compose import compose, raw_first
 from attndsl.decode import Cache, DecodePlan, decode_plan
 from attndsl.diagnostics import error
 from attndsl.listing import lists_tiles, reads_plans
+from attndsl.observing import Cells, ObservePlan, cells_of, observe_plans
 from attndsl.parts import find_kernel
 from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.plan import Backend, BackwardPlan, ForwardPlan, Loads, Spec
@@ -97,8 +98,8 @@ def decode_kept() -> Any:
 
 
 # Plans of kernels to look at, and the names of those that attend to nothing.
-ShownPlan: TypeAlias = ForwardPlan | BackwardPlan | DecodePlan | PoolPlan | SelectPlan | CombinePlan
-_AROUND = ("pool", "select", "combine", "combine_gradients")
+ShownPlan: TypeAlias = ForwardPlan | BackwardPlan | DecodePlan | PoolPlan | SelectPlan | CombinePlan | ObservePlan
+_AROUND = ("pool", "select", "combine", "combine_gradients", "observe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +166,12 @@ class Shown:
                     reason = f"on {self.target} `{owner}` is chosen by torch operators: Triton 3.6 fails on the kernel"
                     raise error("A510", reason, help="choose another target")
                 return select_plan(of_selection(program, selection), selection, spec)
+            case "observe":
+                each = next(each for each in program.observations if each.name == owner)
+                own = dict(compose(program).branches)[each.branch if program.output is not None else ""]
+                wanted = Cells(each.rows, each.keys, each.largest)
+                cells = tuple(cells_of(part.view, wanted) for part in own.only.parts)
+                return observe_plans(own, spec, cells)[n]
             case _:
                 return combine_plan(program, spec, name == "combine_gradients")
 
@@ -179,6 +186,10 @@ class Shown:
                 from attndsl.codegen.triton_select import select_source
 
                 return select_source(plan)
+            case ObservePlan():
+                from attndsl.codegen.triton_observe import observe_source
+
+                return observe_source(plan)
             case CombinePlan():
                 from attndsl.codegen.triton_combine import combine_source
 

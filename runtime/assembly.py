@@ -16,6 +16,7 @@ from torch import Tensor
 from attndsl.combining import CombinePlan
 from attndsl.decode import DecodePlan
 from attndsl.diagnostics import error
+from attndsl.observing import ObservePlan
 from attndsl.plan import BackwardPlan, DType, ForwardPlan, Plan
 from attndsl.pooling import PoolPlan
 from attndsl.program import CallShape, Program, Type
@@ -26,6 +27,8 @@ from attndsl.runtime.decode import FP8, DecodeTensors
 from attndsl.runtime.derive import derived_dtype
 from attndsl.runtime.engine import empty_output
 from attndsl.runtime.gluon_backward import GRADIENTS, gradients_parameters
+from attndsl.runtime.observing import FUNCTION as OBSERVE
+from attndsl.runtime.observing import observe_sources
 from attndsl.runtime.pool import POOLED, WARPS, pool_sources
 from attndsl.runtime.triton_backward import DKDV, DQ, backward_parameters
 from attndsl.runtime.triton_decode import DECODE, decode_sources
@@ -43,7 +46,7 @@ from attndsl.runtime.triton_select import select_sources
 from attndsl.select_plan import SelectPlan
 
 # Plans whose kernels are shown.
-Shown: TypeAlias = ForwardPlan | BackwardPlan | DecodePlan | PoolPlan | SelectPlan | CombinePlan
+Shown: TypeAlias = ForwardPlan | BackwardPlan | DecodePlan | PoolPlan | SelectPlan | CombinePlan | ObservePlan
 # Formats of each kind of device, in the order in which compilation makes them.
 FORMATS = {"cuda": ("ttir", "ttgir", "llir", "ptx", "sass"), "hip": ("ttir", "ttgir", "llir", "amdgcn")}
 # Any length will do: it decides no type and no alignment.
@@ -90,6 +93,9 @@ def offline_source(plan: Shown, text: str) -> KernelSource:
     if isinstance(plan, SelectPlan):
         sources = select_sources(plan, call_shape(q, k, v), q, plan.spec.kv_heads, inputs)
         return kernel_source(plan, text, parameters(text, SELECT), sources, aligned=False, function=SELECT)
+    if isinstance(plan, ObservePlan):
+        observed = dict(observe_sources(plan, q, k, v, inputs))
+        return kernel_source(plan, text, parameters(text, OBSERVE), observed, aligned=True, function=OBSERVE)
     if isinstance(plan, CombinePlan):
         function = function_of(plan)
         first = empty_output(q, call_shape(q, k, v))[0]

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from attndsl.branches import View
 from attndsl.observation import classes
-from attndsl.observing import Cells, ObservePlan, observe_plans
+from attndsl.observing import Cells, ObservePlan, cells_of, observe_plans
 from attndsl.plan import Backend
 from attndsl.program import CallShape
 from attndsl.runtime.call import call_shape
@@ -23,14 +23,6 @@ from attndsl.runtime.load import load_source
 from attndsl.runtime.masses import shares
 
 FUNCTION = "attention_observe"
-
-
-def cells_of(view: View | None, wanted: Cells) -> Cells:
-    """The blocks of a part's keys that a kernel finds: those of entries, where members hold whole ones."""
-    if view is None:
-        return wanted
-    whole = view.size == view.stride and wanted.keys % view.size == 0
-    return replace(wanted, keys=wanted.keys // view.size if whole else 1)
 
 
 @dataclass(slots=True)

@@ -36,8 +36,12 @@ print(json.dumps({
 } | {
     f"routed {kernel}": attndsl.compile("examples/patterns/nsa.attn").assembly(kernel, "ptx", heads=4, dim=32)
     for kernel in ("pool", "top.select", "summary.forward", "combine", "combine_gradients")
+} | {
+    "observed": attndsl.compile("examples/patterns/snapkv.attn").assembly(sys.argv[3], "ptx", heads=4, dim=32)
 }))
 """
+# Of the example of SnapKV.
+OBSERVED = "votes.observe"
 # Each row chooses for itself, so rows are gathered.
 CHOSEN = "attention chosen { input p : blocks(64)[b, h, q]  attend causal & p }"
 
@@ -47,7 +51,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["ATTNDSL_CACHE_DIR"] = str(tmp_path_factory.mktemp("kernels"))
     done = subprocess.run(
-        [sys.executable, "-c", COMPILES, PATTERN, CHOSEN],
+        [sys.executable, "-c", COMPILES, PATTERN, CHOSEN, OBSERVED],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -92,6 +96,7 @@ def test_what_stands_around_the_kernels_that_attend_compiles(compiled: dict[str,
         ("combine", "combine_branches"), ("combine_gradients", "combine_gradients"),
     ):  # fmt: skip
         assert f".entry {name}(" in compiled[f"routed {kernel}"]
+    assert ".entry attention_observe(" in compiled["observed"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
