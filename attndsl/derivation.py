@@ -132,6 +132,8 @@ class TileList:
     `TileMap`, which tells full tiles too. Over a view with an entry every `stride` tokens, `keys` and `block_k` count
     entries.
 
+    `complement`: the tiles that it does not choose.
+
     With `marks`, at most 32, a list of keys is of tiles of so many times `block_k` keys: a query tile stands in it once
     for several of these, and behind all entries stands for each a word whose bit i says that it chose the i-th.
     """
@@ -147,6 +149,7 @@ class TileList:
     mapped: bool = False
     marks: int = 0
     stride: int = 1
+    complement: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,8 @@ class Listable:
     """A selection or draw that a pattern lies in: the atom that stands for it, the condition behind it and the plan's
     units.
 
-    `keys`: those of a member, its entries over a view, which has one every `stride` tokens.
+    `keys`: those of a member, its entries over a view, which has one every `stride` tokens. `complement`: the pattern
+    lies outside of it.
     """
 
     atom: str
@@ -69,6 +70,7 @@ class Listable:
     keys: int
     level: int | None
     stride: int = 1
+    complement: bool = False
 
     def fits(self, block_q: int, block_k: int, even_start: bool) -> bool:
         """Whether tiles of these sizes lie in one row class and one member each."""
@@ -78,9 +80,8 @@ class Listable:
 
     def gathers(self, *blocks_k: int) -> bool:
         """Whether rows that choose for themselves are gathered, with key tiles of these sizes."""
-        return (
-            self.rows == self.stride == 1 and self.level is None and all(self.keys % block == 0 for block in blocks_k)
-        )
+        lists = self.level is None and not self.complement
+        return self.rows == self.stride == 1 and lists and all(self.keys % block == 0 for block in blocks_k)
 
     @property
     def unit(self) -> int:
@@ -93,13 +94,13 @@ class Listable:
         return not by_head and not any(reads(e, "h") for e in relation.uniform.values())
 
     def within(self, relation: Relation) -> Relation:
-        """The relation where the selection holds."""
+        """The relation where the selection holds, or of a complement does not."""
         atoms = {name: e for name, e in relation.atoms.items() if name != self.atom}
-        return replace(relation, pairs=where_param(relation.pairs, self.atom, 1), atoms=atoms)
+        return replace(relation, pairs=where_param(relation.pairs, self.atom, int(not self.complement)), atoms=atoms)
 
     def assumed(self, written: Scalar) -> Scalar:
-        """A condition where the selection holds."""
-        return fold(rebuild(written, lambda e: Const(True) if e == self.read else e))
+        """A condition where the selection holds, or of a complement does not."""
+        return fold(rebuild(written, lambda e: Const(not self.complement) if e == self.read else e))
 
     def listed(
         self, program: Program, runs: TileRuns, block_q: int, block_k: int, side: Side, marks: int = 0
@@ -120,6 +121,7 @@ class Listable:
             mapped,
             marks,
             self.stride,
+            self.complement,
         )
         decl = self._declared(program, f"{'q' if found.of_keys else 'k'}_tiles_{self.plan.name}", found)
         return replace(program, inputs=(*program.inputs, decl)), listed_runs(decl.name, _lead(decl), Var(side.value))
@@ -149,11 +151,18 @@ def _lead(decl: InputDecl) -> tuple[Scalar, ...]:
 
 
 def listables(program: Program, relation: Relation, stride: int = 1) -> Iterator[Listable]:
-    """The listables that every pair of a derived program's pattern is in. stride: that of the view it is over."""
+    """The listables that every pair of a derived program's pattern is in, then those that every pair is outside of.
+
+    stride: that of the view it is over. Single queries leave out few tiles in common: they have no complements.
+    """
+    outside = []
     for name, e in relation.atoms.items():
         found = _of_plan(program, name, e, stride) or (_of_draw(program, name, e) if stride == 1 else None)
         if found is not None and where_param(relation.pairs, name, 0).is_empty():
             yield found
+        elif found is not None and found.plan.members and found.rows != 1 and stride == 1:
+            outside.append(replace(found, complement=True))
+    yield from (found for found in outside if where_param(relation.pairs, found.atom, 1).is_empty())
 
 
 def draws_of(program: Program, relation: Relation) -> Iterator[Listable]:

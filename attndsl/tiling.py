@@ -89,7 +89,7 @@ def collected_tiling(found: Listable, shared: bool, tiling: Tiling, spec: Spec) 
     group, unit = spec.heads // spec.kv_heads, min(found.unit, tiling.block_k)
     if single and (not spec.lists or (found.gathers(LEAST) and not (shared and group >= LEAST // 2))):
         return None
-    if not single and unit == tiling.block_k:
+    if found.complement or (not single and unit == tiling.block_k):
         return None
     rows, pack = min(_SHARED_ROWS, found.rows & -found.rows if found.rows else _SHARED_ROWS), 1
     if rows < _SHARED_ROWS and (shared or group == 1):

@@ -86,7 +86,7 @@ class Listing:
     @property
     def slots(self) -> int:
         """Members that a row class may list."""
-        return self.members if self.plan.dtype == torch.uint8 else self.plan.shape[-1]
+        return self.members if _of_all(self.d, self.plan) else self.plan.shape[-1]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -103,12 +103,17 @@ class Listing:
     def by_kernels(self) -> bool:
         """Whether kernels make the list."""
         entries = self.slots * (self.d.keys // self.block_k)
-        if self.plan.dtype == torch.uint8 or self.ends.shape[0] > 1 or not 0 < entries <= lists.MAX_WIDTH:
+        if _of_all(self.d, self.plan) or self.ends.shape[0] > 1 or not 0 < entries <= lists.MAX_WIDTH:
             return False
         if isinstance(self.d, TileList) and (self.d.marks or self.d.stride > 1):
             return False
         counts = 2 * self.k_tiles * lists.chunks_of(self.ends.shape[2], entries)
         return self.plan.device.type == "cuda" and self.k_tiles > 0 and counts <= lists.MAX_COUNTS
+
+
+def _of_all(d: TileList | Gathering, plan: Tensor) -> bool:
+    """Whether any number of members may be listed: a plan is a map, or what it does not choose is."""
+    return plan.dtype == torch.uint8 or (isinstance(d, TileList) and d.complement)
 
 
 def _keys(d: TileList | Gathering, shape: CallShape) -> int:
@@ -160,7 +165,7 @@ def list_size(
         names, size = (("b",), shape.batch) if dim.axis is Axis.B else (("h", "g"), shape.heads)
         found.append(size if any(reads(e, *names) for e in ends) else own[dim.axis])
     members = -(-_keys(d, shape) // d.keys)
-    slots = members if plan.dtype == torch.uint8 else plan.shape[-1]
+    slots = members if _of_all(d, plan) else plan.shape[-1]
     if isinstance(d, Gathering):
         return [*found, LIST_HEAD * (members + gathered_tiles(d, shape, slots)) + shape.rows * slots]
     q_tiles, k_tiles = -(-shape.rows // d.block_q), -(-_keys(d, shape) // (d.block_k * max(1, d.marks)))
@@ -303,7 +308,10 @@ def _kinds(found: Listing) -> tuple[Tensor, Tensor]:
     where in part, and 2 where it does not count; and the key tile."""
     device, sizes, rows = found.plan.device, found.sizes, found.rows
     level = found.d.level if isinstance(found.d, TileList) else None
-    entries, counts = chosen_entries(found.plan, found.members, level)
+    plan = found.plan
+    if isinstance(found.d, TileList) and found.d.complement:
+        plan, level = (~chosen_members(plan, found.members, level)).to(torch.uint8), None
+    entries, counts = chosen_entries(plan, found.members, level)
     q_tile = torch.arange(sizes["q_tiles"], device=device)
     row_class = torch.zeros_like(q_tile)
     if rows is not None:

@@ -18,7 +18,7 @@ from attndsl.api import measure
 from attndsl.codegen.triton_forward import forward_source
 from attndsl.diagnostics import PatternError
 from attndsl.listing import even_start
-from attndsl.plan import Backend, DType, Spec, Tiling, backward_plan, forward_plan
+from attndsl.plan import Backend, DType, ForwardPlan, Spec, Tiling, backward_plan, forward_plan
 from attndsl.program import CallShape
 from attndsl.runtime import triton_gathered
 from attndsl.runtime.cache import KernelCache
@@ -315,6 +315,51 @@ def test_tiles_are_listed() -> None:
         assert all(run.list is None for run in (*unlisted.runs.full, *unlisted.runs.partial))
     assert even_start(program, CallShape(1, 1, 1, 128, 256, 8, 8))
     assert not even_start(program, CallShape(1, 1, 1, 128, 200, 8, 8))
+
+
+def test_complements_are_listed() -> None:
+    """Of what a plan does not choose tiles are listed too, full ones told from others; not where rows choose singly."""
+    spec = Spec(4, 2, 64, 64, DType.BFLOAT16, "cuda:90", even_start=True, lists=True)
+
+    def plan_of(dims: str) -> ForwardPlan:
+        program = attndsl.compile(f"attention planned {{ input p : blocks(64)[{dims}]\n attend causal - p }}").program
+        return forward_plan(program, spec, Tiling(64, 64))
+
+    for dims in ("b, g, q/64", "b, h", "q/128"):
+        plan = plan_of(dims)
+        assert all(run.list is not None for run in (*plan.runs.full, *plan.runs.partial))
+        assert not any("chosen" in decl.name for decl in plan.inputs)
+    assert all(run.list is None for run in plan_of("b, g, q").runs.partial)
+
+
+COMPLEMENTS = {
+    "rows": ("b, g, q/16", 16, (50, 50), "sorted"),
+    "map": ("b, h, q/32", 32, (40, 168), "map"),
+    "call": ("b, g", 16, (40, 40), "list"),
+    "uneven": ("q/48", 48, (100, 100), "list"),
+    "far_chunk": ("b, g, q/16", 16, (20, 57), "sorted"),
+}
+
+
+@pytest.mark.parametrize("name", COMPLEMENTS)
+def test_complements(name: str) -> None:
+    dims, keys, lengths, form = COMPLEMENTS[name]
+    shape = CallShape(1, 4, 2, *lengths, 16, 16)
+    plan = random_plan(np.random.default_rng(5), sizes(dims, shape), -(-shape.k_len // keys), form)
+    text = f"attention planned {{ input p : blocks({keys})[{dims}]\n attend causal - p }}"
+    for backend in ["cpu", *(["triton"] if INTERPRETED else [])]:
+        attend(text, shape, plan, backend, tiling=None)
+
+
+def test_a_complement_is_masked_in_decode() -> None:
+    """The list of a decode is of what is attended to."""
+    attn = attndsl.compile("attention planned { input p : blocks(16)[b, g]\n attend causal - p }")
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, *size, 16, generator=generator) for size in ((4, 1), (2, 60), (2, 60)))
+    plan = torch.tensor([[[0, 2], [1, -1]]], dtype=torch.int32)
+    lengths = torch.tensor([60], dtype=torch.int32)
+    found = attn.decode(q, k, v, lengths, p=plan)
+    torch.testing.assert_close(found.double(), attn.reference(q, k, v, p=plan), atol=2e-6, rtol=2e-5)
 
 
 @pytest.mark.parametrize(
