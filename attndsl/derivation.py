@@ -182,31 +182,36 @@ class TileMap:
 @dataclass(frozen=True, slots=True)
 class Order:
     """int32 [b?, g?, rows or keys]: the tokens of one side (`side`, "q": the call's rows, "k": keys), those with the
-    least `key` first, of equal ones the earlier first. `key` reads a row of the call as q (`permuting.py`)."""
+    least `key` first, of equal ones the earlier first. `key` reads a row of the call as q (`permuting.py`). `same`: the
+    input that this one is in calls with as many rows as keys, if there is one."""
 
     key: Scalar
     side: str
+    same: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Sorted:
-    """int64 of the dimensions of `order`: the `key` of each of its tokens."""
+    """int64 of the dimensions of `order`: the `key` of each of its tokens. `same`: as in `Order`."""
 
     key: Scalar
     side: str
     order: str
+    same: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """int64 of the dimensions of `own`, of sorted keys: numbers that increase first with the key, then with `position`,
     that of the token. A key's share counts those of `among`, the keys' sorted keys, that come before it, and those that
-    do not come after it: it increases from any key to a greater one that a token of either side has."""
+    do not come after it: it increases from any key to a greater one that a token of either side has. `same`: as in
+    `Order`."""
 
     own: str
     among: str
     position: Scalar
     side: str
+    same: str = ""
 
 
 Derivation: TypeAlias = (

@@ -108,12 +108,17 @@ def _read_by(derivation: Derivation | None) -> set[str]:
             pattern = drawn
         case Cut(own=own, other=other):
             return {x.input for e in (own, other) for x in walk(e) if isinstance(x, Read)}
-        case TileMap(cond=e) | Order(key=e):
-            return {x.input for x in walk(e) if isinstance(x, Read)}
-        case Sorted(key=key, order=order):
-            return {order, *(x.input for x in walk(key) if isinstance(x, Read))}
-        case Place(own=name, among=among, position=position):
-            return {name, among, *(x.input for x in walk(position) if isinstance(x, Read))}
+        case TileMap(cond=cond):
+            return {x.input for x in walk(cond) if isinstance(x, Read)}
+        case Order(key=e, same=same) | Sorted(key=e, same=same) | Place(position=e, same=same):
+            found = {x.input for x in walk(e) if isinstance(x, Read)} | ({same} if same else set())
+            match derivation:
+                case Sorted(order=order):
+                    return found | {order}
+                case Place(own=name, among=among):
+                    return found | {name, among}
+                case _:
+                    return found
         case _:
             assert_never(derivation)
     found = {x.input for e in scalars(pattern) for x in walk(e) if isinstance(x, Read)}

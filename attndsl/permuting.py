@@ -127,14 +127,21 @@ class _Permuting:
         # Where heads differ at all there is one for each key head.
         self.lead = (*([Axis.B] if batch else []), *([Axis.G] if head else []))
         self.declared: list[InputDecl] = []
-        self.orders = {
-            s: self._declare(f"{_SIDE[s]}_by_{self.sides[s].input}", s, Order(self._key(s), s)) for s in "qk"
-        }
-        self.values = {
-            s: self._declare(f"{self.sides[s].input}_of_{_SIDE[s]}", s, Sorted(self._key(s), s, self.orders[s]))
-            for s in "qk"
-        }
+        # Keys first: where the rows of a call are its keys, sorted by the same, what is known of keys is known of rows.
+        self.alike = substitute(of_rows, {"q": Var("k")}) == of_keys
+        self.orders: dict[str, str] = {}
+        self.values: dict[str, str] = {}
         self.places: dict[str, str] = {}
+        for s in "kq":
+            of, key, same = self.sides[s].input, self._key(s), self._same(s, self.orders)
+            self.orders[s] = self._declare(f"{_SIDE[s]}_by_{of}", s, Order(key, s, same))
+        for s in "kq":
+            of, key, same = self.sides[s].input, self._key(s), self._same(s, self.values)
+            self.values[s] = self._declare(f"{of}_of_{_SIDE[s]}", s, Sorted(key, s, self.orders[s], same))
+
+    def _same(self, side: str, found: dict[str, str]) -> str:
+        """What rows have too where they are the keys."""
+        return found["k"] if side == "q" and self.alike else ""
 
     def piece(self) -> PermutedPiece | None:
         """The program in the order; None where the order does not bound the keys of a row from both sides."""
@@ -188,10 +195,10 @@ class _Permuting:
         return name
 
     def _declare_places(self) -> None:
-        for s in "qk":
+        for s in "kq":
             token: Scalar = self._read(self.orders[s], Var(s))
             position = fold(Binary("+", token, self._first())) if s == "q" else token
-            derivation = Place(self.values[s], self.values["k"], position, s)
+            derivation = Place(self.values[s], self.values["k"], position, s, self._same(s, self.places))
             self.places[s] = self._declare(f"place_of_{_SIDE[s]}", s, derivation)
 
     def _read(self, name: str, at: Scalar) -> Read:

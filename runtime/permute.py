@@ -15,6 +15,8 @@ TOKEN_BITS = 32
 
 def of_order(decl: InputDecl, d: Order | Sorted | Place, values: Values) -> Tensor:
     """An order of tokens, or what is known of them in it, of the input's dimensions: see `attndsl.derivation`."""
+    if d.same and values.shape.rows == values.shape.k_len:
+        return values.tensors[d.same]
     match d:
         case Order(key=key, side=side):
             return torch.sort(_along(decl, key, side, values), dim=-1, stable=True).indices.to(torch.int32)
