@@ -220,6 +220,31 @@ def test_the_last_rows_of_a_prefill() -> None:
             torch.testing.assert_close(out[b], whole[0, :, -3:], rtol=1e-10, atol=1e-10)
 
 
+# ----------------------------------------------------------------------------- untrusted tensors
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("name", ["nsa", "moba", "pyramid"])
+def test_hostile_lengths_and_tables(name: str, backend: str) -> None:
+    """Lengths are clamped, and a page that does not exist is neither read nor chosen by what it holds."""
+    of = system(name, 2, torch.float32)
+    wild = torch.tensor([2**31 - 1, -5, -(2**31)], dtype=torch.int32)
+    tame = torch.tensor([CAPACITY, 0, 0], dtype=torch.int32)
+    k, v = of.k.nan_to_num(), of.v.nan_to_num()
+    outs = []
+    for lengths in (wild, tame):
+        given: Any = {"views": of.attn.views(k, v, lengths), "backend": backend, **of.inputs}
+        outs.append(of.attn.decode(of.q, k, v, lengths, **given))
+    assert torch.equal(*outs) and not outs[0][1:].any()
+    pools = paged(k, v, 4)
+    table = pools[2].clone()
+    table[0, ::2], table[1], table[2, 1] = -1, 2**31 - 1, -(2**31)
+    cache = (pools[0].nan_to_num(), pools[1].nan_to_num(), of.seq_lens, table)
+    given = {"views": of.attn.views(*cache), "backend": backend, **of.inputs}
+    out = of.attn.decode(of.q, *cache, **given)
+    assert out.isfinite().all()
+
+
 # ------------------------------------------------------------------------------ random selections
 
 
