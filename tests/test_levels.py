@@ -222,15 +222,14 @@ def test_a_plan_of_levels_is_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
         attn(q, k, v, plans={"lv": torch.full((2, 2, 5, 5), 3, dtype=torch.uint8)})
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("backend", "given"), [("cpu", False), ("cpu", True), ("triton", True)])
 def test_decode_gives_each_block_its_factor(backend: str, given: bool) -> None:
     """Sequences of their own lengths, choosing for themselves or within a plan that is handed in."""
     options = "per = head, among = causal, by = dot(mean(Q), mean(K)), share = group"
     attn = attndsl.compile(f"attention a {{ plan lv = {RULES[0].format(options)} attend causal over lv }}")
-    q, k, v = (x.float() for x in tensors(1, 64))
-    plans = {"lv": torch.tensor([4, 2, 1, 0, 1, 2, 4, 1], dtype=torch.uint8).expand(2, 2, 1, 8).contiguous()}
-    lengths = torch.tensor([37, 64], dtype=torch.int32)
+    q, k, v = (x.float() for x in tensors(1, 32, heads=2, kv_heads=1))
+    plans = {"lv": torch.tensor([4, 2, 0, 1], dtype=torch.uint8).expand(2, 1, 1, 4).contiguous()}
+    lengths = torch.tensor([27, 32], dtype=torch.int32)
     out = attn.decode(q, k, v, lengths, plans=plans if given else None, backend=backend)
     for b, n in enumerate(lengths.tolist()):
         own = {"lv": plans["lv"][b : b + 1, ..., : -(-n // 8)]} if given else None
