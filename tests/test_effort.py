@@ -109,3 +109,35 @@ def test_isl_survives_its_bound(seed: int) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) > 100
+
+
+PLANNING = """
+import random, sys
+from attndsl import effort, plan, relation, tiles
+from attndsl.grammar import load
+from attndsl.piece_plans import backward_plans, forward_plans
+from benchmarks import planning
+
+rng, allowed = random.Random(int(sys.argv[1])), effort.bounded
+
+
+def tight(ctx, step, most=effort.EFFORT):
+    return allowed(ctx, step, min(most, rng.choice((1, 7, 60, 500, 4000, 30000))))
+
+
+for module in list(sys.modules.values()):
+    if getattr(module, "bounded", None) is allowed:
+        module.bounded = tight
+for name in ("block_diffusion", "documents", "longlora", "neighborhood", "s2", "star", "tree"):
+    program = load((planning.PATTERNS / f"{name}.attn").read_text()).program
+    assert forward_plans(program, planning.spec_of(program)) and backward_plans(program, planning.spec_of(program))
+"""
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_planning_survives_any_bound(seed: int) -> None:
+    """Wherever a bound is passed there is a plan; in a process of its own, as above."""
+    done = subprocess.run(
+        [sys.executable, "-c", PLANNING, str(seed)], capture_output=True, text=True, cwd=ROOT, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
