@@ -203,7 +203,7 @@ class _Tiler:
                 continue
             if _written_out(found) <= MAX_WRITTEN:
                 return found
-        return self._scan(nothing, self.existing)
+        return self._scan(nothing, self.existing, gives_up=False)
 
     def touched_runs(self) -> TileRuns:
         touched = self._touched()
@@ -271,8 +271,11 @@ class _Tiler:
 
     # -------------------------------------------------------------------------------------- runs
 
-    def _scan(self, full: isl.Set, partial: isl.Set) -> TileRuns:
-        """The runs of both kinds: interval by interval, or where tiles are no intervals as isl's loops over them."""
+    def _scan(self, full: isl.Set, partial: isl.Set, gives_up: bool = True) -> TileRuns:
+        """The runs of both kinds: interval by interval, or where tiles are no intervals as isl's loops over them.
+
+        gives_up: raise TooHard where too many pieces were hard.
+        """
         context = self._own_tile(self.existing).params()
         whole = isl.Set.from_params(context).add_dims(isl.dim_type.set, 1)
         lines = {
@@ -281,7 +284,7 @@ class _Tiler:
         }
         full_runs, partial_runs = (self._interval_runs(line, kind, context) for kind, line in lines.items())
         if full_runs is None or partial_runs is None:
-            if self.hard >= MAX_HARD:
+            if gives_up and self.hard >= MAX_HARD:
                 # Loops over these pieces take longer still.
                 raise TooHard
             return self._loops(lines, context)

@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import ast
-import functools
+import threading
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.resources import files
 
 
-@functools.cache
-def _functions(module: str) -> dict[str, str]:
-    """Source text of each function of a prelude module, in the order of the file."""
-    text = files("attndsl.codegen").joinpath(module).read_text(encoding="utf-8")
-    lines = text.splitlines()
-    found = {}
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef):
-            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
-    return found
+@dataclass(frozen=True, slots=True)
+class Helper:
+    """A prelude function: its text, and the names it reads."""
+
+    text: str
+    names: frozenset[str]
+
+
+_READ: dict[str, dict[str, Helper]] = {}
+# Two threads that parse at once disturb each other in CPython 3.11 ("AST constructor recursion depth mismatch").
+_READING = threading.Lock()
+
+
+def _functions(module: str) -> dict[str, Helper]:
+    """Each function of a prelude module, in the order of the file."""
+    with _READING:
+        if module not in _READ:
+            text = files("attndsl.codegen").joinpath(module).read_text(encoding="utf-8")
+            lines = text.splitlines()
+            _READ[module] = {
+                node.name: Helper(
+                    "\n".join(
+                        lines[min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1 : node.end_lineno]
+                    ),
+                    frozenset(x.id for x in ast.walk(node) if isinstance(x, ast.Name)),
+                )
+                for node in ast.parse(text).body
+                if isinstance(node, ast.FunctionDef)
+            }
+        return _READ[module]
 
 
 def prelude(module: str, needed: Iterable[str]) -> str:
@@ -30,6 +50,5 @@ def prelude(module: str, needed: Iterable[str]) -> str:
         name = pending.pop()
         if name not in wanted:
             wanted.add(name)
-            called = {node.id for node in ast.walk(ast.parse(functions[name])) if isinstance(node, ast.Name)}
-            pending += [other for other in called if other in functions]
-    return "\n\n\n".join(text for name, text in functions.items() if name in wanted)
+            pending += [other for other in functions[name].names if other in functions]
+    return "\n\n\n".join(helper.text for name, helper in functions.items() if name in wanted)

@@ -77,6 +77,13 @@ def test_large_scores() -> None:
     judge(Case(text, {}, {"slope": slopes}, {}, CallShape(1, 4, 2, 130, 130, 8, 8)), tiling=Tiling(32, 16))
 
 
+def test_pieces_past_the_effort_bound() -> None:
+    """Where pieces of tiles were too hard, all tiles are visited, whatever was hard before."""
+    for n in (1, 130):
+        text = "((dilated(17)) on blocks(3)) & causal"
+        judge(Case(text, {}, {}, {}, CallShape(1, 1, 1, n, n, 8, 8)), tiling=Tiling(32, 16))
+
+
 def test_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that see more keys than go into one product."""
     monkeypatch.setattr("attndsl.codegen.cpu.CHUNK", 24)
