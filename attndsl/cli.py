@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import tempfile
@@ -143,15 +144,12 @@ def show_blocks(
     if head >= heads:
         raise typer.BadParameter(f"there is no head {head} of {heads}", param_hint="--head")
     for name in attn.parts if part is None else (part,):
-        graph = _answer(
-            lambda name=name: attn.blocks(  # type: ignore[misc]
-                n, n, block_q, block_k, heads, kv_heads or heads, part=name, **_integers(arg)
-            )
-        )
+        ask = functools.partial(attn.blocks, part=name, **_integers(arg))
+        graph = _answer(functools.partial(ask, n, n, block_q, block_k, heads, kv_heads or heads))
         for path, ending in files:
             if path.suffix.lower() != ending:
                 raise typer.BadParameter(f"the file must end in {ending}", param_hint=f"--{ending[1:]}")
-            _written(path, lambda at, graph=graph: graph.save(at, head))  # type: ignore[misc]
+            _written(path, functools.partial(graph.save, head=head))
             show(_console(), f"wrote {path}")
         if not files:
             from attndsl.render import to_text

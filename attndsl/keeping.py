@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 from attndsl.compose import Composition
 from attndsl.plan import DType
+from attndsl.pooling import loaded, power_of_two
 from attndsl.program import Program
 from attndsl.selection import Bound, Dot, Pool, Selection, Vectors
 
 # The name of the keys themselves, of which nothing is kept, among what selections go by.
 KEYS = "K"
-# Tokens of an entry that a program loads at once.
-_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +92,9 @@ class KeepPlan:
     @property
     def width(self) -> int:
         """The head dimension, padded to a power of two."""
-        return 1 << (self.dim - 1).bit_length()
+        return power_of_two(self.dim)
 
     @property
     def tokens(self) -> int:
         """Tokens of an entry that are loaded at once."""
-        return min(_TOKENS, 1 << (self.size - 1).bit_length())
+        return loaded(self.size)

@@ -17,6 +17,16 @@ def entries(tokens: Any, stride: int) -> Any:
     return (tokens + stride - 1) // stride
 
 
+def power_of_two(size: int) -> int:
+    """The least that is no less than a size: Triton's tensors have such sides."""
+    return 1 << (size - 1).bit_length()
+
+
+def loaded(size: int) -> int:
+    """Of an entry of so many tokens, those that a program loads at once."""
+    return min(_TOKENS, power_of_two(size))
+
+
 @dataclass(frozen=True, slots=True)
 class PoolPlan:
     """Kernels of one pool, for one head dimension: `target` as in a `Spec`."""
@@ -36,12 +46,12 @@ class PoolPlan:
     @property
     def width(self) -> int:
         """The head dimension, padded to a power of two."""
-        return 1 << (self.dim - 1).bit_length()
+        return power_of_two(self.dim)
 
     @property
     def tokens(self) -> int:
         """Tokens of an entry that are loaded at once."""
-        return min(_TOKENS, 1 << (self.size - 1).bit_length())
+        return loaded(self.size)
 
     @property
     def block(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ class Parts:
             out, lse = merged([(out, lse) for out, lse in states])
             assert lse is not None, "each part has one"
             return out.to(call.q.dtype), lse
-        return sum(out for out, _ in states).to(call.q.dtype), states[0][1]  # type: ignore[union-attr]
+        return functools.reduce(torch.add, [out for out, _ in states]).to(call.q.dtype), states[0][1]
 
 
 @dataclass(slots=True)

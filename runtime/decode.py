@@ -25,6 +25,11 @@ CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FP8 = torch.float8_e4m3fn
 
 
+def reach(page: int, page_table: Tensor | None) -> int:
+    """Tokens that a sequence can have at most: those of its pages, in numbers that fit an int32."""
+    return page if page_table is None else min(page * page_table.shape[1], 2**31 - 256)
+
+
 @dataclass(slots=True)  # not frozen: that takes longer to make
 class DecodeTensors:
     """The tensors of a call, heads before tokens.
@@ -48,8 +53,7 @@ class DecodeTensors:
         """Tokens that a sequence can have at most."""
         if self.tokens is not None:
             return self.tokens
-        page = self.k.shape[2]
-        return page if self.page_table is None else min(page * self.page_table.shape[1], 2**31 - 256)
+        return reach(self.k.shape[2], self.page_table)
 
     @property
     def shape(self) -> CallShape:

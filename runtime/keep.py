@@ -16,7 +16,7 @@ from torch.library import Library
 from attndsl.diagnostics import error
 from attndsl.keeping import KeepPlan, Kept
 from attndsl.runtime.call import device_target, dtype_of
-from attndsl.runtime.decode import FP8, DecodeTensors, check_lengths
+from attndsl.runtime.decode import FP8, DecodeTensors, check_lengths, reach
 from attndsl.runtime.engine import MAX_PREPARED
 from attndsl.runtime.launcher import Slot
 from attndsl.runtime.ops import traced
@@ -175,11 +175,11 @@ def _update(
         sources |= {
             "x_ptr": Slot(0, POINTER[x.dtype]), "entries_ptr": Slot(1, POINTER[entries.dtype]),
             "seq_lens_ptr": Slot(2, "*i32"), "page_table_ptr": Slot(3, "*i32"), "stride_lens": seq_lens.stride(0),
-            "heads": heads, "new": new, "touched": count, "pages": x.shape[0], "capacity": x.shape[2],
+            "heads": heads, "new": new, "touched": count, "pages": x.shape[0],
+            "capacity": reach(x.shape[2], page_table),
         }  # fmt: skip
         if page_table is not None:
-            capacity = min(x.shape[2] * page_table.shape[1], 2**31 - 256)
-            sources |= {"stride_table": page_table.stride(0), "capacity": capacity}
+            sources["stride_table"] = page_table.stride(0)
         text, grid = engine_of(program).generators.triton_keep(plan), len(seq_lens) * count * heads
         _PREPARED[key] = prepare_small(text, "update_entries", plan.target, _WARPS, grid, sources, x.device)
     _PREPARED[key]((x, entries, seq_lens, page_table))
@@ -190,7 +190,7 @@ def update_in_torch(
     new: int, count: int,
 ) -> None:  # fmt: skip
     device, page = x.device, x.shape[2]
-    capacity = page if page_table is None else min(page * page_table.shape[1], 2**31 - 256)
+    capacity = reach(page, page_table)
     lengths = seq_lens.clamp(0, capacity).to(torch.int64).view(-1, 1)
     before = (lengths - new).clamp(min=0) - size
     first = torch.where(before < 0, 0, before // stride + 1)
@@ -208,7 +208,7 @@ def _update_some(
 ) -> None:  # fmt: skip
     """Make those of the entries [B, n] anew that are asked for and exist. lengths: int64 [B, 1]."""
     device, page = x.device, x.shape[2]
-    capacity = page if page_table is None else min(page * page_table.shape[1], 2**31 - 256)
+    capacity = reach(page, page_table)
     made = asked & (entry * stride < lengths)
     token = entry[..., None] * stride + torch.arange(size, device=device)
     present = made[..., None] & (token < lengths[..., None])

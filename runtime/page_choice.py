@@ -17,7 +17,7 @@ from attndsl.diagnostics import error
 from attndsl.paging import PagePlan
 from attndsl.plan import Spec
 from attndsl.runtime.call import check_heads, device_target, dtype_of
-from attndsl.runtime.decode import FP8
+from attndsl.runtime.decode import FP8, reach
 from attndsl.runtime.engine import MAX_PREPARED
 from attndsl.runtime.launcher import Slot
 
@@ -115,7 +115,7 @@ def _of_cache(pages: int, page: int, seq_lens: Tensor, page_table: Tensor, first
     """Parameters of a cache's lengths and table, which stand at `first` among a call's values."""
     return {
         "seq_lens_ptr": Slot(first, "*i32"), "page_table_ptr": Slot(first + 1, "*i32"), "pages": pages,
-        "capacity": min(page_table.shape[1] * page, 2**31 - 256), "stride_lens": seq_lens.stride(0),
+        "capacity": reach(page, page_table), "stride_lens": seq_lens.stride(0),
         "stride_table": page_table.stride(0),
     }  # fmt: skip
 

@@ -7,6 +7,7 @@ more than the output.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -118,7 +119,7 @@ class GatheredBackward(TritonBackward):
             return prepare(planned, text, function, grids[function], sources, aligned, q.device)
 
         needed = [function for function, size in grids.items() if size]
-        made = together([lambda function=function: ready(function) for function in needed])  # type: ignore[misc]
+        made = together([functools.partial(ready, function) for function in needed])
         self._kernels: Mapping[str, Any] = dict(zip(needed, made, strict=True))
 
     def run(self, call: Sequence[Any], dk: Tensor, dv: Tensor, totals: Totals) -> list[Any]:

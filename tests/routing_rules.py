@@ -150,6 +150,23 @@ def moba(q: Tensor, k: Tensor, block: int, n: int) -> Chosen:
     return for_heads(choose)
 
 
+def nsa(q: Tensor, k: Tensor, block: int, n: int) -> Chosen:
+    """The own block inside n; finished blocks by their probabilities added up over the heads of a group."""
+    queries, keys = numbers(q, k)
+    chosen: Chosen = [[] for _ in range(HEADS)]
+    for t in range(queries[0].shape[0]):
+        finished, own = (t + 1) // block, t // block
+        for g in range(KV_HEADS):
+            heads = range(g * SHARE, (g + 1) * SHARE)
+            votes = np.zeros(own + 1)
+            for h in heads if finished else ():
+                entries = np.stack(means(keys[g], block)[:finished])
+                votes[:finished] += softmax(entries @ queries[h][t] / DIM**0.5)
+            for h in heads:
+                chosen[h].append({own, *best({m: float(votes[m]) for m in range(own)}, n - 1)})
+    return chosen
+
+
 def vmoba(q: Tensor, k: Tensor, block: int, share: float) -> Chosen:
     """Scope of one query: the own block is credited, then the best others until their part of the sum is reached; the
     one that reaches it is in, and one is always taken."""

@@ -49,19 +49,8 @@ def test_vmoba(tokens: int) -> None:
 def test_nsa(tokens: int) -> None:
     block, n = 8, 2
     q, k, v = call(tokens)
-    queries, keys = rules.numbers(q, k)
-    chosen = [[{t // block} for t in range(tokens)] for _ in range(HEADS)]
-    for t in range(tokens):
-        finished, own = (t + 1) // block, t // block
-        for g in range(KV_HEADS):
-            votes = np.zeros(own + 1)
-            for h in range(g * SHARE, (g + 1) * SHARE) if finished else ():
-                entries = np.stack(rules.means(keys[g], block)[:finished])
-                votes[:finished] += rules.softmax(entries @ queries[h, t] / DIM**0.5)
-            for h in range(g * SHARE, (g + 1) * SHARE):
-                chosen[h][t] |= set(rules.best({m: float(votes[m]) for m in range(own)}, n - 1))
     i, j = rules.pairs(tokens)
-    routed = rules.spread(chosen, 1, block, tokens)
+    routed = rules.spread(rules.nsa(q, k, block, n), 1, block, tokens)
     near = np.broadcast_to((i - j >= 0) & (i - j < 6), routed.shape)
     ends = np.arange(-(-tokens // block)) * block + block
     finished_entries = np.broadcast_to(ends <= i + 1, (HEADS, tokens, len(ends)))

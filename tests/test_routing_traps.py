@@ -250,23 +250,12 @@ def test_nsa_chooses_for_the_heads_of_a_group() -> None:
     """By their probabilities added up; each head by itself, or by products that are added up, is otherwise."""
     block, n = 8, 2
     q, k, _ = call(TOKENS)
-    queries, keys = rules.numbers(q, k)
-    rule: Chosen = [[] for _ in range(HEADS)]
-    for t in range(TOKENS):
-        finished, own = (t + 1) // block, t // block
-        for g in range(KV_HEADS):
-            votes = np.zeros(own + 1)
-            for h in range(g * SHARE, (g + 1) * SHARE) if finished else ():
-                entries = np.stack(rules.means(keys[g], block)[:finished])
-                votes[:finished] += rules.softmax(entries @ queries[h, t] / DIM**0.5)
-            for h in range(g * SHARE, (g + 1) * SHARE):
-                rule[h].append({own, *rules.best({m: float(votes[m]) for m in range(own)}, n - 1)})
     changes = (
         ("share = group", "share = none"), ("share = group", "share = heads"),
         ("by = probs(summary)", "by = dot(Q, mean(K))"),
     )  # fmt: skip
     gate = noise(1, HEADS, TOKENS, 3)
-    one_way("nsa", q, k, rule, *changes, block=block, n=n, span=6, gate=gate)
+    one_way("nsa", q, k, rules.nsa(q, k, block, n), *changes, block=block, n=n, span=6, gate=gate)
 
 
 def test_deepseek_has_one_list_for_all_heads() -> None:
