@@ -111,12 +111,15 @@ def launch_again(status: int, config: int, function: int, parameters: int, devic
 class TensorMap:
     """A description of a tensor and of the tiles to copy, for the hardware. Holds no reference to the tensor.
 
-    facts: what Triton recorded of the tiles; shape, strides: of the tensor, in elements, the last stride 1.
+    facts: what Triton recorded of the tiles; shape, strides: of the tensor, in elements, the last stride 1;
+    device: whose memory it lies in, and whose context a thread is given that has none, as autograd's may.
     """
 
     __slots__ = ("_memory", "address")
 
-    def __init__(self, facts: Mapping[str, Any], address: int, shape: Sequence[int], strides: Sequence[int]) -> None:
+    def __init__(
+        self, facts: Mapping[str, Any], address: int, shape: Sequence[int], strides: Sequence[int], device: int
+    ) -> None:
         self._memory = (c_char * (_MAP_BYTES + _MAP_ALIGNMENT))()
         self.address = -(-ctypes.addressof(self._memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
         rank, size = len(shape), int(facts["elem_size"])
@@ -126,10 +129,14 @@ class TensorMap:
         box = (c_uint32 * rank)(*reversed(facts["block_size"]))
         ones = (c_uint32 * rank)(*[1] * rank)
         kind = int(facts["elem_type"])
-        status = driver().cuTensorMapEncodeTiled(
+        given = (
             self.address, _HOST_TYPES.get(kind, kind), rank, address, sizes, steps, box, ones, 0,
             int(facts["swizzle"]), _L2_128B, 0,
         )  # fmt: skip
+        status = driver().cuTensorMapEncodeTiled(*given)
+        if status == _NO_CONTEXT:
+            bind(device)
+            status = driver().cuTensorMapEncodeTiled(*given)
         _check(status, f"describing a tensor {list(shape)} with strides {list(strides)}")
 
 

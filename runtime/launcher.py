@@ -92,7 +92,7 @@ class DirectLauncher:
                     chosen.append((place, index))
                     constants.append(0)
                 case Descriptor(index=index):
-                    copies.append((place, index, _Maps(next(described), x)))
+                    copies.append((place, index, _Maps(next(described), x, device)))
                     constants += [0, *x.shape, *x.strides]
                 case Tensor():
                     constants.append(x.data_ptr())
@@ -139,15 +139,16 @@ class DirectLauncher:
 class _Maps(dict[int, int]):
     """Where the tensor map of each address lies. Only shapes and the address matter, so it holds no tensor."""
 
-    def __init__(self, facts: Mapping[str, Any], descriptor: Descriptor) -> None:
-        self._facts, self._descriptor = facts, descriptor
+    def __init__(self, facts: Mapping[str, Any], descriptor: Descriptor, device: int) -> None:
+        self._facts, self._descriptor, self._device = facts, descriptor, device
         self._memory: list[TensorMap] = []
 
     def __missing__(self, address: int) -> int:
         if len(self) >= MAX_MAPS:
             self.clear()
             self._memory.clear()
-        made = TensorMap(self._facts, address, self._descriptor.shape, self._descriptor.strides)
+        described = self._descriptor
+        made = TensorMap(self._facts, address, described.shape, described.strides, self._device)
         self._memory.append(made)
         self[address] = made.address
         return made.address

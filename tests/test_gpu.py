@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import attndsl
 import attndsl.serving
 from attndsl.api import load_attention
+from attndsl.runtime.cuda import driver
 from benchmarks import memory
 from benchmarks.routed import blocks_rule, random_blocks
 
@@ -347,6 +349,26 @@ def test_repeated_launches_agree() -> None:
     for _ in range(1000):
         different += (attn(q, k, v) != first).sum()
     assert int(different) == 0
+
+
+def test_a_thread_without_a_context_describes_and_launches() -> None:
+    """A thread that autograd made has no context of the device until something of PyTorch's opens it."""
+    attn = attndsl.compile(PATTERN)
+    q, k, v = tensors(1, 2, 300, 128)
+    # At other addresses than those that a first call described.
+    copies = [x.clone() for x in (q, k, v)]
+    expected, found = attn(q, k, v), torch.empty(0)
+
+    def call() -> None:
+        nonlocal found
+        driver().cuCtxSetCurrent(None)
+        found = attn(*copies)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert torch.equal(found, expected)
 
 
 @for_hopper
