@@ -58,6 +58,9 @@ _FEW, _MANY = 3, 16
 _LONG_SLICE = 32
 # Warps of a tile of few rows.
 _FEW_WARPS = 2
+# Where programs share rows by columns instead: columns of values at least, and the tiles that are on their way at once.
+_LEAST_COLUMNS = 64
+_AHEAD, _AHEAD_IN_PAGES = 5, 7
 # A length at which a pattern that visits few tiles shows it.
 _FAR = 1 << 20
 # Query rows of a tile, the rows of all its heads together: products take 16 at least.
@@ -100,6 +103,8 @@ class DecodePlan(Plan):
     `pack`: a power of two; heads past those that share a key head are padding. `split`: several programs share a
     tile's keys, and their results are merged. `listing`: the tiles visited are those of a list, the runs are empty, and
     the mask decides pairs of any tile. `joined`: its slices stand among those of the other parts of a softmax.
+    `columns`: so many programs share a tile of queries by the columns of the values: each scores all keys, makes a part
+    of the output, and nothing is merged.
     """
 
     cache: Cache
@@ -107,6 +112,11 @@ class DecodePlan(Plan):
     split: bool
     listing: Listing | None = None
     joined: bool = False
+    columns: int = 1
+
+    def __post_init__(self) -> None:
+        width = self.spec.v_dim // self.columns
+        assert self.columns == 1 or (not self.split and width >= 16 and width * self.columns == self.spec.v_dim)
 
     @property
     def group(self) -> int:
@@ -131,15 +141,19 @@ class DecodePlan(Plan):
 @functools.lru_cache(maxsize=1024)
 @one_at_a_time
 def decode_plan(
-    program: Program, spec: Spec, rows: int, cache: Cache, split: bool = True, tiling: Tiling | None = None
-) -> DecodePlan:
+    program: Program, spec: Spec, rows: int, cache: Cache, split: bool = True, tiling: Tiling | None = None,
+    columns: int = 1,
+) -> DecodePlan:  # fmt: skip
     """The decode kernel of a program of one part for calls of so many rows a sequence.
 
     The plan's program is the derived one. Over a view the cache is its entries, in the order of a contiguous one.
 
     tiling: its `block_q` counts the rows of all heads in a tile. Where the tiles that a row visits depend on its head,
-    a tile is of one head: the union over heads could be all keys.
+    a tile is of one head: the union over heads could be all keys. split, columns: as `DecodePlan` has them.
     """
+    if columns > 1:
+        alone = decode_plan(program, spec, rows, cache, split, tiling)
+        return replace(alone, columns=columns, tiling=alone.tiling if tiling else _deep(alone))
     if program.only.skip is not None:
         raise error(
             "A911", "decode is not yet supported where tiles are skipped", program.span,
@@ -160,6 +174,14 @@ def _for_short_slices(plan: DecodePlan, rows: int) -> DecodePlan:
     if plan.cache.page is None or plan.tiling.warps != _FEW_WARPS or most_tiles(plan, rows, _FAR) > _LONG_SLICE:
         return plan
     return replace(plan, tiling=replace(plan.tiling, stages=3))
+
+
+def _deep(plan: DecodePlan) -> Tiling:
+    """The tiling of a program that is alone on its multiprocessor, and keeps many tiles in flight."""
+    ahead = _AHEAD if plan.cache.page is None else _AHEAD_IN_PAGES
+    # With 100 KB of shared memory fewer fit.
+    small = plan.cache.page is None and plan.spec.target in ("cuda:86", "cuda:89")
+    return replace(plan.tiling, warps=4, stages=1 + (3 if small else ahead))
 
 
 def _pack(spec: Spec, rows: int) -> int:
@@ -275,13 +297,37 @@ def split_count(plan: DecodePlan, batch: int, rows: int, capacity: int, multipro
     From the number of heads and rows, what the pattern visits at the cache's capacity, and the device: never from the
     lengths, so that a recorded grid serves all of them.
     """
-    units, tiles = plan.units(batch, rows), most_tiles(plan, rows, capacity)
-    if plan.listing is not None:
-        tiles = -(-listed * plan.listing.keys // plan.tiling.block_k)
+    units, tiles = plan.units(batch, rows), _tiles(plan, rows, capacity, listed)
     if units == 0 or tiles == 0:
         return 1
     few, many = (wanted * multiprocessors // units for wanted in (_FEW, _MANY))
     return max(1, min(max(few, min(many, tiles // _LONG_SLICE)), tiles))
+
+
+def column_count(plan: DecodePlan, batch: int, rows: int, capacity: int, multiprocessors: int, listed: int = 0) -> int:
+    """Among how many programs the columns of the values are dealt, in place of slices of the keys; 1: slices.
+
+    Where few tiles are visited, merging slices takes as long as reading a fifth of them, and programs of the same rows
+    find each other's keys in L2. They are as many as the device runs with one on a multiprocessor, if that leaves few
+    idle. Parameters as in `split_count`.
+    """
+    spec, units = plan.spec, plan.units(batch, rows)
+    backend, _, arch = spec.target.partition(":")
+    small = plan.tiling.block_q * plan.pack > _LEAST_ROWS or len(head_parts(spec.dim)) > 1 or spec.dim > 128
+    if small or spec.dtype is DType.FLOAT32 or backend != "cuda" or int(arch) < 80 or units == 0:
+        return 1
+    wanted = min(multiprocessors // units, spec.v_dim // _LEAST_COLUMNS)
+    columns = 1 << wanted.bit_length() - 1 if wanted > 0 else 0
+    if columns < 2 or spec.v_dim.bit_count() > 1 or 4 * columns * units < 3 * multiprocessors:
+        return 1
+    return columns if _tiles(plan, rows, capacity, listed) <= _LONG_SLICE else 1
+
+
+def _tiles(plan: DecodePlan, rows: int, capacity: int, listed: int) -> int:
+    """Key tiles that a tile of queries visits at most."""
+    if plan.listing is not None:
+        return -(-listed * plan.listing.keys // plan.tiling.block_k)
+    return most_tiles(plan, rows, capacity)
 
 
 def most_tiles(plan: DecodePlan, rows: int, capacity: int) -> int:

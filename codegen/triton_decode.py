@@ -7,7 +7,7 @@ from attndsl.codegen.kernel_loops import Visits
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.triton_forward import ForwardWriter
 from attndsl.decode import DecodePlan, Listing
-from attndsl.plan import Part
+from attndsl.plan import Part, head_parts
 from attndsl.program import Axis, Binary, Scalar, Var, reads
 
 KERNEL = "attention_decode"
@@ -30,6 +30,7 @@ class _Decode(ForwardWriter):
     def __init__(self, plan: DecodePlan) -> None:
         super().__init__(plan, KERNEL, "q k v out", ragged=True)
         self.cache = plan.cache
+        self.v_parts = head_parts(plan.spec.v_dim // plan.columns)
         self.paged = plan.cache.page is not None
         # The sign of what comes in a tensor is not known.
         self.folded = self.folded and not plan.cache.k_scaled
@@ -83,10 +84,17 @@ class _Decode(ForwardWriter):
         plan, lines = self.plan, self.lines
         rows, kv_heads = plan.tiling.block_q, plan.spec.kv_heads
         slice_of = ", and a slice of the key tiles that they visit" if plan.split else ""
+        if plan.columns > 1:
+            slice_of = ", and some columns of their output"
         lines.add("", f"# A program owns rows of the heads of one key head{slice_of}.")
         unit = "tl.program_id(0)"
         if plan.split:
             lines.add("split = tl.program_id(0) % splits", "unit = tl.program_id(0) // splits")
+            unit = "unit"
+        if plan.columns > 1:
+            width = plan.spec.v_dim // plan.columns
+            lines.add(f"first_column = tl.program_id(0) % {plan.columns} * {width}")
+            lines.add(f"unit = tl.program_id(0) // {plan.columns}")
             unit = "unit"
         lines.add(
             f"q_tiles = {'rows' if rows == 1 else f'tl.cdiv(rows, {rows})'}",
@@ -169,6 +177,8 @@ class _Decode(ForwardWriter):
             )
         else:
             self.lines.add(self.base("k", "g"), self.base("v", "g"))
+        if self.plan.columns > 1:
+            self.lines.add("v_at = v_at + first_column")
 
     # ------------------------------------------------------------------------------------- loops
 
@@ -315,11 +325,14 @@ class _Decode(ForwardWriter):
             if plan.split:
                 lines.add("tl.store(part_lse_ptr + slice_at, lse, mask=exists)")
             else:
-                lines.add("tl.store(lse_ptr + row_at, lse / LOG2_E, mask=exists)")
+                once = " & (first_column == 0)" if plan.columns > 1 else ""
+                lines.add(f"tl.store(lse_ptr + row_at, lse / LOG2_E, mask=exists{once})")
         if plan.split:
             lines.add(f"out_ptrs = part_ptr + slice_at[:, None] * {plan.spec.v_dim}")
         else:
             lines.add(self.base("out", f"{heads}[:, None]" if plan.pack > 1 else heads), self._row_pointers("out"))
+            if plan.columns > 1:
+                lines.add("out_ptrs = out_ptrs + first_column")
         for part in self.v_parts:
             dims, mask = self._columns(part, plan.spec.v_dim)
             value = f"acc{part.suffix}" if plan.split else f"acc{part.suffix}.to(out_ptr.dtype.element_ty)"
@@ -342,10 +355,12 @@ def _merge(plan: DecodePlan) -> str:
         if softmax:
             lines.add("LOG2_E: tl.constexpr = 1.4426950408889634")
         lines.add(
+            # Divided in 32 bits: in 64 that takes as long as a load.
+            "head = tl.program_id(0) // rows",
+            "q_row = tl.program_id(0) % rows",
+            f"b = head // {heads}",
+            f"h = head % {heads}",
             "row_at = tl.program_id(0).to(tl.int64)",
-            f"b = row_at // rows // {heads}",
-            f"h = row_at // rows % {heads}",
-            "q_row = row_at % rows",
             f"dims = tl.arange(0, {width})",
             f"acc = tl.zeros([{width}], tl.float32)",
         )
@@ -376,7 +391,8 @@ def _merge(plan: DecodePlan) -> str:
                 "tl.store(lse_ptr + row_at, lse)",
             )
         lines.add(
-            "out_ptrs = out_ptr + b * stride_outb + h * stride_outh + q_row * stride_outn + dims",
+            "out_at = out_ptr + b.to(tl.int64) * stride_outb + h.to(tl.int64) * stride_outh",
+            "out_ptrs = out_at + q_row.to(tl.int64) * stride_outn + dims",
             f"tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty){f', mask=dims < {dim}' if width > dim else ''})",
         )
     return lines.text()

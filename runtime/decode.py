@@ -142,13 +142,14 @@ class DecodeGenerators:
 class Decoder:
     """The decode kernels of one program, beside its engine. Thread-safe: preparing a call twice is harmless.
 
-    tiling, splits: in place of those that are chosen.
+    tiling, splits, columns: in place of those that are chosen.
     """
 
     engine: Engine
     generators: DecodeGenerators
     tiling: Tiling | None = None
     splits: int | None = None
+    columns: int = 1
     _prepared: dict[Any, Launch] = field(default_factory=dict)
     # Which inputs hold entries of views.
     _views: tuple[int, ...] = field(init=False)
@@ -194,7 +195,8 @@ class Decoder:
         from attndsl.runtime.triton_decode import prepare_decode
 
         parts = part_programs(program)
-        return prepare_decode(parts, spec, call, inputs, self.generators.triton, self.tiling, self.splits)
+        forced = (self.tiling, self.splits, self.columns)
+        return prepare_decode(parts, spec, call, inputs, self.generators.triton, *forced)
 
     def _check_entries(self, program: Program, call: DecodeTensors, inputs: Sequence[Tensor]) -> None:
         check_entries(program, call.q, inputs)

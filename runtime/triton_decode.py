@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attndsl.decode import DecodePlan, decode_plan, split_count
+from attndsl.decode import DecodePlan, column_count, decode_plan, split_count
 from attndsl.plan import Spec, Tiling
 from attndsl.program import CallShape, Program
 from attndsl.runtime.decode import FP8, DecodeTensors, Listed, dense_strides
@@ -23,6 +23,8 @@ from attndsl.runtime.triton_launch import ELEMENT, INPUTS, POINTER, prepare, pro
 DECODE = "attention_decode"
 MERGE = "merge_slices"
 CHECK = "check_members"
+# A row's slices lie in the registers of one warp, whose threads need not wait for each other.
+_MERGE_WARPS = 1
 # Where no device is asked: the interpreter.
 _MULTIPROCESSORS = 4
 
@@ -35,19 +37,22 @@ def prepare_decode(
     generate: Callable[[DecodePlan], str],
     tiling: Tiling | None = None,
     splits: int | None = None,
+    columns: int = 1,
 ) -> TritonDecode:
-    """The launch of a kind of call of one softmax, whose parts are `programs`."""
+    """The launch of a kind of call of one softmax, whose parts are `programs`. tiling, splits, columns: in place of
+    those that are chosen."""
     shape, joined, plans, slices = call.shape, len(programs) > 1, list[DecodePlan](), list[int]()
     for program in programs:
         cache = call.of_part(program, inputs).cache
         plan = decode_plan(program, spec, shape.rows, cache, split=True, tiling=tiling)
-        number = splits
+        number, shared = splits, columns
         if number is None:
             entries = 0 if (listed := Listed.of(plan)) is None else inputs[listed.input].shape[-1]
-            multiprocessors = _multiprocessors(call.q.device)
-            number = split_count(plan, shape.batch, shape.rows, shape.k_len, multiprocessors, entries)
-        if number == 1 and not joined:
-            plan = decode_plan(program, spec, shape.rows, cache, split=False, tiling=tiling)
+            sizes = (shape.batch, shape.rows, shape.k_len, _multiprocessors(call.q.device), entries)
+            number = split_count(plan, *sizes)
+            shared = 1 if joined or number == 1 else column_count(plan, *sizes)
+        if not joined and (number == 1 or shared > 1):
+            number, plan = 1, decode_plan(program, spec, shape.rows, cache, False, tiling, shared)
         plans.append(replace(plan, joined=joined))
         slices.append(number)
     return TritonDecode(plans, [generate(plan) for plan in plans], slices, call, inputs)
@@ -70,7 +75,8 @@ class TritonDecode:
         for i, (plan, text, splits) in enumerate(zip(plans, texts, slices, strict=True)):
             self._parts.append((sum(slices[:i]), _Part(plan, text, splits, self.slices, call, inputs)))
         if plans[0].split:
-            self._merge = prepare(plans[0], texts[0], MERGE, rows, self._merged(plans[0], call), True, call.q.device)
+            alone = replace(plans[0], tiling=replace(plans[0].tiling, warps=_MERGE_WARPS))
+            self._merge = prepare(alone, texts[0], MERGE, rows, self._merged(alone, call), True, call.q.device)
 
     def _merged(self, plan: DecodePlan, call: DecodeTensors) -> dict[str, Any]:
         """What each parameter of the merge is given."""
@@ -116,7 +122,7 @@ class _Part:
         self._lists: Sequence[int] = ()
         aligned = (call.q.data_ptr() | call.k.data_ptr() | call.v.data_ptr()) % 16 == 0
         sources = {**decode_sources(plan, splits, call, inputs), "slices": slices}
-        grid = plan.units(shape.batch, shape.rows) * splits
+        grid = plan.units(shape.batch, shape.rows) * plan.columns * splits
         if self.listed is not None and inputs[self.listed.input].dtype != torch.uint8:
             self._lists = as_four(inputs[self.listed.input], self.listed.dims).shape
             self._check = prepare(plan, text, CHECK, prod(self._lists[:3]), sources, False, device)

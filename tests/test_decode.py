@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from attndsl.plan import DType, Spec, Tiling
 from attndsl.program import Axis, CallShape, Dim
 from tests.accuracy import examples
-from tests.cases import CASES
+from tests.cases import CASES, case
 from tests.decoding import check_decode, decoder, tensors_of
 from tests.strategies import Case, composed_programs, tensors
 
@@ -27,12 +27,19 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = Tiling(16, 32)
 SPEC = Spec(2, 1, 16, 16, DType.FLOAT32, "cpu")
 BACKENDS = ("triton", "cpu")
+COLUMNS = {
+    "softmax_sink": case(
+        "attention s { input sink : float[h]  attend causal & window(50) softmax with sink sink[h] }", heads=(6, 2),
+        inputs={"sink": np.linspace(-1, 2, 6).astype(np.float32)},
+    ),
+    "weights": case("attention w { attend causal & window(50) weights max(s, 0) }", heads=(4, 2)),
+}  # fmt: skip
 DECODED = [name for name, case in CASES.items() if "align start" not in case.text]
 
 
 def judge(
     case: Case, lengths: Sequence[int], backend: str, page: int | None = None, splits: int | None = 3,
-    tiling: Tiling | None = SMALL, dtype: torch.dtype = torch.float32,
+    tiling: Tiling | None = SMALL, dtype: torch.dtype = torch.float32, columns: int = 1,
 ) -> None:  # fmt: skip
     """The case's call as a decode, its keys the capacity of the cache."""
     program = case.load()
@@ -42,7 +49,8 @@ def judge(
     call = tensors_of(q, k, v, lengths, page, device)
     given = [inputs[decl.name].to(device) for decl in program.inputs]
     numbers = [case.args[name] for name in program.args]
-    made = decoder(program, tiling=tiling if backend == "triton" else Tiling(64, 32), splits=splits)
+    tiling = tiling if backend == "triton" else Tiling(64, 32)
+    made = decoder(program, tiling=tiling, splits=splits, columns=columns)
     out, lse = made.decode(call, given, numbers, None, backend)
     check_decode(program, q, k, v, lengths, inputs, case.args, out.cpu(), lse.cpu())
 
@@ -79,6 +87,15 @@ def test_dtype(dtype: torch.dtype, rows: int, dim: int, page: int | None) -> Non
     shape = CallShape(2, 8, 2, rows, 192, dim, dim)
     case = replace(CASES["streaming"], text="causal & (sink(4) | window(100))", shape=shape)
     judge(case, [192, 115], "triton", page, splits=None, tiling=None, dtype=dtype)
+
+
+@pytest.mark.parametrize("columns", [2, 4])
+@pytest.mark.parametrize("name", ["streaming", "last_row", "prefix", "softmax_sink", "weights", "tree"])
+def test_columns(name: str, columns: int) -> None:
+    """Programs that share rows by the columns of the values: no slices, and lse is written once."""
+    case = COLUMNS.get(name) or CASES[name]
+    case = replace(case, shape=replace(case.shape, dim=32, v_dim=64, rows=min(case.shape.rows, 8)))
+    judge(case, some_lengths(case, columns), "triton", page_of(70) if columns == 4 else None, 1, columns=columns)
 
 
 @st.composite

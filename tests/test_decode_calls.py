@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import attndsl
-from attndsl.decode import Cache, decode_plan, split_count
+from attndsl.decode import Cache, column_count, decode_plan, split_count
 from attndsl.plan import DType, Spec
 from attndsl.runtime.registry import decoder_of
 from tests.covered import covers
@@ -256,6 +256,23 @@ def test_slices_come_from_the_capacity() -> None:
     assert count("causal & window(128)", 131072) == 3
     assert count("causal", 131072, batch=256) == 1
     assert count("causal", 1) == 1
+
+
+def test_columns_in_place_of_few_slices() -> None:
+    """Where heads and sequences nearly fill a device, few tiles are not dealt out and merged."""
+
+    def columns(text: str, batch: int, v_dim: int = 128, rows: int = 1) -> int:
+        spec = Spec(32, 8, 128, v_dim, DType.BFLOAT16, "cuda:90")
+        plan = decode_plan(attndsl.compile(text).program, spec, rows, Cache(page=16))
+        return column_count(plan, batch, rows, 131072, 132)
+
+    assert columns("causal & (sink(64) | window(1024))", 8) == 2
+    assert columns("causal & window(1024)", 8, rows=4) == 2
+    assert columns("causal & window(1024)", 8, rows=5) == 1, "a tile of many rows is not shared"
+    assert columns("causal & window(1024)", 8, v_dim=64) == 1
+    assert columns("causal & window(1024)", 4) == 1, "128 programs are not to be had from 32 heads' columns of 64"
+    assert columns("causal & window(4096)", 8) == columns("causal", 8) == 1
+    assert columns("causal & window(1024)", 12) == 1, "they would not run at once"
 
 
 @pytest.mark.parametrize("layout", ["hnd", "nhd"])

@@ -63,7 +63,7 @@ def expected(
 
 def decode(
     pattern: str, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], plan: Tensor, keys: int, backend: str,
-    page: int | None = None, splits: int = 3,
+    page: int | None = None, splits: int = 3, columns: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     device = torch.device("cuda" if CUDA and backend == "triton" else "cpu")
     call = tensors_of(q, k, v, lengths, page, device)
@@ -75,7 +75,7 @@ def decode(
     text = f"attention a {{ input listed : blocks({keys})[{', '.join(dims)}]  attend {pattern} & listed }}"
     program = attndsl.compile(text).program
     tiling = Tiling(16, 32) if backend == "triton" else None
-    made: Decoder = decoder(program, tiling=tiling, splits=splits)
+    made: Decoder = decoder(program, tiling=tiling, splits=splits, columns=columns)
     out, lse = made.decode(call, [given.to(device)], [], None, backend)
     return out.cpu(), lse.cpu()
 
@@ -93,6 +93,16 @@ def test_lists(heads: int, rows: int, page: int | None, backend: str) -> None:
     plan = make_plan(heads, rows if rows == 3 else 1, members=-(-90 // 16), entries=3)
     exact = expected("causal & (window(70) | sink(3))", q, k, v, lengths, plan, 16)
     found = decode("causal & (window(70) | sink(3))", q, k, v, lengths, plan, 16, backend, page)
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("page", [16, None])
+def test_lists_by_columns(page: int | None) -> None:
+    q, lengths, plan = random(BATCH, HEADS, 1, DIM), [90, 1, 50], make_plan(2, 1, members=6, entries=3)
+    k, v = random(BATCH, KV_HEADS, CAPACITY, DIM, seed=1), random(BATCH, KV_HEADS, CAPACITY, 32, seed=2)
+    exact = expected("causal", q, k, v, lengths, plan, 16)
+    found = decode("causal", q, k, v, lengths, plan, 16, "triton", page, splits=1, columns=2)
     for a, b in zip(found, exact, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5)
 
