@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from attndsl.branches import Branch, Part
-from attndsl.derive import derive
-from attndsl.program import CallShape, Coarse, Coarsen, Program, Scalar, Set
+from attndsl.derive import derive, with_needed
+from attndsl.program import CallShape, Coarse, Coarsen, Program, Read, Scalar, Set, walk
 from attndsl.relation import Lowering
 from attndsl.runtime.derive import Deriver
 from attndsl.runtime.derive_ragged import RaggedDeriver
@@ -41,6 +41,10 @@ class Touched:
         derived = derive(replace(program, branches=(Branch((Part(pattern),)),), output=None), ragged)
         heads = (shape.heads, shape.kv_heads)
         condition = fold(Lowering(derived, heads).predicate(derived.branch.pattern))
+        # Of a set that has a closed form no map of blocks is made: at each step of a decode it would be as large as the
+        # cache.
+        read = {x.input for x in walk(condition) if isinstance(x, Read)}
+        derived = with_needed(derived, (decl for decl in derived.inputs if decl.name in read))
         make = RaggedDeriver if ragged else Deriver
         return cls(derived, shape, device, rows, keys, condition, make(derived, shape, device, given=given))
 

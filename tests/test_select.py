@@ -208,3 +208,14 @@ def test_what_would_be_slow_is_refused() -> None:
     forced = program_of("top(4, blocks(4), among = causal, by = dot(Q, mean(K)), always = { k % 2 == 0 })")
     with pytest.raises(PatternError, match="A571"):
         Selector(forced, forced.selections[0], CallShape(1, 2, 2, 17, 64, 8, 8), CPU)
+
+
+def test_candidates_in_closed_form_make_no_maps() -> None:
+    """A map of blocks would be as large as a decode's cache, and made at each of its steps."""
+    program = program_of("top(16, blocks(64), among = causal, by = dot(Q, mean(K)), always = same_block(64))")
+    shape = CallShape(8, 32, 8, 1, 1 << 17, 128, 128)
+    for ragged in (False, True):
+        selector = Selector(program, program.selections[0], shape, CPU, ragged=ragged)
+        for touched in (selector.among, selector.always):
+            assert touched is not None
+            assert not touched.program.inputs
