@@ -10,7 +10,7 @@ from attndsl.plan import Spec
 from attndsl.plans import of_selection
 from attndsl.pooling import entries
 from attndsl.program import CallShape, Program
-from attndsl.select_plan import fuses_on, why_not_fused
+from attndsl.select_plan import why_not_fused
 from attndsl.targets import BYTES
 
 
@@ -25,11 +25,11 @@ def around(program: Program, spec: Spec, shape: CallShape) -> Iterator[str]:
         yield f"{pooling.name}: {count:,} entries by {kernel}; {amount(moved)}B"
     for selection in program.selections:
         reason = why_not_fused(of_selection(program, selection), selection, (spec.heads, spec.kv_heads))
-        if on_cpu or reason or not fuses_on(spec.target):
-            reason = reason or ("there is no GPU" if on_cpu else "Triton 3.6 fails on its kernel for this target")
+        if on_cpu or reason:
+            reason = reason or "there is no GPU"
             yield f"{selection.name}: chosen by torch operators, since {reason}"
         else:
-            yield f"{selection.name}: chosen by `{selection.name}.select`, which keeps a list of the best"
+            yield f"{selection.name}: chosen by `{selection.name}.select`, which keeps lists of the best"
     if combines(program):
         kernel = "torch, in float32" if on_cpu else "`combine`, which reads each once"
         rows = shape.batch * shape.heads * shape.rows

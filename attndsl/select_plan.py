@@ -13,7 +13,7 @@ from attndsl.effort import one_at_a_time
 from attndsl.mask import pair_mask, written_condition
 from attndsl.plan import Backend, Plan, Spec, Tiling
 from attndsl.plans import plan_heads
-from attndsl.program import Coarse, Coarsen, Const, Inter, Program, Read, Scalar, Set, walk
+from attndsl.program import Coarse, Coarsen, Const, Inter, Program, Read, Scalar, Set, reads, walk
 from attndsl.relation import Lowering, lowered
 from attndsl.runs import Side
 from attndsl.selection import Dot, Forced, Normalise, Probs, Selection, Share, Top
@@ -48,6 +48,11 @@ class SelectPlan(Plan):
     @property
     def width(self) -> int:
         return max(2, 1 << (self.capacity - 1).bit_length())
+
+    @property
+    def side(self) -> int:
+        """Heads whose columns lie side by side: those that share, more where a product has less than 8 columns."""
+        return max(1 << (self.share - 1).bit_length(), 8 // self.tiling.block_q)
 
     @property
     def members(self) -> int:
@@ -94,13 +99,14 @@ def _why_not_mass(program: Program, selection: Selection, heads: tuple[int, int]
         return "the branch's logits are not scaled products"
     if any(isinstance(x, Read) for x in walk(mass.seen)):
         return "which entries the branch sees depends on data"
+    if sharing(selection, heads) > 1 and reads(mass.seen, "h"):
+        return "heads that share a choice see different entries of the branch"
     return ""
 
 
-def fuses_on(target: str) -> bool:
-    """Whether the kernel compiles for a device: Triton 3.6 fails on it for tensor memory (sm_100 and on)."""
-    backend, _, arch = target.partition(":")
-    return backend != "cuda" or int(arch) < 100
+def sharing(selection: Selection, heads: tuple[int, int]) -> int:
+    """How many query heads share a choice."""
+    return {Share.NONE: 1, Share.GROUP: heads[0] // heads[1], Share.HEADS: heads[0]}[selection.share]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -109,8 +115,9 @@ def select_plan(program: Program, selection: Selection, spec: Spec, tiling: Tili
     """The kernel of a selection that `why_not_fused` has nothing against; the plan's program is the derived one."""
     heads, keys = (spec.heads, spec.kv_heads), selection.keys
     candidates = derive(_over(program, _members(selection.among, keys)))
-    share = {Share.NONE: 1, Share.GROUP: spec.heads // spec.kv_heads, Share.HEADS: spec.heads}[selection.share]
-    tiling = tiling or default_select_tiling(share, keys)
+    share = sharing(selection, heads)
+    listed = capacity(program, selection, heads, MAX_WIDTH)
+    tiling = tiling or default_select_tiling(share, keys, listed, spec.target)
     lowering, relation = lowered(candidates, heads)
     runs = closed_runs(relation, candidates, spec, tiling, Side.QUERY)
     written = written_condition(lowering, spec.sizes)
@@ -127,17 +134,24 @@ def select_plan(program: Program, selection: Selection, spec: Spec, tiling: Tili
     plan = SelectPlan(
         candidates, replace(spec, backend=Backend.TRITON), tiling, runs, pair_mask(relation, written), None, None, None,
         None, selection, forced, specialise(selection.rule.count, spec.sizes),
-        capacity(program, selection, heads, MAX_WIDTH), share, seen,
+        listed, share, seen,
     )  # fmt: skip
     return replace(plan, program=with_needed(candidates, plan.inputs))
 
 
-def default_select_tiling(share: int, keys: int) -> Tiling:
-    """Rows of a product are those of the heads that share times the tile's own (measured: benchmarks/RESULTS.md)."""
+def default_select_tiling(share: int, keys: int, listed: int, target: str) -> Tiling:
+    """Tiles of 64 members, and of as many queries as a product has columns for and registers hold lists of.
+
+    Of eight queries or more a thread has two lists for eight, of fewer two, and of one query one; a place takes two
+    registers. Where warps share out columns too (tensor cores before Hopper), few columns keep the heads of a query in
+    one of them.
+    """
     side = 1 << (share - 1).bit_length()
-    if side == 1:
-        return Tiling(64, 32 * keys, warps=4, stages=2)
-    return Tiling(max(1, 256 // side), 64 * keys, warps=8, stages=2)
+    backend, _, arch = target.partition(":")
+    columns = 128 if backend == "cuda" and int(arch) >= 90 else 32
+    most = 128 // max(1, listed) if listed <= 16 else 2 if listed <= 32 else 1
+    most = max(1, min(columns // side, most))
+    return Tiling(1 << (most.bit_length() - 1), 64 * keys, warps=4, stages=2)
 
 
 def _over(program: Program, pattern: Set) -> Program:

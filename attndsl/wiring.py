@@ -22,7 +22,7 @@ from attndsl.pooling import PoolPlan
 from attndsl.program import Program
 from attndsl.runtime.cache import cache_key
 from attndsl.runtime.registry import register
-from attndsl.select_plan import SelectPlan, fuses_on, select_plan
+from attndsl.select_plan import SelectPlan, select_plan
 from attndsl.targets import gradients_refusal, hopper_refusal, layout_refusal, make_spec
 
 if TYPE_CHECKING:
@@ -162,9 +162,6 @@ class Shown:
                 return PoolPlan(pool.function, pool.size, pool.stride, spec.dim, spec.dtype, spec.target)
             case "select":
                 selection = program.selection(owner)
-                if not fuses_on(spec.target):
-                    reason = f"on {self.target} `{owner}` is chosen by torch operators: Triton 3.6 fails on the kernel"
-                    raise error("A510", reason, help="choose another target")
                 return select_plan(of_selection(program, selection), selection, spec)
             case "observe":
                 each = next(each for each in program.observations if each.name == owner)

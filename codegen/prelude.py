@@ -119,16 +119,34 @@ def ranked(score, member):
 
 
 @triton.jit
-def take_best(best, keys, WIDTH: tl.constexpr):
-    """The greatest of each row's list and of its further keys, one taken at a time, as often as some row needs it."""
-    last = tl.min(best, 1)[:, None]
-    better = tl.max(tl.sum((keys > last).to(tl.int32), 1), 0)
-    for _ in range(tl.minimum(better, WIDTH)):
-        first = tl.max(keys, 1)[:, None]
-        last = tl.min(best, 1)[:, None]
-        best = tl.where((best == last) & (first > last), first, best)
-        keys = tl.where(keys == first, -0x8000000000000000, keys)
-    return best
+def lists_of(least, LENGTH: tl.constexpr):
+    """Lists without anything in them: a tensor for each place."""
+    places = ()
+    for _ in tl.static_range(LENGTH):
+        places += (least,)
+    return places
+
+
+@triton.jit
+def take_up(best, keys):
+    """Lists of the greatest keys, the greatest first, when each is offered one more."""
+    places = ()
+    for i in tl.static_range(len(best)):
+        greater = tl.maximum(best[i], keys)
+        places += (greater,)
+        # The other of the two, without comparing again.
+        keys = best[i] ^ keys ^ greater
+    return places
+
+
+@triton.jit
+def without_first(best, taken, least):
+    """The lists when some have lost their first key."""
+    places = ()
+    for i in tl.static_range(len(best) - 1):
+        places += (tl.where(taken, best[i + 1], best[i]),)
+    places += (tl.where(taken, least, best[len(best) - 1]),)
+    return places
 
 
 @triton.jit

@@ -92,7 +92,7 @@ def offline_source(plan: Shown, text: str) -> KernelSource:
     q, k, v, inputs = meta_tensors(plan)
     if isinstance(plan, SelectPlan):
         sources = select_sources(plan, call_shape(q, k, v), q, plan.spec.kv_heads, inputs)
-        return kernel_source(plan, text, parameters(text, SELECT), sources, aligned=False, function=SELECT)
+        return kernel_source(plan, text, parameters(text, SELECT), sources, aligned=True, function=SELECT)
     if isinstance(plan, ObservePlan):
         observed = dict(observe_sources(plan, q, k, v, inputs))
         return kernel_source(plan, text, parameters(text, OBSERVE), observed, aligned=True, function=OBSERVE)

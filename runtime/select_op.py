@@ -18,14 +18,13 @@ from attndsl.diagnostics import error
 from attndsl.keeping import KEYS, kept_by
 from attndsl.plans import of_selection, own_program, plan_heads, plan_input, plans_read
 from attndsl.program import CallShape, InputDecl, Program
-from attndsl.runtime.call import broadcasts, call_shape, check_inputs, check_tables, device_target
+from attndsl.runtime.call import broadcasts, call_shape, check_inputs, check_tables
 from attndsl.runtime.decode import DecodeTensors
 from attndsl.runtime.ops import traced
 from attndsl.runtime.plans import listed_members
 from attndsl.runtime.registry import engine_of
 from attndsl.runtime.select import Selector, checked_mass, empty_plan, members_of
 from attndsl.runtime.strips import Ragged
-from attndsl.select_plan import fuses_on
 from attndsl.selection import Levels, Probs, Selection, Share
 
 _LIBRARY = Library("attndsl", "FRAGMENT")
@@ -252,7 +251,7 @@ def _select(
         if len(_KEPT) >= MAX_KEPT:
             _KEPT.clear()
         given = [torch.empty_like(x, device="meta") for x in inputs]
-        fuses = q.is_cuda and q.dtype != torch.float64 and fuses_on(device_target(q.device))
+        fuses = q.is_cuda and q.dtype != torch.float64
         printer = engine_of(key).generators.triton_select if fuses else None
         selector = _KEPT[kind] = Selector(seen, selection, shape, q.device, given, printer)
     with torch.no_grad():

@@ -281,9 +281,14 @@ def kernel_source(
     return KernelSource(text, function, types, alignments, plan.tiling.warps, plan.tiling.stages, gluon)
 
 
+_ALIGNED = (
+    "q_ptr", "k_ptr", "v_ptr", "out_ptr", "part_ptr", "high_ptr", "low_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr",
+)  # fmt: skip
+
+
 def _alignments(names: Sequence[str], sources: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     for name in names:
-        if name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "part_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr"):
+        if name in _ALIGNED:
             yield name, POINTER_ALIGNMENT
         elif name.startswith(("out_", "d_out_")) and name.endswith("_ptr") and not name.endswith("_input_ptr"):
             # Those of branches.

@@ -13,7 +13,7 @@ from attndsl.program import CallShape, Const, Program
 from attndsl.runtime.call import device_target, dtype_of
 from attndsl.runtime.derive import Deriver
 from attndsl.runtime.launcher import Slot
-from attndsl.runtime.triton_launch import ELEMENT, prepare, program_sources
+from attndsl.runtime.triton_launch import ELEMENT, POINTER_ALIGNMENT, prepare, program_sources
 from attndsl.select_plan import SelectPlan, select_plan
 from attndsl.selection import Probs, Selection
 
@@ -37,12 +37,13 @@ class TritonSelect:
         self.plan = plan = select_plan(program, selection, spec)
         self.deriver = Deriver(plan.program, shape, q.device, given=given)
         inputs = [*given, *self.deriver.examples()]
-        sources = select_sources(plan, shape, q, vector_heads, inputs)
+        self.text, self.device = printer(plan), q.device
+        self.sources = select_sources(plan, shape, q, vector_heads, inputs)
         self.batch = shape.batch
         groups = shape.batch * shape.heads // plan.share
-        self.grid = -(-shape.rows // plan.tiling.block_q) * groups if shape.k_len else 0
-        if self.grid:
-            self._launch = prepare(plan, printer(plan), FUNCTION, self.grid, sources, False, q.device)
+        self.grid = -(-shape.rows // plan.tiling.block_q) * groups if shape.k_len and plan.capacity else 0
+        # By whether what it loads begins where 16 bytes do: else it loads element by element.
+        self._launches: dict[bool, Callable[[Sequence[Any]], None]] = {}
 
     def __call__(
         self,
@@ -66,7 +67,11 @@ class TritonSelect:
         high = vectors.to(q.dtype)
         low = high if q.dtype == torch.float32 or lse is not None else (vectors - high.float()).to(q.dtype)
         scale = self.scale if scale is None else scale
-        self._launch((q, high, low, into, lse, scale, *inputs, *self.deriver(inputs, args), *args))
+        aligned = (q.data_ptr() | high.data_ptr() | low.data_ptr()) % POINTER_ALIGNMENT == 0
+        if aligned not in self._launches:
+            prepared = prepare(self.plan, self.text, FUNCTION, self.grid, self.sources, aligned, self.device)
+            self._launches[aligned] = prepared
+        self._launches[aligned]((q, high, low, into, lse, scale, *inputs, *self.deriver(inputs, args), *args))
 
 
 def select_sources(

@@ -34,7 +34,7 @@ class Job:
     stages). `hopper`: the Hopper lowering, of the forward kernel or of the one of all gradients. `combine`: the kernel
     that combines the branches, or its gradients'. `observe`: the kernel that sums probabilities in blocks of rows
     (None: all) and keys. `listed`: a kernel of a program whose plan lists members, in a call that begins where tiles
-    do."""
+    do. `select`: the fused kernel of the first selection."""
 
     text: str
     target: str
@@ -49,6 +49,7 @@ class Job:
     combine: Literal["", "forward", "gradients"] = ""
     observe: tuple[int | None, int] | None = None
     listed: Literal["", "forward", "dq", "dkdv"] = ""
+    select: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,14 @@ def compile_one(job: Job) -> Found:
         text = observe_source(observing)
         given = observe_sources(observing, *meta_tensors(observing))
         source = kernel_source(observing, text, parameters(text, KERNEL), given, aligned=True, function=KERNEL)
+    elif job.select:
+        from attndsl.codegen.triton_select import select_source
+        from attndsl.plans import of_selection
+        from attndsl.select_plan import select_plan
+
+        selection = program.selections[0]
+        choice = select_plan(of_selection(program, selection), selection, spec)
+        source = offline_source(choice, select_source(choice))
     elif job.listed in ("dq", "dkdv"):
         from attndsl.codegen.triton_backward import backward_sources
         from attndsl.piece_plans import backward_plans

@@ -117,6 +117,26 @@ def test_kernels_over_lists() -> None:
     assert all(2 * x.shared <= 227 << 10 for x, job in zip(found, LISTED, strict=True) if job.target == "cuda:90")
 
 
+NSA = """attention nsa {
+    coarse = attend causal over pool(mean, 64)
+    top = attend causal & top(16, blocks(64), by = probs(coarse), share = group, always = same_block(64))
+    output coarse + top
+}"""
+MOBA = "attention moba { attend causal & top(3, blocks(512), by = dot(Q, mean(K)), always = same_block(512)) }"
+CHOICES = [
+    Job(NSA, target, 128, "pointer", (64, 4), select=True)
+    for target in ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+]
+CHOICES += [Job(MOBA, "cuda:90", 128, "pointer", (16, 16), select=True)]
+
+
+def test_choices() -> None:
+    """Lists of the best lie in registers, on every device; products are Hopper's where they have columns for it."""
+    found = compile_all(CHOICES)
+    assert [x.spills for x in found] == [0] * len(CHOICES)
+    assert [x.wgmma for x in found] == [job.target == "cuda:90" for job in CHOICES]
+
+
 def test_spills_are_seen() -> None:
     """What `verify` relies on: a kernel of tiles that are too large shows its spills."""
     (found,) = compile_all([Job("causal", "cuda:80", 128, "pointer", tiling=(128, 128, 4, 2))])

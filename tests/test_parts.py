@@ -126,7 +126,6 @@ def test_what_there_is_not() -> None:
         ("A531", lambda: attn.source("near.backward")), ("A510", lambda: attn.source("combine", backend="cpu")),
         ("A510", lambda: attn.source("pool", backend="gluon")),
         ("A573", lambda: attn.mask(8, 8, part="routed", top=[1])),
-        ("A510", lambda: attn.source("top.select", target="sm_100")),
     ):  # fmt: skip
         with pytest.raises(attndsl.PatternError, match=code):
             question()

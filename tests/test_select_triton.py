@@ -44,6 +44,10 @@ def both(
         ("top(6, tokens, share = group, among = causal, by = dot(Q, K), always = sink(9))", (1, 1, 1, 130, 130, 16)),
         ("top(2, blocks(8), among = causal, by = dot(Q, mean(K)))", (1, 2, 1, 1, 1, 16)),
         ("top(2, blocks(8), among = causal, by = dot(Q, mean(K)))", (1, 2, 1, 5, 0, 16)),
+        ("top(5, blocks(2), among = causal, by = dot(Q, mean(K)), share = group)", (1, 8, 2, 40, 300, 16)),
+        ("top(17, blocks(2), among = causal, by = dot(Q, mean(K)), always = sink(2))", (1, 1, 1, 3, 300, 16)),
+        ("top(40, blocks(2), among = causal, by = dot(Q, mean(K)))", (1, 1, 1, 3, 260, 16)),
+        ("top(0 * h, blocks(2), among = causal, by = dot(Q, mean(K)))", (1, 2, 1, 3, 10, 16)),
     ],
 )
 def test_chooses_what_the_strips_choose(text: str, shape: tuple[int, int, int, int, int, int]) -> None:
@@ -92,8 +96,8 @@ def test_the_kernel_reads_as_written() -> None:
     program = program_of(f"top(3, blocks(64), among = causal, {OWN}, share = group)")
     plan = select_plan(program, program.selections[0], Spec(16, 4, 128, 128, DType.BFLOAT16, "cuda:90"))
     text = select_source(plan)
-    assert plan.tiling.block_q * 4 == 256 and plan.width == 4
-    assert "tl.dot(q, tl.trans(low), scores)" in text and "Full tiles" in text and "take_best" in text
+    assert plan.tiling.block_q * 4 == 128 and plan.members == 64 and plan.width == 4
+    assert "tl.dot(low, tl.trans(q), scores)" in text and "LISTED: tl.constexpr = 3" in text and "take_up" in text
     compile(text, "select", "exec")
 
 
@@ -121,3 +125,11 @@ def test_ranks_by_the_probabilities_of_a_branch(shape: tuple[int, int, int, int,
     strips = Selector(program, program.selections[0], sizes, CPU)
     assert (fused(q, k, [], [], None, state) == strips(q, k, [], [], None, state)).all()
     assert fused.fused is not None and strips.fused is None
+
+
+def test_heads_that_share_see_the_same_entries() -> None:
+    """A kernel asks once for all heads which entries the branch saw: where heads differ, strips choose."""
+    text = NSA.replace("causal over", "(if h % 2 == 0 then causal else causal & { k < 16 }) over")
+    program = own_program(load(text).program)
+    assert "different entries" in why_not_fused(program, program.selections[0], (4, 2))
+    assert not why_not_fused(program, program.selections[0], (2, 2))
