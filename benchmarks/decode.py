@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.dense import attend, judge, worst
 from benchmarks.failures import short_reason
-from benchmarks.peers import prepare_dynamo
+from benchmarks.paged import PAGE, in_pages, with_flashinfer
+from benchmarks.peers import CannotRun, prepare_dynamo
 from benchmarks.rows import MaskRule
 from benchmarks.timing import host_microseconds, milliseconds
 
-PAGE = 16
 # Calls in one graph: its launch is then small beside them.
 CALLS = 16
 # Caches that the calls take turns on, as layers do, of so many bytes together: past any L2.
@@ -97,25 +98,10 @@ def ours(row: DecodeRow, caches: Caches) -> Step:
 
 
 def ours_paged(row: DecodeRow, caches: Caches, page: int = PAGE) -> Step:
-    """Over pages in random order: the same tensors taken for pools of pages, so that no second copy is needed."""
+    """Over pages in random order."""
     import attndsl
 
-    attn, lengths, sizes = attndsl.compile(row.text), caches.lengths, caches.sizes
-    each = sizes.n // page
-    pages = torch.randperm(sizes.batch * each, generator=torch.Generator().manual_seed(1)).to(torch.int32)
-    table = pages.view(sizes.batch, each).to(sizes.device)
-    shape = (sizes.batch * each, sizes.kv_heads, page, sizes.dim)
-
-    def pool(x: Tensor) -> Tensor:
-        """The cache with sequence b's tokens where its pages lie."""
-        by_page = x.view(sizes.batch, sizes.kv_heads, each, page, sizes.dim).transpose(1, 2).reshape(shape)
-        found = torch.empty_like(by_page)
-        found[table.flatten().long()] = by_page
-        return found
-
-    for tensors in (caches.k, caches.v):
-        for i, x in enumerate(tensors):
-            tensors[i] = pool(x)
+    attn, lengths, table = attndsl.compile(row.text), caches.lengths, in_pages(caches, page)
     return lambda i: attn.decode(caches.q[i], caches.k[i], caches.v[i], lengths, table)
 
 
@@ -147,8 +133,13 @@ def flex(row: DecodeRow, caches: Caches) -> Step:
     return lambda i: fn(caches.q[i], caches.k[i], caches.v[i], block_mask=block_mask, enable_gqa=True)
 
 
+def flashinfer(row: DecodeRow, caches: Caches, tensor_cores: bool = False) -> Step:
+    return with_flashinfer(row, caches, mask_of(row, caches.sizes)[0], tensor_cores)
+
+
 CONTENDERS: dict[str, Callable[[DecodeRow, Caches], Step]] = {
-    "attndsl": ours, f"attndsl, pages of {PAGE}": ours_paged, "SDPA": sdpa, "Flex": flex,
+    "attndsl": ours, f"attndsl, pages of {PAGE}": ours_paged, "SDPA": sdpa, "Flex": flex, "FlashInfer": flashinfer,
+    "FlashInfer tensor cores": partial(flashinfer, tensor_cores=True),
 }  # fmt: skip
 
 
@@ -165,6 +156,8 @@ def run_decode(sizes: DecodeSizes, contenders: list[str] | None = None) -> Itera
         for name in names:
             try:
                 cells.append(measure(row, CONTENDERS[name], make_caches(sizes, visited), visited))
+            except CannotRun as reason:
+                cells.append(str(reason))
             except Exception as error:  # noqa: BLE001 - a peer that breaks costs its cell and not the run
                 cells.append(short_reason(error))
             if sizes.device.type == "cuda":

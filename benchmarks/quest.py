@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.decode import PAGE, DecodeSizes, recorded
+from benchmarks.decode import DecodeSizes, recorded
 from benchmarks.dense import attend, judge, worst
+from benchmarks.paged import PAGE
 from benchmarks.timing import milliseconds
 
 # Tokens that a row attends to.

@@ -1,0 +1,160 @@
+"""`python -m benchmarks.hostile [GROUP…]`: the kernels that read lengths, page tables or lists, on hostile ones.
+
+To be run under `compute-sanitizer --tool memcheck` with `PYTORCH_NO_CUDA_MEMORY_CACHING=1`, so that a read past a
+tensor is one past an allocation; a run without it before fills the cache of kernels. Nothing here says what outputs
+should be but that they are numbers: tests do. Exit status 1 where one is not.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import attndsl
+import attndsl.serving
+
+PATTERNS = Path(__file__).parent.parent / "examples" / "patterns"
+DEVICE = torch.device("cuda")
+STREAMING = "causal & (sink(4) | window(100))"
+DOCUMENTS = "attention d { input doc : int[b, k] sorted  attend causal & document(doc) }"
+LISTED = "attention a { input listed : blocks(16)[b, g]  attend causal & listed }"
+OF_ROWS = "attention a { input listed : blocks(64)[b, g, q]  attend causal & listed }"
+QUEST = """attention quest {
+    plan pages = top(3, blocks(16), by = bound(Q, min(K), max(K)), share = group, among = causal,
+                     always = same_block(16))
+    attend causal & pages
+}"""
+EXTREMES = (2**31 - 1, -(2**31), -1, 1 << 20)
+
+
+def random(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*size, device=DEVICE, dtype=dtype)
+
+
+def wild(*size: int, high: int) -> Tensor:
+    """int32, of which half lie in [0, high), and the rest anywhere."""
+    inside = torch.randint(0, max(high, 1), size, device=DEVICE)
+    outside = torch.tensor(EXTREMES, device=DEVICE)[torch.randint(0, len(EXTREMES), size, device=DEVICE)]
+    return torch.where(torch.rand(size, device=DEVICE) < 0.5, inside, outside).to(torch.int32)
+
+
+def lengths(batch: int, capacity: int) -> Tensor:
+    known = [capacity, 2**31 - 1, -5, 0, capacity + 1, -(2**31), 1, capacity - 1]
+    return torch.tensor(known[:batch], dtype=torch.int32, device=DEVICE)
+
+
+def small() -> Iterator[tuple[str, Tensor]]:
+    yield from decodes(64, (4, 2), 4, 200, (1, 16, 24))
+
+
+def odd() -> Iterator[tuple[str, Tensor]]:
+    yield from decodes(80, (2, 2), 4, 200, (16, 64))
+
+
+def large() -> Iterator[tuple[str, Tensor]]:
+    """Short patterns by columns of the values."""
+    yield from decodes(128, (32, 8), 8, 2048, (16, 64))
+
+
+def decodes(
+    dim: int, heads: tuple[int, int], batch: int, tokens: int, pages: tuple[int, ...]
+) -> Iterator[tuple[str, Tensor]]:
+    """Contiguous and paged caches."""
+    for text, rows in ((STREAMING, 1), ("causal", 5), (STREAMING, 3)):
+        attn, q = attndsl.compile(text), random(batch, heads[0], rows, dim)
+        k, v = (random(batch, heads[1], tokens, dim) for _ in range(2))
+        yield f"decode {dim}, {text}, {rows} rows", attn.decode(q, k, v, lengths(batch, tokens))
+        for page in pages:
+            slots, each = 2 * batch + 1, -(-tokens // page)
+            k, v = (random(slots, heads[1], page, dim) for _ in range(2))
+            table = wild(batch, each, high=slots)
+            yield f"... in pages of {page}", attn.decode(q, k, v, lengths(batch, each * page), table)
+
+
+def eight_bits() -> Iterator[tuple[str, Tensor]]:
+    q, k = random(4, 4, 1, 64), random(9, 2, 16, 64).to(torch.float8_e4m3fn)
+    yield "decode", attndsl.compile(STREAMING).decode(q, k, k, lengths(4, 160), wild(4, 10, high=9))
+
+
+def by_data() -> Iterator[tuple[str, Tensor]]:
+    """Tiles skipped by inputs, lists that are given, and what is chosen."""
+    q, k, v = random(4, 4, 2, 64), random(4, 2, 200, 64), random(4, 2, 200, 64)
+    doc = wild(4, 200, high=9)
+    yield "decode of documents", attndsl.compile(DOCUMENTS).decode(q, k, v, lengths(4, 200), doc=doc)
+    pools, table = (random(9, 2, 16, 64), random(9, 2, 16, 64)), wild(4, 13, high=9)
+    for text, dtype in ((LISTED, torch.int32), (LISTED, torch.int64), (OF_ROWS, torch.int32)):
+        attn = attndsl.compile(text)
+        listed = wild(4, 2, *((2,) if text is OF_ROWS else ()), 7, high=13).to(dtype)
+        yield f"decode of lists, {text}", attn.decode(q, k, v, lengths(4, 200), listed=listed)
+        yield "... in pages", attn.decode(q, *pools, lengths(4, 208), table, listed=listed)
+    for name in ("nsa", "moba", "pyramid"):
+        params: dict[str, Any] = {} if name == "pyramid" else {"block": 16}
+        attn = attndsl.compile(PATTERNS / f"{name}.attn", **params)
+        inputs: dict[str, Any] = {"gate": random(4, 4, 2, 3)} if name == "nsa" else {}
+        for cache in ((k, v, lengths(4, 200)), (*pools, lengths(4, 208), table)):
+            views = attn.views(*cache)
+            attndsl.serving.update_views(attn, views, *cache, new=3)
+            yield f"decode of {name}", attn.decode(q, *cache, views=views, **inputs)
+
+
+def caches() -> Iterator[tuple[str, Tensor]]:
+    """Bounds of pages, the best by them, and a pool whose books the device keeps."""
+    k, table = random(9, 2, 16, 64), wild(4, 13, high=9)
+    low, high = (torch.zeros(9, 2, 64, device=DEVICE, dtype=k.dtype) for _ in range(2))
+    attndsl.serving.update_bounds(k, low, high, lengths(4, 208), table, new=40)
+    yield "bounds of pages", torch.cat((low, high))
+    attn = attndsl.compile(QUEST)
+    cache = attndsl.serving.PagedCache(
+        attn, 4, 2, 64, pages=13, max_len=208, dtype=torch.bfloat16, device=DEVICE, bounds=True, on_device=True
+    )
+    for _ in range(3):
+        cache.append(random(4, 2, 20, 64), random(4, 2, 20, 64))
+        yield "a pool that is full", cache.decode(random(4, 4, 1, 64))
+    cache.seq_lens.copy_(lengths(4, 208))
+    cache.page_table.copy_(table)
+    yield "a pool with wild books", cache.decode(random(4, 4, 1, 64))
+
+
+def forwards() -> Iterator[tuple[str, Tensor]]:
+    """Lists of the forward and backward pass: of tiles, and of tokens that are gathered."""
+    for text, entries in (
+        ("attention a { input p : blocks(64)[b, g, q]  attend causal & p }", 5),
+        ("attention a { input p : blocks(64)[b, g, q/64]  attend causal & p }", 5),
+        ("attention a { input p : tokens[b, g, q]  attend causal & p }", 40),
+    ):
+        attn = attndsl.compile(text)
+        q, k, v = (random(2, heads, 300, 64).requires_grad_() for heads in (4, 2, 2))
+        classes = 5 if "q/64" in text else 300
+        plan = wild(2, 2, classes, entries, high=300 if "tokens" in text else 5)
+        out = attn(q, k, v, p=plan)
+        yield f"forward, {text}", out
+        for name, x in zip("qkv", torch.autograd.grad(out.float().sum(), (q, k, v)), strict=True):
+            yield f"... gradient of {name}", x
+
+
+GROUPS = {group.__name__: group for group in (small, odd, large, eight_bits, by_data, caches, forwards)}
+
+
+def main(asked: Sequence[str]) -> int:
+    """asked: names of groups (none: all)."""
+    torch.manual_seed(0)
+    wrong = 0
+    for name in asked or GROUPS:
+        began, calls = time.perf_counter(), 0
+        for call, out in GROUPS[name]():
+            calls += 1
+            if not bool(out.isfinite().all()):
+                wrong += 1
+                print(f"{name}, not finite: {call}", flush=True)
+        print(f"{name}: {calls} outputs, {time.perf_counter() - began:.1f} s", flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
