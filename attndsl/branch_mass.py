@@ -1,4 +1,4 @@
-"""What `probs(branch)` ranks by: which keys of the branch rows see, their logits, and how keys lie in members."""
+"""What `probs(branch)` ranks or weighs by: which keys of the branch rows see, their logits, how keys lie in members."""
 
 from __future__ import annotations
 
@@ -50,13 +50,17 @@ def branch_mass(program: Program, selection: Selection, heads: tuple[int, int], 
     """
     assert isinstance(selection.score, Probs)
     branch = program.named(selection.score.branch)
-    if len(branch.parts) > 1 or branch.weights is not None or branch.skip is not None:
-        reason = "`weights` replace its softmax" if branch.weights is not None else "it has several parts"
-        reason = reason if branch.skip is None else "which pairs it skips is not kept"
+    if reason := branch.why_no_mass:
         raise error(
             "A575", f"the probabilities of `{branch.name}` rank nothing yet: {reason}", selection.span,
             help="select by a branch of one part and a softmax",
         )  # fmt: skip
+    return mass_of(program, branch, heads, ragged)
+
+
+@functools.lru_cache(maxsize=256)
+def mass_of(program: Program, branch: Branch, heads: tuple[int, int], ragged: bool = False) -> BranchMass:
+    """What `probs` needs to know of a branch that has a mass."""
     alone = derive(replace(program, branches=(branch,), output=None, selections=()), ragged)
     view, logit = branch.parts[0].view, branch.score
     if view is None:

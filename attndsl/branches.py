@@ -2,6 +2,7 @@
 
     view    V ::= Pool f size stride visible counted | Given keys values size stride visible counted
     part    p ::= P (over V)?                                      over the raw tokens where there is no view
+                | P within keys with branch                        two levels: a softmax inside each member
     branch    ::= (name =)? attend p+ { scale e  score e  sink e  weights e }
     output  o ::= Attended name | Merged o+ | Handed e e | Factor e | Sum o o | Product e o
 
@@ -71,13 +72,36 @@ View: TypeAlias = Pool | Given
 # ---------------------------------------------------------------------------------------- branches
 
 
+# Keys that a member of two levels may have, a power of two: a tile holds one.
+LEAST_MEMBER, LARGEST_MEMBER = 16, 256
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """Two levels: a softmax inside each member, a block of `keys` tokens in a row, and the members' outputs summed with
+    the probabilities of an earlier branch.
+
+    `weights`: in a program of one branch, the input float[b, h, q, k/keys] that holds these.
+    """
+
+    keys: int
+    branch: str
+    weights: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A pattern over a view; without one, over the raw tokens."""
+    """A pattern over a view; without one, over the raw tokens. One of two levels is the only part of its branch."""
 
     pattern: Set
     view: View | None = None
     span: Span | None = field(default=None, compare=False, repr=False)
+    within: Within | None = field(default=None, kw_only=True)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it attends to raw tokens in one softmax."""
+        return self.view is None and self.within is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +127,22 @@ class Branch:
         """The pattern of a branch of one part."""
         (part,) = self.parts
         return part.pattern
+
+    @property
+    def within(self) -> Within | None:
+        """The two levels of a branch that has them."""
+        return self.parts[0].within
+
+    @property
+    def why_no_mass(self) -> str:
+        """Why it has no probabilities of keys that `probs` could rank or weigh by; empty where it has."""
+        if len(self.parts) > 1:
+            return "it has several parts"
+        if self.weights is not None:
+            return "`weights` replace its softmax"
+        if self.skip is not None:
+            return "which pairs it skips is not kept"
+        return "it has two levels" if self.within is not None else ""
 
 
 # ------------------------------------------------------------------------------------------ output

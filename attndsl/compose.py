@@ -1,14 +1,15 @@
 """A program of views and branches as programs that kernels know: one branch each, its views handed in as inputs.
 
 A pool becomes two inputs, its keys and its values, that the runtime makes before the kernels run; gradients flow to
-them as to any learnable input, and from there through the pooling. The branches' outputs are combined afterwards.
+them as to any learnable input, and from there through the pooling. So do the probabilities by which a branch of two
+levels weighs its members. The branches' outputs are combined afterwards.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from attndsl.branches import Attended, Branch, Given, Merged, Output, Part, Pool, combined, factors
+from attndsl.branches import Attended, Branch, Given, Merged, Output, Part, Pool, Within, combined, factors
 from attndsl.pairs import nodes
 from attndsl.plans import own_program
 from attndsl.program import Axis, Dim, InputDecl, Program, Read, Scalar, Selected, Type, walk
@@ -60,20 +61,26 @@ def compose(program: Program) -> Composition:
     read = set(combined(output))
     read |= {x.score.branch for x in program.selections if isinstance(x.score, Probs)}
     read |= {x.branch for x in program.observations}
+    read |= {x.within.branch for x in program.branches if x.within is not None and x.name in read}
     found: dict[Pool, Pooling] = {}
     branches = []
     for branch in program.branches:
         if program.output is None or branch.name in read:
-            parts = tuple(_handed_in(part, program, found) for part in branch.parts)
             name = "" if program.output is None else branch.name or ""
+            parts = tuple(_handed_in(part, program, found, name) for part in branch.parts)
             branches.append((name, replace(branch, parts=parts)))
     pools = tuple(found.values())
     made = tuple(decl for pooling in pools for decl in _declared(pooling))
+    made += tuple(_shares(x.within) for _, x in branches if x.within is not None)
     programs = tuple((name, _program(program, branch, made)) for name, branch in branches)
     return Composition(pools, programs, output, own_program(program))
 
 
-def _handed_in(part: Part, program: Program, found: dict[Pool, Pooling]) -> Part:
+def _handed_in(part: Part, program: Program, found: dict[Pool, Pooling], branch: str) -> Part:
+    if part.within is not None:
+        taken = {decl.name for decl in program.inputs}
+        name = next(x for x in (f"shares_{branch}{'_' * i}" for i in range(len(taken) + 1)) if x not in taken)
+        return replace(part, within=replace(part.within, weights=name))
     if not isinstance(part.view, Pool):
         return part
     view = part.view
@@ -86,6 +93,12 @@ def _handed_in(part: Part, program: Program, found: dict[Pool, Pooling]) -> Part
     pooling = found[made]
     entries = Given(pooling.keys, pooling.values, view.size, view.stride, view.visible, view.counted)
     return replace(part, view=entries)
+
+
+def _shares(within: Within) -> InputDecl:
+    """What weighs the members of two levels, for each row."""
+    dims = (Dim(Axis.B), Dim(Axis.H), Dim(Axis.Q), Dim(Axis.K, within.keys))
+    return InputDecl(within.weights, Type.FLOAT, dims, learnable=True)
 
 
 def _declared(pooling: Pooling) -> tuple[InputDecl, InputDecl]:
@@ -103,6 +116,8 @@ def _program(program: Program, branch: Branch, made: tuple[InputDecl, ...]) -> P
     for part in branch.parts:
         if isinstance(part.view, Given):
             read |= {part.view.keys, part.view.values}
+        if part.within is not None:
+            read.add(part.within.weights)
     chosen = tuple(decl for decl in program.inputs if _may_read(decl, branch, read))
     inputs = (*chosen, *(decl for decl in made if decl.name in read))
     # What its selections choose comes in as plans.
@@ -122,12 +137,19 @@ def output_inputs(output: Output) -> frozenset[str]:
     return frozenset(x.input for e in found for x in walk(e) if isinstance(x, Read))
 
 
+def of_one_level(program: Program) -> Program:
+    """A program of one part with one softmax in the place of two levels: it allows the same pairs."""
+    (part,) = program.only.parts
+    return program if part.within is None else program.with_branch(parts=(replace(part, within=None),))
+
+
 def has_lse(program: Program) -> bool:
     """Whether the output is that of one softmax."""
     match program.output:
         case None:
             return program.branches[0].weights is None
         case Attended(branch=name):
+            # Of two levels it is that of the branch that weighs the members.
             return program.named(name).weights is None
         case output:
             return isinstance(output, Merged)

@@ -16,7 +16,7 @@ import islpy as isl
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.compose import Composition, part_programs
+from attndsl.compose import Composition, of_one_level, part_programs
 from attndsl.derive import derive
 from attndsl.effort import TooHard, bounded
 from attndsl.evaluate import evaluate
@@ -166,7 +166,7 @@ def _at_keys(program: Program, arrays: Mapping[str, Any]) -> tuple[Program, tupl
 def _raw(program: Program, composition: Composition) -> Iterator[Program]:
     """The parts over raw tokens, as programs, and the candidates that are ranked by single keys."""
     for branch in (program,) if program.plain else composition.programs:
-        yield from (part for part in part_programs(branch) if part.plain)
+        yield from (part for part in map(of_one_level, part_programs(branch)) if part.plain)
     for selection in program.selections:
         if None in kept_by(selection):
             yield Program.of(

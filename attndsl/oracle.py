@@ -179,6 +179,14 @@ def entries(view: View | None, k_len: int) -> int:
     return k_len if view is None else -(-k_len // view.stride)
 
 
+def shares_of(first: int, members: int, size: int, stride: int, k_len: int) -> Array:
+    """The share of its present tokens that each key, standing for [j * stride, j * stride + size), has among the
+    `members` tokens from `first` on: float64 [keys]."""
+    tokens = np.arange(k_len)
+    extents = (tokens[j : j + size] for j in range(0, k_len, stride))
+    return np.asarray([((x >= first) & (x < first + members)).mean() for x in extents], np.float64)
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluator:
     """Scalars and sets of a program at given positions.

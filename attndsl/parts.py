@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 from attndsl.branches import Attended
-from attndsl.compose import compose
+from attndsl.compose import compose, of_one_level
 from attndsl.diagnostics import error
 from attndsl.pieces import choose_pieces
 from attndsl.plans import of_selection
@@ -28,7 +28,7 @@ def parts_of(program: Program) -> dict[str, Program]:
         written = own.only.parts
         for n, part in enumerate(written, 1):
             name = ".".join([branch] * bool(branch) + [str(n)] * (len(written) > 1))
-            found[name] = own.with_branch(parts=(part,))
+            found[name] = of_one_level(own.with_branch(parts=(part,)))
     return found
 
 
@@ -53,7 +53,7 @@ def kernel_names(program: Program, heads: int, kv_heads: int) -> tuple[str, ...]
     """The kernels of a program: those of its views, selections and branches, those that combine and those that observe.
 
     A branch has `forward`, `dq` and `dkdv`, once more for each further piece of a part and each further part, and a
-    `decode` for each part; those of a named branch begin with its name.
+    `decode` for each part that is not of two levels; those of a named branch begin with its name.
     """
     names = list(_before(program, heads, kv_heads))
     branches = {"": program} if program.plain else dict(compose(program).branches)
@@ -85,7 +85,7 @@ def _of_branch(program: Program, heads: int, kv_heads: int) -> list[str]:
     if program.only.skip is not None:
         return ["forward"]  # It has no gradient, and decode does not skip.
     pieces, parts = _pieces(program, heads, kv_heads), len(program.only.parts)
-    counts = {("forward",): pieces, ("dq", "dkdv"): pieces, ("decode",): parts}
+    counts = {("forward",): pieces, ("dq", "dkdv"): pieces, ("decode",): 0 if program.only.within else parts}
     return [
         f"{name}_{n}" if n > 1 else name
         for names, count in counts.items()

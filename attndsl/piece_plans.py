@@ -45,6 +45,7 @@ from attndsl.splitting import SplitPiece
 from attndsl.tiling import choose_backward_tilings, choose_tiling
 from attndsl.view_plans import view_backward, view_forward
 from attndsl.visits import closed_runs
+from attndsl.within_plans import within_backward, within_forward
 
 P = TypeVar("P", bound=Plan)
 
@@ -99,6 +100,8 @@ def _of_parts(program: Program, make: Callable[[Program, bool], tuple[P, ...]]) 
 
 
 def _forward_part(program: Program, spec: Spec, tiling: Tiling | None, first: bool) -> tuple[ForwardPlan, ...]:
+    if program.only.within is not None:
+        return (within_forward(program, spec),)
     if not program.plain:
         return (view_forward(program, spec, tiling or default_tiling(spec), not first),)
     return forward_plans(program, spec, tiling, alone=False)
@@ -107,6 +110,8 @@ def _forward_part(program: Program, spec: Spec, tiling: Tiling | None, first: bo
 def _backward_part(
     program: Program, spec: Spec, tilings: tuple[Tiling, Tiling] | None, uses_lse: bool, first: bool
 ) -> tuple[BackwardPlan, ...]:
+    if program.only.within is not None:
+        return (within_backward(program, spec, uses_lse),)
     if not program.plain:
         return (view_backward(program, spec, tilings or backward_tilings(spec), uses_lse, not first),)
     return backward_plans(program, spec, tilings, uses_lse, alone=False)

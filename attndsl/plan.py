@@ -151,6 +151,7 @@ class Plan:
     `view`: its keys, whose indices runs, mask and score call k, are the entries of a view.
     `skip`: tiles whose scores lie all so far below what their rows have seen are dropped (`skipping.py`).
     `box_runs`: in the place of `runs` where the layout is one by boxes, whose indices a mask calls i_a and j_a.
+    `shares`: two levels: each tile of keys is a member, inside which is a softmax, and its row's read weighs it.
     """
 
     program: Program
@@ -169,11 +170,12 @@ class Plan:
     view: Given | None = field(default=None, kw_only=True)
     skip: float | None = field(default=None, kw_only=True)
     box_runs: BoxRuns = field(default=BoxRuns(), kw_only=True)
+    shares: Read | None = field(default=None, kw_only=True)
 
     @property
     def softmax(self) -> bool:
         """Whether rows are normalised."""
-        return self.weights is None
+        return self.weights is None and self.shares is None
 
     @property
     def masks(self) -> bool:
@@ -193,7 +195,7 @@ class Plan:
         """Every scalar the kernel computes."""
         body = (self.mask, self.scale, self.score, self.sink, self.weights)
         lists = [] if self.gathered is None else [self.gathered.entry]
-        lists += [] if self.marked is None else [self.marked]
+        lists += [x for x in (self.marked, self.shares) if x is not None]
         runs = (*run_scalars(self.runs), *self.box_runs.ends)
         orders = (self.layout.q, self.layout.k) if isinstance(self.layout, Permutation) else ()
         return (*runs, *(x for x in body if x is not None), *lists, *orders, *self._further())
@@ -232,7 +234,7 @@ class ForwardPlan(Plan):
 class Printed:
     """A forward kernel's text and what a launch takes beside it: what is left of a plan once it is printed.
 
-    `layout`, `follows`, `gathered`, `view`: as in `Plan`.
+    `layout`, `follows`, `gathered`, `view`, `softmax`: as in `Plan`.
     """
 
     program: Program
@@ -243,6 +245,7 @@ class Printed:
     follows: bool = False
     gathered: Gathered | None = None
     view: Given | None = None
+    softmax: bool = True
 
     @property
     def tables(self) -> tuple[TableDecl, ...]:
@@ -290,6 +293,7 @@ class BackwardPlan(Plan):
     def learnable_inputs(self) -> tuple[InputDecl, ...]:
         """The inputs that get gradients other than zero, in the order they were declared."""
         names = {read.input for read, _ in self.learnable + self.sink_learnable}
+        names |= set() if self.shares is None else {self.shares.input}
         return tuple(decl for decl in self.program.inputs if decl.name in names)
 
 

@@ -371,7 +371,7 @@ class Program:
     @property
     def plain(self) -> bool:
         """Whether it is one branch over one pattern of raw tokens."""
-        return self.output is None and len(parts := self.branches[0].parts) == 1 and parts[0].view is None
+        return self.output is None and len(parts := self.branches[0].parts) == 1 and parts[0].plain
 
     @property
     def branch(self) -> Branch:

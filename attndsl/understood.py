@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attndsl.branches import Branch
-from attndsl.notation import input_text, output_text, scalar_text, set_text, view_text
+from attndsl.notation import input_text, output_text, part_text, scalar_text
 from attndsl.observation import Observation
 from attndsl.plans import own_program
 from attndsl.program import Program
@@ -36,18 +36,16 @@ def understood(program: Program, text: str) -> list[str]:
 
 def _branch_lines(branch: Branch) -> list[str]:
     """Which pairs a branch has, and what it makes of them."""
-    pairs = [
-        f"pairs (q, k) in {set_text(part.pattern)}"
-        if part.view is None
-        else f"pairs (q, entry) in {set_text(part.pattern)} over {view_text(part.view)}"
-        for part in branch.parts
-    ]
+    pairs = [f"pairs (q, {'k' if part.view is None else 'entry'}) in {part_text(part)}" for part in branch.parts]
     scale = "1/√D" if branch.scale is None else scalar_text(branch.scale)
     lines = ["; and ".join(pairs), f"s = {scale} · (q · k)"]
     if branch.weights is not None:
         return [*lines, f"a pair weighs {scalar_text(branch.weights)}; rows are not normalised"]
     if branch.score is not None:
         lines.append(f"logit {scalar_text(branch.score)}")
+    if branch.within is not None:
+        inside, by = f"softmax over each row inside each block of {branch.within.keys} keys", branch.within.branch
+        return [*lines, f"{inside}; of what a block gives, the probability that {by} gives it"]
     sink = "" if branch.sink is None else f", with e^({scalar_text(branch.sink)}) added to the denominator"
     lines.append(f"{'one ' * (len(pairs) > 1)}softmax over each row{sink}")
     if branch.skip is not None:

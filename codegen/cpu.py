@@ -309,6 +309,19 @@ class TileLoop:
             self.helpers.add("kept")
             self.lines.add("keep = kept(seed, b_index, h_index, q_pos, spans, drop_below)")
 
+    def members(self) -> None:
+        """Two levels. `member`: the place of each key's, among those of the chunk, which are whole in it; `inner`: the
+        softmax of `scores` inside each; `share`: what a row gives a pair's member."""
+        shares = self.plan.shares
+        assert shares is not None
+        self.helpers |= {"within_members", "exponential"}
+        self.lines.add(
+            "k_pos = positions(spans)",
+            f"member = torch.unique_consecutive(k_pos // {self.plan.tiling.block_k}, return_inverse=True)[1]",
+            "inner = within_members(scores, member)",
+            f"share = {self.tensors.within(Names(TensorLeaves(self.plan))).text(shares)}",
+        )
+
     def rows_of(self, x: str) -> str:
         """The keys or values of the spans: without a copy where they lie at equal distances in one span."""
         if self._selects:

@@ -87,8 +87,13 @@ class _Backward:
             copied = f"spread({printer.text(plan.score)}, scores)" if plan.score is not None else "scores"
             lines.add(f"logits = {copied}")
             loop.mask("logits", "-math.inf")
-            loop.helpers.add("exponential")
-            lines.add("weights = exponential(logits - row_lse)")
+            if plan.shares is None:
+                loop.helpers.add("exponential")
+                lines.add("weights = exponential(logits - row_lse)")
+            else:
+                lines.add("unscored, scores = scores, logits")
+                loop.members()
+                lines.add("weights, scores = inner * share, unscored")
         left = "weights"
         if plan.spec.dropout:
             left = "left"
@@ -96,12 +101,16 @@ class _Backward:
             lines.add("left = weights")
             loop.drop("left")
         loop.scatter("dv", f"{left}.flatten(2, 3).mT @ d_out.flatten(2, 3)")
-        if not self.flows and not plan.learnable:
+        if not self.flows and not plan.learnable and plan.shares is None:
             return
         lines.add("d_weights = (d_out.flatten(2, 3) @ values.mT).unflatten(2, d_out.shape[2:4])")
         loop.drop("d_weights")
         if self.softmax:
             lines.add("d_logits = weights * (d_weights - delta[..., None])")
+        elif plan.shares is not None:
+            loop.helpers.add("of_members")
+            lines.add("d_inner = inner * d_weights", "d_logits = weights * (d_weights - of_members(d_inner, member))")
+            self._learn(plan.shares, Const(1.0), "d_inner", printer)
         else:
             lines.add("d_logits = d_weights")
             loop.mask("d_logits", "0.0")

@@ -68,6 +68,10 @@ def attend(loop: TileLoop) -> None:
                     with lines.block("if quiet.all():"):
                         lines.add("continue")
                     lines.add("scores.masked_fill_(quiet[..., None, None], -math.inf)")
+                if plan.shares is not None:
+                    loop.members()
+                    lines.add("weights = inner * share")
+            if softmax:
                 lines.add(
                     "new_max = torch.maximum(row_max, scores.amax(-1))",
                     "weights = exponential(scores - new_max[..., None])",

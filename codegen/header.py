@@ -16,6 +16,8 @@ def header(plan: Plan, title: str) -> str:
     ]
     if plan.view is not None:
         lines.append(f"keys are the entries of a view: one of {plan.view.size} tokens every {plan.view.stride}")
+    if plan.shares is not None:
+        lines.append("two levels: a key tile is a member, with a softmax of its own, and rows weigh members")
     if plan.follows or not plan.layout.plain:
         lines.append(f"{plan.layout}{', adding to what earlier pieces found' if plan.follows else ''}")
     return program_lines(plan.program, title, *lines)

@@ -78,6 +78,21 @@ def exponential(x):
     return torch.exp2(x.mul_(1.4426950408889634))
 
 
+def within_members(scores, member):
+    """A softmax of scores [..., keys] inside each member, whose numbers [keys] count from 0; 0 of what is not seen."""
+    top = scores.new_full((*scores.shape[:-1], int(member[-1]) + 1), -torch.finfo(scores.dtype).max)
+    top.scatter_reduce_(-1, member.expand_as(scores), scores, "amax")
+    inner = exponential(scores - top[..., member])
+    total = torch.zeros_like(top).index_add_(-1, member, inner)
+    return inner / torch.where(total == 0, 1, total)[..., member]
+
+
+def of_members(values, member):
+    """The sum over its member in the place of each of the values [..., keys]."""
+    count = int(member[-1]) + 1
+    return values.new_zeros(*values.shape[:-1], count).index_add_(-1, member, values)[..., member]
+
+
 def softcap(x, cap):
     return cap * torch.tanh(x / cap)
 

@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from attndsl.codegen.box_text import BoxText
 from attndsl.codegen.kernel import KernelWriter, Leaves
 from attndsl.codegen.scalars import Level, Printer
+from attndsl.codegen.two_levels import member_softmax
 from attndsl.learned import Learned, Over
 from attndsl.mask import KEY, ROW
 from attndsl.plan import BackwardPlan, Loads, Part
@@ -52,6 +53,7 @@ class BackwardKernel(KernelWriter, ABC):
         """`along_q`: how a vector over query rows lies in a tile of pairs. `over`: the learned sums made here."""
         super().__init__(plan, function, tensors)
         self.along_q = along_q
+        self.keys_axis = 1 if along_q == "[:, None]" else 0
         self.softmax = plan.softmax
         self.folded = self.softmax and plan.score is None
         # A logit that does not depend on the score: nothing flows to queries and keys.
@@ -61,7 +63,7 @@ class BackwardKernel(KernelWriter, ABC):
         self.reads_rows = any(dim.axis is Axis.Q and dim.block == 1 for decl in plan.inputs for dim in decl.dims)
 
     def _candidates(self) -> list[str]:
-        kept = ("row_lse_ptr", "row_lse_desc", "delta_desc", "row_stride", "heavy")
+        kept = ("row_lse_ptr", "row_lse_desc", "delta_desc", "row_stride", "heavy", "d_shares_ptr")
         return [*super()._candidates(), *kept, *(f"{x}_{n}_ptr" for n, _ in self.learned for x in ("sum", "at"))]
 
     def pairs(self, masked: bool) -> list[Scalar]:
@@ -90,7 +92,8 @@ class BackwardKernel(KernelWriter, ABC):
     def scores(self, a: str, b: str) -> None:
         """`scores`: the product q . k, scaled where an expression reads it."""
         lines = self.lines
-        if self.folded or any(reads(e, "s") for e in self.pairs(masked=False)):
+        unscored = self.plan.shares is not None and self.plan.score is None
+        if self.folded or unscored or any(reads(e, "s") for e in self.pairs(masked=False)):
             lines.add("scores = " + self.dots(self.q_parts, a, b))
             if not self.folded:
                 lines.add("scores = scores * scale")
@@ -103,6 +106,11 @@ class BackwardKernel(KernelWriter, ABC):
         allowed = self._allowed(printer, masked, existing and not self.folded)
         logit = plan.score if plan.weights is None else plan.weights
         whole = "" if logit is None or reads(logit, "s") else f" + tl.zeros({shape}, tl.float32)"
+        if plan.shares is not None:
+            text = "scores * LOG2_E" if plan.score is None else f"({printer.text(plan.score)}) * LOG2_E{whole}"
+            lines.add(f'logits = tl.where({allowed}, {text}, float("-inf"))' if allowed else f"logits = {text}")
+            member_softmax(self, "logits", self.keys_axis, self.along_q)
+            return
         if plan.weights is not None:
             text = f"{printer.text(plan.weights, Level.SUM)}{whole}"
         elif plan.score is not None:
@@ -127,6 +135,12 @@ class BackwardKernel(KernelWriter, ABC):
         lines = self.lines
         if self.softmax:
             lines.add(f"d_logits = weights * (d_weights - {self._along('delta')})")
+            return
+        if self.plan.shares is not None:
+            lines.add(
+                f"d_share = tl.sum(inner * d_weights, {self.keys_axis})",
+                f"d_logits = weights * (d_weights - {self._along('d_share')})",
+            )
             return
         allowed = self._allowed(printer, masked, existing)
         lines.add(f"d_logits = tl.where({allowed}, d_weights, 0.0)" if allowed else "d_logits = d_weights")
@@ -172,7 +186,7 @@ class DqKernel(BackwardKernel):
 
     def __init__(self, plan: BackwardPlan, function: str = DQ) -> None:
         super().__init__(plan, function, "q k v out dout dq", "[:, None]", (Over.TILE, Over.KEYS))
-        self.visits = self.flows or bool(self.from_pairs)
+        self.visits = self.flows or bool(self.from_pairs) or plan.shares is not None
         # Other kernels of the same file.
         self.beside: tuple[KernelWriter, ...] = ()
 
@@ -253,6 +267,11 @@ class DqKernel(BackwardKernel):
         self.drop()
         self.logit_gradient(printer, masked, existing)
         self.learn(printer)
+        if self.plan.shares is not None:
+            lines.add(
+                "share_at = (head.to(tl.int64) * rows + q_rows) * tl.cdiv(k_len, BLOCK_K) + k_tile",
+                "tl.store(d_shares_ptr + share_at, d_share, mask=q_rows < rows)",
+            )
         if self.flows:
             lines.add(f"d_scores = {self.passed_on(self.plan.d_score, printer)}")
             for part in self.q_parts:
@@ -434,7 +453,7 @@ class DkDvKernel(BackwardKernel):
         # A query tile may reach past the last row whatever its kind: such rows are zero, and must weigh nothing.
         self.load("q", self.q_parts, spec.dim, "q", "h", bounded=True)
         self.load("dout", self.v_parts, spec.v_dim, "q", "h", bounded=True)
-        if pairs := self.pairs(masked):
+        if (pairs := self.pairs(masked)) or self.plan.shares is not None:
             lines.add(f"q_pos = start + {self.q_place}[None, :]")
             if any(reads(e, "i") for e in pairs):
                 lines.add("i_pos = q_nth[None, :]")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from attndsl.codegen.kernel import KernelWriter
+from attndsl.codegen.two_levels import member_softmax
 from attndsl.mask import KEY
 from attndsl.plan import ForwardPlan, Loads, Plan
 from attndsl.program import Const, Scalar, Var, reads
@@ -127,7 +128,10 @@ class ForwardWriter(KernelWriter):
             if plan.skip is not None:
                 self._skip(plan.skip, masked)
                 return
-            self._softmax_step()
+            if plan.shares is None:
+                self._softmax_step()
+            else:
+                member_softmax(self, "scores", 1, "[:, None]")
         self._add_values(masked)
 
     def _skip(self, below: float, masked: bool) -> None:

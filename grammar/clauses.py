@@ -19,6 +19,7 @@ from attndsl.grammar.scalars import number, static_float
 from attndsl.grammar.scope import SELECTIONS, BranchRef, Context, LevelsRef, PatternRef, PlanRef, Poison, Scope, Use
 from attndsl.grammar.selections import selection
 from attndsl.grammar.sets import pattern_set
+from attndsl.grammar.two_levels import check_two_levels
 from attndsl.grammar.unsupported import Feature, unsupported
 from attndsl.grid import Grid
 from attndsl.program import Program, Scalar, reads
@@ -99,6 +100,7 @@ def lower_attention(
             "A041", f"`{node.name}` attends to nothing", node.name_span, "no `attend`", "add `attend causal`"
         )
     check_observed(ctx.maker.observations, branches, ctx)
+    check_two_levels(branches, ctx)
     output = _combination(node, branches, ctx)
     packing = [
         next((clause_input(clause, ctx) for clause in node.clauses if isinstance(clause, kind)), None)

@@ -76,8 +76,8 @@ def check_observed(found: Iterable[Observation], branches: Iterable[Branch | Non
     named = {branch.name: branch for branch in branches if branch is not None}
     for each in found:
         branch = named.get(each.branch)
-        if branch is not None and (branch.weights is not None or branch.skip is not None):
-            reason = "`weights` replace its softmax" if branch.skip is None else "which pairs it skips is not kept"
+        several = branch is not None and len(branch.parts) > 1
+        if branch is not None and not several and (reason := branch.why_no_mass):
             ctx.report.error(
                 "A076", f"`{each.branch}` has no probabilities: {reason}", each.span, "observed here",
                 "observe a branch with a plain softmax",

@@ -99,6 +99,9 @@ class _Lowering:
     def _may_merge(self, operand: Attended, at: ast.Argument) -> bool:
         """A merge weighs by lse, which `weights` does not have, and in which a sink would count once a branch."""
         branch = self.branches.get(operand.branch)
+        if branch is not None and branch.within is not None:
+            # Its lse is that of the branch that weighs its members.
+            branch = self.branches.get(branch.within.branch)
         if branch is None or (branch.weights is None and branch.sink is None):
             return True
         what = "a sink" if branch.sink is not None else "`weights`"

@@ -11,7 +11,7 @@ from attndsl.grammar.scope import Context
 class Feature(Enum):
     VIEWS = ("A902", "attending `over` such a view", "write `pool(mean, 64)`, or hand in entries with `given`")
     POOLED_QUERIES = ("A903", "`from` pooled queries", "pool the queries outside")
-    WITHIN = ("A904", "`within`", "run one attention per member and combine the outputs")
+    WITHIN = ("A904", "a softmax inside such members", "write `within blocks(B)`, B a power of two from 16 to 256")
     PARTITIONS = (
         "A905",
         "selecting by these members or row classes",

@@ -1,4 +1,4 @@
-"""Lowers the views of a branch's parts; checks the further words of a part: `from`, `within`."""
+"""Lowers the parts of a branch and their views; checks `from`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from attndsl import syntax as ast
 from attndsl.branches import Given, Part, Pool, PoolFunction, View, Visible
 from attndsl.grammar.candidates import settle
 from attndsl.grammar.report import nearest
-from attndsl.grammar.routing import partition, probabilities
+from attndsl.grammar.routing import partition
 from attndsl.grammar.scalars import static_int
 from attndsl.grammar.scope import Context, InputRef, LevelsRef, Poison
 from attndsl.grammar.selections import selection
 from attndsl.grammar.sets import pattern_set, within
+from attndsl.grammar.two_levels import two_levels
 from attndsl.grammar.unsupported import Feature, unsupported
 from attndsl.program import Axis, Dim, InputDecl, Inter, Selected, Set, Type
 from attndsl.selection import Levels, Selection
@@ -33,11 +34,16 @@ def lower_part(part: ast.Part, ctx: Context) -> tuple[Part, ...] | None:
     pattern = None if pattern is None else settle(pattern, ctx)
     if part.queries is not None and view(part.queries, ctx) is not None:
         unsupported(Feature.POOLED_QUERIES, part.queries.span, ctx)
-    _check_within(part, ctx)
-    if pattern is None or (part.over is not None and over is None and levels is None):
+    before = len(ctx.report.errors)
+    within_members = two_levels(part, ctx)
+    if (
+        pattern is None
+        or len(ctx.report.errors) > before
+        or (part.over is not None and over is None and levels is None)
+    ):
         return None
     if levels is None:
-        return (Part(pattern, over, part.span),)
+        return (Part(pattern, over, part.span, within=within_members),)
     assert isinstance(levels.rule, Levels)
     factors = dict.fromkeys(levels.rule.factors)
     return tuple(Part(_of_level(pattern, x), _level_view(x), part.span) for x in factors)
@@ -63,24 +69,6 @@ def _of_level(pattern: Set, factor: int) -> Set:
 
 def _level_view(factor: int) -> Pool | None:
     return None if factor == 1 else Pool(PoolFunction.MEAN, factor, factor, counted=True)
-
-
-def _check_within(part: ast.Part, ctx: Context) -> None:
-    if part.within is not None and part.weight is not None:
-        good = partition(part.within, ctx)
-        if isinstance(part.weight, ast.Apply) and part.weight.function == "probs":
-            good = probabilities(part.weight, ctx) and good
-        else:
-            ctx.report.error(
-                "A043",
-                "`with` takes the probabilities of a branch",
-                part.weight.span,
-                "here",
-                "write `with probs(name)`",
-            )
-            good = False
-        if good:
-            unsupported(Feature.WITHIN, part.within.span.to(part.weight.span), ctx)
 
 
 def view(node: ast.Expr, ctx: Context) -> View | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from attndsl.branches import Attended, Given, combined
+from attndsl.branches import Attended, Given, Within, combined
 from attndsl.compose import Composition, Pooling, output_inputs
 from attndsl.diagnostics import error
 from attndsl.observation import Observation
@@ -21,6 +21,7 @@ from attndsl.runtime.observe import observe
 from attndsl.runtime.ops import attend, checked_values
 from attndsl.runtime.pool import pooled
 from attndsl.runtime.select_op import Planner
+from attndsl.runtime.shares import member_shares
 
 Views = Mapping[str, tuple[Tensor, ...]]
 
@@ -63,11 +64,24 @@ class Composed:
         """Output and lse of a branch."""
         if name not in self._attended:
             own_key, part = self._part(name)
-            own = [self._input(decl) for decl in part.inputs]
+            within = part.only.within
+            own = [
+                self._shares(within) if within is not None and decl.name == within.weights else self._input(decl)
+                for decl in part.inputs
+            ]
             call = (self.q, self.k, self.v, own, self.args, self.scale, self.backend, self._dropout, self._seed)
             out, lse = attend(own_key, *call)
-            self._attended[name] = out, None if part.branches[0].weights is not None else lse
+            found = out, None if part.branches[0].weights is not None else lse
+            # Two levels are normalised by what their members' weights are.
+            self._attended[name] = found if within is None else (out, self.attended(within.branch)[1])
         return self._attended[name]
+
+    def _shares(self, within: Within) -> Tensor:
+        """What weighs the members of two levels."""
+        key, part = self._part(within.branch)
+        own = [self._input(decl) for decl in part.inputs]
+        keys, lse = self.state(within.branch)
+        return member_shares(key, self.q, keys, lse, own, self.args, self.scale, within.keys, self.k.shape[2])
 
     def observed(self) -> dict[str, Tensor]:
         """What the program observes, by name."""

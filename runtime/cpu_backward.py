@@ -53,7 +53,7 @@ class CpuBackward:
         tensors = {**tensors, "k": k, "v": v}
         if plan.view is not None:
             gradients = {**gradients, "dk": learned[plan.view.keys], "dv": learned[plan.view.values]}
-        left_out = () if plan.weights is None else ("out", "lse", "d_lse")
+        left_out = () if plan.softmax else ("out", "lse", "d_lse")
         given = {n: x for n, x in {**tensors, **gradients}.items() if x is not None and n not in left_out}
         grouped = (spec.kv_heads, spec.heads // spec.kv_heads)
         of_keys = ("k", "v", "dk", "dv")

@@ -21,7 +21,7 @@ from attndsl import box_tiles, boxes, branches, derivation, grid, inputs, listin
 from attndsl import layout as layouts
 from attndsl import plan as plans_module
 from attndsl import program as programs
-from attndsl.compose import raw_first
+from attndsl.compose import of_one_level, raw_first
 from attndsl.cuts import with_cuts
 from attndsl.derivation import Derivation, Draw, Gathering, Order, TileList, TileMap
 from attndsl.derive import derive
@@ -68,14 +68,14 @@ def printed_forward(
         backend = _choice(program, spec, backends)
         plans = forward_plans(program, replace(spec, backend=backend), tiling)
         texts = {_TEXT.format(n): printers[backend](plan).encode() for n, plan in enumerate(plans, 1)}
-        said = tuple((x.spec, x.tiling, x.layout, x.gathered, x.view) for x in plans)
+        said = tuple((x.spec, x.tiling, x.layout, x.gathered, x.view, x.softmax) for x in plans)
         return texts | _choices(plans[0].program, said)
 
     files = _kept(cache, make, "printed forward", program, spec, backends, tiling)
     program, pieces = _chosen(files, program)
     return tuple(
-        Printed(program, made, chosen, files[_TEXT.format(n)].decode(), layout, n > 1, gathered, view)
-        for n, (made, chosen, layout, gathered, view) in enumerate(pieces, 1)
+        Printed(program, made, chosen, files[_TEXT.format(n)].decode(), layout, n > 1, gathered, view, softmax)
+        for n, (made, chosen, layout, gathered, view, softmax) in enumerate(pieces, 1)
     )
 
 
@@ -177,7 +177,7 @@ def _chosen(files: Mapping[str, bytes], program: Program) -> tuple[Program, Any]
     choices = json.loads(files[_CHOICES])
     derived = derive(program)
     # Only the plans of the part over raw tokens, which is the first, read cuts.
-    first = derived if derived.plain else derived.with_branch(parts=raw_first(derived)[:1])
+    first = derived if derived.plain else of_one_level(derived.with_branch(parts=raw_first(derived)[:1]))
     derived = with_cuts(first) if first.plain else first
     needed = (d for d in derived.inputs if d.derivation is None or d.name in choices["derived"])
     lists: tuple[InputDecl, ...] = records.read(choices["lists"], _recorded(), {})

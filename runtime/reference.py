@@ -8,11 +8,9 @@ the diagonal of a causal program does no harm. Scalars without floats come from 
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import reduce
-from typing import Any, Literal, assert_never, overload
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, assert_never, overload
 
 import numpy as np
 import torch
@@ -34,36 +32,12 @@ from attndsl.branches import (
     Product,
     Sum,
     View,
+    Within,
 )
 from attndsl.dropout import kept
-from attndsl.program import (
-    Arg,
-    Binary,
-    Call,
-    CallShape,
-    Compare,
-    Const,
-    Dim,
-    If,
-    Logic,
-    Program,
-    Read,
-    Scalar,
-    Table,
-    Type,
-    Unary,
-    Var,
-    children,
-    walk,
-)
+from attndsl.program import CallShape, Program, Scalar
+from attndsl.runtime.reference_scalars import Pairs
 from attndsl.runtime.reference_skip import left_by_skipping
-
-FLOAT_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": operator.truediv,
-}
 
 
 @overload
@@ -204,6 +178,8 @@ class _Call:
         """Output and lse of a branch, whose parts share one softmax."""
         if branch.weights is not None and (branch.score is not None or branch.sink is not None):
             raise ValueError("`weights` stands in place of `score` and `softmax`")
+        if branch.within is not None:
+            return self._two_levels(branch, branch.within)
         parts = [self._scores(branch, part) for part in branch.parts]
         present, dense, values = (
             torch.cat(x, dim) for x, dim in zip(zip(*parts, strict=True), (-1, -1, -2), strict=True)
@@ -216,6 +192,22 @@ class _Call:
         if branch.skip is not None:
             present = present & left_by_skipping(dense, present, branch.skip)
         return _softmax(dense[present], present, values, sink, self.left)
+
+    def _two_levels(self, branch: Branch, within: Within) -> tuple[Tensor, Tensor | None]:
+        """Output of a softmax inside each member, its share the probability that another branch gives it; the lse is
+        that branch's."""
+        by = self.program.named(within.branch)
+        (part,), (masses,) = by.parts, self.probabilities(by)
+        size, stride = (1, 1) if part.view is None else (part.view.size, part.view.stride)
+        present, logits, values = self._scores(branch, branch.parts[0])
+        out = self.q.new_zeros(*self.q.shape[:3], self.shape.v_dim)
+        for low in range(0, self.shape.k_len, within.keys):
+            own = slice(low, low + within.keys)
+            given = oracle.shares_of(low, within.keys, size, stride, self.shape.k_len)
+            share = masses @ torch.from_numpy(given).to(masses)
+            inside = _softmax(logits[..., own][present[..., own]], present[..., own], values[:, :, own], None, None)
+            out = out + share[..., None] * inside[0]
+        return out, self.branch(by)[1]
 
     def probabilities(self, branch: Branch) -> list[Tensor]:
         """exp(logit - lse) of each of a branch's parts: float64 [B, Hq, rows, keys], 0 where a row sees nothing."""
@@ -244,7 +236,7 @@ class _Call:
 
         def scored(where: Tensor, e: Scalar | None) -> Tensor:
             """The scalar on these pairs, given s; s itself without one."""
-            pairs = _Pairs(self.evaluator, self.floats, where, dots.dtype)
+            pairs = Pairs(self.evaluator, self.floats, where, dots.dtype)
             s = dots[where]
             if self.scale is not None:
                 s = s * self.scale
@@ -327,7 +319,7 @@ class _Call:
         where = torch.ones((*self.q.shape[:3], channels), dtype=torch.bool, device=self.q.device)
         variables = {**self.evaluator.variables, "d": np.arange(channels)}
         evaluator = replace(self.evaluator, variables=variables, memo={})
-        return _Pairs(evaluator, self.floats, where, self.q.dtype).scalar(e).to(self.q.dtype).reshape(where.shape)
+        return Pairs(evaluator, self.floats, where, self.q.dtype).scalar(e).to(self.q.dtype).reshape(where.shape)
 
 
 def _below(lse: Tensor) -> Tensor:
@@ -361,123 +353,3 @@ def _softmax(
     weights = masses / total[..., None]
     out = (weights if left is None else weights * left) @ values
     return out, torch.where(empty, -torch.inf, top + torch.log(total))
-
-
-@dataclass(frozen=True, slots=True)
-class _Pairs:
-    """Scalars on the entries of `where`, bool [B, Hq, rows, Nk], as vectors over them in order.
-
-    `dtype` is that of floats, `s` the scaled dot product of each. Values are kept per node, by identity.
-    """
-
-    evaluator: oracle.Evaluator
-    floats: Mapping[str, Tensor]
-    where: Tensor
-    dtype: torch.dtype
-    s: Tensor | None = None
-    memo: dict[int, Tensor] = field(default_factory=dict)
-
-    def scalar(self, e: Scalar) -> Tensor:
-        """Value of a scalar on each pair: of `dtype`, int64 or bool [pairs]."""
-        if id(e) not in self.memo:
-            self.memo[id(e)] = self._scalar(e)
-        return self.memo[id(e)]
-
-    def _scalar(self, e: Scalar) -> Tensor:
-        if not any(node.type is Type.FLOAT for node in walk(e)):
-            return self._spread(self.evaluator.scalar(e))
-        match e:
-            case Const(value=value):
-                return self._spread(np.asarray(value, np.float64)).to(self.dtype)
-            case Var():
-                if self.s is None:
-                    raise ValueError("`s` is read where there is no pair")
-                return self.s
-            case Table(name=name, index=index):
-                table = self.evaluator.program.table(name)
-                values = torch.tensor(table.values, dtype=self.dtype, device=self.where.device)
-                return self._entry(values.reshape(table.shape), table.dims, index)
-            case Read(input=name, index=index):
-                if name not in self.floats:
-                    raise ValueError(f"input `{name}` is missing or not of a float type")
-                return self._entry(self.floats[name], self.evaluator.program.input(name).dims, index)
-            case If():
-                return self._branches(e)
-            case Unary() | Binary() | Compare() | Logic() | Call():
-                return self._operator(e, [self.scalar(child) for child in children(e)])
-            case Arg():
-                raise AssertionError("a runtime int is exact")
-            case _ as never:
-                assert_never(never)
-
-    def _spread(self, value: oracle.Array) -> Tensor:
-        """A value that broadcasts to the whole call, on each pair."""
-        return torch.from_numpy(np.asarray(value)).to(self.where.device).expand(self.where.shape)[self.where]
-
-    def _entry(self, values: Tensor, dims: Sequence[Dim], index: Sequence[Scalar]) -> Tensor:
-        place = []
-        for dim, size, e in zip(dims, values.shape, index, strict=True):
-            origin = oracle.index_origin(dim, self.evaluator.program, self.evaluator.shape)
-            place.append((self.scalar(e) - origin).clamp(0, size - 1))
-        return values[tuple(place)]
-
-    def _branches(self, e: If) -> Tensor:
-        """Each side on the pairs that take it, so that the other side's derivative is never formed."""
-        cond = self.scalar(e.cond)
-        dtype = {Type.FLOAT: self.dtype, Type.INT: torch.int64, Type.BOOL: torch.bool}[e.type]
-        value = torch.zeros(cond.shape, dtype=dtype, device=cond.device)
-        for taken, side in ((cond, e.then), (~cond, e.other)):
-            where = self.where.masked_scatter(self.where, taken)
-            subset = replace(self, where=where, s=None if self.s is None else self.s[taken], memo={})
-            value = value.masked_scatter(taken, subset.scalar(side).to(dtype))
-        return value
-
-    def _operator(self, e: Unary | Binary | Compare | Logic | Call, operands: list[Tensor]) -> Tensor:
-        if not any(x.is_floating_point() for x in operands) and e.type is not Type.FLOAT:
-            # Exact in itself, over operands that looked at a float: `1 + (if s > 0 then 1 else 2)`.
-            exact = oracle.apply(e, [x.cpu().numpy() for x in operands])
-            return torch.from_numpy(np.asarray(exact)).to(self.where.device)
-        operands = [x.to(self.dtype) for x in operands]
-        match e:
-            case Unary():
-                return -operands[0]
-            case Binary(op=op):
-                value: Tensor = FLOAT_ARITHMETIC[op](*operands)
-                return value
-            case Compare(op=op):
-                holds: Tensor = oracle.COMPARE[op](*operands)
-                return holds
-            case Call(function=function):
-                return _call(function, operands)
-            case Logic():
-                raise AssertionError("`and` and `or` take booleans")
-            case _ as never:
-                assert_never(never)
-
-
-def _call(function: str, operands: Sequence[Tensor]) -> Tensor:
-    match function, operands:
-        case "min", _:
-            return reduce(torch.minimum, operands)
-        case "max", _:
-            return reduce(torch.maximum, operands)
-        case "abs", [x]:
-            return x.abs()
-        case "clamp", [x, low, high]:
-            return torch.minimum(torch.maximum(x, low), high)
-        case "exp", [x]:
-            return x.exp()
-        case "exp2", [x]:
-            return x.exp2()
-        case "log", [x]:
-            return x.log()
-        case "sqrt", [x]:
-            return x.sqrt()
-        case "tanh", [x]:
-            return x.tanh()
-        case "sigmoid", [x]:
-            return x.sigmoid()
-        case "softcap", [x, cap]:
-            return cap * torch.tanh(x / cap)
-        case _:
-            raise ValueError(f"`{function}` has no float value")

@@ -143,6 +143,10 @@ class InTurn:
         drops = dropout.values() if dropout else ()
         call = (q, k, v, out, lse, scale, *inputs, *args, *drops, dout, d_lse, dq, dk, dv, delta, row_lse)
         totals = Totals(plan.program, shape, q.device)
+        shares = plan.shares
+        if shares is not None:
+            # A member that no row visits has no gradient.
+            call = (*call, lse.new_zeros(totals.size(shares.input)))
         given = []
         for piece in self.pieces:
             view = piece.plan.view
@@ -159,6 +163,8 @@ class InTurn:
             # No piece wrote them.
             dk.zero_()
             dv.zero_()
+        if shares is not None:
+            totals.add_whole(shares.input, call[-1])
         for kernel in self.further:
             kernel(given[0], totals)
         return dq, dk, dv, totals.gradients(inputs, [x.read.input for x in plan.learned])
@@ -223,6 +229,7 @@ def backward_parameters(
     types = {
         "dout": element, "d_lse": real, "dq": element, "dk": of_keys, "dv": of_keys, "delta": real, "row_lse": real,
     }  # fmt: skip
+    types |= {} if plan.shares is None else {"d_shares": real}
     for n in range(len(plan.learned)):
         types |= {f"sum_{n}": real, f"at_{n}": "*i64"}
     if plan.gathered is not None:

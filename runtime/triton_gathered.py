@@ -41,7 +41,7 @@ class GatheredForward:
         self, kernel: Printed, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], aligned: bool
     ) -> None:
         self.shape = shape = call_shape(q, k, v)
-        self.softmax = kernel.program.branch.weights is None
+        self.softmax = kernel.softmax
         self.default_scale = default_scale(shape.dim)
         tiles, self.slots = _tiles(kernel, q, k, v, inputs)
         sources = forward_sources(kernel, q, k, v, inputs)

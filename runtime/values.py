@@ -161,7 +161,9 @@ class Values:
                 before = ordered(hash) < ordered(last_hash)
                 return before | ((hash == last_hash) & (member <= last))
             case _:
-                return _FLOAT_CALLS[function](*(x if x.is_floating_point() else x.to(torch.float32) for x in wide))
+                s = self.variables.get("s")
+                real = s.dtype if isinstance(s, Tensor) else torch.float32
+                return _FLOAT_CALLS[function](*(x if x.is_floating_point() else x.to(real) for x in wide))
 
 
 def mix64(x: Tensor, y: Tensor) -> Tensor:

@@ -70,21 +70,26 @@ class Draft:
         return self.pattern(RAW) if kind == 1 else f"{self.pattern(OVER)} over {self.view()}"
 
     def branch(self, name: str) -> None:
-        shape = self.draw(st.integers(0, 4))
+        shape, votes = self.draw(st.integers(0, 4)), ""
         if shape == 0:
             self.lines.append(f"plan sel_{name} = {self.selection()}")
             parts = f"causal & sel_{name}, causal - sel_{name} over pool(mean, 4, counted)"
+        elif shape == 1 and self.ranking and self.draw(st.booleans()):
+            votes = self.one(*self.ranking)
+            parts = f"{self.pattern(RAW)} within blocks(16) with probs({votes})"
         elif shape == 1:
             parts = f"{self.pattern(RAW)}, {self.pattern(OVER)} over {self.view()}"
         else:
             parts = self.part()
-        clauses = ["", "", " { score softcap(s, 2.0) }", " { softmax with sink sinks[h] }"]
-        if "counted" not in parts:
+        clauses = ["", "", " { score softcap(s, 2.0) }"]
+        clauses += [" { softmax with sink sinks[h] }"] if "within" not in parts else []
+        if "counted" not in parts and "within" not in parts:
             clauses.append(" { weights sigmoid(s) }")
         clause = self.one(*clauses)
         self.lines.append(f"{name} = attend {parts}{clause}")
         self.branches.append(name)
-        if "sink sinks" not in clause and "weights" not in clause:
+        # An lse that has a sink in it is merged with no other, and that of two levels is the voting branch's.
+        if "sink sinks" not in clause and "weights" not in clause and (not votes or votes in self.merging):
             self.merging.append(name)
         if shape > 1 and "weights" not in clause and "top(" not in parts and "cover(" not in parts:
             self.ranking.append(name)

@@ -1,0 +1,227 @@
+"""What two levels weigh members by: the probabilities of a branch, given to members for each row, and their gradient.
+
+The operators `attndsl::shares` and `attndsl::shares_backward`, in torch, strip by strip of rows: what is whole is an
+entry a row and member, never one a row and key. The branch's logits are computed again from its keys, its lse is handed
+in; the gradient flows to both, and through the lse into the branch's own backward pass. Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+from torch.nn.functional import pad
+
+from attndsl.branch_mass import BranchMass, mass_of
+from attndsl.diagnostics import error
+from attndsl.program import CallShape, Program
+from attndsl.runtime.derive import Deriver
+from attndsl.runtime.engine import MAX_PREPARED, empty_gradient, table_tensor
+from attndsl.runtime.masses import shares as given_to_members
+from attndsl.runtime.registry import engine_of
+from attndsl.runtime.select import MAX_PAIRS
+from attndsl.runtime.strips import STRIP
+from attndsl.runtime.touched import as_rows, call_values
+from attndsl.runtime.values import Values
+
+_LIBRARY = Library("attndsl", "FRAGMENT")
+_CALL = (
+    "str program, Tensor q, Tensor keys, Tensor lse, Tensor[] inputs, SymInt[] args, float? scale, int member, "
+    "SymInt k_len"
+)
+_LIBRARY.define(f"shares({_CALL}) -> Tensor")
+_LIBRARY.define(f"shares_backward(Tensor gradient, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor[])")
+_KEPT: dict[Any, _Kind] = {}
+
+
+def member_shares(
+    key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
+    scale: float | None, member: int, k_len: int,
+) -> Tensor:  # fmt: skip
+    """The probabilities of a branch's keys as those of members of `member` tokens: [B, Hq, rows, members], float32
+    (float64 for float64 tensors).
+
+    key: the registered program of the branch. keys: [B, Hkv, n, D], tokens or entries. lse: [B, Hq, rows], its own.
+    """
+    found: Tensor = torch.ops.attndsl.shares(key, q, keys, lse, [*inputs], [*args], scale, member, k_len)
+    return found
+
+
+@dataclass(slots=True)
+class _Kind:
+    """One kind of call: same shapes, dtypes and device."""
+
+    program: Program
+    shape: CallShape
+    device: torch.device
+    given: Sequence[Tensor]
+    mass: BranchMass = field(init=False)
+    deriver: Deriver = field(init=False)
+    tables: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Raises `PatternError` (A577) for what would look at too many pairs."""
+        shape, branch = self.shape, self.program.only
+        self.mass = mass_of(self.program, branch, (shape.heads, shape.kv_heads))
+        pairs = shape.batch * shape.heads * shape.rows * self.mass.keys(shape.k_len)
+        if pairs > MAX_PAIRS:
+            raise error(
+                "A577", f"what members weigh is looked up in {pairs:,} probabilities of `{branch.name}`", branch.span,
+                help=f"at most {MAX_PAIRS:,}: attend to fewer entries, as `over pool(mean, 64)`",
+            )  # fmt: skip
+        self.deriver = Deriver(self.mass.program, shape, self.device, given=self.given)
+        self.tables = {table.name: table_tensor(table, self.device) for table in self.program.tables}
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call, from whose rows strips are made; q, keys, lse and inputs may be leaves of a graph."""
+
+    kind: _Kind
+    keys: Tensor
+    values: Values
+    scale: float | Tensor
+    member: int
+
+    @classmethod
+    def of(
+        cls, kind: _Kind, keys: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, member: int
+    ) -> _Call:
+        values = call_values(kind.mass.program, kind.shape, kind.deriver, inputs, args, kind.tables)
+        own = kind.mass.branch.scale
+        factor: float | Tensor = kind.shape.dim**-0.5 if scale is None else scale
+        if scale is None and own is not None:
+            factor = values.tensor(own)
+        return cls(kind, keys, values, factor, member)
+
+    def strips(self) -> Iterator[slice]:
+        shape = self.kind.shape
+        width = shape.batch * shape.heads * self.kind.mass.keys(shape.k_len)
+        step = max(1, STRIP[self.kind.device.type] // max(1, width))
+        return (slice(low, min(low + step, shape.rows)) for low in range(0, shape.rows, step))
+
+    def shares(self, q: Tensor, lse: Tensor, rows: slice) -> Tensor:
+        """Of q [B, Hq, rows of the strip, D] with their lse."""
+        kind, mass = self.kind, self.kind.mass
+        shape, real = kind.shape, self.keys.dtype
+        position = torch.arange(rows.start, rows.stop, device=q.device) + shape.first_position(kind.program)
+        grouped = q.to(real).unflatten(1, (shape.kv_heads, -1)).flatten(2, 3)
+        dots = (grouped @ self.keys.transpose(-1, -2)).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+        index = torch.arange(self.keys.shape[2], device=q.device).view(1, 1, 1, -1)
+        logits = dots * self.scale
+        at = self.values.at(q=as_rows(position), k=index, s=logits)
+        if mass.logit is not None:
+            logits = at.tensor(mass.logit).to(real).expand_as(dots)
+        seen = at.tensor(mass.seen) & as_rows(position >= 0) & (logits > -torch.inf)
+        # What is not seen is taken out before it could make a gradient that is no number.
+        below = torch.where(lse == -torch.inf, 0, lse).unsqueeze(-1).to(real)
+        masses = torch.where(seen, torch.where(seen, logits, 0) - below, -torch.inf).exp()
+        if mass.size == mass.stride and self.member % mass.size == 0:
+            members = -(-shape.k_len // self.member)
+            whole = pad(masses, (0, members * (self.member // mass.size) - masses.shape[3]))
+            found: Tensor = whole.unflatten(3, (members, -1)).sum(4)
+            return found
+        return given_to_members(masses, mass.size, mass.stride, self.member, shape.k_len, False)
+
+
+def _kind(key: str, q: Tensor, keys: Tensor, inputs: Sequence[Tensor], k_len: int) -> _Kind:
+    given = tuple((x.shape, x.dtype) for x in inputs)
+    kind = (key, q.shape, q.dtype, q.device, keys.shape, given, k_len)
+    if kind not in _KEPT:
+        if len(_KEPT) >= MAX_PREPARED:
+            _KEPT.clear()
+        batch, heads, rows, dim = q.shape
+        shape = CallShape(batch, heads, keys.shape[1], rows, k_len, dim, dim)
+        like = [torch.empty_like(x, device="meta") for x in inputs]
+        _KEPT[kind] = _Kind(engine_of(key).program, shape, q.device, like)
+    return _KEPT[kind]
+
+
+def _real(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _shares(
+    key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
+    scale: float | None, member: int, k_len: int,
+) -> Tensor:  # fmt: skip
+    found = _fake(key, q, keys, lse, inputs, args, scale, member, k_len)
+    call = _Call.of(_kind(key, q, keys, inputs, k_len), keys.to(_real(q)), inputs, args, scale, member)
+    for rows in call.strips():
+        found[:, :, rows] = call.shares(q[:, :, rows], lse[:, :, rows], rows)
+    return found
+
+
+def _shares_backward(
+    gradient: Tensor, key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
+    scale: float | None, member: int, k_len: int,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """Strip by strip in one order, each strip's graph of its own."""
+    dq, d_lse = torch.zeros_like(q), torch.zeros_like(lse)
+    with torch.enable_grad():
+        wide = keys.detach().to(_real(q)).requires_grad_()
+        leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]
+        call = _Call.of(_kind(key, q, keys, inputs, k_len), wide, leaves, args, scale, member)
+        summed = [wide, *(x for x in leaves if x.requires_grad)]
+        totals = [torch.zeros_like(x) for x in summed]
+        for rows in call.strips():
+            own = [x[:, :, rows].detach().requires_grad_() for x in (q, lse)]
+            made = call.shares(own[0], own[1], rows)
+            wanted = [*own, *summed]
+            # A scale that inputs give is the same node in every strip.
+            found = torch.autograd.grad(
+                made, wanted, gradient[:, :, rows].to(made.dtype), retain_graph=True, allow_unused=True
+            )
+            for x, part in zip((dq, d_lse), found, strict=False):
+                if part is not None:
+                    x[:, :, rows] = part
+            for total, part in zip(totals, found[2:], strict=True):
+                if part is not None:
+                    total += part
+    of_inputs = iter(totals[1:])
+    learned = [next(of_inputs) if x.is_floating_point() else x.new_zeros(()) for x in inputs]
+    return dq, totals[0].detach().to(keys.dtype), d_lse, [x.detach() for x in learned]
+
+
+def _fake(
+    key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
+    scale: float | None, member: int, k_len: int,
+) -> Tensor:  # fmt: skip
+    return q.new_empty(*q.shape[:3], -(-k_len // member), dtype=_real(q))
+
+
+def _backward_fake(
+    gradient: Tensor, key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
+    scale: float | None, member: int, k_len: int,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    learned = [torch.empty_like(x) if x.is_floating_point() else x.new_empty(()) for x in inputs]
+    return empty_gradient(q), torch.empty_like(keys), torch.empty_like(lse), learned
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    key, q, keys, lse, given, *ctx.how = inputs
+    ctx.key = key
+    ctx.save_for_backward(q, keys, lse, *given)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> Any:
+    q, keys, lse, *given = ctx.saved_tensors
+    args, *how = ctx.how
+    dq, d_keys, d_lse, learned = torch.ops.attndsl.shares_backward(
+        gradient, ctx.key, q, keys, lse, given, args, *how
+    )  # fmt: skip
+    of_inputs = [g if x.is_floating_point() else None for g, x in zip(learned, given, strict=True)]
+    # One for each that the operator takes, lists of their own lengths.
+    return None, dq, d_keys, d_lse, of_inputs, [None] * len(args), None, None, None
+
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("shares", _shares, _device)
+    _LIBRARY.impl("shares_backward", _shares_backward, _device)
+_LIBRARY.impl("shares", _fake, "Meta")
+_LIBRARY.impl("shares_backward", _backward_fake, "Meta")
+torch.library.register_autograd("attndsl::shares", _differentiate, setup_context=_setup, lib=_LIBRARY)

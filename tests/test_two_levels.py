@@ -1,0 +1,172 @@
+"""`within ... with probs(...)`: a softmax inside each member, members weighed by another branch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import attndsl
+from tests.covered import covers
+from tests.routing_rules import HEADS, KV_HEADS, best, call, check, noise, pooled, softmax
+from tests.test_view_calls import judge
+
+pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "ignore::attndsl.PatternWarning")
+ENTRIES = "votes = attend causal over pool(mean, 16)\n"
+SELECTED = "top(2, blocks(16), among = causal, by = dot(Q, mean(K)), always = same_block(16))"
+BODIES = {
+    "all": f"{ENTRIES} output attend causal within blocks(16) with probs(votes)",
+    "bands": f"{ENTRIES} output attend band(19, 7) within blocks(32) with probs(votes)",
+    "score": f"{ENTRIES} output attend causal within blocks(16) with probs(votes) "
+    "{ score softcap(s, 2.0) - sinks[h] * (q - k) }",
+    "scored votes": "votes = attend causal over pool(max, 8, counted) { scale 0.5 score softcap(s, 2.0) * sinks[h] }\n"
+    "output attend causal - same_block(16) within blocks(16) with probs(votes)",
+    "shared extents": "votes = attend causal over pool(mean, 12, 5)\n"
+    "output attend causal within blocks(16) with probs(votes)",
+    "raw votes": "votes = attend causal & window(20)\noutput attend causal within blocks(64) with probs(votes)",
+    "votes with a sink": f"{ENTRIES[:-1]} {{ softmax with sink sinks[h] }}\n"
+    "output attend causal within blocks(128) with probs(votes)",
+    "chosen by each": f"plan sel = {SELECTED}\n votes = attend sel over pool(mean, 16)\n"
+    "output attend sel within blocks(16) with probs(votes)",
+    "chosen by a group": f"plan sel = {SELECTED[:-1]}, share = group)\n votes = attend sel over pool(mean, 16)\n"
+    "output attend sel within blocks(16) with probs(votes)",
+    "chosen by rows": f"plan sel = {SELECTED[:-1].replace('dot(Q', 'dot(mean(Q)')}, per = rows(16))\n"
+    f"{ENTRIES} output attend sel within blocks(16) with probs(votes)",
+    "chosen, merged": f"plan sel = {SELECTED.replace('among = causal', 'among = causal - same_block(16)')}\n"
+    "votes = attend sel over pool(mean, 16)\n near = attend causal & same_block(16)\n"
+    "output merge(near, attend sel within blocks(16) with probs(votes))",
+}
+TWO = f"attention a {{ {ENTRIES} far = attend %s within blocks(16) with probs(votes)\n output %s }}"
+SHAPES = [(2, 4, 2, 75, 75, 16, 16), (1, 2, 1, 1, 1, 16, 24), (1, 3, 3, 5, 38, 80, 16)]
+
+
+def program(body: str) -> attndsl.Attention:
+    """`output` may hold the branch itself, for short."""
+    before, _, written = body.rpartition("output ")
+    wrapped = written
+    if "attend" in written:
+        start = written.index("attend")
+        end = written.rindex(")") if written.startswith("merge") else len(written)
+        before, wrapped = f"{before}far = {written[start:end]}\n", f"{written[:start]}far{written[end:]}"
+    declared = "input sinks : float[h] learnable\n" if "sinks" in body else ""
+    return attndsl.compile(f"attention a {{\n{declared}{before}output {wrapped}\n}}")
+
+
+@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_on_the_cpu(name: str, shape: tuple[int, ...]) -> None:
+    judge(program(BODIES[name]), shape, torch.float64, "cpu")
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_in_triton(name: str) -> None:
+    judge(program(BODIES[name]), (1, 2, 1, 37, 37, 16, 16), torch.float32, "triton")
+
+
+@pytest.mark.parametrize("name", ["bands", "chosen by each"])
+def test_small_calls_in_triton(name: str) -> None:
+    for shape in SHAPES[1:]:
+        judge(program(BODIES[name]), shape, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("tokens", [1, 75])
+def test_the_rule(tokens: int) -> None:
+    """Token by token: a block gives the softmax of its own tokens, as often as its entry is voted for."""
+    q, k, v = call(tokens)
+    found = program(BODIES["all"])(q, k, v)
+    expected = np.zeros(found.shape[1:])
+    for h, t in np.ndindex(HEADS, tokens):
+        x, keys, values = q[0, h, t].numpy(), k[0, h // 2].numpy(), v[0, h // 2].numpy()
+        finished = (t + 1) // 16
+        if not finished:
+            continue
+        entries = np.stack([keys[16 * m : 16 * m + 16].mean(0) for m in range(finished)])
+        for m, share in enumerate(softmax(entries @ x / 8**0.5)):
+            own = slice(16 * m, min(16 * m + 16, t + 1))
+            expected[h, t] += share * softmax(keys[own] @ x / 8**0.5) @ values[own]
+    np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-12)
+
+
+def test_its_lse_is_that_of_the_votes() -> None:
+    q, k, v = call(40)
+    _, found = attndsl.compile(TWO % ("causal", "far"))(q, k, v, return_lse=True)
+    _, expected = attndsl.compile(TWO % ("causal", "votes"))(q, k, v, return_lse=True)
+    torch.testing.assert_close(found, expected)
+
+
+def test_one_softmax_where_members_vote_for_themselves() -> None:
+    """The probabilities of a softmax, given to members, and a softmax inside each: that is the softmax itself."""
+    attn = attndsl.compile(
+        "attention a { votes = attend causal\n far = attend causal within blocks(16) with probs(votes)\n output far }"
+    )
+    for shape in ((75, 75), (5, 38)):
+        q, k, v = call(shape[1], shape[0])
+        torch.testing.assert_close(attn(q, k, v), attndsl.compile("causal")(q, k, v))
+
+
+def test_decode_says_that_it_does_not() -> None:
+    q, k, v = call(40)
+    attn = program(BODIES["all"])
+    with pytest.raises(attndsl.PatternError, match="A911"):
+        attn.decode(q[:, :, -1:], k, v, torch.tensor([40]))
+    with pytest.raises(attndsl.PatternError, match="A911"):
+        attn(q, k, v, dropout=0.5)
+
+
+def test_pages_stay_that_two_levels_read() -> None:
+    assert attndsl.compile(TWO % ("causal", "far")).evictable(64, page=16) == []
+    assert attndsl.compile(TWO % ("causal & window(16)", "far")).evictable(64, page=16) == [0, 1, 2]
+
+
+def test_what_was_understood() -> None:
+    attn = program(BODIES["all"])
+    assert "softmax over each row inside each block of 16 keys" in str(attn.explain(64))
+    assert "far.forward" in attn.kernels() and "far.decode" not in attn.kernels()
+    for kernel in ("far.forward", "far.dq", "far.dkdv"):
+        assert "two levels" in attn.source(kernel)
+
+
+# ---------------------------------------------------------------------------------------- systems
+
+
+def two_levels(q: Any, k: Any, v: Any, marks: Any, n: int, merged: bool) -> Any:
+    """HSA, or where near tokens and landmarks share a softmax, Landmark."""
+    rows = []
+    for h in range(HEADS):
+        g, of_head = h // (HEADS // KV_HEADS), []
+        for t in range(q.shape[2]):
+            x, own, dim = q[0, h, t], t // 64, q.shape[3]
+            votes = (marks[0, g] @ x).detach()
+            opened = best({m: float(votes[m]) for m in range(own)}, n)
+            near = k[0, g, 64 * own : t + 1] @ x / dim**0.5
+            scores = marks[0, g][opened] @ x / dim**0.5
+            inside = [
+                (k[0, g, 64 * m : 64 * m + 64] @ x / dim**0.5).softmax(0) @ v[0, g, 64 * m : 64 * m + 64]
+                for m in opened
+            ]
+            if merged:
+                weights = torch.cat((near, scores)).softmax(0)
+                tokens, shares = weights[: len(near)], weights[len(near) :]
+            else:
+                tokens, shares = near.softmax(0), scores.softmax(0)
+            out = tokens @ v[0, g, 64 * own : t + 1]
+            for share, found in zip(shares, inside, strict=True):
+                out = out + share * found
+            of_head.append(out)
+        rows.append(torch.stack(of_head))
+    return torch.stack(rows)[None]
+
+
+@covers("hsa", "landmark")
+@pytest.mark.parametrize("name", ["hsa", "landmark"])
+@pytest.mark.parametrize("tokens", [1, 200])
+def test_systems(name: str, tokens: int) -> None:
+    given = {"hsa": "summary", "landmark": "marks"}[name]
+    qkv = call(tokens)
+    marks = pooled(qkv[1], 64) + noise(1, KV_HEADS, -(-tokens // 64), 8)
+    check(
+        name, qkv, lambda q, k, v, x: two_levels(q, k, v, x[given], 2, name == "landmark"), {"n": 2}, (given,),
+        **{given: marks},
+    )  # fmt: skip
