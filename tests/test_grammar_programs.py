@@ -23,7 +23,7 @@ PARAMS: dict[str, dict[str, object]] = {
 }
 UNSUPPORTED: dict[str, set[str]] = {
 
-    "vsa": {"A903"}, "hsa": {"A904"},
+    "vsa": {"A903"},
     "snap": {"A908"},
     "svg_ear": {"A902"},
 
