@@ -189,6 +189,9 @@ class Attention:
 
             given = (k, v, seq_lens, page_table, layout)
             return cache_views(self.program, self._key, self._composition, *given)
+        if self.program.lengths is not None:
+            what = f"views of tokens that `lengths {self.program.lengths}` bounds are made by the call"
+            raise error("A565", what, self.program.span, help="leave `views` out")
         from attndsl.runtime.compose import make_views
 
         return dict(make_views(self._key, self._composition, k, v))

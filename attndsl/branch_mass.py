@@ -9,12 +9,12 @@ from attndsl.branches import Branch, Given, Pool
 from attndsl.derive import derive
 from attndsl.diagnostics import error
 from attndsl.linear import normalise
-from attndsl.program import Binary, Call, Const, Program, Scalar, Var
+from attndsl.program import Program, Scalar
 from attndsl.quasi_affine import condition
 from attndsl.relation import Lowering
 from attndsl.selection import Probs, Selection
 from attndsl.simplify import fold
-from attndsl.view_plans import entries_of
+from attndsl.view_plans import counted, entries_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +62,13 @@ def branch_mass(program: Program, selection: Selection, heads: tuple[int, int], 
 def mass_of(program: Program, branch: Branch, heads: tuple[int, int], ragged: bool = False) -> BranchMass:
     """What `probs` needs to know of a branch that has a mass."""
     alone = derive(replace(program, branches=(branch,), output=None, selections=()), ragged)
-    view, logit = branch.parts[0].view, branch.score
+    (part,), logit = alone.only.parts, alone.only.score
+    view = part.view
     if view is None:
         seen = fold(Lowering(alone, heads).predicate(alone.branch.pattern))
         return BranchMass(alone, branch, seen, logit, 1, 1)
     relation = entries_of(alone, heads)
     seen = fold(normalise(condition(relation.pairs, relation.context, relation.uniform | relation.atoms)))
     if view.counted:
-        left = Binary("-", Var("Nk"), Binary("*", Const(view.stride), Var("k")))
-        present = Call("max", (Call("min", (left, Const(view.size))), Const(1)))
-        logit = Binary("+", logit or Var("s"), Call("log", (present,)))
+        logit = counted(logit, view)
     return BranchMass(alone, branch, seen, logit, view.size, view.stride)

@@ -45,18 +45,25 @@ class Visible(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Keys and values pooled over the entries' extents; `counted`: log(tokens present) is added to the logit."""
+    """Keys and values pooled over the entries' extents; `counted`: log(tokens present) is added to the logit.
+
+    present: as in `Given`.
+    """
 
     function: PoolFunction
     size: int
     stride: int
     visible: Visible = Visible.EVERY
     counted: bool = False
+    present: Scalar | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """Entries handed in as inputs: `keys` float[b, g, k/stride, D], `values` float[b, g, k/stride, Dv]."""
+    """Entries handed in as inputs: `keys` float[b, g, k/stride, D], `values` float[b, g, k/stride, Dv].
+
+    present: how many tokens are, where `counted` asks and not all of a call's are (None: Nk).
+    """
 
     keys: str
     values: str
@@ -64,6 +71,7 @@ class Given:
     stride: int
     visible: Visible = Visible.EVERY
     counted: bool = False
+    present: Scalar | None = None
 
 
 View: TypeAlias = Pool | Given

@@ -36,7 +36,8 @@ def forced_bound(program: Program, heads: tuple[int, int], selection: Selection)
     if selection.always is None:
         return 0
     forced = Inter((selection.among, selection.always))
-    derived = derive(replace(program, branches=(Branch((Part(forced),)),), output=None))
+    # What `lengths` says bounds each sequence alone, and for any length there is the same bound.
+    derived = derive(replace(program, branches=(Branch((Part(forced),)),), output=None, lengths=None))
     lowering = Lowering(derived, heads)
     pairs = lowering.lower(derived.branch.pattern, lowering.here)
     try:
@@ -51,7 +52,8 @@ def _most(lowering: Lowering, pairs: isl.Set, selection: Selection) -> int | Non
     for name in lowering.uniform:
         pairs = project_param(pairs, name)
     divided = isl.Map.read_from_str(lowering.ctx, f"{{ [q, k] -> [{', '.join(in_integer_sets(selection))}] }}")
-    exist = lowering.set(f"{{ [q, k] : 0 <= q < {1 << POSITION_BITS} and 0 <= k < {1 << POSITION_BITS} }}")
+    bits = 1 << POSITION_BITS
+    exist = lowering.set(f"[Nk] -> {{ [q, k] : 0 <= q < {bits} and 0 <= k < Nk and Nk < {bits} }}")
     members = pairs.intersect_params(lowering.context()).intersect(exist).apply(divided).coalesce().make_disjoint()
     most = 0
     for piece in members.get_basic_sets():

@@ -29,7 +29,8 @@ def loaded(size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PoolPlan:
-    """Kernels of one pool, for one head dimension: `target` as in a `Spec`."""
+    """Kernels of one pool, for one head dimension: `target` as in a `Spec`. `ragged`: how many tokens are present is
+    told for each batch entry."""
 
     function: PoolFunction
     size: int
@@ -37,6 +38,7 @@ class PoolPlan:
     dim: int
     dtype: DType
     target: str
+    ragged: bool = False
 
     @property
     def picks(self) -> bool:

@@ -97,7 +97,7 @@ def _why_not_mass(program: Program, selection: Selection, heads: tuple[int, int]
         return "the branch's entries are not the members"
     if mass.logit is not None or not (mass.branch.scale is None or isinstance(mass.branch.scale, Const)):
         return "the branch's logits are not scaled products"
-    if any(isinstance(x, Read) for x in walk(mass.seen)):
+    if any(isinstance(x, Read) and x.input != program.lengths for x in walk(mass.seen)):
         return "which entries the branch sees depends on data"
     if sharing(selection, heads) > 1 and reads(mass.seen, "h"):
         return "heads that share a choice see different entries of the branch"
@@ -124,7 +124,7 @@ def select_plan(program: Program, selection: Selection, spec: Spec, tiling: Tili
     forced: Scalar | None = None
     if selection.always is not None:
         pattern = _members(Inter((selection.among, selection.always)), keys)
-        both = derive(_over(candidates, pattern))
+        both = derive(replace(_over(candidates, pattern), lengths=program.lengths))
         forced = specialise(fold(Lowering(both, heads).predicate(both.branch.pattern)), spec.sizes)
         candidates = replace(candidates, inputs=both.inputs)
     seen: Scalar | None = None

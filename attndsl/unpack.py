@@ -2,9 +2,11 @@
 
     packed doc    { first[q] == first[k] } & P, its q, k, Nq, Nk counted from first[q]     first, end: derived inputs
     lengths n     { q < n[b] and k < n[b] } & P, its Nq and Nk min(n[b], Nk)
+    … over a view where n[b] > q, entries that begin before n[b], P asked of their nominal extents as ever
 
-`first` does not decrease, whatever the ids, so a document's tiles are found as those of sorted ids are (`cuts.py`), and
-what reads q - k alone loses `first` again. The oracle does not know these sets: see `alone.py`.
+Sets that look at all pairs of a sequence (`coarsen`, `random`) are told which exist. `first` does not decrease,
+whatever the ids, so a document's tiles are found as those of sorted ids are (`cuts.py`), and what reads q - k alone
+loses `first` again. The oracle does not know these sets: see `alone.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-from attndsl.derivation import DocumentEnds, Segment
+from attndsl.branches import Part, Visible
+from attndsl.coordinates import coordinate, length
+from attndsl.derivation import DocumentEnds, Random, Segment
+from attndsl.grid import Along
 from attndsl.linear import normalise
 from attndsl.program import (
     Axis,
@@ -20,6 +25,8 @@ from attndsl.program import (
     Blocks,
     Call,
     Choose,
+    Coarse,
+    Coarsen,
     Compare,
     Complement,
     Const,
@@ -32,6 +39,7 @@ from attndsl.program import (
     Program,
     Read,
     Scalar,
+    Selected,
     Set,
     Type,
     Union,
@@ -43,20 +51,15 @@ from attndsl.program import (
 
 @functools.lru_cache(maxsize=1024)
 def unpacked(program: Program) -> Program:
-    """The program without the clauses, its pattern and scores saying what they say."""
+    """The program, of one branch, without the clauses, its patterns and scores saying what they say."""
     if program.packed is None and program.lengths is None:
         return program
-    lengths = Var("Nk")
     inputs, conditions = list(program.inputs), list[Scalar]()
-    length: Scalar = lengths
+    count: Scalar | None = None
     if program.lengths is not None:
-        decl = program.input(program.lengths)
-        count = Read(decl.name, tuple(Var("b") for _ in decl.dims), Type.INT)
-        length = Call("clamp", (count, Const(0), lengths))
-        conditions.append(Compare("<", Var("k"), count))
-        if not program.align_start:
-            conditions.append(Compare("<", Var("q"), count))
-    place = _Place(program, None, length, length if not program.align_start else Var("Nq"))
+        count = _count(program)
+        conditions += [Compare("<", Var(x), count) for x in ("k" if program.align_start else "kq")]
+    place = _of_lengths(program)
     if program.packed is not None:
         decl = program.input(program.packed)
         taken = {x.name for x in inputs}
@@ -70,12 +73,8 @@ def unpacked(program: Program) -> Program:
             return Read(inputs[n].name, (*(Var("b") for _ in decl.dims[:-1]), Var(x)), Type.INT)
 
         conditions.append(Compare("==", entry(-2, "q"), entry(-2, "k")))
-        first, end = entry(-2, "q"), Call("min", (entry(-1, "q"), length))
-        own = Binary("-", end, first)
-        place = _Place(program, (first, end), own, own)
-    pattern = place.set(program.branch.pattern, place.names())
-    cond = conditions[0] if len(conditions) == 1 else Logic("and", tuple(conditions))
-    branch = program.branch
+        place = replace(place, document=(entry(-2, "q"), Call("min", (entry(-1, "q"), place.k_len))))
+    branch = program.only
     scores = {
         name: None if e is None else place.scalar(e, place.names())
         for name, e in (
@@ -85,8 +84,41 @@ def unpacked(program: Program) -> Program:
             ("weights", branch.weights),
         )
     }
-    changed = program.with_branch(pattern=Inter((Where(cond, branch.span), pattern), branch.span), **scores)
-    return replace(changed, inputs=tuple(inputs), packed=None, lengths=None)
+    parts = tuple(_part(part, place, conditions, count) for part in branch.parts)
+    changed = program.with_branch(parts=parts, **scores)
+    # Where positions count from a document's first token the call is no grid.
+    grid = program.grid if program.packed is None else None
+    return replace(changed, inputs=tuple(inputs), packed=None, lengths=None, grid=grid)
+
+
+def of_present(e: Scalar, program: Program) -> Scalar:
+    """A scalar of a program's selections with its lengths in those of the call."""
+    place = _of_lengths(program)
+    return place.scalar(e, place.names())
+
+
+def _count(program: Program) -> Scalar:
+    assert program.lengths is not None
+    decl = program.input(program.lengths)
+    return Read(decl.name, tuple(Var("b") for _ in decl.dims), Type.INT)
+
+
+def _of_lengths(program: Program) -> _Place:
+    """Where sets stand for all that `lengths` says."""
+    return _Place(program, Var("Nk") if program.lengths is None else _count(program))
+
+
+def _part(part: Part, place: _Place, conditions: list[Scalar], count: Scalar | None) -> Part:
+    pattern, view = place.inside(part.pattern), part.view
+    if view is not None and count is not None:
+        if view.visible is Visible.EVERY:
+            # Of an entry's nominal extent all tokens lie before this where the first one lies before n[b].
+            last = Compare("<", Var("k"), Binary("+", count, Const(view.size - 1)))
+            conditions = [last, *conditions[1:]]
+        if view.counted:
+            view = replace(view, present=place.k_len)
+    cond = conditions[0] if len(conditions) == 1 else Logic("and", tuple(conditions))
+    return replace(part, pattern=Inter((Where(cond, part.span), pattern), part.span), view=view)
 
 
 Names = dict[str, Scalar]
@@ -94,20 +126,30 @@ Names = dict[str, Scalar]
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where sets and scalars stand. `document`: its first token and one past its last; `k_len`, `q_len`: Nk and Nq."""
+    """Where sets and scalars stand. `count`: how many tokens, or blocks or cells of them, are present, which Nk bounds.
+    `document`: its first token and one past its last."""
 
     program: Program
-    document: tuple[Scalar, Scalar] | None
-    k_len: Scalar
-    q_len: Scalar
+    count: Scalar
+    document: tuple[Scalar, Scalar] | None = None
+
+    @property
+    def k_len(self) -> Scalar:
+        if self.document is not None:
+            return Binary("-", self.document[1], self.document[0])
+        return Call("clamp", (self.count, Const(0), Var("Nk"))) if self.count != Var("Nk") else self.count
 
     def names(self) -> Names:
         """What the positions and lengths are, written in those of the call."""
-        lengths: Names = {"Nk": self.k_len, "Nq": self.q_len}
+        lengths: Names = {"Nk": self.k_len, "Nq": Var("Nq") if self.program.align_start else self.k_len}
         if self.document is None:
             return lengths
         first, _ = self.document
         return lengths | {x: Binary("-", Var(x), first) for x in "qk"}
+
+    def inside(self, pattern: Set) -> Set:
+        """A set that stands here."""
+        return self.set(pattern, self.names())
 
     def set(self, pattern: Set, names: Names) -> Set:
         match pattern:
@@ -123,12 +165,39 @@ class _Place:
                 return replace(
                     pattern, cond=self.scalar(cond, names), then=self.set(then, names), other=self.set(other, names)
                 )
+            case On(operand=operand, place=Blocks(size=size)) if self.document is None:
+                return replace(pattern, operand=self._counting(_block(self.count, size, True)).inside(operand))
             case On(operand=operand, place=Blocks(size=size)):
                 return self.set(operand, {x: _block(e, size, x in ("Nq", "Nk")) for x, e in _whole(names).items()})
+            case On(operand=operand, place=Along(grid=grid, axis=axis)) if self.document is not None:
+                moved = {x: coordinate(grid, axis, names[x]) for x in "qk"}
+                return self.set(operand, moved | {x: length(grid, axis, names[x]) for x in ("Nq", "Nk")})
+            case On(operand=operand, place=Along(grid=grid, axis=axis)):
+                # The size of an axis that is known stays.
+                count = length(grid, axis, Call("max", (self.count, Const(0))))
+                own = Var("Nk") if grid.sizes[axis] is not None else count
+                return replace(pattern, operand=self._counting(own).inside(operand))
             case On(operand=operand, place=Permuted() | Segment()) if self.document is None:
-                return replace(pattern, operand=self.set(operand, {x: names[x] for x in ("Nq", "Nk")}))
+                return replace(pattern, operand=self.inside(operand))
+            case Coarsen(operand=operand, mode=mode) if self.document is None and mode is not Coarse.FRACTION:
+                found, there = self.set(operand, names), self._exist(names)
+                if mode is Coarse.ANY:
+                    return replace(pattern, operand=Inter((there, found)))
+                return replace(pattern, operand=Union((Complement(there), found)))
+            case Random(among=among, seed=seed) if self.document is None:
+                candidates = Inter((self._exist(names), self.set(among, names)))
+                return replace(pattern, among=candidates, seed=self.scalar(seed, names))
+            case Selected() if self.document is None:
+                return pattern
             case _:
                 raise AssertionError(f"the front end lets no {type(pattern).__name__} stand here")
+
+    def _exist(self, names: Names) -> Where:
+        """The pairs of tokens, or what stands for them here, that exist."""
+        return Where(Logic("and", tuple(Compare("<", Var(x), names[n]) for x, n in (("q", "Nq"), ("k", "Nk")))))
+
+    def _counting(self, count: Scalar) -> _Place:
+        return replace(self, count=count)
 
     def scalar(self, e: Scalar, names: Names) -> Scalar:
         """A scalar in the positions of the call."""

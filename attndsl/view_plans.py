@@ -9,7 +9,7 @@ import functools
 from dataclasses import replace
 from typing import Any
 
-from attndsl.branches import Given, Part, Visible
+from attndsl.branches import Given, Part, View, Visible
 from attndsl.derive import derive, with_needed
 from attndsl.diagnostics import error
 from attndsl.effort import TooHard, bounded
@@ -194,7 +194,12 @@ def _scalars(program: Program, spec: Spec, view: Given, follows: bool) -> dict[s
         # What all parts share enters with the first.
         found["sink"] = None
     if view.counted:
-        first = Binary("*", Const(view.stride), Var("k"))
-        present = Call("max", (Call("min", (Binary("-", Var("Nk"), first), Const(view.size))), Const(1)))
-        found["score"] = Binary("+", found["score"] or Var("s"), Call("log", (present,)))
+        found["score"] = counted(found["score"], view)
     return found
+
+
+def counted(logit: Scalar | None, view: View) -> Scalar:
+    """The logit of an entry k of a view that is `counted`."""
+    left = Binary("-", view.present or Var("Nk"), Binary("*", Const(view.stride), Var("k")))
+    tokens = Call("max", (Call("min", (left, Const(view.size))), Const(1)))
+    return Binary("+", logit or Var("s"), Call("log", (tokens,)))

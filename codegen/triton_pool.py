@@ -25,8 +25,8 @@ def pool_source(plan: PoolPlan) -> str:
     return title + "\n\n\n".join(x.rstrip("\n") for x in kernels) + "\n"
 
 
-def _signature(lines: Lines, function: str, tensors: str) -> None:
-    names = [f"{x}_ptr" for x in tensors.split()]
+def _signature(lines: Lines, plan: PoolPlan, function: str, tensors: str) -> None:
+    names = [f"{x}_ptr" for x in [*tensors.split(), *(["lengths"] if plan.ragged else [])]]
     names += [f"stride_x{axis}" for axis in "bhn"] + ["heads", "tokens", "entries"]
     lines.add("@triton.jit")
     with lines.block(f"def {function}("):
@@ -46,13 +46,20 @@ def _prologue(lines: Lines, plan: PoolPlan, owned: str, block: int) -> None:
         f"first = tl.program_id(0) % blocks * {block}",
         f"channel = tl.arange(0, {plan.width})",
     )
+    if plan.ragged:
+        lines.add("present = tl.minimum(tl.load(lengths_ptr + head // heads), tokens)  # of the batch entry's tokens")
+
+
+def _present(plan: PoolPlan) -> str:
+    """How many tokens of a batch entry are present."""
+    return "present" if plan.ragged else "tokens"
 
 
 def _entries(plan: PoolPlan, function: str) -> str:
     """The kernel that owns entries: of what they are, or of which token each is."""
     lines, block, chunk, width = Lines(), plan.block, plan.tokens, plan.width
     largest = plan.function is PoolFunction.MAX
-    _signature(lines, function, "x pooled" if function == POOL else "x picked")
+    _signature(lines, plan, function, "x pooled" if function == POOL else "x picked")
     body = Lines(indent=1)
     _prologue(body, plan, "entries", block)
     start = "0.0" if not plan.picks else 'float("-inf")' if largest else 'float("inf")'
@@ -67,9 +74,9 @@ def _entries(plan: PoolPlan, function: str) -> str:
         body.add(
             f"nth = begin + tl.arange(0, {chunk})[None, :]",
             f"token = entry[:, None] * {plan.stride} + nth",
-            f"present = ((nth < {plan.size}) & (token < tokens))[:, :, None]",
+            f"inside = ((nth < {plan.size}) & (token < {_present(plan)}))[:, :, None]",
             "at = x_at + token[:, :, None].to(tl.int64) * stride_xn + channel[None, None, :]",
-            f"x = tl.load(at, mask=present{_channels(plan, 'None, None, :')}, other={start}).to(tl.float32)",
+            f"x = tl.load(at, mask=inside{_channels(plan, 'None, None, :')}, other={start}).to(tl.float32)",
         )
         if function == PICK:
             reduce, compare = ("max", ">") if largest else ("min", "<")
@@ -85,8 +92,10 @@ def _entries(plan: PoolPlan, function: str) -> str:
             body.add("found += tl.sum(x, 1)")
     if plan.function is PoolFunction.MEAN:
         # Past the last entry there is none.
-        count = f"tl.maximum(tl.minimum(tokens - entry * {plan.stride}, {plan.size}), 1)"
+        count = f"tl.maximum(tl.minimum({_present(plan)} - entry * {plan.stride}, {plan.size}), 1)"
         body.add(f"found = found / {count}[:, None].to(tl.float32)")
+    if plan.ragged and plan.picks and function == POOL:
+        body.add(f"found = tl.where((entry * {plan.stride} < present)[:, None], found, 0.0)")
     name, value = ("pooled", "found.to(pooled_ptr.dtype.element_ty)")
     if function == PICK:
         name, value = ("picked", f"entry[:, None] * {plan.stride} + place")
@@ -100,7 +109,7 @@ def _entries(plan: PoolPlan, function: str) -> str:
 def _spread(plan: PoolPlan) -> str:
     """The kernel that owns tokens, and adds what their entries hand on, the last entry first."""
     lines, block = Lines(), plan.token_block
-    _signature(lines, SPREAD, "gradient x" + " picked" * plan.picks)
+    _signature(lines, plan, SPREAD, "gradient x" + " picked" * plan.picks)
     body = Lines(indent=1)
     _prologue(body, plan, "tokens", block)
     body.add(
@@ -110,7 +119,8 @@ def _spread(plan: PoolPlan) -> str:
     with body.block(f"for back in range({plan.covers}):"):
         body.add(
             f"entry = token // {plan.stride} - back",
-            f"covers = (entry >= 0) & (entry < entries) & (token < entry * {plan.stride} + {plan.size})",
+            f"covers = (entry >= 0) & (entry < entries) & (token < entry * {plan.stride} + {plan.size})"
+            + " & (token < present)" * plan.ragged,
             f"at = (head.to(tl.int64) * entries + entry[:, None]) * {plan.dim} + channel[None, :]",
             f"exists = covers[:, None]{_channels(plan, 'None, :')}",
             "share = tl.load(gradient_ptr + at, mask=exists, other=0.0).to(tl.float32)",
@@ -121,7 +131,7 @@ def _spread(plan: PoolPlan) -> str:
                 "share = tl.where(picked == token[:, None], share, 0.0)",
             )
         if plan.function is PoolFunction.MEAN:
-            count = f"tl.maximum(tl.minimum(tokens - entry * {plan.stride}, {plan.size}), 1)"
+            count = f"tl.maximum(tl.minimum({_present(plan)} - entry * {plan.stride}, {plan.size}), 1)"
             body.add(f"share = share / {count}[:, None].to(tl.float32)")
         body.add("total += share")
     body.add(

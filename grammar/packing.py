@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from attndsl import syntax as ast
+from attndsl.branches import factors
 from attndsl.derivation import Random, Segment
 from attndsl.grammar.scope import Context, InputRef, Poison
 from attndsl.grammar.unsupported import Feature, unsupported
+from attndsl.grid import Along
 from attndsl.program import (
     Axis,
     Blocks,
     Choose,
+    Coarse,
     Coarsen,
     Complement,
     InputDecl,
@@ -19,14 +22,18 @@ from attndsl.program import (
     Permuted,
     Program,
     Read,
+    Scalar,
     Selected,
     Set,
     Type,
     Union,
+    Var,
     Where,
+    children,
     scalars,
     walk,
 )  # fmt: skip
+from attndsl.selection import Selection
 
 _DIMS = {"packed": (Axis.B, Axis.K), "lengths": (Axis.B,)}
 _EXAMPLES = {"packed": "input doc : int[b, k]", "lengths": "input n : int[b]"}
@@ -71,25 +78,49 @@ def check_packing(program: Program, node: ast.Attention, ctx: Context) -> bool:
     for clause in node.clauses:
         if isinstance(clause, ast.Packed | ast.Lengths):
             packed = isinstance(clause, ast.Packed)
-            if not program.plain or program.grid or program.observations or not _stands(program, packed):
+            if program.observations or not _stands(program, packed):
                 unsupported(Feature.PACKED if packed else Feature.LENGTHS, clause.span, ctx)
                 return False
     return True
 
 
 def _stands(program: Program, packed: bool) -> bool:
-    branch = program.branch
-    if branch.skip is not None:
-        return False  # Tiles hold rows of several sequences.
-    read = [e for e in (branch.scale, branch.score, branch.sink, branch.weights) if e is not None]
-    names = {x.input for e in (*scalars(branch.pattern), *read) for x in walk(e) if isinstance(x, Read)}
+    if any(branch.skip is not None or branch.within is not None for branch in program.branches):
+        return False  # Tiles hold rows of several sequences; shares of members are of all of a call's tokens.
+    sets = [part.pattern for branch in program.branches for part in branch.parts]
+    for chosen in program.selections:
+        sets += [x for x in (chosen.among, chosen.always) if x is not None]
+    if not all(_placed(x, packed) for x in sets):
+        return False
+    return _alone(program, sets) if packed else not any(_apart(x) for x in program.selections)
+
+
+def _apart(chosen: Selection) -> bool:
+    """Whether the members of a selection, or its classes of rows, are no blocks in a row."""
+    return chosen.members is not None or chosen.row_tiles is not None
+
+
+def _alone(program: Program, sets: list[Set]) -> bool:
+    """Whether nothing in a program, with these sets, counts blocks or entries from the start of the batch entry."""
+    if program.selections or any(part.view is not None for branch in program.branches for part in branch.parts):
+        return False
+    read = [e for x in program.branches for e in (x.scale, x.score, x.sink, x.weights) if e is not None]
+    names = {x.input for e in (*(e for p in sets for e in scalars(p)), *read) for x in walk(e) if isinstance(x, Read)}
     # Which blocks of an input are a document's is not said.
-    blocks = any(dim.block > 1 for name in names for dim in program.input(name).dims)
-    return not (packed and blocks) and _placed(branch.pattern, packed)
+    if any(dim.block > 1 for name in names for dim in program.input(name).dims):
+        return False
+    return program.output is None or not any(_reads_position(e) for e in factors(program.output))
+
+
+def _reads_position(e: Scalar) -> bool:
+    """Whether a factor of an output reads where a row stands, but to read what a call gives for that row."""
+    if isinstance(e, Read):
+        return any(x != Var("q") and _reads_position(x) for x in e.index)
+    return e == Var("q") or any(map(_reads_position, children(e)))
 
 
 def _placed(pattern: Set, packed: bool) -> bool:
-    """Whether no part of a set looks at all pairs of a call, or places tokens otherwise than by blocks."""
+    """Whether a set means something for each sequence of a call that the compiler can say for all of them."""
     match pattern:
         case Where():
             return True
@@ -97,9 +128,15 @@ def _placed(pattern: Set, packed: bool) -> bool:
             return all(_placed(x, packed) for x in parts)
         case Minus(left=a, right=b) | Choose(then=a, other=b):
             return _placed(a, packed) and _placed(b, packed)
-        case Complement(operand=operand) | On(operand=operand, place=Blocks()):
+        case Complement(operand=operand) | On(operand=operand, place=Blocks() | Along()):
             return _placed(operand, packed)
         case On(operand=operand, place=Permuted() | Segment()):
             return not packed and _placed(operand, packed)
-        case On() | Coarsen() | Random() | Selected():
+        case Coarsen(operand=operand, mode=mode):
+            return not packed and mode is not Coarse.FRACTION and _placed(operand, packed)
+        case Random(among=among):
+            return not packed and _placed(among, packed)
+        case Selected():
+            return not packed
+        case On():
             return False

@@ -20,12 +20,12 @@ class Feature(Enum):
     COMPETE = ("A905", "a `cover` over more than a row class", "write `compete = row`, or leave it out")
     PACKED = (
         "A907",
-        "`packed` around views, branches, grids, selections, `observe`, `coarsen`, `random` or inputs over blocks",
+        "`packed` around views, selections, `within`, `observe`, `skip below`, `coarsen`, `random` or blocks of inputs",
         "write `causal & document(doc)`: positions then count from the start of the batch entry",
     )
     LENGTHS = (
         "A908",
-        "`lengths` around views, branches, grids, selections, `observe`, `coarsen` or `random`",
+        "`lengths` around `observe`, `skip below`, `within`, `fraction` or members that are no blocks",
         "write `{ q < n[b] and k < n[b] }`",
     )
     SKIP = ("A909", "`skip below` over views and several parts", "skip in a branch over raw tokens")

@@ -31,8 +31,17 @@ def make_views(key: str, composition: Composition, k: Tensor, v: Tensor) -> dict
     return {pooling.name: _made(key, pooling, k, v) for pooling in composition.pools}
 
 
-def _made(key: str, pooling: Pooling, k: Tensor, v: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    return pooled(key, k, pooling.pool, backend), pooled(key, v, pooling.pool, backend)
+def _made(
+    key: str, pooling: Pooling, k: Tensor, v: Tensor, backend: str = "auto", lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return pooled(key, k, pooling.pool, backend, lengths), pooled(key, v, pooling.pool, backend, lengths)
+
+
+def present_tokens(program: Program, inputs: Mapping[str, Tensor], batch: int) -> Tensor | None:
+    """How many tokens of each batch entry are present, int32 [B] and at least 0; None where all are."""
+    if program.lengths is None:
+        return None
+    return inputs[program.lengths].clamp(min=0).to(torch.int32).expand(batch)
 
 
 class Composed:
@@ -54,7 +63,8 @@ class Composed:
         self.inputs = {decl.name: x for decl, x in zip(own.inputs, given, strict=True)}
         self.planner = Planner(program, key, q, k, given, args, scale, plans, self.state)
         self._selections = {selection.name for selection in program.selections}
-        self._made = _entries(key, composition, k, v, views, backend)
+        present = present_tokens(program, self.inputs, k.shape[0])
+        self._made = _entries(key, composition, k, v, views, backend, present)
         programs = composition.programs if keys else (program,)
         names = [name for name, _ in composition.branches]
         self._parts = dict(zip(names, zip(keys or (key,), programs, strict=True), strict=True))
@@ -169,14 +179,15 @@ def with_plans(
 
 
 def _entries(
-    key: str, composition: Composition, k: Tensor, v: Tensor, views: Views | None, backend: str
-) -> dict[str, Tensor]:
+    key: str, composition: Composition, k: Tensor, v: Tensor, views: Views | None, backend: str,
+    present: Tensor | None,
+) -> dict[str, Tensor]:  # fmt: skip
     """The tensors of pooled views by the inputs that hold them: those handed in, or made here."""
     if views is not None and set(views) != set(composition.names):
         names = ", ".join(f"`{name}`" for name in composition.names) or "none"
         raise error("A565", f"the views of this attention are {names}", help="pass what `attn.views(k, v)` returns")
     found: dict[str, Tensor] = {}
     for pooling in composition.pools:
-        made = _made(key, pooling, k, v, backend) if views is None else views[pooling.name]
+        made = _made(key, pooling, k, v, backend, present) if views is None else views[pooling.name]
         found[pooling.keys], found[pooling.values] = made
     return found

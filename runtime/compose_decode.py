@@ -122,7 +122,14 @@ def decode_composed(
     given: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str, plans: Mapping[str, Tensor],
     views: Mapping[str, tuple[Tensor, ...]] | None,
 ) -> State:  # fmt: skip
-    """Output and, where there is one, lse of a decode; parameters as in `ComposedDecode`."""
+    """Output and, where there is one, lse of a decode; parameters as in `ComposedDecode`.
+
+    Raises `PatternError` (A911) where what is kept of a cache would be of tokens that are not present.
+    """
+    over_views = any(part.view is not None for branch in program.branches for part in branch.parts)
+    if program.lengths is not None and (program.selections or over_views):
+        what = f"decode within `lengths {program.lengths}` is not yet supported for views and selections"
+        raise error("A911", what, program.span, help="leave the clause out: `seq_lens` says how many tokens there are")
     of = ComposedDecode(program, key, composition, keys, call, given, args, scale, backend, plans, views)
     if isinstance(composition.output, Attended):
         return of.attended(composition.output.branch)

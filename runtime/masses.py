@@ -7,6 +7,7 @@ from typing import assert_never
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attndsl.program import Axis, InputDecl
 from attndsl.selection import Normalise, Pool
@@ -81,8 +82,15 @@ def leading(decl: InputDecl, x: Tensor) -> Tensor:
     return x if Axis.B in axes else x.unsqueeze(0)
 
 
-def pooled_members(x: Tensor, size: int, pool: Pool, real: torch.dtype) -> Tensor:
-    """Vectors [B, H, tokens, D] pooled over members of `size` tokens, the last of what there is: [B, H, members, D]."""
+def pooled_members(x: Tensor, size: int, pool: Pool, real: torch.dtype, present: Tensor | None = None) -> Tensor:
+    """Vectors [B, H, tokens, D] pooled over members of `size` tokens, the last of what there is: [B, H, members, D].
+
+    present: int64 [B, 1, 1, 1], how many tokens of a batch entry are, where not all are; NaN for members without.
+    """
+    if present is not None:
+        whole = pad(x.to(real), (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))
+        here = torch.arange(whole.shape[2] * size, device=x.device).view(1, -1, size) < present.view(-1, 1, 1)
+        return pooled(whole.expand(len(here), -1, -1, -1, -1), here, pool)
     whole = x.shape[2] // size * size
     found = [_pooled(x[:, :, :whole].unflatten(2, (-1, size)), pool, real)]
     if whole < x.shape[2]:

@@ -22,9 +22,12 @@ from attndsl.runtime.registry import engine_of
 from attndsl.runtime.triton_version import interpreted
 
 _LIBRARY = Library("attndsl", "FRAGMENT")
-_LIBRARY.define("pool(str program, Tensor x, str function, int size, int stride, bool kernel) -> Tensor")
 _LIBRARY.define(
-    "pool_backward(str program, Tensor gradient, Tensor x, str function, int size, int stride, bool kernel) -> Tensor"
+    "pool(str program, Tensor x, str function, int size, int stride, bool kernel, Tensor? lengths=None) -> Tensor"
+)
+_LIBRARY.define(
+    "pool_backward(str program, Tensor gradient, Tensor x, str function, int size, int stride, bool kernel, "
+    "Tensor? lengths=None) -> Tensor"
 )
 # Launches by kind of call.
 _PREPARED: dict[Any, Callable[[Sequence[Any]], None]] = {}
@@ -32,15 +35,16 @@ WARPS = 4
 POOLED = "pool_tokens"
 
 
-def pooled(program: str, x: Tensor, pool: Pool, backend: str = "auto") -> Tensor:
+def pooled(program: str, x: Tensor, pool: Pool, backend: str = "auto", lengths: Tensor | None = None) -> Tensor:
     """The entries of x [B, H, N, D]: [B, H, ceil(N / stride), D] in its dtype, dense; entry j is over the tokens
     [j * stride, j * stride + size) below N.
 
     program: the key of the attention, which knows the printers. backend: where it is "triton" kernels are interpreted
-    on tensors of the CPU.
+    on tensors of the CPU. lengths: int32 [B], how many tokens of each batch entry are present, where not all are: at
+    least 0. An entry without such tokens is 0.
     """
     kernel = x.is_cuda or (backend == "triton" and interpreted())
-    found: Tensor = torch.ops.attndsl.pool(program, x, pool.function.value, pool.size, pool.stride, kernel)
+    found: Tensor = torch.ops.attndsl.pool(program, x, pool.function.value, pool.size, pool.stride, kernel, lengths)
     return found
 
 
@@ -71,6 +75,7 @@ def pool_sources(plan: PoolPlan, function: str, x: Tensor, others: Sequence[Tens
     from attndsl.runtime.triton_launch import POINTER
 
     names = {"pool_tokens": ("pooled",), "pick_tokens": ("picked",), "spread_entries": ("gradient", "picked")}[function]
+    names = (*names[: 2 if plan.picks else 1], *(("lengths",) if plan.ragged else ()))
     found: dict[str, Any] = {f"stride_x{axis}": n for axis, n in zip("bhn", x.stride(), strict=False)}
     found |= {"heads": x.shape[1], "tokens": x.shape[2], "entries": entries(x.shape[2], plan.stride)}
     found["x_ptr"] = Slot(0, POINTER[x.dtype])
@@ -79,35 +84,38 @@ def pool_sources(plan: PoolPlan, function: str, x: Tensor, others: Sequence[Tens
     return found
 
 
-def _plan(x: Tensor, function: str, size: int, stride: int) -> PoolPlan:
-    return PoolPlan(PoolFunction(function), size, stride, x.shape[3], dtype_of(x), device_target(x.device))
+def _plan(x: Tensor, function: str, size: int, stride: int, lengths: Tensor | None) -> PoolPlan:
+    ragged = lengths is not None
+    return PoolPlan(PoolFunction(function), size, stride, x.shape[3], dtype_of(x), device_target(x.device), ragged)
 
 
-def _by_kernel(program: str, x: Tensor, plan: PoolPlan) -> Tensor:
+def _by_kernel(program: str, x: Tensor, plan: PoolPlan, lengths: Sequence[Tensor]) -> Tensor:
     found = _fake(program, x, plan.function.value, plan.size, plan.stride, True)
-    _launch(program, plan, POOLED, entries(found.shape[2], plan.block), x, (found,))
+    _launch(program, plan, POOLED, entries(found.shape[2], plan.block), x, (found, *lengths))
     return found
 
 
-def _backward_by_kernel(program: str, gradient: Tensor, x: Tensor, plan: PoolPlan) -> Tensor:
+def _backward_by_kernel(program: str, gradient: Tensor, x: Tensor, plan: PoolPlan, lengths: Sequence[Tensor]) -> Tensor:
     others = [gradient]
     if plan.picks:
         picked = torch.empty(gradient.shape, dtype=torch.int32, device=x.device)
-        _launch(program, plan, "pick_tokens", entries(picked.shape[2], plan.block), x, (picked,))
+        _launch(program, plan, "pick_tokens", entries(picked.shape[2], plan.block), x, (picked, *lengths))
         others.append(picked)
     found = empty_gradient(x)
-    _launch(program, plan, "spread_entries", entries(x.shape[2], plan.token_block), found, others)
+    _launch(program, plan, "spread_entries", entries(x.shape[2], plan.token_block), found, (*others, *lengths))
     return found
 
 
 # ------------------------------------------------------------------------------------------ torch
 
 
-def _windows(x: Tensor, size: int, stride: int) -> tuple[Tensor, Tensor]:
-    """The tokens of each entry [B, H, entries, size, D], and which are present [entries, size, 1]."""
+def _windows(x: Tensor, size: int, stride: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The tokens of each entry [B, H, entries, size, D], and which are present [B or 1, 1, entries, size, 1]."""
     tokens = x.shape[2]
     at = torch.arange(entries(tokens, stride), device=x.device)[:, None] * stride + torch.arange(size, device=x.device)
-    present = (at < tokens)[..., None]
+    present = (at < tokens)[None, None, ..., None]
+    if lengths is not None:
+        present = present & (at[..., None] < lengths.view(-1, 1, 1, 1, 1))
     return x[:, :, at.clamp(max=max(tokens - 1, 0))], present
 
 
@@ -115,36 +123,43 @@ def _high(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _pool(program: str, x: Tensor, function: str, size: int, stride: int, kernel: bool) -> Tensor:
-    if kernel and x.dtype != torch.float64:
-        x = x if x.stride(-1) == 1 else x.contiguous()
-        return _by_kernel(program, x, _plan(x, function, size, stride))
-    windows, present = _windows(x, size, stride)
-    match function:
-        case "max":
-            return windows.masked_fill(~present, -torch.inf).amax(3)
-        case "min":
-            return windows.masked_fill(~present, torch.inf).amin(3)
-        case _:
-            total = windows.to(_high(x)).masked_fill(~present, 0).sum(3)
-            return (total / present.sum(1) if function == "mean" else total).to(x.dtype)
-
-
-def _pool_backward(
-    program: str, gradient: Tensor, x: Tensor, function: str, size: int, stride: int, kernel: bool
+def _pool(
+    program: str, x: Tensor, function: str, size: int, stride: int, kernel: bool, lengths: Tensor | None = None
 ) -> Tensor:
     if kernel and x.dtype != torch.float64:
         x = x if x.stride(-1) == 1 else x.contiguous()
-        return _backward_by_kernel(program, gradient.contiguous(), x, _plan(x, function, size, stride))
+        return _by_kernel(program, x, _plan(x, function, size, stride, lengths), _given(lengths))
+    windows, present = _windows(x, size, stride, lengths)
+    if function in ("max", "min"):
+        filled = windows.masked_fill(~present, -torch.inf if function == "max" else torch.inf)
+        found = filled.amax(3) if function == "max" else filled.amin(3)
+        return found if lengths is None else found.masked_fill(~present.any(3), 0)
+    total = windows.to(_high(x)).masked_fill(~present, 0).sum(3)
+    return (total / present.sum(3).clamp(min=1) if function == "mean" else total).to(x.dtype)
+
+
+def _given(lengths: Tensor | None) -> tuple[Tensor, ...]:
+    return () if lengths is None else (lengths.contiguous(),)
+
+
+def _pool_backward(
+    program: str, gradient: Tensor, x: Tensor, function: str, size: int, stride: int, kernel: bool,
+    lengths: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    if kernel and x.dtype != torch.float64:
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        plan = _plan(x, function, size, stride, lengths)
+        return _backward_by_kernel(program, gradient.contiguous(), x, plan, _given(lengths))
     high = gradient.to(_high(x))
-    windows, present = _windows(x, size, stride)
+    windows, present = _windows(x, size, stride, lengths)
     if function in ("max", "min"):
         filled = windows.masked_fill(~present, -torch.inf if function == "max" else torch.inf)
         # The first of the largest (or least).
         first = (filled.argmax if function == "max" else filled.argmin)(3, keepdim=True)
-        share = torch.zeros_like(filled, dtype=high.dtype).scatter_(3, first, high[:, :, :, None])
+        share = torch.zeros_like(filled, dtype=high.dtype).scatter_(3, first, high[:, :, :, None]) * present
     else:
-        share = (high / present.sum(1) if function == "mean" else high)[:, :, :, None] * present
+        mean = high / present.sum(3).clamp(min=1) if function == "mean" else high
+        share = mean[:, :, :, None] * present
     found = torch.zeros(x.shape, dtype=high.dtype, device=x.device)
     tokens, count = x.shape[2], windows.shape[2]
     # Entry by entry's place in its extent, so that what overlaps is added in one order.
@@ -157,25 +172,28 @@ def _pool_backward(
 # -------------------------------------------------------------------------------------- operators
 
 
-def _fake(program: str, x: Tensor, function: str, size: int, stride: int, kernel: bool) -> Tensor:
+def _fake(
+    program: str, x: Tensor, function: str, size: int, stride: int, kernel: bool, lengths: Tensor | None = None
+) -> Tensor:
     return x.new_empty(*x.shape[:2], entries(x.shape[2], stride), x.shape[3])
 
 
 def _backward_fake(
-    program: str, gradient: Tensor, x: Tensor, function: str, size: int, stride: int, kernel: bool
-) -> Tensor:
+    program: str, gradient: Tensor, x: Tensor, function: str, size: int, stride: int, kernel: bool,
+    lengths: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     return empty_gradient(x)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.program, x, *ctx.how = inputs
-    ctx.save_for_backward(x)
+    ctx.program, x, *ctx.how, lengths = inputs
+    ctx.save_for_backward(x, lengths)
 
 
 def _differentiate(ctx: Any, gradient: Tensor) -> Any:
-    (x,) = ctx.saved_tensors
-    found = torch.ops.attndsl.pool_backward(ctx.program, gradient, x, *ctx.how)
-    return None, found, None, None, None, None
+    x, lengths = ctx.saved_tensors
+    found = torch.ops.attndsl.pool_backward(ctx.program, gradient, x, *ctx.how, lengths)
+    return None, found, None, None, None, None, None
 
 
 for _device in ("CPU", "CUDA"):

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attndsl.alone import separate, sequences, together
 from attndsl.choice import Data, Mass, choose, real
-from attndsl.oracle import Evaluator
+from attndsl.oracle import Evaluator, dim_size
 from attndsl.plans import own_program, plan_heads, plan_input
-from attndsl.program import CallShape, Program
+from attndsl.program import Axis, CallShape, Program
 from attndsl.runtime.reference import probabilities
-from attndsl.selection import Probs, Share
+from attndsl.selection import Probs, Selection, Share
 
 
 def oracle_plans(
@@ -26,6 +27,8 @@ def oracle_plans(
     q: [B, Hq, rows, D], k: [B, Hkv, Nk, D]; given: plans by name, [B, H', R, C or M].
     """
     shape = CallShape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], q.shape[3])
+    if separate(program) and program.selections:
+        return _apart(program, shape, q, k, inputs, args, scale, given)
     queries, keys = (x.detach().double().cpu().numpy() for x in (q, k))
     arrays = {name: x.detach().cpu() for name, x in inputs.items()}
     known = {name: (x.double() if x.is_floating_point() else x).numpy() for name, x in arrays.items()}
@@ -59,3 +62,44 @@ def oracle_plans(
         found[selection.name] = plan if "h" in axes or "g" in axes else plan.squeeze(1)
         known[selection.name] = found[selection.name].cpu().numpy()
     return {decl.name: found[decl.name] for decl in program.inputs if decl.name in found}
+
+
+def _apart(
+    program: Program, shape: CallShape, q: Tensor, k: Tensor, inputs: Mapping[str, Tensor], args: Mapping[str, int],
+    scale: float | None, given: Mapping[str, Tensor],
+) -> dict[str, Tensor]:  # fmt: skip
+    """What the sequences of a call choose alone. All begin with the first token, so their blocks are the call's."""
+    exact = {name: x.detach().cpu().numpy() for name, x in inputs.items() if not x.is_floating_point()}
+    found = {each.name: _nothing(program, each, shape, q, given) for each in program.selections}
+    for x in sequences(program, shape, exact):
+        if x.keys.start == x.keys.stop:
+            continue
+        own, batch = together(program), slice(x.entry, x.entry + 1)
+        plans = {name: _cut(plan, program.selection(name), batch, x.rows) for name, plan in given.items()}
+        call = q[batch, :, x.rows], k[batch, :, x.keys], x.inputs(program, inputs)
+        for name, plan in oracle_plans(own, *call, args, scale, plans).items():
+            place = [slice(0, size) for size in plan.shape]
+            place[0] = batch
+            for i, dim in enumerate(plan_input(program.selection(name)).dims):
+                if dim.axis is Axis.Q and dim.block == 1:
+                    place[i] = x.rows
+            found[name][tuple(place)] = plan
+    return found
+
+
+def _nothing(
+    program: Program, selection: Selection, shape: CallShape, q: Tensor, given: Mapping[str, Tensor]
+) -> Tensor:
+    """A plan, as the input that it is, in which nothing is chosen."""
+    sizes = [dim_size(dim, program, shape) for dim in plan_input(selection).dims[:-1]]
+    plan = given.get(selection.name)
+    if plan is not None and plan.dtype != torch.uint8:
+        return plan.new_full((*sizes, plan.shape[-1]), -1)
+    tokens, each = selection.extent
+    return torch.zeros(*sizes, -(-shape.k_len // tokens) * each, dtype=torch.uint8, device=q.device)
+
+
+def _cut(plan: Tensor, selection: Selection, batch: slice, rows: slice) -> Tensor:
+    """The part of a plan that is handed in, [B, H', R, C or M], that is a sequence's."""
+    plan = plan[batch] if plan.shape[0] > 1 else plan
+    return plan[:, :, rows] if selection.rows == 1 and plan.shape[2] > 1 else plan

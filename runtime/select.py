@@ -129,6 +129,14 @@ class Selector:
     def classes(self) -> int:
         return _classes(self.program, self.selection, self.shape)
 
+    def present(self, inputs: Sequence[Tensor]) -> Tensor | None:
+        """How many tokens of each batch entry are present, int64 [B, 1, 1, 1]; None where all are."""
+        if self.program.lengths is None:
+            return None
+        names = [decl.name for decl in self.program.inputs]
+        count = inputs[names.index(self.program.lengths)].clamp(0, self.shape.k_len).to(torch.int64)
+        return count.expand(self.shape.batch).view(-1, 1, 1, 1)
+
     def vectors(self, v: Vectors, k: Tensor, inputs: Sequence[Tensor], groups: Groups | None = None) -> Tensor:
         """[B, G or H or 1, members, D] of what the keys hold, float32 (float64 for float64 tensors).
 
@@ -144,7 +152,7 @@ class Selector:
         x = x.expand(-1, -1, self.shape.k_len, -1)
         if groups is not None:
             return groups.pooled(x.expand(self.shape.batch, -1, -1, -1).to(real), v.pool)
-        return pooled_members(x, self.selection.keys, v.pool, real)
+        return pooled_members(x, self.selection.keys, v.pool, real, self.present(inputs))
 
     def kept(self, v: Vectors, ragged: Ragged, inputs: Sequence[Tensor]) -> Tensor:
         """The same of a decode: what is kept of keys, or what inputs hold, of the tokens that a sequence has."""

@@ -35,6 +35,7 @@ from attndsl.selection import (
     Top,
     Vectors,
 )
+from attndsl.unpack import of_present
 
 if TYPE_CHECKING:
     from attndsl.runtime.select import Selector
@@ -64,6 +65,8 @@ class Strips:
         self.q, self.k, self.state, self.ragged = q, k, state, ragged
         # int64 [B, 1, 1, 1], where sequences have lengths of their own.
         self.lengths = None if ragged is None else ragged.lengths
+        # The same of a call whose last tokens are not present.
+        self.present = of.present(inputs)
         assert of.among is not None
         self.real = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.candidates = of.among
@@ -71,7 +74,7 @@ class Strips:
         self.always = None if of.always is None else of.always.values(inputs, args, of.tables, self.lengths)
         self.scale: float | Tensor = self.shape.dim**-0.5 if scale is None else scale
         if scale is None and self.selection.scale is not None:
-            self.scale = self.among.tensor(self.selection.scale)
+            self.scale = self.among.tensor(of_present(self.selection.scale, of.program))
         self.first = self.shape.first_position(of.program)
         self.group = self.shape.heads // self.shape.kv_heads
         self.tensors = dict(zip((decl.name for decl in of.program.inputs), inputs, strict=True))
@@ -105,7 +108,9 @@ class Strips:
             own = of.mass.branch.scale
             self.branch_scale: float | Tensor = self.scale
             if scale is None:
-                self.branch_scale = self.shape.dim**-0.5 if own is None else self.mass_values.tensor(own)
+                self.branch_scale = self.shape.dim**-0.5
+                if own is not None:
+                    self.branch_scale = self.mass_values.tensor(of_present(own, of.program))
             keys = max(of.mass.keys(self.shape.k_len), 0 if self.members is None else self.shape.k_len)
             self.width = keys * (self.selection.rows or self.shape.rows)
         if not of.whole:
@@ -188,14 +193,21 @@ class Strips:
         them are there, [B or 1, high - low, rows of a class]."""
         rows, have = self.selection.rows, self.shape.rows
         if rows is None:
-            return x[:, :, None], _of_batch(self._positions(0, have, 1) >= 0)[:, None]
+            return x[:, :, None], self._there(self._positions(0, have, 1))[:, None]
         if rows == 1:
-            return x[:, :, low:high, None], _of_batch(self._positions(low, high, 1) >= 0)[..., None]
+            return x[:, :, low:high, None], self._there(self._positions(low, high, 1))[..., None]
         position = self._class_positions(low, high, rows)
         row = position - self.first
-        here = (row >= 0) & (row < have) & (position >= 0)
+        here = (row >= 0) & (row < have) & self._there(position)
         picked = x[:, :, row.clamp(0, max(0, have - 1))] if have else x.new_zeros(*x.shape[:2], row.numel(), x.shape[3])
-        return picked.unflatten(2, (-1, rows)), here.view(1, -1, rows)
+        return picked.unflatten(2, (-1, rows)), here.unflatten(1, (-1, rows))
+
+    def _there(self, position: Tensor) -> Tensor:
+        """Whether a sequence has rows at these positions, [rows] or [B, rows]: bool [B or 1, rows]."""
+        position = _of_batch(position)
+        if self.present is None or self.of.program.align_start:
+            return position >= 0
+        return (position >= 0) & (position < self.present.view(-1, 1))
 
     def _queries(self, v: Vectors, low: int, high: int) -> Tensor:
         """[B, Hq or 1, high - low, D]: NaN where a class has no rows."""
@@ -241,7 +253,7 @@ class Strips:
                 if self.tiles is not None:
                     first = self.tiles[low:high, 0].clamp(min=0)
                 here = self.among.at(q=as_rows(first), k=members)
-                return here.tensor(value).to(self.real)
+                return here.tensor(of_present(value, self.of.program)).to(self.real)
             case _:
                 assert_never(score)
 
@@ -305,7 +317,15 @@ class Strips:
             end = (first + mass.size).clamp(max=self.shape.k_len)
             given: Tensor = masses @ (self.members.counts(first, mass.size).to(self.real) / (end - first))
             return given
-        return shares(masses, mass.size, mass.stride, size, self.shape.k_len, largest, self.lengths)
+        return shares(
+            masses,
+            mass.size,
+            mass.stride,
+            size,
+            self.shape.k_len,
+            largest,
+            self.present if self.lengths is None else self.lengths,
+        )
 
     def _antidiagonal(self, stride: int, low: int, high: int) -> Tensor:
         rows, keys, k_len = self.selection.rows, self.selection.keys, self.shape.k_len
@@ -313,12 +333,14 @@ class Strips:
         x, here = self._rows(self.q, low, high)
         x = torch.where(here[:, None, :, :, None], x, 0).to(self.real)
         x = x.flatten(2, 3).unflatten(2, (-1, stride)).flatten(3)
-        y = pad(self.k, (0, 0, 0, -k_len % stride)).unflatten(2, (-1, stride)).flip(3).flatten(3).to(self.real)
+        tokens = torch.arange(k_len, device=self.device).view(1, 1, -1, 1)
+        k = self.k if self.present is None else torch.where(tokens < self.present, self.k, 0)
+        y = pad(k, (0, 0, 0, -k_len % stride)).unflatten(2, (-1, stride)).flip(3).flatten(3).to(self.real)
         logits = self._dots(x, y) * (self.scale / stride)
         wide = rows // stride
         inside = self._present(self.groups, self.group_values, low * wide, high * wide, stride)
         # A group without a row gives nothing; of a class that ends early `_present` tells for all of its groups.
-        inside = inside & here.view(-1, stride).any(1).view(1, 1, -1, 1)
+        inside = inside & here.flatten(1).unflatten(1, (-1, stride)).any(2)[:, None, :, None]
         mass = softmax(logits, inside.expand(logits.shape))
         tall = keys // stride
         mass = pad(mass, (0, -mass.shape[3] % tall)).unflatten(3, (-1, tall)).sum(4)

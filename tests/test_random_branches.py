@@ -6,6 +6,7 @@ are equal but for rounding may be ranked either way.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ OVER = ("causal", "causal - window({n})", "all", "causal & {{ q // 4 - k // 4 >=
 INPUTS = {
     "gates": "float[b, h, q, 3] learnable", "channels": "float[b, h, q, Dv] learnable", "heads": "float[g] learnable",
     "sinks": "float[h] learnable", "kc": "float[b, g, k/4, D] learnable", "vc": "float[b, g, k/4, Dv] learnable",
-    "doc": "int[b, k] sorted",
+    "doc": "int[b, k] sorted", "n": "int[b]",
 }  # fmt: skip
 FACTORS = ("gates[0]", "sigmoid(gates[1])", "channels", "heads[g]", "(1 - gates[2])", "0.5")
 
@@ -110,8 +111,9 @@ def programs(draw: st.DrawFn) -> str:
     draft = Draft(draw)
     for name in ("first", "second", "third")[: draw(st.integers(1, 3))]:
         draft.branch(name)
-    body = "\n".join([*draft.lines, f"output {draft.output()}"])
-    declared = "".join(f"input {name} : {kind}\n" for name, kind in INPUTS.items() if name in body)
+    present = ["lengths n"] if draw(st.integers(0, 2)) == 0 else []
+    body = "\n".join([*present, *draft.lines, f"output {draft.output()}"])
+    declared = "".join(f"input {name} : {kind}\n" for name, kind in INPUTS.items() if re.search(rf"\b{name}\b", body))
     return f"attention random {{\n{declared}{body}\n}}"
 
 
@@ -135,6 +137,9 @@ def judge(text: str, rows: int, k_len: int, seed: int, backend: str, dtype: torc
     doc: dict[str, Any] = {}
     if "document(doc)" in text:
         doc = {"doc": torch.arange(k_len)[None].repeat(batch, 1) // 6}
+    if "lengths n" in text:
+        # Of one sequence all tokens or none may be there, and a length past the end is the end.
+        doc["n"] = torch.tensor([(seed * 7) % (k_len + 3), max(0, k_len - seed % 5)])
     passed = torch.randn(batch, heads, rows, dim, generator=generator, dtype=torch.float64)
 
     def run(dtype: torch.dtype, oracle: bool, plans: Any = None) -> list[Tensor]:

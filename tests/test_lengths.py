@@ -1,0 +1,225 @@
+"""`lengths` and `packed` around views, branches, grids and selections: each sequence means what it means alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import attndsl
+from attndsl.codegen.triton_select import select_source
+from attndsl.diagnostics import PatternError
+from attndsl.grammar import load
+from attndsl.program import CallShape
+from attndsl.runtime.select import Selector
+from attndsl.runtime.triton_launch import INTERPRETED
+from attndsl.select_plan import why_not_fused
+from tests.accuracy import examples
+from tests.cases import case, floats, ints
+from tests.gradients import judge
+from tests.strategies import Case
+from tests.test_backward_cpu import runner as cpu
+from tests.test_backward_triton import runner as triton
+from tests.test_routed import PATTERN_SELECTIONS, check
+from tests.test_routed import tensors as doubles
+from tests.test_select import CPU, tensors
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::attndsl.PatternWarning"),
+    pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter"),
+]
+DOC = np.repeat(ints(0, 2, 2, 15), 5, axis=1)  # not sorted: equal ids apart are different documents
+N = np.array([75, 41], np.int32)
+
+
+def padded(clauses: str, rows: int = 75, n: Any = N, **more: Any) -> Case:
+    declared = " ".join(f"input {name} : {kind}" for name, (kind, _) in more.items())
+    text = f"attention a {{ input n : int[b] {declared} lengths n {clauses} }}"
+    return case(text, rows, 75, inputs={"n": n} | {name: x for name, (_, x) in more.items()})
+
+
+def packed(clauses: str, rows: int = 50, **more: Any) -> Case:
+    declared = " ".join(f"input {name} : {kind}" for name, (kind, _) in more.items())
+    text = f"attention a {{ input doc : int[b, k] {declared} packed doc {clauses} }}"
+    return case(text, rows, 75, inputs={"doc": DOC} | {name: x for name, (_, x) in more.items()})
+
+
+CASES: dict[str, Case] = {
+    "grid": padded("axes y, x[8] attend neighborhood(5) on (y, x)"),
+    "grid_of_tiles": padded(
+        "axes t, y[4], x[4] from 5 in tiles(1, 2, 2) attend causal & neighborhood(3) on (t, y, x) | off_grid",
+        50, np.array([75, 33]),
+    ),
+    "grid_of_known_size": padded("axes y[8], x[8] from 5 attend neighborhood(5) on (y, x) | off_grid"),
+    "coarsened": padded("attend causal & coarsen({ abs(Nk - 5 - k - q) < 6 }, (5, 7), any)", 50),
+    "coarsened_all": padded("attend coarsen({ k <= q + 9 }, (5, 7), all)", 50),
+    "coarsened_blocks": padded("attend coarsen({ k <= q + 2 }, (2, 3), all) on blocks(4)", 50, np.array([74, -1])),
+    "random": padded(
+        "attend random(2, blocks(8), rows(6), 3, among = all) | window(3) | random(1, tokens, query, h, among = causal)"
+    ),
+    "random_keys": padded("attend causal & random(7, tokens, head, 3)", 50, np.array([99, 1])),
+    "packed_grid": packed("axes y, x[3] attend neighborhood(3) on (y, x)"),
+    "packed_pictures": packed("axes y[3], x[3] from 1 attend neighborhood(3) on (y, x) | off_grid & causal", 75),
+    "packed_bias": packed(
+        "axes y, x[3] score s + w[h, clamp(q.y - k.y, -4, 4) + 4] attend { q.x <= k.x } & causal",
+        w=("float[h, 9] learnable", floats(2, 9)),
+    ),
+    "both": packed(
+        "lengths n axes y, x[2] attend causal on y & all on x | { k == Nk - 1 } on y", n=("int[b]", np.array([33, 68]))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_on_the_cpu(name: str) -> None:
+    judge(cpu(), CASES[name], torch.float64)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_in_triton(name: str) -> None:
+    judge(triton(), CASES[name], torch.float32)
+
+
+@pytest.mark.parametrize("name", ["grid", "coarsened_all", "packed_grid", "random"])
+@pytest.mark.parametrize(("rows", "k_len"), [(1, 1), (1, 50), (29, 29)])
+def test_other_sizes(name: str, rows: int, k_len: int) -> None:
+    chosen = CASES[name]
+    inputs = {key: x[:, :k_len] if key == "doc" else np.minimum(x, k_len - 1) for key, x in chosen.inputs.items()}
+    judge(cpu(), replace(chosen, inputs=inputs, shape=replace(chosen.shape, rows=rows, k_len=k_len)), torch.float64)
+
+
+# ------------------------------------------------------------------------------- branches and views
+
+SHARED = "input gate : float[b, h, q, 2]\n output gate[0] * near + sigmoid(gate[1]) * far"
+
+
+def test_packed_branches_are_those_of_each_document() -> None:
+    body = "near = attend causal & window(5)\n far = attend { k >= Nk - 9 and k <= q }"
+    attn = attndsl.compile(f"attention a {{ input doc : int[b, k]\n packed doc\n {body}\n {SHARED} }}")
+    alone = attndsl.compile(f"attention a {{ {body}\n {SHARED} }}")
+    doc = torch.tensor([0] * 20 + [1] * 3 + [0] * 40)[None]
+    q, k, v = (torch.randn(1, 2, 63, 16) for _ in range(3))
+    gate = torch.randn(1, 2, 63, 2)
+    out = attn(q, k, v, doc=doc, gate=gate)
+    torch.testing.assert_close(out.double(), attn.reference(q, k, v, doc=doc, gate=gate), atol=1e-5, rtol=1e-5)
+    for low, end in ((0, 20), (20, 23), (23, 63)):
+        at = slice(low, end)
+        own = alone(q[:, :, at], k[:, :, at], v[:, :, at], gate=gate[:, :, at])
+        torch.testing.assert_close(out[:, :, at], own)
+
+
+VIEWS = (
+    "attend causal over pool({f}, 8, 4)",
+    "attend causal & window(9), causal over pool({f}, 8, visible = any)",
+    "attend {{ k > q - 20 }} over pool({f}, 5{counted})",
+    "x = attend causal over pool({f}, 4)\n y = attend causal & window(3)\n output merge(x, y)",
+)
+
+
+@pytest.mark.parametrize(("clauses", "f", "backend"), [
+    *((clauses, f, "cpu") for clauses in VIEWS for f in ("mean", "max", "min", "sum")),
+    (VIEWS[0], "max", "triton"), (VIEWS[1], "min", "triton"), (VIEWS[2], "mean", "triton"), (VIEWS[3], "sum", "triton"),
+])  # fmt: skip
+def test_views(clauses: str, f: str, backend: str) -> None:
+    """Entries are of the tokens that are present alone, their gradients too, and what is not there reaches nothing."""
+    if backend == "triton" and not INTERPRETED:
+        pytest.skip("interprets kernels")
+    text = clauses.format(f=f, counted=", counted")
+    attn = attndsl.compile(f"attention a {{ input n : int[b]\n lengths n\n {text} }}")
+    alone = attndsl.compile(f"attention a {{ {text} }}")
+    n, dtype = [37, 22, 0], torch.float64 if backend == "cpu" else torch.float32
+    generator = torch.Generator().manual_seed(3)
+    leaves = [torch.randn(3, 2, 37, 16, generator=generator, dtype=dtype).requires_grad_() for _ in range(3)]
+    weight = torch.randn(3, 2, 37, 16, generator=generator, dtype=dtype)
+    out = attn(*leaves, n=torch.tensor(n), backend=backend)
+    found = torch.autograd.grad((out * weight).sum(), leaves)
+    for b, length in enumerate(n):
+        own = [x.detach()[b : b + 1, :, :length].requires_grad_() for x in leaves]
+        expected = alone.reference(*own)
+        gradients = torch.autograd.grad((expected * weight[b : b + 1, :, :length]).sum(), own)
+        bound = 1e-9 if backend == "cpu" else 2e-4
+        torch.testing.assert_close(out[b : b + 1, :, :length].double(), expected, atol=bound, rtol=bound)
+        assert not out[b, :, length:].any()
+        for x, y in zip(found, gradients, strict=True):
+            torch.testing.assert_close(x[b : b + 1, :, :length].double(), y.double(), atol=bound, rtol=bound)
+            assert not x[b, :, length:].any()
+
+
+# -------------------------------------------------------------------------------------- selections
+
+
+@examples(25)
+@given(PATTERN_SELECTIONS, st.integers(1, 26), st.integers(0, 99))
+def test_what_is_chosen_of_present_tokens(selection: str, k_len: int, seed: int) -> None:
+    """Against the oracle, which chooses in each sequence alone."""
+    text = f"attention a {{ input n : int[b]\n lengths n\n attend causal & {selection} }}"
+    rows = k_len if seed % 2 else seed % k_len + 1
+    n = torch.tensor([max(0, k_len - seed % 7), (seed * 5) % (k_len + 2)])
+    check(text, *doubles(rows, k_len, seed=seed), n=n)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="interprets kernels")
+@pytest.mark.parametrize("text", [
+    "top(3, blocks(8), among = causal, by = dot(Q, mean(K)), always = same_block(8), share = group)",
+    "top(2, blocks(4), among = all, by = dot(Q, max(K)), always = { k >= Nk - 3 }, forced = extra)",
+    "top(5, tokens, share = group, among = causal & { k < Nk - 2 }, by = dot(Q, K))",
+])  # fmt: skip
+def test_the_fused_kernel_chooses_as_strips_do(text: str) -> None:
+    program = load(f"attention a {{ input n : int[b]\n lengths n\n attend {text} }}").program
+    program = replace(program, inputs=tuple(decl for decl in program.inputs if decl.members is None))
+    shape, (selection,) = CallShape(3, 4, 2, 29, 40, 16, 16), program.selections
+    assert not why_not_fused(program, selection, (4, 2))
+    q, k = tensors(shape, 1, torch.float32)
+    values = [torch.tensor([40, 17, 0], dtype=torch.int32)]
+    fused = Selector(program, selection, shape, CPU, values, select_source)(q, k, values, [])
+    strips = Selector(program, selection, shape, CPU, values)(q, k, values, [])
+    # Rows that are not present choose nothing that is attended to.
+    torch.testing.assert_close(fused, strips)
+
+
+def test_a_mass_is_that_of_present_tokens() -> None:
+    text = """attention nsa { input n : int[b]
+    lengths n
+    summary = attend causal over pool(mean, 4)
+    picked = attend causal & top(2, blocks(8), by = probs(summary), share = group, always = same_block(8))
+    output summary + picked }"""
+    check_output(text, 33, n=torch.tensor([33, 18]))
+
+
+def check_output(text: str, n_tokens: int, **inputs: Any) -> None:
+    attn = attndsl.compile(text)
+    q, k, v = doubles(n_tokens, n_tokens)
+    torch.testing.assert_close(attn(q, k, v, **inputs), attn.reference(q, k, v, **inputs), atol=1e-9, rtol=1e-9)
+
+
+# ----------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(("clauses", "code"), [
+    ("lengths n attend coarsen(causal, 4, fraction(0.5))", "A908"),
+    ("lengths n axes y, x[4] attend top(1, tiles(2, 2), among = all, per = head, by = dot(mean(Q), mean(K)))", "A908"),
+    ("lengths n attend causal skip below 0.1", "A908"),
+    ("lengths n x = attend causal y = attend causal within blocks(16) with probs(x) output y", "A908"),
+    ("packed doc attend causal over pool(mean, 4)", "A907"),
+    ("packed doc attend causal & top(1, blocks(4), by = dot(Q, mean(K)))", "A907"),
+    ("packed doc attend causal & random(1, blocks(4), query, 3)", "A907"),
+    ("packed doc x = attend causal y = attend all output q * x + y", "A907"),
+])  # fmt: skip
+def test_what_is_refused(clauses: str, code: str) -> None:
+    with pytest.raises(PatternError) as caught:
+        load(f"attention a {{ input n : int[b] input doc : int[b, k] {clauses} }}")
+    assert [d.code for d in caught.value.diagnostics if d.code.startswith("A9")] == [code]
+
+
+def test_views_and_decode_say_what_they_take() -> None:
+    attn = attndsl.compile("attention a { input n : int[b]\n lengths n\n attend causal over pool(mean, 4) }")
+    x, n = torch.randn(1, 1, 8, 8), torch.tensor([8], dtype=torch.int32)
+    with pytest.raises(PatternError, match="A565"):
+        attn.views(x, x)
+    with pytest.raises(PatternError, match="A911"):
+        attn.decode(x[:, :, :1], x, x, n, n=n)
