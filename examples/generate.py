@@ -7,12 +7,13 @@ The model is the one of train_char_lm.py: its checkpoint where `--model` names o
 while (the first run; the weights are kept in `--out`) on the language reference that every Python carries. On a CPU
 the whole takes about a minute.
 
-The same weights generate four times: with full causal attention and with the pattern that they were trained with, each
-over a contiguous cache and over one in pages, from which goes what the pattern can no longer read. Prompts go in by
-chunks, then tokens one by one, all through `attn.decode`.
+The same weights generate six times: with full causal attention, with the pattern that they were trained with, and with
+blocks of keys that each row chooses for itself (`--routed`), each over a contiguous cache and over one in pages, from
+which goes what the pattern can no longer read. Prompts go in by chunks, then tokens one by one, all through
+`attn.decode`.
 
 At every step the logits are computed once more from the whole prefix, without a cache, by torch's dense attention and
-the pattern as a mask (the oracle's). Both must have the same greatest logit and draw the same token, and no logit may
+the pattern as a mask (the oracle's), or where the data chooses by the oracle itself. Both must have the same greatest logit and draw the same token, and no logit may
 differ by more than `ROUNDINGS` times what rounds the largest one in float32. If ever one does, the exit status is 1.
 
 At last a layer's cache is fed past 2^20 tokens: what it holds stays what it was after the first few thousand, and its
@@ -52,6 +53,8 @@ ROUNDINGS = 64.0
 # Tokens of a prompt that are taken in at once.
 CHUNK = 32
 MILLION = 1 << 20
+# MoBA's (arXiv 2502.13189): the own block of a row, and the three before it whose mean key it likes best.
+ROUTED = "causal & top(4, blocks(16), by = dot(Q, mean(K)), share = group, always = same_block(16))"
 PROMPT = "The following sections describe the syntax and semantics of "
 
 
@@ -65,26 +68,32 @@ class Cache(Protocol):
 
 
 class ContiguousCache:
-    """One sequence, its tokens one after another, with room for `capacity` of them: k and v [1, Hkv, capacity, D]."""
+    """One sequence, its tokens one after another, with room for `capacity` of them: k and v [1, Hkv, capacity, D].
+
+    `views`: what the pattern's selections go by, of each block of keys: changed by the tokens that belong to it.
+    """
 
     def __init__(self, attn: attndsl.Attention, model: CharLM, capacity: int) -> None:
         self.attn, self.length = attn, 0
         weight, config = model.embedding.weight, model.config
         self.k, self.v = (weight.new_zeros(1, config.kv_heads, capacity, config.head_dim) for _ in range(2))
         self.seq_lens = torch.zeros(1, dtype=torch.int32, device=weight.device)
+        self.views = attn.views(self.k, self.v, self.seq_lens)
 
     @property
     def bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in (self.k, self.v, self.seq_lens))
+        entries = (x for each in self.views.values() for x in each)
+        return sum(x.numel() * x.element_size() for x in (self.k, self.v, self.seq_lens, *entries))
 
     def append(self, k: Tensor, v: Tensor) -> None:
         new = slice(self.length, self.length + k.shape[2])
         self.k[:, :, new], self.v[:, :, new] = k, v
         self.length = new.stop
         self.seq_lens += k.shape[2]
+        attndsl.serving.update_views(self.attn, self.views, self.k, self.v, self.seq_lens, new=k.shape[2])
 
     def decode(self, q: Tensor) -> Tensor:
-        out: Tensor = self.attn.decode(q, self.k, self.v, self.seq_lens)
+        out: Tensor = self.attn.decode(q, self.k, self.v, self.seq_lens, views=self.views)
         return out
 
 
@@ -147,8 +156,11 @@ def feed(model: CharLM, caches: list[Cache], ids: Tensor, first: int) -> Tensor:
 
 
 def recompute(model: CharLM, attn: attndsl.Attention, ids: Tensor) -> Tensor:
-    """The same logits from the whole prefix ids [n]: dense attention under the oracle's mask, no cache."""
+    """The same logits from the whole prefix ids [n], no cache: dense attention under the oracle's mask, or the oracle."""
     config, n = model.config, len(ids)
+    if attn.program.selections:
+        exact: Tensor = model(ids[None], lambda _layer, q, k, v: attn.reference(q, k, v).to(q.dtype))[0, -1]
+        return exact
     mask = torch.from_numpy(attn.mask(n, n, config.heads, config.kv_heads))[None].to(ids.device)
 
     def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -197,11 +209,13 @@ def synchronise(x: Tensor) -> None:
         torch.cuda.synchronize(x.device)
 
 
-def ways(model: CharLM, capacity: int, page: int) -> list[tuple[str, attndsl.Attention, list[Cache]]]:
-    """The four ways to generate: a name, a pattern, and a cache for each layer."""
+def ways(
+    model: CharLM, capacity: int, page: int, routed: str = ROUTED
+) -> list[tuple[str, attndsl.Attention, list[Cache]]]:
+    """The six ways to generate: a name, a pattern, and a cache for each layer."""
     found: list[tuple[str, attndsl.Attention, list[Cache]]] = []
     layers = range(model.config.layers)
-    for kind, pattern in (("dense", "causal"), ("pattern", model.config.pattern)):
+    for kind, pattern in (("dense", "causal"), ("pattern", model.config.pattern), ("routed", routed)):
         attn = attndsl.compile(pattern)
         found += [
             (f"{kind}, contiguous", attn, [ContiguousCache(attn, model, capacity) for _ in layers]),
@@ -318,6 +332,7 @@ def main(
     prompt: Annotated[str, typer.Option(help="The text to go on from.")] = PROMPT,
     tokens: Annotated[int, typer.Option(min=1, help="Characters to generate, each way.")] = 150,
     page: Annotated[int, typer.Option(min=1, help="Tokens of a page.")] = 16,
+    routed: Annotated[str, typer.Option(help="A pattern that chooses what rows read.")] = ROUTED,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest character.")] = 0.6,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Of training, where there is no checkpoint.")] = 300,
@@ -331,13 +346,14 @@ def main(
     try:
         lm = model_for(model, out, steps, where, console)
         check_pattern(attndsl.compile(lm.config.pattern))
+        check_pattern(attndsl.compile(routed))
         request = Request(lm.encode(prompt).to(where), tokens, temperature, seed)
     except (attndsl.PatternError, ValueError, OSError) as mistake:
         console.print(Text(f"{type(mistake).__name__}: {mistake}", style="red"), soft_wrap=True)
         raise typer.Exit(2) from None
     console.print(Text(f"pattern: {lm.config.pattern}"))
     stories = []
-    for name, attn, caches in ways(lm, len(request.ids) + tokens, page):
+    for name, attn, caches in ways(lm, len(request.ids) + tokens, page, routed):
         console.rule(Text(name))
         console.print(Text(prompt, style="dim"), end="")
         stories.append(

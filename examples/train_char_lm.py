@@ -288,7 +288,8 @@ def settings_for(
 def check_pattern(attn: attndsl.Attention) -> None:
     """Raises ValueError for a pattern that a causal language model, or a dense mask, has no use for."""
     program = attn.program
-    if needed := [*(decl.name for decl in program.inputs), *program.args]:
+    chosen = {selection.name for selection in program.selections}
+    if needed := [*(decl.name for decl in program.inputs if decl.name not in chosen), *program.args]:
         raise ValueError(f"the pattern takes {', '.join(needed)} at each call, which this model does not have")
     branch = program.branch
     if any(x is not None for x in (branch.scale, branch.score, branch.sink, branch.weights)):

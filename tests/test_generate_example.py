@@ -18,6 +18,8 @@ from examples.train_char_lm import Settings, settings_for
 
 TEXT = char_lm.reference_manual()[:2000]
 PATTERN = "causal & (window(9) | sink(2))"
+# A row reads at most 12 of up to 55 tokens, chosen anew at each.
+ROUTED = "causal & top(3, blocks(4), by = dot(Q, mean(K)), share = group, always = same_block(4))"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,10 +43,10 @@ def model() -> CharLM:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("way", range(4))
+@pytest.mark.parametrize("way", range(6))
 def test_each_token_is_that_of_the_whole_prefix(model: CharLM, way: int, temperature: float) -> None:
     ids = model.encode(TEXT[:40])
-    name, attn, caches = ways(model, 55, page=4)[way]
+    name, attn, caches = ways(model, 55, 4, ROUTED)[way]
     written: list[str] = []
     story = generate.generate(name, model, attn, caches, Request(ids, 15, temperature), written.append)
     assert story.disagreement is None and max(story.differences) < ROUNDINGS
@@ -79,7 +81,7 @@ def test_memory_stays_flat(model: CharLM) -> None:
 
 
 def test_main(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It trains a model and keeps it, streams four stories, and a disagreement is an exit status."""
+    """It trains a model and keeps it, streams six stories, and a disagreement is an exit status."""
     monkeypatch.setattr(char_lm, "reference_manual", lambda: TEXT)
     monkeypatch.setattr("examples.generate.settings_for", small_settings)
     options: dict[str, Any] = {
@@ -92,7 +94,7 @@ def test_main(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     }
     generate.main(**options)
     printed = capsys.readouterr().out
-    assert printed.count(TEXT[:20]) == 4 and "all equal" in printed and "Every token is that" in printed
+    assert printed.count(TEXT[:20]) == 6 and "all equal" in printed and "Every token is that" in printed
     assert (tmp_path / "generate_char_lm.pt").exists() and "12,288 tokens in one layer's cache" in printed
     monkeypatch.setattr(
         generate, "recompute", lambda _model, _attn, _ids: torch.tensor(float("nan")).expand(len(set(TEXT)))
