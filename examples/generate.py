@@ -13,8 +13,9 @@ which goes what the pattern can no longer read. Prompts go in by chunks, then to
 `attn.decode`.
 
 At every step the logits are computed once more from the whole prefix, without a cache, by torch's dense attention and
-the pattern as a mask (the oracle's), or where the data chooses by the oracle itself. Both must have the same greatest logit and draw the same token, and no logit may
-differ by more than `ROUNDINGS` times what rounds the largest one in float32. If ever one does, the exit status is 1.
+the pattern as a mask (the oracle's), or where the data chooses by the oracle itself. Both must have the same greatest
+logit and draw the same token, and no logit may differ by more than `ROUNDINGS` times what rounds the largest one in
+float32. If ever one does, the exit status is 1.
 
 At last a layer's cache is fed past 2^20 tokens: what it holds stays what it was after the first few thousand, and its
 rows stay those of attention to everything.
@@ -156,7 +157,7 @@ def feed(model: CharLM, caches: list[Cache], ids: Tensor, first: int) -> Tensor:
 
 
 def recompute(model: CharLM, attn: attndsl.Attention, ids: Tensor) -> Tensor:
-    """The same logits from the whole prefix ids [n], no cache: dense attention under the oracle's mask, or the oracle."""
+    """The same logits from the whole prefix ids [n], no cache: by dense attention and a mask, or by the oracle."""
     config, n = model.config, len(ids)
     if attn.program.selections:
         exact: Tensor = model(ids[None], lambda _layer, q, k, v: attn.reference(q, k, v).to(q.dtype))[0, -1]
