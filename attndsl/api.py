@@ -164,7 +164,7 @@ class Attention:
                 from attndsl.runtime.compose import with_plans
 
                 given = with_plans(self.program, self._key, self._composition, q, k, given, args, scale, plans or {})
-            out, lse = attend(self._key, q, k, v, given, args, scale, backend, dropout, seed)
+            out, lse = attend(self._key, q, k, v, given, args, scale, backend, dropout, seed, return_lse)
         if return_observed:
             return (*self._with_lse(out, lse), observed) if return_lse else (out, observed)
         return self._with_lse(out, lse) if return_lse else out
@@ -286,6 +286,8 @@ class Attention:
 
     def _given(self, inputs: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
         """The program's inputs and its runtime arguments, in order."""
+        if not (inputs or self._inputs or self.program.args):
+            return [], []
         if len(inputs) != len(self._inputs) + len(self.program.args):
             check_names(own_program(self.program), inputs)
         try:

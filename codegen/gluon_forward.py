@@ -279,8 +279,10 @@ class _Forward:
             "fence_async_shared()",
             "row = q_tile * BLOCK_Q + part * ROWS",
             "tma.async_copy_shared_to_global(out_desc, [b, h, row, 0], q_smem.index(part))",
+            "# Where nobody asks for lse there is no memory for it.",
+            "asked = (q_rows < rows) & (lse_ptr.to(gl.int64) != 0)",
             'lse = gl.where(row_sum == 0.0, float("-inf"), (row_max + gl.log2(row_sum)) / LOG2_E)',
-            "gl.store(lse_ptr + head.to(gl.int64) * rows + q_rows, lse, mask=q_rows < rows)",
+            "gl.store(lse_ptr + head.to(gl.int64) * rows + q_rows, lse, mask=asked)",
             "tma.store_wait(0)",
         )
 

@@ -20,6 +20,7 @@ from attndsl.plan import Backend, BackwardPlan, DType, ForwardPlan, Loads, Spec,
 from attndsl.pooling import PoolPlan
 from attndsl.program import CallShape, Program, TableDecl, Type
 from attndsl.properties import takes_more_rows_than_keys
+from attndsl.runtime.again import Again, again
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
 from attndsl.runtime.dropout import Dropout
 from attndsl.runtime.entries import all_view_places, check_entries
@@ -64,11 +65,16 @@ class Generators:
 
 @dataclass(slots=True)
 class Engine:
-    """The kernels of one program. Thread-safe: preparing a call twice is harmless."""
+    """The kernels of one program. Thread-safe: preparing a call twice is harmless.
+
+    `again`: the kind of the last calls, once two were alike.
+    """
 
     program: Program
     generators: Generators
     tiling: Tiling | None = None
+    again: Again | None = None
+    _last: Callable[..., Any] | None = None
     _prepared: dict[Any, Any] = field(default_factory=dict)
     _texts: dict[Any, Any] = field(default_factory=dict)
     _kept: dict[Any, dict[str, Tensor]] = field(default_factory=dict)
@@ -88,7 +94,16 @@ class Engine:
         backend: str,
         dropout: Dropout | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Output [B, Hq, Nq, Dv] and lse float32 [B, Hq, Nq] (float64 for float64 tensors).
+        """Output [B, Hq, Nq, Dv] and lse float32 [B, Hq, Nq] (float64 for float64 tensors)."""
+        launch, inputs = self.ready(q, k, v, inputs, scale, backend, dropout)
+        result: tuple[Tensor, Tensor] = launch(q, k, v, inputs, args, scale, dropout)
+        return result
+
+    def ready(
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None, backend: str,
+        dropout: Dropout | None = None,
+    ) -> tuple[Callable[..., Any], Sequence[Tensor]]:  # fmt: skip
+        """The launch of a call, and the inputs as it takes them.
 
         Kernels want the last dimension of q, k and v dense, and take other strides: where it is not, these are copied.
         """
@@ -106,8 +121,17 @@ class Engine:
             self._keep(key, launch)
         if inputs and not k.shape[2]:
             inputs = self._readable(inputs)
-        result: tuple[Tensor, Tensor] = launch(q, k, v, inputs, args, scale, dropout)
-        return result
+        return launch, inputs
+
+    def remember(
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None, backend: str,
+        launch: Callable[..., Any],
+    ) -> None:  # fmt: skip
+        """Know calls like this one, which had to be looked up, in one step from the second in a row on."""
+        if launch is self._last:
+            self.again, self._last = again(q, k, v, inputs, scale, backend, launch), None
+        else:
+            self._last = launch
 
     def _on_copies(self, backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
         """The launch of calls whose tensors have to be copied."""
@@ -405,23 +429,37 @@ def empty_gradient(x: Tensor) -> Tensor:
 
 def empty_output(q: Tensor, shape: CallShape) -> tuple[Tensor, Tensor]:
     """Uninitialised output in the memory order of q (heads inside tokens where q has them so), and lse."""
-    return output_maker(q, shape)(q)
+    made = Outputs.of(q, shape)
+    return made.out(q), made.lse(q)
 
 
-def output_maker(q: Tensor, shape: CallShape) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """`empty_output` of the calls of q's kind, which differ in nothing that it asks."""
-    batch, heads, rows, dim = sizes = (shape.batch, shape.heads, shape.rows, shape.v_dim)
-    inside = q.stride(1) < q.stride(2)
-    strides = (rows * heads * dim, dim, heads * dim, 1) if inside else (heads * rows * dim, rows * dim, dim, 1)
-    rows_of, in_order = (batch, heads, rows), (heads * rows, rows, 1)
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What calls of one kind return, as `empty_output` makes it of their q."""
 
-    def make(q: Tensor) -> tuple[Tensor, Tensor]:
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    rows: tuple[int, ...]
+    row_strides: tuple[int, ...]
+    lse_dtype: torch.dtype
+
+    @staticmethod
+    def of(q: Tensor, shape: CallShape) -> Outputs:
+        """What a call of these sizes returns."""
+        batch, heads, rows, dim = sizes = (shape.batch, shape.heads, shape.rows, shape.v_dim)
+        inside = q.stride(1) < q.stride(2)
+        strides = (rows * heads * dim, dim, heads * dim, 1) if inside else (heads * rows * dim, rows * dim, dim, 1)
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return Outputs(sizes, strides, (batch, heads, rows), (heads * rows, rows, 1), dtype)
+
+    def out(self, q: Tensor) -> Tensor:
+        """The output [B, Hq, Nq, Dv]."""
         # With strides: `empty` takes three times as long to read its arguments.
-        lse = torch.empty_strided(rows_of, in_order, dtype=dtype, device=q.device)
-        return q.new_empty_strided(sizes, strides), lse
+        return q.new_empty_strided(self.sizes, self.strides)
 
-    return make
+    def lse(self, q: Tensor) -> Tensor:
+        """lse [B, Hq, Nq]."""
+        return torch.empty_strided(self.rows, self.row_strides, dtype=self.lse_dtype, device=q.device)
 
 
 def table_tensor(table: TableDecl, device: torch.device) -> Tensor:
@@ -435,6 +473,6 @@ def default_scale(dim: int) -> float:
 
 
 __all__ = [
-    "BACKENDS", "Engine", "Generators", "Gradients", "Loads", "default_scale", "empty_gradient", "empty_output",
-    "in_order_of", "output_maker", "table_tensor",
+    "BACKENDS", "Engine", "Generators", "Gradients", "Loads", "Outputs", "default_scale", "empty_gradient",
+    "empty_output", "in_order_of", "table_tensor",
 ]  # fmt: skip

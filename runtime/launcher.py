@@ -6,7 +6,6 @@ version's compiled kernels take their parameters; under others, and on AMD's, a 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import addressof, c_float, c_uint64, c_void_p
 from dataclasses import dataclass
@@ -81,18 +80,21 @@ class DirectLauncher:
         pointers: list[tuple[int, int]] = []
         numbers: list[tuple[int, int]] = []
         floats: list[tuple[int, int]] = []
-        copies: list[tuple[int, int, _Maps]] = []
+        copies: list[tuple[int, int, Mapping[str, Any], Descriptor]] = []
         constants: list[int] = []
         described = iter(facts.get("tensordesc_meta") or ())
         for x in template:
             place = len(constants)
             match x:
                 case Slot(index=index, type=type):
-                    chosen = pointers if type.startswith("*") else floats if type.startswith("fp") else numbers
-                    chosen.append((place, index))
+                    # A float lies in the first half of its eight bytes.
+                    if type.startswith("fp"):
+                        floats.append((2 * place, index))
+                    else:
+                        (pointers if type.startswith("*") else numbers).append((place, index))
                     constants.append(0)
                 case Descriptor(index=index):
-                    copies.append((place, index, _Maps(next(described), x, device)))
+                    copies.append((place, index, next(described), x))
                     constants += [0, *x.shape, *x.strides]
                 case Tensor():
                     constants.append(x.data_ptr())
@@ -100,40 +102,49 @@ class DirectLauncher:
                     constants.append(int(x))
         self._pointers, self._numbers, self._floats = tuple(pointers), tuple(numbers), tuple(floats)
         self._copies = tuple(copies)
-        constants += [0, 0]
-        self._cells = (c_uint64 * len(constants))(*constants)
-        # The same memory as floats: a float lies in the first half of its eight bytes.
-        self._reals = (c_float * (2 * len(constants))).from_buffer(self._cells)
-        first = addressof(self._cells)
-        self._parameters = (c_void_p * len(constants))(*(first + 8 * i for i in range(len(constants))))
-        self._config = LaunchConfig(grid, 1, 1, threads, 1, 1, facts["shared"], None, None, 0)
-        # As integers they take ctypes no conversion.
-        self._at = addressof(self._config), addressof(self._parameters)
+        self._constants = [*constants, 0, 0]
+        self._config = (grid, 1, 1, threads, 1, 1, facts["shared"], None, None, 0)
         self._run = driver().cuLaunchKernelEx
-        self._lock = threading.Lock()
+        # Memory for arguments that no launch is using: one that another thread starts meanwhile needs its own.
+        self._free = [self._arguments()]
+
+    def _arguments(self) -> tuple[Any, Any, Any, Any, LaunchConfig, int, int]:
+        """Memory for the arguments of one launch: as integers, as floats, where each lies, tensor maps, and the
+        configuration; the addresses of where they lie and of the last."""
+        cells = (c_uint64 * len(self._constants))(*self._constants)
+        first = addressof(cells)
+        parameters = (c_void_p * len(cells))(*(first + 8 * i for i in range(len(cells))))
+        config = LaunchConfig(*self._config)
+        # As integers they take ctypes no conversion.
+        at = addressof(parameters), addressof(config)
+        copies = tuple((place, index, _Maps(facts, x, self._device)) for place, index, facts, x in self._copies)
+        return cells, (c_float * (2 * len(cells))).from_buffer(cells), parameters, copies, config, *at
 
     def __call__(self, call: Sequence[Any]) -> None:
         """Launch. `call`: the values that slots and descriptors refer to."""
-        if torch._C._cuda_getDevice() != self._device:
-            with torch.cuda.device(self._device):
+        device, free = self._device, self._free
+        if torch._C._cuda_getDevice() != device:
+            with torch.cuda.device(device):
                 self(call)
             return
-        # Another thread writes its arguments into the same memory.
-        with self._lock:
-            cells = self._cells
-            for place, index in self._pointers:
-                x = call[index]
-                cells[place] = 0 if x is None else x.data_ptr()
-            for place, index, maps in self._copies:
-                self._parameters[place] = maps[call[index].data_ptr()]
-            for place, index in self._floats:
-                self._reals[2 * place] = call[index]
-            for place, index in self._numbers:
-                cells[place] = _int32(call[index])
-            self._config.stream = torch._C._cuda_getCurrentRawStream(self._device)
-            config, parameters = self._at
-            if status := self._run(config, self._function, parameters, None):
-                launch_again(status, config, self._function, parameters, self._device)
+        try:
+            arguments = free.pop()
+        except IndexError:
+            arguments = self._arguments()
+        cells, reals, parameters, copies, config, parameters_at, config_at = arguments
+        for place, index in self._pointers:
+            x = call[index]
+            cells[place] = 0 if x is None else x.data_ptr()
+        for place, index, maps in copies:
+            parameters[place] = maps[call[index].data_ptr()]
+        for place, index in self._floats:
+            reals[place] = call[index]
+        for place, index in self._numbers:
+            cells[place] = _int32(call[index])
+        config.stream = torch._C._cuda_getCurrentRawStream(device)
+        if status := self._run(config_at, self._function, parameters_at, None):
+            launch_again(status, config_at, self._function, parameters_at, device)
+        free.append(arguments)
 
 
 class _Maps(dict[int, int]):

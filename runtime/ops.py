@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import Library
 from torch.nn import Parameter
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -31,18 +33,30 @@ _LIBRARY.define(
 
 def attend(
     key: str, q: Tensor, k: Tensor, v: Tensor, inputs: list[Tensor], args: list[int], scale: float | None, backend: str,
-    dropout: float = 0, seed: int | Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and lse. Where nothing traces the call (no modes, plain tensors) it skips the dispatcher, which costs
-    several times a launch."""
+    dropout: float = 0, seed: int | Tensor | None = None, with_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Output and lse, which may be None unless it is asked for.
+
+    Where nothing traces the call (no modes, plain tensors) it skips the dispatcher, which costs several times a launch;
+    where the last call was like this one, also what finds the launch.
+    """
     if inputs or args:
         checked_values(key, inputs, args)
+    if not torch.compiler.is_compiling() and dropout == 0:
+        again = engine_of(key).again
+        if again is not None and again.fits(q, k, v, inputs, scale, backend):
+            if again.wants_gradients and torch.is_grad_enabled():
+                return _recorded(key, again.launch, inputs, q, k, v, inputs, args, scale, backend)
+            if again.output is not None and not with_lse:
+                return again.output(q, k, v, inputs, args, scale), None
+            found: tuple[Tensor, Tensor] = again.launch(q, k, v, inputs, args, scale, None)
+            return found
     rate, given = 0.0, None
     if dropout != 0:
         rate, given = check_rate(dropout), seed_tensor(seed, q.device)
-    out: tuple[Tensor, Tensor]
     tensors = (q, k, v, *inputs)
     if traced(tensors):
+        out: tuple[Tensor, Tensor]
         if transformed():
             if torch.is_autocast_enabled(q.device.type):
                 q, k, v = _in_dtype(torch.get_autocast_dtype(q.device.type), q, k, v)
@@ -50,10 +64,14 @@ def attend(
         else:
             out = torch.ops.attndsl.forward(key, q, k, v, inputs, args, scale, backend, rate, given)
         return out
+    engine, drops = engine_of(key), _dropout(rate, given)
+    launch, readable = engine.ready(q, k, v, inputs, scale, backend, drops)
+    if readable is inputs and drops is None:
+        engine.remember(q, k, v, inputs, scale, backend, launch)
     if wants_gradients(tensors):
-        out = _Attend.apply(key, scale, backend, args, rate, given, q, k, v, *inputs)
-        return out
-    return engine_of(key).forward(q, k, v, inputs, args, scale, backend, _dropout(rate, given))
+        return _recorded(key, launch, readable, q, k, v, inputs, args, scale, backend, drops)
+    found = launch(q, k, v, readable, args, scale, drops)
+    return found
 
 
 def transformed() -> bool:
@@ -86,6 +104,8 @@ def traced(tensors: tuple[Tensor, ...]) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._is_any_autocast_enabled()
+        # Tangents, of which there are none here: autograd says so.
+        or forward_ad._current_level >= 0
     ):
         return True
     for x in tensors:  # noqa: SIM110 (a generator costs more than the loop)
@@ -232,20 +252,61 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
-        out, lse, seed, q, k, v, *inputs = ctx.saved_tensors
-        key, args, scale, backend, dropout = ctx.call
-        if dout is None:
-            dout = torch.zeros_like(out)
-        differentiate: Callable[..., Any] = _backward
-        # A second derivative was asked for (and is refused there), or something traces the call.
-        if torch.is_grad_enabled() or traced((dout, q, k, v, *inputs)):
-            differentiate = _backward_autograd if transformed() else torch.ops.attndsl.backward
-        dq, dk, dv, found = differentiate(
-            key, dout, dlse, q, k, v, out, lse, inputs, args, scale, backend, dropout, seed
-        )
-        learned = iter(found)
-        gradients = [next(learned) if decl.learnable else None for decl in engine_of(key).program.inputs]
-        return None, None, None, None, None, None, dq, dk, dv, *gradients
+        return None, None, None, None, None, None, *_differentiated(ctx, dout, dlse)
+
+
+class _Recorded(torch.autograd.Function):
+    """`_Attend` of calls that only autograd watches: what `launch` finds, with a gradient.
+
+    torch.func takes functions with a `setup_context` alone. Torch binds the arguments of such to a signature at each
+    call, which takes as long as ten launches.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: tuple[Any, ...], launch: Callable[[], tuple[Tensor, Tensor]], seed: Tensor | None, q: Tensor,
+        k: Tensor, v: Tensor, *inputs: Tensor,
+    ) -> Any:  # fmt: skip
+        program = engine_of(call[0]).program
+        _check_differentiable(program)
+        check_learnable(program, ctx.needs_input_grad[6:])
+        out, lse = launch()
+        ctx.save_for_backward(out, lse, seed, q, k, v, *inputs)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
+        return None, None, None, *_differentiated(ctx, dout, dlse)
+
+
+def _recorded(
+    key: str, launch: Callable[..., Any], readable: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor,
+    inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str, dropout: Dropout | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and lse of a call that only autograd watches. readable: the inputs as the launch takes them."""
+    rate, seed = (0.0, None) if dropout is None else (dropout.rate, dropout.seed)
+    call = (key, args, scale, backend, rate)
+    run = functools.partial(launch, q, k, v, readable, args, scale, dropout)
+    out: tuple[Tensor, Tensor] = _Recorded.apply(call, run, seed, q, k, v, *inputs)
+    return out
+
+
+def _differentiated(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> list[Tensor | None]:
+    """Gradients of q, k, v and the inputs (None where they are not learnable)."""
+    out, lse, seed, q, k, v, *inputs = ctx.saved_tensors
+    key, args, scale, backend, dropout = ctx.call
+    if dout is None:
+        dout = torch.zeros_like(out)
+    differentiate: Callable[..., Any] = _backward
+    # A second derivative was asked for (and is refused there), or something traces the call.
+    if torch.is_grad_enabled() or traced((dout, q, k, v, *inputs)):
+        differentiate = _backward_autograd if transformed() else torch.ops.attndsl.backward
+    dq, dk, dv, found = differentiate(key, dout, dlse, q, k, v, out, lse, inputs, args, scale, backend, dropout, seed)
+    learned = iter(found)
+    gradients = [next(learned) if decl.learnable else None for decl in engine_of(key).program.inputs]
+    return [dq, dk, dv, *gradients]
 
 
 def _check_differentiable(program: Program) -> None:

@@ -22,7 +22,7 @@ from attndsl.runtime.build import KernelSource, compile_kernel, parameters
 from attndsl.runtime.cache import KernelCache
 from attndsl.runtime.call import call_shape, dim_size
 from attndsl.runtime.dropout import PARAMETERS, Dropout
-from attndsl.runtime.engine import default_scale, empty_output, output_maker, table_tensor
+from attndsl.runtime.engine import Outputs, default_scale, empty_output, table_tensor
 from attndsl.runtime.entries import keys_of
 from attndsl.runtime.launcher import Descriptor, Slot, launcher
 from attndsl.runtime.load import load_source
@@ -93,7 +93,7 @@ class TritonForward:
         self.grid = tiles * shape.batch * (shape.heads if kernel.tiling.pack == 1 else shape.kv_heads)
         self.everywhere = layout.all_rows(shape, kernel.program)
         self.default_scale = default_scale(shape.dim)
-        self._output = output_maker(q, shape)
+        self._made = Outputs.of(q, shape)
         if self.grid:
             sources = parameter_sources(kernel, q, k, v, inputs)
             self._launch = prepare(kernel, kernel.text, FUNCTION, self.grid, sources, aligned, q.device)
@@ -102,17 +102,26 @@ class TritonForward:
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
         dropout: Dropout | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        out, lse = self._output(q)
+        out, lse = self._made.out(q), self._made.lse(q)
         if not self.everywhere:
             out.zero_()
             lse.fill_(-math.inf)
+        self.into(out, lse, q, k, v, inputs, args, scale, dropout)
+        return out, lse
+
+    def output(
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None
+    ) -> Tensor:
+        """The output of a call without dropout, alone: an lse that nobody asks for has no memory."""
+        out = self._made.out(q)
+        if not self.everywhere:
+            out.zero_()
         if self.grid:
             # As `into` does it: a call more would take as long as a launch's tenth.
             if self.kernel.view is not None:
                 k, v = keys_of(self.kernel, k, v, inputs)
-            scale = self.default_scale if scale is None else scale
-            self._launch((q, k, v, out, lse, scale, *inputs, *args, *(dropout.values() if dropout else ())))
-        return out, lse
+            self._launch((q, k, v, out, None, self.default_scale if scale is None else scale, *inputs, *args))
+        return out
 
     def into(
         self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int],

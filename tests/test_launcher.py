@@ -177,6 +177,24 @@ def test_many_addresses(driver: Driver) -> None:
         assert driver.launches[-1]["k_desc"] == bytes([(i + 1) % 256]) * 128
 
 
+def test_launches_at_once_have_arguments_of_their_own(driver: Driver) -> None:
+    launch, q, k = prepared(torch.zeros(1, dtype=torch.int32)), torch.zeros(3), torch.zeros(4)
+    run = driver.cuLaunchKernelEx
+
+    def run_late(*given: Any) -> int:
+        # Another thread launches when this one's arguments are written, and not read yet.
+        launch._run = run
+        launch((k, q, -3.0, 9, k))
+        return run(*given)
+
+    launch._run = run_late
+    launch((q, k, 0.125, -7, None))
+    inner, outer = driver.launches
+    assert (outer["q_ptr"], outer["scale"], outer["span"], outer["page_table_ptr"]) == (q.data_ptr(), 0.125, -7, 0)
+    assert (inner["q_ptr"], inner["scale"], inner["span"]) == (k.data_ptr(), -3.0, 9)
+    assert len(launch._free) == 2
+
+
 def test_a_thread_without_a_context_gets_one(driver: Driver) -> None:
     launch, x = prepared(torch.zeros(1, dtype=torch.int32)), torch.zeros(1)
     driver.statuses, driver.bound = [201], 0
