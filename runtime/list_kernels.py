@@ -39,7 +39,8 @@ def kinds(
     runs,
 ):
     """[tiles, entries]: the key tiles that query tiles list, and their kind, -1 where they do not count."""
-    row_class = tl.minimum((tile * block_q + first_row) // class_rows, classes - 1)
+    # Rows may stand before the first position: they see nothing, and read the first class.
+    row_class = tl.maximum(tl.minimum((tile * block_q + first_row) // class_rows, classes - 1), 0)
     row = plan_ptr + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + row_class.to(tl.int64) * stride_r
     there = (tile < q_tiles) & (n < slots * each)
     slot = n // each

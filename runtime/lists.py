@@ -1,7 +1,7 @@
-"""Lists of tiles made by kernels (`list_kernels.py`): where a device would wait for the host to start many operations.
+"""Lists of tiles made by kernels (`list_kernels.py`, of maps `map_kernels.py`): where a device would wait for the host
+to start many operations, or hold arrays of all pairs of tiles.
 
-What they make is what `plans.tile_list` and `plans.gathering` define, and these stay for plans that are maps, for wide
-plans and for the CPU.
+What they make is what `plans.listed` makes by torch, which stays for wide plans, for marks and for the CPU.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from attndsl.runtime.load import load_source
 Maker: TypeAlias = Callable[[Tensor], Tensor]
 # Entries of a row that one program ranks, and of a chunk.
 MAX_WIDTH = 128
+# In the place of a width, for kernels of maps.
+_MAP = 0
 # Counts that a head may have: of key tiles and kinds, for each chunk.
 MAX_COUNTS = 1 << 24
 
@@ -40,7 +42,8 @@ def chunks_of(q_tiles: int, entries: int) -> int:
 def by_queries(plan: Tensor, ends: Tensor, sizes: dict[str, int]) -> Maker:
     """Makes int32 [batch, heads, 3 q_tiles + q_tiles * slots * each], the lists of query tiles, of plans like `plan`.
 
-    plan: int [batch, heads, classes, slots]. ends: int32 [1 or heads, q_tiles, runs, 4]. sizes: of the parameters.
+    plan: int [batch, heads, classes, slots]. ends: int32 [1 or batch, 1 or heads, q_tiles, runs, 4]. sizes: of the
+    parameters.
     """
     batch, heads = plan.shape[:2]
     entries = sizes["slots"] * sizes["each"]
@@ -81,13 +84,64 @@ def by_keys(plan: Tensor, ends: Tensor, sizes: dict[str, int], head: int, codes:
     return make
 
 
+def map_by_queries(plan: Tensor, ends: Tensor, sizes: dict[str, int], reading: dict[str, int]) -> Maker:
+    """As `by_queries`, of a map: uint8 [batch, heads, classes, members]. reading: how its bytes are to be read."""
+    batch, heads = plan.shape[:2]
+    entries = sizes["slots"] * sizes["each"]
+    size = (batch, heads, sizes["q_tiles"] * (3 + entries))
+    given = {"out_ptr": torch.int32, "out_head": size[2], "entries": entries, **_given(plan, ends, sizes | reading)}
+    launch = _ready("list_map_by_queries", _MAP, batch * heads * sizes["q_tiles"], plan.device, given)
+
+    def make(plan: Tensor) -> Tensor:
+        out = torch.empty(size, dtype=torch.int32, device=plan.device)
+        launch(map_ptr=plan, ends_ptr=ends, out_ptr=out)
+        return out
+
+    return make
+
+
+def map_by_keys(
+    plan: Tensor, ends: Tensor, sizes: dict[str, int], reading: dict[str, int], head: int, codes: int
+) -> Maker:
+    """As `by_keys`, of a map; a code's second part is the key tile."""
+    batch, heads = plan.shape[:2]
+    q_tiles, k_tiles = sizes["q_tiles"], sizes["k_tiles"]
+    chunks = map_chunks_of(q_tiles)
+    counted = (batch, heads, 2 * k_tiles * chunks)
+    size = (batch, heads, head + q_tiles * sizes["slots"] * sizes["each"])
+    given: dict[str, Any] = {"counts_ptr": torch.int32, "counts_head": counted[2], "chunks": chunks}
+    given |= {"out_ptr": torch.int32, "out_head": size[2], "begin": head, "codes": codes, "blocks": -(-k_tiles // 128)}
+    given |= _given(plan, ends, sizes | reading)
+    grid = batch * heads * chunks * -(-k_tiles // 16)
+    count, place = (_ready(f"{name}_map_by_keys", _MAP, grid, plan.device, given) for name in ("count", "place"))
+    heading = _ready("head_by_keys", MAX_WIDTH, batch * heads * -(-k_tiles // 128), plan.device, given)
+
+    def make(plan: Tensor) -> Tensor:
+        counts = torch.empty(counted, dtype=torch.int32, device=plan.device)
+        count(map_ptr=plan, ends_ptr=ends, counts_ptr=counts)
+        sums = counts.cumsum(-1, dtype=torch.int32)
+        out = torch.empty(size, dtype=torch.int32, device=plan.device)
+        place(map_ptr=plan, ends_ptr=ends, counts_ptr=sums, out_ptr=out)
+        heading(counts_ptr=sums, out_ptr=out)
+        return out
+
+    return make
+
+
+def map_chunks_of(q_tiles: int) -> int:
+    """Chunks of query tiles of a map."""
+    return -(-q_tiles // 128)
+
+
 def _given(plan: Tensor, ends: Tensor, sizes: dict[str, int]) -> dict[str, Any]:
     """What parameters are given: of tensors the dtype."""
-    found: dict[str, Any] = {"plan_ptr": plan.dtype, "ends_ptr": torch.int32}
+    found: dict[str, Any] = {"plan_ptr": plan.dtype, "map_ptr": plan.dtype, "ends_ptr": torch.int32}
     found |= {"heads": plan.shape[1], "classes": plan.shape[2]}
     strides = (0 if size == 1 else stride for size, stride in zip(plan.shape, plan.stride(), strict=True))
     found |= {f"stride_{axis}": stride for axis, stride in zip("bhrc", strides, strict=True)}
-    return found | {"ends_head": ends.stride(0) if ends.shape[0] > 1 else 0, "runs": ends.shape[2]} | sizes
+    lead = (0 if size == 1 else stride for size, stride in zip(ends.shape[:2], ends.stride()[:2], strict=True))
+    found |= dict(zip(("ends_batch", "ends_head"), lead, strict=True))
+    return found | {"runs": ends.shape[3]} | sizes
 
 
 def _ready(function: str, width: int, grid: int, device: torch.device, given: dict[str, Any]) -> Callable[..., None]:
@@ -111,10 +165,11 @@ def _ready(function: str, width: int, grid: int, device: torch.device, given: di
 
 
 def _integer(name: str) -> str:
-    return "i64" if name.startswith("stride_") or name.endswith("_head") else "i32"
+    return "i64" if name.startswith("stride_") or name.endswith(("_head", "_batch")) else "i32"
 
 
 @functools.cache
 def _text(width: int) -> str:
-    text = files("attndsl.runtime").joinpath("list_kernels.py").read_text("utf-8")
+    name = "list_kernels.py" if width else "map_kernels.py"
+    text = files("attndsl.runtime").joinpath(name).read_text("utf-8")
     return text.replace("WIDTH: tl.constexpr = 16", f"WIDTH: tl.constexpr = {width}")

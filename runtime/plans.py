@@ -110,6 +110,20 @@ class Listing:
         counts = 2 * self.k_tiles * lists.chunks_of(self.ends.shape[2], entries)
         return self.plan.device.type == "cuda" and self.k_tiles > 0 and counts <= lists.MAX_COUNTS
 
+    @property
+    def by_map_kernels(self) -> bool:
+        """Whether kernels make the list of a map."""
+        marked = isinstance(self.d, TileList) and self.d.marks
+        return _of_all(self.d, self.plan) and not marked and self.plan.device.type == "cuda" and self.k_tiles > 0
+
+    @property
+    def reading(self) -> dict[str, int]:
+        """What the kernels take of how a map's bytes are read."""
+        d = self.d
+        if isinstance(d, Gathering):
+            return {"level": -1, "inverted": 0, "whole": 0}
+        return {"level": -1 if d.level is None else d.level, "inverted": int(d.complement), "whole": int(d.mapped)}
+
 
 def _of_all(d: TileList | Gathering, plan: Tensor) -> bool:
     """Whether any number of members may be listed: a plan is a map, or what it does not choose is."""
@@ -194,7 +208,7 @@ def maker(found: Listing, decl: InputDecl) -> lists.Maker:
 
         return made
 
-    kernels = _kernels(of(found.plan)) if of(found.plan).by_kernels else None
+    kernels = _kernels(of(found.plan))
     if isinstance(d, Gathering):
         return in_dims(lambda plan: _gathering(of(plan), d, kernels))
     if kernels is not None:
@@ -209,15 +223,29 @@ def listed(found: Listing, decl: InputDecl) -> Tensor:
     return maker(found, decl)(found.plan)
 
 
-def _kernels(found: Listing) -> lists.Maker:
-    """The kernels that make a list, or of gathered rows the entries."""
-    d = found.d
+def _kernels(found: Listing) -> lists.Maker | None:
+    """The kernels that make a list, or of gathered rows the entries; None where torch makes them."""
+    d, sizes, ends, of_map = found.d, found.sizes, found.ends, found.by_map_kernels
+    if not of_map and not found.by_kernels:
+        return None
+    head, codes = LIST_HEAD * found.k_tiles, 0
     if isinstance(d, Gathering):
         head = LIST_HEAD * (found.members + gathered_tiles(d, found.shape, found.slots))
-        return lists.by_keys(found.plan, found.ends[0], found.sizes, head, codes=max(1, found.slots))
-    if d.of_keys:
-        return lists.by_keys(found.plan, found.ends[0], found.sizes, LIST_HEAD * found.k_tiles, codes=0)
-    return lists.by_queries(found.plan, found.ends[0], found.sizes)
+        codes = max(1, found.slots)
+    by_keys = isinstance(d, Gathering) or d.of_keys
+    if not of_map:
+        plan = found.plan
+        return lists.by_keys(plan, ends, sizes, head, codes) if by_keys else lists.by_queries(plan, ends, sizes)
+
+    def as_map(plan: Tensor) -> Tensor:
+        return plan if plan.dtype == torch.uint8 else chosen_members(plan, found.members).to(torch.uint8)
+
+    example, reading = as_map(found.plan), found.reading
+    if by_keys:
+        make = lists.map_by_keys(example, ends, sizes, reading, head, codes)
+    else:
+        make = lists.map_by_queries(example, ends, sizes, reading)
+    return lambda plan: make(as_map(plan))
 
 
 def _block_q(d: TileList | Gathering) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,8 +32,11 @@ KINDS: dict[str, tuple[TileList | Gathering, CallShape, int]] = {
 }
 
 
-def random_listing(name: str, slots: int, apart: int, seed: int) -> Listing:
-    d, shape, classes = KINDS[name]
+Kinds = dict[str, tuple[TileList | Gathering, CallShape, int]]
+
+
+def random_listing(name: str, slots: int, apart: int, seed: int, kinds: Kinds = KINDS) -> Listing:
+    d, shape, classes = kinds[name]
     generator = torch.Generator().manual_seed(seed)
 
     def integers(low: int, high: int, *size: int) -> Tensor:
@@ -40,7 +45,8 @@ def random_listing(name: str, slots: int, apart: int, seed: int) -> Listing:
     plan = integers(-2, -(-shape.k_len // d.keys) + 3, 2, 2, classes, slots)
     plan = plan.sort(-1).values if seed % 3 else plan
     block_q, block_k = (1, d.keys) if isinstance(d, Gathering) else (d.block_q, d.block_k)
-    q_tiles, k_tiles = -(-shape.rows // block_q), -(-shape.k_len // block_k)
+    stride = 1 if isinstance(d, Gathering) else d.stride
+    q_tiles, k_tiles = -(-shape.rows // block_q), -(-shape.k_len // (block_k * stride))
     # Whole up to some tile, and some of every first or second after it in part.
     whole = integers(0, k_tiles, apart, q_tiles)
     ends = torch.ones(1, apart, q_tiles, 2, 4, dtype=torch.int32)
@@ -77,6 +83,44 @@ def test_kernels_make_what_torch_makes(name: str, slots: int, apart: int, seed: 
         made = listed(found, DECL)
     assert made.shape == expected.shape
     assert said(found, made) == said(found, expected)
+
+
+MAPS: Kinds = {
+    "queries": (TileList("p", 16, 16, 16, 16, False, NONE), CallShape(2, 2, 2, 40, 40, 8, 8), 3),
+    "a_map_of_tiles": (TileList("p", 16, 8, 16, 8, True, NONE, mapped=True), CallShape(2, 2, 2, 75, 90, 8, 8), 5),
+    "its_queries": (TileList("p", 16, 8, 16, 8, False, NONE, mapped=True), CallShape(2, 2, 2, 75, 2100, 8, 8), 5),
+    "a_level": (TileList("p", 32, 32, 16, 8, True, NONE, level=2, stride=2), CallShape(2, 2, 2, 75, 150, 8, 8), 5),
+    "left_out": (TileList("p", None, 32, 16, 16, True, NONE, complement=True), CallShape(2, 2, 2, 40, 175, 8, 8), 1),
+    "many_rows": (TileList("p", 4, 8, 4, 8, True, NONE), CallShape(1, 2, 2, 600, 150, 8, 8), 150),
+    "before_the_first": (TileList("p", 64, 64, 64, 64, False, NONE), CallShape(2, 2, 2, 320, 64, 8, 8), 5),
+    "rows": (Gathering("p", 16, 4, NONE), CallShape(2, 2, 2, 75, 90, 8, 8), 75),
+}
+
+
+@settings(max_examples=12)
+@given(st.sampled_from(sorted(MAPS)), st.integers(1, 2), st.integers(1, 2), st.integers(0, 99))
+def test_kernels_list_maps_as_torch_does(name: str, batches: int, apart: int, seed: int) -> None:
+    found = random_map(name, batches, apart, seed)
+    expected = listed(found, DECL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Listing, "by_map_kernels", True)
+        made = listed(found, DECL)
+    assert made.shape == expected.shape
+    assert said(found, made) == said(found, expected)
+
+
+def random_map(name: str, batches: int, apart: int, seed: int) -> Listing:
+    """A map with bytes of its own, or of a complement sometimes a plan that lists what is left out."""
+    d, _, classes = MAPS[name]
+    generator = torch.Generator().manual_seed(seed)
+    found = random_listing(name, 3, apart, seed, MAPS)
+    ends = found.ends
+    if batches == 2:
+        ends = torch.cat((ends, random_listing(name, 3, apart, seed + 100, MAPS).ends))
+    if isinstance(d, TileList) and d.complement and seed % 2:
+        return replace(found, ends=ends)
+    bytes_of = torch.randint(0, 3, (2, 2, classes, found.members), generator=generator).to(torch.uint8)
+    return replace(found, plan=bytes_of, ends=ends)
 
 
 def test_widths() -> None:
