@@ -15,13 +15,14 @@ from attndsl.plan import Backend, Plan, Spec, Tiling
 from attndsl.plans import plan_heads
 from attndsl.program import Coarse, Coarsen, Const, Inter, Program, Read, Scalar, Set, reads, walk
 from attndsl.relation import Lowering, lowered
-from attndsl.runs import Side
-from attndsl.selection import Dot, Forced, Normalise, Probs, Selection, Share, Top
+from attndsl.runs import Side, TileRuns
+from attndsl.selection import Bound, Dot, Forced, Normalise, Probs, Selection, Share, Top
 from attndsl.simplify import fold, specialise
 from attndsl.visits import closed_runs
 
 # The longest list that a kernel keeps in registers.
 MAX_WIDTH = 64
+_RANKED = "only `dot(Q, …)` and `probs(branch)` are ranked in tiles"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,17 @@ class SelectPlan(Plan):
 
 def why_not_fused(program: Program, selection: Selection, heads: tuple[int, int]) -> str:
     """Why a selection has no fused kernel, empty where it has."""
+    if reason := _why_not_ranked(program, selection, heads):
+        return reason
+    if isinstance(selection.score, Bound):
+        return _RANKED
+    if capacity(program, selection, heads, MAX_WIDTH + 1) > MAX_WIDTH:
+        return f"lists have more than {MAX_WIDTH} entries"
+    return ""
+
+
+def _why_not_ranked(program: Program, selection: Selection, heads: tuple[int, int], ragged: bool = False) -> str:
+    """Why no kernel ranks a selection's members, empty where one does. ragged: in a decode."""
     rule, score = selection.rule, selection.score
     if selection.members is not None:
         return "its members are no blocks in a row"
@@ -70,10 +82,10 @@ def why_not_fused(program: Program, selection: Selection, heads: tuple[int, int]
     if not isinstance(rule, Top) or rule.count is None:
         return "only `top` of a fixed number keeps a list"
     if isinstance(score, Probs):
-        if reason := _why_not_mass(program, selection, heads):
+        if reason := _why_not_mass(program, selection, heads, ragged):
             return reason
-    elif not isinstance(score, Dot) or score.x.source != "Q":
-        return "only `dot(Q, …)` and `probs(branch)` are ranked in tiles"
+    elif not isinstance(score, Dot | Bound) or score.x.source != "Q":
+        return _RANKED
     if selection.scale is not None and not isinstance(selection.scale, Const):
         return "the scale depends on the head"
     if selection.forced is Forced.OVERLAY and selection.always is not None:
@@ -84,15 +96,13 @@ def why_not_fused(program: Program, selection: Selection, heads: tuple[int, int]
         return "heads of several key heads share a choice"
     if plan_heads(selection) is not selection.share:
         return "heads that share choose among members of their own"
-    if capacity(program, selection, heads, MAX_WIDTH + 1) > MAX_WIDTH:
-        return f"lists have more than {MAX_WIDTH} entries"
     return ""
 
 
-def _why_not_mass(program: Program, selection: Selection, heads: tuple[int, int]) -> str:
+def _why_not_mass(program: Program, selection: Selection, heads: tuple[int, int], ragged: bool) -> str:
     """Why the probabilities of a branch are not ranked in tiles: an entry is one member's, and its logit is s."""
     assert isinstance(selection.score, Probs)
-    mass = branch_mass(program, selection, heads)
+    mass = branch_mass(program, selection, heads, ragged)
     if selection.score.largest or mass.view is None or not mass.size == mass.stride == selection.keys:
         return "the branch's entries are not the members"
     if mass.logit is not None or not (mass.branch.scale is None or isinstance(mass.branch.scale, Const)):
@@ -137,6 +147,41 @@ def select_plan(program: Program, selection: Selection, spec: Spec, tiling: Tili
         listed, share, seen,
     )  # fmt: skip
     return replace(plan, program=with_needed(candidates, plan.inputs))
+
+
+def rank_plan(program: Program, selection: Selection, spec: Spec, most: int) -> SelectPlan | None:
+    """The kernels of a selection in a decode of caches with room for `most` members; None where it has none."""
+    heads, keys = (spec.heads, spec.kv_heads), selection.keys
+    if _why_not_ranked(program, selection, heads, ragged=True):
+        return None
+    forced: Scalar | None = None
+    candidates, mask = _condition(program, selection.among, keys, spec)
+    if selection.always is not None:
+        candidates, forced = _condition(candidates, Inter((selection.among, selection.always)), keys, spec)
+    seen: Scalar | None = None
+    if isinstance(selection.score, Probs):
+        seen = specialise(branch_mass(program, selection, heads, ragged=True).seen, spec.sizes)
+    assert isinstance(selection.rule, Top) and selection.rule.count is not None
+    members = 16 if spec.dim > 128 else 32
+    tiling = Tiling(1, members * keys, warps=4, stages=1)
+    plan = SelectPlan(
+        candidates, replace(spec, backend=Backend.TRITON), tiling, TileRuns((), ()), mask, None, None, None, None,
+        selection, forced, specialise(selection.rule.count, spec.sizes),
+        capacity(program, selection, heads, most), sharing(selection, heads), seen,
+    )  # fmt: skip
+    plan = replace(plan, program=with_needed(candidates, plan.inputs))
+    # Maps of blocks are made in torch, and with them the choice.
+    return None if any(decl.derivation is not None for decl in plan.program.inputs) else plan
+
+
+def _condition(program: Program, pattern: Set, keys: int, spec: Spec) -> tuple[Program, Scalar]:
+    """The condition under which a row has a pair of a set with the member that begins at key k, and the program that
+    declares what it reads."""
+    derived = derive(_over(program, _members(pattern, keys)), ragged=True)
+    found = specialise(
+        fold(Lowering(derived, (spec.heads, spec.kv_heads)).predicate(derived.branch.pattern)), spec.sizes
+    )
+    return derived, found
 
 
 def default_select_tiling(share: int, keys: int, listed: int, target: str) -> Tiling:

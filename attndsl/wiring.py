@@ -54,6 +54,7 @@ def engine(program: Program) -> Engine:
         gluon_forward=_printer("gluon_forward", "forward_source"),
         gluon_backward=_printer("gluon_backward", "backward_sources"),
         triton_select=_printer("triton_select", "select_source"),
+        triton_rank=_printer("triton_rank", "rank_source"),
         triton_diagonals=_printer("triton_learned", "diagonals_source"),
         triton_pairs=_printer("triton_learned", "pairs_sources"),
         triton_pool=_printer("triton_pool", "pool_source"),

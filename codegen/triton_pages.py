@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.prelude_helpers import prelude
+from attndsl.codegen.triton_rank import choose_greatest
 from attndsl.paging import PagePlan
 from attndsl.plan import DType
 
@@ -149,15 +150,6 @@ def _scores(plan: PagePlan) -> str:
 
 def _choice(plan: PagePlan) -> str:
     lines = Lines()
-
-    def over_members(*body: str) -> None:
-        with lines.block(f"for first in range(0, members, {_COMPARED}):"):
-            lines.add(
-                "member = first + tl.arange(0, " + str(_COMPARED) + ")",
-                "key = tl.load(keys_at + member, mask=member < members, other=-2147483648)",
-                *body,
-            )
-
     lines.add("@triton.jit")
     with lines.block(f"def {CHOICE}("):
         lines.add("keys_ptr,", "list_ptr,", "members,", "count,")
@@ -166,32 +158,6 @@ def _choice(plan: PagePlan) -> str:
             '"""The `count` members of the greatest keys, of equal ones the first, in increasing order; then -1."""',
             "keys_at = keys_ptr + tl.program_id(0).to(tl.int64) * members",
             "list_at = list_ptr + tl.program_id(0).to(tl.int64) * count",
-            "# The greatest number that `count` keys reach, bit by bit: first whether it is negative.",
-            "least = tl.full([], -2147483648, tl.int32)",
-            "width = tl.full([], 1073741824, tl.int32)",
         )
-        with lines.block("for bit in range(0, 32):"):
-            lines.add("guess = tl.where(bit == 0, 0, least + width)", "reached = tl.zeros([], tl.int32)")
-            over_members("reached += tl.sum((key >= guess).to(tl.int32), 0)")
-            lines.add(
-                "least = tl.where(reached >= count, guess, least)",
-                "width = tl.where(bit == 0, width, width // 2)",
-            )
-        lines.add("room = count + tl.zeros([], tl.int32)")
-        over_members("room -= tl.sum((key > least).to(tl.int32), 0)")
-        lines.add("taken = tl.zeros([], tl.int32)", "equals = tl.zeros([], tl.int32)")
-        over_members(
-            "equal = (key == least) & (key > -2147483648)",
-            "nth = equals + tl.cumsum(equal.to(tl.int32), 0)",
-            "chosen = (key > least) | (equal & (nth <= room))",
-            "place = taken + tl.cumsum(chosen.to(tl.int32), 0) - 1",
-            "tl.store(list_at + place, member, mask=chosen)",
-            "equals += tl.sum(equal.to(tl.int32), 0)",
-            "taken += tl.sum(chosen.to(tl.int32), 0)",
-        )
-        with lines.block(f"for first in range(taken, count, {_COMPARED}):"):
-            lines.add(
-                f"place = first + tl.arange(0, {_COMPARED})",
-                "tl.store(list_at + place, -1, mask=place < count)",
-            )
+        choose_greatest(lines, _COMPARED, "list_at", "count")
     return lines.text()

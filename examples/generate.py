@@ -5,7 +5,7 @@
 
 The model is the one of train_char_lm.py: its checkpoint where `--model` names one, else it is trained here for a
 while (the first run; the weights are kept in `--out`) on the language reference that every Python carries. On a CPU
-the whole takes about a minute.
+the whole takes about two minutes.
 
 The same weights generate six times: with full causal attention, with the pattern that they were trained with, and with
 blocks of keys that each row chooses for itself (`--routed`), each over a contiguous cache and over one in pages, from

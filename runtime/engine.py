@@ -54,6 +54,7 @@ class Generators:
     gluon_forward: Callable[[ForwardPlan], str]
     gluon_backward: Callable[[BackwardPlan], tuple[str, str]]
     triton_select: Callable[[SelectPlan], str]
+    triton_rank: Callable[[SelectPlan], str]
     triton_diagonals: Callable[[BackwardPlan], str]
     triton_pairs: Callable[[BackwardPlan], Mapping[int, str]]
     triton_pool: Callable[[PoolPlan], str]

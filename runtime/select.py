@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from attndsl.branch_mass import BranchMass, branch_mass
 from attndsl.capacity import budgets, capacity, lags_of, rows_that_see
 from attndsl.diagnostics import error
-from attndsl.keeping import KEYS, of_members
+from attndsl.keeping import KEYS, of_members, vectors_of
 from attndsl.members import Lags, extent
 from attndsl.plans import plan_heads
 from attndsl.program import CallShape, Inter, Program, Set, reads
@@ -29,6 +29,7 @@ from attndsl.select_plan import SelectPlan, why_not_fused
 from attndsl.selection import Antidiagonal, Dot, Probs, Selection, Share, Top, Vectors
 
 if TYPE_CHECKING:
+    from attndsl.runtime.triton_rank import TritonRank
     from attndsl.runtime.triton_select import TritonSelect
 
 # Pairs of rows and keys of a branch that one row class may have.
@@ -49,8 +50,10 @@ class Selector:
     given: Sequence[Tensor] = ()
     # What prints the fused kernel. Without, or where there is none, plans are made strip by strip.
     printer: Callable[[SelectPlan], str] | None = None
-    # A decode: sequences have lengths of their own, and the shape's is the most that one may have.
+    # A decode: sequences have lengths of their own, and the shape's is the most that one may have. Of q's dtype, where
+    # kernels may choose.
     ragged: bool = False
+    dtype: torch.dtype | None = None
     capacity: int = field(init=False)
     budgets: Tensor | None = field(init=False, default=None)
     tables: dict[str, Tensor] = field(init=False)
@@ -63,6 +66,7 @@ class Selector:
     seeing: tuple[int, int] = field(init=False, default=(0, 0))
     whole: bool = field(init=False)
     fused: TritonSelect | None = field(init=False, default=None)
+    rank: TritonRank | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Raises `PatternError` for what would be slow in silence (A570), or where no list is long enough (A571)."""
@@ -82,7 +86,14 @@ class Selector:
         self.whole = not self.ragged and selection.rows is not None and shape.rows == shape.q_len(self.program)
         self.whole = self.whole and selection.row_tiles is None
         self.tables = {table.name: table_tensor(table, self.device) for table in self.program.tables}
-        if self.printer is None or why_not_fused(self.program, selection, heads):
+        if self.ragged and self.printer is not None and self.dtype is not None:
+            from attndsl.runtime.triton_rank import TritonRank
+
+            self.rank = TritonRank.of(
+                self.program, selection, shape, self.dtype, self.device, self.members, self.printer
+            )
+        fused = self.printer is not None and not self.ragged and not why_not_fused(self.program, selection, heads)
+        if self.rank is None and not fused:
             self._prepare_strips(heads)
 
     def _prepare_strips(self, heads: tuple[int, int]) -> None:
@@ -154,10 +165,16 @@ class Selector:
             return groups.pooled(x.expand(self.shape.batch, -1, -1, -1).to(real), v.pool)
         return pooled_members(x, self.selection.keys, v.pool, real, self.present(inputs))
 
+    def _ranked(self, v: Vectors, ragged: Ragged, inputs: Sequence[Tensor]) -> Tensor:
+        """The same of a decode for kernels, which take what is kept of keys, or the keys, as they are."""
+        if v.source != KEYS:
+            return self.kept(v, ragged, inputs)
+        return ragged.members[KEYS if (found := of_members(self.selection, v)) is None else found.name]
+
     def kept(self, v: Vectors, ragged: Ragged, inputs: Sequence[Tensor]) -> Tensor:
         """The same of a decode: what is kept of keys, or what inputs hold, of the tokens that a sequence has."""
-        if v.source == "K":
-            x = ragged.members[KEYS if (found := of_members(self.selection, v)) is None else found.name]
+        if v.source == KEYS:
+            x = self._ranked(v, ragged, inputs)
             return x.to(torch.promote_types(x.dtype, torch.float32))
         given = inputs[[decl.name for decl in self.program.inputs].index(v.source)]
         if v.pool is None:
@@ -180,6 +197,14 @@ class Selector:
         the lse [B, Hq, rows] that it had. ragged: of a decode, which needs no k.
         """
         plan = empty_plan(self.program, self.selection, self.shape, self.device)
+        if self.rank is not None:
+            assert ragged is not None
+            keys, lse = state if state is not None else (None, None)
+            vectors = (
+                [keys] if keys is not None else [self._ranked(v, ragged, inputs) for v in vectors_of(self.selection)]
+            )
+            self.rank(plan, q, vectors, ragged.seq_lens, inputs, args, scale, lse)
+            return plan
         if self.among is None:
             self._fused(plan, q, k, inputs, args, scale, state)
             return plan

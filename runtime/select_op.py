@@ -276,10 +276,11 @@ def _select_ragged(
         if len(_KEPT) >= MAX_KEPT:
             _KEPT.clear()
         like = [torch.empty_like(x, device="meta") for x in inputs]
-        selector = _KEPT[kind] = Selector(seen, selection, shape, q.device, like, ragged=True)
+        ranks = q.is_cuda and q.dtype != torch.float64
+        printer = engine_of(key).generators.triton_rank if ranks else None
+        selector = _KEPT[kind] = Selector(seen, selection, shape, q.device, like, printer, ragged=True, dtype=q.dtype)
     names = [KEYS if each is None else each.name for each in kept_by(selector.selection)]
-    lengths = seq_lens.clamp(0, capacity).to(torch.int64).view(-1, 1, 1, 1)
-    ragged = Ragged(lengths, dict(zip(names, members, strict=True)))
+    ragged = Ragged(seq_lens, capacity, dict(zip(names, members, strict=True)))
     with torch.no_grad():
         return selector(q, q, inputs, args, scale, None if keys is None or lse is None else (keys, lse), ragged)
 

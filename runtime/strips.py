@@ -48,10 +48,17 @@ _LARGEST = 3.0e38
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
-    """What differs in a decode: int64 lengths [B, 1, 1, 1], and vectors of members, by their names, that are kept."""
+    """What differs in a decode: int32 lengths [B], of caches with room for `capacity` tokens, and vectors of members
+    that are kept, by their names."""
 
-    lengths: Tensor
+    seq_lens: Tensor
+    capacity: int
     members: Mapping[str, Tensor]
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [B, 1, 1, 1], none past the caches."""
+        return self.seq_lens.clamp(0, self.capacity).to(torch.int64).view(-1, 1, 1, 1)
 
 
 class Strips:
