@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from attndsl.member_numbers import has_member, number, read
 from attndsl.members import Members, Runs, Tiles
+from attndsl.runtime.masses import running_sums
 from attndsl.runtime.values import Values
 from attndsl.selection import Pool
 
@@ -102,7 +103,7 @@ class Groups:
             found = found if pool is Pool.MAX else -found
         else:
             # In float64: a difference of long sums is then accurate to float32.
-            until = pad(x.gather(2, order.expand(wide)).to(torch.float64).cumsum(2), (0, 0, 1, 0))
+            until = pad(running_sums(x.gather(2, order.expand(wide)).to(torch.float64), 2), (0, 0, 1, 0))
             found = until.gather(2, ends.expand(wide)).diff(dim=2)
             found = found / count.unsqueeze(-1) if pool is Pool.MEAN else found
         return torch.where(count.unsqueeze(-1) > 0, found, torch.nan).to(x.dtype)
@@ -122,7 +123,9 @@ class Groups:
         lead = torch.broadcast_shapes(x.shape[:2], self.order.shape[:2])
         x = x.expand(*lead, x.shape[2], self.order.shape[-1])
         order, ends = (y.unsqueeze(2).expand(*lead, x.shape[2], -1) for y in (self.order, self.ends))
-        until = pad(x.gather(-1, order).cumsum(-1, dtype=x.dtype), (1, 0))
+        ordered = x.gather(-1, order)
+        until = running_sums(ordered, -1) if x.is_floating_point() else ordered.cumsum(-1, dtype=x.dtype)
+        until = pad(until, (1, 0))
         return until.gather(-1, ends).diff(dim=-1)
 
 

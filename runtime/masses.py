@@ -47,6 +47,30 @@ def floor_share(share: float, count: Tensor) -> Tensor:
     return torch.floor(count.to(torch.float64) * share).to(torch.int64)
 
 
+def running_sums(x: Tensor, dim: int) -> Tensor:
+    """Sums up to each place along a dimension, in an order that depends on nothing but its length.
+
+    On a GPU torch adds up floats in the order in which blocks of threads end, and refuses to where one order is asked.
+    """
+    if x.device.type == "cpu" or not x.is_floating_point():
+        return x.cumsum(dim)
+    return sums_in_blocks(x.movedim(dim, -1)).movedim(-1, dim)
+
+
+def sums_in_blocks(x: Tensor, size: int = 32) -> Tensor:
+    """Running sums [..., n]: of blocks, each by doubling, and of what stands before a block."""
+    n = x.shape[-1]
+    blocks = pad(x, (0, -n % size)).unflatten(-1, (-1, size))
+    reach = 1
+    while reach < size:
+        blocks = blocks + pad(blocks[..., :-reach], (reach, 0))
+        reach *= 2
+    if n > size:
+        blocks = blocks + pad(sums_in_blocks(blocks[..., -1], size)[..., :-1], (1, 0)).unsqueeze(-1)
+    sums: Tensor = blocks.flatten(-2)[..., :n]
+    return sums
+
+
 def softmax(logits: Tensor, present: Tensor) -> Tensor:
     """Masses of what is present, 0 elsewhere, along the last dimension."""
     logits = torch.where(present, logits, -torch.inf)

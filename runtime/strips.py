@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from attndsl.capacity import lags_of
 from attndsl.members import Lags
 from attndsl.runtime.groups import Groups, lag_sums, tiled_rows
-from attndsl.runtime.masses import floor_share, leading, normalised, pooled, shares, softmax
+from attndsl.runtime.masses import floor_share, leading, normalised, pooled, running_sums, shares, softmax
 from attndsl.runtime.touched import Touched, as_rows, call_values
 from attndsl.runtime.values import Values
 from attndsl.selection import (
@@ -412,7 +412,9 @@ class Strips:
                 return (rank < floor_share(rule.fraction, count).clamp(min=1)).to(torch.int64)
             return (rank < self.of.budgets).to(torch.int64)
         inside = torch.where(competing, score.clamp(min=0), 0)
-        until = pad(inside.gather(-1, order).cumsum(-1), (1, 0))
+        # Rounded sums may fall by a last bit where nothing is added: a cover is of the first ranks all the same.
+        sums = running_sums(inside.gather(-1, order), -1)
+        until = pad(sums.cummax(-1).values if sums.shape[-1] else sums, (1, 0))
         total = inside.sum(-1, keepdim=True)
         before, after = until.gather(-1, rank), until.gather(-1, rank + 1)
         match rule:

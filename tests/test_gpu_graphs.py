@@ -151,6 +151,25 @@ CHOOSING: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", CHOOSING)
+def test_choices_are_deterministic(name: str) -> None:
+    """Running sums have one order: torch, asked for that, refuses nothing, and a second plan is the first."""
+    text, params = CHOOSING[name]
+    attn = attndsl.compile(text, **params)
+    q, k, _ = tensors(1, 4, 1024, 64)
+    place = torch.arange(1024, device="cuda")
+    inputs: dict[str, Any] = {
+        "segments": {"c": (place // 50)[None]},
+        "permuted": {"pi": (place // 128 * 128 + place * 37 % 128).expand(1, 4, -1).contiguous()},
+    }.get(name, {})
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (attn.plan(q, k, **inputs) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(bool((plan == second[key]).all()) for key, plan in first.items())
+
+
+@pytest.mark.parametrize("name", CHOOSING)
 def test_choices_are_captured(name: str) -> None:
     """Members that are no blocks and pyramids are chosen without waiting for the host: recorded, and replayed on new
     contents."""
