@@ -25,9 +25,13 @@ CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FP8 = torch.float8_e4m3fn
 
 
+# Kernels count tokens in 32 bits, and the end of a tile or an entry past the last of them too.
+_MOST_TOKENS = 1 << 30
+
+
 def reach(page: int, page_table: Tensor | None) -> int:
-    """Tokens that a sequence can have at most: those of its pages, in numbers that fit an int32."""
-    return page if page_table is None else min(page * page_table.shape[1], 2**31 - 256)
+    """Tokens that a sequence can have at most: those of the cache, or of its pages."""
+    return min(page if page_table is None else page * page_table.shape[1], _MOST_TOKENS)
 
 
 @dataclass(slots=True)  # not frozen: that takes longer to make

@@ -150,6 +150,7 @@ def _update(
     program: str, x: Tensor, entries: Tensor, seq_lens: Tensor, page_table: Tensor | None, function: str, size: int,
     stride: int, new: int, kernel: bool,
 ) -> None:  # fmt: skip
+    new = min(new, reach(x.shape[2], page_table))
     count = touched(size, stride, new, entries.shape[2])
     if entries.numel() == 0 or count == 0:
         return

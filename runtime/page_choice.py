@@ -48,7 +48,8 @@ class PageKernels:
         if not _on_gpu(k, backend):
             _update(k, k_min, k_max, seq_lens, page_table, new)
             return
-        touched = (new - 1 + page - 1) // page + 1
+        touched = min((new - 1 + page - 1) // page + 1, page_table.shape[1])
+        new = min(new, reach(page, page_table))
         spec = Spec(kv_heads, kv_heads, dim, dim, dtype_of(k_min), device_target(k.device))
         sources: dict[str, Any] = {
             "new": new, "touched": touched, "k_ptr": Slot(0, "*u8" if k.dtype == FP8 else _pointer(k)),

@@ -12,6 +12,7 @@ from torch import Tensor
 import attndsl
 from attndsl.decode import Cache, column_count, decode_plan, split_count
 from attndsl.plan import DType, Spec
+from attndsl.runtime.decode import reach
 from attndsl.runtime.registry import decoder_of
 from tests.covered import covers
 from tests.decoding import check_decode, paged
@@ -154,6 +155,12 @@ def test_lengths_are_clamped(backend: str) -> None:
     for found, wanted in zip(wild, tame, strict=True):
         assert torch.equal(found, wanted)
     assert not wild[0][1:].any() and (wild[1][1:] == -torch.inf).all()
+
+
+def test_what_a_sequence_may_have_leaves_room_in_32_bits() -> None:
+    """The end of the last tile, and sums of two lengths, are no negative numbers."""
+    tables = [torch.empty(1, n, dtype=torch.int32, device="meta") for n in (3, 1 << 28)]
+    assert [reach(16, table) for table in tables] == [48, 1 << 30] and reach(1 << 31, None) == 1 << 30
 
 
 @BACKENDS

@@ -115,6 +115,16 @@ def test_hostile_lengths_and_tables(backend: str) -> None:
         torch.testing.assert_close(made[1:].double(), by_hand(kept, k[1:], ints(16)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_more_new_tokens_than_there_are(backend: str) -> None:
+    kept, k = Kept("x", Pool.MEAN, 4, 4, False, exact=False), draw(2, 1, 16, 16)
+    call = cache_of(k, k, ints(16, 3), None)
+    entries = {"x": (torch.full((2, 1, 4, 16), 7.0),)}
+    update_entries(POOLED._key, [kept], entries, call, 1 << 40, backend)
+    torch.testing.assert_close(entries["x"][0][0].double(), by_hand(kept, k[:1], ints(16))[0], rtol=1e-5, atol=1e-5)
+    assert (entries["x"][0][1, :, 1:] == 7).all()
+
+
 def test_tokens_that_were_taken_back() -> None:
     k, lengths = draw(1, 1, CAPACITY, 16), ints(14)
     views = POOLED.views(k, k, lengths)

@@ -117,7 +117,7 @@ def test_wild_lengths_and_tables(backend: str) -> None:
     k, low, high = random(3, 1, 4, 8).to(device), *(torch.zeros(3, 1, 8, device=device) for _ in range(2))
     table = torch.tensor([[1, 2**31 - 1], [-(2**31), 3], [0, 2]], dtype=torch.int32, device=device)
     lengths = ints(2**31 - 1, 2**31 - 1, -(2**31)).to(device)
-    KERNELS.update(k, low, high, lengths, table, new=8, backend=backend)
+    KERNELS.update(k, low, high, lengths, table, new=1 << 40, backend=backend)
     assert torch.equal(low[1], k[1].amin(1)) and torch.equal(high[1], k[1].amax(1))
     assert not low[[0, 2]].any() and not high[[0, 2]].any()
     found = KERNELS.top(random(3, 1, 1, 8).to(device), low, high, lengths, table, 4, 2, backend=backend)
