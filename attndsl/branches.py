@@ -3,7 +3,7 @@
     view    V ::= Pool f size stride visible counted | Given keys values size stride visible counted
     part    p ::= P (over V)?                                      over the raw tokens where there is no view
                 | P within keys with branch                        two levels: a softmax inside each member
-    branch    ::= (name =)? attend p+ { scale e  score e  sink e  weights e }
+    branch    ::= (name =)? attend p+ (from Queries f size)? { scale e  score e  sink e  weights e }
     output  o ::= Attended name | Merged o+ | Handed e e | Factor e | Sum o o | Product e o
 
 The keys of a view are *entries*: entry j stands for the tokens [j * stride, j * stride + size), its nominal extent,
@@ -77,6 +77,15 @@ class Given:
 View: TypeAlias = Pool | Given
 
 
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """Queries pooled: in the place of each the function of those of the call with the same q // size. It sees what each
+    of the nominal extent, present or not, would see."""
+
+    function: PoolFunction
+    size: int
+
+
 # ---------------------------------------------------------------------------------------- branches
 
 
@@ -118,7 +127,7 @@ class Branch:
 
     `scale` multiplies q . k (None: 1/sqrt(D)); `score` maps s to the logit (None: s itself); `sink` adds
     e**sink to the denominator; `weights` replaces the softmax; `skip` drops tiles in which no weight is above it, in
-    relation to what their rows have seen (`attndsl.skipping`).
+    relation to what their rows have seen (`attndsl.skipping`). `queries`: they are pooled; all parts are over views.
     """
 
     parts: tuple[Part, ...]
@@ -128,6 +137,7 @@ class Branch:
     weights: Scalar | None = None
     name: str | None = None
     skip: float | None = field(default=None, kw_only=True)
+    queries: Queries | None = field(default=None, kw_only=True)
     span: Span | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import assert_never
 
-from attndsl.branches import Attended, Factor, Handed, Merged, Output, Part, Pool, Product, Sum, View, Visible
+from attndsl.branches import Attended, Factor, Handed, Merged, Output, Part, Pool, Product, Queries, Sum, View, Visible
 from attndsl.derivation import Random, Segment
 from attndsl.grid import Along
 from attndsl.program import (
@@ -99,11 +99,13 @@ def view_text(view: View) -> str:
     return f"{what}{view.size}{stride}{options})"
 
 
-def part_text(part: Part) -> str:
-    """A part as the language writes it."""
+def part_text(part: Part, queries: Queries | None = None) -> str:
+    """A part as the language writes it, of a branch with these queries."""
     over = "" if part.view is None else f" over {view_text(part.view)}"
     if part.within is not None:
         over = f" within blocks({part.within.keys}) with probs({part.within.branch})"
+    if queries is not None:
+        over += f" from pool({queries.function.value}, {queries.size})"
     return f"{set_text(part.pattern)}{over}"
 
 
@@ -137,7 +139,7 @@ def program_text(program: Program) -> str:
     lines += [f"score  {scalar_text(branch.score)}"] if branch.score is not None else []
     lines += [f"softmax with sink {scalar_text(branch.sink)}"] if branch.sink is not None else []
     lines += [f"weights {scalar_text(branch.weights)}"] if branch.weights is not None else []
-    lines.append(f"attend {part_text(part)}")
+    lines.append(f"attend {part_text(part, branch.queries)}")
     params = f"({', '.join(f'{name} : runtime int' for name in program.args)})" if program.args else ""
     tables = [
         f"# {table.name} = {list(table.values[:16])}{' …' if len(table.values) > 16 else ''}, shape {list(table.shape)}"

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from attndsl.alone import separate, sequences, together
-from attndsl.branches import Part, View, Visible
+from attndsl.branches import Part, Queries, View, Visible
 from attndsl.derivation import Random, Segment
 from attndsl.grid import Along
 from attndsl.members import Lags, Members, Placed, Tiles, extent
@@ -111,11 +111,11 @@ def mask(
     if 0 in full:
         return np.zeros(full, np.bool_)
     if not separate(program):
-        return Evaluator.of_call(program, shape, inputs, args).seen(part)
+        return Evaluator.of_call(program, shape, inputs, args).seen(part, program.only.queries)
     found = np.zeros(full, np.bool_)
     for x in sequences(program, shape, inputs):
         own = Evaluator.of_call(together(program), x.shape(shape), x.inputs(program, inputs), args, x.entry)
-        found[x.entry : x.entry + 1, :, x.rows, x.keys] = own.seen(part)
+        found[x.entry : x.entry + 1, :, x.rows, x.keys] = own.seen(part)  # No view, so no pooled queries.
     return found
 
 
@@ -177,14 +177,6 @@ def index_origin(dim: Dim, program: Program, shape: CallShape) -> int:
 def entries(view: View | None, k_len: int) -> int:
     """How many keys a part has in a call of so many tokens: entry j exists when token j * stride does."""
     return k_len if view is None else -(-k_len // view.stride)
-
-
-def shares_of(first: int, members: int, size: int, stride: int, k_len: int) -> Array:
-    """The share of its present tokens that each key, standing for [j * stride, j * stride + size), has among the
-    `members` tokens from `first` on: float64 [keys]."""
-    tokens = np.arange(k_len)
-    extents = (tokens[j : j + size] for j in range(0, k_len, stride))
-    return np.asarray([((x >= first) & (x < first + members)).mean() for x in extents], np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,8 +271,13 @@ class Evaluator:
 
     # ---------------------------------------------------------------------------------- views
 
-    def seen(self, part: Part) -> npt.NDArray[np.bool_]:
-        """Which keys of a part each row sees, tokens or entries of its view: bool [batch, heads, rows, keys]."""
+    def seen(self, part: Part, queries: Queries | None = None) -> npt.NDArray[np.bool_]:
+        """Which keys of a part each row sees, tokens or entries of its view: bool [batch, heads, rows, keys]. Of pooled
+        queries, those that each of the nominal extent would see."""
+        if queries is not None:
+            first, k_pos = self.variables["q"] // queries.size * queries.size, self.variables["k"]
+            alone = [self.at(first + i, k_pos, *self._lengths).seen(part) for i in range(queries.size)]
+            return np.array(np.logical_and.reduce(alone))
         shape, view = self.shape, part.view
         full = (shape.batch, shape.heads, shape.rows, entries(view, shape.k_len))
         if 0 in full:

@@ -94,7 +94,7 @@ class _Branch:
             return self.allowed(part)
         stride, size = part.view.stride, part.view.size
         try:
-            relation = seen_entries(self.lowering, part)
+            relation = seen_entries(self.lowering, part, self.program.only.queries)
         except (TooHard, PatternError):
             return None
         if relation.atoms or relation.uniform:

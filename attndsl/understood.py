@@ -36,7 +36,10 @@ def understood(program: Program, text: str) -> list[str]:
 
 def _branch_lines(branch: Branch) -> list[str]:
     """Which pairs a branch has, and what it makes of them."""
-    pairs = [f"pairs (q, {'k' if part.view is None else 'entry'}) in {part_text(part)}" for part in branch.parts]
+    pairs = [
+        f"pairs (q, {'k' if part.view is None else 'entry'}) in {part_text(part, branch.queries)}"
+        for part in branch.parts
+    ]
     scale = "1/√D" if branch.scale is None else scalar_text(branch.scale)
     lines = ["; and ".join(pairs), f"s = {scale} · (q · k)"]
     if branch.weights is not None:

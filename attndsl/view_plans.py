@@ -9,7 +9,7 @@ import functools
 from dataclasses import replace
 from typing import Any
 
-from attndsl.branches import Given, Part, View, Visible
+from attndsl.branches import Given, Part, Queries, View, Visible
 from attndsl.derive import derive, with_needed
 from attndsl.diagnostics import error
 from attndsl.effort import TooHard, bounded
@@ -107,7 +107,7 @@ def entries_of(program: Program, heads: tuple[int, int] | None = None, anchor: s
     (part,) = program.only.parts
     lowering = Lowering(program, heads, anchor)
     try:
-        return seen_entries(lowering, part)
+        return seen_entries(lowering, part, program.only.queries)
     except TooHard:
         raise error(
             "A912", "which entries this pattern sees is too hard to decide: not yet supported", part.span,
@@ -115,9 +115,12 @@ def entries_of(program: Program, heads: tuple[int, int] | None = None, anchor: s
         ) from None  # fmt: skip
 
 
-def seen_entries(lowering: Lowering, part: Part) -> Relation:
-    """The entries of a part's view that rows see. Raises `PatternError` (A912) where data at keys decides, and TooHard
-    past the effort bound."""
+def seen_entries(lowering: Lowering, part: Part, queries: Queries | None = None) -> Relation:
+    """The entries of a part's view that rows see; of pooled queries, those that each of the extent would see.
+
+    Raises `PatternError` (A912) where data at keys, or of pooled queries at rows, decides, and TooHard past the effort
+    bound.
+    """
     view = part.view
     assert view is not None
     written = lowering.lower(part.pattern, lowering.here)
@@ -132,6 +135,12 @@ def seen_entries(lowering: Lowering, part: Part) -> Relation:
                 help="read it at q, or of blocks that hold whole entries",
             )  # fmt: skip
         lowering.atoms[name] = found
+    for name, scalar in lowering.atoms.items():
+        if queries is not None and lowering.involves(written, name) and not _of_classes(scalar, queries.size):
+            raise error(
+                "A912", "a pattern of pooled queries that reads data at single rows is not yet supported", part.span,
+                help="read data of blocks that hold whole classes of queries",
+            )  # fmt: skip
     extent = lowering.map(f"{{ [q, k] -> [q, j] : {view.stride} j <= k < {view.stride} j + {view.size} }}")
 
     def seen() -> Any:
@@ -139,6 +148,11 @@ def seen_entries(lowering: Lowering, part: Part) -> Relation:
             pairs = written.complement().apply(extent).complement()
         else:
             pairs = written.intersect(lowering.set("[Nk] -> { [q, k] : 0 <= k < Nk }")).apply(extent)
+        if queries is not None:
+            size = queries.size
+            own = f"{size} i <= q < {size} i + {size} and {size} i <= p < {size} i + {size}"
+            alike = lowering.map(f"{{ [q, j] -> [p, j] : exists i : {own} }}")
+            pairs = pairs.complement().apply(alike).complement()
         return lowering.existing(pairs.coalesce(), view.stride)
 
     return lowering.of_pairs(bounded(lowering.ctx, seen), view.stride)
@@ -174,6 +188,19 @@ def at_entries(e: Scalar, stride: int) -> Scalar | None:
 
     found = rebuild(e, step)
     return None if reads(found, "k") else substitute(found, {"j": Var("k")})
+
+
+def _of_classes(e: Scalar, size: int) -> bool:
+    """Whether a scalar reads q as q // m only, m a multiple of the size, so that it is one for each class."""
+
+    def step(x: Scalar) -> Scalar:
+        match x:
+            case Binary(op="//", left=Var(name="q"), right=Const(value=int(m))) if m % size == 0:
+                return Const(0)
+            case _:
+                return x
+
+    return not reads(rebuild(e, step), "q")
 
 
 def _entries(program: Program, spec: Spec, anchor: str) -> tuple[Relation, Given]:

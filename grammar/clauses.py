@@ -182,6 +182,7 @@ def _branch(node: ast.Branch, outer: _Modifiers | None, ctx: Context) -> Branch 
             "A042", "two parts attend to the raw tokens", extra.span, "a second one", "write `|` between them: `a | b`"
         )
     parts = [views.lower_part(part, ctx) for part in node.parts]
+    queries = views.pooled_queries(node.parts, ctx)
     own = _modifiers(node.modifiers, ctx)
     if node.name is not None:
         at = Span(node.span.source, node.span.start, node.span.start + len(node.name))
@@ -189,7 +190,7 @@ def _branch(node: ast.Branch, outer: _Modifiers | None, ctx: Context) -> Branch 
     if own is None or outer is None or None in parts:
         return None
     lowered = tuple(x for part in parts if part is not None for x in part)
-    branch = Branch(lowered, *_effective(own, outer), node.name, node.span)
+    branch = Branch(lowered, *_effective(own, outer), node.name, node.span, queries=queries)
     if branch.weights is None:
         branch = replace(branch, skip=outer.skip if own.skip is None else own.skip)
     if branch.skip is not None and (len(branch.parts) > 1 or branch.parts[0].view is not None):

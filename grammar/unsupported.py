@@ -10,7 +10,11 @@ from attndsl.grammar.scope import Context
 
 class Feature(Enum):
     VIEWS = ("A902", "attending `over` such a view", "write `pool(mean, 64)`, or hand in entries with `given`")
-    POOLED_QUERIES = ("A903", "`from` pooled queries", "pool the queries outside")
+    POOLED_QUERIES = (
+        "A903",
+        "pooled queries of raw tokens",
+        "pool the keys too: `over pool(mean, 64) from pool(mean, 64)`",
+    )
     WITHIN = ("A904", "a softmax inside such members", "write `within blocks(B)`, B a power of two from 16 to 256")
     PARTITIONS = (
         "A905",

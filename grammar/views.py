@@ -1,11 +1,12 @@
-"""Lowers the parts of a branch and their views; checks `from`."""
+"""Lowers the parts of a branch, their views and their queries."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from attndsl import syntax as ast
-from attndsl.branches import Given, Part, Pool, PoolFunction, View, Visible
+from attndsl.branches import Given, Part, Pool, PoolFunction, Queries, View, Visible
 from attndsl.grammar.candidates import settle
 from attndsl.grammar.report import nearest
 from attndsl.grammar.routing import partition
@@ -32,8 +33,6 @@ def lower_part(part: ast.Part, ctx: Context) -> tuple[Part, ...] | None:
     else:
         over = None if part.over is None else view(part.over, ctx)
     pattern = None if pattern is None else settle(pattern, ctx)
-    if part.queries is not None and view(part.queries, ctx) is not None:
-        unsupported(Feature.POOLED_QUERIES, part.queries.span, ctx)
     before = len(ctx.report.errors)
     within_members = two_levels(part, ctx)
     if (
@@ -47,6 +46,30 @@ def lower_part(part: ast.Part, ctx: Context) -> tuple[Part, ...] | None:
     assert isinstance(levels.rule, Levels)
     factors = dict.fromkeys(levels.rule.factors)
     return tuple(Part(_of_level(pattern, x), _level_view(x), part.span) for x in factors)
+
+
+def pooled_queries(parts: Sequence[ast.Part], ctx: Context) -> Queries | None:
+    """What the parts of a branch say after `from`; None where they say nothing, or a mistake was reported."""
+    said = [part for part in parts if part.queries is not None]
+    if not said:
+        return None
+    found = [None if part.queries is None else view(part.queries, ctx) for part in said]
+    for part, pool in zip(said, found, strict=True):
+        assert part.queries is not None
+        if pool is not None and (
+            not isinstance(pool, Pool) or pool != Pool(pool.function, pool.size, pool.size) or pool != found[0]
+        ):
+            ctx.report.error(
+                "A078", "queries are pooled in one way, each in one class", part.queries.span, "not classes of queries",
+                "write `from pool(mean, 64)`, the same in every part",
+            )  # fmt: skip
+            return None
+    bare = next((part for part in parts if part.over is None or part.queries is None), None)
+    if bare is not None:
+        unsupported(Feature.POOLED_QUERIES, bare.pattern.span, ctx)
+        return None
+    first = found[0]
+    return Queries(first.function, first.size) if isinstance(first, Pool) else None
 
 
 def _levels(node: ast.Expr, ctx: Context) -> Selection | None:

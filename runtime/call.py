@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +45,17 @@ def call_shape(q: Tensor, k: Tensor, v: Tensor) -> CallShape:
         )  # fmt: skip
     check_heads(heads, kv_heads, dim, v_dim)
     return CallShape(batch, heads, kv_heads, rows, k_len, dim, v_dim)
+
+
+def without_values(program: Program, q: Tensor, k: Tensor, inputs: Sequence[Any]) -> CallShape:
+    """The sizes of a call whose values play no part: their dimension is that of the inputs that have one, or else D."""
+    shape = call_shape(q, k, k)
+    for decl, x in zip(program.inputs, inputs, strict=False):
+        if isinstance(x, Tensor) and len(decl.dims) == x.dim():
+            for dim, size in zip(decl.dims, x.shape, strict=True):
+                if dim.axis is Axis.DV and size > 1:
+                    return replace(shape, v_dim=size)
+    return shape
 
 
 def check_heads(heads: int, kv_heads: int, dim: int, v_dim: int) -> None:

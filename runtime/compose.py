@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from attndsl.branches import Attended, Given, Within, combined
+from attndsl.branches import Attended, Given, Queries, Within, combined
 from attndsl.compose import Composition, Pooling, output_inputs
 from attndsl.diagnostics import error
 from attndsl.observation import Observation
 from attndsl.observing import Cells
 from attndsl.program import InputDecl, Program
-from attndsl.runtime.call import call_shape, check_inputs
+from attndsl.runtime.call import call_shape, check_inputs, without_values
 from attndsl.runtime.combine import Combiner, State
 from attndsl.runtime.combine_op import by_kernel, combined_by_kernel
 from attndsl.runtime.dropout import seed_tensor
 from attndsl.runtime.observe import observe
 from attndsl.runtime.ops import attend, checked_values
-from attndsl.runtime.pool import pooled
+from attndsl.runtime.pool import pooled, pooled_queries
 from attndsl.runtime.select_op import Planner
 from attndsl.runtime.shares import member_shares
 
@@ -61,7 +61,7 @@ class Composed:
         self._program, self._dropout, self._seed = program, dropout, seed
         self.q, self.k, self.v, self.args, self.scale, self.backend = q, k, v, list(args), scale, backend
         self.inputs = {decl.name: x for decl, x in zip(own.inputs, given, strict=True)}
-        self.planner = Planner(program, key, q, k, given, args, scale, plans, self.state)
+        self.planner = Planner(program, key, q, k, given, args, scale, plans, self.state, self.queries)
         self._selections = {selection.name for selection in program.selections}
         present = present_tokens(program, self.inputs, k.shape[0])
         self._made = _entries(key, composition, k, v, views, backend, present)
@@ -69,6 +69,7 @@ class Composed:
         names = [name for name, _ in composition.branches]
         self._parts = dict(zip(names, zip(keys or (key,), programs, strict=True), strict=True))
         self._attended: dict[str, State] = {}
+        self._pooled: dict[Queries, Tensor] = {}
 
     def attended(self, name: str) -> State:
         """Output and lse of a branch."""
@@ -79,7 +80,17 @@ class Composed:
                 self._shares(within) if within is not None and decl.name == within.weights else self._input(decl)
                 for decl in part.inputs
             ]
-            call = (self.q, self.k, self.v, own, self.args, self.scale, self.backend, self._dropout, self._seed)
+            call = (
+                self.queries(name),
+                self.k,
+                self.v,
+                own,
+                self.args,
+                self.scale,
+                self.backend,
+                self._dropout,
+                self._seed,
+            )
             out, lse = attend(own_key, *call)
             found = out, None if part.branches[0].weights is not None else lse
             # Two levels are normalised by what their members' weights are.
@@ -91,7 +102,9 @@ class Composed:
         key, part = self._part(within.branch)
         own = [self._input(decl) for decl in part.inputs]
         keys, lse = self.state(within.branch)
-        return member_shares(key, self.q, keys, lse, own, self.args, self.scale, within.keys, self.k.shape[2])
+        return member_shares(
+            key, self.queries(within.branch), keys, lse, own, self.args, self.scale, within.keys, self.k.shape[2]
+        )
 
     def observed(self) -> dict[str, Tensor]:
         """What the program observes, by name."""
@@ -103,7 +116,9 @@ class Composed:
         key, part = self._part(each.branch)
         own = [self._input(decl) for decl in part.inputs]
         wanted = Cells(each.rows, each.keys, each.largest)
-        return observe(key, self.q, self.k, self.v, lse, own, self.args, self.scale, self.backend, wanted)
+        return observe(
+            key, self.queries(each.branch), self.k, self.v, lse, own, self.args, self.scale, self.backend, wanted
+        )
 
     def state(self, name: str) -> tuple[Tensor, Tensor]:
         """The keys that a branch of one part attended to, and its lse."""
@@ -115,6 +130,17 @@ class Composed:
         assert isinstance(view, Given)
         keys = self._made[view.keys] if view.keys in self._made else self.inputs[view.keys]
         return keys.expand(*self.k.shape[:2], -1, -1), lse
+
+    def queries(self, name: str) -> Tensor:
+        """The queries of a branch: the call's, or what it pools of them."""
+        key, part = self._part(name)
+        asked = part.branches[0].queries
+        if asked is None:
+            return self.q
+        if asked not in self._pooled:
+            first = call_shape(self.q, self.k, self.v).first_position(part)
+            self._pooled[asked] = pooled_queries(key, self.q, asked, first, self.backend)
+        return self._pooled[asked]
 
     def _part(self, name: str) -> tuple[str, Program]:
         """The key and the program of a branch; the only one of a program without an `output` goes by any name."""
@@ -165,7 +191,10 @@ def make_plans(
 ) -> dict[str, Tensor]:  # fmt: skip
     """The plan of each selection of a program, by its name. What `probs` reads of a branch needs no values."""
     with torch.no_grad():
-        call = Composed(program, key, composition, keys, q, k, k, given, args, scale, "auto", plans)
+        # Of the values only their dimension is asked for.
+        v_dim = without_values(composition.own, q, k, given).v_dim
+        v = k if v_dim == k.shape[3] else k.new_zeros(*k.shape[:3], v_dim)
+        call = Composed(program, key, composition, keys, q, k, v, given, args, scale, "auto", plans)
         return {selection.name: call.planner.plan(selection.name) for selection in program.selections}
 
 

@@ -37,12 +37,12 @@ class ComposedDecode:
         views: Mapping[str, tuple[Tensor, ...]] | None,
     ) -> None:  # fmt: skip
         own = composition.own
-        two = next((branch for branch in program.branches if branch.within is not None), None)
-        if two is not None:
-            raise error(
-                "A911", f"decode is not yet supported for two levels, as `{two.name}` has", two.span,
-                help="call it on the last row: attn(q, k, v)",
-            )  # fmt: skip
+        for branch in program.branches:
+            if branch.within is not None or branch.queries is not None:
+                what = "two levels" if branch.queries is None else "pooled queries"
+                raise error(
+                    "A911", f"decode is not yet supported for {what}", branch.span, help="call it on the last rows"
+                )  # fmt: skip
         checked_values(key, given, args)
         check_tensors(program, call)
         check_inputs(own, call.shape, given, call.q.device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from attndsl.branches import Pool, PoolFunction
+from attndsl.branches import Pool, PoolFunction, Queries
 from attndsl.pooling import PoolPlan, entries
 from attndsl.runtime.call import device_target, dtype_of
 from attndsl.runtime.engine import MAX_PREPARED, empty_gradient
@@ -46,6 +46,19 @@ def pooled(program: str, x: Tensor, pool: Pool, backend: str = "auto", lengths: 
     kernel = x.is_cuda or (backend == "triton" and interpreted())
     found: Tensor = torch.ops.attndsl.pool(program, x, pool.function.value, pool.size, pool.stride, kernel, lengths)
     return found
+
+
+def pooled_queries(program: str, q: Tensor, queries: Queries, first: int, backend: str = "auto") -> Tensor:
+    """q [B, H, rows, D], the first at position `first`, with each row the function of those of the call that have the
+    same position // size."""
+    pool, pieces = Pool(queries.function, queries.size, queries.size), []
+    head = min(-first % queries.size, q.shape[2])
+    for x in (q[:, :, :head], q[:, :, head:]):
+        if x.shape[2]:
+            # Expanded and not indexed: the gradient is a sum in one order.
+            each = pooled(program, x, pool, backend).unsqueeze(3).expand(-1, -1, -1, queries.size, -1)
+            pieces.append(each.flatten(2, 3)[:, :, : x.shape[2]])
+    return torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0] if pieces else q
 
 
 # ---------------------------------------------------------------------------------------- kernels

@@ -30,11 +30,13 @@ from attndsl.branches import (
     Pool,
     PoolFunction,
     Product,
+    Queries,
     Sum,
     View,
     Within,
 )
 from attndsl.dropout import kept
+from attndsl.oracle_views import shares_of
 from attndsl.program import CallShape, Program, Scalar
 from attndsl.runtime.reference_scalars import Pairs
 from attndsl.runtime.reference_skip import left_by_skipping
@@ -203,7 +205,7 @@ class _Call:
         out = self.q.new_zeros(*self.q.shape[:3], self.shape.v_dim)
         for low in range(0, self.shape.k_len, within.keys):
             own = slice(low, low + within.keys)
-            given = oracle.shares_of(low, within.keys, size, stride, self.shape.k_len)
+            given = shares_of(low, within.keys, size, stride, self.shape.k_len)
             share = masses @ torch.from_numpy(given).to(masses)
             inside = _softmax(logits[..., own][present[..., own]], present[..., own], values[:, :, own], None, None)
             out = out + share[..., None] * inside[0]
@@ -227,8 +229,9 @@ class _Call:
         """
         share = self.shape.heads // self.shape.kv_heads
         keys, values = (x.repeat_interleave(share, dim=1) for x in self._entries(part.view))
-        dots = self.q @ keys.transpose(-1, -2)
-        allowed = torch.from_numpy(self.evaluator.seen(part)).to(self.q.device)
+        queries = self.q if branch.queries is None else self._pooled_queries(branch.queries)
+        dots = queries @ keys.transpose(-1, -2)
+        allowed = torch.from_numpy(self.evaluator.seen(part, branch.queries)).to(self.q.device)
         more: Tensor | None = None
         if part.view is not None and part.view.counted:
             first = torch.arange(keys.shape[-2], device=self.q.device) * part.view.stride
@@ -272,22 +275,16 @@ class _Call:
 
     def _pooled(self, x: Tensor, view: Pool) -> Tensor:
         """Each entry's function of the tokens of its extent that are present."""
-        found = []
-        for j in range(oracle.entries(view, self.shape.k_len)):
-            tokens = x[:, :, j * view.stride : j * view.stride + view.size]
-            match view.function:
-                case PoolFunction.MEAN:
-                    found.append(tokens.mean(2))
-                case PoolFunction.SUM:
-                    found.append(tokens.sum(2))
-                case PoolFunction.MAX:
-                    # The first of the largest, to which alone the gradient flows.
-                    found.append(tokens.gather(2, tokens.argmax(2, keepdim=True))[:, :, 0])
-                case PoolFunction.MIN:
-                    found.append(tokens.gather(2, tokens.argmin(2, keepdim=True))[:, :, 0])
-                case _ as never:
-                    assert_never(never)
+        starts = range(0, oracle.entries(view, self.shape.k_len) * view.stride, view.stride)
+        found = [_of_tokens(view.function, x[:, :, first : first + view.size]) for first in starts]
         return torch.stack(found, 2) if found else x[:, :, :0]
+
+    def _pooled_queries(self, queries: Queries) -> Tensor:
+        """In the place of each row the function of all of the call's rows of its class: float64 [B, Hq, rows, D]."""
+        classes = self.evaluator.variables["q"].flatten() // queries.size
+        rows = [torch.from_numpy(np.flatnonzero(classes == own)) for own in classes]
+        found = [_of_tokens(queries.function, self.q[:, :, of_class.to(self.q.device)]) for of_class in rows]
+        return torch.stack(found, 2) if found else self.q
 
     # ------------------------------------------------------------------------------------- output
 
@@ -320,6 +317,22 @@ class _Call:
         variables = {**self.evaluator.variables, "d": np.arange(channels)}
         evaluator = replace(self.evaluator, variables=variables, memo={})
         return Pairs(evaluator, self.floats, where, self.q.dtype).scalar(e).to(self.q.dtype).reshape(where.shape)
+
+
+def _of_tokens(function: PoolFunction, tokens: Tensor) -> Tensor:
+    """One vector of several: [B, H, tokens, D] as [B, H, D]."""
+    match function:
+        case PoolFunction.MEAN:
+            return tokens.mean(2)
+        case PoolFunction.SUM:
+            return tokens.sum(2)
+        case PoolFunction.MAX:
+            # The first of the largest, to which alone the gradient flows.
+            return tokens.gather(2, tokens.argmax(2, keepdim=True))[:, :, 0]
+        case PoolFunction.MIN:
+            return tokens.gather(2, tokens.argmin(2, keepdim=True))[:, :, 0]
+        case _ as never:
+            assert_never(never)
 
 
 def _below(lse: Tensor) -> Tensor:

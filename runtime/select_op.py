@@ -18,7 +18,7 @@ from attndsl.diagnostics import error
 from attndsl.keeping import KEYS, kept_by
 from attndsl.plans import of_selection, own_program, plan_heads, plan_input, plans_read
 from attndsl.program import CallShape, InputDecl, Program
-from attndsl.runtime.call import broadcasts, call_shape, check_inputs, check_tables
+from attndsl.runtime.call import broadcasts, call_shape, check_inputs, check_tables, without_values
 from attndsl.runtime.decode import DecodeTensors
 from attndsl.runtime.ops import traced
 from attndsl.runtime.plans import listed_members
@@ -46,16 +46,17 @@ _KEPT: dict[Any, Selector] = {}
 class Planner:
     """The plans of a program's selections in one call, each made when first asked for, or given.
 
-    key: the registered program. given: plans by name, [B, H', R, C or M]. state: the keys and the lse of a branch that
-    `probs` reads.
+    key: the registered program. given: plans by name, [B, H', R, C or M]. state, queries: the keys and the lse of a
+    branch that `probs` reads, and its queries.
     """
 
     def __init__(
         self, program: Program, key: str, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
         scale: float | None, given: Mapping[str, Tensor], state: Callable[[str], State],
+        queries: Callable[[str], Tensor],
     ) -> None:  # fmt: skip
         """Raises `PatternError` where a given plan belongs to no selection of the program."""
-        self.program, self.key = program, key
+        self.program, self.key, self.queries = program, key, queries
         self.q, self.k, self.inputs = q.detach(), k.detach(), [x.detach() for x in inputs]
         self.args, self.scale, self.given, self.state = args, scale, given, state
         self._found: dict[str, Tensor] = {}
@@ -82,14 +83,16 @@ class Planner:
         read = [self.input(name) for name in _reads(selection, self.program)]
         keys: Tensor | None = None
         lse: Tensor | None = None
+        q = self.q
         if isinstance(selection.score, Probs):
             # Raises where the branch has no probabilities, before it is attended; a graph raises when it runs.
             if not torch.compiler.is_compiling():
                 checked_mass(of_selection(self.program, selection), selection, call_shape(self.q, self.k, self.k))
             keys, lse = (x.detach() for x in self.state(selection.score.branch))
+            q = self.queries(selection.score.branch).detach()
         make = torch.ops.attndsl.select if traced((self.q, self.k, *self.inputs)) else _select
         made: Tensor = make(
-            self.key, selection.name, self.q, self.k, [*self.inputs, *read], self.args, self.scale, keys, lse
+            self.key, selection.name, q, self.k, [*self.inputs, *read], self.args, self.scale, keys, lse
         )
         return made
 
@@ -244,8 +247,9 @@ def _select(
     selector = _KEPT.get(kind)
     if selector is None:
         program = engine_of(key).program
-        selection, shape = program.selection(name), call_shape(q, k, k)
+        selection = program.selection(name)
         seen = of_selection(program, selection)
+        shape = without_values(seen, q, k, inputs)
         check_tables(seen, shape)
         check_inputs(seen, shape, inputs, q.device)
         if len(_KEPT) >= MAX_KEPT:

@@ -269,9 +269,11 @@ def _check_last(
     if program.align_start or too_dense(program, shape):
         return []
     rows = min(CHECKED_ROWS, shape.rows)
-    if _skips(program) and rows < shape.rows:
-        # Which tiles are dropped depends on the rows that share them: a chunk begins where a tile does.
-        rows += (shape.rows - rows) % TILE
+    # Which tiles are dropped, and what queries are pooled to, depends on the rows that a call holds: a chunk begins where
+    # a tile (of the call's rows) and a class (of positions) do.
+    sizes = [branch.queries.size for branch in program.branches if branch.queries is not None]
+    together = math.lcm(*sizes, TILE if _skips(program) else 1)
+    rows = min(shape.rows, rows + ((shape.k_len if sizes else shape.rows) - rows) % together)
     chunk = {decl.name: _last_rows(inputs[decl.name], decl.dims, rows) for decl in program.inputs}
     exact = reference(program, q[:, :, -rows:], k, v, chunk, args)
     return [_compared(program, out[:, :, -rows:], exact)]

@@ -23,7 +23,6 @@ PARAMS: dict[str, dict[str, object]] = {
 }
 UNSUPPORTED: dict[str, set[str]] = {
 
-    "vsa": {"A903"},
     "snap": {"A908"},
     "svg_ear": {"A902"},
 

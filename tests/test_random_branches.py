@@ -68,7 +68,12 @@ class Draft:
         kind = self.draw(st.integers(0, 3))
         if kind == 0:
             return f"causal & ({self.selection()})"
-        return self.pattern(RAW) if kind == 1 else f"{self.pattern(OVER)} over {self.view()}"
+        if kind == 1:
+            return self.pattern(RAW)
+        pooled = self.one(
+            "", "", f" from pool({self.one('mean', 'max', 'min', 'sum')}, {self.draw(st.integers(1, 9))})"
+        )
+        return f"{self.pattern(OVER)} over {self.view()}{pooled}"
 
     def branch(self, name: str) -> None:
         shape, votes = self.draw(st.integers(0, 4)), ""
