@@ -275,8 +275,8 @@ class Evaluator:
         """Which keys of a part each row sees, tokens or entries of its view: bool [batch, heads, rows, keys]. Of pooled
         queries, those that each of the nominal extent would see."""
         if queries is not None:
-            first, k_pos = self.variables["q"] // queries.size * queries.size, self.variables["k"]
-            alone = [self.at(first + i, k_pos, *self._lengths).seen(part) for i in range(queries.size)]
+            begin, k_pos = self.variables["q"] // queries.size * queries.size, self.variables["k"]
+            alone = [self.at(begin + offset, k_pos, *self._lengths).seen(part) for offset in range(queries.size)]
             return np.array(np.logical_and.reduce(alone))
         shape, view = self.shape, part.view
         full = (shape.batch, shape.heads, shape.rows, entries(view, shape.k_len))
