@@ -269,8 +269,8 @@ def _check_last(
     if program.align_start or too_dense(program, shape):
         return []
     rows = min(CHECKED_ROWS, shape.rows)
-    # Which tiles are dropped, and what queries are pooled to, depends on the rows that a call holds: a chunk begins where
-    # a tile (of the call's rows) and a class (of positions) do.
+    # Which tiles are dropped, and what queries are pooled to, depends on the rows that a call holds: a chunk begins
+    # where a tile (of the call's rows) and a class (of positions) do.
     sizes = [branch.queries.size for branch in program.branches if branch.queries is not None]
     together = math.lcm(*sizes, TILE if _skips(program) else 1)
     rows = min(shape.rows, rows + ((shape.k_len if sizes else shape.rows) - rows) % together)
