@@ -80,17 +80,8 @@ class Composed:
                 self._shares(within) if within is not None and decl.name == within.weights else self._input(decl)
                 for decl in part.inputs
             ]
-            call = (
-                self.queries(name),
-                self.k,
-                self.v,
-                own,
-                self.args,
-                self.scale,
-                self.backend,
-                self._dropout,
-                self._seed,
-            )
+            tensors = (self.queries(name), self.k, self.v, own)
+            call = (*tensors, self.args, self.scale, self.backend, self._dropout, self._seed)
             out, lse = attend(own_key, *call)
             found = out, None if part.branches[0].weights is not None else lse
             # Two levels are normalised by what their members' weights are.
