@@ -32,6 +32,7 @@ from attndsl.diagnostics import Diagnostic
 from attndsl.effort import one_at_a_time
 from attndsl.layout import PLAIN, Layout
 from attndsl.listing import lists_tiles, reads_plans
+from attndsl.mixing import mixes
 from attndsl.notation import Level, input_text, program_text, scalar_text, set_text
 from attndsl.pairs import count_pairs, nodes, seen, spans, spans_text, too_dense
 from attndsl.parts import kernel_names, parts_of
@@ -137,7 +138,8 @@ def _parts(question: Question) -> list[tuple[str, Question]]:
     """The question of each part that is asked about. What it knows of plans is that they are lists."""
     found = []
     for name, program in parts_of(question.program).items():
-        spec = replace(question.spec, even_start=lists_tiles(program), lists=reads_plans(program))
+        all_rows = question.shape.rows == question.shape.k_len and mixes(program)
+        spec = replace(question.spec, even_start=lists_tiles(program), lists=reads_plans(program), all_rows=all_rows)
         found.append((name, replace(question, program=program, spec=spec)))
     return found
 

@@ -61,10 +61,16 @@ class PermutedPiece:
 
 def permuted(program: Program, heads: tuple[int, int]) -> PermutedPiece | None:
     """The derived program in the order of unsorted data that its pattern lies in; None where there is none such."""
-    if not _eligible(program):
+    if not eligible(program):
         return None
     condition = fold(Lowering(program, heads).predicate(program.branch.pattern))
-    conjuncts = condition.operands if isinstance(condition, Logic) and condition.op == "and" else (condition,)
+    return permuted_by(
+        program, condition.operands if isinstance(condition, Logic) and condition.op == "and" else (condition,), heads
+    )
+
+
+def permuted_by(program: Program, conjuncts: tuple[Scalar, ...], heads: tuple[int, int]) -> PermutedPiece | None:
+    """The pairs of which these conditions hold, in the order of data that one of them compares."""
     for of_rows, of_keys in _keys(conjuncts, program, heads):
         found = _Permuting(program, of_rows, of_keys, conjuncts).piece()
         if found is not None:
@@ -72,7 +78,7 @@ def permuted(program: Program, heads: tuple[int, int]) -> PermutedPiece | None:
     return None
 
 
-def _eligible(program: Program) -> bool:
+def eligible(program: Program) -> bool:
     """Whether a program may be permuted: of plain tokens, and nothing in it knows tiles, blocks of plans or sums of
     inputs at tokens in order."""
     if not program.plain or program.grid is not None or any(decl.members for decl in program.inputs):

@@ -15,6 +15,7 @@ from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.effort import one_at_a_time
 from attndsl.grid_pieces import BoxPiece
+from attndsl.layout import Permutation
 from attndsl.learned import Over
 from attndsl.linear import normalise
 from attndsl.mask import shaped
@@ -41,7 +42,7 @@ from attndsl.quasi_affine import condition
 from attndsl.runs import Side, TileRuns
 from attndsl.simplify import fold, specialise
 from attndsl.skipping import skipping_plan
-from attndsl.splitting import SplitPiece
+from attndsl.splitting import SplitPiece, splits
 from attndsl.tiling import choose_backward_tilings, choose_tiling
 from attndsl.view_plans import view_backward, view_forward
 from attndsl.visits import closed_runs
@@ -70,9 +71,7 @@ def forward_plans(
     if isinstance(pieces, PermutedPiece):
         return (_permuted_forward(pieces, spec, tiling),)
     if isinstance(pieces[0], SplitPiece):
-        return _of_split(
-            pieces, lambda x: forward_plan(x.program, spec, tiling or choose_tiling(x.program, spec), follows=x.further)
-        )
+        return _of_split(pieces, lambda piece: _split_forward(piece, spec, tiling))
     program = _of_pieces(program)
     branch = branch_scalars(program, spec)
     return _of_one_program(
@@ -133,6 +132,22 @@ def _of_split(pieces: Iterable[SplitPiece], make: Callable[[SplitPiece], P]) -> 
     return tuple(replace(plan, program=program) for plan in plans)
 
 
+def _split_forward(piece: SplitPiece, spec: Spec, tiling: Tiling | None) -> ForwardPlan:
+    if isinstance(piece.layout, Permutation):
+        return _permuted_forward(PermutedPiece(piece.layout, piece.program), spec, tiling, piece.further)
+    chosen = tiling or choose_tiling(piece.program, spec)
+    return forward_plan(piece.program, spec, chosen, follows=piece.further)
+
+
+def _split_backward(
+    piece: SplitPiece, spec: Spec, tilings: tuple[Tiling, Tiling] | None, uses_lse: bool
+) -> BackwardPlan:
+    if isinstance(piece.layout, Permutation):
+        return _permuted_backward(PermutedPiece(piece.layout, piece.program), spec, tilings, uses_lse, piece.further)
+    chosen = tilings or choose_backward_tilings(piece.program, spec)
+    return backward_plan(piece.program, spec, *chosen, uses_lse=uses_lse, follows=piece.further)
+
+
 def _pieces(
     program: Program, spec: Spec, alone: bool
 ) -> tuple[Piece | BoxPiece, ...] | PermutedPiece | tuple[SplitPiece, ...]:
@@ -142,7 +157,7 @@ def _pieces(
         return ()
     found = choose_pieces(program, (spec.heads, spec.kv_heads)).pieces
     if apart := tuple(x for x in found if isinstance(x, SplitPiece)):
-        return apart if alone and spec.even_start else ()
+        return apart if alone and splits(apart, spec) else ()
     in_order = tuple(x for x in found if not isinstance(x, PermutedPiece | SplitPiece))
     if len(in_order) == len(found):
         return in_order
@@ -155,20 +170,20 @@ def _permuted_spec(spec: Spec) -> Spec:
     return replace(spec, loads=Loads.POINTER, even_start=False)
 
 
-def _permuted_forward(piece: PermutedPiece, spec: Spec, tiling: Tiling | None) -> ForwardPlan:
+def _permuted_forward(piece: PermutedPiece, spec: Spec, tiling: Tiling | None, follows: bool = False) -> ForwardPlan:
     spec = _permuted_spec(spec)
     # Triton counts the loads of orders as stages: so many keep as many tiles in flight as half as many elsewhere.
     tiling = tiling or _scattered_tiling(piece, spec, stages=5) or default_tiling(spec)
-    return forward_plan(piece.program, spec, _tiling_of(piece, spec, tiling), layout=piece.layout)
+    return forward_plan(piece.program, spec, _tiling_of(piece, spec, tiling), layout=piece.layout, follows=follows)
 
 
 def _permuted_backward(
-    piece: PermutedPiece, spec: Spec, tilings: tuple[Tiling, Tiling] | None, uses_lse: bool
+    piece: PermutedPiece, spec: Spec, tilings: tuple[Tiling, Tiling] | None, uses_lse: bool, follows: bool = False
 ) -> BackwardPlan:
     spec = _permuted_spec(spec)
     scattered = _scattered_tiling(piece, spec, stages=3)
     tiling, key_tiling = tilings or (backward_tilings(spec) if scattered is None else (scattered, scattered))
-    return backward_plan(piece.program, spec, tiling, key_tiling, uses_lse, layout=piece.layout)
+    return backward_plan(piece.program, spec, tiling, key_tiling, uses_lse, layout=piece.layout, follows=follows)
 
 
 def _of_pieces(program: Program) -> Program:
@@ -259,12 +274,7 @@ def backward_plans(
     if isinstance(pieces, PermutedPiece):
         return (_permuted_backward(pieces, spec, tilings, uses_lse),)
     if isinstance(pieces[0], SplitPiece):
-
-        def backward(piece: SplitPiece) -> BackwardPlan:
-            chosen = tilings or choose_backward_tilings(piece.program, spec)
-            return backward_plan(piece.program, spec, *chosen, uses_lse=uses_lse, follows=piece.further)
-
-        return _of_split(pieces, backward)
+        return _of_split(pieces, lambda piece: _split_backward(piece, spec, tilings, uses_lse))
     program = _of_pieces(program)
     branch = branch_scalars(program, spec)
     return _of_one_program(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,9 @@ from attndsl.blockruns import Reader
 from attndsl.box_tiles import BoxRun
 from attndsl.boxes import Boxes
 from attndsl.cut_values import cut_values
+from attndsl.derivation import Order
 from attndsl.layout import Permutation
+from attndsl.mixing import mixes
 from attndsl.order_values import order_values
 from attndsl.piece_plans import forward_plans
 from attndsl.plan import DType, Plan, Spec, Tiling
@@ -46,6 +48,7 @@ def count_pieces(
     """Counts the tiles of each piece of a program, as `piece_tiles`."""
     # Tiles do not depend on the device.
     spec = Spec(shape.heads, shape.kv_heads, shape.dim, shape.v_dim, DType.FLOAT32, "cpu")
+    spec = replace(spec, all_rows=shape.rows == shape.k_len and mixes(program))
     plans = forward_plans(program, spec, Tiling(block_q, block_k))
     return tuple(piece_tiles(plan, shape, inputs, args) for plan in plans)
 
@@ -55,7 +58,7 @@ def piece_tiles(plan: Plan, shape: CallShape, inputs: Mapping[str, Array], args:
     layout, block_q = plan.layout, plan.tiling.block_q
     if any(run.list is not None for run in plan.runs.full + plan.runs.partial):
         raise ValueError("some are listed when the kernel runs, and are not counted here")
-    if isinstance(layout, Permutation):
+    if any(isinstance(decl.derivation, Order) for decl in plan.program.inputs):
         inputs = {**inputs, **order_values(plan.program, shape, inputs, args)}
     reader = Reader(plan.program, shape, {**inputs, **cut_values(plan.program, shape, inputs, args)}, args)
     b, h = np.divmod(np.arange(shape.batch * shape.heads), max(1, shape.heads))

@@ -23,6 +23,7 @@ from attndsl.evaluate import evaluate
 from attndsl.grid_pieces import BoxPiece, grid_pieces
 from attndsl.isl_sets import project_param
 from attndsl.layout import PLAIN, Comb, Layout
+from attndsl.mixing import mixture
 from attndsl.periods import periods
 from attndsl.permuting import PermutedPiece, permuted
 from attndsl.program import (
@@ -105,6 +106,8 @@ def choose_pieces(program: Program, heads: tuple[int, int]) -> Choice:
         return Choice((in_order,), note=f"{in_order.layout}: sorted, the data bounds the keys of a row")
     if (apart := _apart(program, heads)) is not None:
         return apart
+    if (mixed := _mixed(program, heads)) is not None:
+        return mixed
     candidates = _candidates(program, heads)
     if not candidates:
         return Choice()
@@ -155,6 +158,25 @@ def _apart(program: Program, heads: tuple[int, int]) -> Choice | None:
     if rest + programs * (lists + PROGRAM + TAKEN_UP) >= WORTH_IT * (whole + programs * PROGRAM):
         return None
     return Choice(found.pieces, note="what `random` adds to the rest is a piece of its own, its tiles listed")
+
+
+def _mixed(program: Program, heads: tuple[int, int]) -> Choice | None:
+    """What lies in the order of unsorted data apart from the rest, where that rest is so much the less."""
+    found = mixture(program, heads)
+    if not found:
+        return None
+
+    def compared() -> tuple[float, float]:
+        in_order = sum(_touched(lowered(x.program, heads)[1], x.program) for x in found if x.layout.plain)
+        return in_order, _touched(lowered(program, heads)[1], program)
+
+    try:
+        less, all_of_it = bounded(lowered(program, heads)[0].ctx, compared, SEARCH_EFFORT)
+    except TooHard:
+        return None
+    if less + TOKENS // BLOCK_Q * (len(found) - 1) * (PROGRAM + TAKEN_UP) >= WORTH_IT * all_of_it:
+        return None
+    return Choice(found, note="alternatives in the orders of their data, each a piece beside the rest")
 
 
 def _touched(relation: Relation, program: Program) -> float:

@@ -125,6 +125,8 @@ class Spec:
     # Only where the program reads a plan (`listing`): the first row's position is a multiple of EVEN; plans are lists.
     even_start: bool = False
     lists: bool = False
+    # Only where the program may have pieces in several orders (`mixing`): the rows of a call are all its tokens.
+    all_rows: bool = False
 
     @property
     def gathers(self) -> bool:

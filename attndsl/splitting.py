@@ -7,25 +7,31 @@ disjoint pieces of one softmax, in the order of tokens. Nothing is asked of the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from attndsl.cuts import with_cuts
 from attndsl.isl_sets import where_param
-from attndsl.layout import PLAIN, Layout
+from attndsl.layout import PLAIN, Layout, Permutation
 from attndsl.listing import Listable, draws_of
 from attndsl.program import Const, Logic, Program, Scalar, Unary, Where, rebuild
 from attndsl.relation import Relation, lowered
 from attndsl.simplify import fold
 
+if TYPE_CHECKING:
+    from attndsl.plan import Spec
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SplitPiece:
-    """One of two programs that together are the whole one. `further`: it adds to what the other has found."""
+    """One of two programs that together are the whole one. `further`: it adds to what the other has found. `layout`: a
+    permutation where it is in places of one (`mixing.py`)."""
 
     whole: Program
     program: Program
     further: bool
-    layout: Layout = PLAIN
+    layout: Layout | Permutation = PLAIN
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +42,12 @@ class Split:
     without: Relation
     whole: Relation
     drawn: Listable
+
+
+def splits(pieces: Iterable[object], spec: Spec) -> bool:
+    """Whether calls of a kind are divided so: their rows stand where tiles begin, or are all tokens."""
+    apart = [x for x in pieces if isinstance(x, SplitPiece)]
+    return spec.even_start if all(x.layout.plain for x in apart) else spec.all_rows
 
 
 def split(program: Program, heads: tuple[int, int]) -> Split | None:

@@ -10,7 +10,7 @@ from attndsl.mapping import mapped
 from attndsl.pieces import choose_pieces
 from attndsl.plan import DType, Loads, Spec, head_parts
 from attndsl.program import Program
-from attndsl.splitting import SplitPiece
+from attndsl.splitting import SplitPiece, splits
 from attndsl.tiling import all_listables
 
 # As users write them, and as plans do.
@@ -105,7 +105,7 @@ def gradients_refusal(program: Program, spec: Spec) -> str:
 def layout_refusal(program: Program, spec: Spec) -> str:
     """Why the order in which tokens are visited has no Hopper lowering, empty where it has: known after a search."""
     choice = choose_pieces(program, (spec.heads, spec.kv_heads))
-    if choice.plain or (isinstance(choice.pieces[0], SplitPiece) and not spec.even_start):
+    if choice.plain or (isinstance(choice.pieces[0], SplitPiece) and not splits(choice.pieces, spec)):
         return ""
     return "it visits tokens out of order, in pieces, which the Hopper lowering does not yet"
 

@@ -13,6 +13,7 @@ from attndsl.compose import compose, raw_first
 from attndsl.decode import Cache, DecodePlan, decode_plan
 from attndsl.diagnostics import error
 from attndsl.listing import lists_tiles, reads_plans
+from attndsl.mixing import mixes
 from attndsl.observing import Cells, ObservePlan, cells_of, observe_plans
 from attndsl.parts import find_kernel
 from attndsl.piece_plans import backward_plans, forward_plans
@@ -127,7 +128,7 @@ class Shown:
             return self._around(program, owner, name, piece, replace(spec, loads=Loads.POINTER))
         program = program if program.plain else dict(compose(program).branches)[owner]
         # Of calls that read plans, one whose plans are lists and whose first row stands where tiles begin.
-        spec = replace(spec, even_start=lists_tiles(program), lists=reads_plans(program))
+        spec = replace(spec, even_start=lists_tiles(program), lists=reads_plans(program), all_rows=mixes(program))
         if self.backend == "cpu":
             spec = replace(spec, backend=Backend.CPU)
         if self.backend == "gluon":

@@ -15,6 +15,7 @@ from attndsl.diagnostics import error
 from attndsl.keeping import KeepPlan
 from attndsl.listing import even_start
 from attndsl.mapping import maps_call
+from attndsl.mixing import mixes
 from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.plan import Backend, BackwardPlan, DType, ForwardPlan, Loads, Spec, Tiling
 from attndsl.pooling import PoolPlan
@@ -356,6 +357,7 @@ class Engine:
             shape.heads, shape.kv_heads, shape.dim, shape.v_dim, dtype_of(q), device_target(q.device),
             scale_sign=1 if scale is None or scale > 0 else -1, even_start=even,
             lists=lists_plans(self.program, inputs),
+            all_rows=shape.rows == shape.k_len and mixes(self.program),
         )  # fmt: skip
 
     def choose(self, backend: str, spec: Spec) -> str:
