@@ -86,7 +86,8 @@ def check_packing(program: Program, node: ast.Attention, ctx: Context) -> bool:
 
 def _stands(program: Program, packed: bool) -> bool:
     if any(x.skip is not None or x.within is not None or x.queries is not None for x in program.branches):
-        return False  # Tiles and classes hold rows of several sequences; shares of members are of all of a call's tokens.
+        # Tiles and classes hold rows of several sequences; shares of members are of all of a call's tokens.
+        return False
     sets = [part.pattern for branch in program.branches for part in branch.parts]
     for chosen in program.selections:
         sets += [x for x in (chosen.among, chosen.always) if x is not None]
