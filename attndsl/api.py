@@ -14,7 +14,7 @@ from attndsl.asking import asked, batch_of, check_names, check_plain, checked, k
 # `attndsl.compare` is the function below.
 from attndsl.compare import Comparison, Undecided
 from attndsl.compare import compare as compare_programs
-from attndsl.compose import compose, has_lse
+from attndsl.compose import check_lse, compose
 from attndsl.diagnostics import Diagnostic, PatternWarning, Source, error
 from attndsl.findings import findings
 from attndsl.grammar import format_source, load, read_source
@@ -125,6 +125,7 @@ class Attention:
         plans: Mapping[str, Tensor] | None = None,
         views: Mapping[str, tuple[Tensor, ...]] | None = None,
         return_observed: bool = False,
+        scales: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
         **inputs: Any,
     ) -> Any:
         """Attend.
@@ -148,9 +149,18 @@ class Attention:
         return_observed: return last a dict of what the program observes, by name: float32 [B, Hq, R, M], for each class
         of rows and member of the keys the sum, or the largest, of the branch's probabilities. They are found from q, k
         and lse in a second pass over the tiles that the pattern visits, and have no gradient.
+
+        scales: of q, k and v of float8_e4m3fn, what their numbers are multiplied by: each a float tensor of one number
+        or of one a head, none negative, or None for 1. The output is bfloat16; there are no gradients.
         """
         attend = self._attend or attend_operator(needed=True)
         given, args = self._given(inputs)
+        if scales is not None or q.dtype.itemsize == 1:
+            from attndsl.runtime.quantized_op import attend_quantized
+
+            plain = not (self._parts or self.program.selections or plans or views or return_observed or dropout)
+            found = attend_quantized(self._key, plain, q, k, v, scales, given, args, scale, backend)
+            return self._with_lse(*found) if return_lse else found[0]
         observed: dict[str, Tensor] = {}
         if self._parts or views or (return_observed and self.program.observations):
             from attndsl.runtime.compose import attend_composed
@@ -277,11 +287,6 @@ class Attention:
         """What `evictable` decides by, for every length: see `attndsl.eviction`."""
         from attndsl.eviction import retention_of
 
-        if self.program.align_start or page < 1:
-            reason = (
-                "under `align start` a row's keys need not come before it" if page > 0 else f"pages of {page} tokens"
-            )
-            raise error("A558", f"there is no eviction: {reason}", self.program.span, help="keep all pages")
         return retention_of(self.program, self._composition, page, *known(self.program, inputs))
 
     def _given(self, inputs: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
@@ -297,16 +302,13 @@ class Attention:
             raise
 
     def _with_lse(self, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if not has_lse(self.program):
-            several = self.program.output is not None
-            reason = "this is not the output of one softmax" if several else "`weights` replaces the softmax"
-            raise error("A521", f"{reason}: there is no lse", self.program.span)
+        check_lse(self.program)
         return out, lse
 
     def reference(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False,
         dropout: float = 0.0, seed: int | Tensor | None = None, plans: Mapping[str, Tensor] | None = None,
-        return_observed: bool = False, **inputs: Any,
+        return_observed: bool = False, scales: tuple[Tensor | None, ...] | None = None, **inputs: Any,
     ) -> Any:  # fmt: skip
         """The oracle: what a call means, dense, in float64, written straight from the typed program. Slow.
 
@@ -315,11 +317,12 @@ class Attention:
         from attndsl.runtime.dropout import known
         from attndsl.runtime.reference import reference
         from attndsl.runtime.reference_observe import observed
-        from attndsl.runtime.reference_plans import oracle_plans
+        from attndsl.runtime.reference_plans import oracle_plans, scaled
 
         check_names(own_program(self.program), inputs)
         tensors = {name: inputs[name] for name in self._inputs}
         args = {name: inputs[name] for name in self.program.args}
+        q, k, v = scaled(q, k, v, scales)
         tensors |= oracle_plans(self.program, q, k, tensors, args, scale, plans or {})
         found = reference(self.program, q, k, v, tensors, args, scale, return_lse, known(dropout, seed, q.device))
         if not return_observed:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from attndsl.branches import Attended, Branch, Given, Merged, Output, Part, Pool, Within, combined, factors
+from attndsl.diagnostics import error
 from attndsl.pairs import nodes
 from attndsl.plans import own_program
 from attndsl.program import Axis, Dim, InputDecl, Program, Read, Scalar, Selected, Type, walk
@@ -153,6 +154,14 @@ def has_lse(program: Program) -> bool:
             return program.named(name).weights is None
         case output:
             return isinstance(output, Merged)
+
+
+def check_lse(program: Program) -> None:
+    """Raises `PatternError` (A521) where there is no lse to return."""
+    if not has_lse(program):
+        several = program.output is not None
+        reason = "this is not the output of one softmax" if several else "`weights` replaces the softmax"
+        raise error("A521", f"{reason}: there is no lse", program.span)
 
 
 def raw_first(program: Program) -> tuple[Part, ...]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from attndsl.compose import Composition, of_one_level, part_programs
 from attndsl.derive import derive
+from attndsl.diagnostics import error
 from attndsl.effort import TooHard, bounded
 from attndsl.evaluate import evaluate
 from attndsl.isl_sets import project_param
@@ -106,8 +107,11 @@ def retention_of(
     """What all that a program attends to needs: its parts over raw tokens, and of what is kept of a cache (`keeping`)
     the tokens of entries that are not complete, which further tokens make anew.
 
-    arrays, args: inputs and arguments that are known.
+    arrays, args: inputs and arguments that are known. Raises `PatternError` (A558) where nothing is ever evictable.
     """
+    if program.align_start or page < 1:
+        reason = "under `align start` a row's keys need not come before it" if page > 0 else f"pages of {page} tokens"
+        raise error("A558", f"there is no eviction: {reason}", program.span, help="keep all pages")
     needed: list[Scalar] = []
     by_key: list[KeyNeed] = []
     for part in _raw(program, composition):

@@ -40,7 +40,7 @@ class Dim:
 
 # Tensors that kernels have whatever the program, beside q, k and v.
 KERNEL_TENSORS = frozenset(
-    "out lse dout d_lse dq dk dv delta row_lse seed part part_lse page_table seq_lens k_scale v_scale".split()
+    "out lse dout d_lse dq dk dv delta row_lse seed part part_lse page_table seq_lens q_scale k_scale v_scale".split()
 )
 
 

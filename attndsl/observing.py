@@ -17,10 +17,11 @@ from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.effort import one_at_a_time
 from attndsl.mask import mask_by_cuts, pair_mask, written_condition
-from attndsl.plan import Backend, DType, Loads, Plan, Spec, Tiling, backward_tilings, branch_scalars, default_tiling
+from attndsl.plan import Backend, DType, Loads, Plan, Spec, Tiling, branch_scalars
 from attndsl.program import Program, Scalar
 from attndsl.relation import Lowering
 from attndsl.runs import Side
+from attndsl.tile_sizes import backward_tilings, default_tiling
 from attndsl.view_plans import view_pairs
 from attndsl.visits import closed_runs
 

@@ -31,9 +31,7 @@ from attndsl.plan import (
     Spec,
     Tiling,
     backward_plan,
-    backward_tilings,
     branch_scalars,
-    default_tiling,
     forward_plan,
     slopes,
 )  # fmt: skip
@@ -43,6 +41,7 @@ from attndsl.runs import Side, TileRuns
 from attndsl.simplify import fold, specialise
 from attndsl.skipping import skipping_plan
 from attndsl.splitting import SplitPiece, splits
+from attndsl.tile_sizes import backward_tilings, default_tiling
 from attndsl.tiling import choose_backward_tilings, choose_tiling
 from attndsl.view_plans import view_backward, view_forward
 from attndsl.visits import closed_runs

@@ -43,6 +43,7 @@ class DType(Enum):
     FLOAT16 = "float16"
     FLOAT32 = "float32"
     FLOAT64 = "float64"  # on the CPU only
+    FLOAT8 = "float8_e4m3fn"  # on Hopper only: the output is bfloat16
 
 
 class Loads(Enum):
@@ -84,6 +85,7 @@ class Tiling:
     pack: the heads of a key head that share a tile of queries, at least so many as there are: a power of two.
     unit_k: tokens of a listed tile of keys, of which several, wherever they lie, make a tile of `block_k` (0: a listed
     tile is one). unit_q: rows of a listed tile of queries, likewise.
+    several: on Hopper, a program owns several tiles of queries, one after another.
     """
 
     block_q: int
@@ -93,6 +95,7 @@ class Tiling:
     pack: int = 1
     unit_k: int = 0
     unit_q: int = 0
+    several: bool = False
 
     @property
     def collects(self) -> bool:
@@ -304,71 +307,6 @@ def run_scalars(runs: TileRuns) -> tuple[Scalar, ...]:
     found = runs.full + runs.partial
     ends = tuple(x for run in found for x in (run.first, run.count))
     return (*ends, *(run.list for run in found if run.list is not None))
-
-
-def default_tiling(spec: Spec) -> Tiling:
-    """Tile sizes that are good without tuning (measured: benchmarks/RESULTS.md)."""
-    backend, _, arch = spec.target.partition(":")
-    dim = max(spec.dim, spec.v_dim)
-    if backend == "cpu":
-        return Tiling(128, 64)
-    if spec.backend is Backend.GLUON:
-        return Tiling(128, 128, warps=4, stages=2 if dim > 64 else 4)
-    if backend == "hip":
-        return Tiling(128, 64, warps=4, stages=1) if dim <= 128 else Tiling(64, 32, warps=4, stages=1)
-    if spec.dtype is DType.FLOAT32:
-        # No tensor cores: both operands of a product lie in registers.
-        if dim <= 64:
-            return Tiling(64, 32, warps=8, stages=2)
-        return Tiling(32, 16, warps=8, stages=1) if dim <= 128 else Tiling(16, 16, warps=8, stages=1)
-    if spec.loads is Loads.DESCRIPTOR:
-        # Two programs a multiprocessor hide each other's softmax: ahead of 128 x 128 with one (RESULTS.md).
-        return Tiling(64, 64, warps=4, stages=3) if dim <= 128 else Tiling(128, 64, warps=8, stages=2)
-    if int(arch) < 90:
-        # Products accumulate in registers that hold operands too: larger tiles spill.
-        if dim <= 64:
-            return Tiling(128, 64, warps=8 if spec.dropout else 4, stages=3)
-        if dim <= 128:
-            return Tiling(128, 32, warps=8, stages=3)
-        return Tiling(64, 16, warps=4, stages=2) if dim <= 192 else Tiling(64, 32, warps=8, stages=2)
-    if dim <= 64:
-        return Tiling(128, 64, warps=8 if arch == "90" else 4, stages=3)
-    return Tiling(128, 64, warps=8, stages=2) if dim <= 128 else Tiling(64, 32, warps=8, stages=2)
-
-
-def backward_tilings(spec: Spec) -> tuple[Tiling, Tiling]:
-    """Tile sizes of the backward kernels: of dq, and of dk and dv."""
-    if spec.target == "cpu":
-        return default_tiling(spec), default_tiling(spec)
-    if spec.backend is Backend.GLUON:
-        return Tiling(64, 64, warps=4, stages=2), Tiling(64, 128, warps=4, stages=2)
-    dim = max(spec.dim, spec.v_dim)
-    if spec.dtype is DType.FLOAT32:
-        if dim <= 64:
-            return Tiling(32, 16, warps=8, stages=1), Tiling(16, 32, warps=8, stages=1)
-        return Tiling(16, 16, warps=8, stages=1), Tiling(16, 16, warps=8, stages=1)
-    if dim > 128:
-        return Tiling(32, 32, warps=4, stages=1), Tiling(32, 32, warps=4, stages=1)
-    if spec.loads is Loads.DESCRIPTOR:
-        # Two or three programs a multiprocessor: ahead of larger tiles, and twice as fast as eight warps (RESULTS.md).
-        tiling = Tiling(64, 64, warps=4, stages=3 if dim <= 64 else 2)
-        return tiling, tiling
-    # Hopper's products read shared memory; elsewhere operands take registers too, and the larger tiles spill.
-    if dim <= 64 and spec.target == "cuda:90":
-        return Tiling(64, 64, warps=4, stages=2), Tiling(64, 64, warps=4, stages=2)
-    return Tiling(64, 64, warps=8, stages=2), Tiling(32, 64, warps=8, stages=2)
-
-
-def learning_tiling(spec: Spec) -> Tiling:
-    """Tile sizes, square, of the kernels for inputs that q and k read together: all operands are loaded per tile."""
-    dim = max(spec.dim, spec.v_dim)
-    if spec.dtype is DType.FLOAT32:
-        return Tiling(32, 32, warps=8, stages=1) if dim <= 64 else Tiling(16, 16, warps=4, stages=1)
-    if dim > 128:
-        return Tiling(16, 16, warps=4, stages=1)
-    # Where products take registers for operands, larger tiles spill.
-    large = spec.target == "cuda:90" or spec.target.startswith("hip")
-    return Tiling(64, 64, warps=8, stages=1) if large else Tiling(32, 32, warps=4 if dim <= 64 else 8, stages=1)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -6,12 +6,13 @@ import re
 from dataclasses import replace
 
 from attndsl.diagnostics import error
-from attndsl.mapping import mapped
+from attndsl.listing import LEAST, reads_plans
 from attndsl.pieces import choose_pieces
-from attndsl.plan import DType, Loads, Spec, head_parts
+from attndsl.plan import Backend, DType, Loads, Spec, head_parts
 from attndsl.program import Program
 from attndsl.splitting import SplitPiece, splits
-from attndsl.tiling import all_listables
+from attndsl.tile_sizes import HOPPER_ROWS
+from attndsl.tiling import all_listables, choose_tiling
 
 # As users write them, and as plans do.
 TARGETS = {
@@ -30,6 +31,8 @@ BYTES = {DType.BFLOAT16: 2, DType.FLOAT16: 2, DType.FLOAT32: 4, DType.FLOAT64: 8
 # Gluon's interface moves between releases: the versions that the Hopper lowering was tested on.
 GLUON_VERSIONS = ("3.6.",)
 BACKENDS = ("triton", "gluon", "cpu")
+# Keys of a tile below which products on Hopper are not what they cost.
+_KEYS = 64
 
 
 def parse_target(target: str) -> str:
@@ -56,6 +59,10 @@ def make_spec(
         if size % 8 or not 8 <= size <= 256:
             raise error("A506", f"{name} = {size}: head dimensions are multiples of 8 up to 256", help="choose one")
     kind = DTYPE_NAMES[dtype]
+    if backend != "gluon" and kind is DType.FLOAT8:
+        raise error(
+            "A508", "float8 has products of its own on Hopper alone", help="choose backend 'gluon', or bfloat16"
+        )
     if backend != "cpu" and kind is DType.FLOAT64:
         raise error("A508", "float64 runs on the CPU backend only", help="choose float32, or the CPU backend")
     device = "cpu" if backend == "cpu" else parse_target(target)
@@ -64,39 +71,67 @@ def make_spec(
 
 
 def hopper_refusal(program: Program, spec: Spec) -> str:
-    """Why a program has no Hopper lowering for a spec (with its `loads`); empty where it has one, or where only the
-    order of its tokens can be in the way (`layout_refusal`)."""
+    """Why a program has no Hopper lowering for a spec; empty where it has one, or where only the order of its tokens
+    can be in the way (`layout_refusal`)."""
     if spec.target != "cuda:90":
         return f"the Hopper lowering is for sm_90, not {spec.target}"
+    if spec.dtype not in (DType.BFLOAT16, DType.FLOAT16, DType.FLOAT8):
+        return f"the Hopper lowering takes bfloat16 and float16, not {spec.dtype.value}"
     if spec.dropout:
         return "dropout has no Hopper lowering yet"
     if not program.plain:
         return "views have no Hopper lowering yet"
     if program.branch.skip is not None:
         return "tiles that scores skip have no Hopper lowering yet"
-    if any(decl.members for decl in program.inputs):
-        return "tiles that a plan lists have no Hopper lowering yet"
-    if spec.even_start and any(
-        not found.plan.members for found, _ in all_listables(program, (spec.heads, spec.kv_heads))
-    ):
-        return "tiles that `random` draws have no Hopper lowering yet"
-    if spec.even_start and mapped(program):
-        return "tiles that data lists have no Hopper lowering yet"
+    if reason := _lists_refusal(program, spec):
+        return reason
+    if spec.dtype is DType.FLOAT8:
+        return _float8_refusal(program, spec)
+    return ""
+
+
+def _lists_refusal(program: Program, spec: Spec) -> str:
+    """Why tiles that plans, draws or data list do not suit the Hopper lowering, as `hopper_refusal` says it: it takes
+    lists of its own tiles, of 128 rows and of at least 64 keys."""
+    listed = [found for found, _ in all_listables(program, (spec.heads, spec.kv_heads))]
+    if not listed or (not spec.even_start and not reads_plans(program)):
+        return ""
+    if spec.lists and any(found.gathers(LEAST) for found in listed):
+        return "rows that choose for themselves are gathered, which the Hopper lowering does not"
+    if choose_tiling(program, replace(spec, backend=Backend.TRITON)).collects:
+        return "a tile is made of several members that a plan lists, which the Hopper lowering does not"
+    own = choose_tiling(program, replace(spec, backend=Backend.GLUON))
+    if not any(found.fits(own.block_q, own.block_k, spec.even_start) for found in listed):
+        return "no tile lies in one row class and one member of a plan"
+    if own.block_q < HOPPER_ROWS or own.block_k < _KEYS:
+        return (
+            f"tiles of {own.block_q} rows and {own.block_k} keys are listed: the Hopper lowering has {HOPPER_ROWS} rows"
+        )
+    return ""
+
+
+def _float8_refusal(program: Program, spec: Spec) -> str:
+    """Why products of float8 do not suit a program, as `hopper_refusal` says it."""
     if program.branch.weights is not None:
-        return "`weights` has no Hopper lowering yet"
-    if spec.dim != spec.v_dim or spec.dim not in (64, 128):
-        return "the Hopper lowering takes D = Dv = 64 or 128"
-    if spec.loads is not Loads.DESCRIPTOR:
-        return "q, k and v do not lie in memory as hardware tensor copies need"
+        return "`weights` may be larger than float8 holds"
+    if any(part.size < 32 for dim in (spec.dim, spec.v_dim) for part in head_parts(dim)):
+        return "products of float8 take 32 numbers at once, and a part of a head dimension has fewer"
     return ""
 
 
 def gradients_refusal(program: Program, spec: Spec) -> str:
-    """Why a program's gradients have no Hopper lowering, as `hopper_refusal` says it of the forward kernel."""
+    """Why a program's gradients have no Hopper lowering, as `hopper_refusal` says it of the forward kernel; the spec
+    has its `loads`."""
     if reason := hopper_refusal(program, spec):
         return reason
-    if spec.dim != 128:
+    if spec.dtype is DType.FLOAT8:
+        return "float8 tensors have no gradients"
+    if program.branch.weights is not None:
+        return "gradients of `weights` have no Hopper lowering yet"
+    if not spec.dim == spec.v_dim == 128:
         return "the Hopper lowering of gradients takes D = Dv = 128"
+    if spec.loads is not Loads.DESCRIPTOR:
+        return "q, k and v do not lie in memory as hardware tensor copies need"
     if any(decl.learnable for decl in program.inputs):
         return "gradients of learnable inputs have no Hopper lowering yet"
     return ""

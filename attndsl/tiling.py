@@ -15,19 +15,11 @@ from attndsl.derive import derive
 from attndsl.effort import one_at_a_time
 from attndsl.evaluate import evaluate
 from attndsl.listing import LEAST, Listable, fitting, listables, lists_tiles
-from attndsl.plan import (
-    Backend,
-    BackwardPlan,
-    Loads,
-    Spec,
-    Tiling,
-    backward_tilings,
-    default_tiling,
-    forward_plan,
-)  # fmt: skip
+from attndsl.plan import Backend, BackwardPlan, Loads, Spec, Tiling, forward_plan
 from attndsl.program import Arg, CallShape, Program, Read, Scalar, Table, Type, reads, walk
 from attndsl.relation import lowered
 from attndsl.runs import TileRuns
+from attndsl.tile_sizes import backward_tilings, default_tiling
 
 # Microseconds of a Hopper program that owns 128 rows at D = 64, on an H200: apart from its tiles, and for each tile.
 _HOPPER_64 = (4.3, 1.26)
@@ -57,7 +49,11 @@ def choose_tiling(program: Program, spec: Spec) -> Tiling:
 
     Where a plan can list the tiles, they fit into its row classes and members.
     """
-    return _fitted(default_tiling(spec), program, spec)
+    tiling = default_tiling(spec)
+    if spec.backend is Backend.GLUON and program.plain and program.branch.weights is not None:
+        # With no softmax between them the assembler holds two tiles' weights at once: half as many fit.
+        tiling = replace(tiling, block_k=min(tiling.block_k, 64))
+    return _fitted(tiling, program, spec)
 
 
 def _fitted(tiling: Tiling, program: Program, spec: Spec, of_rows: bool = True) -> Tiling:

@@ -63,6 +63,7 @@ def engine(program: Program) -> Engine:
         cpu_observe=_printer("cpu_observe", "observe_source"),
         triton_combine=_printer("triton_combine", "combine_source"),
         triton_keep=_printer("triton_keep", "keep_source"),
+        triton_values=_printer("triton_values", "values_source"),
     )
     return Engine(program, printers)
 
@@ -75,11 +76,11 @@ def decode_generators() -> DecodeGenerators:
 
 
 @functools.cache
-def _printer(module: str, function: str) -> Callable[[Any], Any]:
+def _printer(module: str, function: str) -> Callable[..., Any]:
     """A printer, imported when it first prints: where a kernel was printed before, none is."""
 
-    def printer(plan: Any) -> Any:
-        return getattr(importlib.import_module(f"attndsl.codegen.{module}"), function)(plan)
+    def printer(*asked: Any) -> Any:
+        return getattr(importlib.import_module(f"attndsl.codegen.{module}"), function)(*asked)
 
     return printer
 

@@ -138,7 +138,24 @@ def forwards() -> Iterator[tuple[str, Tensor]]:
             yield f"... gradient of {name}", x
 
 
-GROUPS = {group.__name__: group for group in (small, odd, large, eight_bits, by_data, caches, forwards)}
+def hopper() -> Iterator[tuple[str, Tensor]]:
+    """The lowering for Hopper, whose tiles the copy engine bounds: ragged lengths, heads of several parts."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        return
+    for text, rows, keys, dim, v_dim in (
+        ("causal", 1, 1, 128, 128),
+        (STREAMING, 333, 777, 96, 40),
+        ("attention a { weights max(s, 0.0)  attend window(50) }", 200, 300, 192, 64),
+        ("attention a { score softcap(s, 20.0)  attend causal }", 129, 257, 256, 256),
+    ):
+        attn, k, v = attndsl.compile(text), random(2, 2, keys, dim), random(2, 2, keys, v_dim)
+        yield f"forward, {text}", attn(random(2, 4, rows, dim), k, v, backend="gluon")
+    attn, doc = attndsl.compile(DOCUMENTS), wild(2, 300, high=9).sort().values
+    q, k, v = random(2, 4, 300, 128), random(2, 2, 300, 128), random(2, 2, 300, 128)
+    yield "documents of wild ids", attn(q, k, v, backend="gluon", doc=doc)
+
+
+GROUPS = {group.__name__: group for group in (small, odd, large, eight_bits, by_data, caches, forwards, hopper)}
 
 
 def main(asked: Sequence[str]) -> int:

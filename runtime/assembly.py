@@ -30,6 +30,7 @@ from attndsl.runtime.gluon_backward import GRADIENTS, gradients_parameters
 from attndsl.runtime.observing import FUNCTION as OBSERVE
 from attndsl.runtime.observing import observe_sources
 from attndsl.runtime.pool import POOLED, WARPS, pool_sources
+from attndsl.runtime.quantized import Scales, quantized_parameters
 from attndsl.runtime.triton_backward import DKDV, DQ, backward_parameters
 from attndsl.runtime.triton_decode import DECODE, decode_sources
 from attndsl.runtime.triton_gathered import forward_sources, gathered_parameters
@@ -53,7 +54,7 @@ FORMATS = {"cuda": ("ttir", "ttgir", "llir", "ptx", "sass"), "hip": ("ttir", "tt
 _LENGTH = 1024
 _TORCH = {
     DType.BFLOAT16: torch.bfloat16, DType.FLOAT16: torch.float16, DType.FLOAT32: torch.float32,
-    DType.FLOAT64: torch.float64,
+    DType.FLOAT64: torch.float64, DType.FLOAT8: FP8,
 }  # fmt: skip
 _INPUTS = {Type.INT: torch.int32, Type.FLOAT: torch.float32, Type.BOOL: torch.bool}
 
@@ -101,6 +102,9 @@ def offline_source(plan: Shown, text: str) -> KernelSource:
         first = empty_output(q, call_shape(q, k, v))[0]
         sources = combine_sources(plan, call_shape(q, k, v), first, None, inputs)
         return kernel_source(plan, text, parameters(text, function), sources, aligned=True, function=function)
+    if plan.spec.dtype is DType.FLOAT8:
+        of_float8, _ = quantized_parameters(plan, q, k, v, Scales(None, None, None), inputs)
+        return kernel_source(plan, text, parameters(text, FUNCTION), of_float8, aligned=True)
     if isinstance(plan, BackwardPlan) and f"def {GRADIENTS}(" in text:
         given = gradients_parameters(plan, q, k, v, inputs)
         return kernel_source(plan, text, parameters(text, GRADIENTS), given, aligned=True, function=GRADIENTS)

@@ -122,7 +122,8 @@ def _with_layout(type: str) -> str:
 
     element, _, rest = type.removeprefix("tensordesc<").partition("[")
     block = [int(size) for size in rest.removesuffix("]>").split(",")]
-    kind = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}[element]
+    kinds = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32, "fp8e4nv": gl.float8e4nv}
+    kind = kinds[element]
     layout = gl.NVMMASharedLayout.get_default_for(block, kind)
     if len(block) == 2:
         # A few numbers of a vector lie in a row.

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from attndsl.combining import CombinePlan
     from attndsl.observing import Cells, ObservePlan
     from attndsl.runtime.derive import Deriving
+    from attndsl.runtime.quantized import Scales
     from attndsl.select_plan import SelectPlan
 
 Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor | None]]
@@ -63,6 +64,7 @@ class Generators:
     cpu_observe: Callable[[ObservePlan], str]
     triton_combine: Callable[[CombinePlan], str]
     triton_keep: Callable[[KeepPlan], str]
+    triton_values: Callable[[int, int], str]
 
 
 @dataclass(slots=True)
@@ -200,6 +202,23 @@ class Engine:
         found: Tensor = launch(q, k, v, lse.contiguous(), inputs, args, scale)
         return found
 
+    def quantized(
+        self, q: Tensor, k: Tensor, v: Tensor, scales: Scales, inputs: Sequence[Tensor], args: Sequence[int],
+        scale: float | None, backend: str,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`forward` of float8 tensors, whose numbers stand for so many times as much as their heads' scales say; the
+        output is bfloat16."""
+        pointers = q.data_ptr() | k.data_ptr() | v.data_ptr()
+        kind = _kind(q, k, v, inputs, scale, backend, None, pointers)
+        launch = self._prepared.get(("quantized", scales.kind, *kind))
+        if launch is None:
+            from attndsl.runtime.quantized import prepare_quantized
+
+            launch = prepare_quantized(self, q, k, v, scales, inputs, scale, backend, kind[-1])
+            self._keep(("quantized", scales.kind, *kind), launch)
+        found: tuple[Tensor, Tensor] = launch(q, k, v, scales, inputs, args, scale, None)
+        return found
+
     def _dense(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The inputs, those that hold entries with their last dimension dense, as kernels want it."""
         return [
@@ -273,7 +292,7 @@ class Engine:
         spec = replace(spec, loads=loads_for(spec, aligned, k, v, *(inputs[i] for i in self._views)))
         backends: tuple[Backend, ...] = (Backend.TRITON,)
         if backend in ("auto", "gluon"):
-            reason = why_not_gluon(program, spec, q)
+            reason = why_not_gluon(program, spec, aligned, q, k, v)
             if backend == "gluon" and reason:
                 raise error("A510", reason, help="leave `backend` out to get the portable kernel")
             if not reason:

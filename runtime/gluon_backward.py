@@ -34,7 +34,7 @@ def why_not(program: Program, spec: Spec, q: Tensor, backend: str) -> str:
         return "the kernel for Hopper is for calls with backend='gluon'"
     if torch.are_deterministic_algorithms_enabled():
         return "deterministic algorithms were asked for"
-    return gradients_refusal(program, spec) or why_not_gluon(program, spec, q) or layout_refusal(program, spec)
+    return gradients_refusal(program, spec) or why_not_gluon(program, spec, True, q) or layout_refusal(program, spec)
 
 
 class GluonBackward:

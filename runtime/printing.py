@@ -28,20 +28,12 @@ from attndsl.derive import derive
 from attndsl.diagnostics import error
 from attndsl.learned import Over
 from attndsl.piece_plans import backward_plans, forward_plans
-from attndsl.plan import (
-    Backend,
-    BackwardPlan,
-    ForwardPlan,
-    Printed,
-    Spec,
-    Tiling,
-    learning_plan,
-    learning_tiling,
-)  # fmt: skip
+from attndsl.plan import Backend, BackwardPlan, ForwardPlan, Printed, Spec, Tiling, learning_plan
 from attndsl.program import InputDecl, Program
 from attndsl.runs import Side
 from attndsl.runtime.cache import KernelCache, cache_key
 from attndsl.targets import layout_refusal
+from attndsl.tile_sizes import learning_tiling
 from attndsl.tiling import prefers_portable
 
 if TYPE_CHECKING:

@@ -103,3 +103,11 @@ def _cut(plan: Tensor, selection: Selection, batch: slice, rows: slice) -> Tenso
     """The part of a plan that is handed in, [B, H', R, C or M], that is a sequence's."""
     plan = plan[batch] if plan.shape[0] > 1 else plan
     return plan[:, :, rows] if selection.rows == 1 and plan.shape[2] > 1 else plan
+
+
+def scaled(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor | None, ...] | None) -> tuple[Tensor, ...]:
+    """q, k and v, in float64 what they stand for where their numbers, or those of their heads, have scales."""
+    if scales is None:
+        return q, k, v
+    given = zip((q, k, v), scales, strict=True)
+    return tuple(x.double() if s is None else x.double() * s.double().view(-1, 1, 1) for x, s in given)

@@ -18,7 +18,6 @@ from attndsl.diagnostics import error
 from attndsl.members import Placed
 from attndsl.pairs import allowed, count_pairs, nodes, too_dense
 from attndsl.parts import parts_of
-from attndsl.plan import default_tiling
 from attndsl.plans import own_program
 from attndsl.program import Axis, CallShape, Dim, InputDecl, On, Permuted, Program, Type
 from attndsl.runtime.call import device_target, dim_size
@@ -27,6 +26,7 @@ from attndsl.runtime.reference import reference
 from attndsl.runtime.select_op import as_input
 from attndsl.skipping import TILE
 from attndsl.targets import DTYPE_NAMES, make_spec
+from attndsl.tile_sizes import default_tiling
 
 # Length of the call of which every row is checked, and rows of the timed one that are.
 CHECKED_LENGTH = 512

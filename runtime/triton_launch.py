@@ -32,7 +32,7 @@ from attndsl.targets import GLUON_VERSIONS, has_tensor_copies, hopper_refusal
 INTERPRETED = interpreted()
 FUNCTION = "attention_forward"
 
-ELEMENT = {DType.BFLOAT16: "bf16", DType.FLOAT16: "fp16", DType.FLOAT32: "fp32"}
+ELEMENT = {DType.BFLOAT16: "bf16", DType.FLOAT16: "fp16", DType.FLOAT32: "fp32", DType.FLOAT8: "fp8e4nv"}
 POINTER = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.bool: "*i1",
     torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8",
@@ -48,36 +48,43 @@ def shared_cache() -> KernelCache:
     return KernelCache()
 
 
-def why_not_gluon(program: Program, spec: Spec, q: Tensor) -> str:
-    """Why a call does not get the Hopper lowering, empty where it does. `spec` has its `loads`."""
+def why_not_gluon(program: Program, spec: Spec, aligned: bool, *tensors: Tensor) -> str:
+    """Why a call does not get the Hopper lowering, empty where it does. tensors: those that it copies, with 16-byte
+    pointers or not (`aligned`)."""
     if reason := hopper_refusal(program, spec):
         return reason
     if not version().startswith(GLUON_VERSIONS):
         return f"the Hopper lowering was not tested on triton {version()}"
     if INTERPRETED:
         return "the interpreter does not run Gluon"
-    if q.stride(3) != 1 or any(s * q.element_size() % 16 for s in q.stride()[:3]):
-        return "q does not lie in memory as hardware tensor copies need"
+    if not aligned or not all(map(lies_for_copies, tensors)):
+        return "q, k and v do not lie in memory as hardware tensor copies need"
     return ""
+
+
+def lies_for_copies(x: Tensor) -> bool:
+    """Whether the strides of x are those of a tensor that hardware copies. A stride of 0 is that of an expanded one."""
+    strides = [s for s, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
+    return x.stride(3) == 1 and x.numel() > 0 and not any(not s or s * x.element_size() % 16 for s in strides)
 
 
 def loads_for(spec: Spec, aligned: bool, *tensors: Tensor) -> Loads:
     """Hardware tensor copies where the device has them and the memory of what a kernel's loop reads allows it: 16-byte
     strides and pointers (`aligned`)."""
-    if not aligned or not has_tensor_copies(spec):
-        return Loads.POINTER
-    for x in tensors:
-        strides = [s for s, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
-        # A stride of 0 is that of an expanded tensor.
-        if x.stride(3) != 1 or any(not s or s * x.element_size() % 16 for s in strides) or x.numel() == 0:
-            return Loads.POINTER
-    return Loads.DESCRIPTOR
+    copied = aligned and has_tensor_copies(spec) and all(map(lies_for_copies, tensors))
+    return Loads.DESCRIPTOR if copied else Loads.POINTER
 
 
 # What a launch reads the sizes, tiling and inputs of a kernel from.
 Planned: TypeAlias = Plan | Printed
 # Where the values of a call stand in (q, k, v, out, lse, scale, *inputs, *args, and with dropout its three).
 _OUT, _LSE, _SCALE, INPUTS = 3, 4, 5, 6
+
+
+@functools.cache
+def programs_at_once(device: torch.device) -> int:
+    """How many programs run side by side where each takes a whole multiprocessor."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class TritonForward:
@@ -91,6 +98,8 @@ class TritonForward:
         layout = kernel.layout
         tiles = layout.programs("q", kernel.tiling.block_q, shape, kernel.program)
         self.grid = tiles * shape.batch * (shape.heads if kernel.tiling.pack == 1 else shape.kv_heads)
+        if kernel.tiling.several:
+            self.grid = min(self.grid, programs_at_once(q.device))
         self.everywhere = layout.all_rows(shape, kernel.program)
         self.default_scale = default_scale(shape.dim)
         self._made = Outputs.of(q, shape)
@@ -225,13 +234,10 @@ def parameter_sources(plan: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Se
         found |= descriptors(plan.spec, name, index, x, plan.tiling.block_k)
     if plan.spec.backend is Backend.GLUON:
         half, block_k = plan.tiling.block_q // 2, plan.tiling.block_k
-        for index, name, x, rows in (
-            (0, "q", q, half),
-            (1, "k", k, block_k),
-            (2, "v", v, block_k),
-            (_OUT, "out", out, half),
-        ):
-            found[f"{name}_desc"] = descriptor(plan.spec, index, x, rows, x.shape[3])
+        tiles = ((0, "q", q, half), (1, "k", k, block_k), (2, "v", v, block_k), (_OUT, "out", out, half))
+        for index, name, x, rows in tiles:
+            found |= descriptors(plan.spec, name, index, x, rows)
+        found["places"] = -(-shape.rows // plan.tiling.block_q) * shape.batch * shape.heads
     return found | program_sources(plan, shape, inputs, q.device)
 
 

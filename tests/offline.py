@@ -34,7 +34,7 @@ class Job:
     stages). `hopper`: the Hopper lowering, of the forward kernel or of the one of all gradients. `combine`: the kernel
     that combines the branches, or its gradients'. `observe`: the kernel that sums probabilities in blocks of rows
     (None: all) and keys. `listed`: a kernel of a program whose plan lists members, in a call that begins where tiles
-    do. `select`: the fused kernel of the first selection."""
+    do. `select`: the fused kernel of the first selection. `v_dim`: of values, where it is not `dim`."""
 
     text: str
     target: str
@@ -49,6 +49,7 @@ class Job:
     combine: Literal["", "forward", "gradients"] = ""
     observe: tuple[int | None, int] | None = None
     listed: Literal["", "forward", "dq", "dkdv"] = ""
+    v_dim: int = 0
     select: bool = False
 
 
@@ -104,7 +105,7 @@ def compile_one(job: Job) -> Found:
     from attndsl.runtime.observing import observe_sources
     from attndsl.runtime.triton_launch import kernel_source
 
-    spec = Spec(*job.heads, job.dim, job.dim, DType(job.dtype), job.target, Loads(job.loads))
+    spec = Spec(*job.heads, job.dim, job.v_dim or job.dim, DType(job.dtype), job.target, Loads(job.loads))
     tiling = Tiling(*job.tiling) if job.tiling else None
     program = attndsl.compile(job.text).program
     if job.hopper:
@@ -171,14 +172,15 @@ def compile_hopper(job: Job, program: Any, spec: Any) -> Found:
     from attndsl.runtime.build import compile_kernel
 
     if job.hopper == "forward":
-        plan: Any = forward_plans(program, spec)[0]
+        lists = job.listed == "forward"
+        plan: Any = forward_plans(program, replace(spec, lists=lists, even_start=lists))[0]
         text = forward_source(plan)
     else:
         plan = backward_plans(program, spec)[0].of_keys()
         text = gradients_source(plan)
     kernel = compile_kernel(offline_source(plan, text), job.target)
     code, ptx, used = assembly(plan, text, "sass"), kernel.text("ptx"), _resources(kernel.binary)
-    products, waits = code.count("HGMMA"), len(re.findall(r"WARPGROUP.DEPBAR.LE gsb0, 0x0", code))
+    products, waits = len(re.findall(r"[HQ]GMMA", code)), len(re.findall(r"WARPGROUP.DEPBAR.LE gsb0, 0x0", code))
     return Found(
         int(used["STACK"]) + int(used["LOCAL"]), int(used["REG"]), int(kernel.metadata["shared"]),
         "wgmma.mma_async" in ptx, "cp.async.bulk.tensor" in ptx, triton.__version__, spilled_in_loops(code),
@@ -195,7 +197,7 @@ def spilled_in_loops(code: str) -> int:
         target = re.search(r"BRA `\((\.L_\w+)\)", line)
         if target and labels.get(target[1], n) < n:
             loops.append((labels[target[1]], n))
-    loops = [(a, b) for a, b in loops if any("HGMMA" in line for line in lines[a:b])]
+    loops = [(a, b) for a, b in loops if any(re.search("[HQ]GMMA", line) for line in lines[a:b])]
     innermost = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
     return sum(len(re.findall(r"\b(?:LDL|STL)\b", line)) for a, b in innermost for line in lines[a:b])
 

@@ -191,6 +191,8 @@ WRONG: dict[str, Callable[[], object]] = {
         TILED, TILED.selections[0], CallShape(1, 1, 1, 1 << 17, 1 << 17, 8, 8), torch.device("meta")
     ),
     "A565": call("causal", Q, K, V, views={"pool(mean, 4)": (K, V)}),
+    "A580": call("causal", Q, K, V, scales=(None, None, None)),
+    "A581": call("causal", Q.to(torch.float8_e4m3fn), *EIGHT_BITS, dropout=0.5),
     "A912": call("attention a { input doc : int[b, k]  attend document(doc) over pool(mean, 4) }", Q, K, V, doc=IDS),
     "A911": lambda: attndsl.compare("attention a { attend causal over pool(mean, 4) }", "causal"),
     "A535": lambda: attndsl.compile("attention a { attend causal, causal over pool(mean, 4) }").mask(4, 4),

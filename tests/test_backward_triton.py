@@ -246,10 +246,11 @@ def test_default_tilings_do_not_spill() -> None:
 def compiled_stacks() -> dict[str, int]:
     """Bytes of stack, which is what spills take, of the kernels at default tilings."""
     from attndsl.codegen.triton_backward import DKDV, DQ
-    from attndsl.plan import backward_tilings, default_tiling, forward_plan
+    from attndsl.plan import forward_plan
     from attndsl.runtime.assembly import meta_tensors
     from attndsl.runtime.build import compile_kernel, parameters
     from attndsl.runtime.triton_launch import kernel_source
+    from attndsl.tile_sizes import backward_tilings, default_tiling
     from tests.offline import _resources
 
     found = {}

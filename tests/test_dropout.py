@@ -360,11 +360,12 @@ def compiled_stacks() -> dict[str, int]:
     """Bytes of stack, which is what spills take, of the kernels at default tilings."""
     from attndsl.codegen.triton_backward import DKDV, DQ, backward_sources
     from attndsl.codegen.triton_forward import KERNEL, forward_source
-    from attndsl.plan import DType, Plan, Spec, backward_plan, backward_tilings, default_tiling, forward_plan
+    from attndsl.plan import DType, Plan, Spec, backward_plan, forward_plan
     from attndsl.runtime.assembly import meta_tensors
     from attndsl.runtime.build import compile_kernel, parameters
     from attndsl.runtime.triton_backward import backward_parameters
     from attndsl.runtime.triton_launch import kernel_source
+    from attndsl.tile_sizes import backward_tilings, default_tiling
     from tests.offline import _resources
 
     found = {}

@@ -15,12 +15,13 @@ import attndsl
 from attndsl.codegen.triton_forward import forward_source
 from attndsl.diagnostics import PatternError
 from attndsl.grammar import load
-from attndsl.plan import Loads, Printed, Spec, Tiling, default_tiling, forward_plan
+from attndsl.plan import Loads, Printed, Spec, Tiling, forward_plan
 from attndsl.program import CallShape, Program
 from attndsl.runtime.call import call_shape, device_target, dtype_of
 from attndsl.runtime.derive import Deriver
 from attndsl.runtime.reference import reference
 from attndsl.runtime.triton_launch import TritonForward
+from attndsl.tile_sizes import default_tiling
 from attndsl.wiring import engine as _engine
 from tests.accuracy import check, examples
 from tests.cases import CASES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ import triton
 from hypothesis import settings
 
 import attndsl
+from attndsl.codegen.gluon_forward import forward_source
+from attndsl.piece_plans import forward_plans
+from attndsl.plan import Backend
 from attndsl.runtime.gluon_backward import why_not
 from attndsl.targets import gradients_refusal, hopper_refusal, layout_refusal, make_spec
 from tests.offline import ROOT, Found, Job, compile_all
@@ -75,6 +79,12 @@ def test_every_example_compiles() -> None:
         x for x, of in found.items() if of
     }
     verify([job for of in found.values() for job in of])
+    dims = [
+        Job(text, "cuda:90", d, "descriptor", hopper="forward", v_dim=dv)
+        for text in ("causal", WEIGHTS)
+        for d, dv in DIMS
+    ]
+    verify(dims)
 
 
 def test_what_has_no_lowering_says_so() -> None:
@@ -112,3 +122,38 @@ def test_the_kernel_of_all_gradients_is_for_hopper_alone() -> None:
     assert "add_shared_to_global(dq_desc" in text and "for member in range(4):" in text
     with pytest.raises(attndsl.PatternError, match="for Hopper alone"):
         attn.source("gradients", target="sm_90")
+
+
+LISTED = {
+    "attention a { input p : blocks(128)[b, g, q/128]\n attend causal & p }": "",
+    "attention a { input p : blocks(64)[b, h]\n attend causal & p }": "",
+    "attention a { input p : blocks(64)[b, g, q/64]\n attend causal & p }": "tiles of 64 rows and 64 keys are listed",
+    "attention a { input p : blocks(64)[b, g, q]\n attend causal & p }": "gathered",
+    "attention a { input p : blocks(16)[b, g, q/128]\n attend causal & p }": "several members",
+    "causal & random(2, blocks(128), rows(128), 5)": "",
+}
+
+
+@pytest.mark.parametrize("text", LISTED)
+def test_lists_of_tiles(text: str) -> None:
+    """Those of the kernel's own tiles it goes over; why it does not over others is said."""
+    spec = replace(make_spec("sm_90", "triton", 8, 2, 128), even_start=True, lists=True)
+    program = attndsl.compile(text).program
+    assert LISTED[text] in hopper_refusal(program, spec) if LISTED[text] else not hopper_refusal(program, spec)
+    if not LISTED[text]:
+        (plan,) = forward_plans(program, replace(spec, backend=Backend.GLUON))
+        assert all(run.list is not None for run in plan.runs.full + plan.runs.partial)
+        assert "k_tiles_" in forward_source(plan)
+
+
+DIMS = [(64, 64), (8, 8), (40, 72), (80, 80), (96, 96), (64, 128), (192, 128), (192, 192), (256, 64), (256, 256)]
+WEIGHTS = "attention a { weights exp(-abs(s))\n attend causal & window(1024) }"
+
+
+@offline
+def test_head_dimensions_weights_and_lists_compile() -> None:
+    """One of each here, all where the examples are."""
+    jobs = [Job("causal", "cuda:90", 96, "descriptor", hopper="forward", v_dim=72)]
+    jobs += [Job(WEIGHTS, "cuda:90", 128, "descriptor", hopper="forward")]
+    jobs += [Job(next(iter(LISTED)), "cuda:90", 128, "descriptor", hopper="forward", listed="forward")]
+    verify(jobs)

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import attndsl
-from attndsl.plan import Loads, default_tiling, forward_plan
+from attndsl.plan import Loads, forward_plan
 from attndsl.runtime.assembly import meta_tensors
 from attndsl.runtime.triton_launch import loads_for, parameter_sources
 from attndsl.targets import TARGETS, make_spec
+from attndsl.tile_sizes import default_tiling
 
 ROOT = Path(__file__).parent.parent
 PATTERN = "attention small { input doc : int[b, k] sorted  attend causal & window(40) & document(doc) }"

@@ -299,20 +299,12 @@ def test_default_tilings_do_not_spill() -> None:
 def compiled_stacks() -> dict[str, int]:
     """Bytes of stack, which is what spills take, of the kernels at default tilings."""
     from attndsl.codegen.triton_learned import diagonals_source, pairs_sources
-    from attndsl.plan import (
-        DType,
-        Spec,
-        backward_plan,
-        backward_tilings,
-        default_tiling,
-        forward_plan,
-        learning_plan,
-        learning_tiling,
-    )  # fmt: skip
+    from attndsl.plan import DType, Spec, backward_plan, forward_plan, learning_plan
     from attndsl.runtime.assembly import meta_tensors
     from attndsl.runtime.build import compile_kernel, parameters
     from attndsl.runtime.triton_backward import backward_parameters
     from attndsl.runtime.triton_launch import kernel_source
+    from attndsl.tile_sizes import backward_tilings, default_tiling, learning_tiling
     from tests.offline import _resources
 
     text = """attention both { input near : float[h, 257] learnable

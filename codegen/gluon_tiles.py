@@ -1,0 +1,121 @@
+"""What the parts of the forward kernel for Hopper have in common: which tiles a program visits, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from attndsl.codegen.gluon import count_of
+from attndsl.codegen.kernel import Leaves
+from attndsl.codegen.kernel_loops import Visits
+from attndsl.codegen.lines import Lines
+from attndsl.codegen.scalars import GLUON, Names, Printer
+from attndsl.plan import DType, ForwardPlan, Part, head_parts
+from attndsl.program import Binary, Const, Scalar, Var
+from attndsl.tile_sizes import leaves_by_q
+
+
+class Tiles:
+    """The lines of one of a kernel's parts, which go over the same query tiles and key tiles.
+
+    A program owns one query tile, or several (`Tiling.several`), one after another: then `done` counts the tiles of
+    keys of those before, and `nth` the query tiles.
+    """
+
+    def __init__(self, plan: ForwardPlan, helpers: set[str]) -> None:
+        self.plan = plan
+        self.several = plan.tiling.several
+        self.q_parts, self.v_parts = head_parts(plan.spec.dim), head_parts(plan.spec.v_dim)
+        self.fp8 = plan.spec.dtype is DType.FLOAT8
+        self.helpers = helpers
+        self.lines = Lines(indent=1)
+
+    def constants(self) -> None:
+        tiling = self.plan.tiling
+        self.lines.add(
+            f"BLOCK_Q: gl.constexpr = {tiling.block_q}",
+            f"BLOCK_K: gl.constexpr = {tiling.block_k}",
+            f"STAGES: gl.constexpr = {tiling.stages}",
+        )
+
+    def printer(self) -> Printer:
+        return Printer(GLUON, Names(Leaves(self.plan)), self.helpers)
+
+    @contextmanager
+    def query_tiles(self) -> Iterator[None]:
+        """What is done for each of a program's query tiles."""
+        if not self.several:
+            yield
+            return
+        self.lines.add("q_tiles = gl.cdiv(rows, BLOCK_Q)", "nth = 0", "done = 0")
+        with self.lines.block("for place in range(gl.program_id(0), places, gl.num_programs(0)):"):
+            self.place("place")
+            yield
+            self.lines.add("nth += 1", "done += partial + full")
+
+    def place(self, number: str) -> None:
+        """Which query tile of which head has this number."""
+        spec, lines = self.plan.spec, self.lines
+        ratio = spec.heads // spec.kv_heads
+        lines.add(f"head = {number} // q_tiles")
+        if self.several:
+            lines.add(
+                "# Each head begins elsewhere, so that a program has long and short query tiles.",
+                f"q_tile = ({number} + head * (q_tiles * 3 // 8)) % q_tiles",
+            )
+        else:
+            lines.add(f"q_tile = q_tiles - 1 - {number} % q_tiles")
+        lines.add(
+            f"b = head // {spec.heads}",
+            f"h = head % {spec.heads}",
+            f"g = h // {ratio}" if ratio > 1 else "g = h",
+        )
+
+    def visits(self, printer: Printer) -> tuple[Visits | None, Visits | None]:
+        """The query tile's position, and the tiles it visits: partial ones first."""
+        plan, lines = self.plan, self.lines
+        lines.add(
+            "start = 0" if plan.program.align_start else "start = k_len - rows",
+            "q_first = start + q_tile * BLOCK_Q",
+        )
+        first: Scalar = Binary("*", Const(plan.tiling.block_q), Var("q_tile"))
+        printer.names.known[first if plan.program.align_start else Binary("+", Var("start"), first)] = "q_first"
+        runs = plan.runs
+        printer.share(lines, [x for run in runs.full + runs.partial for x in (run.first, run.count)], "tile_")
+        partial = Visits(lines, printer, runs.partial, "partial") if runs.partial else None
+        full = Visits(lines, printer, runs.full, "full") if runs.full else None
+        lines.add(f"partial = {count_of(partial)}", f"full = {count_of(full)}")
+        lines.add(
+            "# A row block that visits nothing visits one tile all the same, and masks it.",
+            "partial = gl.where(partial + full == 0, 1, partial)",
+        )
+        return partial, full
+
+    def visited(self, partial: Visits | None, full: Visits | None, n: str) -> str:
+        """The tile visited in turn n: partial ones first."""
+        return f"gl.where({n} < partial, {self.tile(partial, n)}, {self.tile(full, f'({n} - partial)')})"
+
+    def tile(self, visits: Visits | None, i: str) -> str:
+        """The tile of iteration i. Where a row block visits nothing the ends of runs may lie before the first tile."""
+        return f"gl.maximum({visits.tile(i)}, 0)" if visits is not None else "0"
+
+    def turn(self, n: str) -> str:
+        """How many tiles of keys a program visited before tile n of this query tile, as an operand."""
+        if not self.several:
+            return n if n.isidentifier() or n.isdecimal() else f"({n})"
+        return f"(done + {n})" if n != "0" else "done"
+
+    @property
+    def nth(self) -> str:
+        """The query tile's number among a program's own, as the two places of its rows in shared memory go."""
+        return "nth" if self.several else "0"
+
+    def half(self, half: str) -> str:
+        """The place in shared memory of one half of the query tile's rows."""
+        return f"nth % 2 * 2 + {half}" if self.several else half
+
+    def out_memory(self, n: int, part: Part) -> str:
+        """The shared memory through which a part of the output leaves: where it can, that of the rows' own queries."""
+        if leaves_by_q(self.plan.spec, n):
+            return f"q_smem{self.q_parts[n].suffix}"
+        return f"out_smem{part.suffix}"

@@ -1,0 +1,90 @@
+"""What only a Hopper GPU shows: the kernels for it beside the definition, and that they have no races."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import attndsl
+from attndsl.plan import Tiling
+from attndsl.wiring import engine
+from tests.gpu import PATTERN, close, for_hopper
+
+pytestmark = [pytest.mark.gpu, for_hopper]
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS = "attention a { weights max(s, 0.0)  attend causal & window(300) }"
+SOFTCAP = "attention a { score softcap(s, 20.0)  attend window(150) }"
+# 64 keys a tile where heads are wide, so that two query tiles' rows have room.
+SEVERAL = {128: Tiling(128, 128, 4, 2, several=True), 96: Tiling(128, 128, 4, 2, several=True)}
+
+
+def random(heads: int, tokens: int, dim: int, dtype: torch.dtype = torch.bfloat16, batch: int = 2) -> Tensor:
+    return torch.randn(batch, heads, tokens, dim, device="cuda", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("dim", "v_dim"), [(64, 64), (8, 8), (40, 72), (80, 80), (96, 96), (64, 128), (192, 128), (256, 64), (256, 256)]
+)
+@pytest.mark.parametrize("text", [PATTERN, WEIGHTS], ids=["softmax", "weights"])
+def test_head_dimensions(text: str, dim: int, v_dim: int) -> None:
+    attn = attndsl.compile(text)
+    q, k, v = (
+        random(4, 333, dim, torch.float16),
+        random(2, 777, dim, torch.float16),
+        random(2, 777, v_dim, torch.float16),
+    )
+    assert close(attn, attn(q, k, v, backend="gluon"), q, k, v)
+
+
+@pytest.mark.parametrize("dim", SEVERAL)
+@pytest.mark.parametrize("text", [PATTERN, "causal", SOFTCAP])
+def test_programs_of_several_query_tiles(text: str, dim: int) -> None:
+    """More tiles than programs, so that their memory is used again; and fewer."""
+    attn = attndsl.compile(text)
+    one, several = engine(attn.program), engine(attn.program)
+    several.tiling = SEVERAL[dim]
+    for heads, tokens in ((40, 900), (1, 200), (2, 1)):
+        q, k, v = (random(heads, tokens, dim) for _ in range(3))
+        found, expected = (e.forward(q, k, v, [], [], None, "gluon") for e in (several, one))
+        # A row's sums are the same whoever owns it.
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+        assert close(attn, found[0], q, k, v)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+@pytest.mark.parametrize(("text", "dim"), [(PATTERN, 128), ("causal", 96), (SOFTCAP, 128)])
+def test_a_thousand_launches_on_fresh_inputs_agree(text: str, dim: int, several: bool) -> None:
+    """Twice on the same inputs to the bit, and with the portable kernel, while another stream disturbs the clocks of
+    memory: what warps hand each other through shared memory is there when it is read."""
+    program = attndsl.compile(text).program
+    hopper, portable = engine(program), engine(program)
+    hopper.tiling = SEVERAL[dim] if several else None
+    q, k, v = random(16, 1100, dim), random(4, 1500, dim), random(4, 1500, dim)
+    wrong, apart = (torch.zeros((), dtype=torch.int64, device="cuda") for _ in range(2))
+    other, noise = torch.cuda.Stream(), torch.empty(1 << 24, device="cuda")  # type: ignore[no-untyped-call]
+    for n in range(1000):
+        for x in (q, k, v):
+            x.normal_()
+        with torch.cuda.stream(other):
+            noise[: 1 << (14 + n % 11)].add_(1.0)
+        first, second = (hopper.forward(q, k, v, [], [], None, "gluon")[0] for _ in range(2))
+        wrong += (first != second).sum()
+        expected = portable.forward(q, k, v, [], [], None, "triton")[0].float()
+        apart += ((first - expected).norm() > 1e-2 * expected.norm()).long()
+    assert int(wrong) == int(apart) == 0
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "synccheck"])
+def test_the_sanitizer_finds_nothing(tool: str) -> None:
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.hostile"]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run([*command, "hopper"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
