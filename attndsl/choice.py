@@ -14,41 +14,22 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property, reduce
-from typing import Any, TypeAlias, assert_never
+from functools import cached_property
+from typing import TypeAlias, assert_never
 
 import numpy as np
 import numpy.typing as npt
 
+from attndsl.choice_values import real
 from attndsl.members import Lags, extent
-from attndsl.oracle import COMPARE, Array, Evaluator, index_origin
+from attndsl.oracle import Array, Evaluator
 from attndsl.oracle_places import tile_numbers
-from attndsl.program import (
-    Arg,
-    Binary,
-    Call,
-    CallShape,
-    Compare,
-    Const,
-    Dim,
-    If,
-    Inter,
-    Logic,
-    Program,
-    Read,
-    Scalar,
-    Set,
-    Table,
-    Type,
-    Unary,
-    Var,
-    children,
-    walk,
-)
+from attndsl.program import CallShape, Inter, Program, Scalar, Set
 from attndsl.selection import (
     Above,
     Antidiagonal,
     Bound,
+    Compete,
     Cover,
     Dot,
     Forced,
@@ -309,14 +290,14 @@ class _Call:
         raw = np.minimum(np.where(np.isnan(raw), -np.inf, raw), np.finfo(np.float32).max)
         withdrawn = candidates & ~forced & (raw == -np.inf)
         competing = candidates & ~withdrawn & ~(forced & extra)
-        score = _normalised(raw, competing, selection.normalise)
+        score = self._normalised(raw, competing)
         score, withdrawn = self._summed(score, competing, withdrawn)
         competing = candidates & ~withdrawn & ~(forced & extra)
         score = np.where(competing, score, -np.inf)
         first = forced & (selection.forced is Forced.COUNTED)
         # The last key counts first, and the sort is stable: ties go to the lower index.
         order = np.lexsort((-score, ~first, ~competing), axis=-1)
-        level = self._levels(score, competing, order) * competing
+        level = self._levels(score, competing, first, order) * competing
         level = np.where(forced, self._forced_level(level), level)
         return Chosen(level.astype(np.uint8), score, competing & ~forced)
 
@@ -342,7 +323,55 @@ class _Call:
             gone &= ~competing.reshape(groups).any(2)
         return added.repeat(size, axis=1), gone.repeat(size, axis=1)
 
-    def _levels(self, score: Floats, competing: Array, order: Array) -> Array:
+    def _normalised(self, score: Floats, competing: Array) -> Floats:
+        """Of each row; the least and the largest score are those of all that compete."""
+        if self.selection.normalise is not Normalise.MINMAX:
+            return _normalised(score, competing, self.selection.normalise)
+        found = _normalised(self._pool(score), self._pool(competing), self.selection.normalise)
+        return self._apart(found, score.shape)
+
+    @property
+    def _compete(self) -> Compete:
+        rule = self.selection.rule
+        return rule.compete if isinstance(rule, Cover) else Compete.ROW
+
+    def _pool(self, x: Array, sharing: int = 1) -> Array:
+        """[B, Hq, R, M] with all that compete along the last dimension, head by head, row by row.
+
+        sharing: heads that decide together, which count once: the first of each group are in one pool, and so on.
+        """
+        batch, heads, rows, members = x.shape
+        match self._compete:
+            case Compete.ROW:
+                return x
+            case Compete.HEAD:
+                return x.reshape(batch, heads, 1, rows * members)
+            case Compete.ALL:
+                apart = x.reshape(batch, heads // sharing, sharing, rows, members).swapaxes(1, 2)
+                return apart.reshape(batch, sharing, 1, -1)
+            case _ as never:
+                assert_never(never)
+
+    def _apart(self, x: Array, shape: tuple[int, ...], sharing: int = 1) -> Array:
+        """What `_pool` made one of, in its place again."""
+        if self._compete is not Compete.ALL:
+            return x.reshape(shape)
+        batch, heads, rows, members = shape
+        return x.reshape(batch, sharing, heads // sharing, rows, members).swapaxes(1, 2).reshape(shape)
+
+    def _covered(self, score: Floats, competing: Array, first: Array) -> list[Array]:
+        """The mass before each member, that with it, and all of it, among all that compete."""
+        heads = score.shape[1]
+        sharing = {Share.NONE: 1, Share.GROUP: heads // self.shape.kv_heads, Share.HEADS: heads}[self.selection.share]
+        inside = self._pool(np.where(competing, np.maximum(score, 0), 0), sharing)
+        ranked = [self._pool(x, sharing) for x in (-score, ~first, ~competing)]
+        order = np.lexsort(ranked, axis=-1)
+        after = np.empty_like(inside)
+        np.put_along_axis(after, order, np.cumsum(np.take_along_axis(inside, order, -1), -1), -1)
+        total = np.broadcast_to(inside.sum(-1, keepdims=True), inside.shape)
+        return [self._apart(x, score.shape, sharing) for x in (after - inside, after, total)]
+
+    def _levels(self, score: Floats, competing: Array, first: Array, order: Array) -> Array:
         """What each competing member gets, `order` listing members by their rank: 0 where it is out."""
         rule = self.selection.rule
         rank = np.argsort(order, axis=-1, kind="stable")
@@ -361,6 +390,8 @@ class _Call:
                 call = Evaluator.of_call(self.program, self.shape, self.data.inputs, self.data.args)
                 return np.asarray(rank < call.scalar(budget))
             case Cover(share=share, exclusive=exclusive, at_least=least, at_most=most):
+                if self._compete is not Compete.ROW:
+                    before, after, total = self._covered(score, competing, first)
                 within = (after <= share * total) if exclusive else (before < share * total)
                 chosen = (within & (inside > 0)) | (rank < least)
                 return np.asarray(chosen if most is None else chosen & (rank < most))
@@ -423,63 +454,3 @@ def _normalised(score: Floats, competing: Array, how: Normalise) -> Floats:
             return np.where(finite, np.where(high > low, at / width, 1.0), 0.0)
         case _ as never:
             assert_never(never)
-
-
-_FLOAT_CALLS: dict[str, Callable[..., Any]] = {
-    "min": lambda *x: reduce(np.minimum, x),
-    "max": lambda *x: reduce(np.maximum, x),
-    "abs": np.abs,
-    "clamp": lambda x, low, high: np.minimum(np.maximum(x, low), high),
-    "exp": np.exp,
-    "exp2": np.exp2,
-    "log": np.log,
-    "sqrt": np.sqrt,
-    "tanh": np.tanh,
-    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
-    "softcap": lambda x, cap: cap * np.tanh(x / cap),
-}
-_FLOAT_ARITHMETIC: dict[str, Callable[..., Any]] = {
-    "+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide,
-}  # fmt: skip
-
-
-def real(call: Evaluator, e: Scalar) -> Array:
-    """Value of a scalar that may read floats."""
-    if not any(node.type is Type.FLOAT for node in walk(e)):
-        return call.scalar(e)
-    operands = [real(call, child) for child in children(e)]
-    match e:
-        case Const(value=value):
-            return np.asarray(value)
-        case Table(name=name, index=_):
-            table = call.program.table(name)
-            return _entry(call, np.asarray(table.values).reshape(table.shape), table.dims, operands)
-        case Read(input=name, index=_):
-            if name not in call.inputs:
-                raise ValueError(f"input `{name}` is missing")
-            return _entry(call, np.asarray(call.inputs[name], np.float64), call.program.input(name).dims, operands)
-        case If():
-            return np.where(operands[0], operands[1], operands[2])
-        case Unary(op=op):
-            return -operands[0] if op == "-" else ~operands[0]
-        case Binary(op=op):
-            with np.errstate(divide="ignore", invalid="ignore"):
-                return np.asarray(_FLOAT_ARITHMETIC[op](*operands))
-        case Compare(op=op):
-            return np.asarray(COMPARE[op](*operands))
-        case Logic(op=op):
-            return np.asarray(reduce(np.logical_and if op == "and" else np.logical_or, operands))
-        case Call(function=function):
-            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-                return np.asarray(_FLOAT_CALLS[function](*operands))
-        case Var() | Arg():
-            raise ValueError("`s` is read where there is no pair")
-        case _ as never:
-            assert_never(never)
-
-
-def _entry(call: Evaluator, values: Array, dims: tuple[Dim, ...], index: list[Array]) -> Array:
-    places = []
-    for dim, size, at in zip(dims, values.shape, index, strict=True):
-        places.append(np.clip(at - index_origin(dim, call.program, call.shape), 0, size - 1))
-    return np.asarray(values[tuple(places)])

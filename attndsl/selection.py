@@ -1,7 +1,7 @@
 """Selections: which members of the keys each row class attends to, decided by the data. What `top` and its kin mean.
 
     selection ::= Selection rule of per share among always forced score normalise
-    rule      ::= Top n | Cover p | Above t | Levels factors bounds
+    rule      ::= Top n | Cover p compete | Above t | Levels factors bounds
     score     ::= Dot vectors vectors | Bound vectors vectors vectors | Antidiagonal S | Probs branch | Given e
     vectors   ::= Vectors source pool
 
@@ -104,15 +104,24 @@ class Top:
     fraction: float | None = None
 
 
+class Compete(Enum):
+    """Whose members share one mass: those of a row class, of all classes of a head, or of all heads."""
+
+    ROW = "row"
+    HEAD = "head"
+    ALL = "all"
+
+
 @dataclass(frozen=True, slots=True)
 class Cover:
-    """Members in rank while the mass before them is below `share` of the row's. `exclusive`: without the member that
-    crosses it."""
+    """Members in rank while the mass before them is below `share` of all of it. `exclusive`: without the member that
+    crosses it. `at_least`, `at_most`: of each row class, by its own rank."""
 
     share: float
     exclusive: bool = False
     at_least: int = 0
     at_most: int | None = None
+    compete: Compete = Compete.ROW
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +204,11 @@ class Selection:
     def extent(self) -> tuple[int, int]:
         """Of n tokens there are ceil(n / extent[0]) * extent[1] members."""
         return (self.keys, 1) if self.members is None else extent(self.members)
+
+    @property
+    def together(self) -> bool:
+        """Whether members of several row classes compete."""
+        return isinstance(self.rule, Cover) and self.rule.compete is not Compete.ROW
 
     @property
     def bounded(self) -> bool:

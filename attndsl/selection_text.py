@@ -10,6 +10,7 @@ from attndsl.selection import (
     Above,
     Antidiagonal,
     Bound,
+    Compete,
     Cover,
     Dot,
     Given,
@@ -65,8 +66,9 @@ def _rule(rule: Rule) -> tuple[str, str, list[str]]:
         case Top(count=count):
             assert count is not None
             return "top", scalar_text(count), []
-        case Cover(share=share, exclusive=exclusive, at_least=least, at_most=most):
+        case Cover(share=share, exclusive=exclusive, at_least=least, at_most=most, compete=compete):
             said: list[tuple[str, object]] = [("exclusive = true", exclusive), (f"at_least = {least}", least)]
+            said.append((f"compete = {compete.value}", compete is not Compete.ROW))
             return "cover", repr(share), [text for text, holds in (*said, (f"at_most = {most}", most)) if holds]
         case Above(share=share, relative=relative, at_most=most):
             said = [("relative = true", relative), (f"at_most = {most}", most)]

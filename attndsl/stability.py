@@ -27,6 +27,12 @@ from attndsl.selection import Antidiagonal, Bound, Dot, Forced, Normalise, Pool,
 def unstable(program: Program) -> Iterator[Diagnostic]:
     """A warning (W305) for each selection of single queries that leaks, with a row and a member."""
     for selection in program.selections:
+        if selection.rows == 1 and selection.together and _within_causal(program, selection):
+            yield Diagnostic(
+                "W305", Severity.WARNING, f"`{selection.name}` lets rows compete with later ones", selection.span,
+                notes=("what a row takes depends on the masses of rows after it",), help="write `compete = row`",
+            )  # fmt: skip
+            continue
         if selection.rows != 1 or not _sees_whole_members(selection):
             continue
         try:
@@ -70,11 +76,10 @@ def _sees_whole_members(selection: Selection) -> bool:
 def _competes(program: Program, selection: Selection) -> tuple[int, int] | None:
     """A row and a member of which it sees a part only, that ranks beside others; None where there is none, or where the
     selection is not within `causal`."""
+    if not _within_causal(program, selection):
+        return None
     among = _lowered(program, selection.among)
     every = _pairs(*among, data=True)
-    future = isl.Set.read_from_str(every.get_ctx(), "{ [q, k] : k > q }")
-    if not every.intersect(future).is_empty():
-        return None
     partly = bounded(among[0].ctx, lambda: _partly(every, selection))
     if selection.always is not None and _keeps_apart(selection):
         forced = _lowered(program, Inter((selection.among, selection.always)))
@@ -85,6 +90,12 @@ def _competes(program: Program, selection: Selection) -> tuple[int, int] | None:
     point = partly.lexmin().sample_point()
     row, member = (point.get_coordinate_val(isl.dim_type.set, i).to_python() for i in range(2))
     return int(row), int(member)
+
+
+def _within_causal(program: Program, selection: Selection) -> bool:
+    """Whether no row may choose among later tokens."""
+    every = _pairs(*_lowered(program, selection.among), data=True)
+    return bool(every.intersect(isl.Set.read_from_str(every.get_ctx(), "{ [q, k] : k > q }")).is_empty())
 
 
 def _keeps_apart(selection: Selection) -> bool:

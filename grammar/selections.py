@@ -18,6 +18,7 @@ from attndsl.selection import (
     Above,
     Antidiagonal,
     Bound,
+    Compete,
     Cover,
     Dot,
     Forced,
@@ -36,7 +37,7 @@ WORDS = {
     "share": tuple(word.value for word in Share),
     "forced": tuple(word.value for word in Forced),
     "normalise": tuple(word.value for word in Normalise),
-    "compete": ("row", "head", "all"),
+    "compete": tuple(word.value for word in Compete),
 }
 _COMMON = ("of", "per", "share", "among", "always", "forced", "by", "normalise")
 _OPTIONS = {
@@ -116,8 +117,6 @@ class _Options:
         rows, row_tiles = per or (1, None)
         share = Share(self._word("share", "none"))
         forced = Forced(self._word("forced", "counted"))
-        if self._word("compete", "row") != "row":
-            unsupported(Feature.COMPETE, self.given["compete"].span, self.ctx)
         among, always = self._set("among"), self._set("always")
         score: Score | None = None
         if "by" in self.given:
@@ -215,12 +214,15 @@ class _Options:
                 return None if "n" not in self.given else self._top(self.given["n"])
             case "cover":
                 share, least, most = self._share("p"), self._count("at_least"), self._count("at_most")
-                return None if share is None else Cover(share, self._flag("exclusive"), least or 0, most)
+                return None if share is None else self._cover(share, least or 0, most)
             case "above":
                 share, most = self._share("t"), self._count("at_most")
                 return None if share is None else Above(share, self._flag("relative"), most)
             case _:
                 return self._levels(node)
+
+    def _cover(self, share: float, least: int, most: int | None) -> Cover:
+        return Cover(share, self._flag("exclusive"), least, most, Compete(self._word("compete", "row")))
 
     def _top(self, node: ast.Expr) -> Top | None:
         if isinstance(node, ast.Apply) and node.function == "fraction":

@@ -21,7 +21,6 @@ class Feature(Enum):
         "selecting by these members or row classes",
         "write `blocks(B)`, `tokens`, `tiles(...)` or `segments(ids)`, and of diagonals `per = head`",
     )
-    COMPETE = ("A905", "a `cover` over more than a row class", "write `compete = row`, or leave it out")
     PACKED = (
         "A907",
         "`packed` around views, selections, `within`, `observe`, `skip below`, `coarsen`, `random` or blocks of inputs",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from attndsl.alone import separate, sequences, together
-from attndsl.choice import Data, Mass, choose, real
+from attndsl.choice import Data, Mass, choose
+from attndsl.choice_values import real
 from attndsl.oracle import Evaluator, dim_size
 from attndsl.plans import own_program, plan_heads, plan_input
 from attndsl.program import Axis, CallShape, Program

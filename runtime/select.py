@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # Pairs of rows and keys of a branch that one row class may have.
 MAX_PAIRS = 1 << 32
+# Members of all row classes of a call that may compete: what they are ranked by takes some 60 bytes of each.
+MAX_TOGETHER = 1 << 27
 # Rows for which heads may choose single tokens each on their own.
 MAX_TOKEN_ROWS = 16
 
@@ -81,6 +83,12 @@ class Selector:
         if isinstance(selection.score, Probs):
             self.mass = checked_mass(self.program, selection, shape, self.ragged)
             self.seeing = seeing_rows(self.program, self.mass, shape)
+        together = shape.batch * shape.heads * self.classes * self.members
+        if selection.together and together > MAX_TOGETHER:
+            raise error(
+                "A577", f"{together:,} members of all row classes compete", selection.span,
+                help=f"at most {MAX_TOGETHER:,}: choose `per = rows(128)` or larger members, or write `compete = row`",
+            )  # fmt: skip
         self.capacity = capacity(self.program, selection, heads, self.members)
         # Where the call holds every row, its row classes are whole.
         self.whole = not self.ragged and selection.rows is not None and shape.rows == shape.q_len(self.program)
@@ -211,9 +219,13 @@ class Selector:
         strips = Strips(self, q, k, inputs, args, scale, state, ragged)
         heads = plan.shape[1]
         step = max(1, STRIP[self.device.type] // max(1, self.shape.batch * self.shape.heads * strips.width))
+        if self.selection.together:
+            level = strips.levels(0, self.classes, step)[:, :: self.shape.heads // heads]
+            plan.copy_(self._listed(level) if self.selection.bounded else level)
+            return plan
         for low in range(0, self.classes, step):
             high = min(low + step, self.classes)
-            level = strips.levels(low, high)[:, :: self.shape.heads // heads]
+            level = strips.levels(low, high, high - low)[:, :: self.shape.heads // heads]
             plan[:, :, low:high] = self._listed(level) if self.selection.bounded else level
         return plan
 

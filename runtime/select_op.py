@@ -158,6 +158,8 @@ def _why_not_ragged(program: Program, selection: Selection, call: DecodeTensors)
     """Why a decode does not choose itself, empty where it does."""
     if selection.rows not in (1, None):
         return "it chooses for blocks of rows"
+    if selection.together:
+        return "all rows of a sequence compete"
     single = None in kept_by(selection)
     if isinstance(selection.score, Probs):
         if selection.rows is None:

@@ -16,14 +16,16 @@ from torch.nn.functional import pad
 
 from attndsl.capacity import lags_of
 from attndsl.members import Lags
+from attndsl.runtime.competing import masses_around, normalised_together
 from attndsl.runtime.groups import Groups, lag_sums, tiled_rows
-from attndsl.runtime.masses import floor_share, leading, normalised, pooled, running_sums, shares, softmax
+from attndsl.runtime.masses import floor_share, leading, pooled, running_sums, shares, softmax
 from attndsl.runtime.touched import Touched, as_rows, call_values
 from attndsl.runtime.values import Values
 from attndsl.selection import (
     Above,
     Antidiagonal,
     Bound,
+    Compete,
     Cover,
     Dot,
     Forced,
@@ -356,24 +358,35 @@ class Strips:
 
     # ---------------------------------------------------------------------------------------- choice
 
-    def levels(self, low: int, high: int) -> Tensor:
-        """uint8 [B, Hq, high - low, M] of these row classes: 0 where a member is out."""
-        selection = self.selection
+    def levels(self, low: int, high: int, step: int) -> Tensor:
+        """uint8 [B, Hq, high - low, M] of these row classes: 0 where a member is out. step: of a strip's classes."""
         shape = (self.shape.batch, self.shape.heads, high - low, self.of.members)
         if 0 in shape:
             return torch.zeros(shape, dtype=torch.uint8, device=self.device)
-        extra = selection.forced is Forced.EXTRA
+        strips = [self._scored(at, min(at + step, high)) for at in range(low, high, step)]
+        whole = strips[0] if len(strips) == 1 else (torch.cat(x, 2) for x in zip(*strips, strict=True))
+        return self._decided(*whole)
+
+    def _scored(self, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of these row classes the scores of candidates, which these are, and which are forced."""
+        selection = self.selection
+        shape = (self.shape.batch, self.shape.heads, high - low, self.of.members)
         candidates = self._present(self.candidates, self.among, low, high, selection.rows).expand(shape)
-        forced = torch.zeros((), dtype=torch.bool, device=self.device)
+        forced = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=self.device).expand(shape)
         if self.of.always is not None and self.always is not None:
             forced = self._present(self.of.always, self.always, low, high, selection.rows).expand(shape) & candidates
         raw = self._scores(low, high).expand(shape)
-        raw = torch.where(candidates & ~raw.isnan(), raw, -torch.inf).clamp(max=_LARGEST)
+        return torch.where(candidates & ~raw.isnan(), raw, -torch.inf).clamp(max=_LARGEST), candidates, forced
+
+    def _decided(self, raw: Tensor, candidates: Tensor, forced: Tensor) -> Tensor:
+        selection = self.selection
+        extra = selection.forced is Forced.EXTRA
         withdrawn = candidates & ~forced & (raw == -torch.inf)
         competing = candidates & ~withdrawn
         if extra:
             competing = competing & ~forced
-        score, withdrawn = self._summed(normalised(raw, competing, selection.normalise), competing, withdrawn)
+        normal = normalised_together(raw, competing, selection.normalise, self._compete)
+        score, withdrawn = self._summed(normal, competing, withdrawn)
         competing = candidates & ~withdrawn
         if extra:
             competing = competing & ~forced
@@ -383,14 +396,24 @@ class Strips:
         place = torch.where(competing, torch.where(first, 0, 1), 2).to(torch.int8)
         order = score.sort(dim=-1, descending=True, stable=True).indices
         order = order.gather(-1, place.gather(-1, order).sort(dim=-1, stable=True).indices)
-        level = self._ranked(score, competing, order) * competing
+        level = self._ranked(score, competing, order, place) * competing
         top = selection.rule.factors[0] if isinstance(selection.rule, Levels) else 1
         return torch.where(forced, top, level).to(torch.uint8)
+
+    @property
+    def _compete(self) -> Compete:
+        rule = self.selection.rule
+        return rule.compete if isinstance(rule, Cover) else Compete.ROW
+
+    @property
+    def _sharing(self) -> int:
+        """Heads that decide together."""
+        return {Share.NONE: 1, Share.GROUP: self.group, Share.HEADS: self.shape.heads}[self.selection.share]
 
     def _summed(self, score: Tensor, competing: Tensor, withdrawn: Tensor) -> tuple[Tensor, Tensor]:
         """Scores, and which members are withdrawn, after the heads that share have added theirs up."""
         selection = self.selection
-        size = {Share.NONE: 1, Share.GROUP: self.group, Share.HEADS: self.shape.heads}[selection.share]
+        size = self._sharing
         if size == 1:
             return score, withdrawn
         masses = selection.normalise is not Normalise.NONE or isinstance(selection.score, Antidiagonal | Probs)
@@ -400,7 +423,7 @@ class Strips:
             gone = gone & ~competing.unflatten(1, (-1, size)).any(2)
         return added.repeat_interleave(size, 1), gone.repeat_interleave(size, 1)
 
-    def _ranked(self, score: Tensor, competing: Tensor, order: Tensor) -> Tensor:
+    def _ranked(self, score: Tensor, competing: Tensor, order: Tensor, place: Tensor) -> Tensor:
         """What each member gets by its rank, int64."""
         rule = self.selection.rule
         index = torch.arange(self.of.members, device=self.device).expand(order.shape)
@@ -418,7 +441,9 @@ class Strips:
         total = inside.sum(-1, keepdim=True)
         before, after = until.gather(-1, rank), until.gather(-1, rank + 1)
         match rule:
-            case Cover(share=share, exclusive=exclusive, at_least=least, at_most=most):
+            case Cover(share=share, exclusive=exclusive, at_least=least, at_most=most, compete=compete):
+                if compete is not Compete.ROW:
+                    before, after, total = masses_around(inside, place, score, compete, self._sharing)
                 within = after <= share * total if exclusive else before < share * total
                 found = (within & (inside > 0)) | (rank < least)
                 return (found if most is None else found & (rank < most)).to(torch.int64)
