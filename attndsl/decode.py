@@ -33,6 +33,8 @@ from attndsl.plan import (
 from attndsl.program import (
     Arg,
     Axis,
+    Binary,
+    Call,
     Compare,
     Const,
     Dim,
@@ -133,6 +135,22 @@ class DecodePlan(Plan):
         """Tiles of queries for the heads of a key head."""
         return -(-self.group // self.heads_in_tile)
 
+    @property
+    def scattered(self) -> bool:
+        """Whether the keys that a row allows of a partial tile may be few and apart: then these alone are loaded.
+
+        A tile of several rows, or of heads that differ, would need the union of what they allow.
+        """
+        if self.mask is None or self.view is not None or self.listing is not None or self.tiling.block_q > 1:
+            return False
+        if self.pack > 1 and reads(self.mask, "h"):
+            return False
+        nodes = [x for x in walk(self.mask) if reads(x, "k")]
+        asked = (x for x in walk(self.mask) if isinstance(x, Read))
+        if any(dim.axis is Axis.Q and dim.block == 1 for x in asked for dim in self.program.input(x.input).dims):
+            return False
+        return any(isinstance(x, Read | Table | Call) or (isinstance(x, Binary) and x.op in ("%", "//")) for x in nodes)
+
     def units(self, batch: int, rows: int) -> int:
         """Tiles of queries in a call."""
         return -(-rows // self.tiling.block_q) * self.head_tiles * self.spec.kv_heads * batch
@@ -196,6 +214,7 @@ def _pack(spec: Spec, rows: int) -> int:
 def _plan(
     program: Program, spec: Spec, rows: int, cache: Cache, split: bool, pack: int, tiling: Tiling | None
 ) -> DecodePlan:
+    chosen = tiling is None
     tiling = tiling or decode_tiling(spec, cache, rows, pack)
     of_rows = replace(tiling, block_q=max(tiling.block_q // pack, 1))
     base = _of_one_head(program, spec, of_rows)
@@ -203,10 +222,15 @@ def _plan(
     if tiling.block_q <= _ONE_LOOP and runs.partial:
         # One loop fills its pipeline once.
         runs = TileRuns((), runs.full + runs.partial)
-    return DecodePlan(
+    plan = DecodePlan(
         base.program, spec, of_rows, runs, base.mask, base.scale, base.score, base.sink, base.weights, cache=cache,
         pack=pack, split=split, view=base.view,
     )  # fmt: skip
+    if chosen and plan.scattered and any(isinstance(x, Read) and reads(x, "k") for x in walk(plan.mask or Const(True))):
+        # What says of a key whether it is loaded is loaded before it.
+        stages = decode_tiling(spec, cache, rows, pack, by_data=True).stages
+        plan = replace(plan, tiling=replace(of_rows, stages=stages))
+    return plan
 
 
 def _of_one_head(program: Program, spec: Spec, tiling: Tiling) -> ForwardPlan:
@@ -262,8 +286,11 @@ def _said_of_g(run: Run) -> Run:
     return replace(run, first=substitute(run.first, {"h": Var("g")}), count=substitute(run.count, {"h": Var("g")}))
 
 
-def decode_tiling(spec: Spec, cache: Cache, rows: int, pack: int, listed: bool = False) -> Tiling:
-    """Tile sizes of a decode kernel; `block_q` counts the rows of all heads in a tile."""
+def decode_tiling(
+    spec: Spec, cache: Cache, rows: int, pack: int, listed: bool = False, by_data: bool = False
+) -> Tiling:
+    """Tile sizes of a decode kernel; `block_q` counts the rows of all heads in a tile. listed: its keys are those of a
+    list. by_data: which keys are loaded depends on data."""
     backend, _, arch = spec.target.partition(":")
     dim = max(spec.dim, spec.v_dim)
     if backend == "cpu":
@@ -283,7 +310,7 @@ def decode_tiling(spec: Spec, cache: Cache, rows: int, pack: int, listed: bool =
     ahead = (1 if arch in ("86", "89") and parts == 1 else 2) + cache.fp8
     # Where a page lies is loaded before the page, and before that the list: the pipeline is deeper for as many tiles in
     # flight.
-    stages = 1 + ahead * (1 + (cache.page is not None) + listed)
+    stages = 1 + ahead * (1 + (cache.page is not None) + (listed or by_data))
     if before_hopper:
         return Tiling(block_q, block_k, warps=8 if block_q >= 64 or parts > 1 else 4, stages=stages)
     # The products of few rows are small: two warps wait for each other less than four, where registers suffice.

@@ -5,8 +5,10 @@ from __future__ import annotations
 from attndsl.codegen.kernel import FULL, PARTIAL
 from attndsl.codegen.kernel_loops import Visits
 from attndsl.codegen.lines import Lines
+from attndsl.codegen.scalars import Printer
 from attndsl.codegen.triton_forward import ForwardWriter
 from attndsl.decode import DecodePlan, Listing
+from attndsl.mask import KEY
 from attndsl.plan import Part, head_parts
 from attndsl.program import Axis, Binary, Scalar, Var, reads
 
@@ -180,6 +182,16 @@ class _Decode(ForwardWriter):
         if self.plan.columns > 1:
             self.lines.add("v_at = v_at + first_column")
 
+    def _hoist(self) -> None:
+        super()._hoist()
+        plan = self.plan
+        self.wanted: Printer | None = None
+        if plan.scattered and plan.mask is not None:
+            # What the row allows of keys in a column, to load these alone.
+            self.wanted = self.fresh()
+            self.wanted.names.known[Var("q")] = "q_first"
+            self.wanted.hoist(self.lines, [plan.mask], KEY, "own_")
+
     # ------------------------------------------------------------------------------------- loops
 
     def _loops(self) -> None:
@@ -279,23 +291,35 @@ class _Decode(ForwardWriter):
                     "present = (page >= 0) & (page < pages)",
                 )
             return
+        wanted = self._wanted() if bounded else ""
         if self.cache.page is None:
             lines.add("keys = (k_tile * BLOCK_K + k_offset[:, None]).to(tl.int64)")
-            lines.add(*([f"present = keys < {self.k_end}"] if bounded else []))
+            lines.add(*([f"present = {wanted or f'keys < {self.k_end}'}"] if bounded else []))
             return
         exists = "(page >= 0) & (page < pages)"
         if self.cache.page % self.plan.tiling.block_k == 0:
             # All on one page.
             entry = "tl.load(table_at + k_tile * BLOCK_K // PAGE)"
             lines.add("in_page = k_tile * BLOCK_K % PAGE + k_offset[:, None]")
-            exists = f"(k_tile * BLOCK_K + k_offset[:, None] < k_len) & {exists}"
+            exists = f"{wanted or '(k_tile * BLOCK_K + k_offset[:, None] < k_len)'} & {exists}"
         else:
             lines.add("keys = k_tile * BLOCK_K + k_offset[:, None]", "in_page = keys % PAGE")
-            entry = f"tl.load(table_at + keys // PAGE{', mask=keys < k_len, other=-1' if bounded else ''})"
+            which = f", mask={wanted or 'keys < k_len'}, other=-1" if bounded else ""
+            entry = f"tl.load(table_at + keys // PAGE{which})"
         if bounded:
             lines.add(f"page = {entry}.to(tl.int64)", f"present = {exists}")
         else:
             lines.add(f"page = clamp({entry}, 0, pages - 1).to(tl.int64)")
+
+    def _wanted(self) -> str:
+        """The name of what says of the keys of a tile, a column, which the row allows, where only these are loaded."""
+        if self.wanted is None or self.plan.mask is None:
+            return ""
+        printer = self.wanted.within(self.wanted.names.inner())
+        self.lines.add("k_pos = k_tile * BLOCK_K + k_offset[:, None]")
+        printer.share(self.lines, [self.plan.mask], "own_")
+        self.lines.add(f"wanted = (k_pos < k_len) & ({printer.text(self.plan.mask)})")
+        return "wanted"
 
     # ---------------------------------------------------------------------------------- epilogue
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,11 +12,13 @@ import torch
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
+from attndsl.decode import Cache, decode_plan
+from attndsl.oracle import mask
 from attndsl.plan import DType, Spec, Tiling
 from attndsl.program import Axis, CallShape, Dim
 from tests.accuracy import examples
 from tests.cases import CASES, case
-from tests.decoding import check_decode, decoder, tensors_of
+from tests.decoding import check_decode, decoder, of_length, tensors_of
 from tests.strategies import Case, composed_programs, tensors
 
 pytestmark = [
@@ -34,6 +36,10 @@ COLUMNS = {
     ),
     "weights": case("attention w { attend causal & window(50) weights max(s, 0) }", heads=(4, 2)),
 }  # fmt: skip
+UNSORTED = case(
+    "attention d { input doc : int[b, k]  attend causal & document(doc) }",
+    inputs={"doc": np.random.default_rng(1).integers(0, 4, (2, 70)).astype(np.int32)},
+)
 DECODED = [name for name, case in CASES.items() if "align start" not in case.text]
 
 
@@ -96,6 +102,33 @@ def test_columns(name: str, columns: int) -> None:
     case = COLUMNS.get(name) or CASES[name]
     case = replace(case, shape=replace(case.shape, dim=32, v_dim=64, rows=min(case.shape.rows, 8)))
     judge(case, some_lengths(case, columns), "triton", page_of(70) if columns == 4 else None, 1, columns=columns)
+
+
+SCATTERED = ["dilated", "power_of_two", "documents_unsorted", "segment", "permuted"]
+
+
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [*((name, page) for name in SCATTERED for page in (None, 7)), ("dilated", 32), ("power_of_two", 32)],
+)
+def test_only_allowed_keys_are_loaded(name: str, page: int | None) -> None:
+    """A row alone loads of its tiles what it allows: what the rest hold may be no numbers."""
+    case, tokens = UNSORTED if name == "documents_unsorted" else CASES[name], 96 if page == 32 else 70
+    case = replace(case, shape=replace(case.shape, rows=1, k_len=tokens))
+    (batch, heads, kv_heads, *_), program, lengths = astuple(case.shape), case.load(), [tokens, 31]
+    q, k, v, inputs = tensors(case)
+    spec = Spec(heads, kv_heads, case.shape.dim, case.shape.v_dim, DType.FLOAT32, "cpu")
+    assert decode_plan(program, spec, 1, Cache(page), tiling=SMALL).scattered
+    hidden = v.clone()
+    for b, length in enumerate(lengths[:batch]):
+        arrays = {x: y.numpy() for x, y in of_length(program, inputs, length, 1).items()}
+        seen = mask(program, CallShape(batch, heads, kv_heads, 1, length, 8, 8), arrays, {})[b, :, 0]
+        allowed = torch.from_numpy(seen.reshape(kv_heads, -1, length).any(1))
+        hidden[b, :, :length][~allowed] = torch.nan
+    given, made = [inputs[decl.name].to(DEVICE) for decl in program.inputs], decoder(program, tiling=SMALL, splits=2)
+    calls = (tensors_of(q, k, values, lengths[:batch], page, DEVICE) for values in (v, hidden))
+    first, second = (made.decode(call, given, [], None, "triton")[0] for call in calls)
+    assert hidden.isnan().any() and torch.equal(first, second)
 
 
 @st.composite
