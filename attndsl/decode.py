@@ -60,9 +60,11 @@ _FEW, _MANY = 3, 16
 _LONG_SLICE = 32
 # Warps of a tile of few rows.
 _FEW_WARPS = 2
-# Where programs share rows by columns instead: columns of values at least, and the tiles that are on their way at once.
+# Where programs share rows by columns instead: columns of values at least, keys of a tile, and stages, with pages more.
 _LEAST_COLUMNS = 64
-_AHEAD, _AHEAD_IN_PAGES = 5, 7
+_WIDE_TILE, _STAGES, _STAGES_IN_PAGES = 128, 4, 8
+# Devices with as much shared memory as such a program takes.
+_ROOMY = ("80", "90", "100", "103")
 # A length at which a pattern that visits few tiles shows it.
 _FAR = 1 << 20
 # Query rows of a tile, the rows of all its heads together: products take 16 at least.
@@ -171,7 +173,8 @@ def decode_plan(
     """
     if columns > 1:
         alone = decode_plan(program, spec, rows, cache, split, tiling)
-        return replace(alone, columns=columns, tiling=alone.tiling if tiling else _deep(alone))
+        alone = decode_plan(program, spec, rows, cache, split, tiling or _wide(alone))
+        return replace(alone, columns=columns)
     if program.only.skip is not None:
         raise error(
             "A911", "decode is not yet supported where tiles are skipped", program.span,
@@ -194,12 +197,10 @@ def _for_short_slices(plan: DecodePlan, rows: int) -> DecodePlan:
     return replace(plan, tiling=replace(plan.tiling, stages=3))
 
 
-def _deep(plan: DecodePlan) -> Tiling:
-    """The tiling of a program that is alone on its multiprocessor, and keeps many tiles in flight."""
-    ahead = _AHEAD if plan.cache.page is None else _AHEAD_IN_PAGES
-    # With 100 KB of shared memory fewer fit.
-    small = plan.cache.page is None and plan.spec.target in ("cuda:86", "cuda:89")
-    return replace(plan.tiling, warps=4, stages=1 + (3 if small else ahead))
+def _wide(plan: DecodePlan) -> Tiling:
+    """The tiling of a program that is alone on its multiprocessor: few large tiles, several of them in flight."""
+    stages = _STAGES if plan.cache.page is None and plan.listing is None else _STAGES_IN_PAGES
+    return Tiling(plan.tiling.block_q * plan.pack, _WIDE_TILE, warps=4, stages=stages)
 
 
 def _pack(spec: Spec, rows: int) -> int:
@@ -340,8 +341,9 @@ def column_count(plan: DecodePlan, batch: int, rows: int, capacity: int, multipr
     """
     spec, units = plan.spec, plan.units(batch, rows)
     backend, _, arch = spec.target.partition(":")
-    small = plan.tiling.block_q * plan.pack > _LEAST_ROWS or len(head_parts(spec.dim)) > 1 or spec.dim > 128
-    if small or spec.dtype is DType.FLOAT32 or backend != "cuda" or int(arch) < 80 or units == 0:
+    large = plan.tiling.block_q * plan.pack > _LEAST_ROWS or spec.dim > _WIDE_TILE or spec.dim.bit_count() > 1
+    elsewhere = backend != "cuda" or arch not in _ROOMY or spec.dtype is DType.FLOAT32 or plan.cache.fp8
+    if large or elsewhere or plan.scattered or units == 0:
         return 1
     wanted = min(multiprocessors // units, spec.v_dim // _LEAST_COLUMNS)
     columns = 1 << wanted.bit_length() - 1 if wanted > 0 else 0

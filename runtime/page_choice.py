@@ -21,8 +21,9 @@ from attndsl.runtime.decode import FP8, reach
 from attndsl.runtime.engine import MAX_PREPARED
 from attndsl.runtime.launcher import Slot
 
-# Warps of a kernel; that of the choice compares 8192 keys at once.
-_WARPS = {"bound_pages": 4, "score_pages": 4, "choose_pages": 8}
+# Warps of a kernel: one scores its pages without waiting for others (benchmarks/RESULTS.md), and that of the choice
+# compares 8192 keys at once.
+_WARPS = {"bound_pages": 4, "score_pages": 1, "choose_pages": 8}
 
 
 @dataclass(slots=True)
