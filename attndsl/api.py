@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +16,12 @@ from attndsl.compare import Comparison, Undecided
 from attndsl.compare import compare as compare_programs
 from attndsl.compose import check_lse, compose
 from attndsl.diagnostics import Diagnostic, PatternWarning, Source, error
-from attndsl.findings import findings
-from attndsl.grammar import format_source, load, read_source
-from attndsl.part_findings import part_findings
+from attndsl.grammar import format_source, read_source
 from attndsl.parts import part_of, parts_of
 from attndsl.plans import own_program
 from attndsl.program import CallShape, Program
 from attndsl.runtime.registry import attend_operator
-from attndsl.stability import unstable
-from attndsl.wiring import kernel_cache, measure, registered
+from attndsl.wiring import kernel_cache, measure, read_program, registered
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,9 +54,7 @@ def compile(source: str | os.PathLike[str], *, name: str | None = None, **params
 
 def load_attention(source: str | os.PathLike[str], *, name: str | None = None, **params: object) -> Attention:
     """`compile` without its warnings, which are in `Attention.warnings`."""
-    found = source_of(source)
-    program = (loaded := load(found.text, name=found.name, select=name, params=params)).program
-    return Attention(program, (*loaded.warnings, *findings(program), *part_findings(program), *unstable(program)))
+    return Attention(*read_program(source_of(source), name, params))
 
 
 def source_of(source: str | os.PathLike[str]) -> Source:
@@ -97,15 +92,18 @@ class Attention:
         warnings: what there is to warn about.
     """
 
-    def __init__(self, program: Program, warnings: tuple[Diagnostic, ...] = ()) -> None:
+    def __init__(
+        self, program: Program, warnings: tuple[Diagnostic, ...] = (), keep_text: Callable[[], None] | None = None
+    ) -> None:
         self.program = program
         self.warnings = warnings
         self._inputs = tuple(decl.name for decl in own_program(program).inputs)
         self._attend = attend_operator()
         # Known before the first call, which may be one that torch.compile traces.
-        self._key = registered(replace(program, observations=()))
+        self._key = registered(replace(program, observations=()), keep_text)
         self._composition = compose(program)
-        self._parts = () if program.plain else tuple(map(registered, self._composition.programs))
+        parts = () if program.plain else self._composition.programs
+        self._parts = tuple(registered(part, keep_text) for part in parts)
 
     def __reduce__(self) -> tuple[type[Attention], tuple[Program, tuple[Diagnostic, ...]]]:
         """Copies and pickles are compiled anew: another process has to know the program too."""

@@ -1,7 +1,8 @@
-"""Frozen dataclasses as JSON: what is kept of a plan beside its printed kernels.
+"""Frozen dataclasses as JSON: what is kept of a plan beside its printed kernels, and of a text beside both.
 
 A record is a list of nodes, each after those it refers to, so expressions that share parts still do when they are read
-again. Only the classes handed in are ever made; fields that do not count in comparisons (source spans) are left out.
+again. Only the classes handed in are ever made; fields that do not count in comparisons (source spans) are left out,
+unless a record is to be `whole`.
 
     node   ::= [class, field*] | ["", entry*]          the second is a tuple
     field, entry ::= null | bool | number | string | [index of a node] | [enum, member]
@@ -18,18 +19,18 @@ from typing import Any
 
 
 def classes_of(modules: Iterable[ModuleType]) -> dict[str, type]:
-    """The dataclasses and enums that these modules define, by name."""
+    """The dataclasses and enums that these modules define, by the name that a record has for them."""
     return {
-        name: found
+        _name(found): found
         for module in modules
-        for name, found in vars(module).items()
+        for found in vars(module).values()
         if isinstance(found, type)
         and found.__module__ == module.__name__
         and (is_dataclass(found) or issubclass(found, Enum))
     }
 
 
-def write(value: Any, left_out: Mapping[str, Iterable[str]] = {}) -> str:
+def write(value: Any, left_out: Mapping[str, Iterable[str]] = {}, whole: bool = False) -> str:
     """A value as text. left_out: fields by class, which whoever reads it puts in again.
 
     Raises TypeError for what is neither a plain value nor a dataclass, an enum member or a tuple of such.
@@ -41,14 +42,13 @@ def write(value: Any, left_out: Mapping[str, Iterable[str]] = {}) -> str:
         if x is None or isinstance(x, bool | int | float | str):
             return x
         if isinstance(x, Enum):
-            return [type(x).__name__, x.name]
+            return [_name(type(x)), x.name]
         # The value lives as long as this call, so an identity is its own.
         if id(x) not in places:
             if isinstance(x, tuple):
                 node = ["", *map(written, x)]
             elif is_dataclass(x) and not isinstance(x, type):
-                name = type(x).__name__
-                node = [name, *(written(getattr(x, field)) for field in _kept(type(x), left_out))]
+                node = [_name(type(x)), *(written(getattr(x, field)) for field in _kept(type(x), left_out, whole))]
             else:
                 raise TypeError(f"a record cannot hold {type(x).__qualname__}")
             places[id(x)] = len(nodes)
@@ -59,7 +59,9 @@ def write(value: Any, left_out: Mapping[str, Iterable[str]] = {}) -> str:
     return json.dumps([nodes, root], separators=(",", ":"))
 
 
-def read(text: str, classes: Mapping[str, type], put_in: Mapping[str, Mapping[str, Any]] = {}) -> Any:
+def read(
+    text: str, classes: Mapping[str, type], put_in: Mapping[str, Mapping[str, Any]] = {}, whole: bool = False
+) -> Any:
     """The value that `write` wrote. put_in: by class, the fields that were left out, and their values.
 
     Raises KeyError, TypeError or ValueError for any other text.
@@ -76,12 +78,18 @@ def read(text: str, classes: Mapping[str, type], put_in: Mapping[str, Mapping[st
         if not name:
             made.append(tuple(map(known, values)))
             continue
-        cls, given = classes[name], put_in.get(name, {})
-        names = _kept(cls, {name: given})
+        cls = classes[name]
+        given = put_in.get(cls.__name__, {})
+        names = _kept(cls, {cls.__name__: given}, whole)
         made.append(cls(**dict(zip(names, map(known, values), strict=True)), **given))
     return known(root)
 
 
-def _kept(cls: Any, left_out: Mapping[str, Iterable[str]]) -> list[str]:
+def _name(cls: type) -> str:
+    """A class's name under its module's: two modules may have a `Pool`."""
+    return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
+
+
+def _kept(cls: Any, left_out: Mapping[str, Iterable[str]], whole: bool) -> list[str]:
     without = set(left_out.get(cls.__name__, ()))
-    return [field.name for field in fields(cls) if field.compare and field.init and field.name not in without]
+    return [x.name for x in fields(cls) if (whole or x.compare) and x.init and x.name not in without]

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from attndsl.combining import CombinePlan, combine_plan
 from attndsl.compose import compose, raw_first
 from attndsl.decode import Cache, DecodePlan, decode_plan
-from attndsl.diagnostics import error
+from attndsl.diagnostics import Diagnostic, Source, error
+from attndsl.findings import findings
+from attndsl.grammar import load
 from attndsl.listing import lists_tiles, reads_plans
 from attndsl.mixing import mixes
 from attndsl.observing import Cells, ObservePlan, cells_of, observe_plans
+from attndsl.part_findings import part_findings
 from attndsl.parts import find_kernel
 from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.plan import Backend, BackwardPlan, ForwardPlan, Loads, Spec
 from attndsl.plans import of_selection
 from attndsl.pooling import PoolPlan
 from attndsl.program import Program
+from attndsl.runtime import texts
 from attndsl.runtime.cache import cache_key
 from attndsl.runtime.registry import register
 from attndsl.select_plan import SelectPlan, select_plan
+from attndsl.stability import unstable
 from attndsl.targets import gradients_refusal, hopper_refusal, layout_refusal, make_spec
 
 if TYPE_CHECKING:
@@ -36,15 +41,26 @@ if TYPE_CHECKING:
     from attndsl.runtime.trial import Trial
 
 
-def registered(program: Program) -> str:
+def read_program(
+    source: Source, select: str | None, params: Mapping[str, object]
+) -> tuple[Program, tuple[Diagnostic, ...], Callable[[], None] | None]:
+    """The program of a text, what it warns of, and where both were not found in the cache what keeps them there."""
+    if (found := texts.find(source, select, params)) is not None:
+        return *found, None
+    program = (loaded := load(source.text, name=source.name, select=select, params=params)).program
+    warnings = (*loaded.warnings, *findings(program), *part_findings(program), *unstable(program))
+    return program, warnings, lambda: texts.keep(source, select, params, (program, warnings))
+
+
+def registered(program: Program, keep_text: Callable[[], None] | None = None) -> str:
     """The key under which a program, or that of a branch, is known to operators and graphs."""
     key = cache_key("program", program)
-    register(key, lambda: engine(program), decode_generators)
+    register(key, lambda: engine(program, keep_text), decode_generators)
     return key
 
 
-def engine(program: Program) -> Engine:
-    """A program's kernels at run time."""
+def engine(program: Program, keep_text: Callable[[], None] | None = None) -> Engine:
+    """A program's kernels at run time. keep_text: see there."""
     from attndsl.runtime.engine import Engine, Generators
 
     printers = Generators(
@@ -65,7 +81,7 @@ def engine(program: Program) -> Engine:
         triton_keep=_printer("triton_keep", "keep_source"),
         triton_values=_printer("triton_values", "values_source"),
     )
-    return Engine(program, printers)
+    return Engine(program, printers, keep_text=keep_text)
 
 
 def decode_generators() -> DecodeGenerators:

@@ -25,10 +25,10 @@ from attndsl.runtime.call import call_shape, dim_size
 from attndsl.runtime.combine_op import combine_sources, function_of
 from attndsl.runtime.decode import FP8, DecodeTensors
 from attndsl.runtime.derive import derived_dtype
-from attndsl.runtime.engine import empty_output
 from attndsl.runtime.gluon_backward import GRADIENTS, gradients_parameters
 from attndsl.runtime.observing import FUNCTION as OBSERVE
 from attndsl.runtime.observing import observe_sources
+from attndsl.runtime.outputs import empty_output
 from attndsl.runtime.pool import POOLED, WARPS, pool_sources
 from attndsl.runtime.quantized import Scales, quantized_parameters
 from attndsl.runtime.triton_backward import DKDV, DQ, backward_parameters

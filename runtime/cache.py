@@ -7,6 +7,7 @@ that cannot be used costs one warning, never a call.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -220,6 +221,16 @@ class KernelCache:
                 self._memory[key] = members
             return members
 
+    def exists(self) -> bool:
+        """Whether anything was ever kept on disk."""
+        return self._directory.is_dir()
+
+    def find(self, key: str) -> Mapping[str, bytes] | None:
+        """Members of the entry `key`, from memory or from disk, None where there is none."""
+        if (members := self._memory.get(key)) is None and (members := self._read_quietly(key)) is not None:
+            self._memory[key] = members
+        return members
+
     def info(self) -> CacheInfo:
         """What lies on disk. A directory that is missing or refused (with a warning) holds nothing."""
         entries = self._entries()
@@ -376,6 +387,12 @@ class KernelCache:
             KernelCache._warned.set()
             message = f"compiled kernels are kept in memory only, not in {self._directory}: {reason}"
             warnings.warn(message, CacheWarning, stacklevel=4)
+
+
+@functools.cache
+def shared_cache() -> KernelCache:
+    """The process's kernel cache."""
+    return KernelCache()
 
 
 def _refuse_unless_private(path: Path, status: os.stat_result, is_kind: Callable[[int], bool]) -> None:

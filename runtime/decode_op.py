@@ -12,8 +12,8 @@ from torch.library import Library
 from attndsl.diagnostics import error
 from attndsl.program import CallShape
 from attndsl.runtime.decode import DecodeTensors
-from attndsl.runtime.engine import empty_output
 from attndsl.runtime.ops import checked_values, traced, wants_gradients
+from attndsl.runtime.outputs import empty_output
 from attndsl.runtime.registry import decoder_of
 
 LAYOUTS = ("hnd", "nhd")

@@ -19,7 +19,7 @@ from attndsl.mixing import mixes
 from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.plan import Backend, BackwardPlan, DType, ForwardPlan, Loads, Spec, Tiling
 from attndsl.pooling import PoolPlan
-from attndsl.program import CallShape, Program, TableDecl, Type
+from attndsl.program import Program, TableDecl, Type
 from attndsl.properties import takes_more_rows_than_keys
 from attndsl.runtime.again import Again, again
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
@@ -71,12 +71,14 @@ class Generators:
 class Engine:
     """The kernels of one program. Thread-safe: preparing a call twice is harmless.
 
-    `again`: the kind of the last calls, once two were alike.
+    `again`: the kind of the last calls, once two were alike. `keep_text`: keeps beside kernels what was found of the
+    text that the program was read from.
     """
 
     program: Program
     generators: Generators
     tiling: Tiling | None = None
+    keep_text: Callable[[], None] | None = None
     again: Again | None = None
     _last: Callable[..., Any] | None = None
     _prepared: dict[Any, Any] = field(default_factory=dict)
@@ -303,6 +305,9 @@ class Engine:
         }
         cache = None if INTERPRETED else shared_cache()
         kernels = printed_forward(program, spec, backends, self.tiling, printers, cache)
+        if cache is not None and self.keep_text is not None:
+            self.keep_text()
+            self.keep_text = None
         deriving = self.deriving(kernels[0].program, q, k, v, inputs)
         inputs = [*inputs, *deriving.examples]
         steps: list[Callable[[], Any]] = [
@@ -434,56 +439,6 @@ def _kind(
     )  # fmt: skip
 
 
-def in_order_of(q: Tensor, x: Tensor) -> Tensor:
-    """x [B, H, N, D] dense, in the memory order of q: heads inside tokens where q has them so. No copy if it is."""
-    if q.stride(1) < q.stride(2):
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    return x.contiguous()
-
-
-def empty_gradient(x: Tensor) -> Tensor:
-    """Uninitialised gradient of x [B, H, N, D], dense, in the memory order of x."""
-    batch, heads, tokens, dim = x.shape
-    if x.stride(1) < x.stride(2):
-        return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
-    return x.new_empty(batch, heads, tokens, dim)
-
-
-def empty_output(q: Tensor, shape: CallShape) -> tuple[Tensor, Tensor]:
-    """Uninitialised output in the memory order of q (heads inside tokens where q has them so), and lse."""
-    made = Outputs.of(q, shape)
-    return made.out(q), made.lse(q)
-
-
-@dataclass(frozen=True, slots=True)
-class Outputs:
-    """What calls of one kind return, as `empty_output` makes it of their q."""
-
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    rows: tuple[int, ...]
-    row_strides: tuple[int, ...]
-    lse_dtype: torch.dtype
-
-    @staticmethod
-    def of(q: Tensor, shape: CallShape) -> Outputs:
-        """What a call of these sizes returns."""
-        batch, heads, rows, dim = sizes = (shape.batch, shape.heads, shape.rows, shape.v_dim)
-        inside = q.stride(1) < q.stride(2)
-        strides = (rows * heads * dim, dim, heads * dim, 1) if inside else (heads * rows * dim, rows * dim, dim, 1)
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        return Outputs(sizes, strides, (batch, heads, rows), (heads * rows, rows, 1), dtype)
-
-    def out(self, q: Tensor) -> Tensor:
-        """The output [B, Hq, Nq, Dv]."""
-        # With strides: `empty` takes three times as long to read its arguments.
-        return q.new_empty_strided(self.sizes, self.strides)
-
-    def lse(self, q: Tensor) -> Tensor:
-        """lse [B, Hq, Nq]."""
-        return torch.empty_strided(self.rows, self.row_strides, dtype=self.lse_dtype, device=q.device)
-
-
 def table_tensor(table: TableDecl, device: torch.device) -> Tensor:
     """A compile-time table as a tensor of its declared shape."""
     dtype = {Type.INT: torch.int32, Type.FLOAT: torch.float32, Type.BOOL: torch.bool}[table.type]
@@ -494,7 +449,4 @@ def default_scale(dim: int) -> float:
     return 1.0 / math.sqrt(dim)
 
 
-__all__ = [
-    "BACKENDS", "Engine", "Generators", "Gradients", "Loads", "Outputs", "default_scale", "empty_gradient",
-    "empty_output", "in_order_of", "table_tensor",
-]  # fmt: skip
+__all__ = ["BACKENDS", "Engine", "Generators", "Gradients", "Loads", "default_scale", "table_tensor"]

@@ -16,7 +16,8 @@ from attndsl.plan import Backend, BackwardPlan, Spec
 from attndsl.program import Program
 from attndsl.runtime.call import call_shape
 from attndsl.runtime.dropout import Dropout
-from attndsl.runtime.engine import Gradients, default_scale, empty_gradient, empty_output, in_order_of
+from attndsl.runtime.engine import Gradients, default_scale
+from attndsl.runtime.outputs import empty_gradient, empty_output, in_order_of
 from attndsl.runtime.triton_backward import backward_parameters, row_stride
 from attndsl.runtime.triton_launch import INPUTS, descriptor, prepare, together, why_not_gluon, without_memory
 from attndsl.targets import gradients_refusal, layout_refusal

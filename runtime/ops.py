@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from attndsl.diagnostics import PatternError, error
 from attndsl.program import CallShape, Program
 from attndsl.runtime.dropout import Dropout, check_rate, seed_tensor
-from attndsl.runtime.engine import empty_gradient, empty_output, in_order_of
+from attndsl.runtime.outputs import empty_gradient, empty_output, in_order_of
 from attndsl.runtime.registry import engine_of
 
 _LIBRARY = Library("attndsl", "DEF")

@@ -16,8 +16,9 @@ from torch.library import Library
 from attndsl.branches import Pool, PoolFunction, Queries
 from attndsl.pooling import PoolPlan, entries
 from attndsl.runtime.call import device_target, dtype_of
-from attndsl.runtime.engine import MAX_PREPARED, empty_gradient
+from attndsl.runtime.engine import MAX_PREPARED
 from attndsl.runtime.launcher import Slot
+from attndsl.runtime.outputs import empty_gradient
 from attndsl.runtime.registry import engine_of
 from attndsl.runtime.triton_version import interpreted
 

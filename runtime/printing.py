@@ -9,14 +9,11 @@ make them, the search for layouts too, is spared where an entry is found.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import attndsl
 from attndsl import box_tiles, boxes, branches, derivation, grid, inputs, listing, records, runs
 from attndsl import layout as layouts
 from attndsl import plan as plans_module
@@ -32,6 +29,7 @@ from attndsl.plan import Backend, BackwardPlan, ForwardPlan, Printed, Spec, Tili
 from attndsl.program import InputDecl, Program
 from attndsl.runs import Side
 from attndsl.runtime.cache import KernelCache, cache_key
+from attndsl.runtime.texts import compiler_digest
 from attndsl.targets import layout_refusal
 from attndsl.tile_sizes import learning_tiling
 from attndsl.tiling import prefers_portable
@@ -194,14 +192,3 @@ def _choice(program: Program, spec: Spec, backends: tuple[Backend, ...]) -> Back
             raise error("A510", reason, help="leave `backend` out to get the portable kernel")
         return Backend.TRITON
     return Backend.TRITON if len(backends) > 1 and prefers_portable(program, spec) else Backend.GLUON
-
-
-@functools.cache
-def compiler_digest() -> str:
-    """Digest of the sources from which plans and texts come: another version prints anew."""
-    package = Path(attndsl.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted([*package.glob("*.py"), *(package / "codegen").glob("*.py")]):
-        content = path.read_bytes()
-        digest.update(f"{path.name} {len(content)}\n".encode() + content)
-    return digest.hexdigest()

@@ -17,7 +17,8 @@ from torch import Tensor
 from attndsl.diagnostics import error
 from attndsl.plan import Backend, DType, Plan, Printed, Spec, head_parts
 from attndsl.program import CallShape, Program
-from attndsl.runtime.engine import Outputs, default_scale
+from attndsl.runtime.engine import default_scale
+from attndsl.runtime.outputs import Outputs
 from attndsl.targets import layout_refusal
 
 if TYPE_CHECKING:

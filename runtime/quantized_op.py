@@ -11,8 +11,8 @@ from torch.library import Library
 
 from attndsl.diagnostics import error
 from attndsl.program import CallShape
-from attndsl.runtime.engine import Outputs
 from attndsl.runtime.ops import checked_values, traced
+from attndsl.runtime.outputs import Outputs
 from attndsl.runtime.quantized import Scales
 from attndsl.runtime.registry import engine_of
 

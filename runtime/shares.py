@@ -20,8 +20,9 @@ from attndsl.branch_mass import BranchMass, mass_of
 from attndsl.diagnostics import error
 from attndsl.program import CallShape, Program
 from attndsl.runtime.derive import Deriver
-from attndsl.runtime.engine import MAX_PREPARED, empty_gradient, table_tensor
+from attndsl.runtime.engine import MAX_PREPARED, table_tensor
 from attndsl.runtime.masses import shares as given_to_members
+from attndsl.runtime.outputs import empty_gradient
 from attndsl.runtime.registry import engine_of
 from attndsl.runtime.select import MAX_PAIRS
 from attndsl.runtime.strips import STRIP

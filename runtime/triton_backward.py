@@ -18,9 +18,10 @@ from attndsl.learned import Learned, Over
 from attndsl.plan import Backend, BackwardPlan
 from attndsl.runtime.call import call_shape
 from attndsl.runtime.dropout import PARAMETERS, Dropout
-from attndsl.runtime.engine import Gradients, default_scale, empty_gradient, empty_output, in_order_of
+from attndsl.runtime.engine import Gradients, default_scale
 from attndsl.runtime.entries import keys_of
 from attndsl.runtime.launcher import Descriptor, Slot
+from attndsl.runtime.outputs import empty_gradient, empty_output, in_order_of
 from attndsl.runtime.sums import Totals
 from attndsl.runtime.triton_launch import (
     ELEMENT,

@@ -15,8 +15,9 @@ from attndsl.plan import Spec, Tiling
 from attndsl.program import CallShape, Program
 from attndsl.runtime.decode import FP8, DecodeTensors, Listed, dense_strides
 from attndsl.runtime.derive_ragged import ragged_deriver
-from attndsl.runtime.engine import default_scale, empty_output
+from attndsl.runtime.engine import default_scale
 from attndsl.runtime.launcher import Slot
+from attndsl.runtime.outputs import empty_output
 from attndsl.runtime.plans import as_four
 from attndsl.runtime.triton_launch import ELEMENT, INPUTS, POINTER, prepare, program_sources
 

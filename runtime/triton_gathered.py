@@ -20,8 +20,9 @@ from attndsl.plan import BackwardPlan, Printed
 from attndsl.program import CallShape
 from attndsl.runtime.call import call_shape
 from attndsl.runtime.dropout import PARAMETERS, Dropout
-from attndsl.runtime.engine import default_scale, empty_output
+from attndsl.runtime.engine import default_scale
 from attndsl.runtime.launcher import Slot
+from attndsl.runtime.outputs import empty_output
 from attndsl.runtime.plans import gathered_tiles
 from attndsl.runtime.sums import Totals
 from attndsl.runtime.triton_backward import DKDV, DQ, TritonBackward, backward_parameters

@@ -19,13 +19,14 @@ from torch import Tensor
 from attndsl.plan import Backend, DType, Loads, Plan, Printed, Spec, head_parts
 from attndsl.program import Axis, CallShape, Program
 from attndsl.runtime.build import KernelSource, compile_kernel, parameters
-from attndsl.runtime.cache import KernelCache
+from attndsl.runtime.cache import shared_cache as shared_cache
 from attndsl.runtime.call import call_shape, dim_size
 from attndsl.runtime.dropout import PARAMETERS, Dropout
-from attndsl.runtime.engine import Outputs, default_scale, empty_output, table_tensor
+from attndsl.runtime.engine import default_scale, table_tensor
 from attndsl.runtime.entries import keys_of
 from attndsl.runtime.launcher import Descriptor, Slot, launcher
 from attndsl.runtime.load import load_source
+from attndsl.runtime.outputs import Outputs, empty_output
 from attndsl.runtime.triton_version import interpreted, version
 from attndsl.targets import GLUON_VERSIONS, has_tensor_copies, hopper_refusal
 
@@ -40,12 +41,6 @@ POINTER = {
 # Pointers and strides that are multiples of these let a kernel load 16 bytes at a time.
 POINTER_ALIGNMENT = 16
 STRIDE_ALIGNMENT = 8
-
-
-@functools.cache
-def shared_cache() -> KernelCache:
-    """The process's kernel cache."""
-    return KernelCache()
 
 
 def why_not_gluon(program: Program, spec: Spec, aligned: bool, *tensors: Tensor) -> str:

@@ -14,7 +14,8 @@ from attndsl.piece_plans import forward_plans
 from attndsl.plan import Backend, ForwardPlan, Printed, Spec, Tiling
 from attndsl.runtime.build import parameters
 from attndsl.runtime.cache import KernelCache
-from attndsl.runtime.printing import compiler_digest, printed_backward, printed_forward
+from attndsl.runtime.printing import printed_backward, printed_forward
+from attndsl.runtime.texts import compiler_digest
 from attndsl.targets import make_spec
 from attndsl.wiring import engine
 
