@@ -1,4 +1,4 @@
-"""Heads that visit more tiles start first: what takes long must not start last."""
+"""In which order programs take heads and tiles: what takes long must not start last."""
 
 from __future__ import annotations
 
@@ -6,6 +6,24 @@ from attndsl.codegen.lines import Lines
 from attndsl.codegen.scalars import Printer
 from attndsl.plan import Plan
 from attndsl.program import Read, Scalar, reads, walk
+
+# The last heads, whose tiles take turns.
+_BESIDE = 4
+
+
+def last_beside(lines: Lines, language: str, program: str, tiles: str) -> tuple[str, str]:
+    """The texts of a program's head and of its place among the head's `tiles`; `heads` is known.
+
+    Heads one after another share what they read among programs in flight. The last ones are side by side, so that all
+    that takes long has started before the end.
+    """
+    lines.add(
+        f"alone = {language}.maximum(heads - {_BESIDE}, 0)",
+        f"beside = {program} - alone * {tiles}",
+        "turns = heads - alone",
+    )
+    head = f"{language}.where(beside < 0, {program} // {tiles}, alone + beside % turns)"
+    return head, f"{language}.where(beside < 0, {program} % {tiles}, beside // turns)"
 
 
 def head_counts(plan: Plan) -> list[Scalar]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from attndsl.box_tiles import BoxRuns
 from attndsl.boxes import Boxes
 from attndsl.codegen.box_text import BoxText, box_loop
-from attndsl.codegen.head_order import head_counts, head_of_rank
+from attndsl.codegen.head_order import head_counts, head_of_rank, last_beside
 from attndsl.codegen.header import header
 from attndsl.codegen.kernel_loops import run_loop
 from attndsl.codegen.lines import Lines
@@ -126,6 +126,9 @@ class KernelWriter:
     Tiles of q, k, v, dout are named after their tensors, one variable for each part of the head dimension.
     """
 
+    # Whether the tiles of a few heads take turns.
+    takes_turns = False
+
     def __init__(self, plan: Plan, function: str, tensors: str, ragged: bool = False) -> None:
         self.plan, self.function = plan, function
         self.tensors = tensors.split()
@@ -207,16 +210,21 @@ class KernelWriter:
             head_of_rank(lines, self.fresh(), counts, spec.heads, of_head)
             lines.add(of_head, tile)
         else:
-            one = (
-                "# Heads one after another: programs in flight share keys. A head's last rows first: they are longest."
-            )
-            several = (
-                "# Heads one after another, of a head one residue after another, of a residue the last rows first."
-            )
-            lines.add("", one if classes == 1 else several, tiles)
+            which, turns = "Heads one after another", self.takes_turns and self.plan.layout.plain
+            if classes > 1:
+                which += ", of a head one residue after another, of a residue the last rows first."
+            else:
+                which += ", the last few side by side" if turns else ""
+                which += ": programs in flight share keys. A head's last rows first: they are longest."
+            lines.add("", f"# {which}", tiles)
             if classes > 1:
                 lines.add(f"head = tl.program_id(0) // (q_tiles * {classes})")
                 lines.add(f"residue = tl.program_id(0) // q_tiles % {classes}")
+            elif turns:
+                lines.add("heads = tl.num_programs(0) // q_tiles")
+                head, place = last_beside(lines, "tl", "tl.program_id(0)", "q_tiles")
+                lines.add(f"head = {head}")
+                tile = f"q_tile = q_tiles - 1 - {place}"
             else:
                 lines.add("head = tl.program_id(0) // q_tiles")
             lines.add(tile, f"b = head // {spec.heads}", f"h = head % {spec.heads}", of_head, self.start)

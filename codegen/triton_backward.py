@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from attndsl.codegen.box_text import BoxText
+from attndsl.codegen.head_order import last_beside
 from attndsl.codegen.kernel import KernelWriter, Leaves
 from attndsl.codegen.scalars import Level, Printer
 from attndsl.codegen.two_levels import member_softmax
@@ -184,6 +185,8 @@ class BackwardKernel(KernelWriter, ABC):
 class DqKernel(BackwardKernel):
     """The kernel of dq, which makes what others read of rows too."""
 
+    takes_turns = True
+
     def __init__(self, plan: BackwardPlan, function: str = DQ) -> None:
         super().__init__(plan, function, "q k v out dout dq", "[:, None]", (Over.TILE, Over.KEYS))
         self.visits = self.flows or bool(self.from_pairs) or plan.shares is not None
@@ -346,16 +349,18 @@ class DkDvKernel(BackwardKernel):
         if layout.plain:
             lines.add(
                 "",
-                "# Heads one after another; a head's first keys first: most rows see them. Before all others the key "
-                "tiles",
-                "# that far more rows see than the rest (`heavy` of them in each head): they take longest.",
+                "# Heads one after another, the last few side by side; the first keys first: most rows see them.",
+                "# Before all others the tiles that far more rows see than the rest, `heavy` in each head.",
                 tiles,
                 "heads = tl.num_programs(0) // k_tiles",
                 "program = tl.program_id(0)",
                 "rest = program - heavy * heads",
                 "light = tl.maximum(k_tiles - heavy, 1)",
-                "head = tl.where(rest < 0, program % heads, rest // light)",
-                "k_tile = tl.where(rest < 0, program // heads, heavy + rest % light)",
+            )
+            head, place = last_beside(lines, "tl", "rest", "light")
+            lines.add(
+                f"head = tl.where(rest < 0, program % heads, {head})",
+                f"k_tile = tl.where(rest < 0, program // heads, heavy + {place})",
             )
         elif layout.classes == 1:
             lines.add(
