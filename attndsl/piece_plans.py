@@ -15,6 +15,7 @@ from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.effort import one_at_a_time
 from attndsl.grid_pieces import BoxPiece
+from attndsl.layers import layers
 from attndsl.layout import Permutation
 from attndsl.learned import Over
 from attndsl.linear import normalise
@@ -35,7 +36,7 @@ from attndsl.plan import (
     forward_plan,
     slopes,
 )  # fmt: skip
-from attndsl.program import Program, Scalar
+from attndsl.program import CallShape, Program, Scalar
 from attndsl.quasi_affine import condition
 from attndsl.runs import Side, TileRuns
 from attndsl.simplify import fold, specialise
@@ -251,8 +252,26 @@ def _tiling_of(piece: Piece | BoxPiece | PermutedPiece, spec: Spec, tiling: Tili
 
 
 def _spec_of(piece: Piece | BoxPiece, spec: Spec) -> Spec:
-    """A piece's tokens do not lie in a row, as hardware copies of tiles need."""
-    return spec if piece.layout.plain else replace(spec, loads=Loads.POINTER)
+    """A piece's tokens do not lie in a row, as hardware copies of tiles need, unless they fill layers of their own."""
+    return spec if piece.layout.plain or spec.whole else replace(spec, loads=Loads.POINTER)
+
+
+def whole(program: Program, spec: Spec, shape: CallShape) -> bool:
+    """Whether the rows and keys of a call fill the layers that the program's pieces see, so that tiles are copied."""
+    if spec.loads is not Loads.DESCRIPTOR or not program.plain or spec.dropout:
+        return False
+    found = choose_pieces(program, (spec.heads, spec.kv_heads)).pieces
+    pieces = [x for x in found if isinstance(x, Piece | BoxPiece)]
+    if len(pieces) < len(found) or all(x.layout.plain for x in pieces):
+        return False
+    for piece in pieces:
+        tiling = _scattered_tiling(piece, spec, stages=2) or backward_tilings(spec)[0]
+        layout = piece.boxes(tiling.block_q, tiling.block_k) if isinstance(piece, BoxPiece) else piece.layout
+        for side, block, tokens in (("q", tiling.block_q, shape.rows), ("k", tiling.block_k, shape.k_len)):
+            seen = layers(layout, side, block)
+            if seen is None or tokens % seen.unit:
+                return False
+    return True
 
 
 @functools.lru_cache(maxsize=1024)

@@ -130,6 +130,8 @@ class Spec:
     lists: bool = False
     # Only where the program may have pieces in several orders (`mixing`): the rows of a call are all its tokens.
     all_rows: bool = False
+    # Only where the program is visited in pieces: rows and keys fill the layers that its pieces see (`layers.py`).
+    whole: bool = False
 
     @property
     def gathers(self) -> bool:

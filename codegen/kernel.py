@@ -12,6 +12,7 @@ from attndsl.codegen.box_text import BoxText, box_loop
 from attndsl.codegen.head_order import head_counts, head_of_rank, last_beside
 from attndsl.codegen.header import header
 from attndsl.codegen.kernel_loops import run_loop
+from attndsl.codegen.layer_text import tile_at
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.packed import collected_loop, packed_tile
 from attndsl.codegen.permuted import permuted_tokens
@@ -19,7 +20,7 @@ from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import TRITON, Level, Names, Printer
 from attndsl.grid import AXIS_NAMES
 from attndsl.layout import PLAIN, Layout, Permutation
-from attndsl.plan import DType, Loads, Part, Plan, head_parts
+from attndsl.plan import DType, Part, Plan, head_parts
 from attndsl.program import Arg, Axis, Binary, Const, Dim, Read, Scalar, Table, TableDecl, Type, Var, reads
 from attndsl.runs import Run, TileRuns
 
@@ -438,9 +439,9 @@ class KernelWriter:
         `bounded`: the tile may reach past the end. `pointer`: not by descriptor (a tile that is loaded once).
         """
         block, length = f"BLOCK_{side.upper()}", "rows" if side == "q" else self.k_end
-        if self.plan.spec.loads is Loads.DESCRIPTOR and not pointer and self.in_order(side):
+        if not pointer and (tile := tile_at(self, side)):
             for part in parts:
-                at = f"[b, {head}, {side}_tile * {block}, {part.offset}]"
+                at = f"[b, {head}, {tile}, {part.offset}]"
                 self.lines.add(f"{x}{part.suffix} = {x}_desc{part.suffix}.load({at}).reshape({block}, {part.size})")
             return
         self.rows_of(x, side)

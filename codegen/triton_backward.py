@@ -20,11 +20,12 @@ from abc import ABC, abstractmethod
 from attndsl.codegen.box_text import BoxText
 from attndsl.codegen.head_order import last_beside
 from attndsl.codegen.kernel import KernelWriter, Leaves
+from attndsl.codegen.layer_text import layers_of, tile_at
 from attndsl.codegen.scalars import Level, Printer
 from attndsl.codegen.two_levels import member_softmax
 from attndsl.learned import Learned, Over
 from attndsl.mask import KEY, ROW
-from attndsl.plan import BackwardPlan, Loads, Part
+from attndsl.plan import BackwardPlan, Part
 from attndsl.program import Axis, Const, Scalar, Var, reads
 from attndsl.view_plans import heads_apart
 
@@ -84,11 +85,17 @@ class BackwardKernel(KernelWriter, ABC):
     def load_row(self, name: str, kept: str, other: str) -> None:
         """A vector over the tile's rows, of what the kernel of dq kept. Rows that do not exist have a dout of zero, and
         with it no gradient, whatever their weight."""
-        if self.plan.spec.loads is Loads.DESCRIPTOR and self.in_order("q"):
-            self.lines.add(f"{name} = {kept}_desc.load([row_head, q_tile * BLOCK_Q]).reshape(BLOCK_Q)")
+        if self.copies_rows:
+            self.lines.add(f"{name} = {kept}_desc.load([row_head, {tile_at(self, 'q')}]).reshape(BLOCK_Q)")
             return
         at = f"{kept}_ptr + row_head.to(tl.int64) * row_stride + q_rows"
         self.lines.add(f"{name} = tl.load({at}, mask=q_rows < rows, other={other})")
+
+    @property
+    def copies_rows(self) -> bool:
+        """Whether what belongs to a tile's rows is copied as its queries are."""
+        seen = layers_of(self.plan, "q")
+        return bool(tile_at(self, "q")) and (seen is None or seen.rows_in_order)
 
     def scores(self, a: str, b: str) -> None:
         """`scores`: the product q . k, scaled where an expression reads it."""
@@ -207,7 +214,7 @@ class DqKernel(BackwardKernel):
             lines.add("row_at = head.to(tl.int64) * rows + q_rows")
         lines.add(*(f"sum_{n} = tl.zeros([BLOCK_Q], tl.float32)" for n, _ in self.learned))
         if self.visits:
-            if plan.spec.loads is Loads.POINTER:
+            if not tile_at(self, "k"):
                 lines.add(self.base("k", "g"), self.base("v", "g"))
             self.seed()
             self.scale(folded=False)
@@ -421,7 +428,7 @@ class DkDvKernel(BackwardKernel):
     def of_head(self) -> None:
         """What a head's rows need that does not differ among them."""
         plan, lines = self.plan, self.lines
-        if plan.spec.loads is Loads.POINTER or not self.in_order("q"):
+        if not tile_at(self, "q"):
             lines.add(self.base("q", "h"), self.base("dout", "h"))
         if self.softmax:
             lines.add(f"row_head = b * {plan.spec.heads} + h")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 from attndsl.codegen.kernel import KernelWriter
+from attndsl.codegen.layer_text import tile_at
 from attndsl.codegen.two_levels import member_softmax
 from attndsl.mask import KEY
-from attndsl.plan import ForwardPlan, Loads, Plan
+from attndsl.plan import ForwardPlan, Plan
 from attndsl.program import Const, Scalar, Var, reads
 
 KERNEL = "attention_forward"
@@ -45,7 +46,7 @@ class ForwardWriter(KernelWriter):
         self.query_tile()
         lines.add(self.base("q", "h"))
         self.load("q", self.q_parts, spec.dim, "q", "h", bounded=True, pointer=True)
-        if spec.loads is Loads.POINTER:
+        if not tile_at(self, "k"):
             lines.add(self.base("k", "g"), self.base("v", "g"))
         if self.plan.follows:
             self._take_up()

@@ -16,7 +16,7 @@ from attndsl.keeping import KeepPlan
 from attndsl.listing import even_start
 from attndsl.mapping import maps_call
 from attndsl.mixing import mixes
-from attndsl.piece_plans import backward_plans, forward_plans
+from attndsl.piece_plans import backward_plans, forward_plans, whole
 from attndsl.plan import Backend, BackwardPlan, DType, ForwardPlan, Loads, Spec, Tiling
 from attndsl.pooling import PoolPlan
 from attndsl.program import Program, TableDecl, Type
@@ -340,10 +340,10 @@ class Engine:
         from attndsl.runtime.triton_backward import prepare_backward
         from attndsl.runtime.triton_launch import INTERPRETED, loads_for, shared_cache
 
-        entries = (inputs[i] for i in self._views)
-        spec = replace(spec, loads=loads_for(spec, aligned, q, k, v, dout, *entries))
-        if self.tiling is None and not gluon_backward.why_not(program, spec, q, backend):
-            spec = replace(spec, backend=Backend.GLUON)
+        spec = replace(spec, loads=loads_for(spec, aligned, q, k, v, dout, *(inputs[i] for i in self._views)))
+        on_hopper = self.tiling is None and not gluon_backward.why_not(program, spec, q, backend)
+        copied = not on_hopper and whole(program, spec, call_shape(q, k, v))
+        spec = replace(spec, whole=copied, backend=Backend.GLUON if on_hopper else spec.backend)
         cache = None if INTERPRETED else shared_cache()
         kernels = printed_backward(program, spec, uses_lse, self.tiling, self.generators, cache)
         deriving = self.deriving(kernels.pieces[0][0].program, q, k, v, inputs)

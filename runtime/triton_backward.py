@@ -27,6 +27,7 @@ from attndsl.runtime.triton_launch import (
     ELEMENT,
     INPUTS,
     descriptors,
+    dimensions,
     parameter_sources,
     prepare,
     together,
@@ -239,14 +240,15 @@ def backward_parameters(
     q, k, v = map(without_memory, (q, k, v))
     dout = empty_output(q, shape)[0] if dout is None else dout
     found |= {"heavy": heavy_tiles(plan, shape), "row_stride": row_stride(shape.rows)}
+    seen = dimensions(plan, "q", plan.key_tiling.block_q)
     for i, name in enumerate(types):
         if name in ("delta", "row_lse"):
-            size, block = (shape.batch * shape.heads, shape.rows), (1, plan.key_tiling.block_q)
-            type = f"tensordesc<fp32{list(block)}>"
-            found[f"{name}_desc"] = Descriptor(first + i, size, (row_stride(shape.rows), 1), block, type)
+            size = (shape.batch * shape.heads, *seen.shape(shape.rows))
+            strides, block = (row_stride(shape.rows), *seen.steps), (1, *seen.tile)
+            found[f"{name}_desc"] = Descriptor(first + i, size, strides, block, f"tensordesc<fp32{list(block)}>")
     # The kernel of dk and dv loops over tiles of q and dout; that of dq over those of k and v.
     for index, name, x in ((0, "q", q), (first, "dout", dout)):
-        found |= descriptors(plan.spec, name, index, x, plan.key_tiling.block_q)
+        found |= descriptors(plan, "q", name, index, x, plan.key_tiling.block_q)
     dq, dk, dv = empty_gradient(q), _entry_gradient(plan, k), _entry_gradient(plan, v)
     for name, x in (("dout", dout), ("dq", dq), ("dk", dk), ("dv", dv)):
         found |= {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bhn")}

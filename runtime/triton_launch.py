@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from attndsl.layers import Layers, in_a_row, layers
 from attndsl.plan import Backend, DType, Loads, Plan, Printed, Spec, head_parts
 from attndsl.program import Axis, CallShape, Program
 from attndsl.runtime.build import KernelSource, compile_kernel, parameters
@@ -226,12 +227,12 @@ def parameter_sources(plan: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Se
     for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
         found |= {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bhn")}
     for index, name, x in ((1, "k", k), (2, "v", v)):
-        found |= descriptors(plan.spec, name, index, x, plan.tiling.block_k)
+        found |= descriptors(plan, "k", name, index, x, plan.tiling.block_k)
     if plan.spec.backend is Backend.GLUON:
         half, block_k = plan.tiling.block_q // 2, plan.tiling.block_k
         tiles = ((0, "q", q, half), (1, "k", k, block_k), (2, "v", v, block_k), (_OUT, "out", out, half))
         for index, name, x, rows in tiles:
-            found |= descriptors(plan.spec, name, index, x, rows)
+            found |= descriptors(plan, "k" if name in "kv" else "q", name, index, x, rows)
         found["places"] = -(-shape.rows // plan.tiling.block_q) * shape.batch * shape.heads
     return found | program_sources(plan, shape, inputs, q.device)
 
@@ -259,16 +260,33 @@ def program_sources(plan: Planned, shape: CallShape, inputs: Sequence[Tensor], d
     return found
 
 
-def descriptors(spec: Spec, name: str, index: int, x: Tensor, rows: int) -> dict[str, Descriptor]:
-    """Descriptors of tiles of `rows` rows of the call's value `index`, one for each part of the head dimension."""
-    return {f"{name}_desc{part.suffix}": descriptor(spec, index, x, rows, part.size) for part in head_parts(x.shape[3])}
+def descriptors(plan: Planned, side: str, name: str, index: int, x: Tensor, rows: int) -> dict[str, Descriptor]:
+    """Descriptors of tiles of `rows` rows of the call's value `index`, one for each part of the head dimension.
+
+    side: q or k, in whose order of tokens its tiles are.
+    """
+    seen = dimensions(plan, side, rows)
+    parts = head_parts(x.shape[3])
+    return {f"{name}_desc{part.suffix}": descriptor(plan.spec, index, x, rows, part.size, seen) for part in parts}
 
 
-def descriptor(spec: Spec, index: int, x: Tensor, rows: int, columns: int) -> Descriptor:
-    """A descriptor of tiles of the call's value `index`, of the plan's dtype or in float32."""
-    block = (1, 1, rows, columns)
+def dimensions(plan: Planned, side: str, rows: int) -> Layers:
+    """The dimensions that tensor copies of tiles of `rows` rows see in the tokens of a side, q or k."""
+    return (layers(plan.layout, side, rows) if plan.spec.whole else None) or in_a_row(rows)
+
+
+def descriptor(spec: Spec, index: int, x: Tensor, rows: int, columns: int, seen: Layers | None = None) -> Descriptor:
+    """A descriptor of tiles of the call's value `index`, of the plan's dtype or in float32.
+
+    seen: the dimensions that its tokens have, default one.
+    """
+    (batch, heads, tokens, dim), strides = x.shape, x.stride()
+    seen = seen or in_a_row(rows)
+    sizes, steps, tile = seen.shape(tokens), seen.steps, seen.tile
+    block = (1, 1, *tile, columns)
     element = "fp32" if x.dtype is torch.float32 else ELEMENT[spec.dtype]
-    return Descriptor(index, tuple(x.shape), tuple(x.stride()), block, f"tensordesc<{element}{list(block)}>")
+    places = (*strides[:2], *(step * strides[2] for step in steps), strides[3])
+    return Descriptor(index, (batch, heads, *sizes, dim), places, block, f"tensordesc<{element}{list(block)}>")
 
 
 def without_memory(x: Tensor) -> Tensor:
