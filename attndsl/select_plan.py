@@ -10,6 +10,7 @@ from attndsl.branches import Branch, Part
 from attndsl.capacity import capacity
 from attndsl.derive import derive, with_needed
 from attndsl.effort import one_at_a_time
+from attndsl.keeping import KEYS
 from attndsl.mask import pair_mask, written_condition
 from attndsl.plan import Backend, Plan, Spec, Tiling
 from attndsl.plans import plan_heads
@@ -54,6 +55,17 @@ class SelectPlan(Plan):
     def side(self) -> int:
         """Heads whose columns lie side by side: those that share, more where a product has less than 8 columns."""
         return max(1 << (self.share - 1).bit_length(), 8 // self.tiling.block_q)
+
+    @property
+    def abreast(self) -> int:
+        """Lists that a program of a decode ranks members for: those of the heads of a key head that choose apart, where
+        members are what the key head holds."""
+        match self.selection.score:
+            case Dot(y=y) | Bound(low=y):
+                of_keys = y.source == KEYS
+            case _:
+                of_keys = True
+        return self.spec.heads // self.spec.kv_heads if of_keys and self.share == 1 else 1
 
     @property
     def members(self) -> int:
@@ -162,8 +174,9 @@ def rank_plan(program: Program, selection: Selection, spec: Spec, most: int) -> 
     if isinstance(selection.score, Probs):
         seen = specialise(branch_mass(program, selection, heads, ragged=True).seen, spec.sizes)
     assert isinstance(selection.rule, Top) and selection.rule.count is not None
-    members = 16 if spec.dim > 128 else 32
-    tiling = Tiling(1, members * keys, warps=4, stages=1)
+    # A warp holds its members' vectors in registers, and waits for no other.
+    members = 8 if spec.dim > 128 else 16
+    tiling = Tiling(1, members * keys, warps=1, stages=1)
     plan = SelectPlan(
         candidates, replace(spec, backend=Backend.TRITON), tiling, TileRuns((), ()), mask, None, None, None, None,
         selection, forced, specialise(selection.rule.count, spec.sizes),

@@ -16,6 +16,8 @@ from attndsl.selection import Bound, Forced
 RANK, CHOOSE = "rank_members", "choose_members"
 # Numbers that are compared at once.
 _COMPARED = 2048
+# Up to so many heads the loop over them is written out.
+_UNROLLED = 8
 # The least number marks what is no candidate, the greatest what is forced.
 LEAST, GREATEST = "-2147483648", "2147483647"
 
@@ -38,14 +40,14 @@ class _Writer(KernelWriter):
         further = (name for name in super()._candidates() if name not in ("k_len", "entries"))
         return [*own, *further, "vector_share"]
 
-    def _list(self, lists: str) -> None:
-        """Which row a program has, and which heads share its list."""
-        plan, spec, lines = self.plan, self.plan.spec, self.lines
+    def _list(self, lists: str, heads: int) -> None:
+        """Which row a program has, and the first of so many heads."""
+        spec, lines = self.plan.spec, self.lines
         lines.add(
             f"q_row = {lists} % rows",
             f"group = {lists} // rows",
-            f"b = group // {spec.heads // plan.share}",
-            f"h = group % {spec.heads // plan.share}" + (f" * {plan.share}" if plan.share > 1 else ""),
+            f"b = group // {spec.heads // heads}",
+            f"h = group % {spec.heads // heads}" + (f" * {heads}" if heads > 1 else ""),
             f"g = h // {spec.heads // spec.kv_heads}" if spec.heads != spec.kv_heads else "g = h",
         )
 
@@ -66,7 +68,7 @@ class _Rank(_Writer):
             "chunk = tl.program_id(0) % chunks",
             "nth = tl.program_id(0) // chunks",
         )
-        self._list("nth")
+        self._list("nth", plan.share * plan.abreast)
         self.printer.helpers.add("clamp")
         lines.add(
             "k_len = clamp(tl.load(seq_lens_ptr + b * stride_lens), 0, capacity)",
@@ -88,13 +90,19 @@ class _Rank(_Writer):
                 f"{x} = tl.load({x}_at, mask=exists[:, None]{padded}, other=0.0).to(tl.float32)",
             )
         if plan.seen is not None:
-            of_entries = self.fresh()
-            of_entries.names.known[Var("k")] = "member"
-            lines.add("factor = scale * 1.4426950408889634", f"seen = {of_entries.text(plan.seen)}")
+            lines.add("factor = scale * 1.4426950408889634")
+        mask, heads = padded.replace("[None, :]", "").replace(" & ", ", mask="), plan.share * plan.abreast
+        each = lines.block(f"for i in {'tl.static_range' if heads <= _UNROLLED else 'range'}({heads}):")
+        if plan.abreast > 1:
+            with each:
+                lines.add("scores = tl.zeros([BLOCK_M], tl.float32)")
+                self._score(mask)
+                self._order(f"(b * {spec.heads} + h + i).to(tl.int64) * rows + q_row", "(h + i)")
+            return
         lines.add("scores = tl.zeros([BLOCK_M], tl.float32)")
-        with lines.block(f"for i in tl.static_range({plan.share}):"):
-            self._score(padded.replace("[None, :]", "").replace(" & ", ", mask="))
-        self._order()
+        with each:
+            self._score(mask)
+        self._order("nth.to(tl.int64)", "h")
 
     def _score(self, mask: str) -> None:
         """Add what a head gets of each member."""
@@ -108,15 +116,18 @@ class _Rank(_Writer):
         if plan.seen is None:
             lines.add("scores += score * scale")
             return
+        of_entries = self.fresh()
+        of_entries.names.known.update({Var("k"): "member", Var("h"): "(h + i)"})
         lines.add(
+            f"seen = {of_entries.text(plan.seen)}",
             f"lse = tl.load(lse_ptr + (b * {plan.spec.heads} + h + i).to(tl.int64) * rows + q_row)",
             "score = tl.exp2(score * factor - lse * 1.4426950408889634)",
             "# A row that sees nothing has an lse of -inf; infinity is no probability.",
             'scores += tl.where(seen & (score < float("inf")), score, 0.0)',
         )
 
-    def _order(self) -> None:
-        """Leave a number of each member that orders like its score."""
+    def _order(self, nth: str, head: str) -> None:
+        """Leave in the nth list a number of each member that orders like its score."""
         plan, lines = self.plan, self.lines
         lines.add(
             "# A float's bits order like it, once those of negative numbers are turned around. A score of -inf or NaN",
@@ -126,12 +137,13 @@ class _Rank(_Writer):
             f'keys = tl.where(scores > float("-inf"), bits, {LEAST})',
         )
         printer = self.fresh()
+        printer.names.known[Var("h")] = head
         if plan.forced is not None:
             lines.add(f"keys = tl.where({printer.text(plan.forced)}, {GREATEST}, keys)")
         candidate = "exists" if plan.mask is None else f"exists & ({printer.text(plan.mask)})"
         lines.add(
             f"keys = tl.where({candidate}, keys, {LEAST})",
-            "tl.store(keys_ptr + nth.to(tl.int64) * members + member, keys, mask=member < members)",
+            f"tl.store(keys_ptr + ({nth}) * members + member, keys, mask=member < members)",
         )
 
 
@@ -142,7 +154,7 @@ class _Choose(_Writer):
     def write(self) -> None:
         plan, lines = self.plan, self.lines
         if any(isinstance(x, Var | Read | Table) for x in walk(plan.budget)):
-            self._list("tl.program_id(0)")
+            self._list("tl.program_id(0)", plan.share)
         lines.add(
             "keys_at = keys_ptr + tl.program_id(0).to(tl.int64) * members",
             f"plan_at = plan_ptr + tl.program_id(0).to(tl.int64) * {plan.capacity}",

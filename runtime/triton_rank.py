@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from attndsl.selection import Probs, Selection
 RANK, CHOOSE = "rank_members", "choose_members"
 # Rows of a sequence for which each ranks all members on its own; more share products in torch.
 MOST_ROWS = 16
+# Warps of a program that chooses.
+_CHOOSING = 4
 
 
 class TritonRank:
@@ -95,5 +98,10 @@ class TritonRank:
                 f"stride_{name}{a}": 0 if n == 1 else s for a, s, n in zip("bhn", x.stride(), x.shape, strict=False)
             }
         lists = shape.batch * self.lists * shape.rows
-        grids = {RANK: lists * -(-members // plan.members), CHOOSE: lists}
-        return tuple(prepare(plan, self.text, name, grid, sources, False, q.device) for name, grid in grids.items())
+        choosing = replace(plan, tiling=replace(plan.tiling, warps=_CHOOSING))
+        return (
+            prepare(
+                plan, self.text, RANK, lists // plan.abreast * -(-members // plan.members), sources, False, q.device
+            ),
+            prepare(choosing, self.text, CHOOSE, lists, sources, False, q.device),
+        )
