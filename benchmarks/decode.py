@@ -55,6 +55,9 @@ ROWS = (
         lambda b, h, q, k: (k <= q) & ((k < 64) | (q - k < 1024)),
         lambda n: min(n, 64 + 1024),
     ),
+    DecodeRow(
+        "dilated(64)", "causal & dilated(64)", lambda b, h, q, k: (k <= q) & ((q - k) % 64 == 0), lambda n: -(-n // 64)
+    ),
 )
 
 Step = Callable[[int], Tensor]

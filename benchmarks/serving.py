@@ -17,7 +17,7 @@ from benchmarks.dense import attend, judge, worst
 from benchmarks.failures import short_reason
 from benchmarks.quest import microseconds, run_quest
 
-FULL, STREAMING = ROWS
+FULL, STREAMING, SCATTERED = ROWS
 PAGES = (16, 64, 256)
 NSA = Path(__file__).parent.parent / "examples" / "patterns" / "nsa.attn"
 
@@ -40,6 +40,8 @@ def run_serving(sizes: DecodeSizes, short: int) -> Iterator[list[str]]:
             found = _time(row, replace(sizes, n=n), lambda row, caches, page=page: ours_paged(row, caches, page))
             bar = 1.1 * other if isinstance(other, float) else 0.0
             yield _row(f"{row.name}, pages of {page}", n, found, bar, f"{bar:.1f} us: contiguous + 10 %")
+    scattered = _time(SCATTERED, sizes, ours)
+    yield [SCATTERED.name, str(sizes.n), _said(scattered), "", ""]
     _, *quest = run_quest(sizes)
     for name, tokens, time, times in quest:
         asked = name == "the three"
