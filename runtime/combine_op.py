@@ -26,7 +26,7 @@ from attndsl.runtime.ops import check_learnable, traced, transformed, wants_grad
 from attndsl.runtime.outputs import in_order_of
 from attndsl.runtime.registry import engine_of
 from attndsl.runtime.sums import Totals
-from attndsl.runtime.triton_version import interpreted
+from attndsl.runtime.triton_version import INTERPRETED
 
 _LIBRARY = Library("attndsl", "FRAGMENT")
 _LIBRARY.define(
@@ -46,7 +46,7 @@ _OUT, _LSE = 0, 1
 
 def by_kernel(q: Tensor, backend: str) -> bool:
     """Whether a kernel combines: of a call's own tensors. Under torch.func transforms torch does."""
-    wanted = q.is_cuda or (backend == "triton" and interpreted())
+    wanted = q.is_cuda or (backend == "triton" and INTERPRETED)
     return wanted and q.dtype != torch.float64 and not transformed()
 
 

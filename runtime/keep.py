@@ -21,7 +21,7 @@ from attndsl.runtime.engine import MAX_PREPARED
 from attndsl.runtime.launcher import Slot
 from attndsl.runtime.ops import traced
 from attndsl.runtime.registry import engine_of
-from attndsl.runtime.triton_version import interpreted
+from attndsl.runtime.triton_version import INTERPRETED
 from attndsl.selection import Pool
 
 _LIBRARY = Library("attndsl", "FRAGMENT")
@@ -94,7 +94,7 @@ def update_entries(
     for each in kept:
         check_entries(each, entries[each.name], call)
         for x, into in zip(_tokens(each, call), entries[each.name], strict=True):
-            kernel = x.is_cuda or (backend == "triton" and interpreted())
+            kernel = x.is_cuda or (backend == "triton" and INTERPRETED)
             given = (program, x, into, call.seq_lens, call.page_table, each.function.value, each.size, each.stride)
             update = torch.ops.attndsl.update_entries if traced((x, into)) else _update
             update(*given, new, kernel)

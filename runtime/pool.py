@@ -20,7 +20,7 @@ from attndsl.runtime.engine import MAX_PREPARED
 from attndsl.runtime.launcher import Slot
 from attndsl.runtime.outputs import empty_gradient
 from attndsl.runtime.registry import engine_of
-from attndsl.runtime.triton_version import interpreted
+from attndsl.runtime.triton_version import INTERPRETED
 
 _LIBRARY = Library("attndsl", "FRAGMENT")
 _LIBRARY.define(
@@ -44,7 +44,7 @@ def pooled(program: str, x: Tensor, pool: Pool, backend: str = "auto", lengths: 
     on tensors of the CPU. lengths: int32 [B], how many tokens of each batch entry are present, where not all are: at
     least 0. An entry without such tokens is 0.
     """
-    kernel = x.is_cuda or (backend == "triton" and interpreted())
+    kernel = x.is_cuda or (backend == "triton" and INTERPRETED)
     found: Tensor = torch.ops.attndsl.pool(program, x, pool.function.value, pool.size, pool.stride, kernel, lengths)
     return found
 

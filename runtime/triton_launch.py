@@ -28,10 +28,10 @@ from attndsl.runtime.entries import keys_of
 from attndsl.runtime.launcher import Descriptor, Slot, launcher
 from attndsl.runtime.load import load_source
 from attndsl.runtime.outputs import Outputs, empty_output
-from attndsl.runtime.triton_version import interpreted, version
+from attndsl.runtime.triton_version import INTERPRETED as INTERPRETED
+from attndsl.runtime.triton_version import version
 from attndsl.targets import GLUON_VERSIONS, has_tensor_copies, hopper_refusal
 
-INTERPRETED = interpreted()
 FUNCTION = "attention_forward"
 
 ELEMENT = {DType.BFLOAT16: "bf16", DType.FLOAT16: "fp16", DType.FLOAT32: "fp32", DType.FLOAT8: "fp8e4nv"}

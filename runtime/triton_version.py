@@ -35,8 +35,12 @@ def installation() -> tuple[str, int, int]:
     return version(), status.st_size, status.st_mtime_ns
 
 
-def interpreted() -> bool:
-    """Whether Triton interprets kernels in place of compiling them."""
+def _interpreted() -> bool:
     if (triton := sys.modules.get("triton")) is not None:
         return bool(triton.knobs.runtime.interpret)
     return os.environ.get("TRITON_INTERPRET", "").lower() in _TRUE
+
+
+# Whether Triton interprets kernels in place of compiling them, which it decides once. A constant, since torch.compile
+# cannot trace how Triton looks it up.
+INTERPRETED = _interpreted()

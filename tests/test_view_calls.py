@@ -193,6 +193,15 @@ def test_torch_compile() -> None:
         torch.testing.assert_close(x, y)
 
 
+def test_torch_compile_of_interpreted_kernels() -> None:
+    """What asks whether kernels are interpreted can be traced: pooling and combining do."""
+    attn = attndsl.compile("attention a { far = attend causal over pool(mean, 4)\n output 2 * far }")
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(1, 2, 12, 16) for _ in range(3))
+    compiled = torch.compile(lambda q, k, v: attn(q, k, v, backend="triton"), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), attn.reference(q, k, v).float(), rtol=1e-4, atol=1e-5)
+
+
 def test_torch_compile_of_another_attention_and_length() -> None:
     """The second one that a process compiles has sizes that are symbols, its gate's among them."""
     routed = attndsl.compile("attention a { attend causal & top(2, blocks(4), by = dot(Q, mean(K))) }")
