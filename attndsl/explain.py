@@ -276,7 +276,7 @@ def _pieces(question: Question) -> list[str]:
         lines.append(f"  {division.cost:,.0f}  {mark}{'; then '.join(map(str, division.layouts))}")
         if mark:
             chosen = ()
-    return lines if choice.plain else [*lines, "with dropout: tokens in order"]
+    return lines
 
 
 # ---------------------------------------------------------------------------------------- planned

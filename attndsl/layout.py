@@ -136,10 +136,12 @@ PLAIN = Layout()
 @dataclass(frozen=True, slots=True)
 class Permutation:
     """Rows and keys in an order that the runtime finds (`permuting.py`): `q` reads, at the place q, the row of the call
-    that stands there, and `k` the key at the place k. Runs, masks and scores of such a plan are of places."""
+    that stands there, and `k` the key at the place k. Runs, masks and scores of such a plan are of places. `aligned`:
+    row i of a call stands at position i, and not at i + Nk less the rows."""
 
     q: Read
     k: Read
+    aligned: bool = True
     classes: int = field(default=1, init=False)
     plain: bool = field(default=False, init=False)
 

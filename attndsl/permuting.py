@@ -166,7 +166,8 @@ class _Permuting:
         branch = self.program.branch
         named = {"scale": branch.scale, "score": branch.score, "sink": branch.sink, "weights": branch.weights}
         scores = {name: None if e is None else self._in_places(self._by_value(e)) for name, e in named.items()}
-        layout = Permutation(self._read(self.orders["q"], Var("q")), self._read(self.orders["k"], Var("k")))
+        orders = (self._read(self.orders["q"], Var("q")), self._read(self.orders["k"], Var("k")))
+        layout = Permutation(*orders, self.program.align_start)
         return PermutedPiece(layout, known.with_branch(pattern=Where(moved, branch.span), **scores))
 
     def _known(self) -> Program:

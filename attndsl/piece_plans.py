@@ -152,9 +152,6 @@ def _pieces(
     program: Program, spec: Spec, alone: bool
 ) -> tuple[Piece | BoxPiece, ...] | PermutedPiece | tuple[SplitPiece, ...]:
     """The pieces of a program, none where it stays whole, its tokens in order; or all of it in another order."""
-    if spec.dropout:
-        # What is dropped is drawn for whole tiles of keys in a row.
-        return ()
     found = choose_pieces(program, (spec.heads, spec.kv_heads)).pieces
     if apart := tuple(x for x in found if isinstance(x, SplitPiece)):
         return apart if alone and splits(apart, spec) else ()
@@ -234,7 +231,8 @@ def _scattered_tiling(piece: Piece | BoxPiece | PermutedPiece, spec: Spec, stage
     """Tile sizes of pieces whose tokens do not lie in a row, where others than the usual ones were faster (measured:
     benchmarks/RESULTS.md): smaller boxes reach less far, and two programs a multiprocessor hide each other's loads."""
     half, dim = spec.dtype in (DType.BFLOAT16, DType.FLOAT16), max(spec.dim, spec.v_dim)
-    if piece.layout.plain or spec.target != "cuda:90" or not half or not 64 < dim <= 128:
+    # Drawing what is dropped key by key takes the registers of more warps.
+    if piece.layout.plain or spec.target != "cuda:90" or spec.dropout or not half or not 64 < dim <= 128:
         return None
     return Tiling(64, 64, warps=4, stages=stages)
 

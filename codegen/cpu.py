@@ -305,9 +305,25 @@ class TileLoop:
 
     def keep(self) -> None:
         """Which pairs dropout keeps."""
-        if self.plan.spec.dropout:
-            self.helpers.add("kept")
+        if not self.plan.spec.dropout:
+            return
+        if self.order.k.every and self.permutation is None:
+            self.helpers |= {"philox", "kept"}
             self.lines.add("keep = kept(seed, b_index, h_index, q_pos, spans, drop_below)")
+            return
+        self.keep_apart(*self.tokens_of_pairs())
+
+    def keep_apart(self, rows: str, keys: str) -> None:
+        """As `keep`, of tokens that do not lie in a row: positions of rows and keys, as text."""
+        self.helpers |= {"philox", "kept_apart"}
+        self.lines.add(f"keep = kept_apart(seed, b_index, h_index, {rows}, {keys}, drop_below)")
+
+    def tokens_of_pairs(self) -> tuple[str, str]:
+        """The positions of the rows of a tile, and of its keys, as text."""
+        if self.permutation is None:
+            return "q_pos", "k_tokens" if self.order.k.width > 1 else self._tokens(self.order.k, "positions(spans)")
+        first = "" if self.permutation.aligned else " + k_len - rows"
+        return f"q_order[low:high].view(-1, 1){first}", "k_tokens"
 
     def members(self) -> None:
         """Two levels. `member`: the place of each key's, among those of the chunk, which are whole in it; `inner`: the

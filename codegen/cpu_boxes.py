@@ -127,6 +127,10 @@ class BoxLoop(TileLoop):
     def rows_of(self, x: str) -> str:
         return f"{x}[at_b, at_g].index_select(-2, k_pos)"
 
+    def keep(self) -> None:
+        if self.plan.spec.dropout:
+            self.keep_apart("q_pos", "k_pos")
+
     def scatter(self, x: str, values: str) -> None:
         # No two of the tokens are the same: the sum has one order.
         self.lines.add(f"{x}[at_b, at_g].index_add_(-2, k_pos, {values})")

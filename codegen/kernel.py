@@ -362,10 +362,18 @@ class KernelWriter:
             self.lines.add("seed = tl.load(seed_ptr)")
 
     def keep(self, transposed: bool = False) -> None:
-        """`keep`: which pairs of a tile dropout keeps. First in a tile, where fewest registers are in use."""
+        """`keep`: which pairs of a tile dropout keeps. First in a tile, where fewest registers are in use, but for the
+        places of its tokens."""
         if self.plan.spec.dropout:
-            self.printer.helpers.add("kept")
-            kept = "kept(seed, b, h, start + q_rows[:, None], k_tile * BLOCK_K, drop_below, BLOCK_Q, BLOCK_K)"
+            first = "start"
+            if self.permutation is not None and not self.permutation.aligned:
+                first = "k_len - rows"
+            in_row = self.in_order("k")
+            self.printer.helpers.add("kept" if in_row else "kept_apart")
+            if in_row:
+                kept = "kept(seed, b, h, start + q_rows[:, None], k_tile * BLOCK_K, drop_below, BLOCK_Q, BLOCK_K)"
+            else:
+                kept = f"kept_apart(seed, b, h, {first} + q_rows[:, None], k_rows[None, :], drop_below)"
             self.lines.add(f"keep = tl.trans({kept})" if transposed else f"keep = {kept}")
 
     def visit(self, runs: TileRuns, box_runs: BoxRuns, tile: str) -> Iterator[bool]:

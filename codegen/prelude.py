@@ -90,6 +90,15 @@ def kept(seed, b, h, q_pos, k_first, drop_below, BLOCK_Q: tl.constexpr, BLOCK_K:
 
 
 @triton.jit
+def kept_apart(seed, b, h, q_pos, k_pos, drop_below):
+    """Which pairs dropout keeps, wherever the keys lie: q_pos [BLOCK_Q, 1], k_pos [1, BLOCK_K]. As `kept`."""
+    word_0, word_1, word_2, word_3 = tl.philox(seed, k_pos // 4, q_pos, h, b)
+    place = k_pos % 4
+    even, odd = tl.where(place == 0, word_0, word_2), tl.where(place == 1, word_1, word_3)
+    return tl.where(place % 2 == 0, even, odd) >= drop_below
+
+
+@triton.jit
 def softcap(x, cap):
     return cap * tanh(x / cap)
 

@@ -41,22 +41,34 @@ def bit_length(x):
     return sum((x >= (1 << i)).to(torch.int64) for i in range(31))
 
 
+def philox(seed, b, h, q_pos, group):
+    """The words of four keys by Philox-4x32-10 of (group, q, h, b), group = k // 4: they lie along a last dimension."""
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = group.to(torch.int64) & low, q_pos.to(torch.int64) & low, h & low, b & low
+    k0, k1 = int(seed) & low, (int(seed) >> 32) & low
+    for _ in range(10):
+        # Products of 64 bits, whose sign the masks take away.
+        left, right = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = ((right >> 32) & low) ^ c1 ^ k0, right & low
+        c2, c3 = ((left >> 32) & low) ^ c3 ^ k1, left & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
+
+
 def kept(seed, b, h, q_pos, spans, drop_below):
-    """Which pairs of the spans' keys dropout keeps. Philox-4x32-10 of (k // 4, q, h, b) makes the words of four."""
-    low, found = 0xFFFFFFFF, []
+    """Which pairs of the spans' keys dropout keeps."""
+    found = []
     for first, end in spans:
-        c0 = torch.arange(first // 4, -(-end // 4)) & low
-        c1, c2, c3 = q_pos & low, h & low, b & low
-        k0, k1 = int(seed) & low, (int(seed) >> 32) & low
-        for _ in range(10):
-            # Products of 64 bits, whose sign the masks take away.
-            left, right = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-            c0, c1 = ((right >> 32) & low) ^ c1 ^ k0, right & low
-            c2, c3 = ((left >> 32) & low) ^ c3 ^ k1, left & low
-            k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-        words = torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1).flatten(-2)
+        words = philox(seed, b, h, q_pos, torch.arange(first // 4, -(-end // 4))).flatten(-2)
         found.append(words[..., first % 4 : first % 4 + end - first] >= drop_below)
     return torch.cat(found, dim=-1)
+
+
+def kept_apart(seed, b, h, q_pos, k_pos, drop_below):
+    """Which pairs dropout keeps, wherever the keys lie."""
+    words = philox(seed, b, h, q_pos, k_pos // 4)
+    place = (k_pos % 4).view(-1, 1).expand(*words.shape[:-1], 1)
+    return words.gather(-1, place)[..., 0] >= drop_below
 
 
 def mix64(x, y):

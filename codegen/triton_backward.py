@@ -263,10 +263,10 @@ class DqKernel(BackwardKernel):
     def tile(self, masked: bool) -> None:
         spec, lines = self.plan.spec, self.lines
         printer = self.printer.within(self.printer.names.inner())
+        self.tokens("k", bounded=masked)
         self.keep()
         # Rows that do not exist are not written; only sums over rows must leave them out.
         existing = bool(self.from_pairs)
-        self.tokens("k", bounded=masked)
         self.load("k", self.q_parts, spec.dim, "k", "g", bounded=masked)
         self.load("v", self.v_parts, spec.v_dim, "k", "g", bounded=masked)
         if pairs := self.pairs(masked):

@@ -82,7 +82,9 @@ class ForwardWriter(KernelWriter):
             "# What earlier pieces found, as one more key with their output for its value.", self.base("out", "h")
         )
         self.load("out", self.v_parts, plan.spec.v_dim, "q", "h", bounded=True, pointer=True)
-        lines.add(*(f"acc{part.suffix} = out{part.suffix}.to(tl.float32)" for part in self.v_parts))
+        # What dropout left is made up for at the end, of all pieces at once.
+        whole = " / keep_scale" if plan.spec.dropout else ""
+        lines.add(*(f"acc{part.suffix} = out{part.suffix}.to(tl.float32){whole}" for part in self.v_parts))
         if self.softmax:
             found = 'tl.load(lse_ptr + head.to(tl.int64) * rows + q_rows, mask=q_rows < rows, other=float("-inf"))'
             lines.add(

@@ -31,6 +31,8 @@ from attndsl.wiring import engine as _engine
 from tests.accuracy import examples
 from tests.cases import CASES, case, floats
 from tests.gradients import upstream
+from tests.gridded import GRIDDED
+from tests.permuted import PERMUTED
 from tests.scattered import SCATTERED
 from tests.strategies import Case, composed_programs, tensors
 
@@ -387,3 +389,36 @@ def compiled_stacks() -> dict[str, int]:
 
 if __name__ == "__main__":
     json.dump(compiled_stacks(), sys.stdout)
+
+
+# --------------------------------------------------------------------------- tokens out of order
+
+ORDER = np.random.default_rng(4).permutation(24).astype(np.int32)
+OUT_OF_ORDER: dict[str, Case] = {
+    "dilated": case("causal & window(20) & dilated(3)", 24, 24, (1, 1), batch=1),
+    "columns": case("causal & (same_block(8) | { k % 8 >= 6 })", 19, 24, (1, 1), batch=1),
+    "grid": case(
+        "attention a { axes y, x[4] from 2 attend neighborhood(3) on (y, x) | off_grid }", 24, 24, (2, 1), batch=1
+    ),
+    "documents": case(
+        "attention a { input doc : int[b, k] attend causal & document(doc) }", 20, 24, (1, 1), batch=2,
+        inputs={"doc": np.random.default_rng(5).integers(0, 3, (2, 24)).astype(np.int32)},
+    ),
+    "mixed": case(
+        "attention a { input pi : int[k] attend causal & (window(3) | window(6) on permuted(pi)) }", 24, 24, (2, 1),
+        batch=1, inputs={"pi": ORDER},
+    ),
+    "weights": case("attention a { weights sigmoid(s) attend causal & (window(3) | dilated(4)) }", 24, 24, (1, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUT_OF_ORDER)
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_tokens_out_of_order(name: str, backend: str) -> None:
+    """What is dropped is a function of the pair, wherever in a tile it lies, and of several pieces once."""
+    compare(OUT_OF_ORDER[name], backend, tiling=Tiling(16, 16) if backend == "triton" else None)
+
+
+@pytest.mark.parametrize("name", [*SCATTERED, *PERMUTED, *GRIDDED])
+def test_every_layout_on_the_cpu(name: str) -> None:
+    compare((SCATTERED | PERMUTED | GRIDDED)[name], "cpu")

@@ -96,11 +96,10 @@ def test_alternatives_have_orders_of_their_own(name: str) -> None:
     assert layouts[: len(in_order)] == in_order
 
 
-def test_chunks_and_dropout_stay_in_order() -> None:
+def test_chunks_and_parts_stay_in_order() -> None:
     assert plans_of(MIXED["buckets"], all_rows=False) == [PLAIN]
     program = MIXED["buckets"].load()
     spec = replace(make_spec("sm_90", "triton", 2, 2, 64), all_rows=True)
-    assert [x.layout for x in forward_plans(program, replace(spec, dropout=True))] == [PLAIN]
     assert [x.layout for x in forward_plans(program, spec, alone=False)] == [PLAIN]
     assert layout_refusal(program, spec)
     assert not layout_refusal(program, replace(spec, all_rows=False))

@@ -112,12 +112,12 @@ def test_what_keeps_its_order(text: str) -> None:
     assert not any(isinstance(x.layout, Permutation) for x in choose_pieces(load(text).program, (2, 1)).pieces)
 
 
-def test_parts_of_one_softmax_and_dropout_keep_tokens_in_order() -> None:
+def test_parts_of_one_softmax_keep_tokens_in_order() -> None:
     spec = make_spec("sm_90", "triton", 2, 1, 64)
     shared = load(f"attention a {{ {DOC}\n attend causal & document(doc), causal over pool(mean, 4) }}")
     assert all(plan.layout == PLAIN for plan in forward_plans(compose(shared.program).programs[0], spec))
     whole = PERMUTED["documents"].load()
-    assert all(plan.layout == PLAIN for plan in forward_plans(whole, replace(spec, dropout=True)))
+    assert all(isinstance(plan.layout, Permutation) for plan in forward_plans(whole, replace(spec, dropout=True)))
     assert all(isinstance(plan.layout, Permutation) for plan in forward_plans(whole, spec))
 
 
