@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from attndsl.box_tiles import BoxRuns
 from attndsl.boxes import Boxes
 from attndsl.codegen.box_text import BoxText, box_loop
+from attndsl.codegen.dropping import kept_pairs
 from attndsl.codegen.head_order import head_counts, head_of_rank, last_beside
 from attndsl.codegen.header import header
 from attndsl.codegen.kernel_loops import run_loop
@@ -362,18 +363,10 @@ class KernelWriter:
             self.lines.add("seed = tl.load(seed_ptr)")
 
     def keep(self, transposed: bool = False) -> None:
-        """`keep`: which pairs of a tile dropout keeps. First in a tile, where fewest registers are in use, but for the
-        places of its tokens."""
+        """`keep`: which pairs of a tile dropout keeps. First in a tile, where fewest registers are in use."""
         if self.plan.spec.dropout:
-            first = "start"
-            if self.permutation is not None and not self.permutation.aligned:
-                first = "k_len - rows"
-            in_row = self.in_order("k")
-            self.printer.helpers.add("kept" if in_row else "kept_apart")
-            if in_row:
-                kept = "kept(seed, b, h, start + q_rows[:, None], k_tile * BLOCK_K, drop_below, BLOCK_Q, BLOCK_K)"
-            else:
-                kept = f"kept_apart(seed, b, h, {first} + q_rows[:, None], k_rows[None, :], drop_below)"
+            helper, kept = kept_pairs(self.in_order("k"), self.permutation)
+            self.printer.helpers.add(helper)
             self.lines.add(f"keep = tl.trans({kept})" if transposed else f"keep = {kept}")
 
     def visit(self, runs: TileRuns, box_runs: BoxRuns, tile: str) -> Iterator[bool]:
