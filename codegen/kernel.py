@@ -365,9 +365,8 @@ class KernelWriter:
     def keep(self, transposed: bool = False) -> None:
         """`keep`: which pairs of a tile dropout keeps. First in a tile, where fewest registers are in use."""
         if self.plan.spec.dropout:
-            helper, kept = kept_pairs(self.in_order("k"), self.permutation)
-            self.printer.helpers.add(helper)
-            self.lines.add(f"keep = tl.trans({kept})" if transposed else f"keep = {kept}")
+            kept = kept_pairs(self.printer.helpers, self.in_order("k"), self.permutation, transposed)
+            self.lines.add(f"keep = {kept}")
 
     def visit(self, runs: TileRuns, box_runs: BoxRuns, tile: str) -> Iterator[bool]:
         """Loops over full tiles, then over partial ones, the tile of an iteration called `tile`. Yields inside each
