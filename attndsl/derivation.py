@@ -56,6 +56,17 @@ class Offsets:
 
 
 @dataclass(frozen=True, slots=True)
+class Extents:
+    """Of the input's type, its tokens replaced by the entries of a view: the least or the largest of each extent
+    [stride j, stride j + size)."""
+
+    input: str
+    size: int
+    stride: int
+    largest: bool
+
+
+@dataclass(frozen=True, slots=True)
 class DocumentEnds:
     """int32 of the input's own dimensions: the first token of each token's document, a maximal run of equal entries, or
     with `ends` one past its last."""
@@ -215,5 +226,6 @@ class Place:
 
 
 Derivation: TypeAlias = (
-    Offsets | DocumentEnds | BlockMap | Draw | Chosen | TileList | Cut | Gathering | TileMap | Order | Sorted | Place
-)
+    Offsets | Extents | DocumentEnds | BlockMap | Draw | Chosen | TileList | Cut | Gathering | TileMap | Order
+    | Sorted | Place
+)  # fmt: skip

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
+from attndsl.branches import Part, Visible
 from attndsl.derivation import (
     BlockMap,
     Chosen,
@@ -22,6 +23,7 @@ from attndsl.derivation import (
     Derivation,
     DocumentEnds,
     Draw,
+    Extents,
     Gathering,
     Offsets,
     Order,
@@ -32,6 +34,7 @@ from attndsl.derivation import (
     TileList,
     TileMap,
 )
+from attndsl.extents import extent_dims, of_extents
 from attndsl.member_numbers import has_member, number, read
 from attndsl.members import Runs, extent
 from attndsl.program import (
@@ -71,9 +74,14 @@ def derive(program: Program, ragged: bool = False) -> Program:
 
     ragged: the batch entries of a call have lengths of their own, so what follows from lengths differs among them.
     """
+    apart = program.packed is not None or program.lengths is not None
     program = unpacked(program)
     deriver = _Deriver(program, ragged)
-    parts = tuple(replace(part, pattern=deriver.set(part.pattern, _Context())) for part in program.only.parts)
+    parts = program.only.parts
+    if not ragged and not apart:
+        # Where sequences have ends of their own, so have their last extents.
+        parts = tuple(replace(part, pattern=deriver.over(part)) for part in parts)
+    parts = tuple(replace(part, pattern=deriver.set(part.pattern, _Context())) for part in parts)
     if not deriver.found:
         return program
     inputs = (*program.inputs, *deriver.found.values())
@@ -98,7 +106,7 @@ def own_inputs(program: Program) -> tuple[InputDecl, ...]:
 
 def _read_by(derivation: Derivation | None) -> set[str]:
     match derivation:
-        case None | Offsets() | DocumentEnds() | Chosen():
+        case None | Offsets() | Extents() | DocumentEnds() | Chosen():
             return set()
         case TileList(plan=plan) | Gathering(plan=plan):
             return {plan}
@@ -155,6 +163,19 @@ class _Deriver:
     program: Program
     ragged: bool
     found: dict[Derivation, InputDecl] = field(default_factory=dict)
+
+    def over(self, part: Part) -> Set:
+        """The pattern of a part, over a view with data of its entries in the place of that of single keys."""
+        view = part.view
+        if view is None or view.size > view.stride or view.visible is not Visible.EVERY:
+            return part.pattern
+
+        def declare(decl: InputDecl, largest: bool) -> str:
+            name = f"{'largest' if largest else 'least'}_{decl.name}"
+            made = Extents(decl.name, view.size, view.stride, largest)
+            return self._input(made, name, decl.type, extent_dims(decl, view.stride)).name
+
+        return of_extents(part.pattern, self.program, view.size, view.stride, declare)
 
     def set(self, pattern: Set, at: _Context) -> Set:
         match pattern:

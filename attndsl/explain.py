@@ -20,6 +20,7 @@ from attndsl.derivation import (
     Cut,
     DocumentEnds,
     Draw,
+    Extents,
     Gathering,
     Offsets,
     Order,
@@ -341,6 +342,8 @@ def _made_of(decl: InputDecl) -> str:
     match decl.derivation:
         case DocumentEnds(input=name, ends=ends):
             return f"{'one past the last' if ends else 'the first'} token of each document of `{name}`"
+        case Extents(input=name, largest=largest):
+            return f"the {'largest' if largest else 'least'} `{name}` of each entry's tokens"
         case Offsets(input=name):
             return f"distances in the segments of `{name}`"
         case BlockMap(operand=operand):

@@ -24,6 +24,7 @@ from attndsl.derivation import (
     Derivation,
     DocumentEnds,
     Draw,
+    Extents,
     Gathering,
     Offsets,
     Order,
@@ -44,6 +45,7 @@ from attndsl.program import (
     Read,
     Scalar,
     Set,
+    Type,
     Var,
     reads,
     scalars,
@@ -53,6 +55,7 @@ from attndsl.relation import Lowering
 from attndsl.runtime.call import dim_size
 from attndsl.runtime.cuts import document_ends, make_cut
 from attndsl.runtime.engine import Gradients, table_tensor
+from attndsl.runtime.extents import of_extents
 from attndsl.runtime.permute import of_order
 from attndsl.runtime.plans import Listing, chosen_members, list_size, maker, of_heads, run_ends
 from attndsl.runtime.tile_map import tile_map
@@ -90,7 +93,7 @@ def counted(derivation: Derivation | None) -> Set | None:
             return drawn.among
         case Offsets() | DocumentEnds() | Chosen() | TileList() | Gathering() | Cut() | TileMap() | None:
             return None
-        case Order() | Sorted() | Place():
+        case Extents() | Order() | Sorted() | Place():
             return None
         case _:
             assert_never(derivation)
@@ -208,6 +211,8 @@ class Deriver:
         match decl.derivation:
             case Offsets(input=name):
                 return self._offsets(decl, values.tensors[name])
+            case Extents(input=name):
+                return of_extents(values.tensors[name], decl.derivation, self.shape.k_len, self._size(decl))
             case DocumentEnds(input=name, ends=ends):
                 return document_ends(values.tensors[name].expand(self._size(decl)), ends)
             case BlockMap():
@@ -428,6 +433,8 @@ def derived_dtype(decl: InputDecl) -> torch.dtype:
             return torch.int32
         case BlockMap() | Chosen():
             return torch.bool
+        case Extents():
+            return torch.bool if decl.type is Type.BOOL else torch.int64
         case Draw(members=members):
             return torch.int32 if members else torch.int64
         case Sorted() | Place():

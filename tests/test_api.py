@@ -193,7 +193,7 @@ WRONG: dict[str, Callable[[], object]] = {
     "A565": call("causal", Q, K, V, views={"pool(mean, 4)": (K, V)}),
     "A580": call("causal", Q, K, V, scales=(None, None, None)),
     "A581": call("causal", Q.to(torch.float8_e4m3fn), *EIGHT_BITS, dropout=0.5),
-    "A912": call("attention a { input doc : int[b, k]  attend document(doc) over pool(mean, 4) }", Q, K, V, doc=IDS),
+    "A912": call("attention a { input doc : int[b, k]  attend ~document(doc) over pool(mean, 4) }", Q, K, V, doc=IDS),
     "A911": lambda: attndsl.compare("attention a { attend causal over pool(mean, 4) }", "causal"),
     "A535": lambda: attndsl.compile("attention a { attend causal, causal over pool(mean, 4) }").mask(4, 4),
     "A923": call("attention a { attend causal skip below 0.1 }", Q.clone().requires_grad_(), K, V),
