@@ -4,6 +4,10 @@
 the last of the keys' ends. What a condition compares is bounded by its least and greatest value in a tile wherever it
 reads one side alone, so a map of tiles takes one pass over each input and no look at pairs. Kernels read their tiles
 from lists made of the map, and mask those in which the bounds do not say that every pair is allowed.
+
+A table of truths that is looked up by a number of the query and one of the key, as the map of what a plan chooses is,
+holds somewhere in a tile if it does for some number of its rows and some of its keys; one looked up by a number of
+both, as diagonals are, if it does between the least and the greatest of these.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ import functools
 from dataclasses import replace
 
 from attndsl.cuts import interval
-from attndsl.derivation import TileMap
+from attndsl.derivation import BlockMap, Chosen, TileMap
+from attndsl.derive import derive
 from attndsl.linear import terms
 from attndsl.listing import Listable
 from attndsl.program import (
@@ -35,6 +40,7 @@ from attndsl.program import (
     Set,
     Type,
     Union,
+    Var,
     Where,
     reads,
     scalars,
@@ -43,21 +49,26 @@ from attndsl.program import (
 from attndsl.runs import Side, TileRuns
 
 # Tiles of 64 x 64 of a call, over the batch entries and heads that differ, up to which they are mapped.
-MAX_TILES = 1 << 22
+MAX_TILES = 1 << 24
+# The fewest rows that an entry of a table stands for where it maps tiles: else it has as many as a call has rows.
+LEAST_ROWS = 16
 
 
 @functools.lru_cache(maxsize=1024)
 def mapped(program: Program) -> bool:
     """Whether a program's tiles are mapped: a part of its condition is data that is bounded in tiles and not sorted."""
-    if not program.plain or program.grid is not None or not _of_tokens(program.branch.pattern):
+    if not program.plain or not _of_tokens(program.branch.pattern):
         return False
     found = (x for e in scalars(program.branch.pattern) for x in walk(e))
+    # On a grid what compares coordinates is visited by boxes; members that a plan chooses are not.
+    if program.grid is not None:
+        found = (x for x in found if isinstance(x, Read) and _reads_both(x))
     return any(_maps(x, program) for x in found)
 
 
 def maps_call(program: Program, shape: CallShape) -> bool:
-    """Whether those of one call are: a map of it is small."""
-    if not mapped(program):
+    """Whether those of one call are: a map of it is small. The program is as it is before it is derived."""
+    if not program.plain or not mapped(program := derive(program)):
         return False
     read = tuple(scalars(program.branch.pattern))
     batch = shape.batch if any(reads(e, "b") for e in read) else 1
@@ -95,9 +106,40 @@ def _of_tokens(pattern: Set) -> bool:
             return False
 
 
+def tabled(e: Read, program: Program) -> bool:
+    """Whether a truth of both positions is a table for tiles: looked up by a number of each, or by one of both."""
+    mixed = [i for i in e.index if _reads_both(i)]
+    if mixed:
+        alone = not any(reads(i, "q", "k") for i in e.index if i not in mixed)
+        return len(mixed) == 1 and alone and all(_of_lag(x) for x in walk(mixed[0]))
+    of_q, of_k = ([n for n, i in enumerate(e.index) if reads(i, name)] for name in "qk")
+    if len(of_q) != 1 or len(of_k) != 1:
+        return False
+    dim = program.input(e.input).dims[of_q[0]]
+    return dim.axis is Axis.CONST or dim.block // max(1, dim.size) >= LEAST_ROWS
+
+
+def _of_lag(e: Scalar) -> bool:
+    """Whether the number of a diagonal may be made of this."""
+    match e:
+        case Binary(op="//", right=Const(value=int(size))):
+            return size > 0
+        case Binary(op=op):
+            return op in ("+", "-")
+        case _:
+            return isinstance(e, Var | Const)
+
+
+def _reads_both(e: Scalar) -> bool:
+    return reads(e, "q") and reads(e, "k")
+
+
 def _maps(e: Scalar, program: Program) -> bool:
     if e.type is not Type.BOOL or not any(
-        isinstance(x, Read) and program.input(x.input).derivation is None and reads(x, "q", "k") for x in walk(e)
+        isinstance(x, Read)
+        and isinstance(program.input(x.input).derivation, Chosen | BlockMap | None)
+        and reads(x, "q", "k")
+        for x in walk(e)
     ):
         return False
     match e:
@@ -105,6 +147,6 @@ def _maps(e: Scalar, program: Program) -> bool:
             apart = not any(reads(t, "q") and reads(t, "k") for t in terms(Binary("-", left, right))[1])
             return apart and interval(e, program, "q") is None and interval(e, program, "k") is None
         case Read():
-            return not (reads(e, "q") and reads(e, "k"))
+            return not _reads_both(e) or tabled(e, program)
         case _:
             return False

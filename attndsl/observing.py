@@ -67,7 +67,7 @@ def observe_plans(program: Program, spec: Spec, cells: tuple[Cells, ...]) -> tup
 @one_at_a_time
 def observe_plan(program: Program, spec: Spec, cells: Cells) -> ObservePlan:
     """The kernel of a program of one part. On a GPU the cells become those that fit into tiles."""
-    spec = replace(spec, loads=Loads.POINTER, dropout=False, even_start=False, lists=False)
+    spec = replace(spec, loads=Loads.POINTER, dropout=False, even_start=False, lists=False, maps=False)
     on_cpu = spec.backend is Backend.CPU
     tiling = default_tiling(spec) if on_cpu else _tiling(spec)
     side, anchor = (Side.QUERY, "q") if on_cpu else (Side.KEY, "k")

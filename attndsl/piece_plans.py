@@ -164,7 +164,7 @@ def _pieces(
 
 def _permuted_spec(spec: Spec) -> Spec:
     """Rows and keys are loaded from where they lie. Positions count from 0, and no tiles are mapped."""
-    return replace(spec, loads=Loads.POINTER, even_start=False)
+    return replace(spec, loads=Loads.POINTER, even_start=False, maps=False)
 
 
 def _permuted_forward(piece: PermutedPiece, spec: Spec, tiling: Tiling | None, follows: bool = False) -> ForwardPlan:

@@ -132,6 +132,8 @@ class Spec:
     all_rows: bool = False
     # Only where the program is visited in pieces: rows and keys fill the layers that its pieces see (`layers.py`).
     whole: bool = False
+    # Tiles that data rules out are mapped (`mapping`).
+    maps: bool = False
 
     @property
     def gathers(self) -> bool:

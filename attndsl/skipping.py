@@ -32,7 +32,7 @@ TILE = 64
 def skipping_plan(program: Program, spec: Spec) -> ForwardPlan:
     """The forward kernel of a program that skips; the plan's program is the derived one."""
     tiling = _tiling(spec)
-    spec = replace(spec, loads=Loads.POINTER, even_start=False, lists=False)
+    spec = replace(spec, loads=Loads.POINTER, even_start=False, lists=False, maps=False)
     program = with_cuts(derive(program))
     lowering = Lowering(program, (spec.heads, spec.kv_heads))
     relation = lowering.relation(program.branch.pattern)

@@ -90,7 +90,7 @@ def _visits(program: Program, spec: Spec, tiling: Tiling, side: Side, other: Til
                 program, runs = found.listed(program, runs, tiling.block_q, tiling.block_k, side)
                 return Visits(program, spec, runs, lowering, relation_there, found)
     assert tiling.pack == 1 and not tiling.collects, "only rows that follow a plan's lists share a tile with others"
-    lists = spec.even_start and mapped(program)
+    lists = spec.maps and mapped(program)
     lowering, relation = lowered(static, heads, "k" if side is Side.KEY and not lists else "q")
     if lists:
         runs = closed_runs(relation, static, spec, tiling, Side.QUERY)

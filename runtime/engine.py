@@ -376,12 +376,11 @@ class Engine:
                 self.program.span,
                 help="write `align start` if row i stands at position i",
             )
-        even = even_start(self.program, shape) or maps_call(self.program, shape)
         return Spec(
             shape.heads, shape.kv_heads, shape.dim, shape.v_dim, dtype_of(q), device_target(q.device),
-            scale_sign=1 if scale is None or scale > 0 else -1, even_start=even,
+            scale_sign=1 if scale is None or scale > 0 else -1, even_start=even_start(self.program, shape),
             lists=lists_plans(self.program, inputs),
-            all_rows=shape.rows == shape.k_len and mixes(self.program),
+            maps=maps_call(self.program, shape), all_rows=shape.rows == shape.k_len and mixes(self.program),
         )  # fmt: skip
 
     def choose(self, backend: str, spec: Spec) -> str:

@@ -7,12 +7,17 @@ from functools import reduce
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attndsl.derivation import TileMap
-from attndsl.program import Axis, Binary, Call, Compare, If, InputDecl, Logic, Scalar, Type, Unary, reads
+from attndsl.mapping import tabled
+from attndsl.oracle import index_origin
+from attndsl.program import Axis, Binary, Call, Compare, Const, If, InputDecl, Logic, Read, Scalar, Type, Unary, reads
 from attndsl.runtime.values import Values
 
 Bounds = tuple[Tensor, Tensor]
+# Entries of tables that are looked at together.
+STRIP = 1 << 26
 
 
 def tile_map(decl: InputDecl, d: TileMap, values: Values) -> Tensor:
@@ -66,10 +71,60 @@ class _Tiles:
                 left, right = self.number(a), self.number(b)
                 if left is not None and right is not None:
                     return _compared(op, left, right)
+            case Read() if tabled(e, self.values.program):
+                mixed = [n for n, i in enumerate(e.index) if _mixed(i)]
+                if not mixed:
+                    return self._by_both(e)
+                if (bounds := self.number(e.index[mixed[0]])) is not None:
+                    return self._by_lag(e, mixed[0], bounds)
             case _:
                 pass
         unknown = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.values.device)
         return unknown, ~unknown
+
+    def _by_both(self, e: Read) -> Bounds:
+        """Of a table that a number of the query and one of the key look up: over a tile's keys, then over its rows."""
+        places, table = self._places(e), self.values.tensors[e.input]
+        of_q, of_k = (next(n for n, i in enumerate(e.index) if reads(i, name)) for name in "qk")
+        of_row, tiles = places[of_q][..., 0], places[of_k].shape[3] // self.keys
+        lead = torch.broadcast_shapes(*(place.shape[:2] for place in places))
+        found: list[Bounds] = []
+        step = max(1, STRIP // (lead.numel() * tiles * self.keys))
+        for classes in torch.arange(table.shape[of_q], device=table.device).split(step):
+            places[of_q] = classes.view(1, 1, -1, 1)
+            each = table[tuple(places)].unflatten(3, (tiles, self.keys))
+            found.append((each.any(-1), each.all(-1)))
+        of_classes = [torch.cat(x, 2) for x in zip(*found, strict=True)]
+        b, h = _leading(of_classes[0], 3)
+        of_tiles: list[Bounds] = []
+        step = self.rows * max(1, STRIP // (lead.numel() * tiles * self.rows))
+        for rows in of_row.split(step, 2):
+            some, every = (x[b, h, rows].unflatten(2, (-1, self.rows)) for x in of_classes)
+            of_tiles.append((some.any(3), every.all(3)))
+        some, every = (torch.cat(x, 2) for x in zip(*of_tiles, strict=True))
+        return some, every
+
+    def _by_lag(self, e: Read, which: int, bounds: Bounds) -> Bounds:
+        """Of a table whose index `which` is a number of both, between bounds: by how many hold up to each entry."""
+        places, table = self._places(e), self.values.tensors[e.input]
+        last = table.shape[which] - 1
+        places[which] = torch.arange(last + 1, device=table.device).view(1, 1, 1, -1)
+        until = pad(table[tuple(places)].cumsum(3, dtype=torch.int32), (1, 0)).squeeze(2)
+        b, h = _leading(until, 4)
+        low, high = (x.clamp(0, last) for x in bounds)
+        count = until[b, h, high + 1] - until[b, h, low]
+        return count > 0, count == high - low + 1
+
+    def _places(self, e: Read) -> list[Tensor]:
+        """The places that the indices of a read stand for, of all but those that read both positions."""
+        decl, values = self.values.program.input(e.input), self.values
+        found = []
+        for dim, size, index in zip(decl.dims, values.tensors[e.input].shape, e.index, strict=True):
+            place = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=values.device)
+            if not _mixed(index):
+                place = place + values.tensor(index) - index_origin(dim, values.program, values.shape)
+            found.append(place.clamp(0, max(0, size - 1)))
+        return found
 
     def number(self, e: Scalar) -> Bounds | None:
         """The least and the greatest value of an integer in a tile; None where they are not known."""
@@ -82,6 +137,9 @@ class _Tiles:
             case Unary(op="-", operand=x):
                 found = self.number(x)
                 return None if found is None else (-found[1], -found[0])
+            case Binary(op="//", left=a, right=Const(value=int(size))) if size > 0:
+                found = self.number(a)
+                return None if found is None else (found[0] // size, found[1] // size)
             case Binary(op="+" | "-" as op, left=a, right=b):
                 left, right = self.number(a), self.number(b)
                 if left is None or right is None:
@@ -104,6 +162,12 @@ class _Tiles:
         rows, keys = (self.rows if x.shape[2] > 1 else 1), (self.keys if x.shape[3] > 1 else 1)
         tiles: Tensor = x.unflatten(3, (-1, keys)).unflatten(2, (-1, rows)).transpose(3, 4)
         return tiles
+
+
+def _leading(x: Tensor, dims: int) -> tuple[Tensor, Tensor]:
+    """The batch entries and heads of a tensor, as indices of so many dimensions."""
+    b, h = (torch.arange(n, device=x.device) for n in x.shape[:2])
+    return b.view(-1, *(1,) * (dims - 1)), h.view(-1, *(1,) * (dims - 2))
 
 
 def _mixed(e: Scalar) -> bool:

@@ -58,6 +58,19 @@ MAPPED: dict[str, tuple[str, dict[str, Any]]] = {
         "attention a { input at : int[k]\n attend { -20 < at[q] - at[k] < 30 and min(k, at[q]) < 150 } | {q == k} }",
         {"at": (np.arange(N)[::-1] + RNG.integers(-3, 4, N)).astype(np.int32)},
     ),
+    "tables": (
+        """attention a { input ok : bool[b, h, q/16, k/16]
+        attend causal & ({ ok[b, h, q // 16, k // 16] } | window(9)) }""",
+        {"ok": RNG.random((2, 2, N // 16, N // 16)) < 0.3},
+    ),
+    "kinds": (
+        "attention a { input kind : int[b, k] input ok : bool[4, 4]\n attend causal & { ok[kind[q], kind[k]] } }",
+        {"kind": ids(2, N), "ok": np.array([[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]], bool)},
+    ),
+    "diagonals": (
+        "attention a { input near : bool[b, k]\n attend causal & { near[b, (q - k) // 2] } }",
+        {"near": np.arange(N)[None] % 48 < np.array([[20], [24]])},
+    ),
 }  # fmt: skip
 
 
@@ -73,7 +86,7 @@ def test_a_map_holds_every_tile_and_few_others(name: str, rows: int, block_k: in
     program = load(MAPPED[name][0]).program
     assert mapped(program)
     spec = make_spec("sm_90", "triton", 2, 1, 64)
-    plan = forward_plan(program, replace(spec, even_start=True), Tiling(16, block_k))
+    plan = forward_plan(program, replace(spec, maps=True), Tiling(16, block_k))
     decl = next(d for d in plan.program.inputs if d.name.startswith("map_"))
     shape = CallShape(2, 2, 1, rows, N, 64, 64)
     given = [torch.from_numpy(np.asarray(MAPPED[name][1][d.name])) for d in own_inputs(program)]
@@ -106,7 +119,7 @@ def test_gradients_on_the_cpu(name: str) -> None:
     judge(cpu(), case(name), torch.float64)
 
 
-@pytest.mark.parametrize("name", ["documents", "hidden rows", "global tokens"])
+@pytest.mark.parametrize("name", ["documents", "hidden rows", "global tokens", "tables", "kinds", "diagonals"])
 def test_gradients_in_triton(name: str) -> None:
     judge(triton(), case(name), torch.float32)
 
@@ -121,15 +134,15 @@ def test_chunks(rows: int) -> None:
 
 def test_calls_of_many_tiles_are_not_mapped() -> None:
     program = MAPPED["last rows"][0]
-    assert not maps_call(load(program).program, CallShape(1, 64, 64, 1 << 15, 1 << 15, 64, 64))
+    assert not maps_call(load(program).program, CallShape(1, 64, 64, 1 << 16, 1 << 16, 64, 64))
 
 
 def test_lists_are_read_by_both_kernels() -> None:
     program = load(MAPPED["documents"][0]).program
-    spec = replace(make_spec("sm_90", "triton", 2, 1, 64), even_start=True)
+    spec = replace(make_spec("sm_90", "triton", 2, 1, 64), maps=True)
     plan = backward_plan(program, spec, Tiling(64, 64))
     assert all(run.list is not None for runs in (plan.runs, plan.key_runs) for run in runs.full + runs.partial)
-    odd = backward_plan(program, replace(spec, even_start=False), Tiling(64, 64))
+    odd = backward_plan(program, replace(spec, maps=False), Tiling(64, 64))
     assert all(run.list is None for runs in (odd.runs, odd.key_runs) for run in runs.full + runs.partial)
 
 
@@ -149,7 +162,7 @@ def test_full_tiles_are_not_masked(rows: int) -> None:
     """A list has the tiles of which the map says that they are whole before the others."""
     chosen = case("last rows", rows)
     program = chosen.load()
-    plan = forward_plan(program, replace(make_spec("sm_90", "triton", 2, 1, 64), even_start=True), Tiling(16, 16))
+    plan = forward_plan(program, replace(make_spec("sm_90", "triton", 2, 1, 64), maps=True), Tiling(16, 16))
     given = [torch.from_numpy(chosen.inputs[d.name]) for d in own_inputs(program)]
     values = Deriver(plan.program, chosen.shape, torch.device("cpu"))(given, [])
     made = dict(zip((d.name for d in plan.program.inputs if d.derivation), values, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,21 @@ from hypothesis import strategies as st
 import attndsl
 from attndsl.api import load_attention
 from attndsl.capacity import lags_of
-from attndsl.derive import derive
+from attndsl.compose import compose
+from attndsl.derive import derive, own_inputs
 from attndsl.grammar import load
+from attndsl.mapping import maps_call
+from attndsl.plan import Tiling, forward_plan
 from attndsl.program import CallShape, Program
 from attndsl.runtime import select_op
+from attndsl.runtime.derive import Deriver
 from attndsl.runtime.select import Selector
+from attndsl.targets import make_spec
 from tests import test_routed, test_select
 from tests.accuracy import examples
 from tests.gradients import TOLERANCE
 from tests.test_routed import tensors
+from tests.test_select import CPU
 
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "ignore::attndsl.PatternWarning")
 
@@ -318,3 +325,40 @@ def test_decode_refuses_what_it_does_not_know() -> None:
     plans = {"top": torch.zeros(2, 4, 1, 1, dtype=torch.int32)}
     with pytest.raises(attndsl.PatternError, match="A911"):
         attn.decode(q, k, v, torch.full((2,), 12, dtype=torch.int32), pi=torch.arange(12), plans=plans)
+
+
+@pytest.mark.parametrize(
+    ("text", "inputs"),
+    [
+        ("attention a { input c : int[b, k]\n plan p = top(1, segments(c), per = rows(64), by = dot(mean(Q), mean(K)), "
+         "among = all)\n attend p }", {"c": torch.arange(500)[None] // 128}),
+        ("attention a { input pi : int[k]\n plan p = top(1, blocks(64) on permuted(pi), per = rows(64), by = "
+         "dot(mean(Q), mean(K)), among = all)\n attend p }", {"pi": torch.arange(500).flip(0)}),
+        ("attention a { axes t, y[8], x[16]\n plan p = top(1, tiles(1, 4, 16), per = tiles(1, 4, 16), by = "
+         "dot(mean(Q), mean(K)), among = all)\n attend p }", {}),
+        ("attention a { plan p = top(1, blocks(64), per = rows(64), by = dot(mean(Q), mean(K)), among = all)\n"
+         " attend p | window(9) & causal }", {}),
+        ("attention a { input near : bool[k]\n attend causal & { near[q - k] } }", {"near": torch.arange(500) < 130}),
+    ],
+    ids=["segments", "permuted", "tiles", "blocks or a window", "diagonals"],
+)  # fmt: skip
+def test_only_tiles_that_hold_something_are_visited(text: str, inputs: dict[str, Any]) -> None:
+    """Where members are whole in tiles, the map of tiles is exact; the last tile of keys is never called full here."""
+    attn = attndsl.compile(text)
+    q, k, _ = tensors(500, 500, 2, 1)
+    given = inputs | attn.plan(q[:1], k[:1], **inputs)
+    allowed = attn.mask(500, 500, heads=2, kv_heads=1, **{name: x.numpy() for name, x in given.items()})
+    shape = CallShape(1, 2, 1, 500, 500, 16, 16)
+    ((_, own),) = compose(attn.program).branches
+    assert maps_call(own, shape)
+    plan = forward_plan(derive(own), replace(make_spec("sm_90", "triton", 2, 1, 16), maps=True), Tiling(64, 64))
+    values = [given[decl.name] for decl in own_inputs(plan.program)]
+    made = Deriver(plan.program, shape, CPU, given=values)(values, [])
+    names = [decl.name for decl in plan.program.inputs if decl.derivation is not None]
+    tiles = next(x for name, x in zip(names, made, strict=True) if name.startswith("map_")).view(-1, 8, 8)
+    ragged = np.pad(allowed, ((0, 0), (0, 12), (0, 12))).reshape(2, 8, 64, 8, 64)
+    whole = np.pad(allowed, ((0, 0), (0, 12), (0, 0)), constant_values=True)
+    whole = np.pad(whole, ((0, 0), (0, 0), (0, 12))).reshape(2, 8, 64, 8, 64)
+    exact = ragged.any(axis=(2, 4)).astype(int) + whole.all(axis=(2, 4))
+    assert (tiles.numpy() == exact).all()
+    assert 0 < (exact > 0).sum() < exact.size
