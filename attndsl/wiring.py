@@ -19,11 +19,11 @@ from attndsl.mixing import mixes
 from attndsl.observing import Cells, ObservePlan, cells_of, observe_plans
 from attndsl.part_findings import part_findings
 from attndsl.parts import find_kernel
-from attndsl.piece_plans import backward_plans, forward_plans
+from attndsl.piece_plans import backward_plans, forward_plans, whole
 from attndsl.plan import Backend, BackwardPlan, ForwardPlan, Loads, Spec
 from attndsl.plans import of_selection
 from attndsl.pooling import PoolPlan
-from attndsl.program import Program
+from attndsl.program import CallShape, Program
 from attndsl.runtime import texts
 from attndsl.runtime.cache import cache_key
 from attndsl.runtime.registry import register
@@ -165,6 +165,9 @@ class Shown:
                 program = program.with_branch(parts=(raw_first(program)[piece],))
                 return decode_plan(program, spec, self.rows, Cache(self.page), split=self.backend != "cpu")
             case "dq" | "dkdv":
+                # Of programs in pieces, a call whose tokens fill the layers that these see.
+                full = CallShape(1, spec.heads, spec.kv_heads, 0, 0, spec.dim, spec.v_dim)
+                spec = replace(spec, whole=whole(program, spec, full))
                 plan = backward_plans(program, spec)[piece]
                 return plan.of_keys() if name == "dkdv" and spec.backend is not Backend.CPU else plan
             case _:
