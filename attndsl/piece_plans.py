@@ -16,7 +16,7 @@ from attndsl.derive import derive, with_needed
 from attndsl.effort import one_at_a_time
 from attndsl.grid_pieces import BoxPiece
 from attndsl.layers import layers
-from attndsl.layout import Permutation
+from attndsl.layout import Layout, Permutation
 from attndsl.learned import Over
 from attndsl.linear import normalise
 from attndsl.mask import shaped
@@ -254,6 +254,10 @@ def _spec_of(piece: Piece | BoxPiece, spec: Spec) -> Spec:
     return spec if piece.layout.plain or spec.whole else replace(spec, loads=Loads.POINTER)
 
 
+# Rows, 4 bytes each, that a copy takes at least: residues have multiples of so many.
+_ROWS_TOGETHER = 4
+
+
 def whole(program: Program, spec: Spec, shape: CallShape) -> bool:
     """Whether the rows and keys of a call fill the layers that the program's pieces see, so that tiles are copied."""
     if spec.loads is not Loads.DESCRIPTOR or not program.plain or spec.dropout:
@@ -267,7 +271,8 @@ def whole(program: Program, spec: Spec, shape: CallShape) -> bool:
         layout = piece.boxes(tiling.block_q, tiling.block_k) if isinstance(piece, BoxPiece) else piece.layout
         for side, block, tokens in (("q", tiling.block_q, shape.rows), ("k", tiling.block_k, shape.k_len)):
             seen = layers(layout, side, block)
-            if seen is None or tokens % seen.unit:
+            multiple = 1 if isinstance(layout, Boxes) else _ROWS_TOGETHER
+            if seen is None or tokens % (seen.unit * multiple):
                 return False
     return True
 
@@ -293,9 +298,14 @@ def backward_plans(
         return _of_split(pieces, lambda piece: _split_backward(piece, spec, tilings, uses_lse))
     program = _of_pieces(program)
     branch = branch_scalars(program, spec)
-    return _of_one_program(
+    plans = [
         _backward_piece(program, piece, spec, tilings, branch, uses_lse, number) for number, piece in enumerate(pieces)
-    )
+    ]
+    first = plans[0]
+    if len(plans) == 1 and spec.whole and isinstance(first.layout, Layout):
+        elsewhere = {x.over for x in first.learned} & {Over.DIAGONALS, Over.PAIRS}
+        plans = [replace(first, rows_apart=not first.layout.q.every and not elsewhere)]
+    return _of_one_program(plans)
 
 
 def _backward_piece(

@@ -271,6 +271,8 @@ class BackwardPlan(Plan):
     derivative by that read. `sink_learnable`: the same for the sink. `uses_lse`: a gradient of lse comes in too.
     On the CPU one function goes over the query tiles: there are no `key_runs`. On Hopper one kernel goes over the key
     tiles: there are no `runs`.
+    `rows_apart`: what the kernel of dq keeps of rows lies residue by residue, as no other kernel but that of dk and dv
+    reads it.
     """
 
     key_tiling: Tiling
@@ -281,6 +283,7 @@ class BackwardPlan(Plan):
     sink_learnable: tuple[tuple[Read, Scalar], ...]
     uses_lse: bool
     key_box_runs: BoxRuns = field(default=BoxRuns(), kw_only=True)
+    rows_apart: bool = field(default=False, kw_only=True)
 
     def _further(self) -> tuple[Scalar, ...]:
         slopes = () if self.d_score is None else (self.d_score,)

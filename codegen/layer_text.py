@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from attndsl.boxes import Boxes
 from attndsl.layers import Layers, layers
-from attndsl.plan import Loads, Plan
+from attndsl.plan import BackwardPlan, Loads, Plan
 
 if TYPE_CHECKING:
     from attndsl.codegen.kernel import KernelWriter
@@ -35,4 +35,19 @@ def tile_at(kernel: KernelWriter, side: str) -> str:
     return ", ".join(at)
 
 
-__all__ = ["layers_of", "tile_at"]
+def copies_rows(kernel: KernelWriter) -> bool:
+    """Whether what a backward pass keeps of rows is copied as the queries of a tile are."""
+    plan = kernel.plan
+    seen, apart = layers_of(plan, "q"), isinstance(plan, BackwardPlan) and plan.rows_apart
+    return bool(tile_at(kernel, "q")) and (seen is None or seen.rows_in_order or apart)
+
+
+def kept_at(plan: BackwardPlan) -> str:
+    """Where it keeps them, of a head: at their own place, or residue by residue."""
+    seen = layers_of(plan, "q")
+    if seen is None or not plan.rows_apart:
+        return "q_rows"
+    return f"residue * (rows // {seen.unit}) + q_tile * BLOCK_Q + q_offset"
+
+
+__all__ = ["copies_rows", "kept_at", "layers_of", "tile_at"]

@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from attndsl.codegen.box_text import BoxText
 from attndsl.codegen.head_order import last_beside
 from attndsl.codegen.kernel import KernelWriter, Leaves
-from attndsl.codegen.layer_text import layers_of, tile_at
+from attndsl.codegen.layer_text import copies_rows, kept_at, tile_at
 from attndsl.codegen.scalars import Level, Printer
 from attndsl.codegen.two_levels import member_softmax
 from attndsl.learned import Learned, Over
@@ -85,17 +85,11 @@ class BackwardKernel(KernelWriter, ABC):
     def load_row(self, name: str, kept: str, other: str) -> None:
         """A vector over the tile's rows, of what the kernel of dq kept. Rows that do not exist have a dout of zero, and
         with it no gradient, whatever their weight."""
-        if self.copies_rows:
+        if copies_rows(self):
             self.lines.add(f"{name} = {kept}_desc.load([row_head, {tile_at(self, 'q')}]).reshape(BLOCK_Q)")
             return
         at = f"{kept}_ptr + row_head.to(tl.int64) * row_stride + q_rows"
         self.lines.add(f"{name} = tl.load({at}, mask=q_rows < rows, other={other})")
-
-    @property
-    def copies_rows(self) -> bool:
-        """Whether what belongs to a tile's rows is copied as its queries are."""
-        seen = layers_of(self.plan, "q")
-        return bool(tile_at(self, "q")) and (seen is None or seen.rows_in_order)
 
     def scores(self, a: str, b: str) -> None:
         """`scores`: the product q . k, scaled where an expression reads it."""
@@ -255,7 +249,7 @@ class DqKernel(BackwardKernel):
             "# Rows that see nothing have lse -inf: with +inf in its place their weights are 0.",
             'lse = tl.load(lse_ptr + row_at, mask=q_rows < rows, other=float("inf")) * LOG2_E',
             'lse = tl.where(lse == float("-inf"), float("inf"), lse)',
-            "kept_at = head.to(tl.int64) * row_stride + q_rows",
+            f"kept_at = head.to(tl.int64) * row_stride + {kept_at(self.plan)}",
             "tl.store(delta_ptr + kept_at, delta, mask=q_rows < rows)",
             "tl.store(row_lse_ptr + kept_at, lse, mask=q_rows < rows)",
         )

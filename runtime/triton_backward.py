@@ -244,7 +244,9 @@ def backward_parameters(
     for i, name in enumerate(types):
         if name in ("delta", "row_lse"):
             size = (shape.batch * shape.heads, *seen.shape(shape.rows))
-            strides, block = (row_stride(shape.rows), *seen.steps), (1, *seen.tile)
+            # Apart, the rows of a residue lie one after another.
+            steps = (shape.rows // seen.unit, 1) if plan.rows_apart else seen.steps
+            strides, block = (row_stride(shape.rows), *steps), (1, *seen.tile)
             found[f"{name}_desc"] = Descriptor(first + i, size, strides, block, f"tensordesc<fp32{list(block)}>")
     # The kernel of dk and dv loops over tiles of q and dout; that of dq over those of k and v.
     for index, name, x in ((0, "q", q), (first, "dout", dout)):
