@@ -13,7 +13,7 @@ from attndsl.alone import together
 from attndsl.derive import derive
 from attndsl.effort import EFFORT, TooHard, bounded
 from attndsl.program import Compare, Const, Program, Scalar, Set, Table, Type, Union, Var, rebuild, substitute
-from attndsl.relation import MAX_CASES, Lowering
+from attndsl.relation import MAX_CASES, POSITION_BITS, Lowering
 from attndsl.simplify import fold
 from attndsl.witness import Witness, World, canonical, map_scalars, realise
 
@@ -177,7 +177,9 @@ class Existing:
         self.lowering = lowering
         self._lowered: dict[Set, isl.Set] = {p: lowering.lower(p, lowering.here) for p in patterns}
         same = "" if lowering.program.align_start else " and Nq = Nk"
-        self.domain = lowering.set(f"[Nq, Nk] -> {{ [q, k] : 0 <= q < Nq and 0 <= k < Nk{same} }}")
+        longest = 1 << POSITION_BITS
+        ends = f"Nq <= {longest} and Nk <= {longest}{same}"
+        self.domain = lowering.set(f"[Nq, Nk] -> {{ [q, k] : 0 <= q < Nq and 0 <= k < Nk and {ends} }}")
         self.domain = self.domain.intersect_params(lowering.context())
         for text in (*_head_axioms(lowering), *_table_axioms(lowering), *_data_axioms(lowering)):
             self.domain = self.domain.intersect(lowering.set(text))

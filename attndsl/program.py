@@ -1,30 +1,28 @@
 """The typed program: what an attention means, every name resolved and every parameter bound.
 
-    scalar  e ::= Const v | Var x | Arg x | Table t[e*] | Read input[e*]
-                | Unary op e | Binary op e e | Compare op e e | Logic op e* | If e e e | Call f e*
+    scalar  e                                                      as in `scalar`
     set     P ::= Where e | Union P* | Inter P* | Minus P P | Complement P | Choose e P P
                 | On P place | Coarsen P | Random P e | Selected plan[e*]
     place     ::= Blocks B | Permuted input | Segment input | Along axis
     program   ::= inputs, arguments, tables, branches, output      branches and output: see `branches`
 
 `grammar.lower` makes it, the oracle (`attndsl.oracle`, `runtime.reference`) says what it means, and the compiler
-turns it into kernels. Substituted `where` bindings make expressions a graph with shared nodes; the front end bounds
-their expanded size.
+turns it into kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, TypeAlias, assert_never
+from typing import Any, TypeAlias
 
 from attndsl.branches import Branch as Branch
 from attndsl.branches import Output, Part
 from attndsl.call_shape import CallShape as CallShape
 from attndsl.derivation import Random, Segment
 from attndsl.diagnostics import Source, Span, error
-from attndsl.grid import AXIS_NAMES, Along, Grid
+from attndsl.grid import Along, Grid
 from attndsl.inputs import KERNEL_TENSORS as KERNEL_TENSORS
 from attndsl.inputs import Axis as Axis
 from attndsl.inputs import Dim as Dim
@@ -32,221 +30,40 @@ from attndsl.inputs import InputDecl as InputDecl
 from attndsl.inputs import TableDecl as TableDecl
 from attndsl.members import Placed, Runs
 from attndsl.observation import Observation
+from attndsl.scalar import ARITHMETIC as ARITHMETIC
+from attndsl.scalar import BOOL_CALLS as BOOL_CALLS
+from attndsl.scalar import BUILTINS as BUILTINS
+from attndsl.scalar import COMPARISONS as COMPARISONS
+from attndsl.scalar import FLOAT_CALLS as FLOAT_CALLS
+from attndsl.scalar import INT_CALLS as INT_CALLS
+from attndsl.scalar import TILE_NAMES as TILE_NAMES
+from attndsl.scalar import Arg as Arg
+from attndsl.scalar import Binary as Binary
+from attndsl.scalar import Call as Call
+from attndsl.scalar import Compare as Compare
+from attndsl.scalar import Const as Const
+from attndsl.scalar import HashedOnce
+from attndsl.scalar import If as If
+from attndsl.scalar import Logic as Logic
+from attndsl.scalar import Read as Read
+from attndsl.scalar import Scalar as Scalar
+from attndsl.scalar import Table as Table
+from attndsl.scalar import Type as Type
+from attndsl.scalar import Unary as Unary
+from attndsl.scalar import Var as Var
+from attndsl.scalar import children as children
+from attndsl.scalar import reads as reads
+from attndsl.scalar import rebuild as rebuild
+from attndsl.scalar import substitute as substitute
+from attndsl.scalar import walk as walk
 from attndsl.selection import Selected as Selected
 from attndsl.selection import Selection
-
-
-class Type(Enum):
-    """Type of a scalar."""
-
-    INT = "int"
-    FLOAT = "float"
-    BOOL = "bool"
-
-
-# ---------------------------------------------------------------------------------------- scalars
-
-# What a pattern may read: positions q and k, query head h, its KV head g, batch entry b, the pair's scaled dot product
-# s, and Nq and Nk, one past the last positions.
-BUILTINS = frozenset({"q", "k", "b", "h", "g", "s", "Nq", "Nk", "H", "G", "D", "Dv"})
-# Names that only the compiler introduces: the tile indices, their difference, the position of a call's first row,
-# those of a layout (`layout.py`): the residue, a query's and a key's index in its order, and that of the first row;
-# in an output the channel; the place of an entry in a list of tiles; that of a token in its tile, and the tile's first.
-TILE_NAMES = AXIS_NAMES.union("q_tile k_tile diagonal start residue i j i_start d place in_tile tile_first".split())
-
-ARITHMETIC = frozenset({"+", "-", "*", "//", "%", "/"})
-COMPARISONS = frozenset({"<", "<=", ">", ">=", "==", "!="})
-INT_CALLS: dict[str, int | None] = {"min": None, "max": None, "abs": 1, "clamp": 3, "bit_length": 1}
-BOOL_CALLS: dict[str, int | None] = {"is_power_of_two": 1}
-# Only the compiler calls `mix64(x, y)`, 64 bits of hash of y after x, and `drawn(hash, member, last_hash, last)`.
-FLOAT_CALLS: dict[str, int | None] = {
-    "exp": 1, "exp2": 1, "log": 1, "sqrt": 1, "tanh": 1, "sigmoid": 1, "softcap": 2,
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Const:
-    value: int | float | bool
-
-    @property
-    def type(self) -> Type:
-        if isinstance(self.value, bool):
-            return Type.BOOL
-        return Type.INT if isinstance(self.value, int) else Type.FLOAT
-
-
-@dataclass(frozen=True, slots=True)
-class Var:
-    """One of `BUILTINS` (or of `TILE_NAMES`, in what the compiler derives)."""
-
-    name: str
-
-    def __post_init__(self) -> None:
-        assert self.name in BUILTINS or self.name in TILE_NAMES, self.name
-
-    @property
-    def type(self) -> Type:
-        return Type.FLOAT if self.name == "s" else Type.INT
-
-
-@dataclass(frozen=True, slots=True)
-class Arg:
-    """A `runtime int` parameter: an argument of the kernel."""
-
-    name: str
-
-    @property
-    def type(self) -> Type:
-        return Type.INT
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """An entry of a compile-time table (`Program.tables`); every index is clamped to its dimension."""
-
-    name: str
-    index: tuple[Scalar, ...]
-    type: Type
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """An entry of an input, one index per declared dimension; every index is clamped to its dimension.
-
-    The index of a `q` dimension is a query position; the tensor holds the rows of the call, so its row is the position
-    less (Nk - rows), or the position itself under `align start`.
-    """
-
-    input: str
-    index: tuple[Scalar, ...]
-    type: Type
-
-
-@dataclass(frozen=True, slots=True)
-class Unary:
-    """`-` on a number, `not` on a boolean."""
-
-    op: str
-    operand: Scalar
-
-    @property
-    def type(self) -> Type:
-        return self.operand.type
-
-
-@dataclass(frozen=True, slots=True)
-class Binary:
-    """`+ - *` on numbers, `/` (always float), `//` and `%` on ints, rounding towards minus infinity."""
-
-    op: str
-    left: Scalar
-    right: Scalar
-    type: Type = field(init=False, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        assert self.op in ARITHMETIC, self.op
-        isfloat = self.op == "/" or Type.FLOAT in (self.left.type, self.right.type)
-        object.__setattr__(self, "type", Type.FLOAT if isfloat else Type.INT)
-
-
-@dataclass(frozen=True, slots=True)
-class Compare:
-    op: str
-    left: Scalar
-    right: Scalar
-
-    def __post_init__(self) -> None:
-        assert self.op in COMPARISONS, self.op
-
-    @property
-    def type(self) -> Type:
-        return Type.BOOL
-
-
-@dataclass(frozen=True, slots=True)
-class Logic:
-    """`and`, `or` of two or more booleans."""
-
-    op: str
-    operands: tuple[Scalar, ...]
-
-    @property
-    def type(self) -> Type:
-        return Type.BOOL
-
-
-@dataclass(frozen=True, slots=True)
-class If:
-    cond: Scalar
-    then: Scalar
-    other: Scalar
-    type: Type = field(init=False, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        types = (self.then.type, self.other.type)
-        object.__setattr__(self, "type", Type.FLOAT if Type.FLOAT in types else types[0])
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A function of `INT_CALLS` (float if an argument is), `BOOL_CALLS` or `FLOAT_CALLS`."""
-
-    function: str
-    args: tuple[Scalar, ...]
-    type: Type = field(init=False, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.function in BOOL_CALLS or self.function == "drawn":
-            type = Type.BOOL
-        elif self.function in FLOAT_CALLS or any(a.type is Type.FLOAT for a in self.args):
-            type = Type.FLOAT
-        else:
-            type = Type.INT
-        object.__setattr__(self, "type", type)
-
-
-Scalar: TypeAlias = Const | Var | Arg | Table | Read | Unary | Binary | Compare | Logic | If | Call
-
-
-def children(e: Scalar) -> tuple[Scalar, ...]:
-    """The direct operands of a scalar."""
-    match e:
-        case Const() | Var() | Arg():
-            return ()
-        case Table(index=index) | Read(index=index):
-            return index
-        case Unary(operand=x):
-            return (x,)
-        case Binary(left=a, right=b) | Compare(left=a, right=b):
-            return (a, b)
-        case Logic(operands=xs) | Call(args=xs):
-            return xs
-        case If(cond=c, then=a, other=b):
-            return (c, a, b)
-
-
-def walk(e: Scalar) -> Iterator[Scalar]:
-    """Every distinct node under a scalar (shared nodes once), the scalar itself first."""
-    seen: set[int] = set()
-    stack: list[Scalar] = [e]
-    while stack:
-        node = stack.pop()
-        if id(node) not in seen:
-            seen.add(id(node))
-            yield node
-            stack.extend(children(node))
-
-
-def reads(e: Scalar, *names: str) -> bool:
-    """Whether the scalar reads one of these variables anywhere."""
-    return any(isinstance(x, Var) and x.name in names for x in walk(e))
-
 
 # ------------------------------------------------------------------------------------------- sets
 
 
 @dataclass(frozen=True, slots=True)
-class Where:
+class Where(HashedOnce):
     """The pairs that satisfy a boolean: a set comprehension."""
 
     cond: Scalar
@@ -254,32 +71,32 @@ class Where:
 
 
 @dataclass(frozen=True, slots=True)
-class Union:
+class Union(HashedOnce):
     parts: tuple[Set, ...]
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Inter:
+class Inter(HashedOnce):
     parts: tuple[Set, ...]
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Minus:
+class Minus(HashedOnce):
     left: Set
     right: Set
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Complement:
+class Complement(HashedOnce):
     operand: Set
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Choose:
+class Choose(HashedOnce):
     """`if c then P else Q`: `({c} & P) | (~{c} & Q)`."""
 
     cond: Scalar
@@ -310,7 +127,7 @@ Place: TypeAlias = Blocks | Permuted | Segment | Along
 
 
 @dataclass(frozen=True, slots=True)
-class On:
+class On(HashedOnce):
     """(q, k) is in it when (place(q), place(k)) is in the operand; inside, Nq and Nk: one past the last coordinate."""
 
     operand: Set
@@ -325,7 +142,7 @@ class Coarse(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Coarsen:
+class Coarsen(HashedOnce):
     """Block pairs of which any, all, or at least a fraction of the existing pairs (0 <= q < Nq, 0 <= k < Nk) are in
     the operand, whatever rows the call holds. `map`: in a derived program, the read that says so of a pair's blocks.
     """
@@ -346,7 +163,7 @@ Set: TypeAlias = Where | Union | Inter | Minus | Complement | Choose | On | Coar
 
 
 @dataclass(frozen=True, slots=True)
-class Program:
+class Program(HashedOnce):
     """A whole attention. Equality and hash ignore spans, so equal programs share kernels."""
 
     name: str
@@ -440,43 +257,3 @@ def scalars(pattern: Set) -> Iterator[Scalar]:
         case On(operand=p, place=place):
             yield from scalars(p)
             yield from place.lead if isinstance(place, Permuted | Segment) else ()
-
-
-def rebuild(e: Scalar, step: Callable[[Scalar], Scalar], memo: dict[int, Scalar] | None = None) -> Scalar:
-    """The scalar with `step` applied to every node, operands first; shared nodes stay shared."""
-    memo = {} if memo is None else memo
-    if id(e) in memo:
-        return memo[id(e)]
-
-    def inner(x: Scalar) -> Scalar:
-        return rebuild(x, step, memo)
-
-    result: Scalar
-    match e:
-        case Const() | Var() | Arg():
-            result = e
-        case Table(name=name, index=index, type=type):
-            result = Table(name, tuple(map(inner, index)), type)
-        case Read(input=name, index=index, type=type):
-            result = Read(name, tuple(map(inner, index)), type)
-        case Unary(op=op, operand=x):
-            result = Unary(op, inner(x))
-        case Binary(op=op, left=a, right=b):
-            result = Binary(op, inner(a), inner(b))
-        case Compare(op=op, left=a, right=b):
-            result = Compare(op, inner(a), inner(b))
-        case Logic(op=op, operands=xs):
-            result = Logic(op, tuple(map(inner, xs)))
-        case If(cond=c, then=a, other=b):
-            result = If(inner(c), inner(a), inner(b))
-        case Call(function=f, args=xs):
-            result = Call(f, tuple(map(inner, xs)))
-        case _:
-            assert_never(e)
-    memo[id(e)] = step(result)
-    return memo[id(e)]
-
-
-def substitute(e: Scalar, values: Mapping[str, Scalar]) -> Scalar:
-    """The scalar with variables replaced by other scalars."""
-    return rebuild(e, lambda x: values.get(x.name, x) if isinstance(x, Var) else x)

@@ -9,6 +9,7 @@ import islpy as isl
 
 from attndsl.layout import PLAIN, Layout
 from attndsl.program import Binary, Call, Compare, Const, If, Logic, Scalar, Type, Unary, Var
+from attndsl.simplify import fold
 
 _BINARY = {
     isl.ast_expr_op_type.add: "+",
@@ -66,6 +67,67 @@ def to_scalar(expr: isl.AstExpr, names: Mapping[str, Scalar]) -> Scalar:
             return If(*args)
         case _:
             raise AssertionError(f"unexpected isl expression: {expr.to_C_str()}")
+
+
+def rounded(value: isl.Aff, names: Mapping[str, Scalar], up: bool) -> Scalar | None:
+    """An affine function of parameters rounded up or down, None where it has quotients.
+
+    isl makes expressions under a context, which took longer than all else about an end of a run.
+    """
+    if _quotients(value):
+        return None
+    divisor = value.get_denominator_val()
+    whole, n = value.scale_val(divisor), _integer(divisor)
+    found = _sum(_terms(whole, names), _integer(whole.get_constant_val()) + up * (n - 1))
+    return found if n == 1 else Binary("//", found, Const(n))
+
+
+def conjunction(piece: isl.BasicSet, names: Mapping[str, Scalar]) -> Scalar | None:
+    """The condition under which parameters are in a set of them, None where it has quotients; as `rounded`."""
+    constraints = piece.get_constraints()
+    if any(_quotients(x.get_aff()) for x in constraints):
+        return None
+    return fold(Logic("and", tuple(_constraint(x, names) for x in constraints)))
+
+
+def _constraint(constraint: isl.Constraint, names: Mapping[str, Scalar]) -> Scalar:
+    left = constraint.get_aff()
+    constant, terms = _integer(left.get_constant_val()), _terms(left, names)
+    op = "==" if constraint.is_equality() else ">="
+    if len(terms) == 1 and terms[0][1].type is Type.BOOL:
+        # A boolean, which is 0 or 1.
+        ((factor, e),) = terms
+        at_0, at_1 = _HOLDS[op](constant, 0), _HOLDS[op](constant + factor, 0)
+        return Const(at_0) if at_0 == at_1 else e if at_1 else Unary("not", e)
+    positive = [(factor, e) for factor, e in terms if factor > 0]
+    negative = [(-factor, e) for factor, e in terms if factor < 0]
+    if positive:
+        return Compare(op, _sum(positive, 0), _sum(negative, -constant))
+    return Compare("==" if op == "==" else "<=", _sum(negative, 0), Const(constant))
+
+
+def _quotients(value: isl.Aff) -> bool:
+    return any(value.involves_dims(isl.dim_type.div, i, 1) for i in range(value.dim(isl.dim_type.div)))
+
+
+def _terms(value: isl.Aff, names: Mapping[str, Scalar]) -> list[tuple[int, Scalar]]:
+    """The parameters of an affine function, and its integer factors."""
+    param, found = isl.dim_type.param, list[tuple[int, Scalar]]()
+    for i in range(value.dim(param)):
+        if factor := _integer(value.get_coefficient_val(param, i)):
+            found.append((factor, names[value.get_dim_name(param, i)]))
+    return found
+
+
+def _sum(terms: list[tuple[int, Scalar]], constant: int) -> Scalar:
+    found: Scalar = Const(constant)
+    for factor, e in terms:
+        found = Binary("+", found, Binary("*", Const(factor), _number(e)))
+    return found
+
+
+def _integer(value: isl.Val) -> int:
+    return int(value.to_python())
 
 
 def dims_to_params(pairs: isl.Set, *dims: str) -> isl.Set:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from functools import reduce
 
 import islpy as isl
 
 from attndsl.program import Binary, Call, Compare, Const, If, Scalar, children
+from attndsl.quasi_affine import conjunction, rounded, to_scalar
 from attndsl.simplify import fold
 
 Ends = tuple[Scalar, Scalar]
-ToScalar = Callable[[isl.AstExpr], Scalar]
+Names = Mapping[str, Scalar]
 # More intervals than this are not compared with each other.
 MAX_GROUPED = 24
 
 
-def interval_ends(build: isl.AstBuild, piece: isl.Set, context: isl.Set, scalar: ToScalar) -> Ends:
+def interval_ends(build: isl.AstBuild, piece: isl.Set, context: isl.Set, names: Names) -> Ends:
     """The first tile of an interval { [t] } and how many there are, none where its parameters do not allow it.
 
     Of a conjunction the greatest lower and the least upper bound; of others what isl writes, case by case, which takes
@@ -24,9 +25,9 @@ def interval_ends(build: isl.AstBuild, piece: isl.Set, context: isl.Set, scalar:
     """
     basic = piece.get_basic_sets()
     if len(basic) == 1 and plain_interval(basic[0]):
-        return _bounds(build, piece, basic[0], context, scalar)
-    first, last = (scalar(build.expr_from_pw_aff(end)) for end in (piece.dim_min(0), piece.dim_max(0)))
-    return first, _guarded(build, piece.params(), context, scalar, _count(first, last))
+        return _bounds(build, basic[0], context, names)
+    first, last = (to_scalar(build.expr_from_pw_aff(end), names) for end in (piece.dim_min(0), piece.dim_max(0)))
+    return first, _guarded(build, piece.params(), context, names, _count(first, last))
 
 
 def plain_interval(piece: isl.BasicSet) -> bool:
@@ -113,32 +114,41 @@ def written_size(ends: tuple[Scalar, ...]) -> int:
     return sum(map(size, ends))
 
 
-def _bounds(build: isl.AstBuild, piece: isl.Set, conjunction: isl.BasicSet, context: isl.Set, scalar: ToScalar) -> Ends:
+def _bounds(build: isl.AstBuild, piece: isl.BasicSet, context: isl.Set, names: Names) -> Ends:
+    def end(bound: isl.Aff, up: bool) -> Scalar:
+        found = rounded(bound, names, up)
+        if found is not None:
+            return found
+        whole = isl.PwAff.from_aff(bound.ceil() if up else bound.floor())
+        return to_scalar(build.expr_from_pw_aff(whole.project_domain_on_params()), names)
+
     lower, upper = list[Scalar](), list[Scalar]()
-    for constraint in conjunction.get_constraints():
+    for constraint in piece.get_constraints():
         if not constraint.involves_dims(isl.dim_type.set, 0, 1):
             continue
-        bound, equal = constraint.get_bound(isl.dim_type.set, 0), constraint.is_equality()
-
-        def end(rounded: isl.Aff) -> Scalar:
-            return scalar(build.expr_from_pw_aff(isl.PwAff.from_aff(rounded).project_domain_on_params()))
-
-        if equal:
+        bound = constraint.get_bound(isl.dim_type.set, 0)
+        if constraint.is_equality():
             # One tile, where there is one.
-            return end(bound.floor()), _guarded(build, piece.params(), context, scalar, Const(1))
+            params = isl.Set.from_basic_set(piece).params()
+            return end(bound, up=False), _guarded(build, params, context, names, Const(1))
         if constraint.is_lower_bound(isl.dim_type.set, 0):
-            lower.append(end(bound.ceil()))
+            lower.append(end(bound, up=True))
         else:
-            upper.append(end(bound.floor()))
+            upper.append(end(bound, up=False))
     first, last = Call("max", tuple(lower)), Call("min", tuple(upper))
-    others = isl.Set.from_basic_set(conjunction.drop_constraints_involving_dims(isl.dim_type.set, 0, 1))
-    return first, _guarded(build, others.params(), context, scalar, Call("max", (_count(first, last), Const(0))))
+    others = isl.Set.from_basic_set(piece.drop_constraints_involving_dims(isl.dim_type.set, 0, 1))
+    return first, _guarded(build, others.params(), context, names, Call("max", (_count(first, last), Const(0))))
 
 
 def _count(first: Scalar, last: Scalar) -> Scalar:
     return Binary("+", Binary("-", last, first), Const(1))
 
 
-def _guarded(build: isl.AstBuild, params: isl.Set, context: isl.Set, scalar: ToScalar, count: Scalar) -> Scalar:
-    guard = fold(scalar(build.expr_from_set(params.gist(context))))
+def _guarded(build: isl.AstBuild, params: isl.Set, context: isl.Set, names: Names, count: Scalar) -> Scalar:
+    if params.plain_is_universe() or (params := params.gist(context)).plain_is_universe():
+        return count
+    pieces = params.get_basic_sets()
+    guard = conjunction(pieces[0], names) if len(pieces) == 1 else None
+    if guard is None:
+        guard = fold(to_scalar(build.expr_from_set(params), names))
     return count if guard == Const(True) else If(guard, count, Const(0))

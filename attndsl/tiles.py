@@ -9,6 +9,7 @@ the query tiles at which it is visited.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
@@ -306,7 +307,7 @@ class _Tiler:
 
     def _runs_of(self, joined: list[list[isl.Set]], kind: TileKind, context: isl.Set) -> list[Run]:
         build = isl.AstBuild.from_context(context)
-        ends = [in_a_row([interval_ends(build, x, context, self._scalar) for x in pieces]) for pieces in joined]
+        ends = [in_a_row([interval_ends(build, x, context, self.names) for x in pieces]) for pieces in joined]
         params = [reduce(isl.Set.union, [x.params() for x in pieces]) for pieces in joined]
         groups = exclusive([x.intersect(context) for x in params])
         return [Run(*either([ends[i] for i in group]), 1, kind) for group in groups]
@@ -376,10 +377,8 @@ class _Tiler:
             tiles = tiles.apply(self._map("{ [x, y] -> [x - y, x] }"))
         own = 1 if self.side is Side.KEY else 0
         position = tiles.dim(isl.dim_type.param)
-        tiles = tiles.insert_dims(isl.dim_type.param, position, 1)
-        tiles = tiles.set_dim_name(isl.dim_type.param, position, self.side.value)
-        tiles = tiles.equate(isl.dim_type.param, position, isl.dim_type.set, own)
-        return tiles.project_out(isl.dim_type.set, own, 1).coalesce()
+        tiles = tiles.move_dims(isl.dim_type.param, position, isl.dim_type.set, own, 1)
+        return tiles.set_dim_name(isl.dim_type.param, position, self.side.value).coalesce()
 
     def _intervals(self, line: isl.Set) -> isl.Set:
         """The same set, its intervals written with ends in terms of the own tile."""
@@ -416,9 +415,14 @@ class _Tiler:
         high = piece.dim_max(0).insert_domain(piece.get_space())
         return tile.ge_set(low).intersect(tile.le_set(high))
 
-    def _scalar(self, expr: isl.AstExpr) -> Scalar:
+    @functools.cached_property
+    def names(self) -> dict[str, Scalar]:
+        """What parameters stand for."""
         names: dict[str, Scalar] = {name: Var(name) for name in ("Nq", "Nk", "residue", self.side.value)}
-        return to_scalar(expr, names | {"start": self._start} | self.relation.uniform | self.cuts.scalars)
+        return names | {"start": self._start} | self.relation.uniform | self.cuts.scalars
+
+    def _scalar(self, expr: isl.AstExpr) -> Scalar:
+        return to_scalar(expr, self.names)
 
     @property
     def _start(self) -> Scalar:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from attndsl import box_tiles, boxes, branches, derivation, grid, inputs, listing, records, runs
 from attndsl import layout as layouts
-from attndsl import plan as plans_module
+from attndsl import plan as planned
 from attndsl import program as programs
+from attndsl import scalar as scalars
 from attndsl.compose import of_one_level, raw_first
 from attndsl.cuts import with_cuts
 from attndsl.derivation import Derivation, Draw, Gathering, Order, TileList, TileMap
@@ -180,7 +181,7 @@ def _chosen(files: Mapping[str, bytes], program: Program) -> tuple[Program, Any]
 @functools.cache
 def _recorded() -> Mapping[str, type]:
     """The classes that an entry may hold."""
-    modules = (programs, branches, inputs, derivation, listing, layouts, boxes, box_tiles, grid, runs, plans_module)
+    modules = (programs, scalars, branches, inputs, derivation, listing, layouts, boxes, box_tiles, grid, runs, planned)
     return records.classes_of(modules)
 
 
