@@ -274,7 +274,8 @@ def _pieces(question: Question) -> list[str]:
     lines = [f"considered, each with its cost at {TOKENS:,} tokens in tiles of {BLOCK_Q} x {BLOCK_K}:"]
     for division in sorted(choice.considered, key=lambda division: division.cost):
         mark = "chosen: " if set(division.layouts) == set(chosen) else ""
-        lines.append(f"  {division.cost:,.0f}  {mark}{'; then '.join(map(str, division.layouts))}")
+        cost = f"{division.cost:,.0f}{'' if division.whole else ' or more'}"
+        lines.append(f"  {cost}  {mark}{'; then '.join(map(str, division.layouts))}")
         if mark:
             chosen = ()
     return lines

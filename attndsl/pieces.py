@@ -9,6 +9,7 @@ the tiles that it visits at one length. Nothing of it depends on the lengths of 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -66,10 +67,14 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Division:
-    """A way to divide a pattern: layouts, the parts that each holds, and their cost, in tiles of 128 x 64."""
+    """A way to divide a pattern: layouts, the parts that each holds, and their cost, in tiles of 128 x 64.
+
+    `whole`: that is all they cost; else what is known of it, and already too much.
+    """
 
     groups: tuple[tuple[Layout, frozenset[int]], ...]
     cost: float
+    whole: bool = True
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
@@ -221,6 +226,8 @@ class _Search:
         if 1 < len(basic) <= MAX_PARTS and not fits_whole:
             self.parts = [isl.Set.from_basic_set(part) for part in basic]
         self.costs: dict[tuple[Layout, frozenset[int]], float] = {}
+        # What costs no less is not counted to the end.
+        self.limit = math.inf
         # The relation at the length for which costs are compared.
         length = f"Nq = {TOKENS} and Nk = {TOKENS} and start = 0"
         known = relation.context.intersect(isl.Set.read_from_str(self.ctx, f"[Nq, Nk, start] -> {{ : {length} }}"))
@@ -231,6 +238,7 @@ class _Search:
         if not families:
             return Choice()
         plain = self._divide((), families)
+        self.limit = plain.cost
         alone = {family: self._divide((family,), families) for family in families}
         # Two candidates together, of those that gain by themselves; what fits neither stays in order.
         gaining = sorted((f for f in families if alone[f].cost < plain.cost), key=lambda f: alone[f].cost)[:2]
@@ -252,7 +260,7 @@ class _Search:
             groups |= {layout: fits for layout in family if fits}
             left -= fits
         groups = ({PLAIN: left} if left else {}) | groups
-        return Division(tuple(groups.items()), self._cost(groups))
+        return Division(tuple(groups.items()), *self._cost(groups))
 
     def _families(self) -> Iterator[tuple[tuple[Layout, ...], frozenset[int]]]:
         """Layouts that together hold some parts, and those parts."""
@@ -302,10 +310,14 @@ class _Search:
 
     # ------------------------------------------------------------------------------------- costs
 
-    def _cost(self, groups: dict[Layout, frozenset[int]]) -> float:
-        cost = sum(self._cost_of(layout, parts) for layout, parts in groups.items())
-        taken_up = sum(_programs(layout) for layout in list(groups)[1:])
-        return cost + TAKEN_UP * taken_up
+    def _cost(self, groups: dict[Layout, frozenset[int]]) -> tuple[float, bool]:
+        """What a division costs, or where that is no less than the limit, at least; and whether it is the whole."""
+        cost = TAKEN_UP * sum(_programs(layout) for layout in list(groups)[1:])
+        for counted, (layout, parts) in enumerate(groups.items()):
+            if cost >= self.limit and counted:
+                return cost, False
+            cost += self._cost_of(layout, parts)
+        return cost, True
 
     def _cost_of(self, layout: Layout, parts: frozenset[int]) -> float:
         key = (layout, parts)

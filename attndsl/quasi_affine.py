@@ -90,6 +90,14 @@ def conjunction(piece: isl.BasicSet, names: Mapping[str, Scalar]) -> Scalar | No
     return fold(Logic("and", tuple(_constraint(x, names) for x in constraints)))
 
 
+def comparisons(pairs: isl.Set) -> int:
+    """How many comparisons with q or k a condition for a set { [q, k] } takes, roughly at least: of each conjunction
+    one may follow from what all pairs meet."""
+    positions, dims = isl.dim_type.set, pairs.dim(isl.dim_type.set)
+    of = (sum(x.involves_dims(positions, 0, dims) for x in part.get_constraints()) for part in pairs.get_basic_sets())
+    return sum(max(1, n - 1) for n in of)
+
+
 def _constraint(constraint: isl.Constraint, names: Mapping[str, Scalar]) -> Scalar:
     left = constraint.get_aff()
     constant, terms = _integer(left.get_constant_val()), _terms(left, names)

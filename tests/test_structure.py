@@ -28,6 +28,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "attndsl.relation",
         "attndsl.quasi_affine",
         "attndsl.tiles",
+        "attndsl.tile_loops",
         "attndsl.pieces",
         "attndsl.reindex",
         "attndsl.grid_pieces",
