@@ -24,7 +24,7 @@ from attndsl.plan import Spec
 from attndsl.program import Binary, Call, Compare, Const, Logic, Scalar, Var, substitute
 from attndsl.quasi_affine import condition
 from attndsl.relation import Relation
-from attndsl.runs import Run, Side, TileKind, TileRuns
+from attndsl.runs import Run, Side, TileKind, TileRuns, plain_runs
 from attndsl.simplify import fold, specialise
 from attndsl.tiles import tile_runs, touched_runs
 
@@ -105,15 +105,15 @@ def _names(boxes: Boxes, axis: int) -> dict[str, Scalar]:
 def _renamed(runs: TileRuns, boxes: Boxes, axis: int, spec: Spec, clipped: bool) -> TileRuns:
     names = _names(boxes, axis)
 
-    def text(e: Scalar) -> Scalar:
-        return fold(normalise(specialise(substitute(e, names), spec.sizes)))
+    def named(found: tuple[Run, ...]) -> tuple[Run, ...]:
+        return tuple(replace(r, first=substitute(r.first, names), count=substitute(r.count, names)) for r in found)
 
-    def known(found: tuple[Run, ...]) -> tuple[Run, ...]:
-        renamed = (replace(run, first=text(run.first), count=text(run.count)) for run in found)
-        kept = (run for run in renamed if run.count != Const(0))
-        return tuple(_from(run, boxes.first_tile("q")) if clipped and run.step == 1 else run for run in kept)
+    runs, tile = plain_runs(TileRuns(named(runs.full), named(runs.partial)), spec.sizes), boxes.first_tile("q")
 
-    return TileRuns(known(runs.full), known(runs.partial))
+    def of_call(found: tuple[Run, ...]) -> tuple[Run, ...]:
+        return tuple(_from(run, tile) if clipped and run.step == 1 else run for run in found)
+
+    return TileRuns(of_call(runs.full), of_call(runs.partial))
 
 
 def _from(run: Run, tile: Scalar) -> Run:

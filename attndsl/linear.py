@@ -6,10 +6,11 @@ leave quotients, so that no product outgrows 32 bits, and what cancels goes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from attndsl.program import Binary, Call, Compare, Const, If, Logic, Scalar, Type, Unary
-from attndsl.simplify import negated
+from attndsl.simplify import fold, negated, specialise
 
 
 @dataclass(slots=True)
@@ -30,6 +31,15 @@ class _Sum:
 def normalise(e: Scalar) -> Scalar:
     """The integer or boolean scalar, its sums and quotients in normal form; its value is unchanged."""
     return _Normaliser().scalar(e)
+
+
+def plainly(found: Iterable[Scalar], sizes: Mapping[str, int] = {}) -> list[Scalar]:
+    """Scalars with H, G, D, Dv (those in `sizes`) put in, in normal form and folded: what they share, once."""
+    put_in, normaliser, folded = dict[int, Scalar](), _Normaliser(), dict[int, Scalar]()
+    # All of them stay while memos know them by identity.
+    known = [specialise(e, sizes, put_in) for e in found]
+    normal = [normaliser.scalar(e) for e in known]
+    return [fold(e, folded) for e in normal]
 
 
 def terms(e: Scalar) -> tuple[int, dict[Scalar, int]]:

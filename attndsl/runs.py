@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
 
+from attndsl.linear import plainly
 from attndsl.program import Binary, Const, Read, Scalar, Type, Var
 from attndsl.simplify import fold
 
@@ -69,6 +71,15 @@ def joined(listed: TileRuns) -> TileRuns:
     assert isinstance(partial.count, Binary), "what is listed ends where it says"
     count = Binary("-", partial.count.left, full.first)
     return TileRuns((), (Run(full.first, count, 1, TileKind.PARTIAL, full.list),))
+
+
+def plain_runs(runs: TileRuns, sizes: Mapping[str, int] = {}) -> TileRuns:
+    """Runs with their ends put plainly, H, G, D, Dv (those in `sizes`) put in; those that then have no tiles go."""
+    found = runs.full + runs.partial
+    ends = plainly((x for run in found for x in (run.first, run.count)), sizes)
+    plain = [replace(run, first=a, count=b) for run, a, b in zip(found, ends[::2], ends[1::2], strict=True)]
+    full, partial = plain[: len(runs.full)], plain[len(runs.full) :]
+    return TileRuns(*(tuple(run for run in some if run.count != Const(0)) for some in (full, partial)))
 
 
 class Side(Enum):

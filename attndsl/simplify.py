@@ -14,18 +14,19 @@ _COMPARE = {
 _FLIPPED = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
 
 
-def specialise(e: Scalar, sizes: Mapping[str, int]) -> Scalar:
-    """The scalar with H, G, D, Dv (those in `sizes`) replaced by their values, then folded."""
+def specialise(e: Scalar, sizes: Mapping[str, int], memo: dict[int, Scalar] | None = None) -> Scalar:
+    """The scalar with H, G, D, Dv (those in `sizes`) replaced by their values, then folded. memo: as in `rebuild`."""
 
     def step(x: Scalar) -> Scalar:
         return Const(sizes[x.name]) if isinstance(x, Var) and x.name in sizes else _fold(x)
 
-    return rebuild(e, step)
+    return rebuild(e, step, memo)
 
 
-def fold(e: Scalar) -> Scalar:
-    """The scalar with constants folded; its value is the same for every value of its variables."""
-    return rebuild(e, _fold)
+def fold(e: Scalar, memo: dict[int, Scalar] | None = None) -> Scalar:
+    """The scalar with constants folded; its value is the same for every value of its variables. memo: as in
+    `rebuild`."""
+    return rebuild(e, _fold, memo)
 
 
 def negated(e: Scalar) -> Scalar:
@@ -73,7 +74,8 @@ def _fold(e: Scalar) -> Scalar:
         case Compare(op=op, left=Const(value=a), right=Const(value=b)):
             return Const(bool(_COMPARE[op](a, b)))
         case Logic(op=op, operands=xs):
-            return _logic(op, xs)
+            found = _logic(op, xs)
+            return e if found == e else found
         case If(cond=Const(value=c), then=a, other=b):
             chosen = a if c else b
             return chosen if chosen.type is e.type else Binary("+", chosen, Const(0.0))
@@ -90,7 +92,8 @@ def _fold(e: Scalar) -> Scalar:
         case Call(function="abs", args=(Const(value=x),)):
             return Const(abs(x))
         case Call(function="min" | "max" as name, args=xs) if e.type is Type.INT:
-            return _extremum(name, xs)
+            found = _extremum(name, xs)
+            return e if found == e else found
         case _:
             return e
 

@@ -10,8 +10,7 @@ the query tiles at which it is visited.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from functools import reduce
 from typing import TypeVar, assert_never
 
@@ -20,7 +19,6 @@ import islpy as isl
 from attndsl.effort import EFFORT, Budget, TooHard, bounded, eased
 from attndsl.isl_sets import common_multiple, where_param
 from attndsl.layout import PLAIN, Layout
-from attndsl.linear import normalise
 from attndsl.program import (
     Binary,
     Const,
@@ -39,8 +37,7 @@ from attndsl.run_ends import (
     straightened,
     written_size,
 )  # fmt: skip
-from attndsl.runs import Run, Side, TileKind, TileRuns
-from attndsl.simplify import fold
+from attndsl.runs import Run, Side, TileKind, TileRuns, plain_runs
 from attndsl.tile_cuts import Grid, Owner, TileCuts, tile_cuts
 from attndsl.tile_loops import loop_runs
 
@@ -71,6 +68,7 @@ def tile_runs(
     align_start: bool = False,
     layout: Layout = PLAIN,
     program: Program | None = None,
+    sizes: Mapping[str, int] = {},
 ) -> TileRuns:
     """Closed-form runs for one side's tiles.
 
@@ -79,9 +77,9 @@ def tile_runs(
 
     With a layout, `relation` is in its indices, and tiles are of these: the rows of a residue start at index `i_start`.
     With a program, the ends read the cuts that it declares (`cuts.py`), and tiles that data rules out are not visited.
+    sizes: of H, G, D, Dv, where they are known.
     """
-    runs = _Tiler(relation, block_q, block_k, side, align_start, layout, program).runs()
-    return TileRuns(tuple(map(_plain, runs.full)), tuple(map(_plain, runs.partial)))
+    return plain_runs(_Tiler(relation, block_q, block_k, side, align_start, layout, program).runs(), sizes)
 
 
 def touched_runs(
@@ -89,23 +87,19 @@ def touched_runs(
 ) -> TileRuns:
     """Runs as `tile_runs` gives them, all taken for partial: less work, where no tile is full or only their number
     counts. Raises TooHard."""
-    runs = _Tiler(relation, block_q, block_k, side, align_start, layout).touched_runs()
-    return TileRuns((), tuple(map(_plain, runs.partial)))
+    return plain_runs(_Tiler(relation, block_q, block_k, side, align_start, layout).touched_runs())
 
 
 def ordered_runs(
     relation: Relation, block_q: int, block_k: int, side: Side, align_start: bool, program: Program
 ) -> tuple[Run, ...]:
     """The runs of all visited tiles, taken for partial, one after another in the order of the tiles."""
-    return tuple(map(_plain, _Tiler(relation, block_q, block_k, side, align_start, PLAIN, program).ordered_runs()))
+    runs = _Tiler(relation, block_q, block_k, side, align_start, PLAIN, program).ordered_runs()
+    return plain_runs(TileRuns((), runs)).partial
 
 
 def _written_out(runs: TileRuns) -> int:
     return written_size(tuple(x for run in runs.full + runs.partial for x in (run.first, run.count)))
-
-
-def _plain(run: Run) -> Run:
-    return replace(run, first=fold(normalise(run.first)), count=fold(normalise(run.count)))
 
 
 class _Tiler:

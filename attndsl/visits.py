@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 from attndsl.cuts import without_cuts
 from attndsl.derivation import Chosen, Draw
 from attndsl.layout import PLAIN, Layout
-from attndsl.linear import normalise
 from attndsl.listing import Gathered, Listable, listables
 from attndsl.mapping import mapped, mapped_runs
 from attndsl.mask import IN_RANGE, mask_by_cuts, pair_mask, written_condition
-from attndsl.program import Const, Logic, Program, Read, Scalar
+from attndsl.program import Logic, Program, Read, Scalar
 from attndsl.relation import Lowering, Relation, lowered
-from attndsl.runs import Run, Side, TileRuns, joined
-from attndsl.simplify import fold, specialise
+from attndsl.runs import Side, TileRuns, joined
+from attndsl.simplify import fold
 from attndsl.tiles import tile_runs
 
 if TYPE_CHECKING:
@@ -129,10 +128,9 @@ def closed_runs(
 def _closed(
     relation: Relation, program: Program, spec: Spec, tiling: Tiling, side: Side, layout: Layout, absolute: bool
 ) -> TileRuns:
-    runs = tile_runs(
-        relation, tiling.block_q, tiling.block_k, side, program.align_start or absolute, layout, program
+    return tile_runs(
+        relation, tiling.block_q, tiling.block_k, side, program.align_start or absolute, layout, program, spec.sizes
     )  # fmt: skip
-    return _specialised(runs, spec.sizes)
 
 
 @functools.lru_cache(maxsize=128)
@@ -142,14 +140,3 @@ def _pair_mask(
     written = written_condition(lowering, spec.sizes)
     written = written if selection is None else selection.assumed(written)
     return pair_mask(relation, mask_by_cuts(written, program, lowering.anchor, relation))
-
-
-def _specialised(runs: TileRuns, sizes: dict[str, int]) -> TileRuns:
-    def plain(e: Scalar) -> Scalar:
-        return fold(normalise(specialise(e, sizes)))
-
-    def known(found: tuple[Run, ...]) -> tuple[Run, ...]:
-        folded = (replace(r, first=plain(r.first), count=plain(r.count)) for r in found)
-        return tuple(run for run in folded if run.count != Const(0))
-
-    return TileRuns(known(runs.full), known(runs.partial))
