@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from attndsl.cut_values import cut_values
 from attndsl.cuts import known_cuts, with_cuts
 from attndsl.derivation import Cut
 from attndsl.derive import derive
-from attndsl.effort import one_at_a_time
+from attndsl.effort import remembered
 from attndsl.evaluate import evaluate
 from attndsl.oracle import check_inputs, index_origin
 from attndsl.program import Arg, CallShape, Program, Read, Scalar, Table, Var, children, reads, walk
@@ -89,8 +88,7 @@ def most_visits(program: Program, runs: TileRuns, shape: CallShape, block_q: int
     return min(tiles, int(np.max(sum(counts), initial=0)))
 
 
-@functools.lru_cache(maxsize=256)
-@one_at_a_time
+@remembered(256)
 def _closed_runs(
     program: Program, heads: tuple[int, int], block_q: int, block_k: int, positions: tuple[int, int, int],
     given: frozenset[str],

@@ -6,7 +6,6 @@ each is.
 
 from __future__ import annotations
 
-import functools
 from contextlib import suppress
 from dataclasses import replace
 from math import prod
@@ -15,7 +14,7 @@ import islpy as isl
 
 from attndsl.box_tiles import BoxRun, BoxRuns
 from attndsl.boxes import Boxes
-from attndsl.effort import TooHard
+from attndsl.effort import TooHard, remembered
 from attndsl.grid import Grid
 from attndsl.grid_pieces import AxisPart, BoxPiece
 from attndsl.linear import normalise
@@ -61,7 +60,7 @@ def _ends_anywhere(grid: Grid) -> bool:
     return grid.sizes[0] is not None or grid.stride * grid.tiles[0] > 1
 
 
-@functools.lru_cache(maxsize=1024)
+@remembered(1024)
 def _axis_runs(part: AxisPart, q: int, k: int, side: Side, align_start: bool, ends: bool, split: bool) -> TileRuns:
     relation = part.relation if side is Side.QUERY else part.transposed()
     if not split:
@@ -141,7 +140,7 @@ def _mask_names(part: AxisPart, boxes: Boxes, axis: int) -> dict[str, Scalar]:
     return names | {"q": names["i"], "k": names["j"]} if part.layout.plain else names
 
 
-@functools.lru_cache(maxsize=1024)
+@remembered(1024)
 def _axis_mask(part: AxisPart) -> Scalar:
     """The condition along an axis for cells that exist: as written, or as integer sets simplify it."""
     relation, layout = part.relation, part.layout

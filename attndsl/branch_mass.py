@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
 from attndsl.branches import Branch, Given, Pool
 from attndsl.derive import derive
 from attndsl.diagnostics import error
+from attndsl.effort import remembered
 from attndsl.linear import normalise
 from attndsl.program import Program, Scalar
 from attndsl.quasi_affine import condition
@@ -42,7 +42,7 @@ class BranchMass:
         return -(-k_len // self.stride)
 
 
-@functools.lru_cache(maxsize=256)
+@remembered(256)
 def branch_mass(program: Program, selection: Selection, heads: tuple[int, int], ragged: bool = False) -> BranchMass:
     """What a selection by `probs(branch)` needs to know of the branch. ragged: as in `derive`.
 
@@ -58,7 +58,7 @@ def branch_mass(program: Program, selection: Selection, heads: tuple[int, int], 
     return mass_of(program, branch, heads, ragged)
 
 
-@functools.lru_cache(maxsize=256)
+@remembered(256)
 def mass_of(program: Program, branch: Branch, heads: tuple[int, int], ragged: bool = False) -> BranchMass:
     """What `probs` needs to know of a branch that has a mass."""
     alone = derive(replace(program, branches=(branch,), output=None, selections=()), ragged)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from fractions import Fraction
 from typing import assert_never
@@ -12,7 +11,7 @@ import islpy as isl
 from attndsl.branches import Branch, Part
 from attndsl.derive import derive
 from attndsl.diagnostics import error
-from attndsl.effort import TooHard, bounded
+from attndsl.effort import TooHard, bounded, remembered
 from attndsl.isl_sets import project_param
 from attndsl.linear import normalise
 from attndsl.member_numbers import in_integer_sets
@@ -27,7 +26,7 @@ from attndsl.view_plans import entries_of
 MAX_FORCED = 1 << 16
 
 
-@functools.lru_cache(maxsize=1024)
+@remembered(1024)
 def forced_bound(program: Program, heads: tuple[int, int], selection: Selection) -> int | None:
     """The most members that `always` forces for a row class; None where nothing bounds them.
 
@@ -67,7 +66,7 @@ def _most(lowering: Lowering, pairs: isl.Set, selection: Selection) -> int | Non
     return most
 
 
-@functools.lru_cache(maxsize=1024)
+@remembered(1024)
 def rows_that_see(program: Program, heads: tuple[int, int], q_len: int, k_len: int) -> tuple[int, int]:
     """The first row that a derived program of one part may let see anything, and one past the last."""
     part = program.only.parts[0]
@@ -96,7 +95,7 @@ def rows_that_see(program: Program, heads: tuple[int, int], q_len: int, k_len: i
         return 0, q_len
 
 
-@functools.lru_cache(maxsize=256)
+@remembered(256)
 def lags_of(program: Program, heads: tuple[int, int], size: int) -> Scalar | None:
     """Of a derived program's pattern the condition on k, a block of `size` lags, that some row from `start` on has a
     pair so far back; None where data or effort forbids."""

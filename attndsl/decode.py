@@ -7,7 +7,6 @@ into one tile of queries, and the tiles that it visits are dealt out in slices, 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.diagnostics import error
-from attndsl.effort import one_at_a_time
+from attndsl.effort import remembered
 from attndsl.evaluate import evaluate
 from attndsl.listing import listables
 from attndsl.mask import pair_mask, written_condition
@@ -158,8 +157,7 @@ class DecodePlan(Plan):
         return -(-rows // self.tiling.block_q) * self.head_tiles * self.spec.kv_heads * batch
 
 
-@functools.lru_cache(maxsize=1024)
-@one_at_a_time
+@remembered(1024)
 def decode_plan(
     program: Program, spec: Spec, rows: int, cache: Cache, split: bool = True, tiling: Tiling | None = None,
     columns: int = 1,

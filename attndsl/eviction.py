@@ -7,7 +7,6 @@ kept. Where the sets are too hard, everything is needed.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from attndsl.compose import Composition, of_one_level, part_programs
 from attndsl.derive import derive
 from attndsl.diagnostics import error
-from attndsl.effort import TooHard, bounded
+from attndsl.effort import TooHard, bounded, remembered
 from attndsl.evaluate import evaluate
 from attndsl.isl_sets import project_param
 from attndsl.keeping import kept, kept_by
@@ -178,7 +177,7 @@ def _raw(program: Program, composition: Composition) -> Iterator[Program]:
             )
 
 
-@functools.lru_cache(maxsize=256)
+@remembered(256)
 def retention(program: Program, page: int, known: Known = ()) -> Retention:
     """What a program of one part over raw tokens needs of a sequence's pages; of its keys where `page` is 0, for what
     its arguments named `at_key` are there."""

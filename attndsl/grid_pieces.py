@@ -7,7 +7,6 @@ the visited ones are a product of counts, so that all shapes are compared at the
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.boxes import Boxes
-from attndsl.effort import TooHard, bounded
+from attndsl.effort import TooHard, bounded, remembered
 from attndsl.evaluate import evaluate
 from attndsl.grid import Grid
 from attndsl.layout import PLAIN, Comb, Layout
@@ -108,7 +107,7 @@ class BoxPiece:
         return _best_boxes(self, block_q, block_k)[0]
 
 
-@functools.lru_cache(maxsize=256)
+@remembered(256)
 def grid_pieces(program: Program, heads: tuple[int, int]) -> tuple[Relation | None, tuple[BoxPiece, ...]] | None:
     """The pairs of a program off its grid, None where there can be none, and those on it as pieces by boxes.
 
@@ -170,7 +169,7 @@ def _box_piece(program: Program, grid: Grid, term: Term, heads: tuple[int, int])
     return BoxPiece(grid, tuple(axes), term.tokens)
 
 
-@functools.lru_cache(maxsize=256)
+@remembered(256)
 def _axis_part(
     program: Program, local: Set, size: int | None, divisors: frozenset[int], heads: tuple[int, int]
 ) -> AxisPart:
@@ -208,12 +207,12 @@ def _residues(relation: Relation, divisors: frozenset[int], size: int | None) ->
 Counts = NDArray[np.int64]
 
 
-@functools.lru_cache(maxsize=256)
+@remembered(256)
 def _tables(piece: BoxPiece) -> list[_Counted]:
     return [_Counted(part, _extent(piece.grid, axis)) for axis, part in enumerate(piece.axes)]
 
 
-@functools.lru_cache(maxsize=1024)
+@remembered(1024)
 def _best_boxes(piece: BoxPiece, block_q: int, block_k: int) -> tuple[float, tuple[int, ...], tuple[int, ...]]:
     """The cost of the best boxes, and the boxes of queries and of keys."""
     tables = _tables(piece)

@@ -8,14 +8,13 @@ in a tile wherever the call's first row stands.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from math import gcd
 
 from attndsl.branches import View
 from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
-from attndsl.effort import one_at_a_time
+from attndsl.effort import remembered
 from attndsl.mask import mask_by_cuts, pair_mask, written_condition
 from attndsl.plan import Backend, DType, Loads, Plan, Spec, Tiling, branch_scalars
 from attndsl.program import Program, Scalar
@@ -63,8 +62,7 @@ def observe_plans(program: Program, spec: Spec, cells: tuple[Cells, ...]) -> tup
     return tuple(observe_plan(derived.with_branch(parts=(part,)), spec, of_part) for part, of_part in parts)
 
 
-@functools.lru_cache(maxsize=256)
-@one_at_a_time
+@remembered(256)
 def observe_plan(program: Program, spec: Spec, cells: Cells) -> ObservePlan:
     """The kernel of a program of one part. On a GPU the cells become those that fit into tiles."""
     spec = replace(spec, loads=Loads.POINTER, dropout=False, even_start=False, lists=False, maps=False)

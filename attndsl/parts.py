@@ -6,13 +6,13 @@ branches have the branches', and of several parts in one branch each its number:
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator
 
 from attndsl.branches import Attended
 from attndsl.compose import compose, of_one_level
 from attndsl.diagnostics import error
+from attndsl.effort import remembered
 from attndsl.pieces import choose_pieces
 from attndsl.plans import of_selection
 from attndsl.program import Program
@@ -94,7 +94,7 @@ def _of_branch(program: Program, heads: int, kv_heads: int) -> list[str]:
     ]
 
 
-@functools.lru_cache(maxsize=256)
+@remembered(256)
 def _pieces(program: Program, heads: int, kv_heads: int) -> int:
     """How many kernels one after another attend a branch."""
     parts = [program.with_branch(parts=(part,)) for part in program.only.parts]

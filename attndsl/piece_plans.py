@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ from attndsl.boxes import Boxes
 from attndsl.compose import raw_first
 from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
-from attndsl.effort import one_at_a_time
+from attndsl.effort import remembered
 from attndsl.grid_pieces import BoxPiece
 from attndsl.layers import layers
 from attndsl.layout import Layout, Permutation
@@ -51,8 +50,7 @@ from attndsl.within_plans import within_backward, within_forward
 P = TypeVar("P", bound=Plan)
 
 
-@functools.lru_cache(maxsize=1024)
-@one_at_a_time
+@remembered(1024)
 def forward_plans(
     program: Program, spec: Spec, tiling: Tiling | None = None, alone: bool = True
 ) -> tuple[ForwardPlan, ...]:
@@ -277,8 +275,7 @@ def whole(program: Program, spec: Spec, shape: CallShape) -> bool:
     return True
 
 
-@functools.lru_cache(maxsize=1024)
-@one_at_a_time
+@remembered(1024)
 def backward_plans(
     program: Program, spec: Spec, tilings: tuple[Tiling, Tiling] | None = None, uses_lse: bool = True,
     alone: bool = True,

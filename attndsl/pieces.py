@@ -8,7 +8,6 @@ the tiles that it visits at one length. Nothing of it depends on the lengths of 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ import numpy as np
 
 from attndsl.derivation import Draw
 from attndsl.derive import derive
-from attndsl.effort import EFFORT, TooHard, bounded, one_at_a_time
+from attndsl.effort import EFFORT, TooHard, bounded, remembered
 from attndsl.evaluate import evaluate
 from attndsl.grid_pieces import BoxPiece, grid_pieces
 from attndsl.isl_sets import project_param
@@ -98,8 +97,7 @@ class Choice:
         return not self.pieces
 
 
-@functools.lru_cache(maxsize=256)
-@one_at_a_time
+@remembered(256)
 def choose_pieces(program: Program, heads: tuple[int, int]) -> Choice:
     """The pieces of a program's pattern for (H, G) heads."""
     program = derive(program)

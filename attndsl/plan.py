@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -13,7 +12,7 @@ from attndsl.boxes import Boxes
 from attndsl.branches import Given
 from attndsl.cuts import with_cuts, without_cuts
 from attndsl.derive import derive, with_needed
-from attndsl.effort import one_at_a_time
+from attndsl.effort import remembered
 from attndsl.layout import PLAIN, Layout, Permutation
 from attndsl.learned import Learned, Over
 from attndsl.listing import Gathered
@@ -316,8 +315,7 @@ def run_scalars(runs: TileRuns) -> tuple[Scalar, ...]:
     return (*ends, *(run.list for run in found if run.list is not None))
 
 
-@functools.lru_cache(maxsize=1024)
-@one_at_a_time
+@remembered(1024)
 def forward_plan(
     program: Program, spec: Spec, tiling: Tiling, skip: bool = True, layout: Layout | Permutation = PLAIN,
     follows: bool = False,
@@ -341,8 +339,7 @@ def forward_plan(
     return replace(plan, program=with_needed(program, plan.inputs))
 
 
-@functools.lru_cache(maxsize=1024)
-@one_at_a_time
+@remembered(1024)
 def backward_plan(
     program: Program, spec: Spec, tiling: Tiling, key_tiling: Tiling | None = None, uses_lse: bool = True,
     layout: Layout | Permutation = PLAIN, follows: bool = False,
@@ -384,8 +381,7 @@ def _loading(spec: Spec, tiling: Tiling) -> Spec:
     return replace(spec, loads=Loads.POINTER) if tiling.collects else spec
 
 
-@functools.lru_cache(maxsize=1024)
-@one_at_a_time
+@remembered(1024)
 def learning_plan(plan: BackwardPlan, tiling: Tiling, side: Side) -> BackwardPlan:
     """The plan as the kernels for inputs that q and k read together have it: with runs and a mask of their own.
 

@@ -13,7 +13,6 @@ islpy is imported by the modules about integer sets (`tests/test_structure.py` n
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ import islpy as isl
 
 from attndsl.derivation import Random
 from attndsl.derive import derive
-from attndsl.effort import EFFORT, Budget, TooHard, bounded
+from attndsl.effort import EFFORT, Budget, TooHard, bounded, remembered
 from attndsl.isl_sets import choose, coarse_pairs, divided, fold, place_pairs, project_param
 from attndsl.placing import Coordinates, placed
 from attndsl.program import (
@@ -131,7 +130,7 @@ def lowered(program: Program, heads: tuple[int, int] | None = None, anchor: str 
     return _lowered(program, heads, anchor)
 
 
-@functools.lru_cache(maxsize=64)
+@remembered(64)
 def _lowered(program: Program, heads: tuple[int, int] | None, anchor: str) -> tuple[Lowering, Relation]:
     lowering = Lowering(program, heads, anchor)
     return lowering, lowering.relation(program.branch.pattern)

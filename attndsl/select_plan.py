@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
 from attndsl.branch_mass import branch_mass
 from attndsl.branches import Branch, Part
 from attndsl.capacity import capacity
 from attndsl.derive import derive, with_needed
-from attndsl.effort import one_at_a_time
+from attndsl.effort import remembered
 from attndsl.keeping import KEYS
 from attndsl.mask import pair_mask, written_condition
 from attndsl.plan import Backend, Plan, Spec, Tiling
@@ -131,8 +130,7 @@ def sharing(selection: Selection, heads: tuple[int, int]) -> int:
     return {Share.NONE: 1, Share.GROUP: heads[0] // heads[1], Share.HEADS: heads[0]}[selection.share]
 
 
-@functools.lru_cache(maxsize=1024)
-@one_at_a_time
+@remembered(1024)
 def select_plan(program: Program, selection: Selection, spec: Spec, tiling: Tiling | None = None) -> SelectPlan:
     """The kernel of a selection that `why_not_fused` has nothing against; the plan's program is the derived one."""
     heads, keys = (spec.heads, spec.kv_heads), selection.keys

@@ -9,12 +9,11 @@ has one loop over masked tiles, tokens in order: no layouts, no lists.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
 from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
-from attndsl.effort import one_at_a_time
+from attndsl.effort import remembered
 from attndsl.linear import normalise
 from attndsl.mask import mask_by_cuts, pair_mask, written_condition
 from attndsl.plan import DType, ForwardPlan, Loads, Spec, Tiling, branch_scalars
@@ -27,8 +26,7 @@ from attndsl.tiles import ordered_runs
 TILE = 64
 
 
-@functools.lru_cache(maxsize=256)
-@one_at_a_time
+@remembered(256)
 def skipping_plan(program: Program, spec: Spec) -> ForwardPlan:
     """The forward kernel of a program that skips; the plan's program is the derived one."""
     tiling = _tiling(spec)

@@ -5,14 +5,13 @@ And which programs take so long that they had better start first.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
 import numpy as np
 
 from attndsl.decode import Cache, decode_tiling
 from attndsl.derive import derive
-from attndsl.effort import one_at_a_time
+from attndsl.effort import remembered
 from attndsl.evaluate import evaluate
 from attndsl.listing import LEAST, Listable, fitting, listables, lists_tiles
 from attndsl.plan import Backend, BackwardPlan, Loads, Spec, Tiling, forward_plan
@@ -42,8 +41,7 @@ _SHALLOW = 3
 _MARKED_KEYS = 32
 
 
-@functools.lru_cache(maxsize=1024)
-@one_at_a_time
+@remembered(1024)
 def choose_tiling(program: Program, spec: Spec) -> Tiling:
     """The default tiling for the spec.
 
@@ -111,7 +109,7 @@ def marked_tiling(tiling: Tiling, of_q: Tiling) -> Tiling:
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=256)
+@remembered(256)
 def all_listables(program: Program, heads: tuple[int, int]) -> tuple[tuple[Listable, bool], ...]:
     """What a pattern lies in, and whether the heads of a key head have one list of it."""
     if not lists_tiles(program):
@@ -121,8 +119,7 @@ def all_listables(program: Program, heads: tuple[int, int]) -> tuple[tuple[Lista
     return tuple((found, found.shared(relation)) for found in listables(program, relation))
 
 
-@functools.lru_cache(maxsize=1024)
-@one_at_a_time
+@remembered(1024)
 def prefers_portable(program: Program, spec: Spec) -> bool:
     """Whether the portable kernel is predicted to be ahead on Hopper: with small heads and few tiles a row, where
     several small programs hide more than one large one."""
@@ -138,8 +135,7 @@ def prefers_portable(program: Program, spec: Spec) -> bool:
     return small_own + small_tile * narrow < large_own + large_tile * wide
 
 
-@functools.lru_cache(maxsize=1024)
-@one_at_a_time
+@remembered(1024)
 def choose_backward_tilings(program: Program, spec: Spec) -> tuple[Tiling, Tiling]:
     """The tilings of dq, and of dk and dv, as `choose_tiling` does it."""
     usual, of_keys = _choose_backward_tilings(program, spec)

@@ -5,14 +5,13 @@ Positions stay those of tokens: `Nk` is their number, and entry k of a view with
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Any
 
 from attndsl.branches import Given, Part, Queries, View, Visible
 from attndsl.derive import derive, with_needed
 from attndsl.diagnostics import error
-from attndsl.effort import TooHard, bounded
+from attndsl.effort import TooHard, bounded, remembered
 from attndsl.linear import normalise
 from attndsl.listing import Listable, fitting, listables
 from attndsl.mask import shaped
@@ -101,7 +100,7 @@ def part_relation(program: Program, heads: tuple[int, int] | None = None) -> Rel
     return build_relation(program, heads) if program.plain else entries_of(derive(program), heads)
 
 
-@functools.lru_cache(maxsize=64)
+@remembered(64)
 def entries_of(program: Program, heads: tuple[int, int] | None = None, anchor: str = "q") -> Relation:
     """Which entries rows see, of a derived program of one part. Raises `PatternError` (A912) past the effort bound."""
     (part,) = program.only.parts

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from attndsl.cuts import without_cuts
 from attndsl.derivation import Chosen, Draw
+from attndsl.effort import remembered
 from attndsl.layout import PLAIN, Layout
 from attndsl.listing import Gathered, Listable, listables
 from attndsl.mapping import mapped, mapped_runs
@@ -66,7 +66,7 @@ def _sizes(tiling: Tiling) -> Tiling:
     return replace(tiling, warps=0, stages=0)
 
 
-@functools.lru_cache(maxsize=128)
+@remembered(128)
 def _visits(program: Program, spec: Spec, tiling: Tiling, side: Side, other: Tiling | None, gathers: bool) -> Visits:
     heads, static = (spec.heads, spec.kv_heads), without_cuts(program)
     if any(isinstance(decl.derivation, Chosen | Draw) for decl in program.inputs):
@@ -124,7 +124,7 @@ def closed_runs(
     return _closed(relation, program, spec, _sizes(tiling), side, layout, absolute)
 
 
-@functools.lru_cache(maxsize=128)
+@remembered(128)
 def _closed(
     relation: Relation, program: Program, spec: Spec, tiling: Tiling, side: Side, layout: Layout, absolute: bool
 ) -> TileRuns:
@@ -133,7 +133,7 @@ def _closed(
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=128)
+@remembered(128)
 def _pair_mask(
     program: Program, spec: Spec, lowering: Lowering, relation: Relation, selection: Listable | None
 ) -> Scalar | None:
