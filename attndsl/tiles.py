@@ -250,7 +250,7 @@ class _Tiler:
 
     def _existing(self, tiles: isl.Set) -> isl.Set:
         """The tiles that exist, written as plainly as that allows."""
-        return tiles.coalesce().gist(self.existing).intersect(self.existing).coalesce()
+        return tiles.compute_divs().coalesce().gist(self.existing).intersect(self.existing).coalesce()
 
     def _touched(self) -> isl.Set:
         try:
