@@ -180,9 +180,8 @@ class _Tiler:
 
     def runs(self) -> TileRuns:
         touched = self._touched()
-        nothing = isl.Set.empty(touched.get_space())
         # Past the effort bound every visited tile is partial: slower, never different.
-        attempts = [lambda: self._scan(nothing, touched)]
+        attempts = [lambda: self._partial(touched)]
         if len(self.known) <= MAX_KNOWN:
             split = self._split if len(self.known) < MAX_KNOWN else self._split_by_parts
             attempts.insert(0, lambda: self._scan(*bounded(self.ctx, lambda: split(touched), SPLIT_EFFORT)))
@@ -194,12 +193,15 @@ class _Tiler:
                 continue
             if _written_out(found) <= MAX_WRITTEN:
                 return found
-        return self._scan(nothing, self.existing, gives_up=False)
+        return self._partial(self.existing, gives_up=False)
 
     def touched_runs(self) -> TileRuns:
         touched = self._touched()
-        nothing = isl.Set.empty(touched.get_space())
-        return bounded(self.ctx, lambda: self._scan(nothing, touched), SCAN_EFFORT)
+        return bounded(self.ctx, lambda: self._partial(touched), SCAN_EFFORT)
+
+    def _partial(self, tiles: isl.Set, gives_up: bool = True) -> TileRuns:
+        line = self._own_tile(tiles)
+        return self._scan(isl.Set.empty(line.get_space()), line, gives_up)
 
     def ordered_runs(self) -> tuple[Run, ...]:
         touched = self._touched()
@@ -215,11 +217,11 @@ class _Tiler:
         return found if _written_out(TileRuns((), found)) <= MAX_WRITTEN else scanned(self.existing)
 
     def _split(self, touched: isl.Set) -> tuple[isl.Set, isl.Set]:
-        """The full tiles, and the partial ones."""
+        """The lines of full tiles, and of partial ones."""
         missing = self.reach.subtract(self.relation.pairs)
         holes = self._some(missing).apply(self.tiles).coalesce()
         full = self._existing(touched.subtract(holes))
-        return full, self._rest(touched, full)
+        return self._own_tile(full), self._rest(touched, full)
 
     def _split_by_parts(self, touched: isl.Set) -> tuple[isl.Set, isl.Set]:
         """The same, but tiles that only several parts of the pattern fill together are partial."""
@@ -227,14 +229,15 @@ class _Tiler:
         for part in self._certain().get_basic_sets():
             holes = self.reach.subtract(isl.Set.from_basic_set(part)).apply(self.tiles).coalesce()
             full = full.union(self._existing(touched.subtract(holes)))
-        return (full := self._existing(full)), self._rest(touched, full)
+        full = self._existing(full)
+        return self._own_tile(full), self._rest(touched, full)
 
     def _rest(self, touched: isl.Set, full: isl.Set) -> isl.Set:
-        """The tiles that are not full: put plainly, unless that takes quotients of the tiles that a line runs over."""
+        """The line of tiles that are not full: put plainly, unless that takes quotients of the tiles that it is of."""
         rest = touched.subtract(full).coalesce()
-        plainly = self._existing(rest)
-        pieces = (piece for line in self._own_tile(plainly).get_basic_sets() for piece in straightened(line))
-        return plainly if all(map(plain_interval, pieces)) else rest
+        plainly = self._own_tile(self._existing(rest))
+        pieces = (piece for basic in plainly.get_basic_sets() for piece in straightened(basic))
+        return plainly if all(map(plain_interval, pieces)) else self._own_tile(rest)
 
     def _certain(self) -> isl.Set:
         """The pairs of the relation, whatever the truth of the data, as far as a tile knows it."""
@@ -263,15 +266,15 @@ class _Tiler:
     # -------------------------------------------------------------------------------------- runs
 
     def _scan(self, full: isl.Set, partial: isl.Set, gives_up: bool = True) -> TileRuns:
-        """The runs of both kinds: interval by interval, or where tiles are no intervals as isl's loops over them.
+        """The runs of lines of both kinds: by intervals, or where tiles are no intervals as isl's loops over them.
 
         gives_up: raise TooHard where too many pieces were hard.
         """
         context = self._own_tile(self.existing).params()
         whole = isl.Set.from_params(context).add_dims(isl.dim_type.set, 1)
         lines = {
-            kind: self._intervals(self._own_tile(tiles)).gist(whole)
-            for kind, tiles in ((TileKind.FULL, full), (TileKind.PARTIAL, partial))
+            kind: self._intervals(line).gist(whole)
+            for kind, line in ((TileKind.FULL, full), (TileKind.PARTIAL, partial))
         }
         full_runs, partial_runs = (self._interval_runs(line, kind, context) for kind, line in lines.items())
         if full_runs is None or partial_runs is None:
