@@ -218,6 +218,7 @@ class _Search:
     def __init__(self, program: Program, relation: Relation, candidates: tuple[tuple[int, int], ...]) -> None:
         self.program, self.relation, self.candidates = program, relation, candidates
         self.ctx = relation.pairs.get_ctx()
+        self._maps: dict[str, isl.Map] = {}
         self.parts = [relation.pairs]
         basic = relation.pairs.get_basic_sets()
         fits_whole = any(len(family) == 1 for family, _ in self._families())
@@ -263,8 +264,10 @@ class _Search:
     def _families(self) -> Iterator[tuple[tuple[Layout, ...], frozenset[int]]]:
         """Layouts that together hold some parts, and those parts."""
         found: dict[tuple[Layout, ...], set[int]] = {}
+        # The pairs of any head, length and data.
+        of_any = [self.relation.project_atoms(part).project_out_all_params() for part in self.parts]
         for period, width in self.candidates:
-            for n, part in enumerate(self.parts):
+            for n, part in enumerate(of_any):
                 for family in self._fitting(part, period, width):
                     found.setdefault(family, set()).add(n)
         for family, parts in found.items():
@@ -286,8 +289,9 @@ class _Search:
                 yield (Layout(k=Comb(period, high - low + 1, shift=low)),)
 
     def _image(self, part: isl.Set, text: str) -> isl.Set:
-        pairs = self.relation.project_atoms(part).project_out_all_params()
-        return pairs.apply(isl.Map.read_from_str(self.ctx, f"{{ [q, k] -> [e] : {text.removeprefix('e : ')} }}"))
+        if text not in self._maps:
+            self._maps[text] = isl.Map.read_from_str(self.ctx, f"{{ [q, k] -> [e] : {text.removeprefix('e : ')} }}")
+        return part.apply(self._maps[text])
 
     def _values(self, part: isl.Set, text: str, limit: int) -> tuple[int, ...]:
         """The values that a function takes on the part's pairs, none where there are more than `limit`."""

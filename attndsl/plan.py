@@ -229,8 +229,7 @@ class Plan:
         return tuple(name for name in self.program.args if name in used)
 
     def _nodes(self) -> Iterable[Scalar]:
-        for e in self.scalars:
-            yield from walk(e)
+        return walk(*self.scalars)
 
 
 @dataclass(frozen=True, slots=True)

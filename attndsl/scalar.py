@@ -36,14 +36,15 @@ class HashedOnce:
         try:
             return self._hash
         except AttributeError:
-            found = hash(tuple(getattr(self, name) for name in _compared(type(self))))  # type: ignore[arg-type]
+            found = hash(_compared(type(self))(self))  # type: ignore[arg-type]
             object.__setattr__(self, "_hash", found)
             return found
 
 
 @functools.cache
-def _compared(cls: Any) -> tuple[str, ...]:
-    return tuple(x.name for x in fields(cls) if x.compare)
+def _compared(cls: Any) -> operator.attrgetter[Any]:
+    """What reads the fields of a dataclass that count in comparisons."""
+    return operator.attrgetter(*(x.name for x in fields(cls) if x.compare))
 
 
 class Type(Enum):
@@ -233,10 +234,10 @@ def children(e: Scalar) -> tuple[Scalar, ...]:
             return (c, a, b)
 
 
-def walk(e: Scalar) -> Iterator[Scalar]:
-    """Every distinct node under a scalar (shared nodes once), the scalar itself first."""
+def walk(*roots: Scalar) -> Iterator[Scalar]:
+    """Every distinct node under some scalars (shared nodes once), a scalar before what is under it."""
     seen: set[int] = set()
-    stack: list[Scalar] = [e]
+    stack: list[Scalar] = list(reversed(roots))
     while stack:
         node = stack.pop()
         if id(node) not in seen:

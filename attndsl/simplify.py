@@ -6,7 +6,23 @@ import math
 import operator
 from collections.abc import Mapping
 
-from attndsl.program import FLOAT_CALLS, Binary, Call, Compare, Const, If, Logic, Scalar, Type, Unary, Var, rebuild
+from attndsl.program import (
+    FLOAT_CALLS,
+    Arg,
+    Binary,
+    Call,
+    Compare,
+    Const,
+    If,
+    Logic,
+    Read,
+    Scalar,
+    Table,
+    Type,
+    Unary,
+    Var,
+    rebuild,
+)
 
 _COMPARE = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
@@ -46,6 +62,8 @@ def negated(e: Scalar) -> Scalar:
 
 def _fold(e: Scalar) -> Scalar:
     match e:
+        case Const() | Var() | Arg() | Read() | Table():
+            return e
         case Unary(op="not", operand=x):
             return negated(x)
         case Unary(op="-", operand=Const(value=v)):

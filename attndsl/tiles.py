@@ -235,7 +235,7 @@ class _Tiler:
     def _rest(self, touched: isl.Set, full: isl.Set) -> isl.Set:
         """The line of tiles that are not full: put plainly, unless that takes quotients of the tiles that it is of."""
         rest = touched.subtract(full).coalesce()
-        plainly = self._own_tile(self._existing(rest))
+        plainly = self._own_tile(self._plainly(rest.remove_redundancies()))
         pieces = (piece for basic in plainly.get_basic_sets() for piece in straightened(basic))
         return plainly if all(map(plain_interval, pieces)) else self._own_tile(rest)
 
@@ -253,7 +253,10 @@ class _Tiler:
 
     def _existing(self, tiles: isl.Set) -> isl.Set:
         """The tiles that exist, written as plainly as that allows."""
-        return tiles.compute_divs().coalesce().gist(self.existing).intersect(self.existing).coalesce()
+        return self._plainly(tiles.compute_divs().coalesce())
+
+    def _plainly(self, tiles: isl.Set) -> isl.Set:
+        return tiles.gist(self.existing).intersect(self.existing).coalesce()
 
     def _touched(self) -> isl.Set:
         try:
