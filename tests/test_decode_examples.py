@@ -91,6 +91,18 @@ def test_a_plan_for_all_heads_is_less_is_more() -> None:
     assert [set(row[row >= 0].tolist()) for row in keep[0, 0]] == rules.by_score(mass, 5)
 
 
+def test_each_head_for_itself_is_recycled_attention() -> None:
+    """Recycled Attention: a full step's best tokens of each head, which the steps after it see beside recent ones."""
+    text = (rules.EXAMPLES / "tidal_select.attn").read_text("utf-8").replace("share = group", "share = none")
+    q, k, _ = call(30, rows=1)
+    queries, keys = rules.numbers(q, k)
+    keep = attndsl.compile(text, n=5).plan(q, k)["keep"]
+    assert keep.shape[1] == HEADS
+    for h in range(HEADS):
+        mass = rules.softmax(keys[h // SHARE] @ queries[h, 0] / DIM**0.5)
+        assert set(keep[0, h, 0].tolist()) == set(rules.best(dict(enumerate(mass.tolist())), 5))
+
+
 def test_pages_of_a_full_layer_are_delta() -> None:
     """DELTA: whole pages, by what all heads gave to them in a layer of full attention."""
     text = (rules.EXAMPLES / "tidal_select.attn").read_text("utf-8")

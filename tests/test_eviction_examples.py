@@ -110,3 +110,84 @@ def test_seer_target(tokens: int) -> None:
                 cell = (h, t // block, j // block)
                 expected[cell] = max(expected[cell], p)
     np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-12)
+
+
+def stepped(name: str, observed: str, tokens: int, recent: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """What each step observes of head 1, with every second older token kept; and the same by rule."""
+    attn, (q, k, v) = load(name, recent=recent), call(tokens)
+    found, wanted = np.zeros((2, tokens, tokens))
+    for t in range(tokens):
+        older = set(range(0, max(0, t + 1 - recent), 2))
+        plan = lists([older] * HEADS)
+        out, seen = attn(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1], kept=plan, return_observed=True)
+        found[t, : t + 1] = seen[observed][0, 1, 0].numpy()
+        here = sorted(older | set(range(max(0, t + 1 - recent), t + 1)))
+        wanted[t, here] = weights(q[0, 1, t], k[0, 1 // SHARE], here)
+        values = sum((w * v[0, 1 // SHARE, j] for j, w in enumerate(wanted[t])), torch.zeros(DIM, dtype=torch.float64))
+        torch.testing.assert_close(out[0, 1, 0], values)
+    return found, wanted
+
+
+@covers("a2sf")
+def test_a2sf() -> None:
+    """Sums that are multiplied by a forgetting factor before a step is added: older votes weigh less."""
+    found, wanted = stepped("a2sf", "mass", 20, 4)
+    sums = np.zeros(20)
+    for row in found:
+        sums = 0.5 * sums + row
+    by_rule = np.array([sum(0.5 ** (19 - t) * wanted[t, j] for t in range(20)) for j in range(20)])
+    np.testing.assert_allclose(sums, by_rule, atol=1e-12)
+    assert np.argmax(sums) != np.argmax(found.sum(0)), "forgetting changes who is kept"
+
+
+@covers("lazy_eviction")
+def test_lazy_eviction() -> None:
+    """When a token last mattered, and the longest time that it took to come back."""
+    found, wanted = stepped("lazy_eviction", "most", 24, 4)
+    np.testing.assert_allclose(found, wanted, atol=1e-12)
+    intervals = []
+    for masses in (found, wanted):
+        last, longest = np.arange(24), np.zeros(24, int)
+        for t, row in enumerate(masses):
+            back = row > 0.15
+            longest[back] = np.maximum(longest[back], t - last[back])
+            last[back] = t
+        intervals.append((last.tolist(), longest.tolist()))
+    assert intervals[0] == intervals[1]
+    assert max(intervals[0][1]) > 1
+
+
+@covers("scissorhands")
+def test_scissorhands() -> None:
+    """The last rows vote; of a prompt everything is there."""
+    tokens, history = 30, 6
+    attn, (q, k, v) = load("scissorhands", recent=8, history=history), call(tokens)
+    everything = torch.arange(tokens, dtype=torch.int32).expand(1, HEADS, -1)
+    out, observed = attn(q, k, v, kept=everything, return_observed=True)
+    torch.testing.assert_close(out, attndsl.compile("causal").reference(q, k, v))
+    for h in range(HEADS):
+        votes = np.zeros(tokens)
+        for t in range(tokens - history, tokens):
+            votes[: t + 1] += weights(q[0, h, t], k[0, h // SHARE], list(range(t + 1)))
+        np.testing.assert_allclose(observed["votes"][0, h, 0].numpy(), votes, atol=1e-12)
+
+
+@covers("lychee")
+def test_lychee() -> None:
+    """Heads 0 and 3 retrieve; 1 and 2 take what heads of an earlier layer chose: here 3's and 0's."""
+    tokens, n, mapped = 30, 4, [0, 3, 0, 3]
+    attn = load("lychee", n=n)
+    retrieves = torch.tensor([True, False, False, True])
+    q, k, _ = call(tokens, rows=1)
+    nothing = torch.full((1, HEADS, 1), -1, dtype=torch.int32)
+    choice = attn.plan(q, k, retrieves=retrieves, taken=nothing)["choice"][:, :, 0]
+    later = call(tokens, rows=1, seed=5)
+    taken = choice[:, mapped]
+    out = attn(*later, retrieves=retrieves, taken=taken)
+    for h in range(HEADS):
+        p = weights(q[0, h, 0], k[0, h // SHARE], list(range(tokens)))
+        assert set(choice[0, h].tolist()) == set(np.argsort(-p, kind="stable")[:n].tolist())
+        seen = list(range(tokens)) if retrieves[h] else sorted({*choice[0, mapped[h]].tolist(), tokens - 1})
+        own = weights(later[0][0, h, 0], later[1][0, h // SHARE], seen)
+        expected = sum(w * later[2][0, h // SHARE, j] for w, j in zip(own, seen, strict=True))
+        torch.testing.assert_close(out[0, h, 0], expected)
