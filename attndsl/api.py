@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -281,11 +281,11 @@ class Attention:
         pages, (arrays, _) = np.arange(max(seq_len, 0) // page), known(self.program, inputs)
         return [int(i) for i in pages[self.retention(page, **inputs).evictable(seq_len, pages, arrays)]]
 
-    def retention(self, page: int = 1, **inputs: Any) -> Retention:
-        """What `evictable` decides by, for every length: see `attndsl.eviction`."""
+    def retention(self, page: int = 1, told: Sequence[str] = (), /, **inputs: Any) -> Retention:
+        """What `evictable` decides by, for every length: see `attndsl.eviction`, `told` too."""
         from attndsl.eviction import retention_of
 
-        return retention_of(self.program, self._composition, page, *known(self.program, inputs))
+        return retention_of(self.program, self._composition, page, *known(self.program, inputs), told)
 
     def _given(self, inputs: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
         """The program's inputs and its runtime arguments, in order."""

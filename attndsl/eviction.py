@@ -7,7 +7,7 @@ kept. Where the sets are too hard, everything is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,11 +89,15 @@ class Retention:
         self, tokens: int, pages: NDArray[np.int64], arrays: Mapping[str, NDArray[Any]] | None = None
     ) -> NDArray[np.bool_]:
         """Which of these pages, by their place in a sequence, no row from `tokens` on can read; never one that is
-        not full yet. arrays: what `by_key` reads."""
+        not full yet. arrays: what `by_key` reads; without them, which pages could be unread by what it may read."""
         found = evaluate(self.needed, {"q": np.asarray(0), "k": pages, "Nk": np.asarray(tokens)}, {})
         needed = np.broadcast_to(found, pages.shape).astype(bool)
         for each in self.by_key:
-            keys = each.at(tokens, arrays or {})
+            if arrays is None:
+                continue
+            if any(read.input not in arrays for _, read in each.reads):
+                return np.zeros(pages.shape, bool)
+            keys = each.at(tokens, arrays)
             keys = np.asarray(np.pad(keys, (0, -len(keys) % self.page)).reshape(-1, self.page).any(1))
             # Past what is told of keys anything may be read.
             needed = needed | (pages >= len(keys)) | keys[np.minimum(pages, len(keys) - 1)]
@@ -101,12 +105,14 @@ class Retention:
 
 
 def retention_of(
-    program: Program, composition: Composition, page: int, arrays: Mapping[str, Any], args: Mapping[str, int]
-) -> Retention:
+    program: Program, composition: Composition, page: int, arrays: Mapping[str, Any], args: Mapping[str, int],
+    told: Sequence[str] = (),
+) -> Retention:  # fmt: skip
     """What all that a program attends to needs: its parts over raw tokens, and of what is kept of a cache (`keeping`)
     the tokens of entries that are not complete, which further tokens make anew.
 
-    arrays, args: inputs and arguments that are known. Raises `PatternError` (A558) where nothing is ever evictable.
+    arrays, args: inputs and arguments that are known. told: inputs of which it is told later what they hold at keys.
+    Raises `PatternError` (A558) where nothing is ever evictable.
     """
     if program.align_start or page < 1:
         reason = "under `align start` a row's keys need not come before it" if page > 0 else f"pages of {page} tokens"
@@ -114,9 +120,9 @@ def retention_of(
     needed: list[Scalar] = []
     by_key: list[KeyNeed] = []
     for part in _raw(program, composition):
-        told, reads = _at_keys(part, arrays)
+        by_keys, reads = _at_keys(part, {*told, *(name for name, x in arrays.items() if x.size)})
         if reads:
-            by_key.append(KeyNeed(retention(told, 0, known_scalars(told, arrays, args)).needed, reads))
+            by_key.append(KeyNeed(retention(by_keys, 0, known_scalars(by_keys, arrays, args)).needed, reads))
         else:
             needed.append(retention(part, page, known_scalars(part, arrays, args)).needed)
     tail = max((each.size for each in kept(program, composition)), default=1)
@@ -128,7 +134,7 @@ def retention_of(
     return Retention(page, found, tuple(by_key))
 
 
-def _at_keys(program: Program, arrays: Mapping[str, Any]) -> tuple[Program, tuple[tuple[Arg, Read], ...]]:
+def _at_keys(program: Program, names: Container[str]) -> tuple[Program, tuple[tuple[Arg, Read], ...]]:
     """The program with arguments in the place of what its sets read of known integers at the key alone, and which."""
     found: dict[Read, Arg] = {}
     own = {"b", "h", "g", "k"}
@@ -136,8 +142,7 @@ def _at_keys(program: Program, arrays: Mapping[str, Any]) -> tuple[Program, tupl
     def step(e: Scalar) -> Scalar:
         match e:
             case Read(input=name, index=(*_, Var(name="k")), type=Type.INT) if (
-                name in arrays
-                and arrays[name].size
+                name in names
                 and all(isinstance(x, Var) and x.name in own for x in e.index)
                 and len(set(e.index)) == len(e.index)
                 and program.input(name).dims[-1] == Dim(Axis.K)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attndsl import api, wiring
 from attndsl.keeping import kept_beside
 from attndsl.paging import page_choices
-from attndsl.wiring import decode_kept, page_kernels
+from attndsl.wiring import decode_kept, page_kernels, token_inputs
 
 if TYPE_CHECKING:
     from attndsl.wiring import PagePool
@@ -36,11 +36,13 @@ class PagedCache(PagePool):
     page, `k_min` and `k_max` [pages, Hkv, D], in the pool's dtype (float32 for 8-bit pools), by which `top` chooses
     pages as Quest does (arXiv 2406.10774). on_device: the device knows which pages are free, and the host does not,
     so that a CUDA graph of `append` and `decode` serves all lengths; a sequence that does not fit is then left as it
-    is, and `full` marks it. inputs: arguments and inputs of the pattern that are known and stay so, such
-    as a runtime span.
+    is, and `full` marks it. at_tokens: inputs over tokens, as NAtS's `until : int[b, h, k]`, that the cache keeps:
+    `append` is given what new tokens hold, `decode` reads it, and what may be forgotten follows from it. inputs:
+    arguments and inputs of the pattern that are known and stay so, such as a runtime span.
 
     Attributes: k, v: the pools, [pages, Hkv, page, D] and Dv. page_table: int32 [batch, max_len / page], -1 where there
-    is no page. seq_lens: int32 [batch], and lengths, the same on the host. pages_held, bytes.
+    is no page. seq_lens: int32 [batch], and lengths, the same on the host. pages_held, bytes. inputs: what those in
+    `at_tokens` hold, by name, as `decode` takes it; to be changed in place, so long as what no row reads stays unread.
     """
 
     def __init__(
@@ -58,15 +60,16 @@ class PagedCache(PagePool):
         device: Any = None,
         bounds: bool = False,
         on_device: bool = False,
+        at_tokens: Sequence[str] = (),
         **inputs: Any,
     ) -> None:
         choices = page_choices(attn.program, page) if bounds else ()
         self.attn = attn
         super().__init__(
-            attn, attn.retention(page, **inputs), batch, kv_heads, head_dim, head_dim if v_dim is None else v_dim,
-            pages, max_len, dtype, device, page_kernels() if bounds else None, choices,
-            attn._key, kept_beside(attn.program, attn._composition, {choice.name for choice in choices}),
-            on_device,
+            attn, attn.retention(page, at_tokens, **inputs), batch, kv_heads, head_dim,
+            head_dim if v_dim is None else v_dim, pages, max_len, dtype, device, page_kernels() if bounds else None,
+            choices, attn._key, kept_beside(attn.program, attn._composition, {choice.name for choice in choices}),
+            on_device, token_inputs(attn.program, at_tokens, batch, -(-max_len // page) * page),
         )  # fmt: skip
 
     def plan(self, q: Any, plans: Mapping[str, Any] | None = None, **inputs: Any) -> dict[str, Any]:

@@ -109,6 +109,13 @@ def page_kernels() -> PageKernels:
     return PageKernels(_printer("triton_pages", "pages_source"))
 
 
+def token_inputs(*given: Any) -> Any:
+    """What inputs hold at the tokens of a cache."""
+    from attndsl.runtime.token_inputs import TokenInputs
+
+    return TokenInputs(*given)
+
+
 def decode_kept() -> Any:
     """The module that makes, updates and reads what decode keeps of caches."""
     from attndsl.runtime import compose_decode

@@ -7,7 +7,8 @@ Both give pages back before they take new ones, and write the same page table.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from attndsl.diagnostics import error
 from attndsl.eviction import Retention
 from attndsl.program import CallShape, Const, Program, Where
+from attndsl.runtime.token_inputs import TokenInputs
 from attndsl.runtime.values import Values
 
 
@@ -39,9 +41,11 @@ class Books(Protocol):
 class HostBooks:
     """Lists on the host."""
 
-    def __init__(self, retention: Retention, page_table: Tensor, seq_lens: Tensor, pages: int, max_len: int) -> None:
+    def __init__(
+        self, retention: Retention, page_table: Tensor, seq_lens: Tensor, pages: int, max_len: int, inputs: TokenInputs
+    ) -> None:
         self.retention, self.page, self.max_len, self.pages = retention, retention.page, max_len, pages
-        self.page_table, self.seq_lens = page_table, seq_lens
+        self.page_table, self.seq_lens, self.inputs = page_table, seq_lens, inputs
         self.lengths = [0] * len(seq_lens)
         self._free = list(range(pages - 1, -1, -1))
         # For each sequence, place in the sequence -> page.
@@ -79,8 +83,11 @@ class HostBooks:
     def _give_back(self, sequences: Sequence[int]) -> None:
         places: list[tuple[int, int]] = []
         for b in sequences:
-            held = np.fromiter(self._held[b], dtype=np.int64)
-            places += [(b, int(i)) for i in held[self.retention.evictable(self.lengths[b], held)]]
+            held, length = np.fromiter(self._held[b], dtype=np.int64), self.lengths[b]
+            if not len(held):
+                continue
+            arrays = self.inputs.arrays(b, length) if self.retention.by_key else None
+            places += [(b, int(i)) for i in held[self.retention.evictable(length, held, arrays)]]
         self._drop(places)
 
     def _drop(self, places: list[tuple[int, int]]) -> None:
@@ -113,10 +120,12 @@ class DeviceBooks:
     `full`: sequences for whose tokens there was no room. These tokens are left out, and no more are taken.
     """
 
-    def __init__(self, retention: Retention, page_table: Tensor, seq_lens: Tensor, pages: int, max_len: int) -> None:
+    def __init__(
+        self, retention: Retention, page_table: Tensor, seq_lens: Tensor, pages: int, max_len: int, inputs: TokenInputs
+    ) -> None:
         device = page_table.device
         self.retention, self.page, self.max_len, self.pages = retention, retention.page, max_len, pages
-        self.page_table, self.seq_lens = page_table, seq_lens
+        self.page_table, self.seq_lens, self.inputs = page_table, seq_lens, inputs
         self.free = torch.arange(pages, -1, -1, dtype=torch.int32, device=device)
         self.free[:pages] -= 1
         self.count = torch.full((1,), pages, dtype=torch.int64, device=device)
@@ -136,7 +145,7 @@ class DeviceBooks:
 
     def take(self, sequences: Sequence[int] | None, rows: slice | Tensor, new: int) -> Tensor:
         lengths, table = self.seq_lens[rows].to(torch.int64), self.page_table[rows]
-        table = self._drop(table, self._evictable(lengths))
+        table = self._drop(table, self._evictable(lengths, rows))
         before, after = (-(-x // self.page) for x in (lengths, lengths + new))
         wanted = after - before
         # One sequence after another, until the pool has no more.
@@ -165,12 +174,21 @@ class DeviceBooks:
         self.seq_lens[b] = 0
         self.full[b] = False
 
-    def _evictable(self, lengths: Tensor) -> Tensor:
+    def _evictable(self, lengths: Tensor, rows: slice | Tensor) -> Tensor:
         """Which places of sequences of these lengths no later row reads, bool [b, places]."""
         places, tokens = self._places[None], lengths[:, None]
         sizes, nothing = CallShape(1, 1, 1, 1, 1, 8, 8), Program.of("pages", Where(Const(True)))
         values = Values(nothing, sizes, places.device, {}, {}, {}, {"q": 0, "k": places, "Nk": tokens})
         needed = values.tensor(self.retention.needed)
+        for each in self.retention.by_key:
+            if any(read.input not in self.inputs.tensors for _, read in each.reads):
+                # Nothing was appended yet.
+                return torch.zeros_like(needed.expand(len(lengths), places.shape[1]))
+            held: Any = {arg.name: self.inputs.by_lead(read, rows) for arg, read in each.reads}
+            at = torch.arange(self.inputs.capacity, device=places.device)
+            of_keys = {"q": 0, "k": at, "Nk": lengths.view(-1, 1, 1, 1)}
+            read = replace(values, args=held, variables=of_keys, memo={}).tensor(each.needed)
+            needed = needed | read.any(2).any(1).unflatten(1, (-1, self.page)).any(2)
         return ~needed & ((places + 1) * self.page <= tokens)
 
     def _drop(self, table: Tensor, places: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from attndsl.runtime.decode import DecodeTensors
 from attndsl.runtime.keep import Entries, Keeper
 from attndsl.runtime.page_books import Books, DeviceBooks, HostBooks
 from attndsl.runtime.page_choice import PageKernels
+from attndsl.runtime.token_inputs import TokenInputs
 
 
 class Decode(Protocol):
@@ -45,6 +46,7 @@ class PagePool:
         program: str,
         kept: Sequence[Kept],
         on_device: bool,
+        tokens: TokenInputs,
     ) -> None:
         self.attend, self.retention, self.page, self.max_len = attend, retention, retention.page, max_len
         self._check_size(pages)
@@ -63,8 +65,9 @@ class PagePool:
             self.k_max = torch.zeros_like(self.k_min)
         call = DecodeTensors(self.k, self.k, self.v, self.seq_lens, self.page_table, None, None)
         self._keeper = Keeper(program, kept, call) if kept else None
+        self._tokens = tokens
         make = DeviceBooks if on_device else HostBooks
-        self._books: Books = make(retention, self.page_table, self.seq_lens, pages, max_len)
+        self._books: Books = make(retention, self.page_table, self.seq_lens, pages, max_len, self._tokens)
 
     @property
     def lengths(self) -> list[int]:
@@ -87,14 +90,21 @@ class PagePool:
         return None if self._keeper is None else self._keeper.entries
 
     @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What inputs hold at tokens, by name, with room for all: given to `decode`, and to be changed in place."""
+        return self._tokens.tensors
+
+    @property
     def bytes(self) -> int:
-        """Memory of the pool, its table, its bounds and views."""
+        """Memory of the pool, its table, its bounds and views, and of what inputs hold at tokens."""
         entries = (x for each in (self.views or {}).values() for x in each)
         tensors = (self.k, self.v, self.page_table, self.seq_lens, self.k_min, self.k_max, *entries)
-        return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+        return sum(x.numel() * x.element_size() for x in tensors if x is not None) + self._tokens.bytes
 
-    def append(self, k: Tensor, v: Tensor, sequences: Sequence[int] | None = None) -> None:
+    def append(self, k: Tensor, v: Tensor, sequences: Sequence[int] | None = None, **inputs: Tensor) -> None:
         """Add the keys [b, Hkv, n, D] and values [b, Hkv, n, Dv] of n new tokens to each sequence (default: all).
+
+        inputs: what the inputs in `at_tokens` hold at them, [b, …, n].
 
         Before that, pages that no row from here on can read are given back. Raises `PatternError` (A557) where the pool
         has no page left, or a sequence would pass `max_len`; nothing has changed then but what was given back. Where
@@ -102,7 +112,8 @@ class PagePool:
         """
         rows = slice(None) if sequences is None else torch.tensor(list(sequences), device=self.k.device)
         new, first = k.shape[2], self.seq_lens[rows].clone()
-        self._write(k, v, rows, first, self._books.take(sequences, rows, new))
+        self._tokens.check(inputs, len(first), new)
+        self._write(k, v, rows, first, self._books.take(sequences, rows, new), inputs)
         lengths, table = self.seq_lens[rows], self.page_table[rows]
         if self._bounds is not None and self.k_min is not None and self.k_max is not None:
             self._bounds.update(self.k, self.k_min, self.k_max, lengths, table, new)
@@ -110,10 +121,15 @@ class PagePool:
             call = DecodeTensors(self.k, self.k, self.v, lengths, table, None, None)
             self._keeper.update(call, new, None if isinstance(rows, slice) else rows)
 
-    def _write(self, k: Tensor, v: Tensor, rows: slice | Tensor, first: Tensor, fits: Tensor | None) -> None:
+    def _write(
+        self, k: Tensor, v: Tensor, rows: slice | Tensor, first: Tensor, fits: Tensor | None,
+        inputs: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
         """Put the new tokens of sequences into their pages, from the place `first` of each on; those that do not fit
         go to a page beside."""
         at = first[:, None] + torch.arange(k.shape[2], device=first.device, dtype=torch.int32)
+        if inputs:
+            self._tokens.write(inputs, rows, at, fits)
         places = (at // self.page).long().clamp(max=self.page_table.shape[1] - 1)
         page = self.page_table[rows].gather(1, places).long()
         if fits is not None:
@@ -135,6 +151,7 @@ class PagePool:
             options["plans"] = self._by_bounds(q, plans)
         if self._keeper is not None:
             options["views"] = self.views
+        options |= {name: x for name, x in self.inputs.items() if name not in options}
         return self.attend.decode(q, self.k, self.v, self.seq_lens, self.page_table, **options)
 
     def _by_bounds(self, q: Tensor, plans: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
