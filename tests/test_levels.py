@@ -97,7 +97,7 @@ def programs(draw: st.DrawFn) -> str:
         return draw(st.sampled_from(words))
 
     per = pick("rows(4)", "rows(8)", "head")
-    scores = ["dot(mean(Q), mean(K))", "bound(max(Q), min(K), max(K))", "0.1 * ((q * 7 + k * 13) % 11)"]
+    scores = ["dot(mean(Q), mean(K))", "bound(max(Q), min(K), max(K))", "0.125 * ((q * 7 + k * 13) % 11)"]
     options = [f"per = {per}", f"share = {pick('none', 'group', 'heads')}", f"by = {pick(*scores)}"]
     if always := pick("", "sink(2)", "same_block(4)", "sink(1) | same_block(8)"):
         options += [f"always = {always}", f"forced = {pick('counted', 'extra', 'overlay')}"]

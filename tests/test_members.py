@@ -81,7 +81,7 @@ def selections(draw: st.DrawFn) -> tuple[str, str]:
     clauses = clauses if grid else DATA[of]
     x = "Q" if per == "query" else f"{pick('mean', 'max', 'min')}(Q)"
     y = pick("mean", "max", "min", "first", "last", "sum")
-    score = pick(f"dot({x}, {y}(K))", f"bound({x}, min(K), max(K))", "0.1 * ((q * 7 + k * 13) % 11)")
+    score = pick(f"dot({x}, {y}(K))", f"bound({x}, min(K), max(K))", "0.125 * ((q * 7 + k * 13) % 11)")
     function = pick("top", "top", "cover", "above")
     first = {"top": pick("1", "3", "fraction(0.3)"), "cover": "0.617", "above": "0.2137"}[function]
     among = pick("causal", "all", "causal & window(17)", "{ (q + k) % 3 > 0 }")

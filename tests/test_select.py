@@ -81,7 +81,7 @@ def selections(draw: st.DrawFn) -> str:
     function = pick("top", "top", "cover", "above", *([] if alone else ["levels"]))
     x = "Q" if alone else f"{pick('mean', 'max', 'min')}(Q)"
     y = "K" if keys == 1 else f"{pick('mean', 'max', 'min', 'first', 'last')}(K)"
-    scores = [f"dot({x}, {y})", f"dot({x}, {y})", f"bound({x}, min(K), max(K))", "0.1 * ((q * 7 + k * 13) % 11)"]
+    scores = [f"dot({x}, {y})", f"dot({x}, {y})", f"bound({x}, min(K), max(K))", "0.125 * ((q * 7 + k * 13) % 11)"]
     if per in ("rows(4)", "rows(8)") and keys in (4, 8):
         scores += ["antidiagonal(Q, K, 2)", "antidiagonal(Q, K, 4)"]
     share = pick("group", "heads", *([] if alone and keys == 1 else ["none"]))
