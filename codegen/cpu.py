@@ -291,7 +291,7 @@ class TileLoop:
             lines.add(
                 f"keys = {self.rows_of('k')}.to(compute)",
                 *([f"values = {self.rows_of('v')}.to(compute)"] if self.reads_values else []),
-                "scores = (queries.flatten(2, 3) @ keys.mT).unflatten(2, queries.shape[2:4]) * scale",
+                "scores = (queries.flatten(2, 3) @ keys.mT).unflatten(2, queries.shape[2:4]).mul_(scale)",
             )
             if self.reads_keys:
                 comb = self.order.k

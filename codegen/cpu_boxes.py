@@ -120,7 +120,7 @@ class BoxLoop(TileLoop):
                 "k_pos = k_tokens[positions(full + partial)]",
                 f"keys = {self.rows_of('k')}.to(compute)",
                 f"values = {self.rows_of('v')}.to(compute)",
-                "scores = (queries.flatten(2, 3) @ keys.mT).unflatten(2, queries.shape[2:4]) * scale",
+                "scores = (queries.flatten(2, 3) @ keys.mT).unflatten(2, queries.shape[2:4]).mul_(scale)",
             )
             yield printer
 

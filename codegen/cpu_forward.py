@@ -72,9 +72,11 @@ def attend(loop: TileLoop) -> None:
                     loop.members()
                     lines.add("weights = inner * share")
             if softmax:
+                # Products are nobody else's: in place, they need no further memory, whose pages cost more than the sum.
+                below = "scores - new_max" if plan.score is not None else "scores.sub_(new_max"
                 lines.add(
                     "new_max = torch.maximum(row_max, scores.amax(-1))",
-                    "weights = exponential(scores - new_max[..., None])",
+                    f"weights = exponential({below}[..., None]{')' * (plan.score is None)})",
                     "decay = exponential(row_max - new_max)",
                     "row_sum = row_sum * decay + weights.sum(-1)",
                     "row_max = new_max",
