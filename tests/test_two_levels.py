@@ -170,3 +170,18 @@ def test_systems(name: str, tokens: int) -> None:
         name, qkv, lambda q, k, v, x: two_levels(q, k, v, x[given], 2, name == "landmark"), {"n": 2}, (given,),
         **{given: marks},
     )  # fmt: skip
+
+
+def test_in_a_compiled_graph() -> None:
+    """What members weigh, pooled queries and a plan are operators of a graph like any other."""
+    attn = attndsl.compile(
+        f"attention a {{ plan sel = {SELECTED}\n votes = attend sel over pool(mean, 16)\n"
+        "far = attend sel within blocks(16) with probs(votes)\n"
+        "coarse = attend causal over pool(mean, 16) from pool(mean, 16)\n output far + coarse }"
+    )
+    leaves = [x.requires_grad_() for x in call(40)]
+    q, k, v = leaves
+    runs = [attn(q, k, v), torch.compile(lambda: attn(q, k, v), backend="aot_eager", fullgraph=True)()]
+    gradients = [torch.autograd.grad(x.square().sum(), leaves) for x in runs]
+    torch.testing.assert_close(runs[0], runs[1])
+    torch.testing.assert_close(*gradients)
