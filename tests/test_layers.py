@@ -32,9 +32,9 @@ pytestmark = [
 GRID = "attention grid {{\n    axes y[{0}], x[{0}]\n    attend {1}\n}}"
 # Programs, rows and keys.
 CALLS = {
-    "dilated": ("causal & window(300) & dilated(4)", 320, 320),
+    "dilated": ("causal & window(300) & dilated(4)", 208, 208),
     "dilated, a chunk": ("causal & window(300) & dilated(4)", 128, 384),
-    "two pieces": ("causal & (window(20) | dilated(16))", 384, 384),
+    "two pieces": ("causal & (window(20) | dilated(16))", 192, 192),
     "neighbourhood": (GRID.format(16, "neighborhood(5) on (y, x)"), 128, 128),
     "neighbourhood, a chunk": (GRID.format(16, "neighborhood(5) on (y, x)"), 64, 256),
     "past the end of an axis": (GRID.format(12, "neighborhood(5) on (y, x)"), 132, 132),
@@ -125,6 +125,20 @@ def backward(
         assert all(("_desc.load" in text) == spec.whole for text in texts)
         pieces.append(TritonBackward(plan, *texts, dout, q, k, v, [], aligned=True))
     return InTurn(tuple(pieces))(dout, None, q, k, v, out, lse, [], [], None, None)
+
+
+def test_rows_lie_residue_by_residue_where_one_kernel_reads_them() -> None:
+    """Other pieces, and kernels for inputs that q and k read together, find rows at their own places."""
+
+    def apart(text: str) -> bool:
+        program = attndsl.compile(text).program
+        return backward_plans(program, spec_of(program, 256, 256))[0].rows_apart
+
+    learned = "input bias : float[h, 33] learnable\n score s + bias[h, clamp(q - k, 0, 32)]\n"
+    assert apart("causal & window(300) & dilated(4)")
+    assert not apart(f"attention a {{ {learned} attend causal & window(300) & dilated(4) }}")
+    assert not apart("causal & (window(20) | dilated(16))")
+    assert not apart(GRID.format(16, "neighborhood(5) on (y, x)")) and not apart("causal & window(64)")
 
 
 def test_what_does_not_fill_its_layers_is_read_through_pointers() -> None:
