@@ -39,10 +39,9 @@ def bit_length(x):
     x = tl.maximum(x, 0)
     bits = tl.where(x > 0, 1, 0)
     for step in tl.static_range(5):
-        shift: tl.constexpr = 16 >> step
-        high = x >= (1 << shift)
-        bits += tl.where(high, shift, 0)
-        x = tl.where(high, x >> shift, x)
+        high = x >= (1 << (16 >> step))
+        bits += tl.where(high, 16 >> step, 0)
+        x = tl.where(high, x >> (16 >> step), x)
     return bits
 
 

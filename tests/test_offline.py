@@ -24,6 +24,7 @@ SINK = "attention sinks { input sinks : float[h]\n softmax with sink sinks[h]\n 
 SCATTERED = "causal & (window(64) | dilated(16))"
 GRID = "attention grid { axes y, x[128]\n attend neighborhood(13) on (y, x) }"
 RANDOM = "causal & (window(64) | random(3, of = blocks(64), per = rows(64), seed = h))"
+BITS = "causal & { bit_length(q - k) % 2 == 0 or is_power_of_two(q) }"
 DEVICES = (
     ("cuda:80", "pointer"), ("cuda:90", "pointer"), ("cuda:90", "descriptor"), ("cuda:100", "descriptor"),
     ("hip:gfx942", "pointer"),
@@ -32,7 +33,11 @@ QUICK = [
     Job(text, *device[:1], dim, device[1])
     for (text, dim), device in product(((STREAMING, 128), (SOFTCAP, 64)), DEVICES)
 ]
-QUICK += [Job(RANDOM, "cuda:90", 64, "descriptor"), Job(RANDOM, "hip:gfx942", 64, "pointer")]
+QUICK += [
+    Job(BITS, "cuda:80", 64, "pointer"),
+    Job(RANDOM, "cuda:90", 64, "descriptor"),
+    Job(RANDOM, "hip:gfx942", 64, "pointer"),
+]
 QUICK += [
     Job(STREAMING, "cuda:80", 80, "pointer", (32, 8), decode=Decode(1, 16)),
     Job(STREAMING, "cuda:90", 128, "pointer", (32, 8), decode=Decode(1, None)),
