@@ -59,9 +59,10 @@ _FEW, _MANY = 3, 16
 _LONG_SLICE = 32
 # Warps of a tile of few rows.
 _FEW_WARPS = 2
-# Where programs share rows by columns instead: columns of values at least, keys of a tile, and stages, with pages more.
+# Where programs share rows by columns instead (RESULTS.md): columns of values at least, keys of a tile, and stages,
+# more in pages and in listed pages.
 _LEAST_COLUMNS = 64
-_WIDE_TILE, _STAGES, _STAGES_IN_PAGES = 128, 4, 8
+_WIDE_TILE, _STAGES, _STAGES_IN_PAGES, _STAGES_OF_LISTS = 128, 4, 6, 8
 # Devices with as much shared memory as such a program takes.
 _ROOMY = ("80", "90", "100", "103")
 # A length at which a pattern that visits few tiles shows it.
@@ -197,7 +198,8 @@ def _for_short_slices(plan: DecodePlan, rows: int) -> DecodePlan:
 
 def _wide(plan: DecodePlan) -> Tiling:
     """The tiling of a program that is alone on its multiprocessor: few large tiles, several of them in flight."""
-    stages = _STAGES if plan.cache.page is None and plan.listing is None else _STAGES_IN_PAGES
+    stages = _STAGES if plan.cache.page is None else _STAGES_IN_PAGES
+    stages = stages if plan.listing is None else _STAGES_OF_LISTS
     return Tiling(plan.tiling.block_q * plan.pack, _WIDE_TILE, warps=4, stages=stages)
 
 
@@ -341,7 +343,9 @@ def column_count(plan: DecodePlan, batch: int, rows: int, capacity: int, multipr
     backend, _, arch = spec.target.partition(":")
     large = plan.tiling.block_q * plan.pack > _LEAST_ROWS or spec.dim > _WIDE_TILE or spec.dim.bit_count() > 1
     elsewhere = backend != "cuda" or arch not in _ROOMY or spec.dtype is DType.FLOAT32 or plan.cache.fp8
-    if large or elsewhere or plan.scattered or units == 0:
+    # Lists of a contiguous cache were not measured so.
+    unknown = plan.scattered or (plan.listing is not None and plan.cache.page is None)
+    if large or elsewhere or unknown or units == 0:
         return 1
     wanted = min(multiprocessors // units, spec.v_dim // _LEAST_COLUMNS)
     columns = 1 << wanted.bit_length() - 1 if wanted > 0 else 0
