@@ -41,8 +41,8 @@ from attndsl.runs import Side, TileRuns
 from attndsl.simplify import fold, specialise
 from attndsl.skipping import skipping_plan
 from attndsl.splitting import SplitPiece, splits
-from attndsl.tile_sizes import backward_tilings, default_tiling
-from attndsl.tiling import choose_backward_tilings, choose_tiling
+from attndsl.tile_sizes import backward_tilings, copies_piece, default_tiling
+from attndsl.tiling import choose_backward_tilings, choose_tiling, usual_tiling
 from attndsl.view_plans import view_backward, view_forward
 from attndsl.visits import closed_runs
 from attndsl.within_plans import within_backward, within_forward
@@ -200,7 +200,9 @@ def _piece_plan(
     program: Program, piece: Piece | BoxPiece, spec: Spec, tiling: Tiling | None, branch: dict[str, Any], number: int
 ) -> ForwardPlan:
     spec = _spec_of(piece, spec)
-    tiling = _tiling_of(piece, spec, tiling or _scattered_tiling(piece, spec) or default_tiling(spec))
+    hopper = spec.backend is Backend.GLUON
+    scattered = None if hopper else _scattered_tiling(piece, spec)
+    tiling = _tiling_of(piece, spec, tiling or scattered or usual_tiling(program, spec))
     if number:
         # What all pieces share enters with the first.
         branch = branch | {"sink": None}
@@ -211,7 +213,7 @@ def _piece_plan(
             program, spec, tiling, nothing, mask, **branch, layout=layout, follows=number > 0, box_runs=visited
         )
     runs = closed_runs(piece.relation, program, spec, tiling, Side.QUERY, piece.layout)
-    mask = piece_mask(piece, spec) if runs.partial else None
+    mask = piece_mask(piece, spec) if runs.partial or hopper else None
     return ForwardPlan(program, spec, tiling, runs, mask, **branch, layout=piece.layout, follows=number > 0)
 
 
@@ -249,6 +251,8 @@ def _tiling_of(piece: Piece | BoxPiece | PermutedPiece, spec: Spec, tiling: Tili
 
 def _spec_of(piece: Piece | BoxPiece, spec: Spec) -> Spec:
     """A piece's tokens do not lie in a row, as hardware copies of tiles need, unless they fill layers of their own."""
+    if spec.backend is Backend.GLUON and not copies_piece(piece.layout, spec):
+        spec = replace(spec, backend=Backend.TRITON, whole=False)
     return spec if piece.layout.plain or spec.whole else replace(spec, loads=Loads.POINTER)
 
 

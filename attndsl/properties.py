@@ -6,7 +6,8 @@ import functools
 
 from attndsl.derive import derive
 from attndsl.effort import TooHard, bounded
-from attndsl.program import Inter, Minus, Program, Set, Union, reads, scalars
+from attndsl.listing import EVEN
+from attndsl.program import Binary, CallShape, Inter, Minus, Program, Set, Union, reads, scalars, walk
 from attndsl.relation import Lowering
 
 
@@ -17,6 +18,20 @@ def reads_positions(program: Program) -> bool:
     said = (branch.scale, branch.score, branch.sink, branch.weights)
     written = (e for part in branch.parts for e in scalars(part.pattern))
     return any(reads(e, "q", "Nq") for e in (*written, *(e for e in said if e is not None)))
+
+
+@functools.lru_cache(maxsize=256)
+def reads_remainders(program: Program) -> bool:
+    """Whether the pattern asks for remainders: it may then have pieces that hold every so-many-th token."""
+    if not program.plain:
+        return False
+    written = (e for e in scalars(program.branch.pattern))
+    return any(isinstance(x, Binary) and x.op == "%" for e in written for x in walk(e))
+
+
+def is_whole(program: Program, shape: CallShape) -> bool:
+    """Whether the rows of a call are all its tokens, and as many of each remainder that the program may ask for."""
+    return shape.rows == shape.k_len and shape.k_len % EVEN == 0 and reads_remainders(program)
 
 
 @functools.lru_cache(maxsize=256)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from attndsl.layers import layers
+from attndsl.layout import Layout
+from attndsl.listing import EVEN
 from attndsl.plan import Backend, DType, Loads, Spec, Tiling, head_parts
 
 
@@ -43,16 +46,30 @@ HOPPER_SHARED, _BARRIERS = 232448, 1024
 
 def _hopper_tiling(spec: Spec) -> Tiling:
     """128 rows and, where registers and shared memory allow it, as many keys; at least two stages of them."""
-    q_parts, v_parts = head_parts(spec.dim), head_parts(spec.v_dim)
-    size = 1 if spec.dtype is DType.FLOAT8 else 2
-    width = size * sum(part.size for part in (*q_parts, *v_parts))
-    own = sum(part.size for n, part in enumerate(v_parts) if not leaves_by_q(spec, n))
-    rows = 128 * (size * sum(part.size for part in q_parts) + 2 * own)
+    size, q_size, own, width = _columns(spec)
+    rows = HOPPER_ROWS * (size * q_size + 2 * own)
     # A thread holds scores of half a row's keys and half of its output, beside the weights of the tile before.
-    block_k = 128 if sum(part.size for part in v_parts) <= 128 else 64
+    block_k = 128 if width // size - q_size <= 128 else 64
     while (stages := (HOPPER_SHARED - _BARRIERS - rows) // (block_k * width)) < 2:
         block_k //= 2
     return Tiling(HOPPER_ROWS, block_k, warps=4, stages=min(stages, 2 if size * max(spec.dim, spec.v_dim) > 128 else 4))
+
+
+def copies_piece(layout: object, spec: Spec) -> bool:
+    """Whether the Hopper lowering goes over a piece in this layout: hardware copies every m-th token as it does all."""
+    if not isinstance(layout, Layout):
+        return False
+    seen = [layers(layout, side, HOPPER_ROWS) for side in "qk"]
+    fills = all(x is not None and EVEN % x.unit == 0 for x in seen)
+    return layout.plain or (spec.whole and fills and spec.dtype is not DType.FLOAT8)
+
+
+def _columns(spec: Spec) -> tuple[int, int, int, int]:
+    """Bytes of an element; columns of q, and of the output that do not leave through q; bytes of a key and value."""
+    size = 1 if spec.dtype is DType.FLOAT8 else 2
+    q_size, v_size = (sum(part.size for part in head_parts(dim)) for dim in (spec.dim, spec.v_dim))
+    own = sum(part.size for n, part in enumerate(head_parts(spec.v_dim)) if not leaves_by_q(spec, n))
+    return size, q_size, own, size * (q_size + v_size)
 
 
 def leaves_by_q(spec: Spec, n: int) -> bool:

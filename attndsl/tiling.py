@@ -47,11 +47,16 @@ def choose_tiling(program: Program, spec: Spec) -> Tiling:
 
     Where a plan can list the tiles, they fit into its row classes and members.
     """
+    return _fitted(usual_tiling(program, spec), program, spec)
+
+
+def usual_tiling(program: Program, spec: Spec) -> Tiling:
+    """The default tiling for the spec, or for what the program does with scores."""
     tiling = default_tiling(spec)
     if spec.backend is Backend.GLUON and program.plain and program.branch.weights is not None:
         # With no softmax between them the assembler holds two tiles' weights at once: half as many fit.
         tiling = replace(tiling, block_k=min(tiling.block_k, 64))
-    return _fitted(tiling, program, spec)
+    return tiling
 
 
 def _fitted(tiling: Tiling, program: Program, spec: Spec, of_rows: bool = True) -> Tiling:
@@ -197,17 +202,20 @@ def heavy_tiles(plan: BackwardPlan, shape: CallShape) -> int:
 
 def _visited(runs: TileRuns, tiling: Tiling, spec: Spec) -> float | None:
     """Tiles that a query tile visits on average, None where that depends on data."""
+    counts = _counts(runs, tiling, spec)
+    return None if counts is None else float(counts.mean())
+
+
+def _counts(runs: TileRuns, tiling: Tiling, spec: Spec, tokens: int = _TOKENS) -> np.ndarray | None:
+    """How many tiles the query tiles of each head, of so many tokens, visit; None where that depends on data."""
     counts = [run.count for run in runs.full + runs.partial]
     if any(isinstance(x, Read | Table | Arg) for e in counts for x in walk(e)):
         return None
+    tiles = max(1, tokens // tiling.block_q)
     variables = {
         "Nk": np.asarray(_TOKENS), "Nq": np.asarray(_TOKENS), "start": np.asarray(0), "b": np.asarray(0),
-        "q_tile": np.arange(_TOKENS // tiling.block_q), "h": np.arange(spec.heads)[:, None],
-        "g": np.arange(spec.heads)[:, None] // (spec.heads // spec.kv_heads),
+        "i_start": np.asarray(0), "residue": np.asarray(0), "q_tile": np.arange(tiles),
+        "h": np.arange(spec.heads)[:, None], "g": np.arange(spec.heads)[:, None] // (spec.heads // spec.kv_heads),
     }  # fmt: skip
-    return sum(_mean(e, variables) for e in counts)
-
-
-def _mean(count: Scalar, variables: dict[str, np.ndarray]) -> float:
-    visited = np.maximum(evaluate(count, variables, {}), 0)
-    return float(np.broadcast_to(visited, np.broadcast_shapes(visited.shape, variables["q_tile"].shape)).mean())
+    whole = np.zeros((spec.heads, tiles))
+    return whole + sum(np.maximum(evaluate(e, variables, {}), 0) for e in counts)

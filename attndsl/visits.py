@@ -63,7 +63,7 @@ def visits_of(
 
 def _sizes(tiling: Tiling) -> Tiling:
     """What of a tiling decides what is visited: kernels that differ in the rest share it."""
-    return replace(tiling, warps=0, stages=0)
+    return replace(tiling, warps=0, stages=0, several=False)
 
 
 @remembered(128)

@@ -24,12 +24,13 @@ from attndsl.plan import Backend, BackwardPlan, ForwardPlan, Loads, Spec
 from attndsl.plans import of_selection
 from attndsl.pooling import PoolPlan
 from attndsl.program import CallShape, Program
+from attndsl.properties import reads_remainders
 from attndsl.runtime import texts
 from attndsl.runtime.cache import cache_key
 from attndsl.runtime.registry import register
 from attndsl.select_plan import SelectPlan, select_plan
 from attndsl.stability import unstable
-from attndsl.targets import gradients_refusal, hopper_refusal, layout_refusal, make_spec
+from attndsl.targets import gradients_refusal, hopper_refusal, layout_refusal, make_spec, pieces_refusal
 
 if TYPE_CHECKING:
     from attndsl.runtime.cache import KernelCache
@@ -157,9 +158,11 @@ class Shown:
             spec = replace(spec, backend=Backend.CPU)
         if self.backend == "gluon":
             refusals = {"forward": hopper_refusal, "gradients": gradients_refusal}
+            spec = replace(spec, whole=name == "forward" and reads_remainders(program))
             reason = f"the kernel {self.kernel!r} has no Hopper lowering"
             if name in refusals:
-                reason = refusals[name](program, spec) or layout_refusal(program, spec)
+                of_order = pieces_refusal if name == "forward" else layout_refusal
+                reason = refusals[name](program, spec) or of_order(program, spec)
             if reason:
                 raise error("A510", reason, help="choose backend 'triton'")
             spec = replace(spec, backend=Backend.GLUON)
@@ -178,7 +181,11 @@ class Shown:
                 plan = backward_plans(program, spec)[piece]
                 return plan.of_keys() if name == "dkdv" and spec.backend is not Backend.CPU else plan
             case _:
-                return forward_plans(program, spec)[piece]
+                forward = forward_plans(program, spec)[piece]
+                if self.backend == "gluon" and forward.spec.backend is not Backend.GLUON:
+                    reason = "it visits tokens out of order, which the Hopper lowering does not"
+                    raise error("A510", reason, help="choose backend 'triton'")
+                return forward
 
     def _around(self, program: Program, owner: str, name: str, n: int, spec: Spec) -> ShownPlan:
         """The plan of what goes before and after the kernels that attend."""

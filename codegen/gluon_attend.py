@@ -21,7 +21,9 @@ class Attend(Tiles):
         self.scaled = " * factor" if self.folded else ""
         # The largest weight of a row is 2**8 in float8: smaller ones are not rounded to nothing so soon.
         self.raised = " - 8.0" if self.fp8 else ""
-        self.mask = None if plan.mask is None else by_place(plan.mask, "k")
+        # What keys are counted by.
+        self.count = "k" if self.combs["k"].every else "j"
+        self.mask = None if plan.mask is None else by_place(plan.mask, self.count)
 
     def text(self) -> str:
         lines = self.lines
@@ -69,8 +71,13 @@ class Attend(Tiles):
     def _rows(self, printer: Printer) -> None:
         """Where the rows stand, and what depends on the row alone."""
         plan, lines = self.plan, self.lines
+        own = "part * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))"
+        if self.combs["q"].every:
+            lines.add(f"q_rows = q_tile * BLOCK_Q + {own}")
+        else:
+            lines.add(f"q_nth = i_first + {own}", f"q_rows = {self.token('q', 'q_nth')} - start")
+            lines.add("i_pos = gl.expand_dims(q_nth, 1)")
         lines.add(
-            "q_rows = q_tile * BLOCK_Q + part * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))",
             "k_offset = gl.expand_dims(gl.arange(0, BLOCK_K, gl.SliceLayout(0, SCORES)), 0)",
             "q_pos = gl.expand_dims(start + q_rows, 1)",
         )
@@ -91,7 +98,7 @@ class Attend(Tiles):
         elif plan.scale is not None:
             lines.add(f"scale = {scale}")
         pairs = [e for e in (self.mask, plan.score, plan.weights) if e is not None]
-        printer.hoist(lines, pairs, ("k", "s", "in_tile", "tile_first"), "row_")
+        printer.hoist(lines, pairs, ("k", "j", "s", "in_tile", "tile_first"), "row_")
 
     # --------------------------------------------------------------------------------- the tiles
 
@@ -188,9 +195,11 @@ class Attend(Tiles):
             out = f"OUT{x.suffix}"
             channels = f"gl.arange(0, {x.size}, gl.SliceLayout(0, {out}))" + (f" + {x.offset}" if x.offset else "")
             inside = "out_rows < rows" + (f" & (channels < {self.plan.spec.v_dim})" if x.padded else "")
+            own = f"part * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, {out}))"
+            every = self.combs["q"].every
+            rows = f"q_tile * BLOCK_Q + {own}" if every else f"{self.token('q', f'i_first + {own}')} - start"
             lines.add(
-                f"out_rows = q_tile * BLOCK_Q + part * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, {out}))",
-                "out_rows = gl.expand_dims(out_rows, 1)",
+                f"out_rows = gl.expand_dims({rows}, 1)",
                 f"channels = gl.expand_dims({channels}, 0)",
                 "at = out_ptr + b.to(gl.int64) * stride_outb + h.to(gl.int64) * stride_outh",
                 "at = at + out_rows.to(gl.int64) * stride_outn + channels",
@@ -246,7 +255,7 @@ class Attend(Tiles):
         said = plan.score if plan.weights is None else plan.weights
         whole_tile = said is not None and reads(said, "k")
         if whole_tile:
-            lines.add(f"k_first = {self.visited(partial, full, n)} * BLOCK_K", "k_pos = k_first + k_offset")
+            lines.add(f"k_first = {self.visited(partial, full, n)} * BLOCK_K", self._keys())
         if said is not None:
             printer.share(lines, [said], "pair_")
             whole = "" if reads(said, "s") else " + zeros"
@@ -260,11 +269,17 @@ class Attend(Tiles):
             if not whole_tile:
                 lines.add(f"k_first = {self.tile(partial, n)} * BLOCK_K")
                 if reads(self.mask, "k"):
-                    lines.add("k_pos = k_first + k_offset")
+                    lines.add(self._keys())
+            if reads(self.mask, "j"):
+                lines.add("j_pos = k_first + k_offset")
             printer.names.known |= {IN_TILE: "k_offset", TILE_FIRST: "k_first"}
             printer.share(lines, [self.mask], "pair_")
             nothing = 'float("-inf")' if plan.softmax else "0.0"
             lines.add(f"scores = gl.where({printer.text(self.mask)}, scores, {nothing})")
+
+    def _keys(self) -> str:
+        """The line that says where the tile's keys stand."""
+        return f"k_pos = {self.token('k', 'k_first + k_offset')}"
 
     # ----------------------------------------------------------------------------------- the end
 
@@ -294,8 +309,9 @@ class Attend(Tiles):
         for x, place in zip(self.v_parts, places, strict=True):
             lines.add(f"{place}.reshape([ROWS, {x.size}]).store(acc{x.suffix}.to({dtype}))")
         lines.add("fence_async_shared()", "row = q_tile * BLOCK_Q + part * ROWS")
+        at = self.at("q", "h", "row")
         for x, place in zip(self.v_parts, places, strict=True):
-            lines.add(f"tma.async_copy_shared_to_global(out_desc{x.suffix}, [b, h, row, {x.offset}], {place})")
+            lines.add(f"tma.async_copy_shared_to_global(out_desc{x.suffix}, [{at}, {x.offset}], {place})")
         if plan.softmax:
             lines.add(
                 "# Where nobody asks for lse there is no memory for it.",

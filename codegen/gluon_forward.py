@@ -45,7 +45,7 @@ def forward_source(plan: ForwardPlan) -> str:
     shared = [name.replace("_desc", "_smem") for name in descriptors]
     shared += ["q_ready", "q_free", *_STAGED]
     # Where a program owns several query tiles, each part finds them by itself.
-    place = [] if plan.tiling.several else ["b", "h", "g", "head", "q_tile"]
+    place = [] if plan.tiling.several else ["b", "h", "g", "head", "residue", "q_tile"]
     candidates = [*given, *shared, *place]
     takes = {
         "load_tiles": used_parameters(candidates, producer),
@@ -80,7 +80,7 @@ class _Load(Tiles):
             lines.add(f"mbarrier.expect({ready}, 2 * {self._bytes('q', self.q_parts)})")
             with lines.block("for half in gl.static_range(2):"):
                 lines.add("row = q_tile * BLOCK_Q + half * (BLOCK_Q // 2)")
-                self._copy("q", self.q_parts, "[b, h, row, 0]", ready, self.half("half"))
+                self._copy("q", self.q_parts, f"{self.at('q', 'h', 'row')}, {{}}", ready, self.half("half"))
             partial, full = self.visits(self.printer())
             with lines.block("for n in range(partial + full):"):
                 turn = self.turn("n")
@@ -95,7 +95,8 @@ class _Load(Tiles):
                         f"mbarrier.wait({x}_free.index(stage), phase ^ 1)",
                         f"mbarrier.expect({ready}, {self._bytes(x, parts)})",
                     )
-                    at = "[b, g, 0, k_tile * BLOCK_K]" if self.fp8 and x == "v" else "[b, g, k_tile * BLOCK_K, 0]"
+                    keys = f"{self.at('k', 'g', 'k_tile * BLOCK_K')}, {{}}"
+                    at = "b, g, {}, k_tile * BLOCK_K" if self.fp8 and x == "v" else keys
                     self._copy(x, parts, at, ready, "stage")
         return lines.text()
 
@@ -105,9 +106,8 @@ class _Load(Tiles):
 
     def _copy(self, x: str, parts: tuple[Part, ...], at: str, ready: str, place: str) -> None:
         for part in parts:
-            start = at.replace("0", str(part.offset)) if part.offset else at
             self.lines.add(
-                f"tma.async_copy_global_to_shared({x}_desc{part.suffix}, {start}, {ready}, "
+                f"tma.async_copy_global_to_shared({x}_desc{part.suffix}, [{at.format(part.offset)}], {ready}, "
                 f"{x}_smem{part.suffix}.index({place}))"
             )
 
@@ -122,8 +122,8 @@ class _Kernel(Tiles):
             lines.add(
                 "",
                 "# Heads one after another: programs in flight share keys. A head's last rows first: they are longest.",
-                "q_tiles = gl.cdiv(rows, BLOCK_Q)",
             )
+            self.tiles()
             self.place("gl.program_id(0)")
         lines.add("")
         self._memory()
@@ -152,15 +152,15 @@ class _Kernel(Tiles):
         """Room for both halves of the query tile's rows, twice where a program owns several; and for stages of keys."""
         halves = 4 if self.several else 2
         for x, parts, size in (
-            ("q", self.q_parts, f"{halves}, 1, 1, BLOCK_Q // 2"),
-            ("k", self.q_parts, "STAGES, 1, 1, BLOCK_K"),
-            ("v", self.v_parts, "STAGES, 1, 1, BLOCK_K"),
+            ("q", self.q_parts, f"{halves}, {self.rows('q', 'BLOCK_Q // 2')}"),
+            ("k", self.q_parts, f"STAGES, {self.rows('k', 'BLOCK_K')}"),
+            ("v", self.v_parts, f"STAGES, {self.rows('k', 'BLOCK_K')}"),
         ):
             for part in parts:
                 self._allocate(x, part, size)
         for n, part in enumerate(self.v_parts):
             if self.out_memory(n, part).startswith("out"):
-                self._allocate("out", part, f"{halves}, 1, 1, BLOCK_Q // 2")
+                self._allocate("out", part, f"{halves}, {self.rows('q', 'BLOCK_Q // 2')}")
 
     def _allocate(self, x: str, part: Part, size: str) -> None:
         desc = f"{x}_desc{part.suffix}"

@@ -10,6 +10,7 @@ from attndsl.codegen.kernel import Leaves
 from attndsl.codegen.kernel_loops import Visits
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.scalars import GLUON, Names, Printer
+from attndsl.layout import Layout
 from attndsl.plan import DType, ForwardPlan, Part, head_parts
 from attndsl.program import Binary, Const, Scalar, Var
 from attndsl.tile_sizes import leaves_by_q
@@ -27,6 +28,8 @@ class Tiles:
         self.several = plan.tiling.several
         self.q_parts, self.v_parts = head_parts(plan.spec.dim), head_parts(plan.spec.v_dim)
         self.fp8 = plan.spec.dtype is DType.FLOAT8
+        assert isinstance(plan.layout, Layout)
+        self.layout, self.combs = plan.layout, {"q": plan.layout.q, "k": plan.layout.k}
         self.helpers = helpers
         self.lines = Lines(indent=1)
 
@@ -47,17 +50,26 @@ class Tiles:
         if not self.several:
             yield
             return
-        self.lines.add("q_tiles = gl.cdiv(rows, BLOCK_Q)", "nth = 0", "done = 0")
+        self.tiles()
+        self.lines.add("nth = 0", "done = 0")
         with self.lines.block("for place in range(gl.program_id(0), places, gl.num_programs(0)):"):
             self.place("place")
             yield
             self.lines.add("nth += 1", "done += partial + full")
 
+    def tiles(self) -> None:
+        """How many query tiles a head has, or each of its residues."""
+        period = self.combs["q"].period
+        self.lines.add(f"q_tiles = gl.cdiv({'rows' if period == 1 else f'rows // {period}'}, BLOCK_Q)")
+
     def place(self, number: str) -> None:
         """Which query tile of which head has this number."""
         spec, lines = self.plan.spec, self.lines
-        ratio = spec.heads // spec.kv_heads
-        lines.add(f"head = {number} // q_tiles")
+        ratio, classes = spec.heads // spec.kv_heads, self.layout.classes
+        if classes == 1:
+            lines.add(f"head = {number} // q_tiles")
+        else:
+            lines.add(f"head = {number} // (q_tiles * {classes})", f"residue = {number} // q_tiles % {classes}")
         if self.several:
             lines.add(
                 "# Each head begins elsewhere, so that a program has long and short query tiles.",
@@ -74,12 +86,18 @@ class Tiles:
     def visits(self, printer: Printer) -> tuple[Visits | None, Visits | None]:
         """The query tile's position, and the tiles it visits: partial ones first."""
         plan, lines = self.plan, self.lines
-        lines.add(
-            "start = 0" if plan.program.align_start else "start = k_len - rows",
-            "q_first = start + q_tile * BLOCK_Q",
-        )
+        lines.add("start = 0" if plan.program.align_start else "start = k_len - rows")
         first: Scalar = Binary("*", Const(plan.tiling.block_q), Var("q_tile"))
-        printer.names.known[first if plan.program.align_start else Binary("+", Var("start"), first)] = "q_first"
+        if self.combs["q"].every:
+            lines.add("q_first = start + q_tile * BLOCK_Q")
+            printer.names.known[first if plan.program.align_start else Binary("+", Var("start"), first)] = "q_first"
+        else:
+            lines.add(
+                f"# The program's tokens: {self.layout}. `nth` counts them.",
+                f"i_start = {printer.text(self.combs['q'].index(Var('start')))}",
+                "i_first = i_start + q_tile * BLOCK_Q",
+            )
+            printer.names.known[Binary("+", Var("i_start"), first)] = "i_first"
         runs = plan.runs
         printer.share(lines, [x for run in runs.full + runs.partial for x in (run.first, run.count)], "tile_")
         partial = Visits(lines, printer, runs.partial, "partial") if runs.partial else None
@@ -105,10 +123,19 @@ class Tiles:
             return n if n.isidentifier() or n.isdecimal() else f"({n})"
         return f"(done + {n})" if n != "0" else "done"
 
-    @property
-    def nth(self) -> str:
-        """The query tile's number among a program's own, as the two places of its rows in shared memory go."""
-        return "nth" if self.several else "0"
+    def at(self, side: str, head: str, first: str) -> str:
+        """Where a tile of one side lies, from the row `first` on, or in a layout from that of a residue's tokens."""
+        return f"b, {head}, {'' if self.combs[side].every else 'residue, '}{first}"
+
+    def token(self, side: str, index: str) -> str:
+        """The token of an index of a residue's, as text."""
+        printer = self.printer()
+        printer.names.known[Var("i")] = index if index.isidentifier() else f"({index})"
+        return printer.text(self.combs[side].position(Var("i")))
+
+    def rows(self, side: str, count: str) -> str:
+        """The sizes of a tile of so many rows, as it is copied."""
+        return f"1, 1, {'' if self.combs[side].every else '1, '}{count}"
 
     def half(self, half: str) -> str:
         """The place in shared memory of one half of the query tile's rows."""

@@ -20,7 +20,7 @@ from attndsl.piece_plans import backward_plans, forward_plans, whole
 from attndsl.plan import Backend, BackwardPlan, DType, ForwardPlan, Loads, Spec, Tiling
 from attndsl.pooling import PoolPlan
 from attndsl.program import Program, TableDecl, Type
-from attndsl.properties import takes_more_rows_than_keys
+from attndsl.properties import is_whole, takes_more_rows_than_keys
 from attndsl.runtime.again import Again, again
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
 from attndsl.runtime.dropout import Dropout
@@ -292,6 +292,7 @@ class Engine:
         )  # fmt: skip
 
         spec = replace(spec, loads=loads_for(spec, aligned, k, v, *(inputs[i] for i in self._views)))
+        spec = replace(spec, whole=is_whole(program, call_shape(q, k, v)))
         backends: tuple[Backend, ...] = (Backend.TRITON,)
         if backend in ("auto", "gluon"):
             reason = why_not_gluon(program, spec, aligned, q, k, v)

@@ -31,7 +31,7 @@ from attndsl.program import InputDecl, Program
 from attndsl.runs import Side
 from attndsl.runtime.cache import KernelCache, cache_key
 from attndsl.runtime.texts import compiler_digest
-from attndsl.targets import layout_refusal
+from attndsl.targets import layout_refusal, pieces_refusal
 from attndsl.tile_sizes import learning_tiling
 from attndsl.tiling import prefers_portable
 
@@ -57,8 +57,10 @@ def printed_forward(
 
     def make() -> dict[str, bytes]:
         backend = _choice(program, spec, backends)
-        plans = forward_plans(program, replace(spec, backend=backend), tiling)
-        texts = {_TEXT.format(n): printers[backend](plan).encode() for n, plan in enumerate(plans, 1)}
+        # Forward, the portable kernels of pieces are read through pointers.
+        whole = spec.whole and backend is Backend.GLUON
+        plans = forward_plans(program, replace(spec, backend=backend, whole=whole), tiling)
+        texts = {_TEXT.format(n): printers[plan.spec.backend](plan).encode() for n, plan in enumerate(plans, 1)}
         said = tuple((x.spec, x.tiling, x.layout, x.gathered, x.view, x.softmax) for x in plans)
         return texts | _choices(plans[0].program, said)
 
@@ -188,8 +190,10 @@ def _recorded() -> Mapping[str, type]:
 def _choice(program: Program, spec: Spec, backends: tuple[Backend, ...]) -> Backend:
     if Backend.GLUON not in backends:
         return Backend.TRITON
-    if reason := layout_refusal(program, spec):
+    if reason := pieces_refusal(program, spec):
         if Backend.TRITON not in backends:
             raise error("A510", reason, help="leave `backend` out to get the portable kernel")
         return Backend.TRITON
-    return Backend.TRITON if len(backends) > 1 and prefers_portable(program, spec) else Backend.GLUON
+    # Pieces were checked on Hopper, not timed: who asks for them gets them.
+    others = len(backends) > 1 and (bool(layout_refusal(program, spec)) or prefers_portable(program, spec))
+    return Backend.TRITON if others else Backend.GLUON

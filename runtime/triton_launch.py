@@ -233,7 +233,8 @@ def parameter_sources(plan: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Se
         tiles = ((0, "q", q, half), (1, "k", k, block_k), (2, "v", v, block_k), (_OUT, "out", out, half))
         for index, name, x, rows in tiles:
             found |= descriptors(plan, "k" if name in "kv" else "q", name, index, x, rows)
-        found["places"] = -(-shape.rows // plan.tiling.block_q) * shape.batch * shape.heads
+        places = plan.layout.programs("q", plan.tiling.block_q, shape, plan.program)
+        found["places"] = places * shape.batch * shape.heads
     return found | program_sources(plan, shape, inputs, q.device)
 
 

@@ -58,6 +58,30 @@ def test_programs_of_several_query_tiles(text: str, dim: int) -> None:
         assert close(attn, found[0], q, k, v)
 
 
+# How many pieces each has.
+APART = {
+    "causal & window(600) & dilated(16)": 1,
+    "causal & (window(128) | dilated(128))": 2,
+    "causal & (window(64) | strided(8))": 2,
+    "dilated(4)": 1,
+    "attention a { score s - 0.01 * (q - k)  attend causal & dilated(2) }": 1,
+    "attention a { weights max(s, 0.0)  attend causal & (window(128) | dilated(64)) }": 2,
+}
+
+
+@pytest.mark.parametrize("dim", [128, 96])
+@pytest.mark.parametrize("text", APART)
+def test_every_so_many_th_token(text: str, dim: int) -> None:
+    """Where a call has as many tokens of each remainder, hardware copies them as they lie; elsewhere nothing does."""
+    attn = attndsl.compile(text)
+    assert sum(kernel.startswith("forward") for kernel in attn.kernels(4, 2)) == APART[text]
+    for tokens in (1024, 1152, 128):
+        q, k, v = random(4, tokens, dim), random(2, tokens, dim), random(2, tokens, dim)
+        assert close(attn, attn(q, k, v, backend="gluon"), q, k, v)
+    q, k, v = random(4, 1000, dim), random(2, 1000, dim), random(2, 1000, dim)
+    assert close(attn, attn(q, k, v), q, k, v)
+
+
 @pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
 @pytest.mark.parametrize(("text", "dim"), [(PATTERN, 128), ("causal", 96), (SOFTCAP, 128)])
 def test_a_thousand_launches_on_fresh_inputs_agree(text: str, dim: int, several: bool) -> None:

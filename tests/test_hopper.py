@@ -12,11 +12,10 @@ import triton
 from hypothesis import settings
 
 import attndsl
-from attndsl.codegen.gluon_forward import forward_source
 from attndsl.piece_plans import forward_plans
 from attndsl.plan import Backend
 from attndsl.runtime.gluon_backward import why_not
-from attndsl.targets import gradients_refusal, hopper_refusal, layout_refusal, make_spec
+from attndsl.targets import gradients_refusal, hopper_refusal, layout_refusal, make_spec, pieces_refusal
 from tests.offline import ROOT, Found, Job, compile_all
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -124,36 +123,33 @@ def test_the_kernel_of_all_gradients_is_for_hopper_alone() -> None:
         attn.source("gradients", target="sm_90")
 
 
-LISTED = {
-    "attention a { input p : blocks(128)[b, g, q/128]\n attend causal & p }": "",
-    "attention a { input p : blocks(64)[b, h]\n attend causal & p }": "",
-    "attention a { input p : blocks(64)[b, g, q/64]\n attend causal & p }": "tiles of 64 rows and 64 keys are listed",
-    "attention a { input p : blocks(64)[b, g, q]\n attend causal & p }": "gathered",
-    "attention a { input p : blocks(16)[b, g, q/128]\n attend causal & p }": "several members",
-    "causal & random(2, blocks(128), rows(128), 5)": "",
-}
-
-
-@pytest.mark.parametrize("text", LISTED)
-def test_lists_of_tiles(text: str) -> None:
-    """Those of the kernel's own tiles it goes over; why it does not over others is said."""
-    spec = replace(make_spec("sm_90", "triton", 8, 2, 128), even_start=True, lists=True)
-    program = attndsl.compile(text).program
-    assert LISTED[text] in hopper_refusal(program, spec) if LISTED[text] else not hopper_refusal(program, spec)
-    if not LISTED[text]:
-        (plan,) = forward_plans(program, replace(spec, backend=Backend.GLUON))
-        assert all(run.list is not None for run in plan.runs.full + plan.runs.partial)
-        assert "k_tiles_" in forward_source(plan)
-
-
 DIMS = [(64, 64), (8, 8), (40, 72), (80, 80), (96, 96), (64, 128), (192, 128), (192, 192), (256, 64), (256, 256)]
 WEIGHTS = "attention a { weights exp(-abs(s))\n attend causal & window(1024) }"
 
 
 @offline
-def test_head_dimensions_weights_and_lists_compile() -> None:
+def test_head_dimensions_and_weights_compile() -> None:
     """One of each here, all where the examples are."""
     jobs = [Job("causal", "cuda:90", 96, "descriptor", hopper="forward", v_dim=72)]
     jobs += [Job(WEIGHTS, "cuda:90", 128, "descriptor", hopper="forward")]
-    jobs += [Job(next(iter(LISTED)), "cuda:90", 128, "descriptor", hopper="forward", listed="forward")]
     verify(jobs)
+
+
+def backends(text: str, whole: bool = True) -> list[str]:
+    """Which lowering each piece of a program gets where Hopper's is chosen; none where it is not to be had."""
+    spec = replace(make_spec("sm_90", "triton", 4, 2, 128), whole=whole)
+    program = attndsl.compile(text).program
+    if pieces_refusal(program, spec):
+        return []
+    return [plan.spec.backend.value for plan in forward_plans(program, replace(spec, backend=Backend.GLUON))]
+
+
+@pytest.mark.filterwarnings("ignore::attndsl.PatternWarning")
+def test_pieces_that_hardware_copies() -> None:
+    """Every m-th token is copied as all are where a call has as many of each remainder; else the kernel is portable."""
+    assert backends("causal & window(4096) & dilated(16)") == ["gluon"]
+    assert backends("causal & window(4096) & dilated(16)", whole=False) == []
+    assert backends("causal & (window(128) | dilated(128))") == ["gluon", "gluon"]
+    assert backends("causal & (window(128) | dilated(128))", whole=False) == ["gluon", "triton"]
+    assert backends("causal & strided(7, 3)") == []
+    assert backends("causal") == ["gluon"]

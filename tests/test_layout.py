@@ -292,8 +292,11 @@ def test_every_piece_is_shown() -> None:
         assert "residue = tl.program_id(0)" in second
     with pytest.raises(attndsl.PatternError, match="A531"):
         attn.source("dq_3")
+    first, second = (attn.source(kernel, backend="gluon") for kernel in attn.kernels()[:2])
+    assert "residue" not in first
+    assert "[b, h, residue, row, 0]" in second and "adding to what earlier pieces found" in second
     with pytest.raises(attndsl.PatternError, match="A510"):
-        attn.source(backend="gluon")
+        attndsl.compile("causal & strided(7, 3)").source(backend="gluon")
     found = attn.explain(4096)
     lines = found.section("pieces").lines
     assert lines[1].endswith("chosen: tokens in order; then queries and keys 1 of every 128, from residue on")
