@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -89,7 +90,7 @@ def compile_kernel(source: KernelSource, target: str, cache: KernelCache | None 
         kept = None if whole else (_FACTS, _BINARY[target.partition(":")[0]])
         return {form: content() for form, content in _compiled(source, target) if kept is None or form in kept}
 
-    key = cache_key("triton kernel", source, target, installation(), whole)
+    key = cache_key("triton kernel", source, target, installation(), _writes_lines(), whole)
     files = build() if cache is None else cache.fetch(key, build)
     return Kernel(source, target, files, json.loads(files[_FACTS]))
 
@@ -109,7 +110,7 @@ def _compiled(source: KernelSource, target: str) -> Iterator[_Form]:
     kind = GluonASTSource if source.gluon else ASTSource
     types = {name: _with_layout(type) if source.gluon else type for name, type in source.types}
     ast = kind(fn=fn, signature=types, constexprs={}, attrs=hints)
-    options = {"num_warps": source.warps, "num_stages": source.stages}
+    options: dict[str, Any] = {"num_warps": source.warps, "num_stages": source.stages}
     make = _staged if version().startswith(STAGED_VERSIONS) else _by_triton
     return make(ast, parse_target(target), options)
 
@@ -138,7 +139,7 @@ def _staged(ast: ASTSource, target: GPUTarget, options: dict[str, Any]) -> Itera
     from triton.compiler.compiler import make_backend
 
     backend = make_backend(target)
-    parsed = backend.parse_options(options | ast.parse_options())
+    parsed = backend.parse_options(options | _settings(target) | ast.parse_options())
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
@@ -152,6 +153,25 @@ def _staged(ast: ASTSource, target: GPUTarget, options: dict[str, Any]) -> Itera
         form = stage(form, metadata)
         yield suffix, functools.partial(_written, form)
     yield _FACTS, lambda: json.dumps(metadata, default=vars).encode()
+
+
+def _settings(target: GPUTarget) -> dict[str, Any]:
+    """Options of every compilation for NVIDIA's GPUs: no checks of overflow, which are made and thrown away again, and
+    no lines of the text, three quarters of the machine code's file, where no profiler could open it."""
+    from triton import knobs
+
+    if target.backend != "cuda":
+        return {}
+    given = knobs.nvidia.ptxas_options or ""
+    return {
+        "sanitize_overflow": False,
+        "ptx_options": given if _writes_lines() else f"{given} --suppress-debug-info".strip(),
+    }
+
+
+def _writes_lines() -> bool:
+    """Whether machine code says of which lines it was made: where texts are written out."""
+    return bool(os.environ.get("ATTNDSL_DUMP"))
 
 
 def _written(form: Any) -> bytes:
