@@ -11,6 +11,7 @@ from attndsl.grammar.arguments import match_arguments
 from attndsl.grammar.routing import keys_of, partition, probabilities
 from attndsl.grammar.scope import Context
 from attndsl.grammar.unsupported import Feature, unsupported
+from attndsl.program import Read, reads, walk
 
 
 def two_levels(part: ast.Part, ctx: Context) -> Within | None:
@@ -57,6 +58,12 @@ def check_two_levels(branches: Iterable[Branch | None], ctx: Context) -> None:
         said = {"sink": branch.sink, "weights": branch.weights, "skip": branch.skip}
         if clause := next((word for word, e in said.items() if e is not None), None):
             _error(f"two levels have no `{clause}`", found.span, "the softmax is that of each member", ctx)
+        scores = [] if branch.score is None else [x for x in walk(branch.score) if isinstance(x, Read)]
+        both = [x for x in scores if reads(x, "q") and reads(x, "k") and ctx.maker.inputs[x.input].learnable]
+        if both:
+            # Its sums go over tiles of another shape.
+            what = f"two levels learn nothing that q and k read together, as `{both[0].input}`"
+            _error(what, found.span, "with this score", ctx)
         by = named.get(found.within.branch)
         if by is not None and (reason := by.why_no_mass):
             _error(f"the probabilities of `{by.name}` weigh nothing: {reason}", found.span, "weighed by them", ctx)

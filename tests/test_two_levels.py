@@ -89,6 +89,19 @@ def test_the_rule(tokens: int) -> None:
     np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-12)
 
 
+def test_a_bias_of_pairs() -> None:
+    """It may be read; that it learns would need tiles of another shape, and is refused."""
+    score = "{ score s + bias[h, clamp(q - k, 0, 63)] }"
+    body = f"{ENTRIES} far = attend causal within blocks(16) with probs(votes) {score}\n output far"
+    text = "attention a { input bias : float[h, 64] %s\n" + body + " }"
+    with pytest.raises(attndsl.PatternError, match="A077"):
+        attndsl.compile(text % "learnable")
+    q, k, v = call(40)
+    bias = noise(HEADS, 64)
+    attn = attndsl.compile(text % "")
+    torch.testing.assert_close(attn(q, k, v, bias=bias), attn.reference(q, k, v, bias=bias))
+
+
 def test_its_lse_is_that_of_the_votes() -> None:
     q, k, v = call(40)
     _, found = attndsl.compile(TWO % ("causal", "far"))(q, k, v, return_lse=True)
