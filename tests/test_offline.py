@@ -34,7 +34,7 @@ QUICK = [
     for (text, dim), device in product(((STREAMING, 128), (SOFTCAP, 64)), DEVICES)
 ]
 QUICK += [
-    Job(BITS, "cuda:80", 64, "pointer"),
+    Job(BITS, "cuda:90", 64, "descriptor"),
     Job(RANDOM, "cuda:90", 64, "descriptor"),
     Job(RANDOM, "hip:gfx942", 64, "pointer"),
 ]
