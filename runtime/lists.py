@@ -25,8 +25,10 @@ Maker: TypeAlias = Callable[[Tensor], Tensor]
 MAX_WIDTH = 128
 # In the place of a width, for kernels of maps.
 _MAP = 0
-# Chunks of query tiles that a head may have: what is counted for each grows as the keys do.
-MAX_CHUNKS = 128
+# Counts that a head may have: of key tiles and kinds, for each chunk.
+MAX_COUNTS = 1 << 24
+# Numbers that torch adds up in one row: it gives a row to one block of threads.
+LONG = 1 << 15
 
 
 def width_of(entries: int) -> int:
@@ -34,11 +36,20 @@ def width_of(entries: int) -> int:
     return max(2, 1 << max(0, entries - 1).bit_length())
 
 
-def chunks_of(q_tiles: int, entries: int) -> tuple[int, int]:
-    """Chunks of query tiles with so many entries each, and the steps in which one is gone over."""
-    needed = -(-q_tiles // (MAX_WIDTH // width_of(entries)))
-    steps = max(1, -(-needed // MAX_CHUNKS))
-    return -(-needed // steps), steps
+def chunks_of(q_tiles: int, entries: int) -> int:
+    """Chunks of query tiles with so many entries each."""
+    return -(-q_tiles // (MAX_WIDTH // width_of(entries)))
+
+
+def sums_of(counts: Tensor, chunks: int) -> Tensor:
+    """The sums of counts up to each, int32 [batch, heads, groups * chunks]: where that is long, first of each group."""
+    if counts.shape[-1] <= LONG:
+        return counts.cumsum(-1, dtype=torch.int32)
+    sums = counts.unflatten(-1, (-1, chunks)).cumsum(-1, dtype=torch.int32)
+    of_groups = sums[..., -1:].clone()
+    sums += of_groups.cumsum(-2, dtype=torch.int32) - of_groups
+    found: Tensor = sums.flatten(-2)
+    return found
 
 
 def by_queries(plan: Tensor, ends: Tensor, sizes: dict[str, int]) -> Maker:
@@ -66,26 +77,20 @@ def by_keys(plan: Tensor, ends: Tensor, sizes: dict[str, int], head: int, codes:
     the beginning; up to `head` numbers left open; the entries. codes: as in `place_by_keys`."""
     batch, heads = plan.shape[:2]
     q_tiles, k_tiles, entries = sizes["q_tiles"], sizes["k_tiles"], sizes["slots"] * sizes["each"]
-    (chunks, steps), width = chunks_of(q_tiles, entries), width_of(entries)
+    chunks, width = chunks_of(q_tiles, entries), width_of(entries)
     counted, size = (batch, heads, 2 * k_tiles * chunks), (batch, heads, head + q_tiles * entries)
-    given: dict[str, Any] = {
-        "counts_ptr": torch.int32,
-        "starts_ptr": torch.int32,
-        "counts_head": counted[2],
-        "steps": steps,
-    }
-    given |= {"chunks": chunks, **_given(plan, ends, sizes)}
+    given = {"counts_ptr": torch.int32, "counts_head": counted[2], "chunks": chunks, **_given(plan, ends, sizes)}
     given |= {"out_ptr": torch.int32, "out_head": size[2], "begin": head, "codes": codes, "blocks": -(-k_tiles // 128)}
     grid = batch * heads * chunks
     count, place = (_ready(name, width, grid, plan.device, given) for name in ("count_by_keys", "place_by_keys"))
-    heading = _ready("head_by_keys", width, batch * heads * -(-k_tiles // 128), plan.device, given)
+    heading = _ready("head_by_keys", width, batch * heads * given["blocks"], plan.device, given)
 
     def make(plan: Tensor) -> Tensor:
         counts = torch.zeros(counted, dtype=torch.int32, device=plan.device)
         count(plan_ptr=plan, ends_ptr=ends, counts_ptr=counts)
-        sums = counts.cumsum(-1, dtype=torch.int32)
+        sums = sums_of(counts, chunks)
         out = torch.empty(size, dtype=torch.int32, device=plan.device)
-        place(plan_ptr=plan, ends_ptr=ends, starts_ptr=sums - counts, out_ptr=out)
+        place(plan_ptr=plan, ends_ptr=ends, counts_ptr=sums, out_ptr=out)
         heading(counts_ptr=sums, out_ptr=out)
         return out
 
@@ -127,7 +132,7 @@ def map_by_keys(
     def make(plan: Tensor) -> Tensor:
         counts = torch.empty(counted, dtype=torch.int32, device=plan.device)
         count(map_ptr=plan, ends_ptr=ends, counts_ptr=counts)
-        sums = counts.cumsum(-1, dtype=torch.int32)
+        sums = sums_of(counts, chunks)
         out = torch.empty(size, dtype=torch.int32, device=plan.device)
         place(map_ptr=plan, ends_ptr=ends, counts_ptr=sums, out_ptr=out)
         heading(counts_ptr=sums, out_ptr=out)

@@ -107,7 +107,8 @@ class Listing:
             return False
         if isinstance(self.d, TileList) and (self.d.marks or self.d.stride > 1):
             return False
-        return self.plan.device.type == "cuda" and self.k_tiles > 0
+        counts = 2 * self.k_tiles * lists.chunks_of(self.ends.shape[2], entries)
+        return self.plan.device.type == "cuda" and self.k_tiles > 0 and counts <= lists.MAX_COUNTS
 
     @property
     def by_map_kernels(self) -> bool:
