@@ -29,6 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter"),
     pytest.mark.filterwarnings("ignore::attndsl.PatternWarning"),
 ]
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 GRID = "attention grid {{\n    axes y[{0}], x[{0}]\n    attend {1}\n}}"
 # Programs, rows and keys.
 CALLS = {
@@ -97,8 +98,8 @@ def test_copied_tiles_give_what_pointers_give(name: str) -> None:
     spec = spec_of(program, rows, keys)
     assert spec.whole
     torch.manual_seed(0)
-    q, dout = (torch.randn(1, 2, rows, 16, dtype=torch.float16) for _ in range(2))
-    k, v = (torch.randn(1, 2, keys, 16, dtype=torch.float16) for _ in range(2))
+    q, dout = (torch.randn(1, 2, rows, 16, dtype=torch.float16, device=DEVICE) for _ in range(2))
+    k, v = (torch.randn(1, 2, keys, 16, dtype=torch.float16, device=DEVICE) for _ in range(2))
     found = []
     for each in (spec, replace(spec, loads=Loads.POINTER, whole=False)):
         plans = forward_plans(program, each)
