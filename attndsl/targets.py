@@ -98,8 +98,8 @@ def _float8_refusal(program: Program, spec: Spec) -> str:
     """Why products of float8 do not suit a program, as `hopper_refusal` says it."""
     if program.branch.weights is not None:
         return "`weights` may be larger than float8 holds"
-    if any(part.size < 32 for dim in (spec.dim, spec.v_dim) for part in head_parts(dim)):
-        return "products of float8 take 32 numbers at once, and a part of a head dimension has fewer"
+    if any(len(head_parts(dim)) > 1 or dim < 32 for dim in (spec.dim, spec.v_dim)):
+        return "products of float8 take 32 numbers at once, and were checked with powers of two alone"
     return ""
 
 

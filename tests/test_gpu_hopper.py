@@ -82,6 +82,20 @@ def test_every_so_many_th_token(text: str, dim: int) -> None:
     assert close(attn, attn(q, k, v), q, k, v)
 
 
+@pytest.mark.parametrize(("dim", "v_dim"), [(64, 64), (128, 128), (128, 64), (64, 128), (256, 256)])
+@pytest.mark.parametrize("text", [PATTERN, SOFTCAP, "all"])
+def test_float8(text: str, dim: int, v_dim: int) -> None:
+    """Weights are rounded to three bits: 2^-4 each, of which a row adds up many."""
+    attn = attndsl.compile(text)
+    sizes = ((4, 333, dim), (2, 777, dim), (2, 777, v_dim))
+    q, k, v = (random(*size).to(torch.float8_e4m3fn) for size in sizes)
+    scales = torch.rand(4, device="cuda") + 0.5, torch.tensor(0.8, device="cuda"), torch.rand(2, device="cuda") * 2
+    out, lse = attn(q, k, v, scales=scales, return_lse=True, backend="gluon")
+    exact, exact_lse = attn.reference(q, k, v, scales=scales, return_lse=True)
+    assert (out.double() - exact).norm() <= 4e-2 * exact.norm()
+    torch.testing.assert_close(lse.double(), exact_lse, atol=5e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
 @pytest.mark.parametrize(("text", "dim"), [(PATTERN, 128), ("causal", 96), (SOFTCAP, 128)])
 def test_a_thousand_launches_on_fresh_inputs_agree(text: str, dim: int, several: bool) -> None:
