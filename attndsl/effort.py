@@ -22,7 +22,7 @@ import islpy as isl
 
 # Elementary isl operations allowed to one step of lowering: about 0.1 s, and of hard ones ten times that.
 EFFORT = 200_000
-# … and to a whole compilation: of published patterns most take a tenth, and one three quarters.
+# … and to a whole compilation: of published patterns most take a tenth, and one six.
 COMPILATION_EFFORT = 10 * EFFORT
 # Common multiples of a pattern's divisors, with which one operation takes up to 0.1 ms. Published patterns reach 2**17.
 HUGE = 1 << 32

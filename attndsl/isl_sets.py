@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import reduce
 from typing import TypeVar
@@ -34,6 +34,22 @@ def divided(x: isl.PwAff, divisor: isl.PwAff, rest: bool) -> isl.PwAff:
         m, part = constant.get_constant_val(), x.intersect_domain(where)
         parts.append(part.mod_val(m) if rest else part.scale_down_val(m).floor())
     return fold(parts, isl.PwAff.union_add)
+
+
+def bit_length(number: isl.PwAff, bits: int) -> isl.PwAff:
+    """The bit length of numbers below 2**bits, 0 of those that are not positive."""
+    cases = "; ".join(f"[x] -> [{i}] : {1 << (i - 1)} <= x < {1 << i}" for i in range(1, bits + 1))
+    table = isl.PwAff.read_from_str(number.get_ctx(), f"{{ [x] -> [0] : x <= 0; {cases} }}")
+    return table.pullback_multi_pw_aff(isl.MultiPwAff.from_pw_aff(number))
+
+
+def entry(values: Sequence[int], index: isl.PwAff) -> isl.PwAff:
+    """The entry of a table at an index, which is clamped to it."""
+    last = len(values) - 1
+    ends = [f"[x] -> [{values[0]}] : x <= 0"] + ([f"[x] -> [{values[last]}] : x >= {last}"] if last else [])
+    inner = [f"[x] -> [{v}] : x = {i}" for i, v in enumerate(values) if 0 < i < last]
+    table = isl.PwAff.read_from_str(index.get_ctx(), "{ " + "; ".join(ends + inner) + " }")
+    return table.pullback_multi_pw_aff(isl.MultiPwAff.from_pw_aff(index))
 
 
 def choose(chosen: isl.Set, then: isl.Set, other: isl.Set) -> isl.Set:

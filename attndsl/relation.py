@@ -23,7 +23,7 @@ import islpy as isl
 from attndsl.derivation import Random
 from attndsl.derive import derive
 from attndsl.effort import EFFORT, Budget, TooHard, bounded, remembered
-from attndsl.isl_sets import choose, coarse_pairs, divided, fold, place_pairs, project_param
+from attndsl.isl_sets import bit_length, choose, coarse_pairs, divided, entry, fold, place_pairs, project_param
 from attndsl.placing import Coordinates, placed
 from attndsl.program import (
     Arg,
@@ -149,6 +149,7 @@ class Lowering:
         self.notes: list[str] = []
         self._names: dict[Scalar, str] = {}
         self._too_hard: set[Coarsen] = set()
+        self._inners: dict[Coarsen, isl.Set] = {}
         self._budget = Budget(RELATION_EFFORT)
         self.space = self.set("{ [q, k] }").get_space()
         self.here = Coordinates(
@@ -255,8 +256,8 @@ class Lowering:
                 if inner.affine:
                     return self.lower(operand, inner)
                 return self._atom(self.predicate(operand, inner), self.here)
-            case Coarsen(operand=operand):
-                inner = self.lower(operand, self.here)
+            case Coarsen():
+                inner = self._inner(pattern)
                 step = lambda: self._coarsen(pattern, inner, place)  # noqa: E731
             case Random() | Selected():
                 raise AssertionError("the program is derived before it is lowered")
@@ -269,6 +270,12 @@ class Lowering:
             if isinstance(pattern, Coarsen):
                 self._too_hard.add(pattern)
             return self._atom(self.predicate(pattern, place), self.here)
+
+    def _inner(self, pattern: Coarsen) -> isl.Set:
+        """The operand of a coarsened set, once for the relation and its mask."""
+        if pattern not in self._inners:
+            self._inners[pattern] = self.lower(pattern.operand, self.here)
+        return self._inners[pattern]
 
     def _coarsen(self, pattern: Coarsen, inner: isl.Set, place: Coordinates) -> isl.Set:
         """The pairs of a coarsened set, `inner` being its operand's.
@@ -423,21 +430,12 @@ class Lowering:
             case Call(function="clamp", args=(x, low, high)):
                 return self.affine(x, place).max(self.affine(low, place)).min(self.affine(high, place))
             case Call(function="bit_length", args=(x,)):
-                positive = self.affine(x, place)
-                bits = "; ".join(f"[x] -> [{i}] : {1 << (i - 1)} <= x < {1 << i}" for i in range(1, POSITION_BITS + 1))
-                table = self.aff(f"{{ [x] -> [0] : x <= 0; {bits} }}")
-                return table.pullback_multi_pw_aff(isl.MultiPwAff.from_pw_aff(positive))
+                return bit_length(self.affine(x, place), POSITION_BITS)
             case Table(name=name, index=(index,)) if reads(substitute(index, place.names), "q", "k"):
                 values = self.program.table(name).values
                 if len(values) > MAX_CASES:
                     raise NotAffine(f"more than {MAX_CASES} entries")
-                last = len(values) - 1
-                inner = [f"[x] -> [{int(v)}] : x = {i}" for i, v in enumerate(values) if 0 < i < last]
-                ends = [f"[x] -> [{int(values[0])}] : x <= 0"]
-                if last:
-                    ends.append(f"[x] -> [{int(values[last])}] : x >= {last}")
-                table = self.aff("{ " + "; ".join(ends + inner) + " }")
-                return table.pullback_multi_pw_aff(isl.MultiPwAff.from_pw_aff(self.affine(index, place)))
+                return entry([int(v) for v in values], self.affine(index, place))
             case _:
                 raise NotAffine(type(e).__name__)
 
@@ -474,7 +472,7 @@ class Lowering:
             case On(operand=operand, place=inner_place):
                 return self.predicate(operand, placed(place, inner_place, self.affine))
             case Coarsen():
-                inner = self.lower(pattern.operand, self.here)
+                inner = self._inner(pattern)
                 coarse = _map(pattern) if self._is_data(pattern, inner) else None
                 if coarse is None:
                     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import reduce
 from typing import TypeVar, assert_never
 
@@ -253,7 +254,10 @@ class _Tiler:
 
     def _existing(self, tiles: isl.Set) -> isl.Set:
         """The tiles that exist, written as plainly as that allows."""
-        return self._plainly(tiles.compute_divs().coalesce())
+        # Quotients come out in fewer pieces by themselves than while tiles are simplified; hard ones take longer.
+        with suppress(TooHard):
+            tiles = bounded(self.ctx, tiles.compute_divs, PIECE_EFFORT)
+        return self._plainly(tiles.coalesce())
 
     def _plainly(self, tiles: isl.Set) -> isl.Set:
         return tiles.gist(self.existing).intersect(self.existing).coalesce()

@@ -27,6 +27,7 @@ HOSTILE = {
         then same_block(23) | causal_neighborhood(5, stride = 5)
         else (if not (-12 <= q < r) then power_of_two else none), (7, 17), fraction(0.3)), 16, fraction(0.3)) }""",
     "neighborhoods": "neighborhood(48, 5, 7) & neighborhood(30, 3, 2) | neighborhood(9, 2, 3)",
+    "dilated neighborhoods": "neighborhood(48, 5, 7) & neighborhood(31, 3, 11)",
     "moduli": "causal & ("
     + " | ".join(f"{{ (q + {i} * k) % {m} < {m // 3} }}" for i, m in enumerate((97, 101, 103, 107, 109, 113), 1))
     + ")",
