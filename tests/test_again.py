@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attndsl
-from attndsl.runtime.again import Again
+from attndsl.runtime.again import Again, _guards
 from attndsl.runtime.engine import Engine
 from attndsl.runtime.registry import engine_of
 
@@ -62,7 +62,9 @@ def fresh() -> tuple[Callable[..., Any], Engine]:
 
 
 def known(*given: Tensor) -> Callable[..., Any]:
-    """An attention that knows the kind of a call."""
+    """An attention that knows the kind of a call. Skips a test on a torch whose check is not known."""
+    if _guards() is None:
+        pytest.skip(f"calls are not recognised on torch {torch.__version__}")
     call, engine = fresh()
     for _ in range(2):
         call(*given)
