@@ -10,23 +10,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import attndsl
-from attndsl import (
-    branches,
-    derivation,
-    diagnostics,
-    grid,
-    inputs,
-    members,
-    observation,
-    records,
-    selection,
-)
-from attndsl import program as programs
+from attndsl import records
 from attndsl.diagnostics import Diagnostic, Source
 from attndsl.program import Program
 from attndsl.runtime.cache import cache_key, shared_cache
@@ -81,6 +71,7 @@ def _key(source: Source, select: str | None, params: Mapping[str, object]) -> st
 
 @functools.cache
 def _recorded() -> Mapping[str, type]:
-    """The classes of programs and warnings."""
-    modules = (branches, derivation, diagnostics, grid, inputs, members, observation, programs, selection)
-    return records.classes_of(modules)
+    """The classes of programs and warnings: those of the core, whichever of its modules they stand in."""
+    prefix = f"{attndsl.__name__}."
+    core = [name for name in list(sys.modules) if name.startswith(prefix) and "." not in name.removeprefix(prefix)]
+    return records.classes_of(sys.modules[name] for name in core)
