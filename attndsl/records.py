@@ -64,8 +64,15 @@ def read(
 ) -> Any:
     """The value that `write` wrote. put_in: by class, the fields that were left out, and their values.
 
-    Raises KeyError, TypeError or ValueError for any other text.
+    Raises ValueError for any other text, whatever its classes make of what it gives them.
     """
+    try:
+        return _read(text, classes, put_in, whole)
+    except (AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as reason:
+        raise ValueError("this text is no record") from reason
+
+
+def _read(text: str, classes: Mapping[str, type], put_in: Mapping[str, Mapping[str, Any]], whole: bool) -> Any:
     nodes, root = json.loads(text)
     made: list[Any] = []
 

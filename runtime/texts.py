@@ -49,10 +49,14 @@ def find(source: Source, select: str | None, params: Mapping[str, object]) -> Re
     if entry is None or _RECORD not in entry:
         return None
     try:
-        program, warnings = records.read(entry[_RECORD].decode(), _recorded(), whole=True)
-    except (KeyError, TypeError, ValueError, IndexError, AssertionError):
+        found = records.read(entry[_RECORD].decode(), _recorded(), whole=True)
+    except ValueError:
         return None
-    return (program, warnings) if isinstance(program, Program) and isinstance(warnings, tuple) else None
+    match found:
+        case (Program() as program, tuple() as warnings) if all(isinstance(x, Diagnostic) for x in warnings):
+            return program, warnings
+        case _:
+            return None
 
 
 def keep(source: Source, select: str | None, params: Mapping[str, object], found: Read) -> None:

@@ -38,12 +38,12 @@ class TokenInputs:
 
     def check(self, given: Mapping[str, Tensor], batch: int, new: int) -> None:
         """Raises `PatternError` (A568) unless these are what so many new tokens of as many sequences hold."""
-        for name in self.names:
-            x, dims = given.get(name), self.program.input(name).dims
-            kept = self._wide.get(name)
-            sizes = None if x is None or x.dim() != len(dims) else (x.shape[0], x.shape[-1])
-            fits = sizes == (batch, new) and (kept is None or (x is not None and x.shape[1:-1] == kept.shape[1:-1]))
-            if x is None or not fits or set(given) != set(self.names):
+        for name in dict.fromkeys((*self.names, *given)):
+            x, fits = given.get(name), False
+            if x is not None and name in self.names and x.dim() == len(self.program.input(name).dims):
+                kept = self._wide.get(name)
+                fits = (x.shape[0], x.shape[-1]) == (batch, new) and (kept is None or x.shape[1:-1] == kept.shape[1:-1])
+            if x is None or not fits:
                 said = "nothing" if x is None else f"{list(x.shape)}"
                 raise error(
                     "A568", f"append was given {said} for `{name}`, with {new} tokens of {batch} sequences",

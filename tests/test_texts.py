@@ -98,6 +98,8 @@ def test_parameters_that_are_no_plain_values_are_not_kept(cache: KernelCache) ->
 NONSENSE = [
     b"", b"{}", b"[[], 3]", b"[[],[7]]", b'[[["program.Program"]],[0]]', b'[[["os.system","ls"]],[0]]', b"\xff",
     b'[[["",1,2]],[0]]', b'[[["",1]],[0]]', b'[[["program.Const","x",null]],[0]]',
+    b"[" * 100_000, b'[[["",1],["scalar.Unary","-",[0]],["scalar.Binary","+",[1],[1]]],[2]]', b"3",
+    b'[[["",null,null]],[0]]',
 ]  # fmt: skip
 
 

@@ -111,3 +111,9 @@ def test_wrong_inputs() -> None:
     with pytest.raises(attndsl.PatternError, match="A568"):
         cache.append(k, k, until=until[:, :1])
     assert cache.lengths == [2, 2] and np.array_equal(cache.seq_lens.numpy(), [2, 2])
+    # Where it keeps none, it takes none: neither an input of the program nor what is none.
+    bare = cache_of(NATS, on_device=False, pages=32)
+    for name in ("until", "x"):
+        with pytest.raises(attndsl.PatternError, match="append was given"):
+            bare.append(k, k, **{name: until})
+    assert bare.lengths == [0, 0] and not bare.inputs
