@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from attndsl.cuts import without_cuts
-from attndsl.derivation import Chosen, Draw
+from attndsl.derivation import Chosen, Cut, Draw
 from attndsl.effort import remembered
 from attndsl.layout import PLAIN, Layout
 from attndsl.listing import Gathered, Listable, listables
 from attndsl.mapping import mapped, mapped_runs
 from attndsl.mask import IN_RANGE, mask_by_cuts, pair_mask, written_condition
-from attndsl.program import Logic, Program, Read, Scalar
+from attndsl.program import Binary, Compare, Logic, Program, Read, Scalar, scalars, walk
 from attndsl.relation import Lowering, Relation, lowered
 from attndsl.runs import Side, TileRuns, joined
 from attndsl.simplify import fold
@@ -90,7 +90,8 @@ def _visits(program: Program, spec: Spec, tiling: Tiling, side: Side, other: Til
                 return Visits(program, spec, runs, lowering, relation_there, found)
     assert tiling.pack == 1 and not tiling.collects, "only rows that follow a plan's lists share a tile with others"
     lists = spec.maps and mapped(program)
-    lowering, relation = lowered(static, heads, "k" if side is Side.KEY and not lists else "q")
+    own = "k" if side is Side.KEY and not lists else "q"
+    lowering, relation = lowered(static, heads, own if _anchored(program) else "q")
     if lists:
         runs = closed_runs(relation, static, spec, tiling, Side.QUERY)
         cond = written_condition(lowering, spec.sizes)
@@ -98,6 +99,14 @@ def _visits(program: Program, spec: Spec, tiling: Tiling, side: Side, other: Til
         return Visits(program, spec, runs, lowering, relation)
     runs = closed_runs(relation, program, spec, tiling, side)
     return Visits(program, spec, runs, lowering, relation)
+
+
+def _anchored(program: Program) -> bool:
+    """Whether what is lowered for the tiles of one side is not that of the other: quotients are compared, of which
+    either may be kept (`Lowering.anchor`), or sorted data, that each side tests by cuts of its own."""
+    found = (x for e in scalars(program.branch.pattern) for x in walk(e) if isinstance(x, Compare) and x.op == "==")
+    quotients = any(isinstance(y, Binary) and y.op == "//" for x in found for y in (x.left, x.right))
+    return quotients or any(isinstance(decl.derivation, Cut) for decl in program.inputs)
 
 
 def _collected(
