@@ -31,6 +31,7 @@ from attndsl.tiles import tile_runs, touched_runs
 _WHOLE = Var("place")
 
 
+@remembered(1024)
 def box_runs(
     piece: BoxPiece, boxes: Boxes, spec: Spec, block: tuple[int, int], side: Side, align_start: bool
 ) -> BoxRuns:
