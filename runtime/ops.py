@@ -109,7 +109,8 @@ def traced(tensors: tuple[Tensor, ...]) -> bool:
     ):
         return True
     for x in tensors:  # noqa: SIM110 (a generator costs more than the loop)
-        if type(x) is not Tensor and type(x) is not Parameter:
+        # Of a tensor that is negated when it is read, memory holds the opposite: the dispatcher makes it anew.
+        if (type(x) is not Tensor and type(x) is not Parameter) or x.is_neg():
             return True
     return False
 

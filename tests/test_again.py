@@ -202,6 +202,23 @@ def test_transforms() -> None:
         call(forward_ad.make_dual(given[0], given[0]), *given[1:])  # type: ignore[no-untyped-call]
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("which", range(4))
+def test_tensors_that_are_negated_when_read(which: int, backend: str) -> None:
+    """Their memory holds the opposite, which a kernel would read."""
+    given, (attn, _) = tensors(), fresh()
+    for _ in range(2):
+        torch.testing.assert_close(attn(*given, backend=backend), oracle(*given), **TOLERANCE)
+    own = tensors(gradients=True)
+    negated = [torch._neg_view(x) if i == which else x for i, x in enumerate(own)]
+    assert negated[which].is_neg()
+    out, wanted = attn(*negated, backend=backend), oracle(*negated)
+    torch.testing.assert_close(out, wanted, **TOLERANCE)
+    d_out = torch._neg_view(torch.linspace(-1, 1, out.numel()).view(out.shape))
+    for found, exact in zip(torch.autograd.grad(out, own, d_out), torch.autograd.grad(wanted, own, d_out), strict=True):
+        torch.testing.assert_close(found, exact, **TOLERANCE)
+
+
 def test_a_compiled_caller(looked_up: list[None]) -> None:
     given = tensors()
     call = known(*given)
