@@ -62,6 +62,10 @@ MAX_CASES = 256
 POSITION_BITS = 31
 # Elementary isl operations allowed to all steps of a lowering; what is lowered after that is masked pair by pair.
 RELATION_EFFORT = 2 * EFFORT
+_COMPARED: dict[str, Callable[[isl.PwAff, isl.PwAff], isl.Set]] = {
+    "==": isl.PwAff.eq_set, "!=": isl.PwAff.ne_set, "<": isl.PwAff.lt_set, "<=": isl.PwAff.le_set,
+    ">": isl.PwAff.gt_set, ">=": isl.PwAff.ge_set,
+}  # fmt: skip
 _TOO_HARD = "too hard for exact sets within the effort bound: masked pair by pair"
 
 
@@ -150,6 +154,7 @@ class Lowering:
         self._names: dict[Scalar, str] = {}
         self._too_hard: set[Coarsen] = set()
         self._inners: dict[Coarsen, isl.Set] = {}
+        self._held: dict[Scalar, isl.Set] = {}
         self._budget = Budget(RELATION_EFFORT)
         self.space = self.set("{ [q, k] }").get_space()
         self.here = Coordinates(
@@ -301,7 +306,15 @@ class Lowering:
     # ------------------------------------------------------------------------------- conditions
 
     def holds(self, cond: Scalar, place: Coordinates) -> isl.Set:
-        """The pairs for which a boolean holds. What is not affine becomes an atom, as small as possible."""
+        """The pairs for which a boolean holds: at q and k themselves, once for the relation and its mask."""
+        if place is not self.here:
+            return self._holds(cond, place)
+        if cond not in self._held:
+            self._held[cond] = self._holds(cond, place)
+        return self._held[cond]
+
+    def _holds(self, cond: Scalar, place: Coordinates) -> isl.Set:
+        """What is not affine becomes an atom, as small as possible."""
         match cond:
             case Const(value=value):
                 return isl.Set.universe(self.space) if value else isl.Set.empty(self.space)
@@ -348,20 +361,7 @@ class Lowering:
                     )
                 case _:
                     pass
-        a, b = self.affine(left, place), self.affine(right, place)
-        match op:
-            case "==":
-                return a.eq_set(b)
-            case "!=":
-                return a.ne_set(b)
-            case "<":
-                return a.lt_set(b)
-            case "<=":
-                return a.le_set(b)
-            case ">":
-                return a.gt_set(b)
-            case _:
-                return a.ge_set(b)
+        return _COMPARED[op](self.affine(left, place), self.affine(right, place))
 
     # ---------------------------------------------------------------------------------- numbers
 

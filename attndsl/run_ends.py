@@ -32,6 +32,8 @@ def interval_ends(build: isl.AstBuild, piece: isl.Set, context: isl.Set, names: 
 
 def plain_interval(piece: isl.BasicSet) -> bool:
     """Whether a conjunction on { [t] } has no quotients of t: then it holds for all from its first to its last."""
+    if not piece.dim(isl.dim_type.div):
+        return True
     whole = isl.Set.from_basic_set(piece).compute_divs().get_basic_sets()
     return len(whole) == 1 and not any(
         whole[0].get_div(i).involves_dims(isl.dim_type.in_, 0, 1) for i in range(whole[0].dim(isl.dim_type.div))
@@ -40,8 +42,10 @@ def plain_interval(piece: isl.BasicSet) -> bool:
 
 def straightened(piece: isl.BasicSet) -> list[isl.BasicSet]:
     """A conjunction on { [t] }, with bounds of quotients of t put as bounds of t: `t // 8 >= n` as `t >= 8 n`."""
+    if plain_interval(piece):
+        return [piece]
     whole = isl.Set.from_basic_set(piece).compute_divs().get_basic_sets()
-    if plain_interval(piece) or len(whole) != 1:
+    if len(whole) != 1:
         return [piece]
     return list(reduce(isl.Set.intersect, map(_straightened, whole[0].get_constraints())).get_basic_sets()) or [piece]
 
