@@ -35,6 +35,7 @@ from attndsl.program import (
     Table,
     Var,
     Where,
+    compares_quotients,
     walk,
 )  # fmt: skip
 from attndsl.reindex import in_layout
@@ -75,6 +76,8 @@ class AxisPart:
 
     def transposed(self) -> Relation:
         """The relation with its quotients in terms of the key."""
+        if not compares_quotients(self.program.branch.pattern):
+            return self.relation
         relation = _relation(Lowering(self.program, self.heads, "k", self.size), self.size)
         return in_layout(relation, relation.pairs, self.layout)
 

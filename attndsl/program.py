@@ -257,3 +257,9 @@ def scalars(pattern: Set) -> Iterator[Scalar]:
         case On(operand=p, place=place):
             yield from scalars(p)
             yield from place.lead if isinstance(place, Permuted | Segment) else ()
+
+
+def compares_quotients(pattern: Set) -> bool:
+    """Whether quotients are asked to be equal: integer sets then keep either, which side's is a choice."""
+    found = (x for e in scalars(pattern) for x in walk(e) if isinstance(x, Compare) and x.op == "==")
+    return any(isinstance(y, Binary) and y.op == "//" for x in found for y in (x.left, x.right))

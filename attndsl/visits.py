@@ -12,7 +12,7 @@ from attndsl.layout import PLAIN, Layout
 from attndsl.listing import Gathered, Listable, listables
 from attndsl.mapping import mapped, mapped_runs
 from attndsl.mask import IN_RANGE, mask_by_cuts, pair_mask, written_condition
-from attndsl.program import Binary, Compare, Logic, Program, Read, Scalar, scalars, walk
+from attndsl.program import Logic, Program, Read, Scalar, compares_quotients
 from attndsl.relation import Lowering, Relation, lowered
 from attndsl.runs import Side, TileRuns, joined
 from attndsl.simplify import fold
@@ -104,9 +104,8 @@ def _visits(program: Program, spec: Spec, tiling: Tiling, side: Side, other: Til
 def _anchored(program: Program) -> bool:
     """Whether what is lowered for the tiles of one side is not that of the other: quotients are compared, of which
     either may be kept (`Lowering.anchor`), or sorted data, that each side tests by cuts of its own."""
-    found = (x for e in scalars(program.branch.pattern) for x in walk(e) if isinstance(x, Compare) and x.op == "==")
-    quotients = any(isinstance(y, Binary) and y.op == "//" for x in found for y in (x.left, x.right))
-    return quotients or any(isinstance(decl.derivation, Cut) for decl in program.inputs)
+    cuts = any(isinstance(decl.derivation, Cut) for decl in program.inputs)
+    return cuts or compares_quotients(program.branch.pattern)
 
 
 def _collected(
