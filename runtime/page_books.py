@@ -147,9 +147,10 @@ class DeviceBooks:
         lengths, table = self.seq_lens[rows].to(torch.int64), self.page_table[rows]
         table = self._drop(table, self._evictable(lengths, rows))
         before, after = (-(-x // self.page) for x in (lengths, lengths + new))
-        wanted = after - before
+        takes = (lengths + new <= self.max_len) & ~self.full[rows]
+        wanted = torch.where(takes, after - before, 0)
         # One sequence after another, until the pool has no more.
-        room = (wanted.cumsum(0) <= self.count) & (lengths + new <= self.max_len) & ~self.full[rows]
+        room = takes & (wanted.cumsum(0) <= self.count)
         taken = torch.where(room, wanted, 0)
         self.full[rows] = ~room
         most = -(-new // self.page)

@@ -86,6 +86,10 @@ def test_what_does_not_fit_is_marked() -> None:
     cache.append(more[:1], more[:1], [1])
     assert cache.full.tolist() == [True, False, True] and cache.lengths == [18, 3, 18]
     torch.testing.assert_close(cache.decode(q)[1:2], attn.reference(q[1:2], more[:1], more[:1]))
+    # What takes no more leaves the pool to the others.
+    rest = draw(3, 2, 14, 16, seed=3)
+    cache.append(rest, rest)
+    assert cache.full.tolist() == [True, False, True] and cache.lengths == [18, 17, 18]
     # Nor does a sequence pass its table.
     short = cache_of(STREAMING, on_device=True, max_len=18)
     for step in range(3):
