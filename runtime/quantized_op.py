@@ -24,7 +24,7 @@ _LIBRARY.define(
 
 
 def attend_quantized(
-    key: str, plain: bool, q: Tensor, k: Tensor, v: Tensor, scales: Sequence[Tensor | None] | None,
+    key: str, plain: bool, q: Tensor, k: Tensor, v: Tensor, scales: object,
     inputs: list[Tensor], args: list[int], scale: float | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and lse. plain: the call asks for nothing but an attention of its tensors."""
@@ -33,7 +33,7 @@ def attend_quantized(
             "A581", "float8 tensors are attended without dropout, selections, views and observations",
             help="convert q, k and v to bfloat16",
         )  # fmt: skip
-    found = (None, None, None) if scales is None else tuple(scales)
+    found = (None, None, None) if scales is None else tuple(scales) if isinstance(scales, Sequence) else ()
     if len(found) != 3 or not all(x is None or isinstance(x, Tensor) for x in found):
         raise error(
             "A580", "`scales` is not (q_scale, k_scale, v_scale)", help="each is a float tensor, or None where it is 1"

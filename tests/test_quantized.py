@@ -89,6 +89,7 @@ def test_plain_tensors_take_no_scales() -> None:
         "A580.*k_scale is float32 .3. on cpu": lambda: attn(q, k, v, scales=(None, torch.ones(3), None)),
         "A580.*q_scale is int64": lambda: attn(q, k, v, scales=(torch.tensor(2), None, None)),
         "A580.*not .q_scale": lambda: attn(q, k, v, scales=(None, None)),
+        "A580.*not .q_scale, k": lambda: attn(q, k, v, scales=2.0),
         "A581.*dropout": lambda: attn(q, k, v, dropout=0.5),
         "A581.*gradients": lambda: attn(q, k, v, scales=(None, torch.ones(2, requires_grad=True), None)),
         "A580.*q is int8": lambda: attn(q.view(torch.int8), k.view(torch.int8), v.view(torch.int8)),
