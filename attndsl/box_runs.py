@@ -67,7 +67,8 @@ def _axis_runs(part: AxisPart, q: int, k: int, side: Side, align_start: bool, en
     if not split:
         with suppress(TooHard):
             return touched_runs(relation, q, k, side, align_start, part.layout)
-    return tile_runs(_unfinished(relation, part) if ends else relation, q, k, side, align_start, part.layout)
+    relation = _unfinished(relation, part) if ends else relation
+    return tile_runs(relation, q, k, side, align_start, part.layout, sizes=None)
 
 
 def _unfinished(relation: Relation, part: AxisPart) -> Relation:

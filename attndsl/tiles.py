@@ -69,7 +69,7 @@ def tile_runs(
     align_start: bool = False,
     layout: Layout = PLAIN,
     program: Program | None = None,
-    sizes: Mapping[str, int] = {},
+    sizes: Mapping[str, int] | None = {},
 ) -> TileRuns:
     """Closed-form runs for one side's tiles.
 
@@ -78,9 +78,10 @@ def tile_runs(
 
     With a layout, `relation` is in its indices, and tiles are of these: the rows of a residue start at index `i_start`.
     With a program, the ends read the cuts that it declares (`cuts.py`), and tiles that data rules out are not visited.
-    sizes: of H, G, D, Dv, where they are known.
+    sizes: of H, G, D, Dv, where they are known; None where the ends are not to be put plainly yet.
     """
-    return plain_runs(_Tiler(relation, block_q, block_k, side, align_start, layout, program).runs(), sizes)
+    runs = _Tiler(relation, block_q, block_k, side, align_start, layout, program).runs()
+    return runs if sizes is None else plain_runs(runs, sizes)
 
 
 def touched_runs(
