@@ -18,10 +18,10 @@ from attndsl.effort import TooHard, remembered
 from attndsl.grid import Grid
 from attndsl.grid_pieces import AxisPart, BoxPiece
 from attndsl.linear import normalise
-from attndsl.mask import pair_cost, shaped
+from attndsl.mask import COMPARISON, pair_cost, shaped
 from attndsl.plan import Spec
 from attndsl.program import Binary, Call, Compare, Const, Logic, Scalar, Var, substitute
-from attndsl.quasi_affine import condition
+from attndsl.quasi_affine import comparisons, condition
 from attndsl.relation import Relation
 from attndsl.runs import Run, Side, TileKind, TileRuns, plain_runs
 from attndsl.simplify import fold, specialise
@@ -150,7 +150,7 @@ def _axis_mask(part: AxisPart) -> Scalar:
         relation.pairs.get_ctx(), f"[Nk, residue] -> {{ [q, k] : k >= 0 and {layout.k.text('k')} < Nk }}"
     )
     pairs = relation.pairs.intersect_params(relation.context).gist(existing).gist_params(relation.context)
+    if layout.plain and (relation.atoms or COMPARISON * comparisons(pairs) > pair_cost(part.cond)):
+        return part.cond
     found = fold(normalise(condition(pairs, relation.context, relation.uniform | relation.atoms, layout)))
-    if not layout.plain:
-        return found
-    return part.cond if relation.atoms else min(part.cond, found, key=pair_cost)
+    return min(part.cond, found, key=pair_cost) if layout.plain else found

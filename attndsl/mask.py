@@ -18,7 +18,7 @@ ROW = ("q", "i", *(f"i_{a}" for a in range(MAX_AXES)))
 KEY = ("k", "j", *(f"j_{a}" for a in range(MAX_AXES)))
 PAIR = (*ROW, *KEY)
 # What a comparison that reads the pair costs at least.
-_COMPARISON = 2
+COMPARISON = 2
 
 IN_RANGE = Compare("<", Var("k"), Var("Nk"))
 
@@ -62,7 +62,7 @@ def pair_mask(relation: Relation, written: Scalar) -> Scalar | None:
     The cheaper of the pattern as its author wrote it (`written_condition`) and as the integer sets simplified it.
     """
     candidates = [written]
-    if not relation.atoms and _COMPARISON * comparisons(relation.pairs) <= pair_cost(written):
+    if not relation.atoms and COMPARISON * comparisons(relation.pairs) <= pair_cost(written):
         with suppress(TooHard):
             simplified = bounded(
                 relation.pairs.get_ctx(), lambda: condition(relation.pairs, relation.context, relation.uniform)
