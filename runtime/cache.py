@@ -222,8 +222,9 @@ class KernelCache:
             return members
 
     def exists(self) -> bool:
-        """Whether anything was ever kept on disk."""
-        return self._directory.is_dir()
+        """Whether anything was ever kept on disk, as far as may be looked."""
+        # A path's own test raises where a folder may not be looked into.
+        return os.path.isdir(self._directory)
 
     def find(self, key: str) -> Mapping[str, bytes] | None:
         """Members of the entry `key`, from memory or from disk, None where there is none."""

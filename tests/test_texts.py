@@ -120,6 +120,12 @@ def test_without_a_cache_nothing_is_looked_up(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "none").exists()
 
 
+def test_a_cache_that_cannot_be_looked_at_has_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Which costs one warning where a kernel is to be kept, and never a call."""
+    monkeypatch.setattr(texts, "shared_cache", lambda: KernelCache(tmp_path / ("x" * 300)))
+    assert attndsl.compile("causal").program.name == "pattern"
+
+
 START = """
 import torch
 import attndsl
