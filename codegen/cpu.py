@@ -108,6 +108,8 @@ class NumberLeaves:
 class TileLoop:
     """What the forward and backward functions share: the loop over query tiles, and a tile's scores."""
 
+    b_index = "all_b[at_b]"
+
     def __init__(self, plan: Plan, per_pair: tuple[Scalar | None, ...]) -> None:
         """`per_pair`: what is computed for every pair, besides the mask."""
         self.plan = plan
@@ -175,7 +177,7 @@ class TileLoop:
             else:
                 lines.add("at_g, at_r = slice(None), slice(None)")
             lines.add(
-                "b_index, h_index = all_b[at_b], all_h[:, at_g, at_r]",
+                f"b_index, h_index = {self.b_index}, all_h[:, at_g, at_r]",
                 "g_index = h_index // group",
             )
             if self.plan.scale is not None:
@@ -221,6 +223,14 @@ class TileLoop:
             else:
                 lines.add("at = (at_b, at_g, at_r, q_pos[:, 0] - start)")
             yield
+
+    def rows(self, x: str) -> str:
+        """What q, out or lse has of the rows of a tile, as text."""
+        return f"{x}[at]"
+
+    def put(self, x: str, value: str) -> None:
+        """Write a value, made of its dtype, to the rows of a tile."""
+        self.lines.add(f"{x}[at] = {value}.to({x}.dtype)")
 
     def _order(self, read: Read) -> str:
         """The tokens in the order of a permutation, as text."""

@@ -6,13 +6,15 @@ import math
 
 from attndsl.codegen.cpu import TileLoop
 from attndsl.codegen.cpu_boxes import tile_loop
+from attndsl.codegen.cpu_lists import ListLoop, goes_by_lists
 from attndsl.plan import ForwardPlan
 from attndsl.program import Var
 
 
 def forward_source(plan: ForwardPlan) -> str:
     """Text of a Python file whose `attention_forward` writes `out` and `lse` (both preset by the caller)."""
-    loop = tile_loop(plan, (plan.score, plan.weights))
+    per_pair = (plan.score, plan.weights)
+    loop = ListLoop(plan, per_pair) if goes_by_lists(plan) else tile_loop(plan, per_pair)
     loop.lines.add(
         '"""Attend q [batch, kv_heads, group, rows, D] to k, v [batch, kv_heads, keys, D].',
         "",
@@ -32,13 +34,13 @@ def attend(loop: TileLoop) -> None:
     if softmax:
         loop.helpers.add("exponential")
     with loop.tiles():
-        lines.add("queries = q[at].to(compute)")
+        lines.add(f"queries = {loop.rows('q')}.to(compute)")
         if plan.follows:
             lines.add("# What earlier pieces found, as one more key with their output for its value.")
-            lines.add("acc = out[at].to(compute).clone()")
+            lines.add(f"acc = {loop.rows('out')}.to(compute).clone()")
             if softmax:
                 lines.add(
-                    "found = lse[at].to(compute)",
+                    f"found = {loop.rows('lse')}.to(compute)",
                     "row_max = found.clamp(min=-torch.finfo(compute).max)",
                     "row_sum = (found > -math.inf).to(compute)",
                 )
@@ -96,8 +98,6 @@ def attend(loop: TileLoop) -> None:
                 "acc *= decay[..., None]",
             )
         if softmax:
-            lines.add(
-                "acc /= torch.where(row_sum == 0, 1, row_sum)[..., None]",
-                "lse[at] = torch.where(row_sum == 0, -math.inf, row_max + torch.log(row_sum)).to(lse.dtype)",
-            )
-        lines.add("out[at] = acc.to(out.dtype)")
+            lines.add("acc /= torch.where(row_sum == 0, 1, row_sum)[..., None]")
+            loop.put("lse", "torch.where(row_sum == 0, -math.inf, row_max + torch.log(row_sum))")
+        loop.put("out", "acc")

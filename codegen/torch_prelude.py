@@ -131,6 +131,49 @@ def listed(entries, first, count, step):
     return [(tile, 1, 1) for tile in entries[first : first + count * step : step].tolist()]
 
 
+def listed_by_tile(entries, first, count):
+    """The entries of a list at the `count` places from `first`, of each own tile."""
+    entries, places = entries.tolist(), zip(first.tolist(), count.tolist(), strict=True)
+    return [entries[at : at + max(n, 0)] for at, n in places]
+
+
+def groups(full, partial, whole, size):
+    """Own tiles that go together, as (first, end): one, or several whose lists, made as long as the longest of them,
+    have at most `size` tiles, not many of which make up. Tiles past the first `whole` ones have fewer rows."""
+    first, longest, listed = 0, (0, 0), 0
+    for own, here in enumerate((len(a), len(b)) for a, b in zip(full, partial, strict=True)):
+        longest, listed = (max(longest[0], here[0]), max(longest[1], here[1])), listed + sum(here)
+        made = (own + 1 - first) * sum(longest)
+        if own > first and (own >= whole or made > size or made - listed > size // 4):
+            yield first, own
+            first, longest, listed = own, here, sum(here)
+    if full:
+        yield first, len(full)
+
+
+def by_tile(x, tiles):
+    """A view of the rows of a head's tiles, x [batch, 1, 1, tiles * rows, …], as [tiles, batch, 1, rows, …]."""
+    return x[:, 0].unflatten(2, (tiles, -1)).movedim(2, 0)
+
+
+def portions(full, partial, absent, size):
+    """The lists of tiles that go together, [tiles, entries] made up by `absent`, and how many of the last entries are
+    partial: in portions of at most `size` tiles."""
+    width, seen = max(map(len, full)), max(map(len, partial))
+    lists = [
+        a + [absent] * (width - len(a)) + b + [absent] * (seen - len(b)) for a, b in zip(full, partial, strict=True)
+    ]
+    step = max(1, size // len(lists))
+    for low in range(0, width + seen, step):
+        high = min(low + step, width + seen)
+        yield torch.tensor([row[low:high] for row in lists]), max(0, high - max(low, width))
+
+
+def gather_by_tile(x, tokens, tiles):
+    """The rows of a head's x [batch, 1, keys, dim] at the tokens of tiles, as [tiles, batch, tokens of one, dim]."""
+    return x.index_select(-2, tokens)[:, 0].unflatten(1, (tiles, -1)).movedim(1, 0)
+
+
 def chunks(full, partial, size):
     """Spans in portions of at most `size` keys: (full spans, partial spans) each."""
     portion, room = ([], []), size

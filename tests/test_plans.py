@@ -107,6 +107,25 @@ def test_random_plans(
     attend(f"attention planned {{ {declared} attend {pattern} }}", shape, plan, "cpu", inputs)
 
 
+@pytest.mark.parametrize("together", [1, 5, 64])
+def test_query_tiles_together_on_the_cpu(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    """Lists longer than what is attended at once, of tiles whose lists differ in length and of a last one with fewer
+    rows, for heads that choose for themselves; the plan of one batch entry, and of each."""
+    monkeypatch.setattr("attndsl.codegen.cpu_lists.TOGETHER", together)
+    rng = np.random.default_rng(together)
+    for batches, lengths in (("b, ", (150, 150)), ("", (150, 150)), ("", (70, 131))):
+        shape = CallShape(2, 4, 2, *lengths, 8, 16)
+        dims = f"{batches}h, q/16"
+        plan = random_plan(rng, sizes(dims, shape), -(-shape.k_len // 16), "map")
+        plan[..., 1::3, :] = 0
+        plan[..., -2, :] = 1
+        # A name of its own: nothing printed before is taken again.
+        text = f"attention together_{together} {{ input p : blocks(16)[{dims}]\n attend causal & p }}"
+        attend(text, shape, plan, "cpu")
+        source = attndsl.compile(text).source(backend="cpu", heads=4, kv_heads=2, dim=8, v_dim=16, dtype="float32")
+        assert f", {together})" in source and "groups(" in source
+
+
 FIXED = {
     "listed": ("b, g, q/16", "causal & p", 16, (50, 50), "list"),
     "map": ("b, h, q/32", "causal & p", 32, (50, 50), "map"),
@@ -273,7 +292,7 @@ def test_looking_inside() -> None:
     assert "the key tiles of each query tile by `p`" in str(blocks.explain(4096))
     assert "input p : blocks(64)[b, g, q/64]" in str(blocks.explain(4096))
     assert "k_tile = tl.load(k_tiles_p_ptr" in blocks.source()
-    assert "listed(k_tiles_p_input" in blocks.source(backend="cpu")
+    assert "listed_by_tile(k_tiles_p_input" in blocks.source(backend="cpu")
     assert attn.evictable(1000) == []
     trial = measure(attn, n=40, heads=2, dim=16)
     assert trial.passed
