@@ -129,16 +129,17 @@ def closed_runs(
 ) -> TileRuns:  # fmt: skip
     """The runs of one side's tiles, with the sizes of a call put in. absolute: tiles of queries count from position 0,
     not from the call's first row."""
-    return _closed(relation, program, spec, _sizes(tiling), side, layout, absolute)
+    sizes, from_start = tuple(spec.sizes.items()), program.align_start or absolute
+    return _closed(relation, program, sizes, tiling.block_q, tiling.block_k, side, layout, from_start)
 
 
 @remembered(128)
 def _closed(
-    relation: Relation, program: Program, spec: Spec, tiling: Tiling, side: Side, layout: Layout, absolute: bool
-) -> TileRuns:
-    return tile_runs(
-        relation, tiling.block_q, tiling.block_k, side, program.align_start or absolute, layout, program, spec.sizes
-    )  # fmt: skip
+    relation: Relation, program: Program, sizes: tuple[tuple[str, int], ...], block_q: int, block_k: int, side: Side,
+    layout: Layout, from_start: bool,
+) -> TileRuns:  # fmt: skip
+    """Kernels share them, whatever else they are made for."""
+    return tile_runs(relation, block_q, block_k, side, from_start, layout, program, dict(sizes))
 
 
 @remembered(128)
