@@ -179,7 +179,8 @@ def test_decode_table(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = decode.DecodeSizes(2, 4, 2, n=1600, dim=16, dtype=torch.float32, device=CPU)
     header, *table = decode.run_decode(sizes, ["attndsl", "attndsl, pages of 16", "SDPA"])
     assert header == ["pattern", "tokens", "floor MB", "attndsl", "attndsl, pages of 16", "SDPA"]
-    assert [row[:3] for row in table] == [["full", "1600", "0.8"], ["sink(64) | window(1024)", "1600", "0.6"]]
+    rows = [["full", "1600", "0.8"], ["sink(64) | window(1024)", "1600", "0.6"], ["dilated(64)", "1600", "0.0"]]
+    assert [row[:3] for row in table] == rows
     assert all(cell.startswith("500.0 us (") for row in table for cell in row[3:])
     monkeypatch.setitem(decode.CONTENDERS, "SDPA", lambda row, caches: lambda i: caches.q[i] + 1)
     assert [*decode.run_decode(sizes, ["SDPA"])][1][3].startswith("FAILED: error")
