@@ -194,9 +194,9 @@ class ForwardWriter(KernelWriter):
             self._normalise()
             lines.add(
                 "# Where nobody asks for lse there is no memory for it.",
-                "asked = (q_rows < rows) & (lse_ptr.to(tl.int64) != 0)",
+                "asked = tl.where(lse_ptr.to(tl.int64) != 0, rows, 0)",
                 'lse = tl.where(row_sum == 0.0, float("-inf"), (row_max + tl.log2(row_sum)) / LOG2_E)',
-                "tl.store(lse_ptr + head.to(tl.int64) * rows + q_rows, lse, mask=asked)",
+                "tl.store(lse_ptr + head.to(tl.int64) * rows + q_rows, lse, mask=q_rows < asked)",
             )
         elif plan.spec.dropout:
             lines.add(*(f"acc{part.suffix} = acc{part.suffix} * keep_scale" for part in self.v_parts))
