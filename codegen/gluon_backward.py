@@ -29,8 +29,9 @@ from attndsl.codegen.gluon import (
     specialized,
 )  # fmt: skip
 from attndsl.codegen.header import header
-from attndsl.codegen.kernel import Leaves, scalar_parameters, used_parameters
+from attndsl.codegen.kernel import scalar_parameters, used_parameters
 from attndsl.codegen.kernel_loops import Visits
+from attndsl.codegen.leaves import Leaves
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.scalars import GLUON, Level, Names, Printer
 from attndsl.codegen.triton_rows import rows_source

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from attndsl.codegen.gluon import count_of
-from attndsl.codegen.kernel import Leaves
 from attndsl.codegen.kernel_loops import Visits
+from attndsl.codegen.leaves import Leaves
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.scalars import GLUON, Names, Printer
 from attndsl.layout import Layout

@@ -19,8 +19,9 @@ from abc import ABC, abstractmethod
 
 from attndsl.codegen.box_text import BoxText
 from attndsl.codegen.head_order import last_beside
-from attndsl.codegen.kernel import KernelWriter, Leaves
+from attndsl.codegen.kernel import KernelWriter
 from attndsl.codegen.layer_text import copies_rows, kept_at, tile_at
+from attndsl.codegen.leaves import Leaves
 from attndsl.codegen.scalars import Level, Printer
 from attndsl.codegen.two_levels import member_softmax
 from attndsl.learned import Learned, Over

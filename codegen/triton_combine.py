@@ -10,7 +10,8 @@ from typing import assert_never
 
 from attndsl.branches import Attended, Factor, Handed, Merged, Output, Product, Sum, factors
 from attndsl.codegen.header import program_lines
-from attndsl.codegen.kernel import KernelWriter, Leaves, scalar_parameters, used_parameters
+from attndsl.codegen.kernel import KernelWriter, scalar_parameters, used_parameters
+from attndsl.codegen.leaves import Leaves
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.scalars import Level
 from attndsl.combining import CombinePlan, Learning

@@ -12,8 +12,9 @@ the sums that it writes, so there are no atomics and two runs agree to the bit.
 
 from __future__ import annotations
 
-from attndsl.codegen.kernel import FULL, PARTIAL, Leaves
+from attndsl.codegen.kernel import FULL, PARTIAL
 from attndsl.codegen.kernel_loops import Visits, run_loop
+from attndsl.codegen.leaves import Leaves
 from attndsl.codegen.scalars import Names, Printer
 from attndsl.codegen.triton_backward import BackwardKernel
 from attndsl.learned import Learned, Over, Owned, on_diagonal
