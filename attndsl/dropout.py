@@ -3,6 +3,7 @@
 The generator is Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): its key is the
 seed, 64 bits, low word first; its counter (k // 4, q, h, b), of which the key k takes word k % 4. q and k are absolute
 positions and h the query head, so what is kept depends neither on tiles, nor on the device, nor on the rows of a call.
+Of a view k is the entry, and ~b stands in the place of b: no entry goes with the token of its number.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ def threshold(rate: float) -> int:
     return min(math.ceil(rate * WORD), WORD - 1)
 
 
-def kept(program: Program, shape: CallShape, rate: float, seed: int) -> NDArray[np.bool_]:
-    """Which pairs of a call are kept: bool [batch, heads, rows, k_len]."""
+def kept(program: Program, shape: CallShape, rate: float, seed: int, of_entries: bool = False) -> NDArray[np.bool_]:
+    """Which pairs of a call are kept, of rows and tokens or entries: bool [batch, heads, rows, k_len]."""
     b, h, q, group = np.ix_(
         np.arange(shape.batch), np.arange(shape.heads), shape.first_position(program) + np.arange(shape.rows),
         np.arange(-(-shape.k_len // 4)),
     )  # fmt: skip
-    words = philox((group, q, h, b), (seed % WORD, (seed >> 32) % WORD))
+    words = philox((group, q, h, ~b if of_entries else b), (seed % WORD, (seed >> 32) % WORD))
     return np.stack(words, axis=-1).reshape(*words[0].shape[:3], -1)[..., : shape.k_len] >= threshold(rate)
 
 

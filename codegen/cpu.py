@@ -319,7 +319,8 @@ class TileLoop:
             return
         if self.order.k.every and self.permutation is None:
             self.helpers |= {"philox", "kept"}
-            self.lines.add("keep = kept(seed, b_index, h_index, q_pos, spans, drop_below)")
+            b = "b_index" if self.plan.view is None else "~b_index"
+            self.lines.add(f"keep = kept(seed, {b}, h_index, q_pos, spans, drop_below)")
             return
         self.keep_apart(*self.tokens_of_pairs())
 

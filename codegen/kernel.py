@@ -272,7 +272,8 @@ class KernelWriter:
     def keep(self, transposed: bool = False) -> None:
         """`keep`: which pairs of a tile dropout keeps. First in a tile, where fewest registers are in use."""
         if self.plan.spec.dropout:
-            kept = kept_pairs(self.printer.helpers, self.in_order("k"), self.permutation, transposed)
+            in_row, of_entries = self.in_order("k"), self.plan.view is not None
+            kept = kept_pairs(self.printer.helpers, in_row, self.permutation, transposed, of_entries)
             self.lines.add(f"keep = {kept}")
 
     def visit(self, runs: TileRuns, box_runs: BoxRuns, tile: str) -> Iterator[bool]:

@@ -152,12 +152,7 @@ def attend_composed(
 
     One seed for all branches: what is dropped depends on the pair, not on the branch that reaches it.
     """
-    drawn: Tensor | None = None
-    if dropout:
-        if observes or not all(branch.plain for branch in composition.programs):
-            what = "where probabilities are observed" if observes else "for views"
-            raise error("A911", f"dropout is not yet supported {what}", program.span, help="leave it out")
-        drawn = seed_tensor(seed, q.device)
+    drawn = seed_tensor(seed, q.device) if dropout else None
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))

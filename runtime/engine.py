@@ -268,11 +268,6 @@ class Engine:
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         """Checks a kind of call and prepares its launch."""
         program, spec = self.program_of(scale), replace(self.spec_of(q, k, v, inputs, scale), dropout=drops)
-        if drops and not program.plain:
-            raise error(
-                "A911", "dropout is not yet supported for views", program.span,
-                help="leave `dropout` out",
-            )  # fmt: skip
         if not k.shape[2]:
             inputs = self._readable(inputs)
         if self.choose(backend, spec) == "cpu":

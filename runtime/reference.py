@@ -103,10 +103,9 @@ def reference(
     floats = {name: x.to(dtype) for name, x in inputs.items() if x.is_floating_point()}
     left: Tensor | None = None
     if dropout is not None:
-        if any(len(branch.parts) > 1 or branch.parts[0].view is not None for branch in program.branches):
-            raise ValueError("dropout is that of branches over raw tokens")
         rate, seed = dropout
-        left = torch.from_numpy(kept(program, shape, rate, seed)).to(q.device, dtype) / (1.0 - rate)
+        found = [torch.from_numpy(kept(program, shape, rate, seed, entries)) for entries in (False, True)]
+        left = torch.stack(found).to(q.device, dtype) / (1.0 - rate)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     whole = _Call(program, shape, q, k, v, oracle.Evaluator.of_call(program, shape, exact, args), floats, scale, left)
     out, lse = _apart(whole) if separate(program) else whole.result()
@@ -129,7 +128,7 @@ def _apart(call: _Call) -> tuple[Tensor, Tensor | None]:
             own, x.shape(shape), call.q[at, :, x.rows], call.k[at, :, x.keys], call.v[at, :, x.keys],
             oracle.Evaluator.of_call(own, x.shape(shape), exact, evaluator.args, x.entry),
             x.inputs(program, call.floats), call.scale,
-            None if call.left is None else call.left[at, :, x.rows, x.keys],
+            None if call.left is None else call.left[:, at, :, x.rows, x.keys],
         )  # fmt: skip
         found, own_lse = part.result()
         place = torch.zeros(out.shape[:3], dtype=torch.bool, device=out.device)
@@ -169,7 +168,7 @@ class _Call:
     evaluator: oracle.Evaluator
     floats: Mapping[str, Tensor]
     scale: float | None
-    left: Tensor | None  # what dropout multiplies weights by
+    left: Tensor | None  # what dropout multiplies weights by: of tokens, then of entries
 
     def result(self) -> tuple[Tensor, Tensor | None]:
         """Output and lse of the program."""
@@ -186,14 +185,23 @@ class _Call:
         present, dense, values = (
             torch.cat(x, dim) for x, dim in zip(zip(*parts, strict=True), (-1, -1, -2), strict=True)
         )
+        left = self._left(branch.parts)
         if branch.weights is not None:
-            return (dense if self.left is None else dense * self.left) @ values, None
+            return (dense if left is None else dense * left) @ values, None
         sink: Tensor | None = None
         if branch.sink is not None:
             sink = self._over(branch.sink, 1)[..., 0]
         if branch.skip is not None:
             present = present & left_by_skipping(dense, present, branch.skip)
-        return _softmax(dense[present], present, values, sink, self.left)
+        return _softmax(dense[present], present, values, sink, left)
+
+    def _left(self, parts: tuple[Part, ...]) -> Tensor | None:
+        """What dropout multiplies the weights of the parts' keys by: [B, Hq, rows, keys]."""
+        if self.left is None:
+            return None
+        keys = [oracle.entries(part.view, self.shape.k_len) for part in parts]
+        found = [self.left[int(part.view is not None), ..., :n] for part, n in zip(parts, keys, strict=True)]
+        return torch.cat(found, -1)
 
     def _two_levels(self, branch: Branch, within: Within) -> tuple[Tensor, Tensor | None]:
         """Output of a softmax inside each member, its share the probability that another branch gives it; the lse is
@@ -202,12 +210,13 @@ class _Call:
         (part,), (masses,) = by.parts, self.probabilities(by)
         size, stride = (1, 1) if part.view is None else (part.view.size, part.view.stride)
         present, logits, values = self._scores(branch, branch.parts[0])
-        out = self.q.new_zeros(*self.q.shape[:3], self.shape.v_dim)
+        out, left = self.q.new_zeros(*self.q.shape[:3], self.shape.v_dim), self._left(branch.parts)
         for low in range(0, self.shape.k_len, within.keys):
             own = slice(low, low + within.keys)
             given = shares_of(low, within.keys, size, stride, self.shape.k_len)
             share = masses @ torch.from_numpy(given).to(masses)
-            inside = _softmax(logits[..., own][present[..., own]], present[..., own], values[:, :, own], None, None)
+            drops = None if left is None else left[..., own]
+            inside = _softmax(logits[..., own][present[..., own]], present[..., own], values[:, :, own], None, drops)
             out = out + share[..., None] * inside[0]
         return out, self.branch(by)[1]
 

@@ -319,3 +319,13 @@ def test_random(case: Case) -> None:
 def test_random_triton(case: Case) -> None:
     judge_random(case, False, torch.float32, "triton")
     judge_random(case, True, torch.float32, "triton")
+
+
+def test_dropout_does_not_touch_what_is_observed() -> None:
+    attn = attndsl.compile(text_of(f"x = attend {PARTS[7]}\n{SOME}"))
+    q, k, v = torch.randn(3, 1, 2, 40, 16, generator=torch.Generator().manual_seed(0))
+    plain = attn(q, k, v, return_observed=True)
+    dropped = attn(q, k, v, return_observed=True, dropout=0.5, seed=1)
+    assert not torch.allclose(plain[0], dropped[0])
+    for name, x in plain[1].items():
+        assert torch.equal(x, dropped[1][name])

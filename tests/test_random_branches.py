@@ -116,13 +116,17 @@ def programs(draw: st.DrawFn) -> str:
     draft = Draft(draw)
     for name in ("first", "second", "third")[: draw(st.integers(1, 3))]:
         draft.branch(name)
-    present = ["lengths n"] if draw(st.integers(0, 2)) == 0 else []
+    # Padding is not yet supported beside two levels and pooled queries (A908).
+    beside = not any(" within " in line or " from " in line for line in draft.lines)
+    present = ["lengths n"] if beside and draw(st.integers(0, 2)) == 0 else []
     body = "\n".join([*present, *draft.lines, f"output {draft.output()}"])
     declared = "".join(f"input {name} : {kind}\n" for name, kind in INPUTS.items() if re.search(rf"\b{name}\b", body))
     return f"attention random {{\n{declared}{body}\n}}"
 
 
-def judge(text: str, rows: int, k_len: int, seed: int, backend: str, dtype: torch.dtype, allowed: float) -> None:
+def judge(
+    text: str, rows: int, k_len: int, seed: int, backend: str, dtype: torch.dtype, allowed: float, drops: float = 0.0
+) -> None:
     attn = attndsl.compile(text)
     generator = torch.Generator().manual_seed(seed)
     batch, heads, kv_heads, dim = 2, 4, 2, 8
@@ -145,12 +149,14 @@ def judge(text: str, rows: int, k_len: int, seed: int, backend: str, dtype: torc
     if "lengths n" in text:
         # Of one sequence all tokens or none may be there, and a length past the end is the end.
         doc["n"] = torch.tensor([(seed * 7) % (k_len + 3), max(0, k_len - seed % 5)])
+    dropping: dict[str, Any] = {"dropout": drops, "seed": seed} if drops else {}
     passed = torch.randn(batch, heads, rows, dim, generator=generator, dtype=torch.float64)
 
     def run(dtype: torch.dtype, oracle: bool, plans: Any = None) -> list[Tensor]:
         leaves = [x.to(dtype).requires_grad_() for x in drawn]
         given: dict[str, Any] = dict(zip(names, leaves[3:], strict=True)) | doc
         q, k, v = leaves[:3]
+        given |= dropping
         out = attn.reference(q, k, v, plans=plans, **given) if oracle else attn(q, k, v, backend=backend, **given)
         found = torch.autograd.grad(out, leaves, passed.to(out.dtype), allow_unused=True, materialize_grads=True)
         return [out.detach(), *found]
@@ -166,7 +172,7 @@ def judge(text: str, rows: int, k_len: int, seed: int, backend: str, dtype: torc
 
 
 @examples(25)
-@given(programs(), st.integers(1, 30), st.integers(0, 99))
-def test_on_the_cpu(text: str, k_len: int, seed: int) -> None:
+@given(programs(), st.integers(1, 30), st.integers(0, 99), st.sampled_from((0.0, 0.3)))
+def test_on_the_cpu(text: str, k_len: int, seed: int, drops: float) -> None:
     rows = seed % k_len + 1 if seed % 3 else k_len
-    judge(text, rows, k_len, seed, "cpu", torch.float64, 1e-9)
+    judge(text, rows, k_len, seed, "cpu", torch.float64, 1e-9, drops)
