@@ -38,7 +38,7 @@ def plain(
     share = q.shape[1] // k.shape[1]
     keys, values = (x.repeat_interleave(share, dim=1) for x in (k, v))
     dots = q.to(high) @ keys.to(high).transpose(-1, -2)
-    one_hot = torch.eye(k.shape[2], dtype=high).expand(*k.shape[:2], -1, -1)
+    one_hot = torch.eye(k.shape[2], dtype=high, device=q.device).expand(*k.shape[:2], -1, -1)
     sizes = {"D": q.shape[3], "Dv": v.shape[3]}
 
     def known(e: Scalar | None) -> Scalar | None:
