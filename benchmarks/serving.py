@@ -111,6 +111,6 @@ def check_nsa(out: Tensor, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor) -> s
         for dtype in (torch.float64, q.dtype):
             parts = (attend(q[b, h], keys, values, seen[None], dtype)[0].double() for keys, values, seen in sides)
             found.append(torch.stack([*parts]).sum(0))
-        verdicts.append(judge(out[b, h], *found))
+        verdicts.append(judge(out[b, h], found[0], found[1]))
     verdict = worst(verdicts)
     return "" if verdict.passed else f"FAILED: error {verdict.error:.1e}, allowed {verdict.allowed:.1e}"
