@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from attndsl.scalar import Type
+
 if TYPE_CHECKING:
     from attndsl.derivation import Derivation
     from attndsl.diagnostics import Span
-    from attndsl.program import Type
 
 
 class Axis(Enum):
@@ -73,6 +74,11 @@ class InputDecl:
         """What its parameters in a kernel are named after: kernels have tensors of their own."""
         taken = self.name in KERNEL_TENSORS or self.name.startswith(_PREFIXES) or self.name.endswith("_input")
         return f"{self.name}_input" if taken else self.name
+
+    @property
+    def holds_integers(self) -> bool:
+        """Whether a call gives it integers to compute with, of whatever width their memory has."""
+        return self.type is Type.INT and self.derivation is None and self.members is None
 
 
 @dataclass(frozen=True, slots=True)

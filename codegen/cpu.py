@@ -57,6 +57,8 @@ class TensorLeaves:
                     text = tensor
                 else:
                     text = f"{tensor}[{self.indices(index, decl.dims, tensor, printer)}]"
+                if decl.holds_integers:
+                    return f"{text}.long()"
                 return f"{text}.to(compute)" if decl.type is Type.FLOAT else text
             case _:
                 raise AssertionError(f"not a leaf: {e}")

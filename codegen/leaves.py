@@ -60,6 +60,9 @@ class Leaves:
                 text = f"{text}.to({language}.int64)" if text.isidentifier() else f"({text}).to({language}.int64)"
             terms.append(f"{text} * {decl.parameter}_stride_{i}")
         load = f"{language}.load({' + '.join([f'{decl.parameter}_ptr', *terms])})"
+        if decl.holds_integers:
+            printer.helpers.add("widened")
+            return f"widened({load})"
         return f"{load}.to({language}.float32)" if decl.type is Type.FLOAT else load
 
     def flat(self, read: Read, printer: Printer) -> str:

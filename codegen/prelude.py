@@ -18,6 +18,14 @@ def floor_mod(x, d):
 
 
 @triton.jit
+def widened(x):
+    """An integer of an input, with the 32 bits that arithmetic takes, where memory holds fewer."""
+    if tl.constexpr(x.dtype.primitive_bitwidth) < tl.constexpr(32):
+        x = x.to(tl.int32)
+    return x
+
+
+@triton.jit
 def clamp(x, low, high):
     return tl.minimum(tl.maximum(x, low), high)
 

@@ -116,7 +116,8 @@ class Combiner:
                 decl = self.program.table(name)
                 return self._entry(table_tensor(decl, self.device), decl.dims, index)
             case Read(input=name, index=index):
-                return self._entry(self.inputs[name], self.program.input(name).dims, index)
+                entry = self._entry(self.inputs[name], self.program.input(name).dims, index)
+                return entry.long() if e.type is Type.INT else entry
             case If(cond=c, then=a, other=b):
                 return torch.where(self._value(c), self._value(a), self._value(b))
             case Unary(op=op, operand=x):
