@@ -10,7 +10,11 @@ from attndsl.program import Read, reads
 
 
 class RowLists(DkDvKernel, ABC):
-    """A program owns a key tile, and goes over the rows that its list names, for each head."""
+    """A program owns a key tile, and goes over the rows that its list names, for each head.
+
+    Entries are read a turn ahead. Where a turn read its own, the loads of its rows had to wait for them: no pipeline
+    begins a load before it knows the address.
+    """
 
     @property
     @abstractmethod
@@ -22,8 +26,12 @@ class RowLists(DkDvKernel, ABC):
         """Say where the tile's list begins and ends. Returns how many entries make a tile of rows."""
 
     @abstractmethod
-    def take(self, place: str, several: str) -> None:
-        """Read the entries from a place on: `q_rows` are their rows."""
+    def read(self, place: str) -> None:
+        """Read the entries from a place on."""
+
+    @abstractmethod
+    def take(self, place: str) -> None:
+        """Of the entries that were read from a place on, the rows: `q_rows`."""
 
     def heads(self) -> None:
         """One loop over the rows of all heads: in a loop over heads, addresses of single rows would be kept between
@@ -36,6 +44,7 @@ class RowLists(DkDvKernel, ABC):
         several = self.ends()
         lines.add(f"tiles = tl.cdiv(end - begin, {several})")
         self.printer.hoist(lines, self.pairs(masked=True), (*ROW, "s", "h"), "column_")
+        self.read("begin")
         lines.add(
             f"# Rows that chose these keys, of one head after the other: their sum has one order. Pairs are "
             f"masked.{self.origin}"
@@ -43,14 +52,16 @@ class RowLists(DkDvKernel, ABC):
         with lines.block(f"for n in range({self.group} * tiles):"):
             lines.add(f"h = g * {self.group} + n // tiles")
             self.of_head()
-            self._rows("n % tiles", several)
+            self._rows("n % tiles", "(n + 1) % tiles", several)
 
     def loops(self, tile: str) -> None:
         several = self.ends()
+        self.read("begin")
         self.lines.add(f"# Rows that chose these keys: pairs are masked.{self.origin}")
         with self.lines.block(f"for i in range(tl.cdiv(end - begin, {several})):"):
-            self._rows("i", several)
+            self._rows("i", "(i + 1)", several)
 
-    def _rows(self, nth: str, several: str) -> None:
-        self.take(f"begin + {nth} * {several}", several)
+    def _rows(self, turn: str, following: str, several: str) -> None:
+        self.take(f"begin + {turn} * {several}")
+        self.read(f"begin + {following} * {several}")
         self.tile(masked=True)

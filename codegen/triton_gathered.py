@@ -195,8 +195,11 @@ class _DkDv(_Gathering, RowLists):
         )
         return "BLOCK_Q"
 
-    def take(self, place: str, several: str) -> None:
-        self.rows(place, "end")
+    def read(self, place: str) -> None:
+        self.lines.add(f"chosen = {self.listed(f'{place} + q_offset')}")
+
+    def take(self, place: str) -> None:
+        self.lines.add(f"q_rows = tl.where({place} + q_offset < end, chosen // slots, rows)")
 
     def member_tile(self, masked: bool) -> None:
         self.tile(masked)

@@ -39,14 +39,20 @@ class MarkedDkDv(RowLists):
         )
         return str(self.plan.tiling.block_q // self.plan.tiling.unit_q)
 
-    def take(self, place: str, several: str) -> None:
+    def read(self, place: str) -> None:
+        entries = f"{place} + {self._entry}"
+        self.lines.add(f"chosen = {self.listed(entries)}", f"marks = {self.listed(f'{entries} + words_at')}")
+
+    def take(self, place: str) -> None:
         rows = self.plan.tiling.unit_q
-        self.lines.add(
-            f"places = {place} + q_offset{f' // {rows}' if rows > 1 else ''}",
-            f"chosen = {self.listed('places')}",
-            f"q_rows = tl.where(places < end, chosen{f' * {rows} + q_offset % {rows}' if rows > 1 else ''}, rows)",
-            f"words = {self.listed('places + words_at')}",
-        )
+        chosen = f"chosen * {rows} + q_offset % {rows}" if rows > 1 else "chosen"
+        self.lines.add(f"q_rows = tl.where({place} + {self._entry} < end, {chosen}, rows)", "words = marks")
+
+    @property
+    def _entry(self) -> str:
+        """Which of a tile's entries each of its rows is of."""
+        rows = self.plan.tiling.unit_q
+        return f"q_offset // {rows}" if rows > 1 else "q_offset"
 
     def _allowed(self, printer: Printer, masked: bool, existing: bool) -> str:
         unit = self.plan.tiling.unit_k
