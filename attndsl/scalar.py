@@ -75,7 +75,14 @@ FLOAT_CALLS: dict[str, int | None] = {
 
 @dataclass(frozen=True, slots=True)
 class Const(HashedOnce):
+    """A literal. One of another type is another: `1`, `1.0` and `true`, which Python takes for equal."""
+
     value: int | float | bool
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Const):
+            return NotImplemented
+        return self.value == other.value and type(self.value) is type(other.value)
 
     @property
     def type(self) -> Type:

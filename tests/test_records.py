@@ -31,7 +31,7 @@ def check_plans(program: Program, spec: Spec) -> None:
     plans = backward_plans(program, spec, (Tiling(32, 32), Tiling(32, 32)))
     found = again(plans, plans[0].program)
     assert found == plans
-    # `Const(1) == Const(True)`: equality alone does not see types.
+    # Python takes 1 for equal to true: equality alone does not see the types of all fields.
     assert repr(found) == repr(plans)
 
 
@@ -51,6 +51,12 @@ def test_shared_parts_stay_shared() -> None:
     assert [type(x.value) for x in found[1:4]] == [bool, int, float]
     assert found[4] == Tiling(16, 32)
     assert again(Loads.DESCRIPTOR) is Loads.DESCRIPTOR
+
+
+def test_literals_of_other_types_are_others() -> None:
+    literals = [Const(1), Const(1.0), Const(True)]
+    assert len({*literals}) == 3
+    assert len({Binary("*", Var("s"), x) for x in literals[:2]}) == 2, "and so is what is made of them"
 
 
 def test_only_known_classes_are_made() -> None:
