@@ -129,21 +129,25 @@ def count_by_keys(
     ends_head,
     runs,
     chunks,
+    steps,
 ):
     """How many entries of a chunk of query tiles go to each group: a key tile and a kind."""
     WIDTH: tl.constexpr = 16
     ROWS: tl.constexpr = 128 // WIDTH
     chunk = tl.program_id(0) % chunks
     head = tl.program_id(0) // chunks
-    tile = chunk * ROWS + tl.arange(0, ROWS)
     n = tl.arange(0, WIDTH)
-    k_tile, kind = kinds(
-        plan_ptr, stride_b, stride_h, stride_r, stride_c, ends_ptr, head // heads, head % heads, tile[:, None],
-        n[None, :], q_tiles, k_tiles, classes, class_rows, first_row, block_q, members, each, slots, ends_head, runs,
-    )  # fmt: skip
-    at = counts_ptr + head.to(tl.int64) * counts_head + (2 * k_tile + kind).to(tl.int64) * chunks + chunk
-    # Whole numbers: their sum has no order.
-    tl.atomic_add(at, 1, mask=kind >= 0, sem="relaxed")
+    counts = counts_ptr + head.to(tl.int64) * counts_head + chunk
+    for step in range(steps):
+        tile = (chunk * steps + step) * ROWS + tl.arange(0, ROWS)
+        k_tile, kind = kinds(
+            plan_ptr, stride_b, stride_h, stride_r, stride_c, ends_ptr, head // heads, head % heads, tile[:, None],
+            n[None, :], q_tiles, k_tiles, classes, class_rows, first_row, block_q, members, each, slots, ends_head,
+            runs,
+        )  # fmt: skip
+        # Whole numbers: their sum has no order.
+        at = counts + (2 * k_tile + kind).to(tl.int64) * chunks
+        tl.atomic_add(at, 1, mask=kind >= 0, sem="relaxed")
 
 
 @triton.jit
@@ -171,33 +175,41 @@ def place_by_keys(
     ends_head,
     runs,
     chunks,
+    steps,
     begin,
     codes,
 ):
-    """Write the entries of a chunk to their places: counts are sums by now, of all before and of the group itself.
+    """Write the entries of a chunk to their places: counts are sums by now, of all before the chunk and its group.
 
+    A step adds its own to those of its chunk, which no other program reads, so that the next one goes on after it.
     codes: an entry is written as query tile * codes + its place in the row (0: as the query tile).
     """
     WIDTH: tl.constexpr = 16
     ROWS: tl.constexpr = 128 // WIDTH
     chunk = tl.program_id(0) % chunks
     head = tl.program_id(0) // chunks
-    tile = chunk * ROWS + tl.arange(0, ROWS)
     n = tl.arange(0, WIDTH)
-    k_tile, kind = kinds(
-        plan_ptr, stride_b, stride_h, stride_r, stride_c, ends_ptr, head // heads, head % heads, tile[:, None],
-        n[None, :], q_tiles, k_tiles, classes, class_rows, first_row, block_q, members, each, slots, ends_head, runs,
-    )  # fmt: skip
-    group = tl.reshape(tl.where(kind >= 0, 2 * k_tile + kind, -1), [128])
-    code = tl.where(codes > 0, tile[:, None] * codes + n[None, :], tile[:, None] + n[None, :] * 0)
-    code = tl.reshape(code, [128])
     order = tl.arange(0, 128)
-    same = (group[:, None] == group[None, :]) & (order[None, :] < order[:, None])
-    rank = tl.sum(same.to(tl.int32), 1)
-    at = group.to(tl.int64) * chunks + chunk
-    counts = counts_ptr + head.to(tl.int64) * counts_head
-    before = tl.load(counts + at - 1, mask=(group >= 0) & (at > 0), other=0)
-    tl.store(out_ptr + head.to(tl.int64) * out_head + begin + before + rank, code, mask=group >= 0)
+    counts = counts_ptr + head.to(tl.int64) * counts_head + chunk
+    for step in range(steps):
+        tile = (chunk * steps + step) * ROWS + tl.arange(0, ROWS)
+        k_tile, kind = kinds(
+            plan_ptr, stride_b, stride_h, stride_r, stride_c, ends_ptr, head // heads, head % heads, tile[:, None],
+            n[None, :], q_tiles, k_tiles, classes, class_rows, first_row, block_q, members, each, slots, ends_head,
+            runs,
+        )  # fmt: skip
+        group = tl.reshape(tl.where(kind >= 0, 2 * k_tile + kind, -1), [128])
+        code = tl.where(codes > 0, tile[:, None] * codes + n[None, :], tile[:, None] + n[None, :] * 0)
+        code = tl.reshape(code, [128])
+        same = (group[:, None] == group[None, :]) & (order[None, :] < order[:, None])
+        rank = tl.sum(same.to(tl.int32), 1)
+        at = counts + group.to(tl.int64) * chunks
+        # Not from the cache of a multiprocessor, which atomics pass by.
+        before = tl.load(at, mask=group >= 0, other=0, cache_modifier=".cg")
+        tl.store(out_ptr + head.to(tl.int64) * out_head + begin + before + rank, code, mask=group >= 0)
+        tl.debug_barrier()
+        tl.atomic_add(at, 1, mask=group >= 0, sem="relaxed")
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -219,5 +231,5 @@ def head_by_keys(
     there = k_tile < k_tiles
     for i in range(3):
         groups = (2 * k_tile + i).to(tl.int64)
-        before = tl.load(counts + groups * chunks - 1, mask=there & (groups > 0), other=0)
+        before = tl.load(counts + groups * chunks, mask=there, other=0)
         tl.store(out + i, begin + before, mask=there)

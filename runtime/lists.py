@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attndsl.runtime.build import KernelSource, compile_kernel, parameters
 from attndsl.runtime.call import device_target
@@ -25,6 +26,8 @@ Maker: TypeAlias = Callable[[Tensor], Tensor]
 MAX_WIDTH = 128
 # In the place of a width, for kernels of maps.
 _MAP = 0
+# Chunks of a head: with more of them for more tokens, counts of each group in each would grow as their square.
+MAX_CHUNKS = 512
 # Counts that a head may have: of key tiles and kinds, for each chunk.
 MAX_COUNTS = 1 << 24
 # Numbers that torch adds up in one row: it gives a row to one block of threads.
@@ -36,20 +39,22 @@ def width_of(entries: int) -> int:
     return max(2, 1 << max(0, entries - 1).bit_length())
 
 
-def chunks_of(q_tiles: int, entries: int) -> int:
-    """Chunks of query tiles with so many entries each."""
-    return -(-q_tiles // (MAX_WIDTH // width_of(entries)))
+def chunks_of(q_tiles: int, entries: int) -> tuple[int, int]:
+    """Chunks of query tiles with so many entries each, and steps in which a program goes over its own."""
+    steps = -(-q_tiles // (MAX_WIDTH // width_of(entries)))
+    each = max(1, -(-steps // MAX_CHUNKS))
+    return -(-steps // each), each
 
 
 def sums_of(counts: Tensor, chunks: int) -> Tensor:
-    """The sums of counts up to each, int32 [batch, heads, groups * chunks]: where that is long, first of each group."""
+    """The sums of the counts before each, and of all, int32 [batch, heads, groups * chunks + 1]: where that is long,
+    first of each group."""
     if counts.shape[-1] <= LONG:
-        return counts.cumsum(-1, dtype=torch.int32)
+        return pad(counts.cumsum(-1, dtype=torch.int32), (1, 0))
     sums = counts.unflatten(-1, (-1, chunks)).cumsum(-1, dtype=torch.int32)
     of_groups = sums[..., -1:].clone()
     sums += of_groups.cumsum(-2, dtype=torch.int32) - of_groups
-    found: Tensor = sums.flatten(-2)
-    return found
+    return pad(sums.flatten(-2), (1, 0))
 
 
 def by_queries(plan: Tensor, ends: Tensor, sizes: dict[str, int]) -> Maker:
@@ -77,21 +82,23 @@ def by_keys(plan: Tensor, ends: Tensor, sizes: dict[str, int], head: int, codes:
     the beginning; up to `head` numbers left open; the entries. codes: as in `place_by_keys`."""
     batch, heads = plan.shape[:2]
     q_tiles, k_tiles, entries = sizes["q_tiles"], sizes["k_tiles"], sizes["slots"] * sizes["each"]
-    chunks, width = chunks_of(q_tiles, entries), width_of(entries)
+    (chunks, steps), width = chunks_of(q_tiles, entries), width_of(entries)
     counted, size = (batch, heads, 2 * k_tiles * chunks), (batch, heads, head + q_tiles * entries)
-    given = {"counts_ptr": torch.int32, "counts_head": counted[2], "chunks": chunks, **_given(plan, ends, sizes)}
-    given |= {"out_ptr": torch.int32, "out_head": size[2], "begin": head, "codes": codes, "blocks": -(-k_tiles // 128)}
-    grid = batch * heads * chunks
-    count, place = (_ready(name, width, grid, plan.device, given) for name in ("count_by_keys", "place_by_keys"))
+    given: dict[str, Any] = {"counts_ptr": torch.int32, "counts_head": counted[2], "chunks": chunks, "steps": steps}
+    given |= _given(plan, ends, sizes)
+    count = _ready("count_by_keys", width, batch * heads * chunks, plan.device, given)
+    given = given | {"counts_head": counted[2] + 1, **_placing(size[2], k_tiles, head, codes)}
     heading = _ready("head_by_keys", width, batch * heads * given["blocks"], plan.device, given)
+    place = _ready("place_by_keys", width, batch * heads * chunks, plan.device, given)
 
     def make(plan: Tensor) -> Tensor:
         counts = torch.zeros(counted, dtype=torch.int32, device=plan.device)
         count(plan_ptr=plan, ends_ptr=ends, counts_ptr=counts)
         sums = sums_of(counts, chunks)
         out = torch.empty(size, dtype=torch.int32, device=plan.device)
-        place(plan_ptr=plan, ends_ptr=ends, counts_ptr=sums, out_ptr=out)
+        # In this order: the second adds to the sums.
         heading(counts_ptr=sums, out_ptr=out)
+        place(plan_ptr=plan, ends_ptr=ends, counts_ptr=sums, out_ptr=out)
         return out
 
     return make
@@ -123,10 +130,11 @@ def map_by_keys(
     counted = (batch, heads, 2 * k_tiles * chunks)
     size = (batch, heads, head + q_tiles * sizes["slots"] * sizes["each"])
     given: dict[str, Any] = {"counts_ptr": torch.int32, "counts_head": counted[2], "chunks": chunks}
-    given |= {"out_ptr": torch.int32, "out_head": size[2], "begin": head, "codes": codes, "blocks": -(-k_tiles // 128)}
     given |= _given(plan, ends, sizes | reading)
     grid = batch * heads * chunks * -(-k_tiles // 16)
-    count, place = (_ready(f"{name}_map_by_keys", _MAP, grid, plan.device, given) for name in ("count", "place"))
+    count = _ready("count_map_by_keys", _MAP, grid, plan.device, given)
+    given = given | {"counts_head": counted[2] + 1, **_placing(size[2], k_tiles, head, codes)}
+    place = _ready("place_map_by_keys", _MAP, grid, plan.device, given)
     heading = _ready("head_by_keys", MAX_WIDTH, batch * heads * -(-k_tiles // 128), plan.device, given)
 
     def make(plan: Tensor) -> Tensor:
@@ -155,6 +163,13 @@ def _given(plan: Tensor, ends: Tensor, sizes: dict[str, int]) -> dict[str, Any]:
     lead = (0 if size == 1 else stride for size, stride in zip(ends.shape[:2], ends.stride()[:2], strict=True))
     found |= dict(zip(("ends_batch", "ends_head"), lead, strict=True))
     return found | {"runs": ends.shape[3]} | sizes
+
+
+def _placing(size: int, k_tiles: int, head: int, codes: int) -> dict[str, Any]:
+    """What kernels are given that write entries of key tiles, `size` numbers a head."""
+    return {
+        "out_ptr": torch.int32, "out_head": size, "begin": head, "codes": codes, "blocks": -(-k_tiles // 128),
+    }  # fmt: skip
 
 
 def _ready(function: str, width: int, grid: int, device: torch.device, given: dict[str, Any]) -> Callable[..., None]:

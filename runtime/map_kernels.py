@@ -185,7 +185,7 @@ def place_map_by_keys(
     begin,
     codes,
 ):
-    """Write a chunk's query tiles to their places: counts are sums by now, of all before and of the group itself.
+    """Write a chunk's query tiles to their places: counts are sums by now, of all before the chunk and its group.
 
     codes: an entry is written as query tile * codes + key tile (0: as the query tile).
     """
@@ -204,7 +204,6 @@ def place_map_by_keys(
     out = out_ptr + head.to(tl.int64) * out_head + begin
     for i in tl.static_range(2):
         mine = (kind == i).to(tl.int32)
-        at = (2 * k_tile + i).to(tl.int64) * chunks + chunk
-        counts = counts_ptr + head.to(tl.int64) * counts_head + at - 1
-        before = tl.load(counts, mask=(k_tile < k_tiles) & (at > 0), other=0)
+        counts = counts_ptr + head.to(tl.int64) * counts_head + (2 * k_tile + i).to(tl.int64) * chunks + chunk
+        before = tl.load(counts, mask=k_tile < k_tiles, other=0)
         tl.store(out + before + tl.cumsum(mine, 0) - 1, code, mask=kind == i)

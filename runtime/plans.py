@@ -107,7 +107,7 @@ class Listing:
             return False
         if isinstance(self.d, TileList) and (self.d.marks or self.d.stride > 1):
             return False
-        counts = 2 * self.k_tiles * lists.chunks_of(self.ends.shape[2], entries)
+        counts = 2 * self.k_tiles * lists.chunks_of(self.ends.shape[2], entries)[0]
         return self.plan.device.type == "cuda" and self.k_tiles > 0 and counts <= lists.MAX_COUNTS
 
     @property

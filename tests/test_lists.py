@@ -80,8 +80,9 @@ def test_kernels_make_what_torch_makes(name: str, slots: int, apart: int, seed: 
     expected = listed(found, DECL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Listing, "by_kernels", True)
-        # Sums of long rows are made group by group.
+        # Sums of long rows are made group by group, and few chunks go over their query tiles in several steps.
         patch.setattr(lists, "LONG", seed % 2 << 15)
+        patch.setattr(lists, "MAX_CHUNKS", 1 + seed // 2 % 3)
         made = listed(found, DECL)
     assert made.shape == expected.shape
     assert said(found, made) == said(found, expected)
@@ -127,4 +128,6 @@ def random_map(name: str, batches: int, apart: int, seed: int) -> Listing:
 
 def test_widths() -> None:
     assert [lists.width_of(n) for n in (1, 2, 3, 9, 128)] == [2, 2, 4, 16, 128]
-    assert lists.chunks_of(100, 9) == 13
+    assert lists.chunks_of(100, 9) == (13, 1)
+    # Four times the query tiles, as many chunks: counts grow with key tiles alone.
+    assert [lists.chunks_of(n << 10, 16) for n in (4, 16, 64, 256)] == [(512, 1), (512, 4), (512, 16), (512, 64)]
