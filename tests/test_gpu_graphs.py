@@ -253,3 +253,47 @@ def test_a_graph_of_training_steps_replays_on_new_contents() -> None:
     torch.cuda.synchronize()
     for found, again in zip(captured, gradients(), strict=True):
         assert torch.equal(found, again)
+
+
+# Parameters, and the sizes of inputs.
+ROUTED: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
+    "moba": ({"block": 64, "n": 3}, {}),
+    "nsa": ({"block": 16, "n": 4, "span": 40}, {"gate": (1, 8, 1000, 3)}),
+    "xattention": ({"block": 64, "stride": 16}, {}),
+    "hsa": ({}, {"summary": (1, 2, 16, 64)}),
+}
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_a_graph_of_routed_training_steps_replays_on_new_contents(name: str) -> None:
+    """Choice, lists, views, branches and all gradients, in one graph. It is replayed before it is compared: a plan of
+    the contents that it was captured with would show."""
+    params, sizes = ROUTED[name]
+    attn = attndsl.compile(f"examples/patterns/{name}.attn", **params)
+    q, k, v = tensors(1, 8, 1000, 64)
+    leaves = [q, k[:, :2].contiguous(), v[:, :2].contiguous()]
+    inputs: dict[str, Any] = {
+        name: torch.randn(size, device="cuda", dtype=torch.bfloat16) for name, size in sizes.items()
+    }
+    leaves += inputs.values()
+    for x in leaves:
+        x.requires_grad_()
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        out = attn(*leaves[:3], **inputs)
+        return torch.autograd.grad(out.float().square().sum(), leaves, allow_unused=True, materialize_grads=True)
+
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(side):
+        gradients()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients()
+    with torch.no_grad():
+        for x in leaves:
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.cuda.synchronize()
+    for found, again in zip(captured, gradients(), strict=True):
+        assert torch.equal(found, again)
