@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from attndsl.asking import asked, batch_of, check_names, check_plain, checked, known
+from attndsl.asking import arguments, asked, batch_of, check_names, check_plain, checked, known
 
 # Imported here and not when first used: importing a submodule sets the package's attribute of its name, and
 # `attndsl.compare` is the function below.
@@ -319,7 +319,7 @@ class Attention:
 
         check_names(own_program(self.program), inputs)
         tensors = {name: inputs[name] for name in self._inputs}
-        args = {name: inputs[name] for name in self.program.args}
+        args = arguments(self.program, inputs)
         q, k, v = scaled(q, k, v, scales)
         tensors |= oracle_plans(self.program, q, k, tensors, args, scale, plans or {})
         found = reference(self.program, q, k, v, tensors, args, scale, return_lse, known(dropout, seed, q.device))

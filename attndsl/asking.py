@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from attndsl.diagnostics import PatternError, error
 from attndsl.plans import own_program
 from attndsl.program import Axis, CallShape, InputDecl, Program
+from attndsl.widths import check_argument
 
 _Answer = TypeVar("_Answer")
 
@@ -68,7 +70,24 @@ def known(program: Program, given: Mapping[str, Any]) -> tuple[dict[str, Any], d
         for decl in program.inputs
         if decl.name in given
     }
-    return arrays, {name: int(given[name]) for name in program.args if name in given}
+    return arrays, arguments(program, given)
+
+
+def arguments(program: Program, given: Mapping[str, Any]) -> dict[str, int]:
+    """The runtime ints among what is given. Raises `PatternError` (A516) for what is none, or too large for kernels."""
+    found = {}
+    for name in program.args:
+        if name in given:
+            try:
+                found[name] = operator.index(given[name])
+            except TypeError:
+                raise not_an_int(name, given[name]) from None
+            check_argument(program, name, found[name])
+    return found
+
+
+def not_an_int(name: str, value: object) -> PatternError:
+    return error("A516", f"`{name}` is a runtime int, not {repr(value)[:40]}", help="pass a Python int")
 
 
 def _plan_array(plan: Any, decl: InputDecl) -> Any:

@@ -192,7 +192,7 @@ class Decoder:
         )  # fmt: skip
         if backend == "gluon":
             raise error("A510", "decode has no Hopper lowering of its own", help="leave `backend` out")
-        if self.engine.choose(backend, spec) == "cpu":
+        if self.engine.choose(backend, spec, shape.k_len) == "cpu":
             from attndsl.runtime.cpu_decode import prepare_decode as prepare_on_cpu
 
             return prepare_on_cpu(part_programs(program), spec, call, inputs, self.generators.cpu, self.tiling)

@@ -26,6 +26,7 @@ from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_
 from attndsl.runtime.dropout import Dropout
 from attndsl.runtime.entries import all_view_places, check_entries
 from attndsl.runtime.pieces import in_turn
+from attndsl.widths import LARGEST, check_tokens
 
 if TYPE_CHECKING:
     from attndsl.combining import CombinePlan
@@ -270,7 +271,7 @@ class Engine:
         program, spec = self.program_of(scale), replace(self.spec_of(q, k, v, inputs, scale), dropout=drops)
         if not k.shape[2]:
             inputs = self._readable(inputs)
-        if self.choose(backend, spec) == "cpu":
+        if self.choose(backend, spec, max(q.shape[2], k.shape[2])) == "cpu":
             from attndsl.runtime.cpu import CpuForward
 
             plans = forward_plans(program, replace(spec, lists=False, backend=Backend.CPU), self.tiling)
@@ -322,7 +323,7 @@ class Engine:
         program, spec = self.program_of(scale), replace(self.spec_of(q, k, v, inputs, scale), dropout=drops)
         if not k.shape[2]:
             inputs = self._readable(inputs)
-        if self.choose(backend, spec) == "cpu":
+        if self.choose(backend, spec, max(q.shape[2], k.shape[2])) == "cpu":
             from attndsl.runtime import cpu_backward
 
             tilings = None if self.tiling is None else (self.tiling, self.tiling)
@@ -379,8 +380,9 @@ class Engine:
             maps=maps_call(self.program, shape), all_rows=shape.rows == shape.k_len and mixes(self.program),
         )  # fmt: skip
 
-    def choose(self, backend: str, spec: Spec) -> str:
-        """The backend of a call. Raises `PatternError` for one that does not exist, or does not run on the device."""
+    def choose(self, backend: str, spec: Spec, tokens: int) -> str:
+        """The backend of a call. Raises `PatternError` for one that does not exist, does not run on the device, or has
+        too few bits for the integers of a call of so many tokens."""
         if backend not in BACKENDS:
             raise error("A509", f"there is no backend {backend!r}", help=f"one of {', '.join(BACKENDS)}")
         target = spec.target
@@ -407,6 +409,7 @@ class Engine:
                 raise error(
                     "A508", "Triton's interpreter does not multiply bfloat16", help="convert to float16 or float32"
                 )
+            check_tokens(self.program, tokens)
         return backend
 
 
@@ -435,8 +438,10 @@ def _kind(
 
 
 def table_tensor(table: TableDecl, device: torch.device) -> Tensor:
-    """A compile-time table as a tensor of its declared shape."""
+    """A compile-time table as a tensor of its declared shape, of integers that no kernel for GPUs reads in 64 bits."""
     dtype = {Type.INT: torch.int32, Type.FLOAT: torch.float32, Type.BOOL: torch.bool}[table.type]
+    if table.type is Type.INT and any(not -LARGEST <= x <= LARGEST for x in table.values):
+        dtype = torch.int64
     return torch.tensor(table.values, dtype=dtype, device=device).reshape(table.shape)
 
 

@@ -78,7 +78,7 @@ class DirectLauncher:
         # Tables, which a kernel reads as long as it is launched.
         self._held = [x for x in template if isinstance(x, Tensor)]
         pointers: list[tuple[int, int]] = []
-        numbers: list[tuple[int, int]] = []
+        numbers: list[tuple[int, int, bool]] = []
         floats: list[tuple[int, int]] = []
         copies: list[tuple[int, int, Mapping[str, Any], Descriptor]] = []
         constants: list[int] = []
@@ -90,8 +90,10 @@ class DirectLauncher:
                     # A float lies in the first half of its eight bytes.
                     if type.startswith("fp"):
                         floats.append((2 * place, index))
+                    elif type.startswith("*"):
+                        pointers.append((place, index))
                     else:
-                        (pointers if type.startswith("*") else numbers).append((place, index))
+                        numbers.append((place, index, type.startswith("u")))
                     constants.append(0)
                 case Descriptor(index=index):
                     copies.append((place, index, next(described), x))
@@ -139,8 +141,8 @@ class DirectLauncher:
             parameters[place] = maps[call[index].data_ptr()]
         for place, index in self._floats:
             reals[place] = call[index]
-        for place, index in self._numbers:
-            cells[place] = _int32(call[index])
+        for place, index, unsigned in self._numbers:
+            cells[place] = _int32(call[index], unsigned)
         config.stream = torch._C._cuda_getCurrentRawStream(device)
         if status := self._run(config_at, self._function, parameters_at, None):
             launch_again(status, config_at, self._function, parameters_at, device)
@@ -165,9 +167,9 @@ class _Maps(dict[int, int]):
         return made.address
 
 
-def _int32(x: int) -> int:
-    """A runtime argument, or dropout's threshold, as a kernel takes it."""
-    if -(1 << 31) <= x < 1 << 32:
+def _int32(x: int, unsigned: bool) -> int:
+    """A runtime argument, or dropout's threshold (which is `unsigned`), as a kernel takes it."""
+    if (0 if unsigned else -(1 << 31)) <= x < 1 << (32 if unsigned else 31):
         return x
     raise error("A516", f"a runtime int has 32 bits, and {x} does not fit")
 

@@ -78,7 +78,8 @@ def prepare_observer(
     program = engine.program_of(scale)
     spec = engine.spec_of(q, k, v, inputs, scale)
     # Hopper's own kernels do not observe: the portable one does.
-    on_cpu = engine.choose("auto" if backend == "gluon" else backend, spec) == "cpu"
+    chosen = engine.choose("auto" if backend == "gluon" else backend, spec, max(q.shape[2], k.shape[2]))
+    on_cpu = chosen == "cpu"
     views = [part.view for part in program.only.parts]
     cells = tuple(cells_of(view, wanted) for view in views)
     plans = observe_plans(program, replace(spec, backend=Backend.CPU if on_cpu else Backend.TRITON), cells)

@@ -13,11 +13,13 @@ from torch.library import Library
 from torch.nn import Parameter
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from attndsl.asking import not_an_int
 from attndsl.diagnostics import PatternError, error
 from attndsl.program import CallShape, Program
 from attndsl.runtime.dropout import Dropout, check_rate, seed_tensor
 from attndsl.runtime.outputs import empty_gradient, empty_output, in_order_of
 from attndsl.runtime.registry import engine_of
+from attndsl.widths import check_argument
 
 _LIBRARY = Library("attndsl", "DEF")
 _LIBRARY.define(
@@ -80,9 +82,17 @@ def transformed() -> bool:
 
 
 def checked_values(key: str, inputs: Sequence[object], args: Sequence[object]) -> None:
-    """Raises `PatternError` for an input that is no tensor, or an argument that is no int."""
+    """Raises `PatternError` for an input that is no tensor, or an argument that is no int or too large for kernels."""
     if not all(isinstance(x, Tensor) for x in inputs) or not all(isinstance(x, int | torch.SymInt) for x in args):
         raise _misfit(engine_of(key).program, inputs, args)
+    if args and not torch.compiler.is_compiling():
+        _check_arguments(key, args)
+
+
+def _check_arguments(key: str, args: Sequence[Any]) -> None:
+    program = engine_of(key).program
+    for name, value in zip(program.args, args, strict=True):
+        check_argument(program, name, value)
 
 
 def _misfit(program: Program, inputs: Sequence[object], args: Sequence[object]) -> PatternError:
@@ -93,7 +103,7 @@ def _misfit(program: Program, inputs: Sequence[object], args: Sequence[object]) 
                 "A517", f"input `{decl.name}` is a tensor, not {repr(x)[:40]}", decl.span, help="pass torch.tensor(…)"
             )
     name, value = next((n, x) for n, x in zip(program.args, args, strict=True) if not isinstance(x, int))
-    return error("A516", f"`{name}` is a runtime int, not {repr(value)[:40]}", help="pass a Python int")
+    return not_an_int(name, value)
 
 
 def traced(tensors: tuple[Tensor, ...]) -> bool:
@@ -140,6 +150,9 @@ def _forward(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if args:
+        # A compiled graph knows them only now.
+        _check_arguments(key, args)
     return engine_of(key).forward(q, k, v, inputs, args, scale, backend, _dropout(dropout, seed))
 
 

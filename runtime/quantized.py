@@ -75,7 +75,7 @@ def prepare_quantized(
     program = engine.program_of(scale)
     wide = _stand_in(q), _stand_in(k), _stand_in(v)
     spec = replace(engine.spec_of(*wide, inputs, scale), dtype=DType.FLOAT8)
-    chosen = engine.choose(backend, spec)
+    chosen = engine.choose(backend, spec, max(q.shape[2], k.shape[2]))
     reason = "it is for the GPU" if chosen == "cpu" else _why_not(program, spec, aligned, q, k, v)
     if reason and backend == "gluon":
         raise error("A510", reason, help="leave `backend` out to attend in bfloat16")

@@ -141,6 +141,7 @@ WRONG: dict[str, Callable[[], object]] = {
     "A512": call(DOCUMENTS, Q, K, V, doc=IDS.to("meta")),
     "A513": call(DOCUMENTS, Q, K, V, doc=IDS[:, :3]),
     "A514": lambda: attndsl.compile("attention a(w : int[h]) { attend causal & window(w[h]) }", w=[1, 2, 3])(Q, K, V),
+    "A515": call("{ q * q * q <= 5 + k }", *(torch.empty(1, 1, 2048, 8) for _ in range(3)), backend="triton"),
     "A516": call("attention a(w : runtime int) { attend causal & window(w) }", Q, K, V, w=1.5),
     "A517": call(DOCUMENTS, Q, K, V, doc=[0, 1]),
     "A519": call("coarsen(causal, 64, fraction(0.1))", *(torch.empty(1, 1, 1 << 17, 8) for _ in range(3))),

@@ -1,0 +1,159 @@
+"""How large numbers may be for a program's integers to fit the 32 bits in which kernels for GPUs compute.
+
+A kernel serves all lengths, so what its integers come to is bounded by those of a call: for a program there is a
+longest call, and a largest runtime int. Past them a number would wrap and a mask be wrong in silence; such calls are
+refused. The CPU computes in 64 bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from attndsl.branches import factors
+from attndsl.diagnostics import error
+from attndsl.program import (
+    Arg,
+    Binary,
+    Call,
+    Compare,
+    Const,
+    If,
+    Program,
+    Read,
+    Scalar,
+    Table,
+    Type,
+    Unary,
+    Var,
+    children,
+    scalars,
+    walk,
+)  # fmt: skip
+
+LARGEST = (1 << 31) - 1
+# Batches and heads are never near 32 bits; what is multiplied with them may be.
+_SIZES = {"b": 1 << 20, "h": 1 << 12, "g": 1 << 12, "H": 1 << 12, "G": 1 << 12, "D": 256, "Dv": 256}
+# Runtime ints are allowed as much as leaves calls this long, where that is possible.
+_LONG = 1 << 22
+_ARGUMENTS = tuple(1 << bits for bits in (30, 24, 20, 16, 12, 8))
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """A program fits calls of at most `tokens` rows and keys, whose runtime ints lie within ±`argument` and the
+    integers of whose inputs within ±`tokens`; `tokens` is 0 where no call fits, since a number written does not."""
+
+    tokens: int
+    argument: int
+
+
+@functools.lru_cache(maxsize=256)
+def widths(program: Program) -> Widths:
+    """How large a call's numbers may be."""
+    tables = {x.name: max((abs(int(v)) for v in x.values), default=0) for x in program.tables if x.type is Type.INT}
+    roots = [e for e in _written(program) if any(x.type is Type.INT for x in walk(e))]
+
+    def longest(argument: int) -> int:
+        sizes = (1 << bits for bits in range(29, -1, -1))
+        return next((n for n in sizes if _Magnitudes(n, argument, tables).fit(roots)), 0)
+
+    found = Widths(0, _ARGUMENTS[0])
+    for argument in _ARGUMENTS if program.args else _ARGUMENTS[:1]:
+        found = Widths(longest(argument), argument)
+        if found.tokens >= _LONG:
+            break
+    return found
+
+
+def check_tokens(program: Program, tokens: int) -> None:
+    """Raises `PatternError` (A515) for a call of so many rows or keys that a kernel's integers could wrap."""
+    most = widths(program).tokens
+    if tokens > most:
+        what = f"calls of at most {most:,} tokens" if most else "no call"
+        raise error(
+            "A515", f"the integers of this pattern fit 32 bits in {what}, and this one has {tokens:,}", program.span,
+            help="GPUs compute in 32 bits: write smaller factors, or divide before multiplying",
+        )  # fmt: skip
+
+
+def check_argument(program: Program, name: str, value: int) -> None:
+    """Raises `PatternError` (A516) for a runtime int with which a kernel's integers could wrap."""
+    most = widths(program).argument
+    if not -most <= value <= most:
+        raise error(
+            "A516", f"`{name}` is {value:,}, and the runtime ints of this pattern lie within ±{most:,}", program.span,
+            help="their products and sums have to fit 32 bits",
+        )  # fmt: skip
+
+
+def _written(program: Program) -> Iterator[Scalar]:
+    """Every scalar that a kernel may compute."""
+    for branch in program.branches:
+        for part in branch.parts:
+            yield from scalars(part.pattern)
+        yield from (e for e in (branch.scale, branch.score, branch.sink, branch.weights) if e is not None)
+    for selection in program.selections:
+        yield from scalars(selection.among)
+        yield from () if selection.always is None else scalars(selection.always)
+    yield from () if program.output is None else factors(program.output)
+
+
+@dataclass(slots=True)
+class _Magnitudes:
+    """Bounds of integers where positions, lengths and integers of inputs are at most `tokens`.
+
+    Of a comparison it counts both sides together: the compiler moves terms from one to the other.
+    """
+
+    tokens: int
+    argument: int
+    tables: dict[str, int]
+
+    def fit(self, roots: list[Scalar]) -> bool:
+        """Whether no integer that is computed on the way passes 32 bits."""
+        memo: dict[int, int] = {}
+
+        def bound(e: Scalar) -> int:
+            found = memo.get(id(e))
+            if found is None:
+                operands = [bound(x) for x in children(e)]
+                found = memo[id(e)] = self._bound(e, operands) if _counts(e) else 0
+            return found
+
+        for e in roots:
+            bound(e)
+        return max(memo.values(), default=0) <= LARGEST
+
+    def _bound(self, e: Scalar, operands: list[int]) -> int:
+        match e:
+            case Const(value=value):
+                return abs(int(value))
+            case Var(name=name):
+                return _SIZES.get(name, self.tokens)
+            case Arg():
+                return self.argument
+            case Read():
+                return self.tokens
+            case Table(name=name):
+                return self.tables[name]
+            case Binary(op="*"):
+                return operands[0] * operands[1]
+            case Binary(op="//") | Unary():
+                return operands[0]
+            case Binary(op="%"):
+                return operands[1]
+            case Binary() | Compare():
+                return sum(operands)
+            case If():
+                return max(operands[1:])
+            case Call(function="bit_length"):
+                return 32
+            case _:
+                return max(operands, default=0)
+
+
+def _counts(e: Scalar) -> bool:
+    """Whether a scalar is an integer, or compares some."""
+    return e.type is Type.INT or (isinstance(e, Compare) and e.left.type is e.right.type is Type.INT)
