@@ -70,6 +70,12 @@ def drawn(hash, member, last_hash, last):
 
 
 @triton.jit
+def sigmoid(x):
+    """As Triton's own, which Gluon has not."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
 def tanh(x):
     """Hyperbolic tangent, accurate to float32 (near 0 by a polynomial: Cephes)."""
     z = x * x

@@ -79,7 +79,7 @@ TRITON = Dialect(
         "min": "tl.minimum", "max": "tl.maximum", "abs": "tl.abs", "clamp": "clamp", "bit_length": "bit_length",
         "mix64": "mix64", "drawn": "drawn",
         "is_power_of_two": "is_power_of_two", "exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "sqrt": "tl.sqrt",
-        "tanh": "tanh", "sigmoid": "tl.sigmoid", "softcap": "softcap",
+        "tanh": "tanh", "sigmoid": "sigmoid", "softcap": "softcap",
     },
     bitwise=True, select="tl.where", floor=("floor_div", "floor_mod"), infinity='float("inf")',
     real="({}).to(tl.float32)", language="tl",

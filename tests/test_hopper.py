@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ import triton
 from hypothesis import settings
 
 import attndsl
+from attndsl.codegen.prelude_helpers import prelude
+from attndsl.codegen.scalars import GLUON
 from attndsl.piece_plans import forward_plans
 from attndsl.plan import Backend
 from attndsl.runtime.gluon_backward import why_not
@@ -124,7 +127,7 @@ def test_the_kernel_of_all_gradients_is_for_hopper_alone() -> None:
 
 
 DIMS = [(64, 64), (8, 8), (40, 72), (80, 80), (96, 96), (64, 128), (192, 128), (192, 192), (256, 64), (256, 256)]
-WEIGHTS = "attention a { weights exp(-abs(s))\n attend causal & window(1024) }"
+WEIGHTS = "attention a { weights sigmoid(-abs(s))\n attend causal & window(1024) }"
 
 
 @offline
@@ -133,6 +136,15 @@ def test_head_dimensions_and_weights_compile() -> None:
     jobs = [Job("causal", "cuda:90", 96, "descriptor", hopper="forward", v_dim=72)]
     jobs += [Job(WEIGHTS, "cuda:90", 128, "descriptor", hopper="forward")]
     verify(jobs)
+
+
+def test_gluon_has_every_function() -> None:
+    """Of what expressions and the prelude call; what it lacks, the prelude brings."""
+    from triton.experimental.gluon import language as gl
+
+    spelled = " ".join(GLUON.functions.values()) + prelude("prelude.py", GLUON.functions.values()).replace("tl.", "gl.")
+    assert "sigmoid" in spelled
+    assert [name for name in re.findall(r"gl\.(\w+)", spelled) if not hasattr(gl, name)] == []
 
 
 def backends(text: str, whole: bool = True) -> list[str]:
