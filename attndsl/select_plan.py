@@ -42,6 +42,8 @@ class SelectPlan(Plan):
     share: int
     # Of a selection by `probs`: the condition under which a row sees the entry of a member.
     seen: Scalar | None
+    # Of a decode that ranks single keys: tokens of a page, None where those of a sequence lie together.
+    page: int | None = None
 
     def _further(self) -> tuple[Scalar, ...]:
         return tuple(e for e in (self.budget, self.forced, self.seen) if e is not None)
@@ -159,8 +161,11 @@ def select_plan(program: Program, selection: Selection, spec: Spec, tiling: Tili
     return replace(plan, program=with_needed(candidates, plan.inputs))
 
 
-def rank_plan(program: Program, selection: Selection, spec: Spec, most: int) -> SelectPlan | None:
-    """The kernels of a selection in a decode of caches with room for `most` members; None where it has none."""
+def rank_plan(
+    program: Program, selection: Selection, spec: Spec, most: int, page: int | None = None
+) -> SelectPlan | None:
+    """The kernels of a selection in a decode of caches with room for `most` members; None where it has none. page: as
+    in `SelectPlan`."""
     heads, keys = (spec.heads, spec.kv_heads), selection.keys
     if _why_not_ranked(program, selection, heads, ragged=True):
         return None
@@ -178,7 +183,7 @@ def rank_plan(program: Program, selection: Selection, spec: Spec, most: int) -> 
     plan = SelectPlan(
         candidates, replace(spec, backend=Backend.TRITON), tiling, TileRuns((), ()), mask, None, None, None, None,
         selection, forced, specialise(selection.rule.count, spec.sizes),
-        capacity(program, selection, heads, most), sharing(selection, heads), seen,
+        capacity(program, selection, heads, most), sharing(selection, heads), seen, page,
     )  # fmt: skip
     plan = replace(plan, program=with_needed(candidates, plan.inputs))
     # Maps of blocks are made in torch, and with them the choice.

@@ -36,7 +36,8 @@ class _Writer(KernelWriter):
     plan: SelectPlan
 
     def _candidates(self) -> list[str]:
-        own = ["seq_lens_ptr", "keys_ptr", "plan_ptr", "members", "stride_lens", "capacity"]
+        own = ["seq_lens_ptr", "page_table_ptr", "keys_ptr", "plan_ptr", "members", "stride_lens", "capacity"]
+        own += ["stride_table", "pages"]
         further = (name for name in super()._candidates() if name not in ("k_len", "entries"))
         return [*own, *further, "vector_share"]
 
@@ -83,11 +84,22 @@ class _Rank(_Writer):
         if any(dim.axis is Axis.K or (dim.axis is Axis.Q and dim.block > 1) for x in plan.inputs for dim in x.dims):
             lines.add("last_key = tl.maximum(k_len - 1, 0)")
         lines.add(f"dims = tl.arange(0, {width})")
-        for x in ("low", "high") if self.bound else ("vectors",):
+        there = "exists"
+        if plan.page is not None:
+            there = "(exists & (page >= 0) & (page < pages))"
             lines.add(
-                f"{x}_at = {x}_ptr + b.to(tl.int64) * stride_{x}b + (h // vector_share).to(tl.int64) * stride_{x}h",
-                f"{x}_at = {x}_at + member.to(tl.int64)[:, None] * stride_{x}n + dims[None, :]",
-                f"{x} = tl.load({x}_at, mask=exists[:, None]{padded}, other=0.0).to(tl.float32)",
+                "# A page that does not exist counts as zeros.",
+                "table_at = page_table_ptr + b.to(tl.int64) * stride_table",
+                f"page = tl.load(table_at + member // {plan.page}, mask=exists, other=-1).to(tl.int64)",
+            )
+        for x in ("low", "high") if self.bound else ("vectors",):
+            slot, place = f"b.to(tl.int64) * stride_{x}b", "member"
+            if plan.page is not None:
+                slot, place = f"page[:, None] * stride_{x}b", f"(member % {plan.page})"
+            lines.add(
+                f"{x}_at = {x}_ptr + {slot} + (h // vector_share).to(tl.int64) * stride_{x}h",
+                f"{x}_at = {x}_at + {place}.to(tl.int64)[:, None] * stride_{x}n + dims[None, :]",
+                f"{x} = tl.load({x}_at, mask={there}[:, None]{padded}, other=0.0).to(tl.float32)",
             )
         if plan.seen is not None:
             lines.add("factor = scale * 1.4426950408889634")

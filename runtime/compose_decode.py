@@ -20,6 +20,7 @@ from attndsl.runtime.call import check_inputs
 from attndsl.runtime.combine import Combiner, State
 from attndsl.runtime.decode import DecodeTensors, check_tensors
 from attndsl.runtime.decode_op import decode, in_order
+from attndsl.runtime.in_order import keys_in_order
 from attndsl.runtime.keep import Entries, check_entries, make_entries, update_entries
 from attndsl.runtime.ops import checked_values
 from attndsl.runtime.select_op import RaggedPlanner
@@ -78,16 +79,20 @@ class ComposedDecode:
         assert lse is not None
         view = self._programs[name][1].branches[0].parts[0].view
         if view is None:
-            return self.call.k, lse
+            return keys_in_order(self.call), lse
         assert isinstance(view, Given)
         at = self._input(self._programs[name][1].input(view.keys))
         return at.expand(self.call.shape.batch, self.call.shape.kv_heads, -1, -1), lse
 
     def members(self, name: str) -> list[Tensor]:
-        """What a selection's members are ranked by of the cache, in the order of its vectors."""
+        """What a selection's members are ranked by of the cache, in the order of its vectors: single keys where they
+        lie, unless they are of 8 bits."""
         found = []
         for each in kept_by(self.program.selection(name)):
-            found.append(self.call.k if each is None else self._entry(each.name)[0])
+            if each is not None:
+                found.append(self._entry(each.name)[0])
+            else:
+                found.append(keys_in_order(self.call) if self.call.cache.fp8 else self.call.k)
         return found
 
     def _input(self, decl: InputDecl) -> Tensor:

@@ -21,6 +21,7 @@ from attndsl.runtime.derive import Deriver
 from attndsl.runtime.derive_ragged import RaggedDeriver
 from attndsl.runtime.engine import table_tensor
 from attndsl.runtime.groups import Groups
+from attndsl.runtime.in_order import in_one_piece
 from attndsl.runtime.keep import update_in_torch
 from attndsl.runtime.masses import leading, pooled_members
 from attndsl.runtime.strips import STRIP, Ragged, Strips
@@ -54,8 +55,10 @@ class Selector:
     printer: Callable[[SelectPlan], str] | None = None
     # A decode: sequences have lengths of their own, and the shape's is the most that one may have. Of q's dtype, where
     # kernels may choose.
+    # Where it ranks single keys, they may lie in pages of `page` tokens.
     ragged: bool = False
     dtype: torch.dtype | None = None
+    page: int | None = None
     capacity: int = field(init=False)
     budgets: Tensor | None = field(init=False, default=None)
     tables: dict[str, Tensor] = field(init=False)
@@ -98,7 +101,7 @@ class Selector:
             from attndsl.runtime.triton_rank import TritonRank
 
             self.rank = TritonRank.of(
-                self.program, selection, shape, self.dtype, self.device, self.members, self.printer
+                self.program, selection, shape, self.dtype, self.device, self.members, self.printer, self.page
             )
         fused = self.printer is not None and not self.ragged and not why_not_fused(self.program, selection, heads)
         if self.rank is None and not fused:
@@ -183,6 +186,8 @@ class Selector:
         """The same of a decode: what is kept of keys, or what inputs hold, of the tokens that a sequence has."""
         if v.source == KEYS:
             x = self._ranked(v, ragged, inputs)
+            if ragged.page_table is not None and of_members(self.selection, v) is None:
+                x = in_one_piece(x, ragged.page_table)
             return x.to(torch.promote_types(x.dtype, torch.float32))
         given = inputs[[decl.name for decl in self.program.inputs].index(v.source)]
         if v.pool is None:
@@ -211,7 +216,8 @@ class Selector:
             vectors = (
                 [keys] if keys is not None else [self._ranked(v, ragged, inputs) for v in vectors_of(self.selection)]
             )
-            self.rank(plan, q, vectors, ragged.seq_lens, inputs, args, scale, lse)
+            table = None if self.page is None else ragged.page_table
+            self.rank(plan, q, vectors, ragged.seq_lens, table, inputs, args, scale, lse)
             return plan
         if self.among is None:
             self._fused(plan, q, k, inputs, args, scale, state)

@@ -34,7 +34,8 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "select_ragged(str program, str selection, Tensor q, Tensor seq_lens, int kv_heads, SymInt capacity, "
-    "Tensor[] members, Tensor[] inputs, SymInt[] args, float? scale, Tensor? keys=None, Tensor? lse=None) -> Tensor"
+    "Tensor[] members, Tensor? page_table, Tensor[] inputs, SymInt[] args, float? scale, Tensor? keys=None, "
+    "Tensor? lse=None) -> Tensor"
 )
 # What `probs` reads of a branch: its keys [B, Hkv, keys, D], and the lse [B, Hq, rows] that it had.
 State: TypeAlias = tuple[Tensor, Tensor]
@@ -135,7 +136,7 @@ class RaggedPlanner:
         return as_input(self.plan(name), plan_input(self.program.selection(name)))
 
     def _made(self, selection: Selection) -> Tensor:
-        if reason := _why_not_ragged(self.program, selection, self.call):
+        if reason := _why_not_ragged(selection):
             raise error(
                 "A561", f"decode takes what `{selection.name}` chooses as a plan: {reason}", selection.span,
                 help=f"pass plans={{'{selection.name}': …}}",
@@ -146,28 +147,25 @@ class RaggedPlanner:
         if isinstance(selection.score, Probs):
             keys, lse = self.state(selection.score.branch)
         inputs = [*self.inputs, *read]
+        # Single keys are ranked where they lie, those of 8 bits in a copy.
+        in_pages = None in kept_by(selection) and not call.cache.fp8
         make = torch.ops.attndsl.select_ragged if traced((call.q, *inputs)) else _select_ragged
         made: Tensor = make(
             self.key, selection.name, call.q, call.seq_lens, call.k.shape[1], call.capacity,
-            self.members(selection.name), inputs, self.args, self.scale, keys, lse,
+            self.members(selection.name), call.page_table if in_pages else None, inputs, self.args, self.scale, keys,
+            lse,
         )  # fmt: skip
         return made
 
 
-def _why_not_ragged(program: Program, selection: Selection, call: DecodeTensors) -> str:
+def _why_not_ragged(selection: Selection) -> str:
     """Why a decode does not choose itself, empty where it does."""
     if selection.rows not in (1, None):
         return "it chooses for blocks of rows"
     if selection.together:
         return "all rows of a sequence compete"
-    single = None in kept_by(selection)
-    if isinstance(selection.score, Probs):
-        if selection.rows is None:
-            return "it ranks by the probabilities of all rows"
-        single = any(part.view is None for part in program.named(selection.score.branch).parts)
-    if single and (call.page_table is not None or call.k.dtype != call.q.dtype):
-        what = "pages" if call.page_table is not None else "8 bits"
-        return f"it ranks single keys, and those of a cache in {what} would be copied at each step"
+    if isinstance(selection.score, Probs) and selection.rows is None:
+        return "it ranks by the probabilities of all rows"
     return ""
 
 
@@ -266,12 +264,13 @@ def _select(
 
 def _select_ragged(
     key: str, name: str, q: Tensor, seq_lens: Tensor, kv_heads: int, capacity: int, members: Sequence[Tensor],
-    inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, keys: Tensor | None = None,
-    lse: Tensor | None = None,
+    page_table: Tensor | None, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+    keys: Tensor | None = None, lse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     shape = _ragged_shape(q, kv_heads, capacity)
     given = tuple((x.shape, x.dtype) for x in inputs)
-    kind = ("ragged", key, name, shape, q.dtype, q.device, *given)
+    page = None if page_table is None else members[0].shape[2]
+    kind = ("ragged", key, name, shape, page, q.dtype, q.device, *given)
     selector = _KEPT.get(kind)
     if selector is None:
         program = engine_of(key).program
@@ -284,9 +283,11 @@ def _select_ragged(
         like = [torch.empty_like(x, device="meta") for x in inputs]
         ranks = q.is_cuda and q.dtype != torch.float64
         printer = engine_of(key).generators.triton_rank if ranks else None
-        selector = _KEPT[kind] = Selector(seen, selection, shape, q.device, like, printer, ragged=True, dtype=q.dtype)
+        selector = _KEPT[kind] = Selector(
+            seen, selection, shape, q.device, like, printer, ragged=True, dtype=q.dtype, page=page
+        )
     names = [KEYS if each is None else each.name for each in kept_by(selector.selection)]
-    ragged = Ragged(seq_lens, capacity, dict(zip(names, members, strict=True)))
+    ragged = Ragged(seq_lens, capacity, dict(zip(names, members, strict=True)), page_table)
     with torch.no_grad():
         return selector(q, q, inputs, args, scale, None if keys is None or lse is None else (keys, lse), ragged)
 

@@ -51,11 +51,12 @@ _LARGEST = 3.0e38
 @dataclass(frozen=True, slots=True)
 class Ragged:
     """What differs in a decode: int32 lengths [B], of caches with room for `capacity` tokens, and vectors of members
-    that are kept, by their names."""
+    that are kept, by their names. `page_table`: where the keys themselves are among these and lie in pages."""
 
     seq_lens: Tensor
     capacity: int
     members: Mapping[str, Tensor]
+    page_table: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:

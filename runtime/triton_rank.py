@@ -41,24 +41,25 @@ class TritonRank:
     @classmethod
     def of(
         cls, program: Program, selection: Selection, shape: CallShape, q: torch.dtype, device: torch.device,
-        members: int, printer: Callable[[SelectPlan], str],
+        members: int, printer: Callable[[SelectPlan], str], page: int | None = None,
     ) -> TritonRank | None:  # fmt: skip
-        """None where a decode's choice has no kernels."""
+        """None where a decode's choice has no kernels. page: as in `SelectPlan`."""
         if shape.rows > MOST_ROWS:
             return None
         dtype = dtype_of(torch.empty(0, dtype=q))
         spec = Spec(shape.heads, shape.kv_heads, shape.dim, shape.v_dim, dtype, device_target(device))
-        plan = rank_plan(program, selection, spec, members)
+        plan = rank_plan(program, selection, spec, members, page)
         return None if plan is None else cls(plan, program, shape, printer)
 
     def __call__(
-        self, into: Tensor, q: Tensor, vectors: Sequence[Tensor], seq_lens: Tensor, inputs: Sequence[Tensor],
-        args: Sequence[int], scale: float | None, lse: Tensor | None,
+        self, into: Tensor, q: Tensor, vectors: Sequence[Tensor], seq_lens: Tensor, page_table: Tensor | None,
+        inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, lse: Tensor | None,
     ) -> None:  # fmt: skip
         """Writes the plan int32 [B, lists, rows, capacity].
 
         vectors: of the members, [B or 1, heads, members, D] of any dtype, or what bounds them, two of these; for
-        `probs` the branch's keys. lse: what that branch had, float32 [B, Hq, rows].
+        `probs` the branch's keys. With a page table the members are keys, in pools of pages. lse: what that branch
+        had, float32 [B, Hq, rows].
         """
         members = -(-self.shape.k_len // self.plan.selection.keys)
         if not into.numel() or not members:
@@ -67,19 +68,21 @@ class TritonRank:
         vectors = [x if x.stride(-1) == 1 else x.contiguous() for x in vectors]
         keys = torch.empty(*into.shape[:3], members, dtype=torch.int32, device=q.device)
         kind = (
-            q.stride(), seq_lens.stride(), *((x.shape, x.stride(), x.dtype) for x in vectors),
+            q.stride(), seq_lens.stride(), None if page_table is None else (page_table.shape, page_table.stride()),
+            *((x.shape, x.stride(), x.dtype) for x in vectors),
             *((x.shape, x.stride(), x.dtype) for x in inputs),
         )  # fmt: skip
         if kind not in self._prepared:
-            self._prepared[kind] = self._prepare(members, q, vectors, seq_lens, inputs)
+            self._prepared[kind] = self._prepare(members, q, vectors, seq_lens, page_table, inputs)
         scale = self.scale if scale is None else scale
-        values = (q, vectors[0], vectors[-1], keys, lse, scale, *inputs, *args, seq_lens, into)
+        values = (q, vectors[0], vectors[-1], keys, lse, scale, *inputs, *args, seq_lens, into, page_table)
         for launch in self._prepared[kind]:
             launch(values)
 
     def _prepare(
-        self, members: int, q: Tensor, vectors: Sequence[Tensor], seq_lens: Tensor, inputs: Sequence[Tensor]
-    ) -> tuple[Callable[[Sequence[Any]], None], ...]:
+        self, members: int, q: Tensor, vectors: Sequence[Tensor], seq_lens: Tensor, page_table: Tensor | None,
+        inputs: Sequence[Tensor],
+    ) -> tuple[Callable[[Sequence[Any]], None], ...]:  # fmt: skip
         plan, shape = self.plan, self.shape
         first = INPUTS + len(inputs) + len(plan.program.args)
         sources: dict[str, Any] = {
@@ -90,6 +93,11 @@ class TritonRank:
             **{f"stride_q{axis}": q.stride(i) for i, axis in enumerate("bhn")},
             **program_sources(plan, shape, inputs, q.device),
         }  # fmt: skip
+        if page_table is not None:
+            sources |= {
+                "page_table_ptr": Slot(first + 2, "*i32"), "stride_table": page_table.stride(0),
+                "pages": vectors[0].shape[0],
+            }  # fmt: skip
         names = ("low", "high") if len(vectors) > 1 else ("vectors",)
         for i, (name, x) in enumerate(zip(names, vectors, strict=True)):
             sources[f"{name}_ptr"] = Slot(1 + i, POINTER[x.dtype])

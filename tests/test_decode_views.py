@@ -182,9 +182,9 @@ def system(name: str, rows: int, dtype: torch.dtype) -> Sequences:
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_systems(name: str, rows: int) -> None:
-    """Choices of float64 are the oracle's: those of single keys over a contiguous cache, the others over pages too."""
+    """Choices of float64 are the oracle's, over pages too."""
     of = system(name, rows, torch.float64)
-    for page in (None,) if name == "token_select" else (None, 4):
+    for page in (None, 4):
         cache = of.cache(page)
         of.check(of.attn.decode(of.q, *cache, views=of.attn.views(*cache), **of.inputs), None)
 
@@ -261,7 +261,7 @@ def test_random_selections(selection: str, pattern: str, lengths: list[int], row
     oracle's."""
     attn = attndsl.compile(pattern.format(selection))
     of = Sequences(attn, lengths, rows, seed=seed, dims=(8, 8))
-    cache = of.cache(None if "of = tokens" in selection or seed % 2 else 8)
+    cache = of.cache(None if seed % 2 else 8)
     views = attn.views(*cache)
     plans = attndsl.serving.plan(attn, of.q, *cache, views=views)
     of.check(attn.decode(of.q, *cache, views=views), None, plans)

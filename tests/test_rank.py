@@ -17,6 +17,7 @@ from attndsl.runtime.select import Selector
 from attndsl.runtime.strips import Ragged
 from attndsl.runtime.triton_launch import INTERPRETED
 from attndsl.selection import Probs
+from tests.decoding import paged
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter"),
@@ -30,25 +31,29 @@ BLOCKS = "blocks(8), among = causal"
 
 def both(
     text: str, heads: tuple[int, int], rows: int, lengths: list[int], capacity: int = 96, dim: int = 16, seed: int = 0,
-    dtype: torch.dtype = torch.float32, **inputs: Tensor,
+    dtype: torch.dtype = torch.float32, page: int | None = None, **inputs: Tensor,
 ) -> Tensor:  # fmt: skip
     """The plan of both ways for a decode of the program's one selection."""
     attn, generator = attndsl.compile(text), torch.Generator().manual_seed(seed)
     sizes = [(heads[0], rows), (heads[1], capacity), (heads[1], capacity)]
     q, k, v = (torch.randn(len(lengths), *size, dim, generator=generator).to(dtype) for size in sizes)
-    call = in_order(q, k, v, torch.tensor(lengths, dtype=torch.int32), None, "hnd")
+    k, v, table = (k, v, None) if page is None else paged(k, v, page)
+    call = in_order(q, k, v, torch.tensor(lengths, dtype=torch.int32), table, "hnd")
+    capacity = call.capacity
     program, (selection,) = attn.program, attn.program.selections
     given = [inputs[name] for name in attn._inputs]
     composed = (program, attn._key, attn._composition, attn._parts)
     of = ComposedDecode(*composed, call, given, [], None, "cpu", {}, None)
     state = of.state(selection.score.branch) if isinstance(selection.score, Probs) else None
     names = [KEYS if each is None else each.name for each in kept_by(selection)]
-    ragged = Ragged(call.seq_lens, capacity, dict(zip(names, of.members(selection.name), strict=True)))
+    members = dict(zip(names, of.members(selection.name), strict=True))
+    ragged = Ragged(call.seq_lens, capacity, members, table if KEYS in names else None)
     shape, found = CallShape(len(lengths), *heads, rows, capacity, dim, dim), []
     for printer in (rank_source, None):
         selector = Selector(
-            of_selection(program, selection), selection, shape, CPU, given, printer, ragged=True, dtype=dtype
-        )
+            of_selection(program, selection), selection, shape, CPU, given, printer, ragged=True, dtype=dtype,
+            page=page if KEYS in names else None,
+        )  # fmt: skip
         assert (selector.rank is None) == (printer is None)
         found.append(selector(q, q, given, [], None, state, ragged))
     assert torch.equal(*found)
@@ -72,6 +77,21 @@ def both(
 def test_chooses_what_the_strips_choose(choice: str, heads: tuple[int, int], rows: int, dim: int) -> None:
     text = f"attention t {{ plan sel = {choice} attend causal & sel }}"
     both(text, heads, rows, [96, 61, 1, 0, 200, -7], dim=dim)
+
+
+@pytest.mark.parametrize("page", [1, 5, 16, 256])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "top(20, tokens, share = group, among = causal, by = dot(Q, K), always = sink(3))",
+        "top(9, tokens, among = causal, by = bound(Q, min(K), max(K)))",
+        "top(3, blocks(8), among = causal, by = dot(Q, max(K)), share = group)",
+    ],
+)
+def test_over_pages(choice: str, page: int) -> None:
+    """Single keys are ranked where they lie."""
+    text = f"attention t {{ plan sel = {choice} attend causal & sel }}"
+    both(text, (4, 2), 2, [96, 61, 1, 0, 200], page=page)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
