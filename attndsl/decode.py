@@ -59,14 +59,11 @@ _FEW, _MANY = 3, 16
 _LONG_SLICE = 32
 # Warps of a tile of few rows.
 _FEW_WARPS = 2
-# Where programs share rows by columns instead (RESULTS.md): columns of values at least, keys of a tile, and stages,
-# more in pages and in listed pages.
+# Where programs share rows by columns instead (RESULTS.md): columns of values at least, keys of a tile, and stages.
 _LEAST_COLUMNS = 64
-_WIDE_TILE, _STAGES, _STAGES_IN_PAGES, _STAGES_OF_LISTS = 128, 4, 6, 8
+_WIDE_TILE, _STAGES = 128, 4
 # Devices with as much shared memory as such a program takes.
 _ROOMY = ("80", "90", "100", "103")
-# A length at which a pattern that visits few tiles shows it.
-_FAR = 1 << 20
 # Query rows of a tile, the rows of all its heads together: products take 16 at least.
 _LEAST_ROWS, _MOST_ROWS = 16, 64
 # Up to so many rows a tile is masked while the next one is under way: full tiles need no loop of their own.
@@ -153,6 +150,12 @@ class DecodePlan(Plan):
             return False
         return any(isinstance(x, Read | Table | Call) or (isinstance(x, Binary) and x.op in ("%", "//")) for x in nodes)
 
+    @property
+    def ahead(self) -> bool:
+        """Whether where the keys of a tile lie in pages is looked up a turn of the loop before they are loaded."""
+        listed = any(run.list is not None for run in self.runs.full + self.runs.partial)
+        return self.cache.page is not None and self.view is None and not listed
+
     def units(self, batch: int, rows: int) -> int:
         """Tiles of queries in a call."""
         return -(-rows // self.tiling.block_q) * self.head_tiles * self.spec.kv_heads * batch
@@ -185,22 +188,12 @@ def decode_plan(
     plan = _plan(program, spec, rows, cache, split, _pack(spec, rows), tiling)
     if plan.pack > 1 and any(reads(x, "h") for x in run_scalars(plan.runs)):
         plan = _plan(program, spec, rows, cache, split, 1, tiling)
-    return plan if tiling is not None or spec.target == "cpu" else _for_short_slices(plan, rows)
-
-
-def _for_short_slices(plan: DecodePlan, rows: int) -> DecodePlan:
-    """Where few rows visit few tiles of pages at any length, with a shallow pipeline: filling a deep one takes longer
-    than it saves (RESULTS.md)."""
-    if plan.cache.page is None or plan.tiling.warps != _FEW_WARPS or most_tiles(plan, rows, _FAR) > _LONG_SLICE:
-        return plan
-    return replace(plan, tiling=replace(plan.tiling, stages=3))
+    return plan
 
 
 def _wide(plan: DecodePlan) -> Tiling:
     """The tiling of a program that is alone on its multiprocessor: few large tiles, several of them in flight."""
-    stages = _STAGES if plan.cache.page is None else _STAGES_IN_PAGES
-    stages = stages if plan.listing is None else _STAGES_OF_LISTS
-    return Tiling(plan.tiling.block_q * plan.pack, _WIDE_TILE, warps=4, stages=stages)
+    return Tiling(plan.tiling.block_q * plan.pack, _WIDE_TILE, warps=4, stages=_STAGES)
 
 
 def _pack(spec: Spec, rows: int) -> int:
@@ -309,9 +302,9 @@ def decode_tiling(
         return Tiling(block_q, block_k, warps=4, stages=1)
     # With 100 KB of shared memory one tile in flight leaves room for more programs.
     ahead = (1 if arch in ("86", "89") and parts == 1 else 2) + cache.fp8
-    # Where a page lies is loaded before the page, and before that the list: the pipeline is deeper for as many tiles in
-    # flight.
-    stages = 1 + ahead * (1 + (cache.page is not None) + (listed or by_data))
+    # A list is loaded before the keys that it lists, and what decides of keys by data before these: the pipeline is
+    # deeper for as many tiles in flight. Pages are looked up a turn ahead.
+    stages = 1 + ahead * (1 + ((listed and cache.page is None) or by_data))
     if before_hopper:
         return Tiling(block_q, block_k, warps=8 if block_q >= 64 or parts > 1 else 4, stages=stages)
     # The products of few rows are small: two warps wait for each other less than four, where registers suffice.

@@ -48,16 +48,17 @@ class Visits:
     def tile(self, i: str) -> str:
         """The tile of iteration `i`."""
         runs, label = self.runs, self.label
+        after = ["" if i == "0" else f" + {i}{_times(run)}" for run in runs]
         if len(runs) == 1:
-            return self._at(runs[0], f"{label}_first + {i}{_times(runs[0])}")
+            return self._at(runs[0], f"{label}_first{after[0]}")
         alike = len({run.step for run in runs}) == 1 and all(run.list is None for run in runs)
         choice = ""
         for n in reversed(range(len(runs))):
             value = f"{label}_base_{n}"
             if not alike:
-                value = self._at(runs[n], f"{value} + {i}{_times(runs[n])}")
+                value = self._at(runs[n], f"{value}{after[n]}")
             choice = f"{self.select}({i} < {label}_end_{n}, {value}, {choice})" if choice else value
-        return f"{choice} + {i}{_times(runs[0])}" if alike else choice
+        return f"{choice}{after[0]}" if alike else choice
 
     def _at(self, run: Run, place: str) -> str:
         """The tile at a place of a run: itself, or the entry of the run's list."""

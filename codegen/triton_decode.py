@@ -1,22 +1,18 @@
-"""The decode kernels in portable Triton: a slice of the keys of a sequence's last rows, and the merge of slices."""
+"""The decode kernels in portable Triton: a slice of the keys of a sequence's last rows."""
 
 from __future__ import annotations
 
 from attndsl.codegen.kernel import FULL, PARTIAL
 from attndsl.codegen.kernel_loops import Visits
-from attndsl.codegen.lines import Lines
 from attndsl.codegen.scalars import Printer
 from attndsl.codegen.triton_forward import ForwardWriter
+from attndsl.codegen.triton_merge import check_members, merge_slices
 from attndsl.decode import DecodePlan, Listing
 from attndsl.mask import KEY
 from attndsl.plan import Part, head_parts
 from attndsl.program import Axis, Binary, Scalar, Var, reads
 
 KERNEL = "attention_decode"
-MERGE = "merge_slices"
-CHECK = "check_members"
-# Slices that the merge reads at once, and entries of a plan that are checked at once.
-_MERGED, _CHECKED = 16, 256
 
 
 def decode_source(plan: DecodePlan) -> str:
@@ -45,8 +41,8 @@ class _Decode(ForwardWriter):
         where = where if self.plan.view is None else "the entries of a view"
         text = self.file(f"decode kernel over {where}, portable Triton")
         if self.plan.listing is not None:
-            text += "\n\n" + _check(self.plan)
-        return text + "\n\n" + _merge(self.plan) if self.plan.split else text
+            text += "\n\n" + check_members()
+        return text + "\n\n" + merge_slices(self.plan) if self.plan.split else text
 
     def _candidates(self) -> list[str]:
         given = ["part_ptr", "part_lse_ptr", "seq_lens_ptr", "page_table_ptr", "k_scale_ptr", "v_scale_ptr", "list_ptr"]
@@ -218,8 +214,14 @@ class _Decode(ForwardWriter):
             elif len(kinds) > 1:
                 end = f"tl.minimum({last}, {visits[label].total})"
             lines.add(f"# {comment}{self.origin}")
+            if self.plan.ahead:
+                self._look_up(visits[label].tile(begin))
             with lines.block(f"for i in range({end if begin == '0' else f'{begin}, {end}'}):"):
-                lines.add(f"k_tile = {visits[label].tile('i')}")
+                if self.plan.ahead:
+                    lines.add("k_tile, entry = next_tile, next_page")
+                    self._look_up(visits[label].tile("(i + 1)"))
+                else:
+                    lines.add(f"k_tile = {visits[label].tile('i')}")
                 self._tile(masked=label == "partial")
             lines.add("")
             before = visits[label].total
@@ -246,9 +248,25 @@ class _Decode(ForwardWriter):
         )
         first, last = self._slice()
         lines.add("", f"# Tiles of the list: pairs are masked.{self.origin}")
+        if plan.ahead:
+            self._look_up(first)
         with lines.block(f"for k_tile in range({last if first == '0' else f'{first}, {last}'}):"):
+            if plan.ahead:
+                lines.add("keys, entry = next_keys, next_page")
+                self._look_up("(k_tile + 1)")
             self._tile(masked=True)
         lines.add("")
+
+    def _look_up(self, tile: str) -> None:
+        """Where the keys of the next tile lie: known by then, so that they are loaded without waiting for it."""
+        if self.plan.listing is not None:
+            self.lines.add(f"next_keys = {self._listed('[:, None]', tile)}")
+        else:
+            self.lines.add(f"next_tile = {tile}")
+            each = "" if self.on_one_page else " + k_offset[:, None]"
+            self.lines.add(f"next_keys = next_tile * BLOCK_K{each}")
+        where = "mask=(next_keys >= 0) & (next_keys < k_len), other=-1"
+        self.lines.add(f"next_page = tl.load(table_at + next_keys // PAGE, {where})")
 
     def positions(self, axis: str, pairs: list[Scalar]) -> None:
         if self.plan.listing is None:
@@ -256,16 +274,29 @@ class _Decode(ForwardWriter):
         elif any(reads(e, "k") for e in pairs):
             self.lines.add(f"k_pos = {self._listed(axis)}")
 
-    def _listed(self, axis: str) -> str:
-        return f"listed_keys(list_at, k_tile * BLOCK_K + k_offset{axis}, list_size, MEMBER)"
+    def _listed(self, axis: str, tile: str = "k_tile") -> str:
+        return f"listed_keys(list_at, {tile} * BLOCK_K + k_offset{axis}, list_size, MEMBER)"
+
+    @property
+    def on_one_page(self) -> bool:
+        """Whether the keys of a tile are."""
+        page, listing = self.cache.page, self.plan.listing
+        return page is not None and listing is None and page % self.plan.tiling.block_k == 0
 
     def load(
         self, x: str, parts: tuple[Part, ...], dim: int, side: str, head: str, bounded: bool, pointer: bool = False
     ) -> None:
         if x == "k":
             self._find_keys(bounded)
-        page = f" + page * stride_{x}b" if self.paged else ""
-        self.lines.add(f"{x}_ptrs = {x}_at{page} + {'in_page' if self.paged else 'keys'} * stride_{x}n")
+        if self.paged:
+            place = f"page * stride_{x}b + in_page * stride_{x}n"
+        elif self.plan.listing is not None:
+            place = f"keys.to(tl.int64) * stride_{x}n"
+        else:
+            # What a row adds to its tile's place is the same in every turn.
+            within = f"k_offset[:, None].to(tl.int64) * stride_{x}n"
+            place = f"(k_tile * BLOCK_K).to(tl.int64) * stride_{x}n + {within}"
+        self.lines.add(f"{x}_ptrs = {x}_at + {place}")
         for part in parts:
             dims = f"{self.dims(part)}[None, :]"
             conds = [*(["present"] if bounded else []), *([f"({dims} < {dim})"] if part.padded else [])]
@@ -280,25 +311,24 @@ class _Decode(ForwardWriter):
         """Where the keys of a tile lie. A page that does not exist is never read: it counts as zeros."""
         lines = self.lines
         if self.plan.listing is not None:
-            lines.add(f"keys = {self._listed('[:, None]')}")
+            if not self.plan.ahead:
+                lines.add(f"keys = {self._listed('[:, None]')}")
             if self.cache.page is None:
-                lines.add("present = (keys >= 0) & (keys < k_len)", "keys = keys.to(tl.int64)")
-            else:
-                lines.add(
-                    "in_page = keys % PAGE",
-                    "listed = (keys >= 0) & (keys < k_len)",
-                    "page = tl.load(table_at + keys // PAGE, mask=listed, other=-1).to(tl.int64)",
-                    "present = (page >= 0) & (page < pages)",
-                )
+                lines.add("present = (keys >= 0) & (keys < k_len)")
+                return
+            entry = "entry"
+            if not self.plan.ahead:
+                lines.add("listed = (keys >= 0) & (keys < k_len)")
+                entry = "tl.load(table_at + keys // PAGE, mask=listed, other=-1)"
+            lines.add("in_page = keys % PAGE", f"page = {entry}.to(tl.int64)", "present = (page >= 0) & (page < pages)")
             return
         wanted = self._wanted() if bounded else ""
         if self.cache.page is None:
-            lines.add("keys = (k_tile * BLOCK_K + k_offset[:, None]).to(tl.int64)")
-            lines.add(*([f"present = {wanted or f'keys < {self.k_end}'}"] if bounded else []))
+            exists = wanted or f"k_tile * BLOCK_K + k_offset[:, None] < {self.k_end}"
+            lines.add(*([f"present = {exists}"] if bounded else []))
             return
         exists = "(page >= 0) & (page < pages)"
-        if self.cache.page % self.plan.tiling.block_k == 0:
-            # All on one page.
+        if self.on_one_page:
             entry = "tl.load(table_at + k_tile * BLOCK_K // PAGE)"
             lines.add("in_page = k_tile * BLOCK_K % PAGE + k_offset[:, None]")
             exists = f"{wanted or '(k_tile * BLOCK_K + k_offset[:, None] < k_len)'} & {exists}"
@@ -306,6 +336,9 @@ class _Decode(ForwardWriter):
             lines.add("keys = k_tile * BLOCK_K + k_offset[:, None]", "in_page = keys % PAGE")
             which = f", mask={wanted or 'keys < k_len'}, other=-1" if bounded else ""
             entry = f"tl.load(table_at + keys // PAGE{which})"
+            if self.plan.ahead and wanted:
+                exists = f"{wanted} & {exists}"
+        entry = "entry" if self.plan.ahead else entry
         if bounded:
             lines.add(f"page = {entry}.to(tl.int64)", f"present = {exists}")
         else:
@@ -361,94 +394,3 @@ class _Decode(ForwardWriter):
             dims, mask = self._columns(part, plan.spec.v_dim)
             value = f"acc{part.suffix}" if plan.split else f"acc{part.suffix}.to(out_ptr.dtype.element_ty)"
             lines.add(f"tl.store(out_ptrs + {dims}, {value}, mask={mask})")
-
-
-def _merge(plan: DecodePlan) -> str:
-    """The kernel that merges the slices of a row: by their lse, or where nothing is normalised by adding them up."""
-    softmax, dim, heads = plan.weights is None, plan.spec.v_dim, plan.spec.heads
-    width = max(16, 1 << (dim - 1).bit_length())
-    padded = f" & (dims[None, :] < {dim})" if width > dim else ""
-    lines = Lines()
-    lines.add("@triton.jit")
-    names = ["part_ptr", *(["part_lse_ptr"] if softmax else []), "out_ptr", *(["lse_ptr"] if softmax else [])]
-    names += ["stride_outb", "stride_outh", "stride_outn", "rows", "splits"]
-    with lines.block(f"def {MERGE}("):
-        lines.add(*(f"{name}," for name in names))
-    with lines.block("):"):
-        lines.add('"""One row of one head: its slices, merged in order."""')
-        if softmax:
-            lines.add("LOG2_E: tl.constexpr = 1.4426950408889634")
-        lines.add(
-            # Divided in 32 bits: in 64 that takes as long as a load.
-            "head = tl.program_id(0) // rows",
-            "q_row = tl.program_id(0) % rows",
-            f"b = head // {heads}",
-            f"h = head % {heads}",
-            "row_at = tl.program_id(0).to(tl.int64)",
-            f"dims = tl.arange(0, {width})",
-            f"acc = tl.zeros([{width}], tl.float32)",
-        )
-        if softmax:
-            lines.add("row_max = -1.0e38", "row_sum = 0.0")
-        with lines.block(f"for first in range(0, splits, {_MERGED}):"):
-            lines.add(
-                f"slices = first + tl.arange(0, {_MERGED})",
-                f"part_ptrs = part_ptr + (row_at * splits + slices)[:, None] * {dim} + dims[None, :]",
-                f"part = tl.load(part_ptrs, mask=(slices < splits)[:, None]{padded}, other=0.0)",
-            )
-            if softmax:
-                lines.add(
-                    'lse = tl.load(part_lse_ptr + row_at * splits + slices, mask=slices < splits, other=float("-inf"))',
-                    "new_max = tl.maximum(row_max, tl.max(lse, 0))",
-                    "weights = tl.exp2(lse - new_max)",
-                    "decay = tl.exp2(row_max - new_max)",
-                    "row_sum = row_sum * decay + tl.sum(weights, 0)",
-                    "row_max = new_max",
-                    "acc = acc * decay + tl.sum(part * weights[:, None], 0)",
-                )
-            else:
-                lines.add("acc = acc + tl.sum(part, 0)")
-        if softmax:
-            lines.add(
-                "acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)",
-                'lse = tl.where(row_sum == 0.0, float("-inf"), (row_max + tl.log2(row_sum)) / LOG2_E)',
-                "tl.store(lse_ptr + row_at, lse)",
-            )
-        lines.add(
-            "out_at = out_ptr + b.to(tl.int64) * stride_outb + h.to(tl.int64) * stride_outh",
-            "out_ptrs = out_at + q_row.to(tl.int64) * stride_outn + dims",
-            f"tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty){f', mask=dims < {dim}' if width > dim else ''})",
-        )
-    return lines.text()
-
-
-def _check(plan: DecodePlan) -> str:
-    """The kernel that keeps of a plan what counts: members, each above all before it."""
-    lines = Lines()
-    lines.add("@triton.jit")
-    names = ("plan_ptr", "list_ptr", "stride_planb", "stride_planh", "stride_planr", "stride_planc", "plan_heads")
-    with lines.block(f"def {CHECK}("):
-        lines.add(*(f"{name}," for name in (*names, "plan_rows", "list_size", "members")))
-    with lines.block("):"):
-        lines.add(
-            '"""One list of a plan: -1 in the place of what is no member, or not above all before it."""',
-            "nth = tl.program_id(0).to(tl.int64)",
-            "r = nth % plan_rows",
-            "h = nth // plan_rows % plan_heads",
-            "b = nth // plan_rows // plan_heads",
-            "plan_at = plan_ptr + b * stride_planb + h * stride_planh + r * stride_planr",
-            "list_at = list_ptr + nth * list_size",
-            "highest = tl.full([], -1, tl.int64)",
-        )
-        with lines.block(f"for first in range(0, list_size, {_CHECKED}):"):
-            lines.add(
-                f"place = first + tl.arange(0, {_CHECKED})",
-                "exists = place < list_size",
-                "entry = tl.load(plan_at + place * stride_planc, mask=exists, other=-1).to(tl.int64)",
-                "before = tl.load(plan_at + (place - 1) * stride_planc, mask=exists & (place > first), other=-1)",
-                "before = tl.maximum(tl.associative_scan(before.to(tl.int64), 0, larger), highest)",
-                "counts = (entry > before) & (entry < members)",
-                "tl.store(list_at + place, tl.where(counts, entry, -1).to(tl.int32), mask=exists)",
-                "highest = tl.maximum(highest, tl.max(entry, 0))",
-            )
-    return lines.text()
