@@ -22,6 +22,8 @@ from benchmarks.timing import host_microseconds, milliseconds
 CALLS = 16
 # Caches that the calls take turns on, as layers do, of so many bytes together: past any L2.
 CACHES_BYTES = 600e6
+# What all of them may take at most; pages take a copy of one beside.
+MOST_BYTES = 24e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,10 @@ class Caches:
 
 
 def make_caches(sizes: DecodeSizes, visited: float) -> Caches:
-    """As many layers as the bytes that a call visits ask for, 16 at most."""
-    layers = max(1, min(CALLS, -int(-CACHES_BYTES // visited))) if sizes.device.type == "cuda" else 1
+    """As many layers as the bytes that a call visits ask for, 16 at most, and no more than there is room for."""
+    layer = 2 * sizes.batch * sizes.kv_heads * sizes.n * sizes.dim * sizes.dtype.itemsize
+    wanted = min(CALLS, -int(-CACHES_BYTES // visited), int(MOST_BYTES // layer))
+    layers = max(1, wanted) if sizes.device.type == "cuda" else 1
     generator = torch.Generator(sizes.device).manual_seed(0)
 
     def random(heads: int, tokens: int) -> Tensor:

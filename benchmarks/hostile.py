@@ -30,6 +30,7 @@ QUEST = """attention quest {
                      always = same_block(16))
     attend causal & pages
 }"""
+TOKENS = "causal & top(20, tokens, by = dot(Q, K), among = causal, share = {})"
 EXTREMES = (2**31 - 1, -(2**31), -1, 1 << 20)
 
 
@@ -58,8 +59,29 @@ def odd() -> Iterator[tuple[str, Tensor]]:
 
 
 def large() -> Iterator[tuple[str, Tensor]]:
-    """Short patterns by columns of the values."""
-    yield from decodes(128, (32, 8), 8, 2048, (16, 64))
+    """Short patterns by columns of the values: tiles of many pages, and pages of many tiles."""
+    yield from decodes(128, (32, 8), 8, 2048, (1, 16, 64, 256))
+    q, (k, v), table = random(8, 32, 1, 128), (random(17, 8, 16, 128) for _ in range(2)), wild(8, 64, high=17)
+    out = attndsl.compile(LISTED).decode(q, k, v, lengths(8, 1024), table, listed=wild(8, 8, 40, high=64))
+    yield "lists by columns, in pages", out
+
+
+def scattered() -> Iterator[tuple[str, Tensor]]:
+    """Loads of the keys alone that a row allows, and single keys that are ranked where they lie."""
+    q, k, v = random(4, 4, 1, 64), random(4, 2, 200, 64), random(4, 2, 200, 64)
+    for page in (None, 1, 16, 256):
+        capacity = -(-200 // (page or 1)) * (page or 1)
+        cache: tuple[Tensor, Tensor, Tensor, Tensor | None] = (k, v, lengths(4, 200), None)
+        if page is not None:
+            pools = [random(9, 2, page, 64) for _ in range(2)]
+            cache = (pools[0], pools[1], lengths(4, capacity), wild(4, capacity // page, high=9))
+        where = "contiguous" if page is None else f"in pages of {page}"
+        yield f"dilated, {where}", attndsl.compile("causal & dilated(16)").decode(q, *cache)
+        doc = wild(4, capacity, high=9)
+        yield f"unsorted, {where}", attndsl.compile(DOCUMENTS.replace(" sorted", "")).decode(q, *cache, doc=doc)
+        for share in ("group", "none"):
+            attn = attndsl.compile(TOKENS.format(share))
+            yield f"single keys, {share}, {where}", attn.decode(q, *cache)
 
 
 def decodes(
@@ -155,7 +177,8 @@ def hopper() -> Iterator[tuple[str, Tensor]]:
     yield "documents of wild ids", attn(q, k, v, backend="gluon", doc=doc)
 
 
-GROUPS = {group.__name__: group for group in (small, odd, large, eight_bits, by_data, caches, forwards, hopper)}
+_ALL = (small, odd, large, scattered, eight_bits, by_data, caches, forwards, hopper)
+GROUPS = {group.__name__: group for group in _ALL}
 
 
 def main(asked: Sequence[str]) -> int:
