@@ -33,6 +33,7 @@ from attndsl.diagnostics import Diagnostic
 from attndsl.effort import one_at_a_time
 from attndsl.layout import PLAIN, Layout
 from attndsl.listing import lists_tiles, reads_plans
+from attndsl.lowerings import forward_lowering, gradients_lowering
 from attndsl.mixing import mixes
 from attndsl.notation import Level, input_text, program_text, scalar_text, set_text
 from attndsl.pairs import count_pairs, nodes, seen, spans, spans_text, too_dense
@@ -55,21 +56,11 @@ from attndsl.program import (
     substitute,
     walk,
 )
-from attndsl.properties import is_whole
 from attndsl.quasi_affine import condition
 from attndsl.relation import Relation
 from attndsl.runs import Run
 from attndsl.simplify import fold
-from attndsl.targets import (
-    BYTES,
-    GLUON_VERSIONS,
-    RATES,
-    gradients_refusal,
-    hopper_refusal,
-    layout_refusal,
-    pieces_refusal,
-)
-from attndsl.tiling import prefers_portable
+from attndsl.targets import BYTES, RATES
 from attndsl.understood import understood
 from attndsl.view_plans import part_relation
 
@@ -293,30 +284,6 @@ def _pieces(question: Question) -> list[str]:
 # ---------------------------------------------------------------------------------------- planned
 
 
-def _lowering(question: Question) -> str:
-    """Which lowering a call on the target gets."""
-    program, spec = question.program, replace(question.spec, whole=is_whole(question.program, question.shape))
-    if spec.target == "cpu":
-        return "blocked PyTorch"
-    if reason := hopper_refusal(program, spec) or pieces_refusal(program, spec):
-        return f"portable Triton, since {reason}"
-    if layout_refusal(program, spec):
-        return "portable Triton; with backend='gluon' the Hopper lowering of the pieces that it copies, not timed yet"
-    if prefers_portable(program, spec):
-        return "portable Triton, predicted to be ahead of the Hopper lowering with these heads and so few tiles a row"
-    tested = f"the Hopper lowering (Gluon), with the Triton versions it was tested on ({', '.join(GLUON_VERSIONS)}x)"
-    return f"{tested}; else, and with dropout, portable Triton"
-
-
-def _gradients(program: Program, spec: Spec) -> str:
-    """Which lowering its gradients get."""
-    if spec.target == "cpu":
-        return "blocked PyTorch"
-    if reason := gradients_refusal(program, spec) or layout_refusal(program, spec):
-        return f"portable Triton, since {reason}"
-    return "portable Triton; with backend='gluon' the Hopper lowering, which sums dq in no fixed order"
-
-
 def _planned(question: Question, plans: tuple[ForwardPlan, ...], start: Scalar | None) -> list[str]:
     plan = plans[0]
     spec = plan.spec
@@ -329,8 +296,8 @@ def _planned(question: Question, plans: tuple[ForwardPlan, ...], start: Scalar |
     lines = [
         f"backend: {backend}",
         f"{_tiles_text(plan)} (the default for {spec.dtype.value}, D = {spec.dim}, on this target)",
-        f"on a call: {_lowering(question)}",
-        f"its gradients: {_gradients(question.program, question.spec)}",
+        f"on a call: {forward_lowering(question.program, question.spec, question.shape)}",
+        f"its gradients: {gradients_lowering(question.program, question.spec, question.shape)}",
         *(f"computed before the kernel: {input_text(d)}, {_made_of(d)}" for d in plan.program.inputs if d.derivation),
     ]
     for number, piece in enumerate(plans, 1):

@@ -1,0 +1,35 @@
+"""Which lowering a call on a target gets, forward and for its gradients, in words: `explain` says it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from attndsl.plan import Spec
+from attndsl.program import CallShape, Program
+from attndsl.properties import is_whole
+from attndsl.targets import GLUON_VERSIONS, gradients_refusal, hopper_refusal, layout_refusal, pieces_refusal
+from attndsl.tiling import prefers_portable
+
+
+def forward_lowering(program: Program, spec: Spec, shape: CallShape) -> str:
+    """Which lowering a call gets."""
+    spec = replace(spec, whole=is_whole(program, shape))
+    if spec.target == "cpu":
+        return "blocked PyTorch"
+    if reason := hopper_refusal(program, spec) or pieces_refusal(program, spec):
+        return f"portable Triton, since {reason}"
+    if layout_refusal(program, spec):
+        return "portable Triton; with backend='gluon' the Hopper lowering of the pieces that it copies, not timed yet"
+    if prefers_portable(program, spec):
+        return "portable Triton, predicted to be ahead of the Hopper lowering with these heads and so few tiles a row"
+    tested = f"the Hopper lowering (Gluon), with the Triton versions it was tested on ({', '.join(GLUON_VERSIONS)}x)"
+    return f"{tested}; else, and with dropout, portable Triton"
+
+
+def gradients_lowering(program: Program, spec: Spec, shape: CallShape) -> str:
+    """Which lowering its gradients get."""
+    if spec.target == "cpu":
+        return "blocked PyTorch"
+    if reason := gradients_refusal(program, spec) or layout_refusal(program, spec):
+        return f"portable Triton, since {reason}"
+    return "portable Triton; with backend='gluon' the Hopper lowering, which sums dq in no fixed order"
