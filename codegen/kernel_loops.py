@@ -13,10 +13,19 @@ from attndsl.runs import PLACE, Run
 
 @contextmanager
 def run_loop(lines: Lines, printer: Printer, runs: tuple[Run, ...], label: str, tile: str) -> Iterator[None]:
-    """A loop over the tiles of several runs, as if they were one: `tile` is the tile's index inside."""
+    """A loop over the tiles of several runs, as if they were one: `tile` is the tile's index inside.
+
+    A list is read a turn ahead: where a turn read its own entry, the loads of its tile had to wait for it.
+    """
     visits = Visits(lines, printer, runs, label)
+    ahead = len(runs) == 1 and runs[0].list is not None
+    if ahead:
+        lines.add(f"{label}_next = {visits.tile('0')}")
     with lines.block(f"for i in range({visits.total}):"):
-        lines.add(f"{tile} = {visits.tile('i')}")
+        if ahead:
+            lines.add(f"{tile} = {label}_next", f"{label}_next = {visits.tile('(i + 1)')}")
+        else:
+            lines.add(f"{tile} = {visits.tile('i')}")
         yield
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.scalars import Printer
 from attndsl.plan import Plan
+from attndsl.program import Read
 from attndsl.runs import PLACE, Run
 
 
@@ -49,19 +50,31 @@ def collected_loop(lines: Lines, printer: Printer, run: Run, block_k: int, unit:
     """A loop over the tiles of keys that a list fills: `k_rows` are the keys of one, the number of keys in the place of
     one that is missing."""
     several = block_k // unit
-    inner = printer.within(printer.names.inner())
-    inner.names.known[PLACE] = f"listed_first + {'i' if several == 1 else 'places'}"
     assert run.list is not None
     lines.add(f"listed_first = {printer.text(run.first)}", f"listed_count = {printer.text(run.count)}")
+    if several == 1:
+        # Read a turn ahead: the loads of a tile wait for no entry.
+        lines.add(f"next_listed = {_entry(printer, run.list, 'listed_first')}")
     with lines.block(f"for i in range({'listed_count' if several == 1 else f'tl.cdiv(listed_count, {several})'}):"):
         if several == 1:
-            lines.add(f"listed = {inner.text(run.list)}", "k_rows = listed * BLOCK_K + k_offset")
+            lines.add(
+                "listed = next_listed",
+                f"next_listed = {_entry(printer, run.list, 'listed_first + i + 1')}",
+                "k_rows = listed * BLOCK_K + k_offset",
+            )
         else:
             key = "listed" if unit == 1 else f"listed * {unit} + k_offset % {unit}"
             lines.add(
                 f"places = i * {several} + k_offset{f' // {unit}' if unit > 1 else ''}",
-                f"listed = {inner.text(run.list)}",
+                f"listed = {_entry(printer, run.list, 'listed_first + places')}",
                 f"k_rows = tl.where(places < listed_count, {key}, k_len)",
             )
         yield
     lines.add("")
+
+
+def _entry(printer: Printer, entry: Read, place: str) -> str:
+    """What a list holds at a place, or at each of several."""
+    inner = printer.within(printer.names.inner())
+    inner.names.known[PLACE] = place
+    return inner.text(entry)
