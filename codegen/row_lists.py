@@ -63,5 +63,6 @@ class RowLists(DkDvKernel, ABC):
 
     def _rows(self, turn: str, following: str, several: str) -> None:
         self.take(f"begin + {turn} * {several}")
-        self.read(f"begin + {following} * {several}")
         self.tile(masked=True)
+        # Last: read before the tile, the next entries take registers that spill.
+        self.read(f"begin + {following} * {several}")

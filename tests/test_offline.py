@@ -116,9 +116,10 @@ LISTED = [
 
 
 def test_kernels_over_lists() -> None:
-    """Addresses of single keys and of single rows do not spill, and the tiles leave room for two programs."""
+    """Addresses of single keys and of single rows do not spill, at most two numbers where rows are read ahead, and the
+    tiles leave room for two programs."""
     found = compile_all(LISTED)
-    assert [x.spills for x in found] == [0] * len(LISTED)
+    assert all(x.spills <= (8 if job.listed == "dkdv" else 0) for x, job in zip(found, LISTED, strict=True))
     assert all(2 * x.shared <= 227 << 10 for x, job in zip(found, LISTED, strict=True) if job.target == "cuda:90")
 
 
