@@ -61,6 +61,37 @@ class Again:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class AgainBackward:
+    """A kind of backward pass, of calls without dropout whose lse has no gradient. `call`: the check of all that it
+    reads, and its launch."""
+
+    call: Again
+    deterministic: bool
+
+    def fits(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, inputs: Sequence[Tensor],
+        scale: float | None, backend: str,
+    ) -> bool:  # fmt: skip
+        """Whether a backward pass, which nothing traces and nobody differentiates, is of this kind."""
+        return (
+            self.call.fits(q, k, v, (dout, out, lse, *inputs), scale, backend)
+            and not (dout.data_ptr() | out.data_ptr()) & _UNALIGNED
+            and self.deterministic is torch.are_deterministic_algorithms_enabled()
+        )
+
+
+def again_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, inputs: Sequence[Tensor],
+    scale: float | None, backend: str, launch: Callable[..., Any],
+) -> AgainBackward | None:  # fmt: skip
+    """What recognises backward passes like this one, where calls are recognised."""
+    if (dout.data_ptr() | out.data_ptr()) & _UNALIGNED:
+        return None
+    call = again(q, k, v, (dout, out, lse, *inputs), scale, backend, launch)
+    return None if call is None else AgainBackward(call, torch.are_deterministic_algorithms_enabled())
+
+
 def again(
     q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], scale: float | None, backend: str,
     launch: Callable[..., Any],

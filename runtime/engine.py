@@ -21,7 +21,7 @@ from attndsl.plan import Backend, BackwardPlan, DType, ForwardPlan, Loads, Spec,
 from attndsl.pooling import PoolPlan
 from attndsl.program import Program, TableDecl, Type
 from attndsl.properties import is_whole, takes_more_rows_than_keys
-from attndsl.runtime.again import Again, again
+from attndsl.runtime.again import Again, AgainBackward, again, again_backward
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
 from attndsl.runtime.dropout import Dropout
 from attndsl.runtime.entries import all_view_places, check_entries
@@ -72,8 +72,8 @@ class Generators:
 class Engine:
     """The kernels of one program. Thread-safe: preparing a call twice is harmless.
 
-    `again`: the kind of the last calls, once two were alike. `keep_text`: keeps beside kernels what was found of the
-    text that the program was read from.
+    `again`, `again_backward`: the kind of the last calls, and of the last backward passes, once two were alike.
+    `keep_text`: keeps beside kernels what was found of the text that the program was read from.
     """
 
     program: Program
@@ -81,7 +81,9 @@ class Engine:
     tiling: Tiling | None = None
     keep_text: Callable[[], None] | None = None
     again: Again | None = None
+    again_backward: AgainBackward | None = None
     _last: Callable[..., Any] | None = None
+    _last_backward: Any = None
     _prepared: dict[Any, Any] = field(default_factory=dict)
     _texts: dict[Any, Any] = field(default_factory=dict)
     _kept: dict[Any, dict[str, Tensor]] = field(default_factory=dict)
@@ -177,6 +179,12 @@ class Engine:
             made = self._prepare_backward(dout, q, k, v, inputs, scale, backend, kind[-1], drops, uses_lse)
             launch = self._keep(key, made)
         given = inputs if k.shape[2] else self._readable(inputs)
+        if given is inputs and dlse is None and dropout is None and not self._views:
+            if launch is self._last_backward:
+                known = again_backward(dout, q, k, v, out, lse, inputs, scale, backend, launch)
+                self.again_backward, self._last_backward = known, None
+            else:
+                self._last_backward = launch
         dq, dk, dv, learned = launch(dout, dlse, q, k, v, out, lse, given, args, scale, dropout)
         if given is not inputs:
             pairs = zip(learned, inputs, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +20,14 @@ def in_order_of(q: Tensor, x: Tensor) -> Tensor:
 
 def empty_gradient(x: Tensor) -> Tensor:
     """Uninitialised gradient of x [B, H, N, D], dense, in the memory order of x."""
-    batch, heads, tokens, dim = x.shape
-    if x.stride(1) < x.stride(2):
-        return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
-    return x.new_empty(batch, heads, tokens, dim)
+    return x.new_empty_strided(x.shape, _dense(x.shape, x.stride(1) < x.stride(2)))
+
+
+def _dense(sizes: Sequence[int], inside: bool) -> tuple[int, ...]:
+    """Strides of [B, H, N, D] without gaps, with heads inside tokens or tokens inside heads."""
+    _, heads, tokens, dim = sizes
+    steps = (dim, heads * dim) if inside else (tokens * dim, dim)
+    return (heads * tokens * dim, *steps, 1)
 
 
 def empty_output(q: Tensor, shape: CallShape) -> tuple[Tensor, Tensor]:
@@ -44,9 +49,8 @@ class Outputs:
     @staticmethod
     def of(q: Tensor, shape: CallShape) -> Outputs:
         """What a call of these sizes returns."""
-        batch, heads, rows, dim = sizes = (shape.batch, shape.heads, shape.rows, shape.v_dim)
-        inside = q.stride(1) < q.stride(2)
-        strides = (rows * heads * dim, dim, heads * dim, 1) if inside else (heads * rows * dim, rows * dim, dim, 1)
+        batch, heads, rows, _ = sizes = (shape.batch, shape.heads, shape.rows, shape.v_dim)
+        strides = _dense(sizes, q.stride(1) < q.stride(2))
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         return Outputs(sizes, strides, (batch, heads, rows), (heads * rows, rows, 1), dtype)
 

@@ -64,6 +64,7 @@ class TritonBackward:
         key_tiles = layout.programs("k", plan.key_tiling.block_k, replace(shape, k_len=keys), plan.program)
         key_grid = key_tiles * shape.batch * (shape.heads if heads_apart(plan) else shape.kv_heads)
         sources = backward_parameters(plan, q, k, v, inputs, dout)
+        self._learned = plan.learned
         self._dq = self._dkdv = None
         if grid and key_grid:
             self._dq, self._dkdv = together([
@@ -73,6 +74,8 @@ class TritonBackward:
         elif grid:
             # Without rows the gradients of k and v are 0; without keys there are none.
             self._dq = prepare(plan, dq_text, DQ, grid, sources, aligned, q.device)
+        own = not plan.follows or plan.view is not None
+        self._clears = own and (self._dkdv is None or not layout.all_keys(shape))
 
     def __call__(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
@@ -85,12 +88,12 @@ class TritonBackward:
 
         call: what the kernels take, from q to row_lse; dk and dv are among it. Returns it with the sums of inputs.
         """
-        sums = {n: self._empty_sums(x, dk.device) for n, x in enumerate(self.plan.learned) if x.over in _SIMPLE}
-        given = [*call]
-        for n in range(len(self.plan.learned)):
+        given, sums = [*call], {}
+        for n, x in enumerate(self._learned):
+            if x.over in _SIMPLE:
+                sums[n] = self._empty_sums(x, dk.device)
             given += sums.get(n, (None, None))
-        own = not self.plan.follows or self.plan.view is not None
-        if own and (self._dkdv is None or not self.plan.layout.all_keys(self.shape)):
+        if self._clears:
             dk.zero_()
             dv.zero_()
         if self._dq is not None:
@@ -112,7 +115,7 @@ class TritonBackward:
     def _add(self, totals: Totals, sums: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         """Add the sums of dq's and dkdv's kernels to the gradients."""
         for n, (values, places) in sums.items():
-            x = self.plan.learned[n]
+            x = self._learned[n]
             if (self._dkdv if x.over is Over.ROWS else self._dq) is None:
                 continue  # No kernel ran, and nothing was summed.
             totals.add(x.read.input, values.double().sum(1) if x.over is Over.TILE else values, places)
@@ -140,7 +143,10 @@ class InTurn:
         if not plan.layout.all_rows(shape, plan.program):
             dq.zero_()
         heads = shape.batch * shape.heads
-        delta, row_lse = lse.new_empty(2, heads, row_stride(shape.rows)) if plan.softmax else (None, None)
+        delta = row_lse = None
+        if plan.softmax:
+            room = (heads, stride := row_stride(shape.rows)), (stride, 1)
+            delta, row_lse = lse.new_empty_strided(*room), lse.new_empty_strided(*room)
         scale = first.default_scale if scale is None else scale
         drops = dropout.values() if dropout else ()
         call = (q, k, v, out, lse, scale, *inputs, *args, *drops, dout, d_lse, dq, dk, dv, delta, row_lse)

@@ -57,7 +57,7 @@ def fresh() -> tuple[Callable[..., Any], Engine]:
     """An attention that knows no call, and its engine."""
     attn = attndsl.compile(PATTERN)
     engine = engine_of(attn._key)
-    engine.again = engine._last = None
+    engine.again = engine._last = engine.again_backward = engine._last_backward = None
     return lambda q, k, v, bias, **options: attn(q, k, v, bias=bias, **options), engine
 
 
@@ -102,6 +102,95 @@ def test_its_gradients() -> None:
         torch.testing.assert_close(one, other, **TOLERANCE)
     with pytest.raises(attndsl.PatternError, match="A921"):
         torch.autograd.grad(call(*given).sum(), given, create_graph=True)[0].sum().backward()  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture
+def differentiated(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """One entry for each backward pass that was not recognised."""
+    calls: list[None] = []
+    backward = Engine.backward
+
+    def counting(self: Engine, *given: Any) -> Any:
+        calls.append(None)
+        return backward(self, *given)
+
+    monkeypatch.setattr(Engine, "backward", counting)
+    return calls
+
+
+def gradients(call: Callable[..., Any], given: list[Tensor], d_out: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(call(*given), given, d_out)
+
+
+def verify_gradients(call: Callable[..., Any], given: list[Tensor], d_out: Tensor) -> None:
+    wanted = gradients(oracle, given, d_out)
+    for x, found, exact in zip(given, gradients(call, given, d_out), wanted, strict=True):
+        torch.testing.assert_close(found, exact, **TOLERANCE)
+        assert found.stride() == torch.empty_like(x).stride()
+
+
+def learned(*given: Tensor) -> Callable[..., Any]:
+    """An attention that knows a kind of call and of its backward pass."""
+    call = known(*given)
+    for _ in range(2):
+        gradients(call, list(given), torch.ones(1, 4, 20, 8))
+    return call
+
+
+def test_the_third_backward_pass_is_recognised(differentiated: list[None]) -> None:
+    call = learned(*tensors(gradients=True))
+    for seed in (2, 3):
+        d_out = torch.randn(1, 4, 20, 8, generator=torch.Generator().manual_seed(seed))
+        verify_gradients(call, tensors(gradients=True, seed=seed), d_out)
+    assert len(differentiated) == 2
+
+
+BACKWARDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "strides": lambda x: spread(x),
+    "order": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "alignment": lambda x: shifted(x),
+    "expanded": lambda x: x[:, :, :, :1].expand(x.shape),
+    "negated": lambda x: torch._neg_view(x),
+}
+
+
+@pytest.mark.parametrize("change", BACKWARDS)
+def test_another_backward_pass_is_not(differentiated: list[None], change: str) -> None:
+    given = tensors(gradients=True)
+    call = learned(*given)
+    verify_gradients(call, given, BACKWARDS[change](torch.linspace(-1, 1, 640).view(1, 4, 20, 8)))
+    assert len(differentiated) == 3
+
+
+def test_gradients_of_lse_and_second_derivatives_are_others(differentiated: list[None]) -> None:
+    given = tensors(gradients=True)
+    call = learned(*given)
+    out, lse = call(*given, return_lse=True)
+    found = torch.autograd.grad(out.sum() + lse.sum(), given)
+    exact, of_rows = attndsl.compile(PATTERN).reference(*given[:3], bias=given[3], return_lse=True)
+    for x, wanted in zip(found, torch.autograd.grad(exact.sum() + of_rows.sum(), given), strict=True):
+        torch.testing.assert_close(x, wanted.float(), **TOLERANCE)
+    assert len(differentiated) == 3
+    with pytest.raises(attndsl.PatternError, match="A921"):
+        torch.autograd.grad(call(*given).sum(), given, create_graph=True)[0].sum().backward()  # type: ignore[no-untyped-call]
+    call(*given, dropout=0.5, seed=1).sum().backward()
+    assert len(differentiated) == 5
+    torch.use_deterministic_algorithms(True)
+    try:
+        verify_gradients(call, given, torch.ones(1, 4, 20, 8))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(differentiated) == 6
+
+
+def test_saved_tensors_that_come_back_otherwise(differentiated: list[None]) -> None:
+    """What a hook makes of saved tensors, such as one that keeps them on the host, is checked anew."""
+    given = tensors(gradients=True)
+    call = learned(*given)
+    for unpack in (torch.Tensor.clone, lambda x: spread(x) if x.dim() == 4 else x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach(), unpack):
+            verify_gradients(call, given, torch.ones(1, 4, 20, 8))
+    assert len(differentiated) > 2
 
 
 def spread(x: Tensor) -> Tensor:
