@@ -8,6 +8,7 @@ in; the gradient flows to both, and through the lse into the branch's own backwa
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,13 +158,23 @@ def _shares(
     return found
 
 
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd at work inside an operator, as it is by itself unless a dispatch mode looks on: that leaves it out."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality).add(torch._C.DispatchKey.ADInplaceOrView)
+    left_out = torch._C._dispatch_tls_local_exclude_set() - keys
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch.enable_grad(), torch._C._ForceDispatchKeyGuard(included, left_out):
+        yield
+
+
 def _shares_backward(
     gradient: Tensor, key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
     scale: float | None, member: int, k_len: int,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Strip by strip in one order, each strip's graph of its own."""
-    dq, d_lse = torch.zeros_like(q), torch.zeros_like(lse)
-    with torch.enable_grad():
+    dq, d_lse = empty_gradient(q).zero_(), torch.zeros_like(lse)
+    with _recording():
         wide = keys.detach().to(_real(q)).requires_grad_()
         leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]
         call = _Call.of(_kind(key, q, keys, inputs, k_len), wide, leaves, args, scale, member)

@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import attndsl
+from attndsl.runtime.triton_launch import without_memory
 from tests.covered import covers
 from tests.routing_rules import HEADS, KV_HEADS, best, call, check, noise, pooled, softmax
 from tests.test_view_calls import judge
@@ -203,3 +206,30 @@ def test_in_a_compiled_graph() -> None:
     gradients = [torch.autograd.grad(x.square().sum(), leaves) for x in runs]
     torch.testing.assert_close(runs[0], runs[1])
     torch.testing.assert_close(*gradients)
+
+
+class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps what an operator was called with."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.name, self.found = name, list[tuple[Any, ...]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() == self.name:
+            self.found.append(tree_map_only(torch.Tensor, torch.Tensor.detach, args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lies", ["heads inside", "expanded"])
+def test_gradients_of_shares_lie_as_graphs_expect(lies: str) -> None:
+    attn, (q, k, v) = attndsl.compile(TWO % ("causal", "far")), call(40)
+    q = q[:, :1].expand(q.shape) if lies == "expanded" else q.transpose(1, 2).contiguous().transpose(1, 2)
+    q = q.detach().requires_grad_()
+    with _Calls("attndsl::shares_backward") as calls:
+        attn(q, k, v).sum().backward()
+    (arguments,) = calls.found
+    operator: Any = torch.ops.attndsl.shares_backward
+    meta = tree_map_only(torch.Tensor, without_memory, arguments)
+    expected = tree_map_only(torch.Tensor, torch.Tensor.stride, operator(*meta))
+    assert tree_map_only(torch.Tensor, torch.Tensor.stride, operator(*arguments)) == expected
