@@ -7,6 +7,7 @@ computed, unless others are read too.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,10 +19,29 @@ from torch import Tensor
 from attndsl.cuts import reflexive
 from attndsl.derivation import BlockMap, Cut, Draw
 from attndsl.derive import class_hash, own_inputs
-from attndsl.program import Axis, CallShape, Coarse, InputDecl, Program, Var, reads
+from attndsl.program import Axis, CallShape, Coarse, Coarsen, InputDecl, Program, Read, Scalar, Type, Var, reads, walk
+from attndsl.relation import Lowering
 from attndsl.runtime.call import dim_size
 from attndsl.runtime.derive import STRIP, Deriver, block_sums, gathered, pieces
 from attndsl.runtime.values import Values
+from attndsl.simplify import fold
+
+# What a set of blocks reads where it has no closed form; no input has the name.
+_NO_FORM = Read("", (), Type.BOOL)
+
+
+@functools.lru_cache(maxsize=256)
+def _touching(program: Program, heads: tuple[int, int], d: Draw) -> Scalar | None:
+    """The condition on the first row of a row class and the first key of a member under which the member may be drawn
+    for the class, None where it has no closed form."""
+    drawn = d.drawn
+    if drawn.rows is None or d.unit > 1:
+        return None
+    among = drawn.among
+    if drawn.rows > 1 or drawn.keys > 1:
+        among = Coarsen(among, drawn.rows, drawn.keys, Coarse.ANY, map=_NO_FORM)
+    found = fold(Lowering(program, heads).predicate(among))
+    return None if _NO_FORM in walk(found) else found
 
 
 @dataclass(slots=True)
@@ -104,13 +124,31 @@ class RaggedDeriver(Deriver):
         of_call = (rows.axis, rows.block) == (Axis.Q, 1)
         # Rows of the call are counted from its first; those before it go to a place of their own, which is dropped.
         found = torch.zeros(*size[:-2], size[-2] + of_call, 2, dtype=torch.int64, device=self.device)
-        for at, count, _existing in self._ragged_counts(decl, block_q, d.drawn.keys, values):
-            last = self.last_drawn(values.at(q=at).tensor(of_class), count > 0, d.drawn.count)
+        for at, candidate in self._candidates(decl, d, block_q, values):
+            last = self.last_drawn(values.at(q=at).tensor(of_class), candidate, d.drawn.count)
             if of_call:
                 at = at - (values.lengths - self.shape.rows)
                 at = torch.where((at >= 0) & (at < self.shape.rows), at, self.shape.rows)
             self._put(found, decl, at, last)
         return found[..., : size[-2], :].contiguous()
+
+    def _candidates(self, decl: InputDecl, d: Draw, block_q: int, values: Values) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some row classes after the other: their places int64 [B, 1, n, 1], and which members may be drawn for them,
+        bool [B or 1, heads or 1, n, members]. In closed form no pair is looked at."""
+        condition = _touching(self.program, (self.shape.heads, self.shape.kv_heads), d)
+        if condition is None:
+            for at, count, _ in self._ragged_counts(decl, block_q, d.drawn.keys, values):
+                yield at, count > 0
+            return
+        assert values.lengths is not None
+        q_len, k_len = self._lengths(d.unit)
+        blocks, lengths = self._blocks(decl, block_q, q_len), values.lengths
+        if blocks == 0 or k_len == 0 or self.shape.batch == 0:
+            return
+        at = self._first_block(decl, block_q, values) + self._range(0, blocks).view(-1, 1)
+        first_row, first_key = at * block_q, self._range(0, -(-k_len // d.drawn.keys)) * d.drawn.keys
+        inside = values.at(Nq=lengths, Nk=lengths, q=first_row, k=first_key.view(1, 1, 1, -1)).tensor(condition)
+        yield at, inside & (first_row < lengths) & (first_key < lengths)
 
     def _put(self, found: Tensor, decl: InputDecl, at: Tensor, values: Tensor) -> None:
         """Write values [B, heads or 1, n, columns] to the places [B, 1, n, 1] along an input's rows."""

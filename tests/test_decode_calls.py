@@ -12,7 +12,9 @@ from torch import Tensor
 import attndsl
 from attndsl.decode import Cache, column_count, decode_plan, split_count
 from attndsl.plan import DType, Spec
+from attndsl.runtime import derive_ragged
 from attndsl.runtime.decode import reach
+from attndsl.runtime.derive_ragged import RaggedDeriver
 from attndsl.runtime.registry import decoder_of
 from tests.covered import covers
 from tests.decoding import check_decode, paged
@@ -141,6 +143,54 @@ def test_tree(backend: str) -> None:
     path = [*range(17), 17, 18, 20]
     alone = attndsl.compile("causal").reference(q[1:, :, [3]], k[1:, :, path], v[1:, :, path])
     torch.testing.assert_close(out[1:, :, 3:].double(), alone, rtol=1e-5, atol=1e-5)
+
+
+@BACKENDS
+@pytest.mark.parametrize("page", [1, 16, 256])
+def test_a_tree_of_64_drafts(page: int, backend: str) -> None:
+    """Any tree, over pages of any size, one sequence hardly longer than its drafts."""
+    n, lengths, generator = 64, [300, 65], torch.Generator().manual_seed(0)
+    under = torch.eye(n, dtype=torch.bool).repeat(2, 1, 1)
+    for b in range(2):
+        for i in range(1, n):
+            under[b, i] |= under[b, int(torch.randint(i, (), generator=generator))]
+    q, k, v = random(2, 4, n, 16), random(2, 2, 300, 16, seed=1), random(2, 2, 300, 16, seed=2)
+    inputs = {"first": ints(*lengths) - n, "under": under}
+    attn = attndsl.compile(ROOT / "examples" / "patterns" / "tree.attn", n=n)
+    keys, values, table = paged(k, v, page)
+    out, lse = decode(attn, backend, q, keys, values, ints(*lengths), table, **inputs)
+    check_decode(attn.program, q, k, v, lengths, inputs, {}, out, lse)
+
+
+@pytest.mark.filterwarnings("ignore::attndsl.PatternWarning")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "causal & (window(3) | random(2, of = blocks(8), per = rows(6), seed = h % 2))",
+        "causal & random(2, of = blocks(4), per = rows(8), among = causal - window(20), seed = h)",
+        "causal & random(2, of = blocks(7), per = query, among = dilated(3), seed = 1)",
+        "causal & random(3, of = tokens, per = query, among = causal & window(20), seed = h)",
+    ],
+)
+def test_what_may_be_drawn_has_a_closed_form(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn among has no pair looked at, and the same is drawn as where all are counted."""
+    q, k, v = random(3, 4, 5, 16), random(3, 2, 100, 16, seed=1), random(3, 2, 100, 16, seed=2)
+    found = [decode(attndsl.compile(text), "cpu", q, k, v, ints(100, 3, 57))[0]]
+    counted = RaggedDeriver._ragged_counts
+    with monkeypatch.context() as patched:
+        patched.setattr(RaggedDeriver, "_ragged_counts", None)
+        found.append(decode(attndsl.compile(text), "cpu", q, k, v, ints(100, 3, 57))[0])
+    asked = list[str]()
+
+    def counts(self: RaggedDeriver, *given: Any) -> Any:
+        asked.append(text)
+        return counted(self, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(derive_ragged, "_touching", lambda *_: None)
+        patched.setattr(RaggedDeriver, "_ragged_counts", counts)
+        found.append(decode(attndsl.compile(text), "cpu", q, k, v, ints(100, 3, 57))[0])
+    assert asked and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 # ------------------------------------------------------------------------------- untrusted tensors
