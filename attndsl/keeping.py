@@ -11,7 +11,7 @@ from attndsl.compose import Composition
 from attndsl.plan import DType
 from attndsl.pooling import loaded, power_of_two
 from attndsl.program import Program
-from attndsl.selection import Bound, Dot, Pool, Selection, Vectors
+from attndsl.selection import Antidiagonal, Bound, Dot, Pool, Selection, Vectors
 
 # The name of the keys themselves, of which nothing is kept, among what selections go by.
 KEYS = "K"
@@ -53,6 +53,8 @@ def kept_beside(program: Program, composition: Composition, chosen: Container[st
 
 def kept_by(selection: Selection) -> tuple[Kept | None, ...]:
     """What is kept for the vectors of a selection's members that keys make; None where these are the keys."""
+    if isinstance(selection.score, Antidiagonal):
+        return (None,)
     return tuple(of_members(selection, v) for v in vectors_of(selection) if v.source == KEYS)
 
 

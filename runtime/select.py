@@ -186,8 +186,8 @@ class Selector:
         """The same of a decode: what is kept of keys, or what inputs hold, of the tokens that a sequence has."""
         if v.source == KEYS:
             x = self._ranked(v, ragged, inputs)
-            if ragged.page_table is not None and of_members(self.selection, v) is None:
-                x = in_one_piece(x, ragged.page_table)
+            if of_members(self.selection, v) is None:
+                x = self.keys_in_order(ragged)
             return x.to(torch.promote_types(x.dtype, torch.float32))
         given = inputs[[decl.name for decl in self.program.inputs].index(v.source)]
         if v.pool is None:
@@ -197,6 +197,11 @@ class Selector:
         members = torch.zeros(*x.shape[:2], self.members, x.shape[3], dtype=real, device=self.device)
         update_in_torch(x, members, ragged.lengths.view(-1), None, v.pool, size, size, self.shape.k_len, self.members)
         return members
+
+    def keys_in_order(self, ragged: Ragged) -> Tensor:
+        """The keys of a decode, [B, Hkv, M, D]."""
+        keys = ragged.members[KEYS]
+        return keys if ragged.page_table is None else in_one_piece(keys, ragged.page_table)
 
     # ----------------------------------------------------------------------------------------- plans
 
@@ -229,11 +234,33 @@ class Selector:
             level = strips.levels(0, self.classes, step)[:, :: self.shape.heads // heads]
             plan.copy_(self._listed(level) if self.selection.bounded else level)
             return plan
+        if ragged is not None and (self.selection.rows or 1) > 1:
+            self._of_row_blocks(plan, strips, step)
+            return plan
         for low in range(0, self.classes, step):
             high = min(low + step, self.classes)
             level = strips.levels(low, high, high - low)[:, :: self.shape.heads // heads]
             plan[:, :, low:high] = self._listed(level) if self.selection.bounded else level
         return plan
+
+    def _of_row_blocks(self, plan: Tensor, strips: Strips, step: int) -> None:
+        """Write the plan of a decode that chooses for blocks of rows: of those blocks that hold rows of the call, which
+        begin elsewhere in each sequence. The others choose nothing."""
+        plan.fill_(-1 if self.selection.bounded else 0)
+        rows, (batch, heads, classes, width) = self.selection.rows, plan.shape
+        if not self.shape.rows or not plan.numel():
+            return
+        assert rows is not None and strips.first_class is not None
+        # With a place for blocks past the last, which is dropped.
+        found = torch.cat((plan, plan[:, :, :1]), 2)
+        count = min(classes, (self.shape.rows - 1) // rows + 2)
+        for low in range(0, count, step):
+            high = min(low + step, count)
+            level = strips.levels(low, high, high - low)[:, :: self.shape.heads // heads]
+            made = self._listed(level) if self.selection.bounded else level
+            at = (strips.first_class + torch.arange(low, high, device=self.device)).clamp(max=classes)
+            found.scatter_(2, at[:, None, :, None].expand(batch, heads, high - low, width), made.to(found.dtype))
+        plan.copy_(found[:, :, :-1])
 
     def _listed(self, level: Tensor) -> Tensor:
         """Members in increasing order, -1 after them."""

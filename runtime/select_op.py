@@ -160,8 +160,6 @@ class RaggedPlanner:
 
 def _why_not_ragged(selection: Selection) -> str:
     """Why a decode does not choose itself, empty where it does."""
-    if selection.rows not in (1, None):
-        return "it chooses for blocks of rows"
     if selection.together:
         return "all rows of a sequence compete"
     if isinstance(selection.score, Probs) and selection.rows is None:

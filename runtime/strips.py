@@ -86,6 +86,14 @@ class Strips:
         if scale is None and self.selection.scale is not None:
             self.scale = self.among.tensor(of_present(self.selection.scale, of.program))
         self.first = self.shape.first_position(of.program)
+        # Of a decode the position of the first row, and of the first row class that holds rows: int64 [B, 1].
+        self.first_row: Tensor | None = None
+        self.first_class: Tensor | None = None
+        if ragged is not None:
+            self.first_row = ragged.lengths.view(-1, 1) - self.shape.rows
+            self.first_class = self.first_row.clamp(min=0) // (self.selection.rows or 1)
+            if isinstance(self.selection.score, Antidiagonal):
+                self.k = of.keys_in_order(ragged)
         self.group = self.shape.heads // self.shape.kv_heads
         self.tensors = dict(zip((decl.name for decl in of.program.inputs), inputs, strict=True))
         self.width = of.members
@@ -108,7 +116,7 @@ class Strips:
             rows = self.selection.rows
             assert rows is not None
             assert of.groups is not None
-            self.groups, self.group_values = of.groups, of.groups.values(inputs, args, of.tables)
+            self.groups, self.group_values = of.groups, of.groups.values(inputs, args, of.tables, self.lengths)
             self.width *= (rows // score.stride) * (self.selection.keys // score.stride)
         self.mass_values: Values | None = None
         if of.mass is not None and of.mass_deriver is not None:
@@ -137,8 +145,8 @@ class Strips:
     def _positions(self, low: int, high: int, rows: int) -> Tensor:
         """The first position of each of these row classes of `rows` rows: [classes], or [B, classes]."""
         start: int | Tensor = self.first if rows == 1 else 0
-        if self.lengths is not None:
-            start = self.lengths.view(-1, 1) - self.shape.rows
+        if self.first_row is not None and self.first_class is not None:
+            start = self.first_row if rows == 1 else self.first_class * rows
         return torch.arange(low, high, device=self.device) * rows + start
 
     def _present(self, touched: Touched, values: Values, low: int, high: int, rows: int | None) -> Tensor:
@@ -152,7 +160,7 @@ class Strips:
     def _of_classes(self, touched: Touched, values: Values, low: int, high: int, rows: int | None) -> Tensor:
         """As `_present`, of members that are blocks in a row, or else of their keys."""
         narrow = self.members is not None
-        if rows is not None and (rows == 1 or self.of.whole):
+        if rows is not None and (self.selection.rows == 1 or self.of.whole):
             return touched.at(values, self._positions(low, high, rows), narrow=narrow)
         if rows is None:
             found = torch.zeros((), dtype=torch.bool, device=self.device).view(1, 1, 1, 1)
@@ -162,9 +170,13 @@ class Strips:
             return found if narrow else found.expand(*found.shape[:3], -(-self.shape.k_len // touched.keys))
         position = self._class_positions(low, high, rows)
         inside = touched.at(values, position, narrow=narrow)
-        here = (position >= max(0, self.first)) & (position < self.first + self.shape.rows)
-        by_class: Tensor = (inside & here.view(1, 1, -1, 1)).unflatten(2, (-1, rows))
+        by_class: Tensor = (inside & as_rows(self._of_call(position)[1])).unflatten(2, (-1, rows))
         return by_class.any(3)
+
+    def _of_call(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Which rows of the call stand at these positions, and whether there are such."""
+        row = position - (self.first if self.first_row is None else self.first_row)
+        return row, (row >= 0) & (row < self.shape.rows) & (position >= 0)
 
     def _row_strips(self, width: int, low: int | None = None, high: int | None = None) -> Iterator[tuple[int, int]]:
         """The first and last positions of some of the call's rows after the other, which have `width` entries each; of
@@ -177,10 +189,12 @@ class Strips:
             yield start, min(start + step, end)
 
     def _class_positions(self, low: int, high: int, rows: int) -> Tensor:
-        """The positions of all rows of these row classes, one class after another; -1 for a row that a tile lacks."""
+        """The positions of all rows of these row classes, one class after another, [rows] or [B, rows]; -1 for a row
+        that a tile lacks."""
         if self.tiles is not None:
             return self.tiles[low:high].flatten()
-        return torch.arange(low * rows, high * rows, device=self.device)
+        position = torch.arange(low * rows, high * rows, device=self.device)
+        return position if self.first_class is None else position + self.first_class * (self.selection.rows or 1)
 
     def _lags(self, touched: Touched, values: Values) -> Tensor:
         """Which diagonals all rows of the call have a pair on."""
@@ -207,9 +221,14 @@ class Strips:
         if rows == 1:
             return x[:, :, low:high, None], self._there(self._positions(low, high, 1))[..., None]
         position = self._class_positions(low, high, rows)
-        row = position - self.first
-        here = (row >= 0) & (row < have) & self._there(position)
-        picked = x[:, :, row.clamp(0, max(0, have - 1))] if have else x.new_zeros(*x.shape[:2], row.numel(), x.shape[3])
+        row, here = self._of_call(position)
+        here, row = here & self._there(position), row.clamp(0, max(0, have - 1))
+        if not have:
+            picked = x.new_zeros(*x.shape[:2], row.shape[-1], x.shape[3])
+        elif row.dim() == 1:
+            picked = x[:, :, row]
+        else:
+            picked = x.gather(2, row[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
         return picked.unflatten(2, (-1, rows)), here.unflatten(1, (-1, rows))
 
     def _there(self, position: Tensor) -> Tensor:
@@ -225,6 +244,10 @@ class Strips:
             decl = self.of.program.input(v.source)
             x, along = leading(decl, self.tensors[v.source]), decl.dims[-2]
             x = x.expand(-1, -1, self.shape.rows if along.block == 1 else self.of.classes, -1)
+            if along.block > 1 and self.first_class is not None:
+                at = (self.first_class + torch.arange(low, high, device=self.device)).clamp(max=x.shape[2] - 1)
+                x = x.expand(len(at), -1, -1, -1)
+                return x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])).to(self.real)
             return x[:, :, low:high].to(self.real)
         x, here = self._rows(self.q, low, high)
         return pooled(x.to(self.real), here, v.pool)
@@ -344,7 +367,8 @@ class Strips:
         x = torch.where(here[:, None, :, :, None], x, 0).to(self.real)
         x = x.flatten(2, 3).unflatten(2, (-1, stride)).flatten(3)
         tokens = torch.arange(k_len, device=self.device).view(1, 1, -1, 1)
-        k = self.k if self.present is None else torch.where(tokens < self.present, self.k, 0)
+        present = self.present if self.lengths is None else self.lengths
+        k = self.k if present is None else torch.where(tokens < present, self.k, 0)
         y = pad(k, (0, 0, 0, -k_len % stride)).unflatten(2, (-1, stride)).flip(3).flatten(3).to(self.real)
         logits = self._dots(x, y) * (self.scale / stride)
         wide = rows // stride

@@ -173,7 +173,7 @@ WRONG: dict[str, Callable[[], object]] = {
     "A558": lambda: attndsl.compile("attention a { align start  attend all }").evictable(8),
     "A560": lambda: paged_cache(1, 4, 64).top(Q, 1),
     "A561": lambda: attndsl.compile(
-        "causal & top(2, blocks(4), per = rows(4), among = causal, by = dot(mean(Q), mean(K)))"
+        "causal & cover(0.5, blocks(4), per = rows(4), among = causal, by = dot(mean(Q), mean(K)), compete = head)"
     ).decode(Q, K, V, LENGTHS),
     "A566": lambda: attndsl.compile(f"causal & {MOBA}").decode(Q, *EIGHT_BITS, LENGTHS),
     "A567": lambda: attndsl.compile(POOLED).decode(Q, K, V, LENGTHS, views={"pool(mean, 4)": (K, V)}),

@@ -34,7 +34,6 @@ pytestmark = [
 PATTERNS = Path(__file__).parent.parent / "examples" / "patterns"
 CAPACITY = 48
 NAN = float("nan")
-# A cache's other tokens belong to no sequence; programs by blocks of rows choose nothing themselves.
 BODIES = [body for body in PARTS + OUTPUTS if "align start" not in body]
 
 
@@ -104,12 +103,19 @@ class Sequences:
         """A plan of the call as one of a sequence alone."""
         selection = self.attn.program.selection(name)
         members = -(-length // selection.keys) if plan.dtype == torch.uint8 else None
-        return plan[:, :, before if selection.rows == 1 else 0 :, :members]
+        return plan[:, :, of_classes(selection, before, length), :members]
 
     def _all_inputs(self) -> dict[str, Tensor]:
         """With something in the place of plans, which no call gives."""
         others = {decl.name: torch.zeros([1] * len(decl.dims)) for decl in self.attn.program.inputs}
         return others | self.inputs
+
+
+def of_classes(selection: Selection, before: int, length: int) -> slice:
+    """The row classes of a sequence alone in a plan of the call."""
+    if selection.rows is None:
+        return slice(None)
+    return slice(before, None) if selection.rows == 1 else slice(-(-length // selection.rows))
 
 
 def with_lse(attn: attndsl.Attention) -> bool:
@@ -162,6 +168,10 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "pyramid": {"near": 1, "middle": 2},
     "combiner": {"segment": 8},
     "coarse_and_near": {"block": 8, "span": 5},
+    "xattention": {"block": 8, "stride": 4},
+    "psa": {"block": 8, "stride": 4},
+    "regions": {"region": 7, "n": 2},
+    "proxy": {"block": 8, "n": [2, 1, 3, 2]},
 }
 
 
@@ -220,6 +230,22 @@ def test_the_last_rows_of_a_prefill() -> None:
             torch.testing.assert_close(out[b], whole[0, :, -3:], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["xattention", "psa", "proxy", "nsa"])
+def test_a_prompt_in_chunks(name: str) -> None:
+    """Chunks that begin where blocks of rows do, over pages, give what one call on the whole prompt gives."""
+    of = system(name, CAPACITY, torch.float64)
+    k, v = of.k[2:], of.v[2:]
+    inputs = {key: x[2:] for key, x in of.inputs.items()}
+    whole = of.attn(of.q[2:], k, v, **inputs)
+    pools, step = paged(k, v, 4), 16
+    for first in range(0, CAPACITY, step):
+        rows = slice(first, first + step)
+        chunk = {key: x[:, :, rows] for key, x in inputs.items()}
+        cache = (*pools[:2], torch.tensor([first + step], dtype=torch.int32), pools[2])
+        out = of.attn.decode(of.q[2:, :, rows], *cache, views=of.attn.views(*cache), **chunk)
+        torch.testing.assert_close(out, whole[:, :, rows], rtol=1e-10, atol=1e-10)
+
+
 # ----------------------------------------------------------------------------- untrusted tensors
 
 
@@ -249,7 +275,7 @@ def test_hostile_lengths_and_tables(name: str, backend: str) -> None:
 
 
 @given(
-    selections().filter(lambda text: "rows(" not in text and not text.startswith("levels")),
+    selections(),
     st.sampled_from(ROUTED),
     st.lists(st.integers(0, CAPACITY), min_size=1, max_size=2),
     st.integers(1, 4),
@@ -269,7 +295,7 @@ def test_random_selections(selection: str, pattern: str, lengths: list[int], row
     (chosen,), (plan,) = attn.program.selections, plans.values()
     for b, length in enumerate(lengths):
         before = rows - min(rows, length)
-        here = plan[b : b + 1, :, before if chosen.rows == 1 else 0 :]
+        here = plan[b : b + 1, :, of_classes(chosen, before, length)]
         level = levels_of(here, -(-CAPACITY // chosen.keys), 4)[..., : -(-length // chosen.keys)] > 0
         shape = CallShape(1, 4, 2, rows - before, length, 8, 8)
         q, k = of.q[b : b + 1, :, before:], of.k[b : b + 1, :, :length]
