@@ -55,6 +55,8 @@ class Compilation:
 
 # The compilation that this thread is in.
 _COMPILATION: ContextVar[Compilation | None] = ContextVar("compilation", default=None)
+# Operations that the context asked last is known to have taken, from which the next search goes on.
+_AT_LEAST: ContextVar[int] = ContextVar("at_least", default=0)
 
 
 @contextmanager
@@ -138,6 +140,7 @@ def bounded(ctx: isl.Context, step: Callable[[], _Result], effort: int = EFFORT)
         effort, whole = min(outer, spent(ctx) + effort), None
     else:
         ctx.reset_operations()
+        _AT_LEAST.set(0)
     allowed = effort if whole is None else min(effort, whole.left)
     ctx.set_max_operations(max(allowed, 1))
     try:
@@ -159,13 +162,18 @@ def spent(ctx: isl.Context) -> int:
 
     isl counts them and does not say: it is asked under which bound it would go on.
     """
-    outer = ctx.get_max_operations()
-    low, high = 0, GRAIN
-    while not _goes_on(ctx, high):
-        low, high = high, 4 * high
+    outer, low = ctx.get_max_operations(), _AT_LEAST.get()
+    # Another context's number may be in the way.
+    if low and _goes_on(ctx, low):
+        low = 0
+    step = max(GRAIN, low // 8)
+    while not _goes_on(ctx, low + step):
+        low, step = low + step, 4 * step
+    high = low + step
     while high - low > max(GRAIN, low // 8):
-        middle = (low + high) // 2 // GRAIN * GRAIN
+        middle = (low + high) // 2
         low, high = (low, middle) if _goes_on(ctx, middle) else (middle, high)
+    _AT_LEAST.set(low)
     ctx.set_max_operations(outer)
     return high
 

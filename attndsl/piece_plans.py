@@ -176,7 +176,7 @@ def _permuted_backward(
     piece: PermutedPiece, spec: Spec, tilings: tuple[Tiling, Tiling] | None, uses_lse: bool, follows: bool = False
 ) -> BackwardPlan:
     spec = _permuted_spec(spec)
-    scattered = _scattered_tiling(piece, spec, stages=3)
+    scattered = _scattered_tiling(piece, spec, stages=2)
     tiling, key_tiling = tilings or (backward_tilings(spec) if scattered is None else (scattered, scattered))
     return backward_plan(piece.program, spec, tiling, key_tiling, uses_lse, layout=piece.layout, follows=follows)
 

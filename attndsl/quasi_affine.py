@@ -44,7 +44,7 @@ def to_scalar(expr: isl.AstExpr, names: Mapping[str, Scalar]) -> Scalar:
         case isl.ast_expr_type.id:
             return names[expr.get_id().get_name()]
         case isl.ast_expr_type.int:
-            return Const(int(expr.get_val().to_python()))
+            return Const(_integer(expr.get_val()))
         case _:
             pass
     op = expr.get_op_type()
@@ -135,7 +135,9 @@ def _sum(terms: list[tuple[int, Scalar]], constant: int) -> Scalar:
 
 
 def _integer(value: isl.Val) -> int:
-    return int(value.to_python())
+    # Numbers that fit 64 bits need not be written and read.
+    small = value.get_num_si()
+    return small if value.cmp_si(small) == 0 else int(value.to_python())
 
 
 def dims_to_params(pairs: isl.Set, *dims: str) -> isl.Set:

@@ -189,8 +189,11 @@ class Lowering:
         if not self.program.align_start:
             pairs = project_param(pairs.intersect_params(context), "Nq")
         # Rows end with the keys or, under `align start`, with Nq: what only longer sequences could hold goes.
-        longest = self.set(f"{{ [q, k] : q <= {1 << POSITION_BITS} }}")
-        return pairs.intersect(longest).gist(longest).gist_params(context).coalesce()
+        longest = self.set(f"{{ [q, k] : q < {1 << POSITION_BITS} }}")
+        parts = [isl.Set.from_basic_set(part) for part in pairs.get_basic_sets()]
+        kept = [part for part in parts if not part.is_disjoint(longest)]
+        pairs = fold(kept, isl.Set.union) if kept else isl.Set.empty(pairs.get_space())
+        return pairs.gist_params(context).coalesce()
 
     def of_pairs(self, pairs: isl.Set, stride: int) -> Relation:
         uniform = {name: e for name, e in self.uniform.items() if self.involves(pairs, name)}
@@ -326,6 +329,9 @@ class Lowering:
                 return fold([self.holds(x, place) for x in operands], isl.Set.union)
             case If(cond=c, then=then, other=other):
                 return choose(self.holds(c, place), self.holds(then, place), self.holds(other, place))
+            case Compare(op="==" | "!=" as op, left=left, right=right) if left.type is right.type is Type.BOOL:
+                a, b = self.holds(left, place), self.holds(right, place)
+                return choose(a, b, b.complement()) if op == "==" else choose(a, b.complement(), b)
             case Compare(op=op, left=left, right=right):
                 try:
                     return self._compare(op, left, right, place)

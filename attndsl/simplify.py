@@ -64,6 +64,8 @@ def _fold(e: Scalar) -> Scalar:
     match e:
         case Const() | Var() | Arg() | Read() | Table():
             return e
+        case Binary(left=a, right=b) if not (isinstance(a, Const) or isinstance(b, Const)):
+            return e
         case Unary(op="not", operand=x):
             return negated(x)
         case Unary(op="-", operand=Const(value=v)):

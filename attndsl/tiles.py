@@ -47,6 +47,8 @@ TILES_EFFORT = 4 * EFFORT
 SCAN_EFFORT = 2 * EFFORT
 # … and to telling full tiles from partial ones, whose operations are the slowest.
 SPLIT_EFFORT = 120_000
+# … half of it for patterns of more parts, whose complements either are found soon or pass any bound.
+MANY_PARTS = 16
 # … and to writing one piece of it as an interval.
 PIECE_EFFORT = EFFORT // 10
 # After so many pieces past it the rest is not tried.
@@ -125,15 +127,25 @@ class _Tiler:
             f"[Nq, Nk, start, residue] -> {{ [x, y] : x >= 0 and {layout.q.text(f'{block_q} x + {start}')} < {length} "
             f"and y >= 0 and {relation.stride} * ({layout.k.text(f'{block_k} y')}) < Nk and Nk >= 1 and Nq >= 1 }}"
         ).intersect_params(relation.context)
-        # A full key tile has all its keys below Nk; a full query tile (transposed) has no such duty, since the
-        # rows that do not exist are zero where the kernel reads them.
-        self.reach = self._set("{ [q, k] : k >= 0 }")
-        self.above, self.below = self._map("{ [t] -> [u] : u > t }"), self._map("{ [t] -> [u] : u < t }")
         self.cuts = TileCuts() if program is None else tile_cuts(program, relation.atoms, self._owner(), self._grids())
         self.known = {name: tuple(map(self._set, texts)) for name, texts in self.cuts.pairs.items()}
         parameters = ", ".join(["start", *self.cuts.scalars])
         for fact in self.cuts.tiles:
             self.existing = self.existing.intersect(self._set(f"[{parameters}] -> {{ [x, y] : {fact} }}"))
+
+    @functools.cached_property
+    def reach(self) -> isl.Set:
+        """What a full tile has to hold: a key tile all its keys below Nk; a query tile (transposed) has no such duty,
+        since the rows that do not exist are zero where the kernel reads them."""
+        return self._set("{ [q, k] : k >= 0 }")
+
+    @functools.cached_property
+    def above(self) -> isl.Map:
+        return self._map("{ [t] -> [u] : u > t }")
+
+    @functools.cached_property
+    def below(self) -> isl.Map:
+        return self._map("{ [t] -> [u] : u < t }")
 
     def _grids(self) -> dict[str, Grid]:
         """The tiles of both sides."""
@@ -186,7 +198,8 @@ class _Tiler:
         attempts = [lambda: self._partial(touched)]
         if len(self.known) <= MAX_KNOWN:
             split = self._split if len(self.known) < MAX_KNOWN else self._split_by_parts
-            attempts.insert(0, lambda: self._scan(*bounded(self.ctx, lambda: split(touched), SPLIT_EFFORT)))
+            effort = SPLIT_EFFORT if self.relation.pairs.n_basic_set() <= MANY_PARTS else SPLIT_EFFORT // 2
+            attempts.insert(0, lambda: self._scan(*bounded(self.ctx, lambda: split(touched), effort)))
         for attempt in attempts:
             self.hard = 0
             try:
@@ -223,7 +236,7 @@ class _Tiler:
         missing = self.reach.subtract(self.relation.pairs)
         holes = self._some(missing).apply(self.tiles).coalesce()
         full = self._existing(touched.subtract(holes))
-        return self._own_tile(full), self._rest(touched, full)
+        return self._own_tile(full), self._own_tile(touched.subtract(full).coalesce())
 
     def _split_by_parts(self, touched: isl.Set) -> tuple[isl.Set, isl.Set]:
         """The same, but tiles that only several parts of the pattern fill together are partial."""
@@ -232,14 +245,7 @@ class _Tiler:
             holes = self.reach.subtract(isl.Set.from_basic_set(part)).apply(self.tiles).coalesce()
             full = full.union(self._existing(touched.subtract(holes)))
         full = self._existing(full)
-        return self._own_tile(full), self._rest(touched, full)
-
-    def _rest(self, touched: isl.Set, full: isl.Set) -> isl.Set:
-        """The line of tiles that are not full: put plainly, unless that takes quotients of the tiles that it is of."""
-        rest = touched.subtract(full).coalesce()
-        plainly = self._own_tile(self._plainly(rest.remove_redundancies()))
-        pieces = (piece for basic in plainly.get_basic_sets() for piece in straightened(basic))
-        return plainly if all(map(plain_interval, pieces)) else self._own_tile(rest)
+        return self._own_tile(full), self._own_tile(touched.subtract(full).coalesce())
 
     def _certain(self) -> isl.Set:
         """The pairs of the relation, whatever the truth of the data, as far as a tile knows it."""
@@ -253,21 +259,23 @@ class _Tiler:
             pairs = pairs.coalesce()
         return pairs
 
-    def _existing(self, tiles: isl.Set) -> isl.Set:
-        """The tiles that exist, written as plainly as that allows."""
+    def _in_quotients(self, tiles: isl.Set) -> isl.Set:
         # Quotients come out in fewer pieces by themselves than while tiles are simplified; hard ones take longer.
         with suppress(TooHard):
             tiles = bounded(self.ctx, tiles.compute_divs, PIECE_EFFORT)
-        return self._plainly(tiles.coalesce())
+        return tiles.coalesce()
 
-    def _plainly(self, tiles: isl.Set) -> isl.Set:
-        return tiles.gist(self.existing).intersect(self.existing).coalesce()
+    def _existing(self, tiles: isl.Set) -> isl.Set:
+        """The tiles that exist, written as plainly as that allows."""
+        return self._in_quotients(tiles).gist(self.existing).intersect(self.existing).coalesce()
 
     def _touched(self) -> isl.Set:
+        def touched() -> isl.Set:
+            found = self._some(self.relation.pairs).apply(self.tiles)
+            return self._in_quotients(found).intersect(self.existing).coalesce()
+
         try:
-            return self.budget.bounded(
-                self.ctx, lambda: self._existing(self._some(self.relation.pairs).apply(self.tiles)), EFFORT // 2
-            )
+            return self.budget.bounded(self.ctx, touched, EFFORT // 2)
         except TooHard:
             return self.existing
 
