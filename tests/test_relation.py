@@ -39,6 +39,8 @@ PATTERNS = [
     "{ bit_length(q - k) > 2 }",
     "{ clamp(q - k, -2, 3) % 3 == max(q, k) % 2 }",
     "if Nk % 3 == 0 then causal else { (-q) // 2 <= -k }",
+    "{ (q >= Nk // 2) == (k >= Nk // 2) and q // 3 == k // 3 }",
+    "causal & { (q % 3 == 0) != (k % 2 == 0 or k < 4) }",
 ]
 
 
@@ -105,6 +107,7 @@ DATA = """attention mixed(n : runtime int) {
         "causal & document(doc)",
         "(document(doc) | global_tokens(flag)) - window(n)",
         "{ doc[q] <= doc[k] and (flag[k] or q - k < width[h]) }",
+        "causal & { flag[k] == dense[g] or flag[q] != (q % 2 == 0) }",
     ],
 )
 def test_pairs_with_known_scalars_and_conditions(text: str) -> None:
