@@ -43,6 +43,13 @@ def bit_length(number: isl.PwAff, bits: int) -> isl.PwAff:
     return table.pullback_multi_pw_aff(isl.MultiPwAff.from_pw_aff(number))
 
 
+def powers_of_two(number: isl.PwAff, bits: int) -> isl.Set:
+    """Where a number is a power of two below 2**bits."""
+    powers = " or ".join(f"x = {1 << i}" for i in range(bits))
+    found = isl.Set.read_from_str(number.get_ctx(), f"{{ [x] : {powers} }}")
+    return found.preimage_multi_pw_aff(isl.MultiPwAff.from_pw_aff(number))
+
+
 def entry(values: Sequence[int], index: isl.PwAff) -> isl.PwAff:
     """The entry of a table at an index, which is clamped to it."""
     last = len(values) - 1
@@ -54,6 +61,13 @@ def entry(values: Sequence[int], index: isl.PwAff) -> isl.PwAff:
 
 def choose(chosen: isl.Set, then: isl.Set, other: isl.Set) -> isl.Set:
     return chosen.intersect(then).union(chosen.complement().intersect(other))
+
+
+def parts_that_meet(items: isl.Set, other: isl.Set) -> isl.Set:
+    """The conjunctions of a set that have something of another: as they are, with no bound of the other's in them."""
+    parts = [isl.Set.from_basic_set(part) for part in items.get_basic_sets()]
+    kept = [part for part in parts if not part.is_disjoint(other)]
+    return fold(kept, isl.Set.union) if kept else isl.Set.empty(items.get_space())
 
 
 def project_param(pairs: isl.Set, name: str) -> isl.Set:

@@ -20,10 +20,11 @@ from typing import assert_never
 
 import islpy as isl
 
+from attndsl import isl_sets
 from attndsl.derivation import Random
 from attndsl.derive import derive
 from attndsl.effort import EFFORT, Budget, TooHard, bounded, remembered
-from attndsl.isl_sets import bit_length, choose, coarse_pairs, divided, entry, fold, place_pairs, project_param
+from attndsl.isl_sets import choose, divided, fold, parts_that_meet, project_param
 from attndsl.placing import Coordinates, placed
 from attndsl.program import (
     Arg,
@@ -190,10 +191,7 @@ class Lowering:
             pairs = project_param(pairs.intersect_params(context), "Nq")
         # Rows end with the keys or, under `align start`, with Nq: what only longer sequences could hold goes.
         longest = self.set(f"{{ [q, k] : q < {1 << POSITION_BITS} }}")
-        parts = [isl.Set.from_basic_set(part) for part in pairs.get_basic_sets()]
-        kept = [part for part in parts if not part.is_disjoint(longest)]
-        pairs = fold(kept, isl.Set.union) if kept else isl.Set.empty(pairs.get_space())
-        return pairs.gist_params(context).coalesce()
+        return parts_that_meet(pairs, longest).gist_params(context).coalesce()
 
     def of_pairs(self, pairs: isl.Set, stride: int) -> Relation:
         uniform = {name: e for name, e in self.uniform.items() if self.involves(pairs, name)}
@@ -293,9 +291,9 @@ class Lowering:
         data = self._is_data(pattern, inner)
         for name in self.atoms:
             inner = project_param(inner, name)
-        coarse = coarse_pairs(inner, pattern.block_q, pattern.block_k, every=pattern.mode is Coarse.ALL)
+        coarse = isl_sets.coarse_pairs(inner, pattern.block_q, pattern.block_k, every=pattern.mode is Coarse.ALL)
         if place.names:
-            coarse = place_pairs(coarse, place.q, place.k, place.q_len, place.k_len)
+            coarse = isl_sets.place_pairs(coarse, place.q, place.k, place.q_len, place.k_len)
         return coarse.intersect(self._atom(_map(pattern), place)) if data else coarse
 
     def _coarse_condition(self, pattern: Coarsen, inner: isl.Set) -> Scalar:
@@ -342,8 +340,7 @@ class Lowering:
                     number = self.affine(x, place)
                 except NotAffine:
                     return self._atom(cond, place)
-                powers = " or ".join(f"x = {1 << i}" for i in range(POSITION_BITS))
-                return self.set(f"{{ [x] : {powers} }}").preimage_multi_pw_aff(isl.MultiPwAff.from_pw_aff(number))
+                return isl_sets.powers_of_two(number, POSITION_BITS)
             case Read() | Table() | Call(function="drawn"):
                 return self._atom(cond, place)
             case Var() | Arg() | Binary() | Call():
@@ -436,12 +433,12 @@ class Lowering:
             case Call(function="clamp", args=(x, low, high)):
                 return self.affine(x, place).max(self.affine(low, place)).min(self.affine(high, place))
             case Call(function="bit_length", args=(x,)):
-                return bit_length(self.affine(x, place), POSITION_BITS)
+                return isl_sets.bit_length(self.affine(x, place), POSITION_BITS)
             case Table(name=name, index=(index,)) if reads(substitute(index, place.names), "q", "k"):
                 values = self.program.table(name).values
                 if len(values) > MAX_CASES:
                     raise NotAffine(f"more than {MAX_CASES} entries")
-                return entry([int(v) for v in values], self.affine(index, place))
+                return isl_sets.entry([int(v) for v in values], self.affine(index, place))
             case _:
                 raise NotAffine(type(e).__name__)
 
