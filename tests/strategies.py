@@ -83,6 +83,15 @@ def _block_map(rng: np.random.Generator, s: CallShape) -> Array:
     return rng.random((s.batch, blocks)) < 0.5
 
 
+def _in_width(values: Array, width: npt.DTypeLike) -> Array:
+    """Integers in this type, where it holds them all."""
+    narrow = values.astype(width)
+    return narrow if values.dtype == np.int32 and np.array_equal(narrow, values) else values
+
+
+# Of the integers that a call gives.
+WIDTHS = ("int32", "int32", "int64", "int16", "int8", "uint8")
+
 INPUTS: dict[str, Input] = {
     "reach": Input("int[b]", _ints(0, lambda s: s.k_len, "batch")),
     "width": Input("int[h]", _ints(1, lambda s: 40, "heads")),
@@ -450,7 +459,8 @@ def composed_programs(
     clauses = writer.clauses() if scores and draw(st.booleans()) else []
     text = writer.text(pattern, clauses)
     rng = np.random.default_rng(draw(st.integers(0, 3)))
-    inputs = {name: INPUTS[name].values(rng, shape) for name in INPUTS if name in writer.inputs}
+    width = draw(st.sampled_from(WIDTHS))
+    inputs = {name: _in_width(INPUTS[name].values(rng, shape), width) for name in INPUTS if name in writer.inputs}
     return Case(text, writer.params, inputs, writer.args, shape)
 
 
