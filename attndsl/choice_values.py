@@ -8,7 +8,8 @@ from typing import Any, assert_never
 
 import numpy as np
 
-from attndsl.oracle import COMPARE, Array, Evaluator, index_origin
+from attndsl.oracle import Array, Evaluator, index_origin
+from attndsl.oracle_operators import COMPARE
 from attndsl.program import (
     Arg,
     Binary,

@@ -3,21 +3,17 @@
 Every scalar is an int64 or bool array that broadcasts to [batch, heads, rows, k_len]; a set is such an
 array of booleans. Dense and slow on purpose: this file and `runtime.reference` define what a program
 means, so they share nothing with the simplifier, the tiles or the generated code.
-
-Where the language leaves numpy a choice, this is what it is: `clamp(x, low, high)` is
-min(max(x, low), high); `bit_length(x)` counts the bits of max(x, 0); `is_power_of_two(x)` is false
-below 1; an unguarded division by zero gives 0; every index is clamped to its dimension.
+What operators are is in `oracle_operators`; every index is clamped to its dimension.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import reduce
 from math import ceil
-from typing import Any, TypeAlias, assert_never
+from typing import assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +23,8 @@ from attndsl.branches import Part, Queries, View, Visible
 from attndsl.derivation import Random, Segment
 from attndsl.grid import Along
 from attndsl.members import Lags, Members, Placed, Tiles, extent
+from attndsl.oracle_operators import Array as Array
+from attndsl.oracle_operators import apply
 from attndsl.oracle_places import axis_size, coordinates, listed, run_starts, tile_numbers
 from attndsl.program import (
     Arg,
@@ -61,25 +59,6 @@ from attndsl.program import (
     Where,
     children,
 )
-
-Array: TypeAlias = npt.NDArray[Any]
-Operator: TypeAlias = Unary | Binary | Compare | Logic | Call
-
-COMPARE: dict[str, Callable[[Any, Any], Any]] = {
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-    "==": operator.eq,
-    "!=": operator.ne,
-}
-INT_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "//": operator.floordiv,
-    "%": operator.mod,
-}
 
 
 def mask(
@@ -451,41 +430,3 @@ def _block_sums(inside: Array, block_q: int, block_k: int) -> npt.NDArray[np.int
     """How many entries of each block of the last two axes are true."""
     rows = np.add.reduceat(inside, range(0, inside.shape[2], block_q), axis=2, dtype=np.int64)
     return np.add.reduceat(rows, range(0, inside.shape[3], block_k), axis=3, dtype=np.int64)
-
-
-def apply(e: Operator, operands: Sequence[Array]) -> Array:
-    """Value of one int or bool operator on the values of its operands."""
-    match e:
-        case Unary(op=op):
-            return -operands[0] if op == "-" else ~operands[0]
-        case Binary(op=op):
-            # A guard may stand before a division by zero: both sides are evaluated, so it must not fail.
-            with np.errstate(divide="ignore"):
-                return np.asarray(INT_ARITHMETIC[op](*operands))
-        case Compare(op=op):
-            return np.asarray(COMPARE[op](*operands))
-        case Logic(op=op):
-            return np.asarray(reduce(np.logical_and if op == "and" else np.logical_or, operands))
-        case Call(function=function):
-            return _call(function, operands)
-        case _ as never:
-            assert_never(never)
-
-
-def _call(function: str, operands: Sequence[Array]) -> Array:
-    match function, operands:
-        case "min", _:
-            return np.asarray(reduce(np.minimum, operands))
-        case "max", _:
-            return np.asarray(reduce(np.maximum, operands))
-        case "abs", [x]:
-            return np.asarray(np.abs(x))
-        case "clamp", [x, low, high]:
-            return np.asarray(np.minimum(np.maximum(x, low), high))
-        case "bit_length", [x]:
-            # Exact up to 63 bits, which a logarithm in float64 is not.
-            return np.asarray(sum(((x >> bit) > 0).astype(np.int64) for bit in range(63)))
-        case "is_power_of_two", [x]:
-            return np.asarray((x > 0) & ((x & (x - 1)) == 0))
-        case _:
-            raise ValueError(f"`{function}` has no integer value")

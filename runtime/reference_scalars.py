@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attndsl import oracle
+from attndsl import oracle, oracle_operators
 from attndsl.program import (
     Arg,
     Binary,
@@ -112,7 +112,7 @@ class Pairs:
     def _operator(self, e: Unary | Binary | Compare | Logic | Call, operands: list[Tensor]) -> Tensor:
         if not any(x.is_floating_point() for x in operands) and e.type is not Type.FLOAT:
             # Exact in itself, over operands that looked at a float: `1 + (if s > 0 then 1 else 2)`.
-            exact = oracle.apply(e, [x.cpu().numpy() for x in operands])
+            exact = oracle_operators.apply(e, [x.cpu().numpy() for x in operands])
             return torch.from_numpy(np.asarray(exact)).to(self.where.device)
         operands = [x.to(self.dtype) for x in operands]
         match e:
@@ -122,7 +122,7 @@ class Pairs:
                 value: Tensor = FLOAT_ARITHMETIC[op](*operands)
                 return value
             case Compare(op=op):
-                holds: Tensor = oracle.COMPARE[op](*operands)
+                holds: Tensor = oracle_operators.COMPARE[op](*operands)
                 return holds
             case Call(function=function):
                 return _call(function, operands)
