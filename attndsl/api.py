@@ -179,7 +179,7 @@ class Attention:
 
     def views(
         self, k: Tensor, v: Tensor, seq_lens: Tensor | None = None, page_table: Tensor | None = None, *,
-        layout: str = "hnd",
+        layout: str = "hnd", **inputs: Tensor,
     ) -> dict[str, tuple[Tensor, ...]]:  # fmt: skip
         """The entries of each pooled view, keys [B, Hkv, entries, D] and values [B, Hkv, entries, Dv], by its name.
 
@@ -188,8 +188,9 @@ class Attention:
         >>> {name: keys.shape for name, (keys, values) in attn.views(*torch.zeros(2, 1, 1, 10, 8)).items()}
         {'pool(mean, 4)': torch.Size([1, 1, 3, 8])}
 
-        seq_lens, page_table, layout: of caches, as `decode` takes them. All that it needs beside them is returned then,
-        with room for all tokens, what selections go by (`mean(K) over blocks(64)`, in float32, no values) included.
+        inputs: those whose segments are pooled. seq_lens, page_table, layout: of caches, as `decode` takes them. All
+        that it needs beside them is returned then, with room for all tokens, what selections go by (`mean(K) over
+        blocks(64)`, in float32, no values) included.
         `attndsl.serving.update_views` makes anew what further tokens change.
         """
         if seq_lens is not None:
@@ -202,7 +203,7 @@ class Attention:
             raise error("A565", what, self.program.span, help="leave `views` out")
         from attndsl.runtime.compose import make_views
 
-        return dict(make_views(self._key, self._composition, k, v))
+        return dict(make_views(self._key, self._composition, k, v, inputs))
 
     def decode(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, page_table: Tensor | None = None, *,

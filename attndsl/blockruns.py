@@ -17,6 +17,7 @@ from attndsl.effort import remembered
 from attndsl.evaluate import evaluate
 from attndsl.oracle import check_inputs, index_origin
 from attndsl.program import Arg, CallShape, Program, Read, Scalar, Table, Var, children, reads, walk
+from attndsl.run_values import run_counts
 from attndsl.runs import Side, TileKind, TileRuns
 from attndsl.tiles import tile_runs
 from attndsl.view_plans import part_relation
@@ -58,7 +59,8 @@ def call_runs(
     heads = (shape.heads, shape.kv_heads)
     positions = (shape.q_len(program), shape.k_len, shape.first_position(program))
     uniform, runs, program = _closed_runs(program, heads, block_q, block_k, positions, frozenset(inputs))
-    reader = Reader(program, shape, {**inputs, **cut_values(program, shape, inputs, args)}, args)
+    derived = cut_values(program, shape, inputs, args) | run_counts(program, shape, inputs)
+    reader = Reader(program, shape, {**inputs, **derived}, args)
     b, h = np.divmod(np.arange(shape.batch * shape.heads), max(1, shape.heads))
     # Where every uniform scalar has one value, the runs are the same.
     values = [np.broadcast_to(reader.value(e, reader.variables(b, h)), b.shape).astype(np.int64) for e in uniform]

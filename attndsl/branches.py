@@ -1,6 +1,7 @@
 """What an attention attends to and how its branches combine.
 
     view    V ::= Pool f size stride visible counted | Given keys values size stride visible counted
+                | Pool f (Runs input) counted                      an entry a run, its extent told by data
     part    p ::= P (over V)?                                      over the raw tokens where there is no view
                 | P within keys with branch                        two levels: a softmax inside each member
     branch    ::= (name =)? attend p+ (from Queries f size)? { scale e  score e  sink e  weights e }
@@ -9,6 +10,9 @@
 The keys of a view are *entries*: entry j stands for the tokens [j * stride, j * stride + size), its nominal extent,
 and exists when j * stride < Nk. Row q sees it where the part's pattern holds at q for every token of that extent,
 present or not (`visible = any`: for some token that is present).
+
+Of a view of runs entry j is the j-th maximal run of equal entries of an int input, and its extent that run. There is
+room for as many entries as there are tokens; what is no run no row sees.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, TypeAlias
+
+from attndsl.members import Runs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +53,7 @@ class Visible(Enum):
 class Pool:
     """Keys and values pooled over the entries' extents; `counted`: log(tokens present) is added to the logit.
 
-    present: as in `Given`.
+    present: as in `Given`. runs: entries are the runs of an input, size and stride are 1.
     """
 
     function: PoolFunction
@@ -56,13 +62,15 @@ class Pool:
     visible: Visible = Visible.EVERY
     counted: bool = False
     present: Scalar | None = None
+    runs: Runs | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
     """Entries handed in as inputs: `keys` float[b, g, k/stride, D], `values` float[b, g, k/stride, Dv].
 
-    present: how many tokens are, where `counted` asks and not all of a call's are (None: Nk).
+    present: how many tokens are, where `counted` asks and not all of a call's are (None: Nk). runs: as in `Pool`, until
+    the program is derived. mass: in a derived program, what entry k counts for where data tells it.
     """
 
     keys: str
@@ -72,6 +80,8 @@ class Given:
     visible: Visible = Visible.EVERY
     counted: bool = False
     present: Scalar | None = None
+    runs: Runs | None = field(default=None, kw_only=True)
+    mass: Scalar | None = field(default=None, kw_only=True)
 
 
 View: TypeAlias = Pool | Given
@@ -160,6 +170,8 @@ class Branch:
             return "`weights` replace its softmax"
         if self.skip is not None:
             return "which pairs it skips is not kept"
+        if any(part.view is not None and part.view.runs is not None for part in self.parts):
+            return "data tells where its entries begin"
         return "it has two levels" if self.within is not None else ""
 
 

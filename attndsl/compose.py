@@ -29,6 +29,8 @@ class Pooling:
     def name(self) -> str:
         """How the view is called: what the language writes, less what concerns who sees it."""
         pool = self.pool
+        if pool.runs is not None:
+            return f"pool({pool.function.value}, segments({pool.runs.input}))"
         stride = f", {pool.stride}" if pool.stride != pool.size else ""
         return f"pool({pool.function.value}, {pool.size}{stride})"
 
@@ -85,14 +87,15 @@ def _handed_in(part: Part, program: Program, found: dict[Pool, Pooling], branch:
     if not isinstance(part.view, Pool):
         return part
     view = part.view
-    made = Pool(view.function, view.size, view.stride)
+    made = Pool(view.function, view.size, view.stride, runs=view.runs)
     if made not in found:
         taken = {decl.name for decl in program.inputs} | {p.keys for p in found.values()}
         suffixes = (f"_{i}" if i else "" for i in range(len(taken) + 1))
         suffix = next(x for x in suffixes if not {f"pooled_k{x}", f"pooled_v{x}"} & taken)
         found[made] = Pooling(made, f"pooled_k{suffix}", f"pooled_v{suffix}")
     pooling = found[made]
-    entries = Given(pooling.keys, pooling.values, view.size, view.stride, view.visible, view.counted)
+    names = (pooling.keys, pooling.values)
+    entries = Given(*names, view.size, view.stride, view.visible, view.counted, runs=view.runs)
     return replace(part, view=entries)
 
 

@@ -67,6 +67,32 @@ class Extents:
 
 
 @dataclass(frozen=True, slots=True)
+class RunEnds:
+    """int32 of the input's own dimensions, its tokens replaced by its runs of equal entries, in order: the first token
+    of each, or with `last` its last."""
+
+    input: str
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RunCount:
+    """int32 of the input's own dimensions, its last of size 1: how many runs of equal entries it has."""
+
+    input: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunExtents:
+    """Of the input's type, as int64 or bool, of its own dimensions and those of `ids`, its tokens replaced by the runs
+    of equal entries of `ids`: the least or the largest of each; 0 of what is no run."""
+
+    input: str
+    ids: str
+    largest: bool
+
+
+@dataclass(frozen=True, slots=True)
 class DocumentEnds:
     """int32 of the input's own dimensions: the first token of each token's document, a maximal run of equal entries, or
     with `ends` one past its last."""
@@ -226,6 +252,6 @@ class Place:
 
 
 Derivation: TypeAlias = (
-    Offsets | Extents | DocumentEnds | BlockMap | Draw | Chosen | TileList | Cut | Gathering | TileMap | Order
-    | Sorted | Place
+    Offsets | Extents | RunEnds | RunCount | RunExtents | DocumentEnds | BlockMap | Draw | Chosen | TileList | Cut
+    | Gathering | TileMap | Order | Sorted | Place
 )  # fmt: skip

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
-from attndsl.branches import Part, Visible
+from attndsl.branches import Given, Part, Visible
 from attndsl.derivation import (
     BlockMap,
     Chosen,
@@ -29,11 +29,15 @@ from attndsl.derivation import (
     Order,
     Place,
     Random,
+    RunCount,
+    RunEnds,
+    RunExtents,
     Segment,
     Sorted,
     TileList,
     TileMap,
 )
+from attndsl.entry_ends import Ends, first_of, token_read
 from attndsl.extents import extent_dims, of_extents
 from attndsl.member_numbers import has_member, number, read
 from attndsl.members import Runs, extent
@@ -44,6 +48,7 @@ from attndsl.program import (
     Call,
     Choose,
     Coarsen,
+    Compare,
     Complement,
     Const,
     Dim,
@@ -67,6 +72,8 @@ from attndsl.program import (
 )  # fmt: skip
 from attndsl.unpack import unpacked
 
+_ONE = Dim(Axis.CONST, size=1)
+
 
 @functools.lru_cache(maxsize=1024)
 def derive(program: Program, ragged: bool = False) -> Program:
@@ -81,7 +88,7 @@ def derive(program: Program, ragged: bool = False) -> Program:
     if not ragged and not apart:
         # Where sequences have ends of their own, so have their last extents.
         parts = tuple(replace(part, pattern=deriver.over(part)) for part in parts)
-    parts = tuple(replace(part, pattern=deriver.set(part.pattern, _Context())) for part in parts)
+    parts = tuple(deriver.of_runs(replace(part, pattern=deriver.set(part.pattern, _Context()))) for part in parts)
     if not deriver.found:
         return program
     inputs = (*program.inputs, *deriver.found.values())
@@ -106,7 +113,7 @@ def own_inputs(program: Program) -> tuple[InputDecl, ...]:
 
 def _read_by(derivation: Derivation | None) -> set[str]:
     match derivation:
-        case None | Offsets() | Extents() | DocumentEnds() | Chosen():
+        case None | Offsets() | Extents() | RunEnds() | RunCount() | RunExtents() | DocumentEnds() | Chosen():
             return set()
         case TileList(plan=plan) | Gathering(plan=plan):
             return {plan}
@@ -167,7 +174,7 @@ class _Deriver:
     def over(self, part: Part) -> Set:
         """The pattern of a part, over a view with data of its entries in the place of that of single keys."""
         view = part.view
-        if view is None or view.size > view.stride or view.visible is not Visible.EVERY:
+        if view is None or view.size > view.stride or view.visible is not Visible.EVERY or view.runs is not None:
             return part.pattern
 
         def declare(decl: InputDecl, largest: bool) -> str:
@@ -176,6 +183,37 @@ class _Deriver:
             return self._input(made, name, decl.type, extent_dims(decl, view.stride)).name
 
         return of_extents(part.pattern, self.program, view.size, view.stride, declare)
+
+    def of_runs(self, part: Part) -> Part:
+        """A part over a view of runs, as one over entries of which each is a token of its own."""
+        view = part.view
+        if not isinstance(view, Given) or view.runs is None:
+            return part
+        runs = view.runs
+        ids = self.program.input(runs.input)
+
+        def end(last: bool) -> Read:
+            name = f"{'last' if last else 'first'}_{ids.name}"
+            decl = self._input(RunEnds(ids.name, last), name, Type.INT, ids.dims)
+            return Read(decl.name, (*runs.lead, Var("k")), Type.INT)
+
+        def least(decl: InputDecl, largest: bool) -> tuple[str, tuple[Scalar, ...]]:
+            name = f"{'largest' if largest else 'least'}_{decl.name}"
+            more = {dim: e for dim, e in zip(ids.dims[:-1], runs.lead, strict=True) if dim not in decl.dims}
+            dims = (*decl.dims[:-1], *more, Dim(Axis.K))
+            return self._input(RunExtents(decl.name, ids.name, largest), name, decl.type, dims).name, (*more.values(),)
+
+        first, last = end(False), end(True)
+        counts = self._input(RunCount(ids.name), f"runs_{ids.name}", Type.INT, (*ids.dims[:-1], _ONE))
+        same: dict[Scalar, Scalar] = {token_read(ids.name, runs.lead): Read(ids.name, (*runs.lead, first), Type.INT)}
+        same[first_of(self._offsets(ids.name), runs.lead)] = first
+        pattern = Ends(self.program, first, last, same, least, part.span).over(part.pattern)
+        exists = Compare("<", Var("k"), Read(counts.name, (*runs.lead, Const(0)), Type.INT))
+        # What is no run has a last token before its first.
+        tokens = Call("max", (Binary("+", Binary("-", last, first), Const(1)), Const(1)))
+        mass = tokens if view.counted else None
+        view = replace(view, runs=None, counted=False, mass=mass)
+        return replace(part, pattern=Inter((Where(exists, part.span), pattern), part.span), view=view)
 
     def set(self, pattern: Set, at: _Context) -> Set:
         match pattern:
@@ -253,7 +291,7 @@ class _Deriver:
 
     def _row_class(self, rows: int | None, at: _Context) -> tuple[Scalar, Dim]:
         if rows is None:
-            return Const(0), Dim(Axis.CONST, size=1)
+            return Const(0), _ONE
         if rows == at.unit == 1 and not at.everywhere:
             return Var("q"), Dim(Axis.Q)
         return _quotient(Var("q"), rows), self._absolute(rows * at.unit)

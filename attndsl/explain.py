@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, assert_never
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,21 +14,7 @@ from attndsl.around import amount, around
 from attndsl.blockgraph import BlockGraph, block_graph
 from attndsl.box_tiles import BoxRun
 from attndsl.boxes import Boxes
-from attndsl.derivation import (
-    BlockMap,
-    Chosen,
-    Cut,
-    DocumentEnds,
-    Draw,
-    Extents,
-    Gathering,
-    Offsets,
-    Order,
-    Place,
-    Sorted,
-    TileList,
-    TileMap,
-)
+from attndsl.derived_text import made_of
 from attndsl.diagnostics import Diagnostic
 from attndsl.effort import one_at_a_time
 from attndsl.layout import PLAIN, Layout
@@ -48,7 +34,6 @@ from attndsl.program import (
     CallShape,
     Const,
     If,
-    InputDecl,
     Program,
     Read,
     Scalar,
@@ -298,7 +283,7 @@ def _planned(question: Question, plans: tuple[ForwardPlan, ...], start: Scalar |
         f"{_tiles_text(plan)} (the default for {spec.dtype.value}, D = {spec.dim}, on this target)",
         f"on a call: {forward_lowering(question.program, question.spec, question.shape)}",
         f"its gradients: {gradients_lowering(question.program, question.spec, question.shape)}",
-        *(f"computed before the kernel: {input_text(d)}, {_made_of(d)}" for d in plan.program.inputs if d.derivation),
+        *(f"computed before the kernel: {input_text(d)}, {made_of(d)}" for d in plan.program.inputs if d.derivation),
     ]
     for number, piece in enumerate(plans, 1):
         if len(plans) > 1 or not piece.layout.plain:
@@ -315,45 +300,6 @@ def _tiles_text(plan: ForwardPlan) -> str:
     tiling = plan.tiling
     warps = "" if plan.spec.target == "cpu" else f", {tiling.warps} warps, {tiling.stages} stages"
     return f"tiles of {tiling.block_q} rows x {tiling.block_k} keys{warps}"
-
-
-def _made_of(decl: InputDecl) -> str:
-    """What a derived input holds."""
-    match decl.derivation:
-        case DocumentEnds(input=name, ends=ends):
-            return f"{'one past the last' if ends else 'the first'} token of each document of `{name}`"
-        case Extents(input=name, largest=largest):
-            return f"the {'largest' if largest else 'least'} `{name}` of each entry's tokens"
-        case Offsets(input=name):
-            return f"distances in the segments of `{name}`"
-        case BlockMap(operand=operand):
-            return f"the blocks of coarsen({set_text(operand)}, …)"
-        case Cut(own=own, other=other, cut=cut, inclusive=inclusive):
-            which = "at most" if inclusive else "below"
-            side = "keys" if cut == "k" else "rows"
-            return f"how far the {side} reach whose {scalar_text(other)} is {which} {scalar_text(own)}"
-        case Draw(members=True):
-            return "the members that `random` draws for a row class"
-        case Draw():
-            return "the last hash and member that `random` draws for a row class"
-        case Order(key=key, side=side):
-            return f"the {'rows' if side == 'q' else 'keys'} in the order of {scalar_text(key)}"
-        case Sorted(key=key):
-            return f"{scalar_text(key)} in that order"
-        case Place(side=side):
-            return f"the places of {'rows' if side == 'q' else 'keys'}, by value and then by token"
-        case TileMap():
-            return "in which tiles the pattern can hold or must, by the least and greatest of what it compares"
-        case Chosen(plan=plan, level=level):
-            return f"which members `{plan}` {'chooses' if level is None else f'gives the factor {level}'}"
-        case Gathering(plan=plan):
-            return f"the rows that chose each member in `{plan}`"
-        case TileList(plan=plan, of_keys=of_keys):
-            return f"the {'query tiles of each key tile' if of_keys else 'key tiles of each query tile'} by `{plan}`"
-        case None:
-            raise AssertionError(f"`{decl.name}` is given")
-        case _:
-            assert_never(decl.derivation)
 
 
 def _run_lines(plan: ForwardPlan, start: Scalar | None = None) -> list[str]:

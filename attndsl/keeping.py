@@ -8,6 +8,7 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from attndsl.compose import Composition
+from attndsl.diagnostics import error
 from attndsl.plan import DType
 from attndsl.pooling import loaded, power_of_two
 from attndsl.program import Program
@@ -37,12 +38,18 @@ class Kept:
 
 
 def kept(program: Program, composition: Composition) -> tuple[Kept, ...]:
-    """All that decode keeps for a program."""
+    """All that decode keeps for a program. Raises `PatternError` (A911) as `kept_beside` does."""
     return kept_beside(program, composition, frozenset())
 
 
 def kept_beside(program: Program, composition: Composition, chosen: Container[str]) -> tuple[Kept, ...]:
-    """What decode keeps for a program where the plans of the selections named are handed in."""
+    """What decode keeps for a program where the plans of the selections named are handed in.
+
+    Raises `PatternError` (A911) for views whose extents data tells.
+    """
+    if told := [pooling.name for pooling in composition.pools if pooling.pool.runs is not None]:
+        what = f"what decode needs of `{told[0]}` is not yet kept: data tells where its entries begin"
+        raise error("A911", what, program.span, help="call it on the last rows")
     views = (
         Kept(pooling.name, Pool(pooling.pool.function.value), pooling.pool.size, pooling.pool.stride, True, False)
         for pooling in composition.pools

@@ -67,10 +67,15 @@ def mapped(program: Program) -> bool:
 
 
 def maps_call(program: Program, shape: CallShape) -> bool:
-    """Whether those of one call are: a map of it is small. The program is as it is before it is derived."""
-    if not program.plain or not mapped(program := derive(program)):
+    """Whether those of one call are, of its part over raw tokens: a map of it is small. The program has one branch, and
+    is as it is before it is derived."""
+    raw = [part for part in program.only.parts if part.plain]
+    if not raw:
         return False
-    read = tuple(scalars(program.branch.pattern))
+    derived = derive(program)
+    if not mapped(derived := derived.with_branch(parts=tuple(part for part in derived.only.parts if part.plain))):
+        return False
+    read = tuple(scalars(derived.branch.pattern))
     batch = shape.batch if any(reads(e, "b") for e in read) else 1
     heads = shape.heads if any(reads(e, "h", "g") for e in read) else 1
     return batch * heads * -(-shape.rows // 64) * -(-shape.k_len // 64) <= MAX_TILES

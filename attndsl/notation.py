@@ -94,9 +94,10 @@ def input_text(decl: InputDecl) -> str:
 def view_text(view: View) -> str:
     """A view as the language writes it."""
     stride = f", {view.stride}" if view.stride != view.size else ""
+    size = str(view.size) if view.runs is None else f"segments({view.runs.input})"
     options = ", visible = any" * (view.visible is Visible.ANY) + ", counted" * view.counted
     what = f"pool({view.function.value}, " if isinstance(view, Pool) else f"given({view.keys}, {view.values}, "
-    return f"{what}{view.size}{stride}{options})"
+    return f"{what}{size}{stride}{options})"
 
 
 def part_text(part: Part, queries: Queries | None = None) -> str:

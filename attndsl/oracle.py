@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import reduce
+from itertools import pairwise
 from math import ceil
 from typing import assert_never
 
@@ -22,7 +23,7 @@ from attndsl.alone import separate, sequences, together
 from attndsl.branches import Part, Queries, View, Visible
 from attndsl.derivation import Random, Segment
 from attndsl.grid import Along
-from attndsl.members import Lags, Members, Placed, Tiles, extent
+from attndsl.members import Lags, Members, Placed, Runs, Tiles, extent
 from attndsl.oracle_operators import Array as Array
 from attndsl.oracle_operators import apply
 from attndsl.oracle_places import axis_size, coordinates, listed, run_starts, tile_numbers
@@ -264,6 +265,8 @@ class Evaluator:
         exists = self.variables["q"] >= 0
         if view is None:
             return np.array(np.broadcast_to(self.members(part.pattern) & exists, full))
+        if view.runs is not None:
+            return self._seen_runs(part.pattern, view.runs, full) & exists
         # The nominal extents reach past the last token: the pattern is asked there too.
         reach = (full[-1] - 1) * view.stride + view.size
         tokens = self.at(self.variables["q"], np.arange(reach).reshape(1, 1, 1, -1), *self._lengths)
@@ -276,6 +279,21 @@ class Evaluator:
             else:
                 found[..., j] = inside[..., first : min(first + view.size, shape.k_len)].any(-1)
         return np.array(found & exists)
+
+    def _seen_runs(self, pattern: Set, runs: Runs, full: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+        """Which runs of an input each row sees, those of the batch entry's and head's own in order."""
+        inside = np.broadcast_to(self.members(pattern), full)
+        found = np.zeros(full, np.bool_)
+        for b, h in np.ndindex(*full[:2]):
+            for j, (first, end) in enumerate(self.extents(runs, b, h)):
+                found[b, h, :, j] = inside[b, h, :, first:end].all(-1)
+        return found
+
+    def extents(self, runs: Runs, b: int, h: int) -> list[tuple[int, int]]:
+        """The first token of each run of an input, and one past its last, of a batch entry and a head."""
+        starts = np.broadcast_to(self.members_of(runs), (self.shape.batch, self.shape.heads, 1, self.shape.k_len))
+        firsts = np.unique(starts[b, h]).tolist()
+        return list(pairwise([*firsts, self.shape.k_len]))
 
     @property
     def _lengths(self) -> tuple[Array, Array]:

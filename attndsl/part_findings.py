@@ -1,5 +1,6 @@
 """Warnings about parts and branches, each with a witness.
 
+    W304  a part over segments shows rows the segment that they are in, as far as it has come
     W306  two parts of one softmax reach the same token, which then counts twice
     W307  a part's pattern allows a token that no part reaches
     W308  a branch sees later tokens, beside branches that do not
@@ -62,6 +63,13 @@ class _Branch:
         self.existing = self.lowering.set("[Nk] -> { [q, k] : 0 <= q < Nk and 0 <= k < Nk }")
 
     def findings(self) -> Iterator[Diagnostic]:
+        for part in self.parts:
+            if part.view is not None and part.view.runs is not None and (witness := self.ending(part)):
+                yield _warning(
+                    "W304", "a decode differs from a longer prefill", part.span, "rows see segments that they are in",
+                    f"{witness}, and a later token may go on with its segment",
+                    "let rows see what lies before: `{ k < q }`",
+                )  # fmt: skip
         if len(self.parts) < 2:
             return
         reached = [self.reached(part) for part in self.parts]
@@ -83,6 +91,14 @@ class _Branch:
                 )  # fmt: skip
                 return
 
+    def ending(self, part: Part) -> str:
+        """A row of a causal pattern that sees a segment up to its own token, empty where none does or data decides."""
+        allowed = self.allowed(part)
+        future = self.lowering.set("{ [q, k] : k > q }")
+        if allowed is None or self.least(allowed, future, isl.Set.intersect):
+            return ""
+        return self.least(allowed, self.lowering.set("{ [q, k] : k = q }"), isl.Set.intersect)
+
     def allowed(self, part: Part) -> isl.Set | None:
         """The pairs of a row and an existing token that a part's pattern allows, None where data decides."""
         relation = self.lowering.relation(part.pattern)
@@ -92,6 +108,8 @@ class _Branch:
         """The pairs of a row and a token that a part reaches, None where data decides or it is too hard to say."""
         if part.view is None:
             return self.allowed(part)
+        if part.view.runs is not None:
+            return None
         stride, size = part.view.stride, part.view.size
         try:
             relation = seen_entries(self.lowering, part, self.program.only.queries)

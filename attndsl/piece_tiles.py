@@ -20,6 +20,7 @@ from attndsl.order_values import order_values
 from attndsl.piece_plans import forward_plans
 from attndsl.plan import DType, Plan, Spec, Tiling
 from attndsl.program import Binary, CallShape, Const, Program, Var
+from attndsl.run_values import run_counts
 from attndsl.runs import Run
 
 Array = NDArray[Any]
@@ -60,7 +61,8 @@ def piece_tiles(plan: Plan, shape: CallShape, inputs: Mapping[str, Array], args:
         raise ValueError("some are listed when the kernel runs, and are not counted here")
     if any(isinstance(decl.derivation, Order) for decl in plan.program.inputs):
         inputs = {**inputs, **order_values(plan.program, shape, inputs, args)}
-    reader = Reader(plan.program, shape, {**inputs, **cut_values(plan.program, shape, inputs, args)}, args)
+    derived = cut_values(plan.program, shape, inputs, args) | run_counts(plan.program, shape, inputs)
+    reader = Reader(plan.program, shape, {**inputs, **derived}, args)
     b, h = np.divmod(np.arange(shape.batch * shape.heads), max(1, shape.heads))
     if isinstance(layout, Boxes):
         return _box_tiles(plan, layout, shape, reader, b, h)

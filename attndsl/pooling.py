@@ -30,7 +30,8 @@ def loaded(size: int) -> int:
 @dataclass(frozen=True, slots=True)
 class PoolPlan:
     """Kernels of one pool, for one head dimension: `target` as in a `Spec`. `ragged`: how many tokens are present is
-    told for each batch entry."""
+    told for each batch entry. `told`: so are the entries' extents, which do not overlap; size and stride are of no
+    matter then."""
 
     function: PoolFunction
     size: int
@@ -39,6 +40,7 @@ class PoolPlan:
     dtype: DType
     target: str
     ragged: bool = False
+    told: bool = False
 
     @property
     def picks(self) -> bool:
@@ -53,7 +55,7 @@ class PoolPlan:
     @property
     def tokens(self) -> int:
         """Tokens of an entry that are loaded at once."""
-        return loaded(self.size)
+        return _TOKENS // 2 if self.told else loaded(self.size)
 
     @property
     def block(self) -> int:

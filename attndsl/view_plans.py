@@ -127,6 +127,8 @@ def seen_entries(lowering: Lowering, part: Part, queries: Queries | None = None)
         if not reads(scalar, "k") or not lowering.involves(written, name):
             continue
         # Data of blocks that hold whole extents is one truth for each of these; a truth of each key is not.
+        if view.size == view.stride == 1:
+            continue  # A key is an entry, and what it reads is of that.
         found = at_entries(scalar, view.stride) if view.size <= view.stride else None
         if found is None:
             raise error(
@@ -219,13 +221,15 @@ def _scalars(program: Program, spec: Spec, view: Given, follows: bool) -> dict[s
     if follows:
         # What all parts share enters with the first.
         found["sink"] = None
-    if view.counted:
+    if view.counted or view.mass is not None:
         found["score"] = counted(found["score"], view)
     return found
 
 
 def counted(logit: Scalar | None, view: View) -> Scalar:
-    """The logit of an entry k of a view that is `counted`."""
+    """The logit of an entry k of a view that is `counted`, or whose entries count for what data tells."""
+    if isinstance(view, Given) and view.mass is not None:
+        return Binary("+", logit or Var("s"), Call("log", (view.mass,)))
     left = Binary("-", view.present or Var("Nk"), Binary("*", Const(view.stride), Var("k")))
     tokens = Call("max", (Call("min", (left, Const(view.size))), Const(1)))
     return Binary("+", logit or Var("s"), Call("log", (tokens,)))

@@ -195,7 +195,8 @@ class Shown:
         match name:
             case "pool":
                 pool = compose(program).pools[n].pool
-                return PoolPlan(pool.function, pool.size, pool.stride, spec.dim, spec.dtype, spec.target)
+                told = pool.runs is not None
+                return PoolPlan(pool.function, pool.size, pool.stride, spec.dim, spec.dtype, spec.target, told=told)
             case "select":
                 selection = program.selection(owner)
                 return select_plan(of_selection(program, selection), selection, spec)

@@ -16,8 +16,9 @@ POOL, PICK, SPREAD = "pool_tokens", "pick_tokens", "spread_entries"
 def pool_source(plan: PoolPlan) -> str:
     """Text of a Python file with the plan's kernels."""
     stride = f" every {plan.stride}" if plan.stride != plan.size else ""
+    extents = "runs of tokens" if plan.told else f"{plan.size} tokens{stride}"
     title = (
-        f"# attndsl: {plan.function.value} of {plan.size} tokens{stride}, portable Triton\n#\n"
+        f"# attndsl: {plan.function.value} of {extents}, portable Triton\n#\n"
         f"# dimension {plan.dim}, {plan.dtype.value}, {plan.target}\n\n"
         "import triton\nimport triton.language as tl\n\n\n"
     )
@@ -26,12 +27,18 @@ def pool_source(plan: PoolPlan) -> str:
 
 
 def _signature(lines: Lines, plan: PoolPlan, function: str, tensors: str) -> None:
-    names = [f"{x}_ptr" for x in [*tensors.split(), *(["lengths"] if plan.ragged else [])]]
+    more = ["lengths"] * plan.ragged + ["first", "end"] * (plan.told and (function != SPREAD or _counts(plan)))
+    names = [f"{x}_ptr" for x in [*tensors.split(), *["number"] * (plan.told and function == SPREAD), *more]]
     names += [f"stride_x{axis}" for axis in "bhn"] + ["heads", "tokens", "entries"]
     lines.add("@triton.jit")
     with lines.block(f"def {function}("):
         lines.add(*(f"{name}," for name in names))
     lines.add("):")
+
+
+def _counts(plan: PoolPlan) -> bool:
+    """Whether what an entry is depends on how many tokens it has."""
+    return plan.function is PoolFunction.MEAN
 
 
 def _channels(plan: PoolPlan, axes: str) -> str:
@@ -55,6 +62,22 @@ def _present(plan: PoolPlan) -> str:
     return "present" if plan.ragged else "tokens"
 
 
+def _count(plan: PoolPlan) -> str:
+    """How many tokens of an entry there are, at least 1."""
+    if plan.told:
+        return "tl.maximum(count, 1)"
+    return f"tl.maximum(tl.minimum({_present(plan)} - entry * {plan.stride}, {plan.size}), 1)"
+
+
+def _extent(body: Lines, exists: str) -> None:
+    """The first token of entries, and how many they have, as a call tells."""
+    body.add(
+        "of_entry = head.to(tl.int64) * entries + entry",
+        f"extent = tl.load(first_ptr + of_entry, mask={exists}, other=0)",
+        f"count = tl.load(end_ptr + of_entry, mask={exists}, other=0) - extent",
+    )
+
+
 def _entries(plan: PoolPlan, function: str) -> str:
     """The kernel that owns entries: of what they are, or of which token each is."""
     lines, block, chunk, width = Lines(), plan.block, plan.tokens, plan.width
@@ -68,13 +91,19 @@ def _entries(plan: PoolPlan, function: str) -> str:
         "x_at = x_ptr + (head // heads).to(tl.int64) * stride_xb + (head % heads).to(tl.int64) * stride_xh",
         f"found = tl.full([{block}, {width}], {start}, tl.float32)",
     )
+    if plan.told:
+        _extent(body, "entry < entries")
     if function == PICK:
         body.add(f"place = tl.zeros([{block}, {width}], tl.int32)")
-    with body.block(f"for begin in range(0, {plan.size}, {chunk}):"):
+    size, here = (str(plan.size), f"(nth < {plan.size}) & (token < {_present(plan)})")
+    token = f"entry[:, None] * {plan.stride}"
+    if plan.told:
+        size, here, token = "tl.max(count, 0)", "nth < count[:, None]", "extent[:, None]"
+    with body.block(f"for begin in range(0, {size}, {chunk}):"):
         body.add(
             f"nth = begin + tl.arange(0, {chunk})[None, :]",
-            f"token = entry[:, None] * {plan.stride} + nth",
-            f"inside = ((nth < {plan.size}) & (token < {_present(plan)}))[:, :, None]",
+            f"token = {token} + nth",
+            f"inside = ({here})[:, :, None]",
             "at = x_at + token[:, :, None].to(tl.int64) * stride_xn + channel[None, None, :]",
             f"x = tl.load(at, mask=inside{_channels(plan, 'None, None, :')}, other={start}).to(tl.float32)",
         )
@@ -90,15 +119,16 @@ def _entries(plan: PoolPlan, function: str) -> str:
             body.add(f"found = tl.{reduce}imum(found, tl.{reduce}(x, 1))")
         else:
             body.add("found += tl.sum(x, 1)")
-    if plan.function is PoolFunction.MEAN:
+    if _counts(plan):
         # Past the last entry there is none.
-        count = f"tl.maximum(tl.minimum({_present(plan)} - entry * {plan.stride}, {plan.size}), 1)"
-        body.add(f"found = found / {count}[:, None].to(tl.float32)")
+        body.add(f"found = found / {_count(plan)}[:, None].to(tl.float32)")
+    if plan.told and plan.picks and function == POOL:
+        body.add("found = tl.where((count > 0)[:, None], found, 0.0)")
     if plan.ragged and plan.picks and function == POOL:
         body.add(f"found = tl.where((entry * {plan.stride} < present)[:, None], found, 0.0)")
     name, value = ("pooled", "found.to(pooled_ptr.dtype.element_ty)")
     if function == PICK:
-        name, value = ("picked", f"entry[:, None] * {plan.stride} + place")
+        name, value = ("picked", f"{token} + place")
     body.add(
         f"at = (head.to(tl.int64) * entries + entry[:, None]) * {plan.dim} + channel[None, :]",
         f"tl.store({name}_ptr + at, {value}, mask=(entry < entries)[:, None]{_channels(plan, 'None, :')})",
@@ -110,17 +140,28 @@ def _spread(plan: PoolPlan) -> str:
     """The kernel that owns tokens, and adds what their entries hand on, the last entry first."""
     lines, block = Lines(), plan.token_block
     _signature(lines, plan, SPREAD, "gradient x" + " picked" * plan.picks)
+    covers = 1 if plan.told else plan.covers
     body = Lines(indent=1)
     _prologue(body, plan, "tokens", block)
     body.add(
         f"token = first + tl.arange(0, {block})",
         f"total = tl.zeros([{block}, {plan.width}], tl.float32)",
     )
-    with body.block(f"for back in range({plan.covers}):"):
+    with body.block(f"for back in range({covers}):"):
+        if plan.told:
+            body.add(
+                "covers = token < tokens",
+                "entry = tl.load(number_ptr + head.to(tl.int64) * tokens + token, mask=covers, other=0)",
+            )
+            if _counts(plan):
+                _extent(body, "covers")
+        else:
+            body.add(
+                f"entry = token // {plan.stride} - back",
+                f"covers = (entry >= 0) & (entry < entries) & (token < entry * {plan.stride} + {plan.size})"
+                + " & (token < present)" * plan.ragged,
+            )
         body.add(
-            f"entry = token // {plan.stride} - back",
-            f"covers = (entry >= 0) & (entry < entries) & (token < entry * {plan.stride} + {plan.size})"
-            + " & (token < present)" * plan.ragged,
             f"at = (head.to(tl.int64) * entries + entry[:, None]) * {plan.dim} + channel[None, :]",
             f"exists = covers[:, None]{_channels(plan, 'None, :')}",
             "share = tl.load(gradient_ptr + at, mask=exists, other=0.0).to(tl.float32)",
@@ -130,9 +171,8 @@ def _spread(plan: PoolPlan) -> str:
                 "picked = tl.load(picked_ptr + at, mask=exists, other=-1)",
                 "share = tl.where(picked == token[:, None], share, 0.0)",
             )
-        if plan.function is PoolFunction.MEAN:
-            count = f"tl.maximum(tl.minimum({_present(plan)} - entry * {plan.stride}, {plan.size}), 1)"
-            body.add(f"share = share / {count}[:, None].to(tl.float32)")
+        if _counts(plan):
+            body.add(f"share = share / {_count(plan)}[:, None].to(tl.float32)")
         body.add("total += share")
     body.add(
         "x_at = x_ptr + (head // heads).to(tl.int64) * stride_xb + (head % heads).to(tl.int64) * stride_xh",

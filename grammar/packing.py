@@ -88,6 +88,9 @@ def _stands(program: Program, packed: bool) -> bool:
     if any(x.skip is not None or x.within is not None or x.queries is not None for x in program.branches):
         # Tiles and classes hold rows of several sequences; shares of members are of all of a call's tokens.
         return False
+    views = [part.view for branch in program.branches for part in branch.parts if part.view is not None]
+    if any(view.runs is not None for view in views):
+        return False
     sets = [part.pattern for branch in program.branches for part in branch.parts]
     for chosen in program.selections:
         sets += [x for x in (chosen.among, chosen.always) if x is not None]

@@ -28,7 +28,7 @@ class Feature(Enum):
     )
     LENGTHS = (
         "A908",
-        "`lengths` around `observe`, `skip below`, `within`, `fraction` or members that are no blocks",
+        "`lengths` around `observe`, `skip below`, `within`, pooled queries, `fraction` or members that are no blocks",
         "write `{ q < n[b] and k < n[b] }`",
     )
     SKIP = ("A909", "`skip below` over views and several parts", "skip in a branch over raw tokens")

@@ -9,14 +9,15 @@ from attndsl import syntax as ast
 from attndsl.branches import Given, Part, Pool, PoolFunction, Queries, View, Visible
 from attndsl.grammar.candidates import settle
 from attndsl.grammar.report import nearest
-from attndsl.grammar.routing import partition
+from attndsl.grammar.routing import members_of, partition
 from attndsl.grammar.scalars import static_int
 from attndsl.grammar.scope import Context, InputRef, LevelsRef, Poison
 from attndsl.grammar.selections import selection
 from attndsl.grammar.sets import pattern_set, within
 from attndsl.grammar.two_levels import two_levels
 from attndsl.grammar.unsupported import Feature, unsupported
-from attndsl.program import Axis, Dim, InputDecl, Inter, Selected, Set, Type
+from attndsl.members import Runs
+from attndsl.program import Axis, Dim, InputDecl, Inter, Selected, Set, Type, Var
 from attndsl.selection import Levels, Selection
 
 _POOLS = tuple(function.value for function in PoolFunction)
@@ -153,9 +154,10 @@ def _pool(node: ast.Apply, ctx: Context) -> Pool | None:
             ctx.report.error("A013", f"`pool` has no argument `{key}`", value.span, "unknown argument", "leave it out")
             good = False
     if isinstance(positional[1], ast.Apply) and positional[1].function == "segments":
-        if partition(positional[1], ctx) and good:
-            unsupported(Feature.VIEWS, node.span, ctx)
-        return None
+        runs = _segments(positional[1], node, len(positional) > 2 or bool(named), ctx)
+        if runs is None or not good or not isinstance(function, ast.Name):
+            return None
+        return Pool(PoolFunction(function.id), 1, 1, counted=counted, runs=runs)
     size = static_int(positional[1], ctx, "a pool's size")
     step = positional[2] if len(positional) == 3 else named.get("stride")
     stride = static_int(step, ctx, "a stride") if step is not None else size
@@ -169,6 +171,31 @@ def _pool(node: ast.Apply, ctx: Context) -> Pool | None:
     word = named.get("visible")
     visible = Visible(word.id) if isinstance(word, ast.Name) else Visible.EVERY
     return Pool(PoolFunction(function.id), size, stride, visible, counted)
+
+
+def _segments(node: ast.Apply, pool: ast.Apply, more: bool, ctx: Context) -> Runs | None:
+    """The runs whose tokens are pooled; None if a mistake was reported. more: the pool says more than that."""
+    if not partition(node, ctx):
+        return None
+    if more:
+        ctx.report.error(
+            "A013", "segments are pooled as they are, each whole", pool.span, "a stride or `visible` beside them",
+            "leave it out",
+        )  # fmt: skip
+        return None
+    found = members_of(node, ctx)
+    assert found is not None
+    runs = found[1]
+    assert isinstance(runs, Runs)
+    ids = _input(node.args[0].value, ctx)
+    own = () if ids is None else tuple({Axis.B: Var("b"), Axis.G: Var("g")}.get(dim.axis) for dim in ids.dims[:-1])
+    if own != runs.lead:
+        ctx.report.error(
+            "A048", f"`{runs.input}` does not say what the entries of a key head are of", node.span,
+            "other dimensions than batch entries and key heads", f"declare it `int[b, g, k]` and write `{runs.input}`",
+        )  # fmt: skip
+        return None
+    return runs
 
 
 def _given(node: ast.Apply, ctx: Context) -> Given | None:

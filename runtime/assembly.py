@@ -89,7 +89,8 @@ def offline_source(plan: Shown, text: str) -> KernelSource:
         return _offline_decode(plan, text)
     if isinstance(plan, PoolPlan):
         x = torch.empty(2, 2, _LENGTH, plan.dim, dtype=_TORCH[plan.dtype], device="meta")
-        return small_source(text, POOLED, WARPS, pool_sources(plan, POOLED, x, (x,)))
+        place = torch.empty(x.shape[:3], dtype=torch.int32, device="meta")
+        return small_source(text, POOLED, WARPS, pool_sources(plan, POOLED, x, (x, place, place)))
     q, k, v, inputs = meta_tensors(plan)
     if isinstance(plan, SelectPlan):
         sources = select_sources(plan, call_shape(q, k, v), q, plan.spec.kv_heads, inputs)

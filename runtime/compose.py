@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,20 +21,39 @@ from attndsl.runtime.dropout import seed_tensor
 from attndsl.runtime.observe import observe
 from attndsl.runtime.ops import attend, checked_values
 from attndsl.runtime.pool import pooled, pooled_queries
+from attndsl.runtime.runs import of_heads as runs_of_heads
+from attndsl.runtime.runs import pooled_runs
 from attndsl.runtime.select_op import Planner
 from attndsl.runtime.shares import member_shares
 
 Views = Mapping[str, tuple[Tensor, ...]]
 
 
-def make_views(key: str, composition: Composition, k: Tensor, v: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """The entries of every pooled view, keys [B, Hkv, entries, D] and values [B, Hkv, entries, Dv], by its name."""
-    return {pooling.name: _made(key, pooling, k, v) for pooling in composition.pools}
+def make_views(
+    key: str, composition: Composition, k: Tensor, v: Tensor, inputs: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The entries of every pooled view, keys [B, Hkv, entries, D] and values [B, Hkv, entries, Dv], by its name.
+    inputs: those whose segments are pooled."""
+    own = {name: composition.own.input(name) for x in composition.pools if x.pool.runs for name in [x.pool.runs.input]}
+    if set(inputs) != set(own):
+        names = ", ".join(f"`{name}`" for name in own) or "nothing"
+        what = f"beside keys and values the views of this attention are made of {names}"
+        raise error("A565", what, help="pass what it pools the segments of, by name")
+    shape = without_values(composition.own, k, k, [])
+    alone = replace(composition.own, inputs=tuple(own.values()))
+    check_inputs(alone, shape, [inputs[name] for name in own], k.device)
+    return {pooling.name: _made(key, composition, pooling, k, v, inputs) for pooling in composition.pools}
 
 
 def _made(
-    key: str, pooling: Pooling, k: Tensor, v: Tensor, backend: str = "auto", lengths: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    key: str, composition: Composition, pooling: Pooling, k: Tensor, v: Tensor, inputs: Mapping[str, Tensor],
+    backend: str = "auto", lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if (runs := pooling.pool.runs) is not None:
+        of_heads = runs_of_heads(inputs[runs.input], composition.own.input(runs.input), *k.shape[:2])
+        return pooled_runs(key, k, pooling.pool, of_heads, backend), pooled_runs(
+            key, v, pooling.pool, of_heads, backend
+        )
     return pooled(key, k, pooling.pool, backend, lengths), pooled(key, v, pooling.pool, backend, lengths)
 
 
@@ -64,7 +84,7 @@ class Composed:
         self.planner = Planner(program, key, q, k, given, args, scale, plans, self.state, self.queries)
         self._selections = {selection.name for selection in program.selections}
         present = present_tokens(program, self.inputs, k.shape[0])
-        self._made = _entries(key, composition, k, v, views, backend, present)
+        self._made = _entries(key, composition, k, v, views, backend, present, self.inputs)
         programs = composition.programs if keys else (program,)
         names = [name for name, _ in composition.branches]
         self._parts = dict(zip(names, zip(keys or (key,), programs, strict=True), strict=True))
@@ -195,7 +215,7 @@ def with_plans(
 
 def _entries(
     key: str, composition: Composition, k: Tensor, v: Tensor, views: Views | None, backend: str,
-    present: Tensor | None,
+    present: Tensor | None, inputs: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:  # fmt: skip
     """The tensors of pooled views by the inputs that hold them: those handed in, or made here."""
     if views is not None and set(views) != set(composition.names):
@@ -203,6 +223,8 @@ def _entries(
         raise error("A565", f"the views of this attention are {names}", help="pass what `attn.views(k, v)` returns")
     found: dict[str, Tensor] = {}
     for pooling in composition.pools:
-        made = _made(key, pooling, k, v, backend, present) if views is None else views[pooling.name]
+        made = views[pooling.name] if views is not None else _made(
+            key, composition, pooling, k, v, inputs, backend, present
+        )  # fmt: skip
         found[pooling.keys], found[pooling.values] = made
     return found

@@ -29,6 +29,9 @@ from attndsl.derivation import (
     Offsets,
     Order,
     Place,
+    RunCount,
+    RunEnds,
+    RunExtents,
     Sorted,
     TileList,
     TileMap,
@@ -58,6 +61,8 @@ from attndsl.runtime.engine import Gradients, table_tensor
 from attndsl.runtime.extents import of_extents
 from attndsl.runtime.permute import of_order
 from attndsl.runtime.plans import Listing, chosen_members, list_size, maker, of_heads, run_ends
+from attndsl.runtime.runs import along, run_input
+from attndsl.runtime.strip_blocks import block_sums, gathered, pieces
 from attndsl.runtime.tile_map import tile_map
 from attndsl.runtime.values import Values, mix64, ordered
 from attndsl.simplify import fold
@@ -73,7 +78,6 @@ MAX_KEPT_ENTRIES = 1 << 26
 _GREATEST = (1 << 63) - 1
 
 Kept = dict[Any, dict[str, Tensor]]
-Piece = tuple[int, int]
 
 
 @functools.lru_cache(maxsize=256)
@@ -93,7 +97,7 @@ def counted(derivation: Derivation | None) -> Set | None:
             return drawn.among
         case Offsets() | DocumentEnds() | Chosen() | TileList() | Gathering() | Cut() | TileMap() | None:
             return None
-        case Extents() | Order() | Sorted() | Place():
+        case Extents() | RunEnds() | RunCount() | RunExtents() | Order() | Sorted() | Place():
             return None
         case _:
             assert_never(derivation)
@@ -213,6 +217,8 @@ class Deriver:
                 return self._offsets(decl, values.tensors[name])
             case Extents(input=name):
                 return of_extents(values.tensors[name], decl.derivation, self.shape.k_len, self._size(decl))
+            case RunEnds(input=name) | RunCount(input=name) | RunExtents(input=name):
+                return self._of_runs(decl, decl.derivation, name, values)
             case DocumentEnds(input=name, ends=ends):
                 return document_ends(values.tensors[name].expand(self._size(decl)), ends)
             case BlockMap():
@@ -236,6 +242,12 @@ class Deriver:
                 raise AssertionError(f"`{decl.name}` is given")
             case _:
                 assert_never(decl.derivation)
+
+    def _of_runs(self, decl: InputDecl, d: RunEnds | RunCount | RunExtents, name: str, values: Values) -> Tensor:
+        ids = d.ids if isinstance(d, RunExtents) else d.input
+        size = [*self._size(decl)[:-1], self.shape.k_len]
+        x, of = (along(values.tensors[n], self.program.input(n), decl, size) for n in (name, ids))
+        return run_input(decl, d, x, of)
 
     def _list(self, decl: InputDecl, d: TileList | Gathering, plan: Tensor, values: Callable[[], Values]) -> Tensor:
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
@@ -429,11 +441,11 @@ class Deriving:
 def derived_dtype(decl: InputDecl) -> torch.dtype:
     """The dtype of a derived input."""
     match decl.derivation:
-        case Offsets() | DocumentEnds() | Cut() | Order():
+        case Offsets() | RunEnds() | RunCount() | DocumentEnds() | Cut() | Order():
             return torch.int32
         case BlockMap() | Chosen():
             return torch.bool
-        case Extents():
+        case Extents() | RunExtents():
             return torch.bool if decl.type is Type.BOOL else torch.int64
         case Draw(members=members):
             return torch.int32 if members else torch.int64
@@ -455,38 +467,3 @@ def leading(x: Tensor, decl: InputDecl) -> Tensor:
     if Axis.H not in axes:
         x = x[:, 0]
     return x if Axis.B in axes else x[0]
-
-
-def pieces(low: int, high: int, block: int, size: int) -> Iterator[Piece]:
-    """The coordinates from `low`, a block's first, to `high` in pieces: several whole blocks, or part of one."""
-    step = size // block * block
-    while low < high:
-        end = low + step if step else min(low + size, (low // block + 1) * block)
-        yield low, min(end, high)
-        low = end
-
-
-def gathered(
-    pieces: Iterator[Piece] | list[Piece], block: int, length: int, count: Callable[[int, int], Tensor]
-) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks, and the sum of what is counted in their pieces."""
-    total: Tensor | None = None
-    for low, high in pieces:
-        found = count(low, high)
-        total = found if total is None else total + found
-        if high % block == 0 or high == length:
-            yield slice(low // block, -(-high // block)), total
-            total = None
-
-
-def block_sums(inside: Tensor, block_q: int, block_k: int) -> Tensor:
-    """How many pairs of each block pair are true, int64; a piece smaller than a block counts as one block."""
-    rows, keys = inside.shape[-2:]
-    if block_q == block_k == 1:
-        return inside.to(torch.int64)
-    block_q, block_k = min(block_q, rows), min(block_k, keys)
-    inside = pad(inside, (0, -keys % block_k, 0, -rows % block_q))
-    # Along the dense dimension first, in the narrowest type that holds a block.
-    of_rows: Tensor = inside.unflatten(2, (-1, block_q)).sum(3, dtype=torch.int32)
-    of_blocks: Tensor = of_rows.unflatten(3, (-1, block_k)).sum(4)
-    return of_blocks

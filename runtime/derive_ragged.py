@@ -22,7 +22,8 @@ from attndsl.derive import class_hash, own_inputs
 from attndsl.program import Axis, CallShape, Coarse, Coarsen, InputDecl, Program, Read, Scalar, Type, Var, reads, walk
 from attndsl.relation import Lowering
 from attndsl.runtime.call import dim_size
-from attndsl.runtime.derive import STRIP, Deriver, block_sums, gathered, pieces
+from attndsl.runtime.derive import STRIP, Deriver
+from attndsl.runtime.strip_blocks import block_sums, gathered, pieces
 from attndsl.runtime.values import Values
 from attndsl.simplify import fold
 

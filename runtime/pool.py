@@ -65,7 +65,7 @@ def pooled_queries(program: str, q: Tensor, queries: Queries, first: int, backen
 # ---------------------------------------------------------------------------------------- kernels
 
 
-def _launch(program: str, plan: PoolPlan, function: str, owned: int, x: Tensor, others: Sequence[Tensor]) -> None:
+def launch(program: str, plan: PoolPlan, function: str, owned: int, x: Tensor, others: Sequence[Tensor]) -> None:
     """Run a kernel on x and the tensors that it has beside: `others`, in the order of its parameters.
 
     owned: blocks of what its programs own.
@@ -90,6 +90,8 @@ def pool_sources(plan: PoolPlan, function: str, x: Tensor, others: Sequence[Tens
 
     names = {"pool_tokens": ("pooled",), "pick_tokens": ("picked",), "spread_entries": ("gradient", "picked")}[function]
     names = (*names[: 2 if plan.picks else 1], *(("lengths",) if plan.ragged else ()))
+    if plan.told:
+        names = (*names, *(("number", "first", "end") if function == "spread_entries" else ("first", "end")))
     found: dict[str, Any] = {f"stride_x{axis}": n for axis, n in zip("bhn", x.stride(), strict=False)}
     found |= {"heads": x.shape[1], "tokens": x.shape[2], "entries": entries(x.shape[2], plan.stride)}
     found["x_ptr"] = Slot(0, POINTER[x.dtype])
@@ -105,7 +107,7 @@ def _plan(x: Tensor, function: str, size: int, stride: int, lengths: Tensor | No
 
 def _by_kernel(program: str, x: Tensor, plan: PoolPlan, lengths: Sequence[Tensor]) -> Tensor:
     found = _fake(program, x, plan.function.value, plan.size, plan.stride, True)
-    _launch(program, plan, POOLED, entries(found.shape[2], plan.block), x, (found, *lengths))
+    launch(program, plan, POOLED, entries(found.shape[2], plan.block), x, (found, *lengths))
     return found
 
 
@@ -113,10 +115,10 @@ def _backward_by_kernel(program: str, gradient: Tensor, x: Tensor, plan: PoolPla
     others = [gradient]
     if plan.picks:
         picked = torch.empty(gradient.shape, dtype=torch.int32, device=x.device)
-        _launch(program, plan, "pick_tokens", entries(picked.shape[2], plan.block), x, (picked, *lengths))
+        launch(program, plan, "pick_tokens", entries(picked.shape[2], plan.block), x, (picked, *lengths))
         others.append(picked)
     found = empty_gradient(x)
-    _launch(program, plan, "spread_entries", entries(x.shape[2], plan.token_block), found, (*others, *lengths))
+    launch(program, plan, "spread_entries", entries(x.shape[2], plan.token_block), found, (*others, *lengths))
     return found
 
 
@@ -133,7 +135,7 @@ def _windows(x: Tensor, size: int, stride: int, lengths: Tensor | None) -> tuple
     return x[:, :, at.clamp(max=max(tokens - 1, 0))], present
 
 
-def _high(x: Tensor) -> torch.dtype:
+def wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -148,7 +150,7 @@ def _pool(
         filled = windows.masked_fill(~present, -torch.inf if function == "max" else torch.inf)
         found = filled.amax(3) if function == "max" else filled.amin(3)
         return found if lengths is None else found.masked_fill(~present.any(3), 0)
-    total = windows.to(_high(x)).masked_fill(~present, 0).sum(3)
+    total = windows.to(wide(x)).masked_fill(~present, 0).sum(3)
     return (total / present.sum(3).clamp(min=1) if function == "mean" else total).to(x.dtype)
 
 
@@ -164,7 +166,7 @@ def _pool_backward(
         x = x if x.stride(-1) == 1 else x.contiguous()
         plan = _plan(x, function, size, stride, lengths)
         return _backward_by_kernel(program, gradient.contiguous(), x, plan, _given(lengths))
-    high = gradient.to(_high(x))
+    high = gradient.to(wide(x))
     windows, present = _windows(x, size, stride, lengths)
     if function in ("max", "min"):
         filled = windows.masked_fill(~present, -torch.inf if function == "max" else torch.inf)

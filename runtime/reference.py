@@ -8,6 +8,7 @@ the diagonal of a causal program does no harm. Scalars without floats come from 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, assert_never, overload
@@ -36,6 +37,7 @@ from attndsl.branches import (
     Within,
 )
 from attndsl.dropout import kept
+from attndsl.members import Runs
 from attndsl.oracle_views import shares_of
 from attndsl.program import CallShape, Program, Scalar
 from attndsl.runtime.reference_scalars import Pairs
@@ -242,7 +244,13 @@ class _Call:
         dots = queries @ keys.transpose(-1, -2)
         allowed = torch.from_numpy(self.evaluator.seen(part, branch.queries)).to(self.q.device)
         more: Tensor | None = None
-        if part.view is not None and part.view.counted:
+        if part.view is not None and part.view.counted and part.view.runs is not None:
+            more = torch.zeros(*dots.shape[:2], 1, dots.shape[3]).to(dots)
+            for b, h in np.ndindex(*dots.shape[:2]):
+                for j, (begin, end) in enumerate(self.evaluator.extents(part.view.runs, b, h)):
+                    more[b, h, 0, j] = math.log(end - begin)
+            more = more.expand_as(dots)
+        elif part.view is not None and part.view.counted:
             first = torch.arange(keys.shape[-2], device=self.q.device) * part.view.stride
             more = (self.shape.k_len - first).clamp(max=part.view.size).to(dots.dtype).log().expand_as(dots)
 
@@ -284,9 +292,22 @@ class _Call:
 
     def _pooled(self, x: Tensor, view: Pool) -> Tensor:
         """Each entry's function of the tokens of its extent that are present."""
+        if view.runs is not None:
+            return self._pooled_runs(x, view.function, view.runs)
         starts = range(0, oracle.entries(view, self.shape.k_len) * view.stride, view.stride)
         found = [_of_tokens(view.function, x[:, :, first : first + view.size]) for first in starts]
         return torch.stack(found, 2) if found else x[:, :, :0]
+
+    def _pooled_runs(self, x: Tensor, function: PoolFunction, runs: Runs) -> Tensor:
+        """Each run's function of its tokens, those of a batch entry and a key head in order, and zeros after them."""
+        share, found = self.shape.heads // self.shape.kv_heads, []
+        for b, g in np.ndindex(*x.shape[:2]):
+            of_head = x[b : b + 1, g : g + 1]
+            extents = self.evaluator.extents(runs, b, g * share)
+            each = [_of_tokens(function, of_head[:, :, first:end]) for first, end in extents]
+            each += [x.new_zeros(1, 1, x.shape[3])] * (x.shape[2] - len(each))
+            found.append(torch.stack(each, 2) if each else of_head)
+        return torch.cat(found).reshape(x.shape)
 
     def _pooled_queries(self, queries: Queries) -> Tensor:
         """In the place of each row the function of all of the call's rows of its class: float64 [B, Hq, rows, D]."""

@@ -67,6 +67,29 @@ def test_h2o() -> None:
         assert len(kept) == heavy and kept <= set(cache)
 
 
+@covers("razor")
+@pytest.mark.parametrize("after", [1, 6])
+def test_razor(after: int) -> None:
+    """Rows after a prompt: in heads that do not retrieve, what was dropped weighs N exp(q . mean of keys)."""
+    sinks, recent, prompt = 2, 5, 30
+    tokens = prompt + after
+    q, k, v = call(tokens, after)
+    retrieves = torch.tensor([True, False, False, True])
+    part = torch.tensor([0] * sinks + [1] * (prompt - recent - sinks) + [2] * (recent + after), dtype=torch.int32)
+    dropped = part == 1
+    found = load("razor")(q, k, v, retrieves=retrieves, part=part)
+    for h, i in np.ndindex(HEADS, after):
+        keys, values = k[0, h // SHARE, : prompt + i + 1], v[0, h // SHARE, : prompt + i + 1]
+        masses = (keys @ q[0, h, i] / DIM**0.5).exp()
+        if not retrieves[h]:
+            away = dropped[: prompt + i + 1]
+            count = int(away.sum())
+            one = count * (keys[away].mean(0) @ q[0, h, i] / DIM**0.5).exp()
+            masses = torch.cat([masses[~away], one[None]])
+            values = torch.cat([values[~away], values[away].mean(0)[None]])
+        torch.testing.assert_close(found[0, h, i], masses @ values / masses.sum())
+
+
 @covers("snapkv")
 def test_snapkv() -> None:
     """The prompt, its votes smoothed by a maximum of 7 keys, and a row that attends to what they keep."""

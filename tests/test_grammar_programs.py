@@ -24,7 +24,6 @@ PARAMS: dict[str, dict[str, object]] = {
 UNSUPPORTED: dict[str, set[str]] = {
 
     "snap": {"A908"},
-    "svg_ear": {"A902"},
 
 }  # fmt: skip
 

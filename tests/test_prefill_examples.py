@@ -127,6 +127,39 @@ def test_pisa(tokens: int) -> None:
     check("pisa", [q, k, v], formula, {"block": block, "share": 0.3})
 
 
+@covers("svg_ear")
+@pytest.mark.parametrize("tokens", [1, 40, 61])
+def test_svg_ear(tokens: int) -> None:
+    """Clusters of any size, in each key head its own: the best few by what is handed in, the others by their means."""
+    block, n = 8, 3
+    q, k, v = call(tokens)
+    generator = np.random.default_rng(3)
+    c = np.sort(generator.integers(0, 9, (HEADS // SHARE, tokens)), -1)
+    # What stands at tokens that begin no cluster is not read.
+    gain = generator.standard_normal((HEADS, -(-tokens // block), tokens))
+
+    def formula(q: Tensor, k: Tensor, v: Tensor, _: Mapping[str, Tensor]) -> Tensor:
+        out = torch.zeros(1, HEADS, tokens, DIM, dtype=q.dtype)
+        for h, i in np.ndindex(HEADS, tokens):
+            own, keys, values = c[h // SHARE], k[0, h // SHARE], v[0, h // SHARE]
+            firsts = [j for j in range(tokens) if j == 0 or own[j] != own[j - 1]]
+            best = sorted(firsts, key=lambda j: (-gain[h, i // block, j], j))[:n]
+            logits, found = [], []
+            for first in firsts:
+                mine = own == own[first]
+                if first in best:
+                    logits += [q[0, h, i] @ keys[j] / DIM**0.5 for j in np.flatnonzero(mine)]
+                    found += [values[j] for j in np.flatnonzero(mine)]
+                else:
+                    logits.append(q[0, h, i] @ keys[mine].mean(0) / DIM**0.5 + np.log(mine.sum()))
+                    found.append(values[mine].mean(0))
+            out[0, h, i] = torch.stack(logits).softmax(0) @ torch.stack(found)
+        return out
+
+    inputs = {"c": torch.from_numpy(c)[None].int(), "gain": torch.from_numpy(gain)[None]}
+    check("svg_ear", [q, k, v], formula, {"block": block, "n": n}, c=inputs["c"], gain=inputs["gain"])
+
+
 @covers("hyper")
 @pytest.mark.parametrize("tokens", [1, 40, 61])
 def test_hyper(tokens: int) -> None:

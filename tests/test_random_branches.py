@@ -27,7 +27,7 @@ OVER = ("causal", "causal - window({n})", "all", "causal & {{ q // 4 - k // 4 >=
 INPUTS = {
     "gates": "float[b, h, q, 3] learnable", "channels": "float[b, h, q, Dv] learnable", "heads": "float[g] learnable",
     "sinks": "float[h] learnable", "kc": "float[b, g, k/4, D] learnable", "vc": "float[b, g, k/4, Dv] learnable",
-    "doc": "int[b, k] sorted", "n": "int[b]",
+    "doc": "int[b, k] sorted", "n": "int[b]", "runs": "int[b, g, k]",
 }  # fmt: skip
 FACTORS = ("gates[0]", "sigmoid(gates[1])", "channels", "heads[g]", "(1 - gates[2])", "0.5")
 
@@ -54,7 +54,8 @@ class Draft:
         words = self.one("", ", visible = any")
         words += self.one("", ", counted") if stride == size else ""
         pooled = f"pool({self.one('mean', 'max', 'min', 'sum')}, {size}, {stride}{words})"
-        return self.one(pooled, pooled, "given(kc, vc, 4)")
+        counted = self.one("", ", counted")
+        return self.one(pooled, pooled, "given(kc, vc, 4)", f"pool({self.one('mean', 'max')}, segments(runs){counted})")
 
     def selection(self) -> str:
         """Members of blocks, by products of means or by the mass of an earlier branch."""
@@ -70,10 +71,15 @@ class Draft:
             return f"causal & ({self.selection()})"
         if kind == 1:
             return self.pattern(RAW)
-        pooled = self.one(
-            "", "", f" from pool({self.one('mean', 'max', 'min', 'sum')}, {self.draw(st.integers(1, 9))})"
+        view = self.view()
+        pooled = (
+            ""
+            if "segments" in view
+            else self.one(
+                "", "", f" from pool({self.one('mean', 'max', 'min', 'sum')}, {self.draw(st.integers(1, 9))})"
+            )
         )
-        return f"{self.pattern(OVER)} over {self.view()}{pooled}"
+        return f"{self.pattern(OVER)} over {view}{pooled}"
 
     def branch(self, name: str) -> None:
         shape, votes = self.draw(st.integers(0, 4)), ""
@@ -97,7 +103,8 @@ class Draft:
         # An lse that has a sink in it is merged with no other, and that of two levels is the voting branch's.
         if "sink sinks" not in clause and "weights" not in clause and (not votes or votes in self.merging):
             self.merging.append(name)
-        if shape > 1 and "weights" not in clause and "top(" not in parts and "cover(" not in parts:
+        told = "segments(runs)" in parts
+        if shape > 1 and not told and "weights" not in clause and "top(" not in parts and "cover(" not in parts:
             self.ranking.append(name)
 
     def output(self, depth: int = 2) -> str:
@@ -116,8 +123,8 @@ def programs(draw: st.DrawFn) -> str:
     draft = Draft(draw)
     for name in ("first", "second", "third")[: draw(st.integers(1, 3))]:
         draft.branch(name)
-    # Padding is not yet supported beside two levels and pooled queries (A908).
-    beside = not any(" within " in line or " from " in line for line in draft.lines)
+    # Padding is not yet supported beside two levels, pooled queries and segments (A908).
+    beside = not any(word in line for line in draft.lines for word in (" within ", " from ", "segments("))
     present = ["lengths n"] if beside and draw(st.integers(0, 2)) == 0 else []
     body = "\n".join([*present, *draft.lines, f"output {draft.output()}"])
     declared = "".join(f"input {name} : {kind}\n" for name, kind in INPUTS.items() if re.search(rf"\b{name}\b", body))
@@ -146,6 +153,9 @@ def judge(
     doc: dict[str, Any] = {}
     if "document(doc)" in text:
         doc = {"doc": torch.arange(k_len)[None].repeat(batch, 1) // 6}
+    if "segments(runs)" in text:
+        changes = torch.rand(batch, kv_heads, k_len, generator=generator) < 0.3
+        doc["runs"] = (changes.cumsum(-1) % 3).to(torch.int32)
     if "lengths n" in text:
         # Of one sequence all tokens or none may be there, and a length past the end is the end.
         doc["n"] = torch.tensor([(seed * 7) % (k_len + 3), max(0, k_len - seed % 5)])

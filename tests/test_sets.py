@@ -21,6 +21,7 @@ from attndsl.plan import Tiling, backward_plan, forward_plan
 from attndsl.program import CallShape, Inter, Program, Set, Union
 from attndsl.runtime import derive as runtime
 from attndsl.runtime.derive import Deriver
+from attndsl.runtime.strip_blocks import block_sums
 from attndsl.runtime.values import mix64, ordered
 from attndsl.targets import make_spec
 from tests.accuracy import check
@@ -246,7 +247,7 @@ def test_kept_lengths_are_bounded() -> None:
 
 def test_a_decode_step_looks_at_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     looked_at = list[int]()
-    sums = runtime.block_sums
+    sums = block_sums
 
     def noted(inside: Tensor, *blocks: int) -> Tensor:
         looked_at.append(inside.numel())

@@ -1,0 +1,71 @@
+"""What derived inputs hold, in words."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from attndsl.derivation import (
+    BlockMap,
+    Chosen,
+    Cut,
+    DocumentEnds,
+    Draw,
+    Extents,
+    Gathering,
+    Offsets,
+    Order,
+    Place,
+    RunCount,
+    RunEnds,
+    RunExtents,
+    Sorted,
+    TileList,
+    TileMap,
+)
+from attndsl.notation import scalar_text, set_text
+from attndsl.program import InputDecl
+
+
+def made_of(decl: InputDecl) -> str:
+    """What a derived input holds."""
+    match decl.derivation:
+        case DocumentEnds(input=name, ends=ends):
+            return f"{'one past the last' if ends else 'the first'} token of each document of `{name}`"
+        case Extents(input=name, largest=largest):
+            return f"the {'largest' if largest else 'least'} `{name}` of each entry's tokens"
+        case RunEnds(input=name, last=last):
+            return f"the {'last' if last else 'first'} token of each segment of `{name}`"
+        case RunCount(input=name):
+            return f"how many segments of `{name}` there are"
+        case RunExtents(input=name, ids=ids, largest=largest):
+            return f"the {'largest' if largest else 'least'} `{name}` of each segment of `{ids}`"
+        case Offsets(input=name):
+            return f"distances in the segments of `{name}`"
+        case BlockMap(operand=operand):
+            return f"the blocks of coarsen({set_text(operand)}, …)"
+        case Cut(own=own, other=other, cut=cut, inclusive=inclusive):
+            which = "at most" if inclusive else "below"
+            side = "keys" if cut == "k" else "rows"
+            return f"how far the {side} reach whose {scalar_text(other)} is {which} {scalar_text(own)}"
+        case Draw(members=True):
+            return "the members that `random` draws for a row class"
+        case Draw():
+            return "the last hash and member that `random` draws for a row class"
+        case Order(key=key, side=side):
+            return f"the {'rows' if side == 'q' else 'keys'} in the order of {scalar_text(key)}"
+        case Sorted(key=key):
+            return f"{scalar_text(key)} in that order"
+        case Place(side=side):
+            return f"the places of {'rows' if side == 'q' else 'keys'}, by value and then by token"
+        case TileMap():
+            return "in which tiles the pattern can hold or must, by the least and greatest of what it compares"
+        case Chosen(plan=plan, level=level):
+            return f"which members `{plan}` {'chooses' if level is None else f'gives the factor {level}'}"
+        case Gathering(plan=plan):
+            return f"the rows that chose each member in `{plan}`"
+        case TileList(plan=plan, of_keys=of_keys):
+            return f"the {'query tiles of each key tile' if of_keys else 'key tiles of each query tile'} by `{plan}`"
+        case None:
+            raise AssertionError(f"`{decl.name}` is given")
+        case _:
+            assert_never(decl.derivation)
