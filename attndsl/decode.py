@@ -61,7 +61,7 @@ _LONG_SLICE = 32
 _FEW_WARPS = 2
 # Where programs share rows by columns instead (RESULTS.md): columns of values at least, keys of a tile, and stages.
 _LEAST_COLUMNS = 64
-_WIDE_TILE, _STAGES = 128, 4
+_WIDE_TILE, _STAGES = 128, 3
 # Devices with as much shared memory as such a program takes.
 _ROOMY = ("80", "90", "100", "103")
 # Query rows of a tile, the rows of all its heads together: products take 16 at least.

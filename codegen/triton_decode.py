@@ -262,9 +262,7 @@ class _Decode(ForwardWriter):
         if self.plan.listing is not None:
             self.lines.add(f"next_keys = {self._listed('[:, None]', tile)}")
         else:
-            self.lines.add(f"next_tile = {tile}")
-            each = "" if self.on_one_page else " + k_offset[:, None]"
-            self.lines.add(f"next_keys = next_tile * BLOCK_K{each}")
+            self.lines.add(f"next_tile = {tile}", "next_keys = next_tile * BLOCK_K + k_offset[:, None]")
         where = "mask=(next_keys >= 0) & (next_keys < k_len), other=-1"
         self.lines.add(f"next_page = tl.load(table_at + next_keys // PAGE, {where})")
 
@@ -276,12 +274,6 @@ class _Decode(ForwardWriter):
 
     def _listed(self, axis: str, tile: str = "k_tile") -> str:
         return f"listed_keys(list_at, {tile} * BLOCK_K + k_offset{axis}, list_size, MEMBER)"
-
-    @property
-    def on_one_page(self) -> bool:
-        """Whether the keys of a tile are."""
-        page, listing = self.cache.page, self.plan.listing
-        return page is not None and listing is None and page % self.plan.tiling.block_k == 0
 
     def load(
         self, x: str, parts: tuple[Part, ...], dim: int, side: str, head: str, bounded: bool, pointer: bool = False
@@ -327,18 +319,13 @@ class _Decode(ForwardWriter):
             exists = wanted or f"k_tile * BLOCK_K + k_offset[:, None] < {self.k_end}"
             lines.add(*([f"present = {exists}"] if bounded else []))
             return
-        exists = "(page >= 0) & (page < pages)"
-        if self.on_one_page:
-            entry = "tl.load(table_at + k_tile * BLOCK_K // PAGE)"
-            lines.add("in_page = k_tile * BLOCK_K % PAGE + k_offset[:, None]")
-            exists = f"{wanted or '(k_tile * BLOCK_K + k_offset[:, None] < k_len)'} & {exists}"
-        else:
-            lines.add("keys = k_tile * BLOCK_K + k_offset[:, None]", "in_page = keys % PAGE")
+        exists, entry = "(page >= 0) & (page < pages)", "entry"
+        lines.add("keys = k_tile * BLOCK_K + k_offset[:, None]", "in_page = keys % PAGE")
+        if self.plan.ahead and wanted:
+            exists = f"{wanted} & {exists}"
+        elif not self.plan.ahead:
             which = f", mask={wanted or 'keys < k_len'}, other=-1" if bounded else ""
             entry = f"tl.load(table_at + keys // PAGE{which})"
-            if self.plan.ahead and wanted:
-                exists = f"{wanted} & {exists}"
-        entry = "entry" if self.plan.ahead else entry
         if bounded:
             lines.add(f"page = {entry}.to(tl.int64)", f"present = {exists}")
         else:
