@@ -37,8 +37,6 @@ _TOKENS = 16384
 _SHARED_ROWS = 64
 # Stages with which two or three of the programs that collect keys share a multiprocessor.
 _SHALLOW = 3
-# Stages of rows that are gathered one by one: with two, each turn waits for its own.
-_GATHERED_STAGES = 3
 # Keys of a tile whose list says of each row which of them it chose, a bit each.
 _MARKED_KEYS = 32
 
@@ -72,8 +70,7 @@ def _fitted(tiling: Tiling, program: Program, spec: Spec, of_rows: bool = True) 
             few = (
                 not of_rows and block_k == tiling.block_q == 64 and tiling.warps == 4 and max(spec.dim, spec.v_dim) > 64
             )
-            tiling = replace(tiling, block_q=32, stages=_GATHERED_STAGES) if few else tiling
-            return replace(tiling, block_k=block_k)
+            return replace(tiling, block_q=32 if few else tiling.block_q, block_k=block_k)
         if found.fits(block_q, block_k, spec.even_start):
             return replace(tiling, block_q=block_q, block_k=block_k)
     return tiling

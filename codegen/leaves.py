@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attndsl.codegen.scalars import Level, Printer
+from attndsl.derivation import Gathering, TileList
 from attndsl.grid import AXIS_NAMES
 from attndsl.plan import Plan
 from attndsl.program import Arg, Axis, Const, Dim, Read, Scalar, Table, TableDecl, Type, Var
@@ -58,7 +59,9 @@ class Leaves:
             # All but the last dimension may carry an offset past 2**31.
             if i < len(index) - 1 and not text.isdecimal():
                 text = f"{text}.to({language}.int64)" if text.isidentifier() else f"({text}).to({language}.int64)"
-            terms.append(f"{text} * {decl.parameter}_stride_{i}")
+            # Entries of a derived list lie side by side: a stride would be a product of 64 bits for each.
+            beside = dim.axis is Axis.LIST and isinstance(decl.derivation, TileList | Gathering)
+            terms.append(text if beside else f"{text} * {decl.parameter}_stride_{i}")
         load = f"{language}.load({' + '.join([f'{decl.parameter}_ptr', *terms])})"
         if decl.holds_integers:
             printer.helpers.add("widened")

@@ -103,7 +103,7 @@ class _Gathering(KernelWriter, ABC):
         self.lines.add(
             f"places = {first} + q_offset",
             f"chosen = {self.listed('places')}",
-            f"q_rows = tl.where(places < {last}, chosen // slots, rows)",
+            f"q_rows = tl.where(places < {last}, chosen >> slot_bits, rows)",
         )
 
     def member_loops(self) -> None:
@@ -127,7 +127,8 @@ class _Gathering(KernelWriter, ABC):
     def store_slots(self, value: str, parts: tuple[Part, ...], dim: int) -> None:
         """Store the accumulators in the slots of the tile's entries."""
         self.lines.add(
-            "slot_at = own_head.to(tl.int64) * rows * slots + chosen",
+            "slot = chosen & ((1 << slot_bits) - 1)",
+            "slot_at = (own_head.to(tl.int64) * rows + (chosen >> slot_bits)) * slots + slot",
             f"part_ptrs = part_ptr + slot_at[:, None] * {dim}",
         )
         for part in parts:
@@ -136,7 +137,15 @@ class _Gathering(KernelWriter, ABC):
             self.lines.add(f"tl.store(part_ptrs + {dims}[None, :], {value}{part.suffix}, mask={mask})")
 
     def _candidates(self) -> list[str]:
-        return [*super()._candidates(), "part_ptr", "part_lse_ptr", "first_head", "gathered_tiles", "slots"]
+        return [
+            *super()._candidates(),
+            "part_ptr",
+            "part_lse_ptr",
+            "first_head",
+            "gathered_tiles",
+            "slots",
+            "slot_bits",
+        ]
 
 
 class _Forward(_Gathering, ForwardWriter):
@@ -199,7 +208,7 @@ class _DkDv(_Gathering, RowLists):
         self.lines.add(f"chosen = {self.listed(f'{place} + q_offset')}")
 
     def take(self, place: str) -> None:
-        self.lines.add(f"q_rows = tl.where({place} + q_offset < end, chosen // slots, rows)")
+        self.lines.add(f"q_rows = tl.where({place} + q_offset < end, chosen >> slot_bits, rows)")
 
     def member_tile(self, masked: bool) -> None:
         self.tile(masked)

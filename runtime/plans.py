@@ -187,6 +187,12 @@ def list_size(
     return [*found, LIST_HEAD * (k_tiles if d.of_keys else q_tiles) + entries]
 
 
+def slot_bits(slots: int) -> int:
+    """The bits of an entry of gathered rows that say which of its row's slots it is: what is above them is the row. To
+    divide by the slots took a third of a kernel's instructions."""
+    return max(0, slots - 1).bit_length()
+
+
 def gathered_tiles(d: Gathering, shape: CallShape, slots: int) -> int:
     """A bound on the query tiles that are gathered for a head: of each member the last of both kinds may be short."""
     return -(-shape.rows * slots // d.block) + 2 * -(-shape.k_len // d.keys)
@@ -231,7 +237,7 @@ def _kernels(found: Listing) -> lists.Maker | None:
     head, codes = LIST_HEAD * found.k_tiles, 0
     if isinstance(d, Gathering):
         head = LIST_HEAD * (found.members + gathered_tiles(d, found.shape, found.slots))
-        codes = max(1, found.slots)
+        codes = 1 << slot_bits(found.slots)
     by_keys = isinstance(d, Gathering) or d.of_keys
     if not of_map:
         plan = found.plan
@@ -272,7 +278,7 @@ def _gathering(found: Listing, d: Gathering, kernels: lists.Maker | None) -> Ten
     """The entries of members, and the query tiles that they make."""
     count = gathered_tiles(d, found.shape, found.slots)
     head = LIST_HEAD * (found.members + count)
-    made = _by_keys(found, head, max(1, found.slots)) if kernels is None else kernels(found.plan)
+    made = _by_keys(found, head, 1 << slot_bits(found.slots)) if kernels is None else kernels(found.plan)
     if not found.members:
         return made
     # A tile is of one member, and of entries of one kind.

@@ -23,7 +23,7 @@ from attndsl.runtime.dropout import PARAMETERS, Dropout
 from attndsl.runtime.engine import default_scale
 from attndsl.runtime.launcher import Slot
 from attndsl.runtime.outputs import empty_output
-from attndsl.runtime.plans import gathered_tiles
+from attndsl.runtime.plans import gathered_tiles, slot_bits
 from attndsl.runtime.sums import Totals
 from attndsl.runtime.triton_backward import DKDV, DQ, TritonBackward, backward_parameters
 from attndsl.runtime.triton_launch import FUNCTION, INPUTS, Planned, parameter_sources, prepare, together
@@ -161,9 +161,9 @@ def gathered_parameters(
 
 
 def _sizes(plan: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> dict[str, int]:
-    """How many gathered tiles a head has, and slots a row."""
+    """How many gathered tiles a head has, and slots a row; of an entry the bits that say which slot."""
     tiles, slots = _tiles(plan, q, k, v, inputs)
-    return {"gathered_tiles": tiles, "slots": slots}
+    return {"gathered_tiles": tiles, "slots": slots, "slot_bits": slot_bits(slots)}
 
 
 def _tiles(plan: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> tuple[int, int]:

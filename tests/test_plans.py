@@ -291,7 +291,7 @@ def test_looking_inside() -> None:
     blocks = attndsl.compile("attention planned { input p : blocks(64)[b, g, q/64]\n attend causal & p }")
     assert "the key tiles of each query tile by `p`" in str(blocks.explain(4096))
     assert "input p : blocks(64)[b, g, q/64]" in str(blocks.explain(4096))
-    assert "k_tile = tl.load(k_tiles_p_ptr" in blocks.source()
+    assert "_next = tl.load(k_tiles_p_ptr" in blocks.source()
     assert "listed_by_tile(k_tiles_p_input" in blocks.source(backend="cpu")
     assert attn.evictable(1000) == []
     trial = measure(attn, n=40, heads=2, dim=16)
