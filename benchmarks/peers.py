@@ -123,21 +123,47 @@ def prepare_dynamo() -> None:
 
 
 def build_fa4(job: Job) -> Attention:
-    """flash-attn-4 called directly, with its own causal and window arguments."""
-    if not job.row.causal:
-        raise CannotRun("not expressible")
+    """flash-attn-4 called directly: with its own causal and window arguments, documents as sequences of a batch, other
+    rows by a rule in its language and the blocks where it holds."""
     if not has_module("flash_attn.cute"):
         raise CannotRun("not installed")
-    flash_attn_func: Any = importlib.import_module("flash_attn.cute").flash_attn_func
+    interface: Any = importlib.import_module("flash_attn.cute")
+    if job.row.name == "documents":
+        return fa4_documents(interface, job)
     q, k, v = (x.transpose(1, 2) for x in (job.q, job.k, job.v))
-    window = (None, None) if job.row.window is None else (job.row.window - 1, 0)
+    if job.row.causal:
+        window = (None, None) if job.row.window is None else (job.row.window - 1, 0)
+        options: dict[str, Any] = {"causal": job.row.window is None, "window_size": window}
+    else:
+        masks: Any = importlib.import_module("benchmarks.fa4_masks")
+        if job.row.name not in masks.RULES:
+            raise CannotRun("not expressible")
+        blocks = masks.blocks(job.row, job.sizes, job.inputs)
+        options = {"mask_mod": masks.RULES[job.row.name](job.sizes), "block_sparse_tensors": blocks}
+    return lambda: _output(interface.flash_attn_func(q, k, v, **options)).transpose(1, 2)
+
+
+def fa4_documents(interface: Any, job: Job) -> Attention:
+    """Documents of one row of tokens as sequences of their own lengths."""
+    if job.sizes.batch != 1:
+        raise CannotRun("documents of one batch entry")
+    lengths = torch.bincount(job.inputs["doc"][0])
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    q, k, v = (x[0].transpose(0, 1) for x in (job.q, job.k, job.v))
+    longest = int(lengths.max())
 
     def call() -> Tensor:
-        result = flash_attn_func(q, k, v, causal=job.row.window is None, window_size=window)
-        out: Tensor = result[0] if isinstance(result, tuple) else result
-        return out.transpose(1, 2)
+        out = interface.flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest, causal=True
+        )
+        return _output(out).transpose(0, 1)[None]
 
     return call
+
+
+def _output(result: Any) -> Tensor:
+    out: Tensor = result[0] if isinstance(result, tuple) else result
+    return out
 
 
 OURS = Peer("attndsl", build_ours)
