@@ -7,8 +7,14 @@ from dataclasses import replace
 from attndsl.plan import Spec
 from attndsl.program import CallShape, Program
 from attndsl.properties import is_whole
-from attndsl.targets import GLUON_VERSIONS, gradients_refusal, hopper_refusal, layout_refusal, pieces_refusal
-from attndsl.tiling import prefers_portable
+from attndsl.targets import (
+    GLUON_VERSIONS,
+    default_refusal,
+    gradients_refusal,
+    hopper_refusal,
+    layout_refusal,
+    pieces_refusal,
+)
 
 
 def forward_lowering(program: Program, spec: Spec, shape: CallShape) -> str:
@@ -18,12 +24,11 @@ def forward_lowering(program: Program, spec: Spec, shape: CallShape) -> str:
         return "blocked PyTorch"
     if reason := hopper_refusal(program, spec) or pieces_refusal(program, spec):
         return f"portable Triton, since {reason}"
-    if layout_refusal(program, spec):
-        return "portable Triton; with backend='gluon' the Hopper lowering of the pieces that it copies, not timed yet"
-    if prefers_portable(program, spec):
-        return "portable Triton, predicted to be ahead of the Hopper lowering with these heads and so few tiles a row"
+    if reason := default_refusal(program, spec):
+        return f"portable Triton, {reason}"
     tested = f"the Hopper lowering (Gluon), with the Triton versions it was tested on ({', '.join(GLUON_VERSIONS)}x)"
-    return f"{tested}; else, and with dropout, portable Triton"
+    pieces = " of the pieces that hardware copies" if layout_refusal(program, spec) else ""
+    return f"{tested}{pieces}; else, and with dropout, portable Triton"
 
 
 def gradients_lowering(program: Program, spec: Spec, shape: CallShape) -> str:

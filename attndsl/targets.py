@@ -6,13 +6,13 @@ import re
 from dataclasses import replace
 
 from attndsl.diagnostics import error
-from attndsl.mapping import mapped
+from attndsl.listing import LEAST, reads_plans
 from attndsl.pieces import choose_pieces
-from attndsl.plan import DType, Loads, Spec, head_parts
+from attndsl.plan import Backend, DType, Loads, Spec, head_parts
 from attndsl.program import Program
 from attndsl.splitting import SplitPiece, splits
-from attndsl.tile_sizes import copies_piece
-from attndsl.tiling import all_listables
+from attndsl.tile_sizes import HOPPER_ROWS, copies_piece
+from attndsl.tiling import all_listables, choose_tiling, prefers_portable
 
 # As users write them, and as plans do.
 TARGETS = {
@@ -31,6 +31,8 @@ BYTES = {DType.BFLOAT16: 2, DType.FLOAT16: 2, DType.FLOAT32: 4, DType.FLOAT64: 8
 # Gluon's interface moves between releases: the versions that the Hopper lowering was tested on.
 GLUON_VERSIONS = ("3.6.",)
 BACKENDS = ("triton", "gluon", "cpu")
+# Keys of a tile below which products on Hopper are not what they cost.
+_KEYS = 64
 
 
 def parse_target(target: str) -> str:
@@ -81,16 +83,30 @@ def hopper_refusal(program: Program, spec: Spec) -> str:
         return "views have no Hopper lowering yet"
     if program.branch.skip is not None:
         return "tiles that scores skip have no Hopper lowering yet"
-    if any(decl.members for decl in program.inputs):
-        return "tiles that a plan lists have no Hopper lowering yet"
-    if spec.even_start and any(
-        not found.plan.members for found, _ in all_listables(program, (spec.heads, spec.kv_heads))
-    ):
-        return "tiles that `random` draws have no Hopper lowering yet"
-    if spec.maps and mapped(program):
-        return "tiles that data lists have no Hopper lowering yet"
+    if reason := _lists_refusal(program, spec):
+        return reason
     if spec.dtype is DType.FLOAT8:
         return _float8_refusal(program, spec)
+    return ""
+
+
+def _lists_refusal(program: Program, spec: Spec) -> str:
+    """Why tiles that plans or draws list do not suit the Hopper lowering, as `hopper_refusal` says it: it takes lists
+    of its own tiles, of 128 rows and of at least 64 keys."""
+    listed = [found for found, _ in all_listables(program, (spec.heads, spec.kv_heads))]
+    if not listed or (not spec.even_start and not reads_plans(program)):
+        return ""
+    if spec.lists and any(found.gathers(LEAST) for found in listed):
+        return "rows that choose for themselves are gathered, which the Hopper lowering does not"
+    if choose_tiling(program, replace(spec, backend=Backend.TRITON)).collects:
+        return "a tile is made of several members that a plan lists, which the Hopper lowering does not"
+    own = choose_tiling(program, replace(spec, backend=Backend.GLUON))
+    if not any(found.fits(own.block_q, own.block_k, spec.even_start) for found in listed):
+        return "no tile lies in one row class and one member of a plan"
+    if own.block_q < HOPPER_ROWS or own.block_k < _KEYS:
+        return (
+            f"tiles of {own.block_q} rows and {own.block_k} keys are listed: the Hopper lowering has {HOPPER_ROWS} rows"
+        )
     return ""
 
 
@@ -136,6 +152,16 @@ def pieces_refusal(program: Program, spec: Spec) -> str:
     return (
         "" if reason and any(copies_piece(x.layout, spec) for x in pieces if not isinstance(x, SplitPiece)) else reason
     )
+
+
+def default_refusal(program: Program, spec: Spec) -> str:
+    """Why a call that leaves the backend open gets the portable kernel where there is a Hopper lowering; empty where it
+    gets the latter."""
+    if prefers_portable(program, spec):
+        return "predicted to be ahead of the Hopper lowering with these heads and so few tiles a row"
+    if spec.dim <= 64 and layout_refusal(program, spec):
+        return "as fast as the Hopper lowering in pieces of so small heads"
+    return ""
 
 
 def has_tensor_copies(spec: Spec) -> bool:

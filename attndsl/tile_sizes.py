@@ -45,14 +45,23 @@ HOPPER_SHARED, _BARRIERS = 232448, 1024
 
 
 def _hopper_tiling(spec: Spec) -> Tiling:
-    """128 rows and, where registers and shared memory allow it, as many keys; at least two stages of them."""
+    """128 rows and, where registers and shared memory allow it, as many keys; at least two stages of them.
+
+    Programs own several query tiles where there is room for the rows of two.
+    """
     size, q_size, own, width = _columns(spec)
     rows = HOPPER_ROWS * (size * q_size + 2 * own)
     # A thread holds scores of half a row's keys and half of its output, beside the weights of the tile before.
     block_k = 128 if width // size - q_size <= 128 else 64
-    while (stages := (HOPPER_SHARED - _BARRIERS - rows) // (block_k * width)) < 2:
+
+    def stages(places: int) -> int:
+        return (HOPPER_SHARED - _BARRIERS - places * rows) // (block_k * width)
+
+    while stages(1) < 2:
         block_k //= 2
-    return Tiling(HOPPER_ROWS, block_k, warps=4, stages=min(stages, 2 if size * max(spec.dim, spec.v_dim) > 128 else 4))
+    several = stages(2) >= 2
+    most = 2 if size * max(spec.dim, spec.v_dim) > 128 else 4
+    return Tiling(HOPPER_ROWS, block_k, warps=4, stages=min(stages(1 + several), most), several=several)
 
 
 def copies_piece(layout: object, spec: Spec) -> bool:

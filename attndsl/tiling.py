@@ -20,10 +20,10 @@ from attndsl.relation import lowered
 from attndsl.runs import TileRuns
 from attndsl.tile_sizes import backward_tilings, default_tiling
 
-# Microseconds of a Hopper program that owns 128 rows at D = 64, on an H200: apart from its tiles, and for each tile.
-_HOPPER_64 = (4.3, 1.26)
+# Microseconds that 128 rows take on Hopper at D = 64, on an H100: apart from their tiles, and for each tile.
+_HOPPER_64 = (2.6, 1.11)
 # The portable kernel's at D = 64, two programs of 64 rows and their tiles of 64 keys.
-_PORTABLE_64 = (Tiling(64, 64, warps=4, stages=3), 1.6, 0.68)
+_PORTABLE_64 = (Tiling(64, 64, warps=4, stages=3), 3.4, 0.59)
 # The kernel of dq at D = 128 where it has tensor copies: what 128 rows cost by two programs of 64, and by one.
 _DQ_128 = (
     (2, Tiling(64, 64, warps=4, stages=2), 0.013, 0.00535),
@@ -37,6 +37,8 @@ _TOKENS = 16384
 _SHARED_ROWS = 64
 # Stages with which two or three of the programs that collect keys share a multiprocessor.
 _SHALLOW = 3
+# Tiles of keys that a query tile on Hopper visits at most where they are handed out.
+_MOST_HANDED_OUT = 40
 # Keys of a tile whose list says of each row which of them it chose, a bit each.
 _MARKED_KEYS = 32
 
@@ -47,7 +49,18 @@ def choose_tiling(program: Program, spec: Spec) -> Tiling:
 
     Where a plan can list the tiles, they fit into its row classes and members.
     """
-    return _fitted(usual_tiling(program, spec), program, spec)
+    tiling = _fitted(usual_tiling(program, spec), program, spec)
+    return replace(tiling, several=tiling.several and _is_handed_out(program, spec, tiling))
+
+
+def _is_handed_out(program: Program, spec: Spec, tiling: Tiling) -> bool:
+    """Whether programs on Hopper had better own several query tiles: where these are short, or listed. A program is
+    given one while it attends to that before, so long ones would wait for each other."""
+    runs = forward_plan(program, spec, tiling).runs
+    counts = _counts(runs, tiling, spec)
+    if counts is None:
+        return any(run.list is not None for run in runs.full + runs.partial)
+    return bool(counts.max() <= _MOST_HANDED_OUT)
 
 
 def usual_tiling(program: Program, spec: Spec) -> Tiling:
@@ -72,7 +85,8 @@ def _fitted(tiling: Tiling, program: Program, spec: Spec, of_rows: bool = True) 
             )
             return replace(tiling, block_q=32 if few else tiling.block_q, block_k=block_k)
         if found.fits(block_q, block_k, spec.even_start):
-            return replace(tiling, block_q=block_q, block_k=block_k)
+            smaller = tiling.block_k // block_k if spec.backend is Backend.GLUON else 1
+            return replace(tiling, block_q=block_q, block_k=block_k, stages=tiling.stages * smaller)
     return tiling
 
 

@@ -175,6 +175,14 @@ def hopper() -> Iterator[tuple[str, Tensor]]:
     attn, doc = attndsl.compile(DOCUMENTS), wild(2, 300, high=9).sort().values
     q, k, v = random(2, 4, 300, 128), random(2, 2, 300, 128), random(2, 2, 300, 128)
     yield "documents of wild ids", attn(q, k, v, backend="gluon", doc=doc)
+    attn = attndsl.compile("attention a { input p : blocks(64)[b, g, q/128]  attend causal & p }")
+    for plan in (wild(2, 2, 3, 4, high=5), torch.full((2, 2, 3, 4), -1, device="cuda")):
+        yield "lists of wild blocks", attn(q, k, v, backend="gluon", p=plan.int())
+    attn = attndsl.compile("attention a { input until : int[b, k]  attend causal & { q <= until[k] } }")
+    for until in (wild(2, 300, high=300), torch.full((2, 300), -1, device="cuda")):
+        yield "maps of wild ends", attn(q, k, v, backend="gluon", until=until)
+    many = random(2, 80, 200, 128)
+    yield "more query tiles than programs", attndsl.compile("causal")(many, many, many, backend="gluon")
 
 
 _ALL = (small, odd, large, scattered, eight_bits, by_data, caches, forwards, hopper)

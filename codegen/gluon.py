@@ -45,21 +45,23 @@ def device_function(name: str, parameters: Sequence[str], body: str) -> str:
 
 
 def specialized(
-    consumer: str, consumer_takes: Sequence[str], producer: str, producer_takes: Sequence[str]
-) -> list[str]:
+    consumer: str, consumer_takes: Sequence[str], producer: str, producer_takes: Sequence[str],
+    *others: tuple[str, Sequence[str]],
+) -> list[str]:  # fmt: skip
     """The lines that give two warpgroups a consumer each, which part of the work is theirs first, and a warp the
-    producer."""
+    producer; and a warp each to others."""
     given = ", ".join(consumer_takes)
+    single = ((producer, producer_takes), *others)
     return [
         "fence_async_shared()",
         "gl.warp_specialize(",
         "    [",
         f"        ({consumer}, (0, {given})),",
         f"        ({consumer}, (1, {given})),",
-        f"        ({producer}, ({', '.join(producer_takes)})),",
+        *(f"        ({name}, ({', '.join(takes)}))," for name, takes in single),
         "    ],",
-        "    [4, 1],",
-        f"    [{CONSUMER_REGISTERS}, {PRODUCER_REGISTERS}],",
+        f"    {[4, *(1 for _ in single)]},",
+        f"    {[CONSUMER_REGISTERS, *(PRODUCER_REGISTERS for _ in single)]},",
         ")",
     ]
 

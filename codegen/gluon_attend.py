@@ -6,13 +6,42 @@ from attndsl.codegen.gluon import IN_TILE, TILE_FIRST, by_place
 from attndsl.codegen.gluon_tiles import Tiles
 from attndsl.codegen.kernel_loops import Visits
 from attndsl.codegen.scalars import Printer
-from attndsl.plan import ForwardPlan
+from attndsl.plan import ForwardPlan, Part
 from attndsl.program import Axis, Var, reads
+
+# Of the exponent, base 2: weights reach 2**8, and their sums of a million keys 2**28.
+GROWTH = 8.0
+
+
+def scale_where_grown(size: int) -> str:
+    """Text of a device function that scales a warp's accumulator of so many columns, unless all its factors are 1."""
+    numbers = size // 2
+    return f"""\
+# Of {numbers} numbers a thread the first and the third are of its two rows. A warp of which no row grew skips the rest.
+SCALE_{size} = gl.constexpr(
+    "{{ .reg .pred grown, other; setp.neu.f32 grown, ${2 * numbers}, 0f3F800000;"
+    " setp.neu.f32 other, ${2 * numbers + 2}, 0f3F800000; or.pred grown, grown, other;"
+    " vote.sync.any.pred grown, grown, 0xffffffff; @!grown bra done;"
+    + "".join(f" mul.f32 ${{i}}, ${{i}}, ${{i + {2 * numbers}}};" for i in range({numbers}))
+    + " done: }}"
+)
+OPERANDS_{size} = gl.constexpr(",".join(["=f"] * {numbers} + [str(i) for i in range({numbers})] + ["f"] * {numbers}))
+
+
+@gluon.jit
+def scale_where_grown_{size}(acc, factors):
+    factors = factors + gl.zeros_like(acc)
+    return gl.inline_asm_elementwise(SCALE_{size}, OPERANDS_{size}, [acc, factors], gl.float32, True, {numbers})
+
+
+"""
 
 
 class Attend(Tiles):
     """The text of a consumer: in turn n the scores of tile n are multiplied, and beside them the values of tile n - 1;
     the softmax of the former runs beside the products of the latter."""
+
+    warps = 4
 
     def __init__(self, plan: ForwardPlan, helpers: set[str]) -> None:
         super().__init__(plan, helpers)
@@ -59,13 +88,13 @@ class Attend(Tiles):
             lines.add(f"# [{span}]")
         with lines.block("for n in range(1, visits):"):
             self._tile(printer, partial, full)
-        last = self.turn("visits - 1")
+        last = f"{self.turn('visits - 1')} % STAGES"
         lines.add("", "# The last tile's values.")
         self._round_weights()
-        self._add_values(f"{last} % STAGES", "acc")
+        self._add_values(last, "acc")
         lines.add(f"{self._accumulators} = warpgroup_mma_wait(0, deps=[{self._accumulators}])")
         if self.several:
-            lines.add(f"mbarrier.arrive(v_free.index({last} % STAGES), count=1)")
+            lines.add(f"mbarrier.arrive(v_free.index({last}), count=1)")
         self._finish()
 
     def _rows(self, printer: Printer) -> None:
@@ -135,9 +164,10 @@ class Attend(Tiles):
         lines.add("# The first tile: scores alone. From then on a tile's scores go with the values of the tile before.")
         for x in self.q_parts:
             lines.add(f"q{x.suffix} = q_smem{x.suffix}.index({self.half('part')}).reshape([ROWS, {x.size}])")
+        ready = "q_ready.index(nth % 2), (nth // 2) & 1" if self.several else "q_ready, 0"
         lines.add(
             "zeros = gl.zeros([ROWS, BLOCK_K], gl.float32, SCORES)",
-            "mbarrier.wait(q_ready.index(nth % 2), (nth // 2) & 1)" if self.several else "mbarrier.wait(q_ready, 0)",
+            f"mbarrier.wait({ready})",
             f"mbarrier.wait(k_ready.index({first} % STAGES), ({first} // STAGES) & 1)",
         )
         self._multiply_keys(f"{first} % STAGES")
@@ -220,7 +250,8 @@ class Attend(Tiles):
         self._score(printer, partial, full, "n")
         if softmax:
             lines.add(
-                f"new_max = gl.maximum(row_max, gl.max(scores, 1){self.scaled}{self.raised})",
+                f"tile_max = gl.max(scores, 1){self.scaled}{self.raised}",
+                f"new_max = {self._new_max}",
                 f"scores = gl.exp2(scores{self.scaled} - gl.expand_dims(new_max, 1))",
                 "decay = gl.exp2(row_max - new_max)",
                 "row_sum = row_sum * decay + gl.sum(scores, 1)",
@@ -238,12 +269,26 @@ class Attend(Tiles):
             "mbarrier.arrive(k_free.index(stage), count=1)",
         )
         if softmax:
-            self._rescale("decay")
+            for x in self.v_parts:
+                acc = f"acc{x.suffix}"
+                self.lines.add(f"{acc} = scale_where_grown_{x.size}({acc}, {self._of_rows('decay', x)})")
+
+    @property
+    def _new_max(self) -> str:
+        """What a row's weights are relative to from a tile on: not its maximum before that has grown so far that they
+        need it, so that accumulators are scaled in few tiles. Weights of float8 reach the largest that there is."""
+        if self.fp8:
+            return "gl.maximum(row_max, tile_max)"
+        return f"gl.where(tile_max > row_max + {GROWTH}, tile_max, row_max)"
+
+    def _of_rows(self, values: str, part: Part) -> str:
+        """What rows have, one beside each of their output's columns."""
+        return f"gl.expand_dims(gl.convert_layout({values}, gl.SliceLayout(1, OUT{part.suffix})), 1)"
 
     def _rescale(self, factor: str) -> None:
         for x in self.v_parts:
-            acc, rows = f"acc{x.suffix}", f"gl.SliceLayout(1, OUT{x.suffix})"
-            self.lines.add(f"{acc} = {acc} * gl.expand_dims(gl.convert_layout({factor}, {rows}), 1)")
+            acc = f"acc{x.suffix}"
+            self.lines.add(f"{acc} = {acc} * {self._of_rows(factor, x)}")
 
     def _score(self, printer: Printer, partial: Visits | None, full: Visits | None, n: str) -> None:
         """`scores` = q . k of visited tile n made logits (times log2 e unless folded), masked in a partial tile; or
@@ -263,6 +308,9 @@ class Attend(Tiles):
             lines.add(f"scores = ({text}) * LOG2_E{whole}" if plan.softmax else f"scores = {text}{whole}")
         elif not self.folded:
             lines.add("scores = scores * LOG2_E")
+        hidden = 'float("-inf")' if plan.softmax else "0.0"
+        if n == "0" and self.listed:
+            lines.add(f"scores = gl.where(nothing, {hidden}, scores)")
         if self.mask is None:
             return
         with lines.block("if partial > 0:" if n == "0" else f"if {n} < partial:"):
@@ -274,8 +322,7 @@ class Attend(Tiles):
                 lines.add("j_pos = k_first + k_offset")
             printer.names.known |= {IN_TILE: "k_offset", TILE_FIRST: "k_first"}
             printer.share(lines, [self.mask], "pair_")
-            nothing = 'float("-inf")' if plan.softmax else "0.0"
-            lines.add(f"scores = gl.where({printer.text(self.mask)}, scores, {nothing})")
+            lines.add(f"scores = gl.where({printer.text(self.mask)}, scores, {hidden})")
 
     def _keys(self) -> str:
         """The line that says where the tile's keys stand."""

@@ -8,7 +8,7 @@ query tile's rows (`gluon_attend.py`).
 from __future__ import annotations
 
 from attndsl.codegen.gluon import IMPORTS, PART, barriers, device_function, helper_functions, specialized
-from attndsl.codegen.gluon_attend import Attend
+from attndsl.codegen.gluon_attend import Attend, scale_where_grown
 from attndsl.codegen.gluon_tiles import Tiles
 from attndsl.codegen.header import header
 from attndsl.codegen.kernel import scalar_parameters, used_parameters
@@ -31,26 +31,50 @@ def in_order_of_values(weights):
 """
 
 
+# Programs take numbers from a counter, which every launch finds at zero, and leaves so.
+_HANDING_OUT = """\
+@gluon.jit
+def next_place(counter_ptr, places):
+    \"\"\"The place after those that programs took before. A program draws a number for each that it has, so the one
+    that draws the last number is the last to draw.\"\"\"
+    taken = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+    if taken == places - 1:
+        gl.store(counter_ptr, 0)
+    return gl.num_programs(0) + taken
+
+
+@gluon.jit
+def hand(memory, number):
+    memory.store(gl.full([1], number, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+
+
+@gluon.jit
+def handed(memory, WARPS: gl.constexpr):
+    return gl.max(memory.load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+
+
+"""
+
+
 def forward_source(plan: ForwardPlan) -> str:
     """Text of a Python file whose `attention_forward` is the plan's kernel for Hopper."""
     helpers: set[str] = set()
-    producer, consumer = _Load(plan, helpers).text(), Attend(plan, helpers).text()
+    parts = {"load_tiles": _Load(plan, helpers).text(), "attend_rows": Attend(plan, helpers).text()}
+    if plan.tiling.several:
+        parts |= {"hand_out": _HandOut(plan, helpers).text()}
     q_parts, v_parts = head_parts(plan.spec.dim), head_parts(plan.spec.v_dim)
     descriptors = [f"{x}_desc{part.suffix}" for x in "qk" for part in q_parts]
     descriptors += [f"{x}_desc{part.suffix}" for x in ("v", "out") for part in v_parts]
     strides = [f"stride_out{axis}" for axis in "bhn"]
     uniform = [*(["scale"] if plan.scale is None else []), "rows", "k_len", "places", *scalar_parameters(plan)]
     scales = [f"{x}_scale_ptr" for x in "qkv"] + [f"stride_{x}_scale" for x in "qkv"]
-    given = [*descriptors, "out_ptr", "lse_ptr", *scales, *strides, *uniform]
+    given = [*descriptors, "out_ptr", "lse_ptr", "counter_ptr", *scales, *strides, *uniform]
     shared = [name.replace("_desc", "_smem") for name in descriptors]
-    shared += ["q_ready", "q_free", *_STAGED]
+    shared += ["handed_smem", "told", "q_ready", "q_free", *_STAGED]
     # Where a program owns several query tiles, each part finds them by itself.
     place = [] if plan.tiling.several else ["b", "h", "g", "head", "residue", "q_tile"]
     candidates = [*given, *shared, *place]
-    takes = {
-        "load_tiles": used_parameters(candidates, producer),
-        "attend_rows": used_parameters(candidates, consumer),
-    }
+    takes = {name: used_parameters(candidates, text) for name, text in parts.items()}
     kernel = _Kernel(plan, helpers).text(takes)
     return "".join(
         (
@@ -58,47 +82,26 @@ def forward_source(plan: ForwardPlan) -> str:
             IMPORTS,
             helper_functions(helpers),
             _IN_ORDER_OF_VALUES if plan.spec.dtype is DType.FLOAT8 else "",
-            device_function("load_tiles", takes["load_tiles"], producer),
-            "\n\n",
-            device_function("attend_rows", [PART, *takes["attend_rows"]], consumer),
-            "\n\n",
+            _HANDING_OUT if plan.tiling.several else "",
+            *(scale_where_grown(part.size) for part in v_parts if plan.softmax),
+            *(
+                device_function(name, [PART] * (name == "attend_rows") + takes[name], text) + "\n\n"
+                for name, text in parts.items()
+            ),
             device_function(KERNEL, used_parameters(given, kernel), kernel),
         )
     )
 
 
-class _Load(Tiles):
-    """The text of the producer."""
+class _Copies(Tiles):
+    """What parts that copy have in common."""
 
-    def text(self) -> str:
-        lines = self.lines
-        self.constants()
-        with self.query_tiles():
-            ready = "q_ready.index(nth % 2)" if self.several else "q_ready"
-            if self.several:
-                lines.add("mbarrier.wait(q_free.index(nth % 2), ((nth // 2) & 1) ^ 1)")
-            lines.add(f"mbarrier.expect({ready}, 2 * {self._bytes('q', self.q_parts)})")
-            with lines.block("for half in gl.static_range(2):"):
-                lines.add("row = q_tile * BLOCK_Q + half * (BLOCK_Q // 2)")
-                self._copy("q", self.q_parts, f"{self.at('q', 'h', 'row')}, {{}}", ready, self.half("half"))
-            partial, full = self.visits(self.printer())
-            with lines.block("for n in range(partial + full):"):
-                turn = self.turn("n")
-                lines.add(
-                    f"k_tile = {self.visited(partial, full, 'n')}",
-                    f"stage = {turn} % STAGES",
-                    f"phase = ({turn} // STAGES) & 1",
-                )
-                for x, parts in (("k", self.q_parts), ("v", self.v_parts)):
-                    ready = f"{x}_ready.index(stage)"
-                    lines.add(
-                        f"mbarrier.wait({x}_free.index(stage), phase ^ 1)",
-                        f"mbarrier.expect({ready}, {self._bytes(x, parts)})",
-                    )
-                    keys = f"{self.at('k', 'g', 'k_tile * BLOCK_K')}, {{}}"
-                    at = "b, g, {}, k_tile * BLOCK_K" if self.fp8 and x == "v" else keys
-                    self._copy(x, parts, at, ready, "stage")
-        return lines.text()
+    def _copy_queries(self) -> None:
+        ready = "q_ready.index(nth % 2)" if self.several else "q_ready"
+        self.lines.add(f"mbarrier.expect({ready}, 2 * {self._bytes('q', self.q_parts)})")
+        with self.lines.block("for half in gl.static_range(2):"):
+            self.lines.add("row = q_tile * BLOCK_Q + half * (BLOCK_Q // 2)")
+            self._copy("q", self.q_parts, f"{self.at('q', 'h', 'row')}, {{}}", ready, self.half("half"))
 
     def _bytes(self, x: str, parts: tuple[Part, ...]) -> str:
         text = " + ".join(f"{x}_desc{part.suffix}.block_type.nbytes" for part in parts)
@@ -110,6 +113,63 @@ class _Load(Tiles):
                 f"tma.async_copy_global_to_shared({x}_desc{part.suffix}, [{at.format(part.offset)}], {ready}, "
                 f"{x}_smem{part.suffix}.index({place}))"
             )
+
+
+class _Load(_Copies):
+    """The text of the producer."""
+
+    warps = 1
+
+    def text(self) -> str:
+        lines = self.lines
+        self.constants()
+        with self.query_tiles():
+            if not self.several:
+                self._copy_queries()
+            partial, full = self.visits(self.printer())
+            lines.add(f"k_tile = {self.visited(partial, full, '0')}")
+            with lines.block("for n in range(partial + full):"):
+                turn = self.turn("n")
+                lines.add(f"stage = {turn} % STAGES", f"phase = ({turn} // STAGES) & 1")
+                self._copy_keys("k", self.q_parts)
+                lines.add(f"next_tile = {self.visited(partial, full, '(n + 1)')}")
+                self._copy_keys("v", self.v_parts)
+                lines.add("k_tile = next_tile")
+        return lines.text()
+
+    def _copy_keys(self, x: str, parts: tuple[Part, ...]) -> None:
+        """Copy a tile of keys or of values once its place is free."""
+        ready = f"{x}_ready.index(stage)"
+        self.lines.add(
+            f"mbarrier.wait({x}_free.index(stage), phase ^ 1)",
+            f"mbarrier.expect({ready}, {self._bytes(x, parts)})",
+        )
+        keys = f"{self.at('k', 'g', 'k_tile * BLOCK_K')}, {{}}"
+        self._copy(x, parts, "b, g, {}, k_tile * BLOCK_K" if self.fp8 and x == "v" else keys, ready, "stage")
+
+
+class _HandOut(_Copies):
+    """The text of the warp that takes query tiles for a program, a tile ahead of the other parts."""
+
+    def text(self) -> str:
+        lines = self.lines
+        self.constants()
+        self.tiles()
+        lines.add("nth = 0", "place = gl.program_id(0)")
+        with lines.block("while place < places:"):
+            self.place("place")
+            partial, full = self.visits(self.printer())
+            self._hand_over("place", *(end for visits in (partial, full) if visits for end in visits.ends))
+            self._copy_queries()
+            lines.add("nth += 1", "place = next_place(counter_ptr, places)")
+        self._hand_over("place")
+        return lines.text()
+
+    def _hand_over(self, *numbers: str) -> None:
+        """Say which query tile is next, and where its runs end, once there is room for its rows."""
+        self.lines.add("mbarrier.wait(q_free.index(nth % 2), ((nth // 2) & 1) ^ 1)")
+        self.lines.add(*(f"hand({self.handed_at(n)}, {number})" for n, number in enumerate(numbers)))
+        self.lines.add("mbarrier.arrive(told.index(nth % 2), count=1)")
 
 
 class _Kernel(Tiles):
@@ -127,25 +187,32 @@ class _Kernel(Tiles):
             self.place("gl.program_id(0)")
         lines.add("")
         self._memory()
-        buffers = self.several
-        lines.add(*barriers(("q_ready",), stages=False) if not buffers else [])
-        if buffers:
+        if self.several:
+            size = f"[2 * {self.handed}, 1]"
+            lines.add(f"handed_smem = gl.allocate_shared_memory(gl.int32, {size}, mbarrier.MBarrierLayout())")
             lines.add(
                 *(
                     f"{x} = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())"
-                    for x in ("q_ready", "q_free")
+                    for x in ("told", "q_ready", "q_free")
                 )
             )
+        else:
+            lines.add(*barriers(("q_ready",), stages=False))
         lines.add(*barriers(_STAGED, stages=True))
-        if buffers:
+        if self.several:
             with lines.block("for place in gl.static_range(2):"):
-                lines.add("mbarrier.init(q_ready.index(place), count=1)", "mbarrier.init(q_free.index(place), count=2)")
+                lines.add(
+                    "mbarrier.init(told.index(place), count=1)",
+                    "mbarrier.init(q_ready.index(place), count=1)",
+                    "mbarrier.init(q_free.index(place), count=2)",
+                )
         else:
             lines.add("mbarrier.init(q_ready, count=1)")
         with lines.block("for stage in gl.static_range(STAGES):"):
             # The producer's copy makes a tile ready; both consumers free it.
             lines.add(*(f"mbarrier.init({x}.index(stage), count={1 if 'ready' in x else 2})" for x in _STAGED))
-        lines.add(*specialized("attend_rows", takes["attend_rows"], "load_tiles", takes["load_tiles"]))
+        others = [(name, takes[name]) for name in takes if name == "hand_out"]
+        lines.add(*specialized("attend_rows", takes["attend_rows"], "load_tiles", takes["load_tiles"], *others))
         return lines.text()
 
     def _memory(self) -> None:

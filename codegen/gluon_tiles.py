@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,9 +20,13 @@ from attndsl.tile_sizes import leaves_by_q
 class Tiles:
     """The lines of one of a kernel's parts, which go over the same query tiles and key tiles.
 
-    A program owns one query tile, or several (`Tiling.several`), one after another: then `done` counts the tiles of
-    keys of those before, and `nth` the query tiles.
+    A program owns one query tile, or several (`Tiling.several`), one after another: as it comes to an end of one it is
+    given the next, whichever no program has. Then `done` counts the tiles of keys of those before, and `nth` the query
+    tiles; which one it is, and where its runs of tiles end, the other parts are handed by a warp that is ahead of them.
     """
+
+    # The warps of a part that query tiles are handed to; none: it is the one that hands them over.
+    warps = 0
 
     def __init__(self, plan: ForwardPlan, helpers: set[str]) -> None:
         self.plan = plan
@@ -44,6 +49,11 @@ class Tiles:
     def printer(self) -> Printer:
         return Printer(GLUON, Names(Leaves(self.plan)), self.helpers)
 
+    @property
+    def listed(self) -> bool:
+        """Whether a list names the tiles: the mask then takes for granted that a visited one is chosen."""
+        return any(run.list is not None for run in (*self.plan.runs.full, *self.plan.runs.partial))
+
     @contextmanager
     def query_tiles(self) -> Iterator[None]:
         """What is done for each of a program's query tiles."""
@@ -52,10 +62,18 @@ class Tiles:
             return
         self.tiles()
         self.lines.add("nth = 0", "done = 0")
-        with self.lines.block("for place in range(gl.program_id(0), places, gl.num_programs(0)):"):
+        self.take_place()
+        with self.lines.block("while place < places:"):
             self.place("place")
             yield
             self.lines.add("nth += 1", "done += partial + full")
+            self.take_place()
+
+    def take_place(self) -> None:
+        """The lines that wait for the number of a program's next query tile; there is none past the last one."""
+        self.lines.add(
+            "mbarrier.wait(told.index(nth % 2), (nth // 2) & 1)", f"place = handed({self.handed_at(0)}, {self.warps})"
+        )
 
     def tiles(self) -> None:
         """How many query tiles a head has, or each of its residues."""
@@ -70,14 +88,8 @@ class Tiles:
             lines.add(f"head = {number} // q_tiles")
         else:
             lines.add(f"head = {number} // (q_tiles * {classes})", f"residue = {number} // q_tiles % {classes}")
-        if self.several:
-            lines.add(
-                "# Each head begins elsewhere, so that a program has long and short query tiles.",
-                f"q_tile = ({number} + head * (q_tiles * 3 // 8)) % q_tiles",
-            )
-        else:
-            lines.add(f"q_tile = q_tiles - 1 - {number} % q_tiles")
         lines.add(
+            f"q_tile = q_tiles - 1 - {number} % q_tiles",
             f"b = head // {spec.heads}",
             f"h = head % {spec.heads}",
             f"g = h // {ratio}" if ratio > 1 else "g = h",
@@ -98,24 +110,50 @@ class Tiles:
                 "i_first = i_start + q_tile * BLOCK_Q",
             )
             printer.names.known[Binary("+", Var("i_start"), first)] = "i_first"
-        runs = plan.runs
-        printer.share(lines, [x for run in runs.full + runs.partial for x in (run.first, run.count)], "tile_")
-        partial = Visits(lines, printer, runs.partial, "partial") if runs.partial else None
-        full = Visits(lines, printer, runs.full, "full") if runs.full else None
+        partial, full = self.runs(printer)
         lines.add(f"partial = {count_of(partial)}", f"full = {count_of(full)}")
+        if self.listed:
+            lines.add("nothing = partial + full == 0")
         lines.add(
             "# A row block that visits nothing visits one tile all the same, and masks it.",
             "partial = gl.where(partial + full == 0, 1, partial)",
         )
         return partial, full
 
+    def runs(self, printer: Printer) -> tuple[Visits | None, Visits | None]:
+        """The runs of tiles that the query tile visits; where they end is computed, or was handed over."""
+        lines, runs, given = self.lines, self.plan.runs, None
+        if self.several and self.warps:
+            numbers = itertools.count(1)
+
+            def given() -> str:
+                return f"handed({self.handed_at(next(numbers))}, {self.warps})"
+
+        else:
+            printer.share(lines, [x for run in runs.full + runs.partial for x in (run.first, run.count)], "tile_")
+        partial = Visits(lines, printer, runs.partial, "partial", given) if runs.partial else None
+        full = Visits(lines, printer, runs.full, "full", given) if runs.full else None
+        return partial, full
+
+    @property
+    def handed(self) -> int:
+        """How many numbers are handed over with a query tile: which it is, and two ends a run."""
+        return 1 + 2 * len(self.plan.runs.full + self.plan.runs.partial)
+
+    def handed_at(self, number: int) -> str:
+        """Where the n-th of them lies in shared memory."""
+        return f"handed_smem.index(nth % 2 * {self.handed} + {number})"
+
     def visited(self, partial: Visits | None, full: Visits | None, n: str) -> str:
         """The tile visited in turn n: partial ones first."""
         return f"gl.where({n} < partial, {self.tile(partial, n)}, {self.tile(full, f'({n} - partial)')})"
 
     def tile(self, visits: Visits | None, i: str) -> str:
-        """The tile of iteration i. Where a row block visits nothing the ends of runs may lie before the first tile."""
-        return f"gl.maximum({visits.tile(i)}, 0)" if visits is not None else "0"
+        """The tile of iteration i. Where a row block visits nothing the ends of runs may lie before the first tile, and
+        what stands in a list is none."""
+        if visits is None:
+            return "0"
+        return f"gl.where(nothing, 0, {visits.tile(i)})" if self.listed else f"gl.maximum({visits.tile(i)}, 0)"
 
     def turn(self, n: str) -> str:
         """How many tiles of keys a program visited before tile n of this query tile, as an operand."""

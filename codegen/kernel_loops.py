@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.scalars import Level, Printer
-from attndsl.program import Const, Read, walk
+from attndsl.program import Const, Read, Scalar, walk
 from attndsl.runs import PLACE, Run
 
 
@@ -30,21 +30,22 @@ def run_loop(lines: Lines, printer: Printer, runs: tuple[Run, ...], label: str, 
 
 
 class Visits:
-    """Several runs as one sequence: its length, and the tile that an iteration visits."""
+    """Several runs as one sequence: its length, and the tile that an iteration visits.
 
-    def __init__(self, lines: Lines, printer: Printer, runs: tuple[Run, ...], label: str) -> None:
+    given: the text of an end of these names, `ends`, where others found it; None: it is computed.
+    """
+
+    def __init__(
+        self, lines: Lines, printer: Printer, runs: tuple[Run, ...], label: str, given: Callable[[], str] | None = None
+    ) -> None:
         self.runs, self.label, self.select, self.printer = runs, label, printer.dialect.select, printer
+        self.ends: list[str] = []
         for i, run in enumerate(runs):
             suffix = f"_{i}" if len(runs) > 1 else ""
             for end, e in (("first", run.first), ("count", run.count)):
-                text = printer.text(e)
-                if end == "count" and isinstance(e, Const):
-                    # Not a constant to the compiler, which would unroll the loop and with it its pipeline.
-                    text = f"{printer.dialect.language}.minimum(k_len, {text})"
-                if any(isinstance(x, Read) for x in walk(e)):
-                    # An input may be of 64 bits; tiles are counted in 32.
-                    text = f"({text}).to({printer.dialect.language}.int32)"
-                lines.add(f"{label}_{end}{suffix} = {text}")
+                self.ends.append(f"{label}_{end}{suffix}")
+                text = given() if given is not None else self._end(e, end == "count")
+                lines.add(f"{self.ends[-1]} = {text}")
         self.total = f"{label}_count"
         if len(runs) > 1:
             # Iterations before `end_n` belong to run n or an earlier one; `base_n` is where run n would have begun.
@@ -53,6 +54,17 @@ class Visits:
                 lines.add(f"{label}_end_{i} = {before + ' + ' if before else ''}{label}_count_{i}")
                 lines.add(f"{label}_base_{i} = {label}_first_{i}" + (f" - {before}{_times(run)}" if before else ""))
             self.total = f"{label}_end_{len(runs) - 1}"
+
+    def _end(self, e: Scalar, count: bool) -> str:
+        """The text of the first tile of a run, or of how many it has."""
+        text, language = self.printer.text(e), self.printer.dialect.language
+        if count and isinstance(e, Const):
+            # Not a constant to the compiler, which would unroll the loop and with it its pipeline.
+            text = f"{language}.minimum(k_len, {text})"
+        if any(isinstance(x, Read) for x in walk(e)):
+            # An input may be of 64 bits; tiles are counted in 32.
+            text = f"({text}).to({language}.int32)"
+        return text
 
     def tile(self, i: str) -> str:
         """The tile of iteration `i`."""

@@ -31,9 +31,8 @@ from attndsl.program import InputDecl, Program
 from attndsl.runs import Side
 from attndsl.runtime.cache import KernelCache, cache_key
 from attndsl.runtime.texts import compiler_digest
-from attndsl.targets import layout_refusal, pieces_refusal
+from attndsl.targets import default_refusal, pieces_refusal
 from attndsl.tile_sizes import learning_tiling
-from attndsl.tiling import prefers_portable
 
 if TYPE_CHECKING:
     from attndsl.runtime.engine import Generators
@@ -194,6 +193,4 @@ def _choice(program: Program, spec: Spec, backends: tuple[Backend, ...]) -> Back
         if Backend.TRITON not in backends:
             raise error("A510", reason, help="leave `backend` out to get the portable kernel")
         return Backend.TRITON
-    # Pieces were checked on Hopper, not timed: who asks for them gets them.
-    others = len(backends) > 1 and (bool(layout_refusal(program, spec)) or prefers_portable(program, spec))
-    return Backend.TRITON if others else Backend.GLUON
+    return Backend.TRITON if len(backends) > 1 and default_refusal(program, spec) else Backend.GLUON

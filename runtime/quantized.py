@@ -17,6 +17,7 @@ from torch import Tensor
 from attndsl.diagnostics import error
 from attndsl.plan import Backend, DType, Plan, Printed, Spec, head_parts
 from attndsl.program import CallShape, Program
+from attndsl.runtime.counters import counter
 from attndsl.runtime.engine import default_scale
 from attndsl.runtime.outputs import Outputs
 from attndsl.targets import layout_refusal
@@ -134,7 +135,7 @@ class _OnHopper:
         shape = CallShape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
         self._made, self._scale = Outputs.of(q, shape), default_scale(shape.dim)
         self._shape = shape_in_order(v)
-        self._one = torch.ones((), device=q.device)
+        self._one, self._counted = torch.ones((), device=q.device), kernel.tiling.several
         grid = -(-shape.rows // kernel.tiling.block_q) * shape.batch * shape.heads
         self._launches: list[Callable[[Sequence[Any]], None]] = []
         if not grid:
@@ -157,7 +158,8 @@ class _OnHopper:
         ordered = torch.empty(self._shape, dtype=torch.uint8, device=v.device)
         numbers = [self._one if x is None else x.float() for x in scales.each()]
         scale = self._scale if scale is None else scale
-        call = (q, k, ordered, out, lse, scale, *inputs, *args, v.view(torch.uint8), *numbers)
+        last = (counter(q.device),) if self._counted else ()
+        call = (q, k, ordered, out, lse, scale, *inputs, *args, v.view(torch.uint8), *numbers, *last)
         for launch in self._launches:
             launch(call)
         return out, lse
@@ -173,7 +175,7 @@ def quantized_parameters(
     plan: Plan | Printed, q: Tensor, k: Tensor, v: Tensor, scales: Scales, inputs: Sequence[Tensor]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What each parameter of the forward kernel and of the one of values is given. Only shapes, strides and dtypes are
-    read, of a call (q, k, values in order, out, lse, scale, *inputs, *args, v, q_scale, k_scale, v_scale)."""
+    read, of a call (q, k, values in order, out, lse, scale, *inputs, *args, v, q_scale, k_scale, v_scale, counter)."""
     from attndsl.runtime.launcher import Slot
     from attndsl.runtime.triton_launch import INPUTS, descriptor, parameter_sources
 
@@ -192,6 +194,7 @@ def quantized_parameters(
     for n, (name, scale) in enumerate(zip(_SCALES, scales.each(), strict=True), 1):
         found[f"{name}_ptr"] = Slot(last + n, "*fp32")
         found[f"stride_{name}"] = 0 if scale is None or scale.numel() == 1 else scale.stride(0)
+    found["counter_ptr"] = Slot(last + 1 + len(_SCALES), "*i32")
     of_values = {
         "v_ptr": Slot(last, "*u8"), "ordered_ptr": Slot(2, "*u8"), "heads": v.shape[1], "k_len": v.shape[2],
         "places": in_order.shape[3],

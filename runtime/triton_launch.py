@@ -22,6 +22,7 @@ from attndsl.program import Axis, CallShape, Program
 from attndsl.runtime.build import KernelSource, compile_kernel, parameters
 from attndsl.runtime.cache import shared_cache as shared_cache
 from attndsl.runtime.call import call_shape, dim_size
+from attndsl.runtime.counters import counter
 from attndsl.runtime.dropout import PARAMETERS, Dropout
 from attndsl.runtime.engine import default_scale, table_tensor
 from attndsl.runtime.entries import keys_of
@@ -73,7 +74,7 @@ def loads_for(spec: Spec, aligned: bool, *tensors: Tensor) -> Loads:
 
 # What a launch reads the sizes, tiling and inputs of a kernel from.
 Planned: TypeAlias = Plan | Printed
-# Where the values of a call stand in (q, k, v, out, lse, scale, *inputs, *args, and with dropout its three).
+# Where the values of a call stand in (q, k, v, out, lse, scale, *inputs, *args, and dropout's three or a counter).
 _OUT, _LSE, _SCALE, INPUTS = 3, 4, 5, 6
 
 
@@ -99,6 +100,7 @@ class TritonForward:
         self.everywhere = layout.all_rows(shape, kernel.program)
         self.default_scale = default_scale(shape.dim)
         self._made = Outputs.of(q, shape)
+        self._counted, self._device = kernel.tiling.several, q.device
         if self.grid:
             sources = parameter_sources(kernel, q, k, v, inputs)
             self._launch = prepare(kernel, kernel.text, FUNCTION, self.grid, sources, aligned, q.device)
@@ -125,7 +127,9 @@ class TritonForward:
             # As `into` does it: a call more would take as long as a launch's tenth.
             if self.kernel.view is not None:
                 k, v = keys_of(self.kernel, k, v, inputs)
-            self._launch((q, k, v, out, None, self.default_scale if scale is None else scale, *inputs, *args))
+            scale = self.default_scale if scale is None else scale
+            last = (counter(self._device),) if self._counted else ()
+            self._launch((q, k, v, out, None, scale, *inputs, *args, *last))
         return out
 
     def into(
@@ -137,7 +141,8 @@ class TritonForward:
             if self.kernel.view is not None:
                 k, v = keys_of(self.kernel, k, v, inputs)
             scale = self.default_scale if scale is None else scale
-            self._launch((q, k, v, out, lse, scale, *inputs, *args, *(dropout.values() if dropout else ())))
+            last = (counter(self._device),) if self._counted else dropout.values() if dropout else ()
+            self._launch((q, k, v, out, lse, scale, *inputs, *args, *last))
 
 
 def prepare(
@@ -235,6 +240,7 @@ def parameter_sources(plan: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Se
             found |= descriptors(plan, "k" if name in "kv" else "q", name, index, x, rows)
         places = plan.layout.programs("q", plan.tiling.block_q, shape, plan.program)
         found["places"] = places * shape.batch * shape.heads
+        found["counter_ptr"] = Slot(INPUTS + len(inputs) + len(plan.program.args), "*i32")
     return found | program_sources(plan, shape, inputs, q.device)
 
 

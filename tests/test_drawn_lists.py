@@ -280,10 +280,12 @@ def test_calls_whose_rows_begin_elsewhere_are_masked() -> None:
     judge(cpu(SMALL), replace(DRAWN["of a chunk"], shape=CallShape(1, 4, 2, 41, 168, 16, 16)), torch.float64)
 
 
-def test_lists_have_no_hopper_lowering() -> None:
+def test_lists_of_its_own_tiles_have_a_hopper_lowering() -> None:
     program, spec = DRAWN["of rows"].load(), make_spec("sm_90", "triton", 4, 2, 64)
-    assert "random" in hopper_refusal(program, replace(spec, even_start=True))
+    assert "several members" in hopper_refusal(program, replace(spec, even_start=True))
     assert not hopper_refusal(program, replace(spec, even_start=False))
+    large = load("causal & random(2, blocks(128), rows(128), 5)").program
+    assert not hopper_refusal(large, replace(spec, even_start=True))
 
 
 def test_blocks_that_are_not_drawn_are_not_read() -> None:

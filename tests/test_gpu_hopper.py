@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.gpu, for_hopper]
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = "attention a { weights max(s, 0.0)  attend causal & window(300) }"
 SOFTCAP = "attention a { score softcap(s, 20.0)  attend window(150) }"
-# 64 keys a tile where heads are wide, so that two query tiles' rows have room.
-SEVERAL = {128: Tiling(128, 128, 4, 2, several=True), 96: Tiling(128, 128, 4, 2, several=True)}
+# Programs of one query tile, and of several, whichever is the default.
+ONE, SEVERAL = Tiling(128, 128, 4, 2), Tiling(128, 128, 4, 2, several=True)
 
 
 def random(heads: int, tokens: int, dim: int, dtype: torch.dtype = torch.bfloat16, batch: int = 2) -> Tensor:
@@ -43,19 +43,41 @@ def test_head_dimensions(text: str, dim: int, v_dim: int) -> None:
     assert close(attn, attn(q, k, v, backend="gluon"), q, k, v)
 
 
-@pytest.mark.parametrize("dim", SEVERAL)
+@pytest.mark.parametrize("dim", [128, 96])
 @pytest.mark.parametrize("text", [PATTERN, "causal", SOFTCAP])
 def test_programs_of_several_query_tiles(text: str, dim: int) -> None:
     """More tiles than programs, so that their memory is used again; and fewer."""
     attn = attndsl.compile(text)
     one, several = engine(attn.program), engine(attn.program)
-    several.tiling = SEVERAL[dim]
+    one.tiling, several.tiling = ONE, SEVERAL
     for heads, tokens in ((40, 900), (1, 200), (2, 1)):
         q, k, v = (random(heads, tokens, dim) for _ in range(3))
         found, expected = (e.forward(q, k, v, [], [], None, "gluon") for e in (several, one))
         # A row's sums are the same whoever owns it.
         assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
         assert close(attn, found[0], q, k, v)
+
+
+def test_query_tiles_are_handed_out_anew_at_every_launch() -> None:
+    """On two streams at once, in a graph beside a stream, and after each: what programs count by is at zero."""
+    attn = attndsl.compile("causal & window(300)")
+    calls = [[random(16, 3000, 128) for _ in range(3)] for _ in range(3)]
+    expected = [attn(*x, backend="gluon") for x in calls]
+    streams = [torch.cuda.Stream() for _ in range(2)]  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attn(*calls[2], backend="gluon")
+    for _ in range(20):
+        captured.zero_()
+        graph.replay()
+        found = []
+        for stream, x in zip(streams, calls, strict=False):
+            with torch.cuda.stream(stream):
+                found.append([attn(*x, backend="gluon") for _ in range(3)])
+        torch.cuda.synchronize()
+        assert torch.equal(captured, expected[2])
+        assert all(torch.equal(y, e) for of, e in zip(found, expected, strict=False) for y in of)
 
 
 # How many pieces each has.
@@ -103,7 +125,7 @@ def test_a_thousand_launches_on_fresh_inputs_agree(text: str, dim: int, several:
     memory: what warps hand each other through shared memory is there when it is read."""
     program = attndsl.compile(text).program
     hopper, portable = engine(program), engine(program)
-    hopper.tiling = SEVERAL[dim] if several else None
+    hopper.tiling = SEVERAL if several else ONE
     q, k, v = random(16, 1100, dim), random(4, 1500, dim), random(4, 1500, dim)
     wrong, apart = (torch.zeros((), dtype=torch.int64, device="cuda") for _ in range(2))
     other, noise = torch.cuda.Stream(), torch.empty(1 << 24, device="cuda")  # type: ignore[no-untyped-call]
@@ -117,6 +139,34 @@ def test_a_thousand_launches_on_fresh_inputs_agree(text: str, dim: int, several:
         expected = portable.forward(q, k, v, [], [], None, "triton")[0].float()
         apart += ((first - expected).norm() > 1e-2 * expected.norm()).long()
     assert int(wrong) == int(apart) == 0
+
+
+LISTED = "attention a {{ input p : blocks({})[b, g, q/128]  attend {} & p }}"
+WEIGHED = "attention a { input p : blocks(128)[b, g, q/128]  weights max(s, 0.0)  attend causal & p }"
+LISTS = [LISTED.format(128, "causal"), LISTED.format(64, "causal"), LISTED.format(128, "all"), WEIGHED]
+
+
+@pytest.mark.parametrize("dim", [128, 80])
+@pytest.mark.parametrize("text", LISTS, ids=["blocks", "of 64", "all", "weights"])
+def test_lists_of_tiles(text: str, dim: int) -> None:
+    """Of any order and with members that are none, which are skipped; some rows have no others."""
+    attn = attndsl.compile(text)
+    for tokens in (1100, 128, 1):
+        q, k, v = random(4, tokens, dim), random(2, tokens, dim), random(2, tokens, dim)
+        rows, members = -(-tokens // 128), -(-tokens // (64 if "(64)" in text else 128))
+        plan = torch.randint(-1, members, (2, 2, rows, 4), device="cuda", dtype=torch.int32).sort(-1).values
+        plan[:, 0, ::3] = -1
+        assert close(attn, attn(q, k, v, backend="gluon", p=plan), q, k, v, p=plan)
+
+
+@pytest.mark.parametrize("tokens", [1100, 4096])
+def test_tiles_by_maps_of_data(tokens: int) -> None:
+    attn = attndsl.compile("attention a { input until : int[b, k]  attend causal & { q <= until[k] } }")
+    q, k, v = random(4, tokens, 128), random(2, tokens, 128), random(2, tokens, 128)
+    until = torch.arange(tokens, device="cuda") + torch.randint(0, 200, (2, tokens), device="cuda")
+    assert close(attn, attn(q, k, v, backend="gluon", until=until), q, k, v, until=until)
+    until.fill_(-1)
+    assert not attn(q, k, v, backend="gluon", until=until).any()
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")

@@ -13,12 +13,20 @@ import triton
 from hypothesis import settings
 
 import attndsl
+from attndsl.codegen.gluon_forward import forward_source
 from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import GLUON
 from attndsl.piece_plans import forward_plans
 from attndsl.plan import Backend
 from attndsl.runtime.gluon_backward import why_not
-from attndsl.targets import gradients_refusal, hopper_refusal, layout_refusal, make_spec, pieces_refusal
+from attndsl.targets import (
+    default_refusal,
+    gradients_refusal,
+    hopper_refusal,
+    layout_refusal,
+    make_spec,
+    pieces_refusal,
+)
 from tests.offline import ROOT, Found, Job, compile_all
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -126,15 +134,59 @@ def test_the_kernel_of_all_gradients_is_for_hopper_alone() -> None:
         attn.source("gradients", target="sm_90")
 
 
+LISTED = {
+    "attention a { input p : blocks(128)[b, g, q/128]\n attend causal & p }": "",
+    "attention a { input p : blocks(64)[b, h]\n attend causal & p }": "",
+    "attention a { input p : blocks(64)[b, g, q/64]\n attend causal & p }": "tiles of 64 rows and 64 keys are listed",
+    "attention a { input p : blocks(64)[b, g, q]\n attend causal & p }": "gathered",
+    "attention a { input p : blocks(16)[b, g, q/128]\n attend causal & p }": "several members",
+    "causal & random(2, blocks(128), rows(128), 5)": "",
+}
+
+
+@pytest.mark.parametrize("text", LISTED)
+def test_lists_of_tiles(text: str) -> None:
+    """Those of the kernel's own tiles it goes over; why it does not over others is said."""
+    spec = replace(make_spec("sm_90", "triton", 8, 2, 128), even_start=True, lists=True)
+    program = attndsl.compile(text).program
+    assert LISTED[text] in hopper_refusal(program, spec) if LISTED[text] else not hopper_refusal(program, spec)
+    if not LISTED[text]:
+        (plan,) = forward_plans(program, replace(spec, backend=Backend.GLUON))
+        assert all(run.list is not None for run in plan.runs.full + plan.runs.partial)
+        source = forward_source(plan)
+        # A list that is empty has nothing to read.
+        assert "gl.where(nothing, 0, gl.load(k_tiles_" in source and "scores = gl.where(nothing, " in source
+
+
+def test_query_tiles_are_handed_out_where_two_have_room() -> None:
+    """Which they are and where their runs end is said once, by a warp of its own."""
+    attn = attndsl.compile("causal & window(1024)")
+    wide, narrow = (attn.source(backend="gluon", target="sm_90", dim=dim) for dim in (256, 128))
+    assert "hand_out" not in wide and "atomic" not in wide
+    assert narrow.count("full_count = gl.maximum") == 1 and narrow.count("full_count = handed(") == 2
+    assert narrow.count("gl.atomic_add(counter_ptr") == 1
+    assert "hand_out" not in attndsl.compile("causal").source(backend="gluon", target="sm_90", dim=128)
+
+
+def test_pieces_and_small_heads_by_default() -> None:
+    spec = replace(make_spec("sm_90", "triton", 8, 2, 128), whole=True)
+    small = replace(spec, dim=64, v_dim=64)
+    apart, window = (attndsl.compile(x).program for x in ("causal & window(4096) & dilated(16)", "causal & window(64)"))
+    assert not default_refusal(apart, spec) and not default_refusal(window, spec)
+    assert "as fast" in default_refusal(apart, small) and "few tiles" in default_refusal(window, small)
+    assert not default_refusal(attndsl.compile("causal & window(256)").program, small)
+
+
 DIMS = [(64, 64), (8, 8), (40, 72), (80, 80), (96, 96), (64, 128), (192, 128), (192, 192), (256, 64), (256, 256)]
 WEIGHTS = "attention a { weights sigmoid(-abs(s))\n attend causal & window(1024) }"
 
 
 @offline
-def test_head_dimensions_and_weights_compile() -> None:
+def test_head_dimensions_weights_and_lists_compile() -> None:
     """One of each here, all where the examples are."""
     jobs = [Job("causal", "cuda:90", 96, "descriptor", hopper="forward", v_dim=72)]
     jobs += [Job(WEIGHTS, "cuda:90", 128, "descriptor", hopper="forward")]
+    jobs += [Job(next(iter(LISTED)), "cuda:90", 128, "descriptor", hopper="forward", listed="forward")]
     verify(jobs)
 
 
