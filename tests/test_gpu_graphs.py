@@ -221,6 +221,32 @@ def test_a_decode_graph_serves_all_lengths() -> None:
                 assert not out[b].any()
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "causal & top(20, tokens, by = dot(Q, K), among = causal, share = group)",
+        "causal & top(20, tokens, by = dot(Q, K), among = causal, share = heads)",
+        "causal & cover(0.8, blocks(32), per = rows(32), by = antidiagonal(Q, K, 8), always = same_block(32))",
+        "causal & (window(64) | random(3, of = blocks(32), per = rows(32), seed = h))",
+    ],
+)
+def test_a_graph_of_choices_over_pages_serves_all_lengths(text: str) -> None:
+    """What is chosen, or drawn, while the graph runs is what a call at those lengths takes."""
+    attn = attndsl.compile(text)
+    q, k, v = tensors(3, 8, 16, 64)[0], *(torch.randn(64, 2, 16, 64, device="cuda").bfloat16() for _ in "kv")
+    table = torch.randperm(64, device="cuda", dtype=torch.int32)[:48].view(3, 16)
+    lengths = torch.tensor([256, 40, 99], device="cuda", dtype=torch.int32)
+    for _ in range(2):
+        attn.decode(q, k, v, lengths, table)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attn.decode(q, k, v, lengths, table)
+    for known in ([256, 1, 77], [0, 200, 105]):
+        lengths.copy_(torch.tensor(known))
+        graph.replay()
+        assert torch.equal(out, attn.decode(q, k, v, lengths, table)) and out.isfinite().all()
+
+
 LEARNED = """attention learned { input sinks : float[h] learnable
     input bias : float[h, 65] learnable
     input table : float[h, 8, 8] learnable
