@@ -237,11 +237,12 @@ def test_files_and_their_names_cannot_act_on_the_terminal(tmp_path: Path) -> Non
 
 
 def test_the_command_is_an_entry_point(tmp_path: Path) -> None:
-    program = "from attndsl.cli import app_main; app_main()"
+    entry, module = ["-c", "from attndsl.cli import app_main; app_main()"], ["-m", "attndsl"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for args, status in ((["check", "causal"], 0), (["check", "casual"], 1), (["chek", "causal"], 2)):
+    for command, pattern, status in (("check", "causal", 0), ("check", "casual", 1), ("chek", "causal", 2)):
+        args = [*(module if status == 1 else entry), command, pattern]
         done = subprocess.run(
-            [sys.executable, "-c", program, *args], cwd=tmp_path, env=environment, capture_output=True, check=False
-        )
+            [sys.executable, *args], cwd=tmp_path, env=environment, capture_output=True, check=False
+        )  # fmt: skip
         assert done.returncode == status
         assert b"\x1b" not in done.stdout + done.stderr
