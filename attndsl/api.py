@@ -133,7 +133,8 @@ class Attention:
         with `return_lse` the natural log-sum-exp too, float32 [B, Hq, Nq].
 
         scale: factor of q . k; default 1/sqrt(D), or the program's own. inputs: the program's inputs (tensors) and
-        runtime arguments (ints), by name. Raises `PatternError` when they do not fit.
+        runtime arguments (ints), by name. Raises `PatternError` when they do not fit. Gradients repeat to the bit;
+        on Hopper that of q does if `torch.use_deterministic_algorithms(True)` asks for it.
 
         dropout: the share, in [0, 1), of the weights after the softmax that are set to 0; the others are divided by
         1 - dropout. lse is that without it. Which are dropped is a function of seed, batch entry, query head and the

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from attndsl.plan import Spec
+from attndsl.piece_plans import backward_plans
+from attndsl.plan import Backend, Spec
 from attndsl.program import CallShape, Program
 from attndsl.properties import is_whole
 from attndsl.targets import (
@@ -15,6 +16,7 @@ from attndsl.targets import (
     layout_refusal,
     pieces_refusal,
 )
+from attndsl.tiling import prefers_two_passes
 
 
 def forward_lowering(program: Program, spec: Spec, shape: CallShape) -> str:
@@ -37,4 +39,11 @@ def gradients_lowering(program: Program, spec: Spec, shape: CallShape) -> str:
         return "blocked PyTorch"
     if reason := gradients_refusal(program, spec) or layout_refusal(program, spec):
         return f"portable Triton, since {reason}"
-    return "portable Triton; with backend='gluon' the Hopper lowering, which sums dq in no fixed order"
+    one_pass = backward_plans(program, replace(spec, backend=Backend.GLUON))[0]
+    if prefers_two_passes(one_pass, shape):
+        return "portable Triton, predicted to be ahead of the Hopper lowering with so few tiles a key"
+    sums = 4 * shape.batch * shape.heads * shape.rows * shape.dim / 2**20
+    return (
+        "the Hopper lowering, in one pass: dk and dv repeat to the bit, dq to the rounding of its sums, which take "
+        f"{sums:,.0f} MiB; with torch.use_deterministic_algorithms(True) portable Triton, where all repeat"
+    )

@@ -128,8 +128,8 @@ def gradients_refusal(program: Program, spec: Spec) -> str:
         return "float8 tensors have no gradients"
     if program.branch.weights is not None:
         return "gradients of `weights` have no Hopper lowering yet"
-    if not spec.dim == spec.v_dim == 128:
-        return "the Hopper lowering of gradients takes D = Dv = 128"
+    if spec.dim != spec.v_dim or spec.dim not in (64, 128):
+        return "the Hopper lowering of gradients takes D = Dv = 64 or 128"
     if spec.loads is not Loads.DESCRIPTOR:
         return "q, k and v do not lie in memory as hardware tensor copies need"
     if any(decl.learnable for decl in program.inputs):

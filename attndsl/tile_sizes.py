@@ -92,7 +92,7 @@ def backward_tilings(spec: Spec) -> tuple[Tiling, Tiling]:
     if spec.target == "cpu":
         return default_tiling(spec), default_tiling(spec)
     if spec.backend is Backend.GLUON:
-        return Tiling(64, 64, warps=4, stages=2), Tiling(64, 128, warps=4, stages=2)
+        return Tiling(64, 64, warps=4, stages=2), Tiling(64 if spec.dim > 64 else 128, 128, warps=4, stages=2)
     dim = max(spec.dim, spec.v_dim)
     if spec.dtype is DType.FLOAT32:
         if dim <= 64:

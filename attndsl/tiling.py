@@ -29,6 +29,11 @@ _DQ_128 = (
     (2, Tiling(64, 64, warps=4, stages=2), 0.013, 0.00535),
     (1, Tiling(128, 64, warps=8, stages=3), 0.053, 0.0094),
 )
+# Microseconds of an H100, of one multiprocessor, for gradients made in one pass and in two portable ones, by dimension:
+# for a tile of a query head's rows, for one of a key head's keys, and for one of their pairs; for one of these where
+# they are of one program that others have ended before.
+_ONE_PASS, _TWO_PASSES = {128: (5.2, 10.0, 2.2, 2.2)}, {128: (1.5, 3.2, 3.05, 1.5)}
+_MULTIPROCESSORS = 132
 # A key tile that so many times more query tiles visit than the others do on average is started first.
 _HEAVY = 4
 # The length for which tilings are compared: kernels do not depend on lengths.
@@ -183,35 +188,65 @@ def _choose_backward_tilings(program: Program, spec: Spec) -> tuple[Tiling, Tili
     return (large if large_own + large_tile * (narrow + 1) < programs * (own + per_tile * narrow) else small), of_keys
 
 
+def prefers_two_passes(plan: BackwardPlan, shape: CallShape) -> bool:
+    """Whether the portable kernels are predicted to be ahead of the plan of one pass for a call: where so few tiles are
+    visited that what goes before and after them, the sums of dq above all, counts for more.
+
+    Where data decides how many are, they are taken to be enough; heads of dimensions that were not timed are not.
+    """
+    dim, visits = plan.spec.dim, _key_visits(plan, shape, None)
+    if dim not in _ONE_PASS or visits is None:
+        return dim not in _ONE_PASS
+    rows = shape.batch * shape.heads * -(-shape.rows // plan.key_tiling.block_q)
+    keys = shape.batch * shape.kv_heads * -(-shape.k_len // plan.key_tiling.block_k)
+    tiles, of_group = shape.batch * float(visits.sum()), visits.reshape(shape.kv_heads, -1, visits.shape[1]).sum(1)
+    longest = _MULTIPROCESSORS * float(of_group.max(initial=0))
+    one, two = (
+        of_rows * rows + max(of_keys * keys + each * tiles, alone * longest)
+        for of_rows, of_keys, each, alone in (_ONE_PASS[dim], _TWO_PASSES[dim])
+    )
+    return two < one
+
+
 def heavy_tiles(plan: BackwardPlan, shape: CallShape) -> int:
     """How many of a call's first key tiles are visited by far more query tiles than the average: those of sinks.
 
     A program owns a key tile, and a long one that starts late is waited for. Where a truth that the host does not know
     decides (which heads stream), the most of either way. 0 where other data decides it, and in a layout.
     """
+    most = 0
+    for truth in (False, True):
+        visits = _key_visits(plan, shape, truth)
+        if visits is None or not visits.size:
+            return 0
+        of_tile = visits.sum(0)
+        heavy = of_tile > _HEAVY * of_tile.mean()
+        most = max(most, len(of_tile) if heavy.all() else int(np.argmin(heavy)))
+    return most
+
+
+def _key_visits(plan: BackwardPlan, shape: CallShape, truth: bool | None) -> np.ndarray | None:
+    """How many query tiles visit each key tile of a call, for each query head; None where data decides it, or in a
+    layout. truth: what is taken for truths of data that are the same for all key tiles (None: they are data)."""
     stride = 1 if plan.view is None else plan.view.stride
     key_tiles = -(-shape.k_len // (stride * plan.key_tiling.block_k))
     counts = [run.count for run in plan.key_runs.full + plan.key_runs.partial]
-    if not plan.layout.plain or not key_tiles:
-        return 0
+    if not plan.layout.plain:
+        return None
     unknown = {x for e in counts for x in walk(e) if isinstance(x, Read | Table | Arg)}
-    if any(x.type is not Type.BOOL or reads(x, "k_tile") for x in unknown):
-        return 0
+    if any(truth is None or x.type is not Type.BOOL or reads(x, "k_tile") for x in unknown):
+        return None
     start = shape.first_position(plan.program)
     heads = np.arange(shape.heads)[:, None]
     variables = {
         "Nk": np.asarray(shape.k_len), "Nq": np.asarray(shape.q_len(plan.program)), "start": np.asarray(start),
         "k_tile": np.arange(key_tiles), "h": heads, "g": heads // (shape.heads // shape.kv_heads), "b": np.asarray(0),
     }  # fmt: skip
-    most = 0
-    for truth in (False, True) if unknown else (False,):
-        leaves: dict[Scalar, np.ndarray] = {x: np.asarray(truth) for x in unknown}
-        visits = np.zeros((shape.heads, key_tiles))
-        for e in counts:
-            visits += np.maximum(evaluate(e, variables, leaves), 0)
-        heavy = visits.sum(0) > _HEAVY * visits.sum(0).mean()
-        most = max(most, key_tiles if heavy.all() else int(np.argmin(heavy)))
-    return most
+    leaves: dict[Scalar, np.ndarray] = {x: np.asarray(truth) for x in unknown}
+    visits = np.zeros((shape.heads, key_tiles))
+    for e in counts:
+        visits += np.maximum(evaluate(e, variables, leaves), 0)
+    return visits
 
 
 def _visited(runs: TileRuns, tiling: Tiling, spec: Spec) -> float | None:

@@ -7,7 +7,8 @@ add is not fixed, so dq may differ in its last bits from run to run; where that 
 
 One warp loads tiles of q and dout, and what the forward pass kept of their rows. Two warpgroups own half of the keys
 each. They hold their pairs transposed, keys by rows, so that weights and d_scores stand in registers as the products
-for dv and dk take them. For dq they exchange d_scores through shared memory, and each makes half of its columns.
+for dv and dk take them. For dq they exchange d_scores through shared memory, and each makes half of its columns, or
+rows. The tensor cores are kept busy: beside a product for dk, dq leaves and the next tile's scores are begun.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from attndsl.codegen.gluon import (
     helper_functions,
     specialized,
 )  # fmt: skip
+from attndsl.codegen.head_order import last_beside
 from attndsl.codegen.header import header
 from attndsl.codegen.kernel import scalar_parameters, used_parameters
 from attndsl.codegen.kernel_loops import Visits
@@ -39,6 +41,8 @@ from attndsl.plan import Backend, BackwardPlan
 from attndsl.program import Axis, Const, Var, reads
 
 GRADIENTS = "attention_gradients"
+# Of a product.
+_LEAST_ROWS = 64
 
 _ADD = '''\
 @builtin
@@ -83,6 +87,8 @@ class _Gradients:
         self.mask = None if self.plan.mask is None else by_place(self.plan.mask, "q")
         # Tiles loaded before: those of the other heads of the group.
         self.turn = "n" if self.group == 1 else "(done + n)"
+        # Which half of dq's tile a warpgroup makes.
+        self.of_rows = plan.tiling.block_q > _LEAST_ROWS
         self.scale_per_head = self.group > 1 and plan.scale is not None and reads(plan.scale, "h")
         self.slope = None if plan.d_score == Const(1.0) else plan.d_score
         self.reads_rows = any(d.axis is Axis.Q and d.block == 1 for decl in plan.inputs for d in decl.dims)
@@ -156,11 +162,7 @@ class _Gradients:
     def _turn(self, lines: Lines, partial: Visits | None, full: Visits | None) -> None:
         """Which tile turn n is about, and where it lies."""
         first, second = (x.tile(i) if x else "0" for x, i in ((partial, "n"), (full, "(n - partial)")))
-        lines.add(
-            f"q_tile = gl.where(n < partial, {first}, {second})",
-            f"stage = {self.turn} % STAGES",
-            f"phase = ({self.turn} // STAGES) & 1",
-        )
+        lines.add(f"q_tile = gl.where(n < partial, {first}, {second})", f"stage = {self.turn} % STAGES")
 
     def _producer(self) -> str:
         lines = Lines(indent=1)
@@ -180,7 +182,7 @@ class _Gradients:
                 sizes = " + ".join(f"{x}_desc.block_type.nbytes" for x in ("q", "dout", "row_lse", "delta"))
                 lines.add(
                     "ready = rows_ready.index(stage)",
-                    "mbarrier.wait(rows_free.index(stage), phase ^ 1)",
+                    f"mbarrier.wait(rows_free.index(stage), ({self.turn} // STAGES) & 1 ^ 1)",
                     f"mbarrier.expect(ready, {sizes})",
                 )
                 for x, smem, at in (
@@ -198,7 +200,9 @@ class _Gradients:
         lines.add(
             "LOG2_E: gl.constexpr = 1.4426950408889634",
             "KEYS: gl.constexpr = BLOCK_K // 2",
-            "COLUMNS: gl.constexpr = DIM // 2",
+            "# Of the tile's dq a warpgroup makes half.",
+            f"ROWS: gl.constexpr = BLOCK_Q{' // 2' if self.of_rows else ''}",
+            f"COLUMNS: gl.constexpr = DIM{'' if self.of_rows else ' // 2'}",
             "PAIRS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])",
             "OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])",
             "DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])",
@@ -210,7 +214,7 @@ class _Gradients:
             "k_pos = gl.expand_dims(k_pos, 1)",
             "q_offset = gl.expand_dims(gl.arange(0, BLOCK_Q, ROW), 0)",
             "zeros = gl.zeros([KEYS, BLOCK_Q], gl.float32, PAIRS)",
-            "no_dq = gl.zeros([BLOCK_Q, COLUMNS], gl.float32, DQ)",
+            "no_dq = gl.zeros([ROWS, COLUMNS], gl.float32, DQ)",
             "dk = gl.zeros([KEYS, DIM], gl.float32, OUT)",
             "dv = gl.zeros([KEYS, DIM], gl.float32, OUT)",
             "keys = k_smem.index(part).reshape([KEYS, DIM])",
@@ -233,7 +237,9 @@ class _Gradients:
                 ("q", "s", "in_tile", "tile_first"),
                 "column_",
             )
-            lines.add("")
+            lines.add("", "# The first tile's scores; those of the next are multiplied at the end of each turn.")
+            self._scores(lines, "0", "partial + full > 0")
+            lines.add("scores = warpgroup_mma_wait(0, deps=[next_scores])")
             if span := plan.program.span:
                 lines.add(f"# [{span}]")
             with lines.block("for n in range(partial + full):"):
@@ -260,17 +266,25 @@ class _Gradients:
         if self.plan.score is None:
             lines.add("factor = scale * LOG2_E")
 
+    def _scores(self, lines: Lines, n: str, exists: str) -> None:
+        """The product for the scores of the tile of turn n, begun where it is there: others are not looked at."""
+        turn = n if self.group == 1 else f"done + {n}" if n != "0" else "done"
+        turn = f"({turn})" if " " in turn else turn
+        lines.add(
+            f"coming = {turn} % STAGES",
+            f"mbarrier.wait(rows_ready.index(coming), ({turn} // STAGES) & 1, pred={exists})",
+            "next_q = q_smem.index(coming).reshape([BLOCK_Q, DIM])",
+            "next_scores = warpgroup_mma(keys, next_q.permute((1, 0)), zeros, use_acc=False, is_async=True)",
+        )
+
     def _tile(self, lines: Lines, printer: Printer, partial: Visits | None, full: Visits | None) -> None:
-        """One tile of pairs: what it adds to dk, dv and dq."""
+        """One tile of pairs, whose scores are known: what it adds to dk, dv and dq."""
         self._turn(lines, partial, full)
         lines.add(
-            "mbarrier.wait(rows_ready.index(stage), phase)",
             "q = q_smem.index(stage).reshape([BLOCK_Q, DIM])",
             "dout = dout_smem.index(stage).reshape([BLOCK_Q, DIM])",
-            "scores = warpgroup_mma(keys, q.permute((1, 0)), zeros, use_acc=False, is_async=True)",
             "d_weights = warpgroup_mma(values, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)",
             "lse = gl.expand_dims(lse_smem.index(stage).reshape([BLOCK_Q]).load(ROW), 0)",
-            "scores = warpgroup_mma_wait(1, deps=[scores])",
         )
         self._weights(lines, printer)
         lines.add(
@@ -286,26 +300,37 @@ class _Gradients:
             lines.add(f"d_scores = gl.where(d_scores != 0.0, d_scores * {slope}, 0.0)")
         if self.scale_per_head:
             lines.add("d_scores = d_scores * scale")
+        scaled = "" if self.scale_per_head else " * scale"
+        of_columns, of_rows = ".slice(part * COLUMNS, COLUMNS, dim=1)", ".slice(part * ROWS, ROWS, dim=1)"
+        own_rows, own_columns = (" + part * ROWS", "0") if self.of_rows else ("", "part * COLUMNS")
         lines.add(
             "d_scores = d_scores.to(dtype)",
+            "left = gl.convert_layout(d_scores, LEFT)",
             "# Both halves of the keys' d_scores, for dq. Of two buffers one is written while the other may be read.",
             f"buffer = {self.turn} % 2 * 2",
             "pairs_smem.index(buffer + part).store(d_scores)",
             "fence_async_shared()",
             "mbarrier.arrive(pairs_ready, count=1)",
-            "next_dk = warpgroup_mma(gl.convert_layout(d_scores, LEFT), q, dk, is_async=True)",
             f"mbarrier.wait(pairs_ready, {self.turn} & 1)",
             "dq = no_dq",
             "for half in gl.static_range(2):",
-            "    columns = k_smem.index(half).reshape([KEYS, DIM]).slice(part * COLUMNS, COLUMNS, dim=1)",
-            "    pairs = pairs_smem.index(buffer + half).permute((1, 0))",
+            f"    columns = k_smem.index(half).reshape([KEYS, DIM]){'' if self.of_rows else of_columns}",
+            f"    pairs = pairs_smem.index(buffer + half){of_rows if self.of_rows else ''}.permute((1, 0))",
             "    dq = warpgroup_mma(pairs, columns, dq, use_acc=half > 0, is_async=True)",
-            "dv, dk, dq = warpgroup_mma_wait(0, deps=[next_dv, next_dk, dq])",
-            "mbarrier.arrive(rows_free.index(stage), count=1)",
+            "# dq leaves beside the product for dk, its columns in the order in which each thread has four in a row.",
+            "next_dk = warpgroup_mma(left, q, dk, is_async=True)",
+            "dv, dq = warpgroup_mma_wait(1, deps=[next_dv, dq])",
             "tma.store_wait(0)",
-            f"dq_smem.index(part).reshape([BLOCK_Q, COLUMNS]).store(dq{'' if self.scale_per_head else ' * scale'})",
+            f"dq = dq.reshape([ROWS, COLUMNS // 32, 4, 4, 2]).permute((0, 1, 3, 2, 4)){scaled}",
+            "dq_smem.index(part).reshape([ROWS, COLUMNS]).store(dq.reshape([ROWS, COLUMNS]))",
             "fence_async_shared()",
-            "add_shared_to_global(dq_desc, [b, h, q_tile * BLOCK_Q, part * COLUMNS], dq_smem.index(part))",
+            f"add_shared_to_global(dq_desc, [b, h, q_tile * BLOCK_Q{own_rows}, {own_columns}], dq_smem.index(part))",
+        )
+        self._scores(lines, "n + 1", "n + 1 < partial + full")
+        lines.add(
+            "dk = warpgroup_mma_wait(1, deps=[next_dk])",
+            "mbarrier.arrive(rows_free.index(stage), count=1)",
+            "scores = warpgroup_mma_wait(0, deps=[next_scores])",
         )
 
     def _weights(self, lines: Lines, printer: Printer) -> None:
@@ -342,17 +367,22 @@ class _Gradients:
 
     def _kernel(self, takes: dict[str, list[str]]) -> str:
         lines, spec = Lines(indent=1), self.plan.spec
+        half = "BLOCK_Q // 2, DIM" if self.of_rows else "BLOCK_Q, DIM // 2"
         self._constants(lines)
         lines.add(
             "",
-            "# Heads one after another; a head's first keys first: most rows see them. Before all others the key tiles",
-            "# that far more rows see than the rest (`heavy` of them in each head): they take longest.",
+            "# Heads one after another, the last few side by side; the first keys first: most rows see them.",
+            "# Before all others the tiles that far more rows see than the rest, `heavy` in each head.",
             "k_tiles = gl.cdiv(k_len, BLOCK_K)",
             "heads = gl.num_programs(0) // k_tiles",
-            "rest = gl.program_id(0) - heavy * heads",
+            "program = gl.program_id(0)",
+            "rest = program - heavy * heads",
             "light = gl.maximum(k_tiles - heavy, 1)",
-            "head = gl.where(rest < 0, gl.program_id(0) % heads, rest // light)",
-            "k_tile = gl.where(rest < 0, gl.program_id(0) // heads, heavy + rest % light)",
+        )
+        head, place = last_beside(lines, "gl", "rest", "light")
+        lines.add(
+            f"head = gl.where(rest < 0, program % heads, {head})",
+            f"k_tile = gl.where(rest < 0, program // heads, heavy + {place})",
             f"b = head // {spec.kv_heads}",
             f"g = head % {spec.kv_heads}",
             "",
@@ -364,7 +394,7 @@ class _Gradients:
             "v_smem = gl.allocate_shared_memory(v_desc.dtype, [2, 1, 1, BLOCK_K // 2, DIM], v_desc.layout)",
             "PAIRS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K // 2, BLOCK_Q], q_desc.dtype)",
             "pairs_smem = gl.allocate_shared_memory(q_desc.dtype, [4, BLOCK_K // 2, BLOCK_Q], PAIRS)",
-            "dq_smem = gl.allocate_shared_memory(gl.float32, [2, 1, 1, BLOCK_Q, DIM // 2], dq_desc.layout)",
+            f"dq_smem = gl.allocate_shared_memory(gl.float32, [2, 1, 1, {half}], dq_desc.layout)",
         )
         lines.add(
             *barriers(("keys_ready", "pairs_ready"), stages=False),

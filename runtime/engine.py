@@ -26,6 +26,7 @@ from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_
 from attndsl.runtime.dropout import Dropout
 from attndsl.runtime.entries import all_view_places, check_entries
 from attndsl.runtime.pieces import in_turn
+from attndsl.tiling import prefers_two_passes
 from attndsl.widths import LARGEST, check_tokens
 
 if TYPE_CHECKING:
@@ -346,11 +347,16 @@ class Engine:
         from attndsl.runtime.triton_launch import INTERPRETED, loads_for, shared_cache
 
         spec = replace(spec, loads=loads_for(spec, aligned, q, k, v, dout, *(inputs[i] for i in self._views)))
-        on_hopper = self.tiling is None and not gluon_backward.why_not(program, spec, q, backend)
-        copied = not on_hopper and whole(program, spec, call_shape(q, k, v))
-        spec = replace(spec, whole=copied, backend=Backend.GLUON if on_hopper else spec.backend)
-        cache = None if INTERPRETED else shared_cache()
-        kernels = printed_backward(program, spec, uses_lse, self.tiling, self.generators, cache)
+        shape, cache = call_shape(q, k, v), None if INTERPRETED else shared_cache()
+        kernels = None
+        if self.tiling is None and not gluon_backward.why_not(program, spec, q, backend):
+            on_hopper = replace(spec, backend=Backend.GLUON)
+            kernels = printed_backward(program, on_hopper, uses_lse, None, self.generators, cache)
+            if backend == "auto" and prefers_two_passes(kernels.pieces[0][0], shape):
+                kernels = None
+        if kernels is None:
+            spec = replace(spec, whole=whole(program, spec, shape))
+            kernels = printed_backward(program, spec, uses_lse, self.tiling, self.generators, cache)
         deriving = self.deriving(kernels.pieces[0][0].program, q, k, v, inputs)
         inputs = [*inputs, *deriving.examples]
         return deriving.backward(prepare_backward(kernels, dout, q, k, v, inputs, aligned))

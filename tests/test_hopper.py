@@ -59,8 +59,8 @@ def jobs(path: Path) -> list[Job]:
 
 def good(found: Found) -> bool:
     """Products of the hardware's own kind, none waiting for the one before, and tiles copied by hardware; what is
-    spilled is a few scalars of a block."""
-    fits = found.shared <= SHARED and found.spills <= 512
+    spilled is a few scalars of a block, and of the gradients what goes on while a tile is masked."""
+    fits = found.shared <= SHARED and found.spills <= 1024
     return found.wgmma and found.tensor_copies and found.drained < 0.2 and fits
 
 
@@ -76,8 +76,11 @@ def test_examples_compile_to_products_side_by_side() -> None:
 
 @offline
 def test_plain_patterns_spill_next_to_nothing() -> None:
-    for found in compile_all([Job("causal", "cuda:90", 128, "descriptor", hopper=x) for x in ("forward", "gradients")]):
-        assert good(found) and found.spills <= 64, found
+    """The gradients a little more: what goes on is put aside while a tile is masked, of which a program has two."""
+    kernels = {"forward": 64, "gradients": 96}
+    jobs = [Job("causal", "cuda:90", 128, "descriptor", hopper=x) for x in kernels]  # type: ignore[arg-type]
+    for found, most in zip(compile_all(jobs), kernels.values(), strict=True):
+        assert good(found) and found.spills <= most, found
 
 
 @offline
@@ -106,24 +109,39 @@ def test_what_has_no_lowering_says_so() -> None:
     assert "learnable" in gradients_refusal(learned, spec)
     causal = attndsl.compile("causal").program
     assert not gradients_refusal(causal, spec)
-    assert "128" in gradients_refusal(causal, make_spec("sm_90", "triton", 8, 8, 64))
+    assert "64 or 128" in gradients_refusal(causal, make_spec("sm_90", "triton", 8, 8, 96))
     assert "sm_90" in gradients_refusal(causal, make_spec("sm_80", "triton", 8, 8, 128))
 
 
-def test_gradients_in_one_pass_are_for_who_asks() -> None:
-    """They do not repeat to the bit, and take memory: the default does neither."""
+def test_gradients_in_one_pass_unless_all_are_to_repeat() -> None:
+    """dk and dv repeat to the bit either way; dq does not in one pass."""
     spec, q = make_spec("sm_90", "triton", 16, 16, 128), torch.empty(1, 16, 64, 128, device="meta")
     attn = attndsl.compile("causal")
     assert not gradients_refusal(attn.program, spec)
-    for backend in ("auto", "triton"):
-        assert "backend='gluon'" in why_not(attn.program, spec, q, backend)
-    assert "backend='gluon'" not in why_not(attn.program, spec, q, "gluon")
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert "deterministic" in why_not(attn.program, spec, q, "gluon")
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert "its gradients: portable Triton; with backend='gluon'" in str(attn.explain(4096, target="sm_90"))
+    assert "asks for the portable kernels" in why_not(attn.program, spec, q, "triton")
+    for backend in ("auto", "gluon"):
+        said = why_not(attn.program, spec, q, backend)
+        assert "deterministic" not in said and "asks" not in said
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert "deterministic" in why_not(attn.program, spec, q, backend)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def test_which_gradients_are_predicted_to_be_ahead() -> None:
+    """One pass where enough tiles are visited, at the call's own lengths; where data decides that, one pass too."""
+
+    def said(text: str, tokens: int) -> str:
+        explained = str(attndsl.compile(text).explain(tokens, target="sm_90", heads=8, kv_heads=8, dim=128))
+        (line,) = [line for line in explained.splitlines() if "its gradients:" in line]
+        return line
+
+    for text in ("causal", "causal & window(4096)", "attention a { input d : int[b, k] sorted\n attend document(d) }"):
+        line = said(text, 16384)
+        assert "in one pass" in line and "use_deterministic_algorithms(True)" in line and "64 MiB" in line, line
+    for text, tokens in (("causal & window(256)", 16384), ("causal", 512)):
+        assert "portable Triton, predicted to be ahead" in said(text, tokens)
 
 
 def test_the_kernel_of_all_gradients_is_for_hopper_alone() -> None:
