@@ -60,6 +60,8 @@ def without_values(program: Program, q: Tensor, k: Tensor, inputs: Sequence[Any]
 
 def check_heads(heads: int, kv_heads: int, dim: int, v_dim: int) -> None:
     """Raises `PatternError` for heads that do not divide, or head dimensions that no kernel takes."""
+    if heads == 0:
+        raise _wrong("A505", "there are no query heads")
     if kv_heads == 0 or heads % kv_heads:
         raise _wrong("A505", f"{heads} query heads are not a multiple of {kv_heads} key heads")
     for name, size in (("D", dim), ("Dv", v_dim)):

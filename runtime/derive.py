@@ -64,7 +64,7 @@ from attndsl.runtime.plans import Listing, chosen_members, list_size, maker, of_
 from attndsl.runtime.runs import along, run_input
 from attndsl.runtime.strip_blocks import block_sums, gathered, pieces
 from attndsl.runtime.tile_map import tile_map
-from attndsl.runtime.values import Values, mix64, ordered
+from attndsl.runtime.values import Values, mix64, ordered, readable
 from attndsl.simplify import fold
 
 # Pairs that a call may look at for one derived input, and entries that this may have.
@@ -162,11 +162,16 @@ class Deriver:
 
     def examples(self) -> list[Tensor]:
         """Tensors of the shapes, strides and dtypes of the derived inputs, without memory."""
-        return [torch.empty(self._size(d), dtype=derived_dtype(d), device="meta") for d in self._derived]
+        return self._readable(
+            [torch.empty(self._size(d), dtype=derived_dtype(d), device="meta") for d in self._derived]
+        )
 
     def __call__(self, inputs: Sequence[Tensor], args: Sequence[int]) -> list[Tensor]:
         """The derived inputs, in their order, from a call's own inputs and arguments."""
-        return self.made(inputs, args, self._kept_here())
+        return self._readable(self.made(inputs, args, self._kept_here()))
+
+    def _readable(self, derived: list[Tensor]) -> list[Tensor]:
+        return derived if self.shape.k_len else list(map(readable, derived))
 
     def made(
         self, inputs: Sequence[Tensor], args: Sequence[int], kept: dict[str, Tensor], lengths: Tensor | None = None

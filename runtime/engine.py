@@ -26,6 +26,7 @@ from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_
 from attndsl.runtime.dropout import Dropout
 from attndsl.runtime.entries import all_view_places, check_entries
 from attndsl.runtime.pieces import in_turn
+from attndsl.runtime.values import readable
 from attndsl.tiling import prefers_two_passes
 from attndsl.widths import LARGEST, check_tokens
 
@@ -245,9 +246,8 @@ class Engine:
         return found
 
     def _readable(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The inputs, a zero in the place of those without entries: where there are no keys, a kernel may read what
-        follows a query's position all the same, and throws it away."""
-        return [x if x.numel() or i in self._views else x.new_zeros([1] * x.dim()) for i, x in enumerate(inputs)]
+        """The inputs, each with an entry; those that hold entries of views have as many as there are."""
+        return [x if i in self._views else readable(x) for i, x in enumerate(inputs)]
 
     def _keep(self, key: Any, launch: Any) -> Any:
         """Keep a prepared launch; a decode makes one a length, so the store is emptied now and then."""

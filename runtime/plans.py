@@ -212,7 +212,9 @@ def gathered_tiles(d: Gathering, shape: CallShape, slots: int) -> int:
 
 def maker(found: Listing, decl: InputDecl) -> lists.Maker:
     """What makes a derived list, of this plan or of another with its sizes and strides."""
-    d, batch, heads = found.d, *(max(a, b) for a, b in zip(found.plan.shape[:2], found.ends.shape[:2], strict=True))
+    # A call may have no batch entries.
+    pairs = zip(found.plan.shape[:2], found.ends.shape[:2], strict=True)
+    d, batch, heads = found.d, *(b if a == 1 else a for a, b in pairs)
     axes = [dim.axis for dim in decl.dims]
 
     def of(plan: Tensor) -> Listing:

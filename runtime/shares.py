@@ -124,8 +124,9 @@ class _Call:
         masses = torch.where(seen, torch.where(seen, logits, 0) - below, -torch.inf).exp()
         if mass.size == mass.stride and self.member % mass.size == 0:
             members = -(-shape.k_len // self.member)
-            whole = pad(masses, (0, members * (self.member // mass.size) - masses.shape[3]))
-            found: Tensor = whole.unflatten(3, (members, -1)).sum(4)
+            entries = self.member // mass.size
+            whole = pad(masses, (0, members * entries - masses.shape[3]))
+            found: Tensor = whole.unflatten(3, (members, entries)).sum(4)
             return found
         return given_to_members(masses, mass.size, mass.stride, self.member, shape.k_len, False)
 

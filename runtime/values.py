@@ -44,6 +44,12 @@ _FLOAT_CALLS: dict[str, Callable[..., Tensor]] = {
 }  # fmt: skip
 
 
+def readable(x: Tensor) -> Tensor:
+    """x, or a zero in the place of one without entries: where there are no keys, a kernel may read what follows a
+    query's position all the same, and throws it away."""
+    return x if x.numel() else x.new_zeros([size or 1 for size in x.shape])
+
+
 @dataclass(frozen=True, slots=True)
 class Values:
     """Scalars of a program in a call, at the places that `variables` names.

@@ -1,0 +1,58 @@
+"""Calls without batch entries, rows or keys, forward and backward: what is made before a kernel has to bear them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import attndsl
+from attndsl.diagnostics import PatternError
+from attndsl.program import Axis
+
+PROGRAMS = {
+    "runs": "causal & (window(5) | sink(2))",
+    "pieces": "causal & dilated(3)",
+    "cuts": "attention a { input ids : int[b, k] sorted  attend causal & document(ids) }",
+    "order": "attention a { input ids : int[b, k]  attend causal & document(ids) }",
+    "maps": "attention a { input ids : int[b, k]  attend causal & coarsen(document(ids), 4, any) }",
+    "drawn": "causal & random(2, blocks(4), rows(4), 3)",
+    "packed": "attention a { input ids : int[b, k]  packed ids  attend causal & window(9) }",
+    "grid": "attention a { axes t, y[4], x[4]  attend neighborhood(3) on (y, x) & causal on t & causal }",
+    "listed": "causal & top(2, blocks(4), by = bound(Q, min(K), max(K)), share = group, among = causal)",
+    "covered": "causal & cover(0.9, blocks(4), by = dot(Q, mean(K)), at_most = 3)",
+    "pooled": "attention a { attend causal over pool(mean, 4) }",
+    "two levels": "attention a { votes = attend causal over pool(mean, 16)\n"
+    "far = attend causal within blocks(16) with probs(votes)\n output far }",
+    "merged": "attention a { x = attend causal & window(3)\n y = attend causal - window(3)\n output merge(x, y) }",
+}
+# Batch entries, rows, keys.
+SIZES = [(0, 8, 8), (2, 0, 8), (2, 0, 0), (2, 3, 0), (0, 0, 0), (2, 9, 5)]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_calls_of_nothing(name: str, backend: str) -> None:
+    attn: Any = attndsl.compile(PROGRAMS[name])
+    for batch, rows, keys in SIZES:
+        torch.manual_seed(1)
+        leaves = [torch.randn(batch, h, n, 8, requires_grad=True) for h, n in ((2, rows), (1, keys), (1, keys))]
+        sizes = {Axis.B: batch, Axis.K: keys}
+        given = {
+            d.name: torch.zeros([sizes[x.axis] for x in d.dims]).int() for d in attn.program.inputs if not d.members
+        }
+        out = attn(*leaves, backend=backend, **given)
+        assert out.shape == (batch, 2, rows, 8)
+        exact = attn.reference(*(x.detach() for x in leaves), **given)
+        assert torch.allclose(out.double(), exact, atol=1e-5, rtol=1e-5), (batch, rows, keys)
+        out.sum().backward()
+        assert all(x.grad is not None and x.grad.isfinite().all() for x in leaves)
+
+
+def test_no_heads() -> None:
+    x = torch.randn(1, 0, 4, 8), torch.randn(1, 1, 4, 8), torch.randn(1, 1, 4, 8)
+    for name in PROGRAMS:
+        given: dict[str, Any] = {} if "ids" not in PROGRAMS[name] else {"ids": torch.zeros(1, 4).int()}
+        with pytest.raises(PatternError, match="A505"):
+            attndsl.compile(PROGRAMS[name])(*x, **given)
