@@ -204,3 +204,42 @@ def test_a_thousand_launches_on_fresh_inputs_agree(text: str, dim: int) -> None:
         for x, y in zip(first, expected, strict=True):
             wrong += ((x.float() - y.float()).norm() > 5e-3 * y.float().norm()).long()
     assert int(wrong) == 0
+
+
+def test_the_default_is_the_one_pass_that_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager, in a compiled step and in a recorded graph; and not where torch is asked for deterministic algorithms."""
+    attn, runs, launch = attndsl.compile("causal"), [0], GluonBackward.__call__
+    q, k, v, dout = (torch.randn(1, 8, 4096, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    given = [x.requires_grad_() for x in (q, k, v)]
+
+    def counted(*call: Any) -> Any:
+        runs[0] += 1
+        return launch(*call)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return attn(q, k, v)
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
+
+    def alike(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> bool:
+        dq = float((found[0].float() - wanted[0].float()).norm()) <= 1e-4 * float(wanted[0].float().norm())
+        return dq and all(torch.equal(x, y) for x, y in zip(found[1:], wanted[1:], strict=True))
+
+    monkeypatch.setattr(GluonBackward, "__call__", counted)
+    eager = step(*given)
+    assert runs == [1]
+    compiled: Any = torch.compile(attend, fullgraph=True)
+    assert alike(torch.autograd.grad(compiled(*given), given, dout), eager)
+    assert runs == [2]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = step(*given)
+    with torch.no_grad():
+        for x in given:
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert runs == [3] and alike(recorded, step(*given)) and runs == [4]
+    with deterministic():
+        first, again = step(*given), torch.autograd.grad(compiled(*given), given, dout)
+    assert runs == [4] and all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
