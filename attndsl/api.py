@@ -21,7 +21,7 @@ from attndsl.parts import part_of, parts_of
 from attndsl.plans import own_program
 from attndsl.program import CallShape, Program
 from attndsl.runtime.registry import attend_operator
-from attndsl.wiring import kernel_cache, measure, read_program, registered
+from attndsl.wiring import decode_kept, kernel_cache, measure, read_program, registered
 
 if TYPE_CHECKING:
     import numpy as np
@@ -180,7 +180,8 @@ class Attention:
 
     def views(
         self, k: Tensor, v: Tensor, seq_lens: Tensor | None = None, page_table: Tensor | None = None, *,
-        layout: str = "hnd", **inputs: Tensor,
+        layout: str = "hnd", k_scale: Tensor | None = None, v_scale: Tensor | None = None, dtype: Any = None,
+        **inputs: Tensor,
     ) -> dict[str, tuple[Tensor, ...]]:  # fmt: skip
         """The entries of each pooled view, keys [B, Hkv, entries, D] and values [B, Hkv, entries, Dv], by its name.
 
@@ -191,14 +192,12 @@ class Attention:
 
         inputs: those whose segments are pooled. seq_lens, page_table, layout: of caches, as `decode` takes them. All
         that it needs beside them is returned then, with room for all tokens, what selections go by (`mean(K) over
-        blocks(64)`, in float32, no values) included.
-        `attndsl.serving.update_views` makes anew what further tokens change.
+        blocks(64)`, in float32, no values) included; of an 8-bit cache, whose scales are those of `decode`, what is
+        attended is of `dtype`, the queries' (default: bfloat16). `serving.update_views` makes anew what tokens change.
         """
         if seq_lens is not None:
-            from attndsl.runtime.compose_decode import cache_views
-
-            given = (k, v, seq_lens, page_table, layout)
-            return cache_views(self.program, self._key, self._composition, *given)
+            cache = (k, v, seq_lens, page_table, layout, k_scale, v_scale, dtype)
+            return dict(decode_kept().cache_views(self.program, self._key, self._composition, *cache))
         if self.program.lengths is not None:
             what = f"views of tokens that `lengths {self.program.lengths}` bounds are made by the call"
             raise error("A565", what, self.program.span, help="leave `views` out")

@@ -88,7 +88,10 @@ def vectors_of(selection: Selection) -> Iterator[Vectors]:
 
 @dataclass(frozen=True, slots=True)
 class KeepPlan:
-    """The kernel that makes entries of a cache anew. `page`: tokens of a page, None where a sequence's lie together."""
+    """The kernel that makes entries of a cache anew. `page`: tokens of a page, None where a sequence's lie together.
+
+    `fp8`: tokens are float8 (e4m3), and `dtype` that of entries. `scaled`: what heads are multiplied by is given.
+    """
 
     function: Pool
     size: int
@@ -97,6 +100,8 @@ class KeepPlan:
     dtype: DType
     target: str
     page: int | None
+    fp8: bool = False
+    scaled: bool = False
 
     @property
     def width(self) -> int:

@@ -104,7 +104,7 @@ def update_bounds(k: Any, k_min: Any, k_max: Any, seq_lens: Any, page_table: Any
 
 def update_views(
     attn: api.Attention, views: Mapping[str, tuple[Any, ...]], k: Any, v: Any, seq_lens: Any, page_table: Any = None,
-    *, new: int = 1, layout: str = "hnd",
+    *, new: int = 1, layout: str = "hnd", k_scale: Any = None, v_scale: Any = None,
 ) -> None:  # fmt: skip
     """Make what the last `new` tokens of each sequence change of its views anew, in place, for caches of one's own.
 
@@ -116,12 +116,14 @@ def update_views(
     >>> attndsl.serving.update_views(attn, views, k, v, lengths, new=2)
     >>> out = attn.decode(torch.randn(1, 2, 1, 16), k, v, lengths, views=views)
 
-    views: what `attn.views` returned for these caches. seq_lens: int32 [B], the new tokens included. Of tokens that
+    views: what `attn.views` returned for these caches. seq_lens: int32 [B], the new tokens included. k_scale, v_scale:
+    of 8-bit caches, as `attn.decode` takes them. Of tokens that
     were taken back (drafts that were rejected) nothing is left once the next ones have come. One kernel for the keys of
     a view and one for its values on a GPU; a CUDA graph of them serves all lengths.
     """
     update = decode_kept().update_views
-    update(attn.program, attn._key, attn._composition, views, k, v, seq_lens, page_table, new, layout)
+    known = (attn.program, attn._key, attn._composition)
+    update(*known, views, k, v, seq_lens, page_table, new, layout, k_scale, v_scale)
 
 
 def plan(

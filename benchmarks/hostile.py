@@ -102,6 +102,13 @@ def decodes(
 def eight_bits() -> Iterator[tuple[str, Tensor]]:
     q, k = random(4, 4, 1, 64), random(9, 2, 16, 64).to(torch.float8_e4m3fn)
     yield "decode", attndsl.compile(STREAMING).decode(q, k, k, lengths(4, 160), wild(4, 10, high=9))
+    for name in ("moba", "nsa"):
+        attn = attndsl.compile(PATTERNS / f"{name}.attn", block=16)
+        inputs: dict[str, Any] = {"gate": random(4, 4, 1, 3)} if name == "nsa" else {}
+        cache, scale = (k, k, lengths(4, 160), wild(4, 10, high=9)), torch.rand(2, device=DEVICE)
+        views = attn.views(*cache, k_scale=scale, v_scale=scale)
+        attndsl.serving.update_views(attn, views, *cache, new=3, k_scale=scale, v_scale=scale)
+        yield f"decode of {name}", attn.decode(q, *cache, views=views, k_scale=scale, v_scale=scale, **inputs)
 
 
 def by_data() -> Iterator[tuple[str, Tensor]]:

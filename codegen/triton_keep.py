@@ -19,16 +19,17 @@ def keep_source(plan: KeepPlan) -> str:
         f"# a cache {where}, dimension {plan.dim}, {plan.dtype.value}, {plan.target}\n\n"
         "import triton\nimport triton.language as tl\n\n\n"
     )
-    return title + prelude("prelude.py", ["clamp"]).rstrip("\n") + "\n\n\n" + _update(plan)
+    return title + prelude("prelude.py", ["clamp", *["from_e4m3"] * plan.fp8]).rstrip("\n") + "\n\n\n" + _update(plan)
 
 
 def _update(plan: KeepPlan) -> str:
     lines, paged = Lines(), plan.page is not None
     padded = "" if plan.width == plan.dim else f" & (channel < {plan.dim})"
     lines.add("@triton.jit")
-    names = ["x_ptr", "entries_ptr", "seq_lens_ptr", *(["page_table_ptr"] if paged else [])]
+    names = ["x_ptr", "entries_ptr", "seq_lens_ptr", *["page_table_ptr"] * paged, *["scale_ptr"] * plan.scaled]
     names += [f"stride_{x}{axis}" for x in ("x", "entries") for axis in "bhn"]
-    names += ["stride_lens", *(["stride_table", "pages"] if paged else []), "capacity", "heads", "new", "touched"]
+    names += ["stride_lens", *(["stride_table", "pages"] if paged else []), *["stride_scale"] * plan.scaled]
+    names += ["capacity", "heads", "new", "touched"]
     with lines.block(f"def {UPDATE}("):
         lines.add(*(f"{name}," for name in names))
     with lines.block("):"):
@@ -49,6 +50,8 @@ def _update(plan: KeepPlan) -> str:
             lines.add("x_at = x_ptr + h.to(tl.int64) * stride_xh")
         else:
             lines.add("x_at = x_ptr + b.to(tl.int64) * stride_xb + h.to(tl.int64) * stride_xh")
+        if plan.scaled:
+            lines.add("scale = tl.load(scale_ptr + h * stride_scale).to(tl.float32)")
         _pool(plan, lines, padded)
         lines.add(
             "entries_at = entries_ptr + b.to(tl.int64) * stride_entriesb + h.to(tl.int64) * stride_entriesh",
@@ -65,7 +68,7 @@ def _pool(plan: KeepPlan, lines: Lines, padded: str) -> None:
             last = f"tl.minimum(entry * {plan.stride} + {plan.size}, k_len) - 1"
             lines.add(f"token = {f'entry * {plan.stride}' if plan.function is Pool.FIRST else last}")
             _find(plan, lines, "exists")
-            lines.add(f"found = tl.load(at + channel, mask=present{padded}, other=0.0).to(tl.float32)")
+            lines.add(f"found = {_loaded(plan, 'at + channel', f'present{padded}', '0.0')}")
             return
         case Pool.MAX | Pool.MIN:
             sign = "-" if plan.function is Pool.MAX else ""
@@ -80,7 +83,7 @@ def _pool(plan: KeepPlan, lines: Lines, padded: str) -> None:
         _find(plan, lines, f"exists & (place < {plan.size}) & (token < k_len)")
         there = f"present[:, None]{columns}"
         lines.add(
-            f"x = tl.load(at[:, None] + channel[None, :], mask={there}, other={start}).to(tl.float32)",
+            f"x = {_loaded(plan, 'at[:, None] + channel[None, :]', there, start)}",
             step,
             "count += tl.sum(present.to(tl.int32), 0)",
         )
@@ -89,6 +92,14 @@ def _pool(plan: KeepPlan, lines: Lines, padded: str) -> None:
         lines.add("found = found / tl.maximum(count, 1).to(tl.float32)")
     elif plan.function is not Pool.SUM:
         lines.add("found = tl.where(count > 0, found, 0.0)")
+
+
+def _loaded(plan: KeepPlan, at: str, there: str, other: str) -> str:
+    """The numbers at some places, float32, and `other` where there are none."""
+    if not plan.fp8:
+        return f"tl.load({at}, mask={there}, other={other}).to(tl.float32)"
+    scaled = " * scale" if plan.scaled else ""
+    return f"tl.where({there}, from_e4m3(tl.load({at}, mask={there}, other=0)).to(tl.float32){scaled}, {other})"
 
 
 def _find(plan: KeepPlan, lines: Lines, condition: str) -> None:

@@ -18,7 +18,7 @@ from attndsl.keeping import Kept, kept, kept_by
 from attndsl.program import InputDecl, Program
 from attndsl.runtime.call import check_inputs
 from attndsl.runtime.combine import Combiner, State
-from attndsl.runtime.decode import DecodeTensors, check_tensors
+from attndsl.runtime.decode import FP8, DecodeTensors, check_tensors
 from attndsl.runtime.decode_op import decode, in_order
 from attndsl.runtime.in_order import keys_in_order
 from attndsl.runtime.keep import Entries, check_entries, make_entries, update_entries
@@ -167,18 +167,25 @@ def plan_decode(
 
 def cache_views(
     program: Program, key: str, composition: Composition, k: Tensor, v: Tensor, seq_lens: Tensor,
-    page_table: Tensor | None, layout: str,
+    page_table: Tensor | None, layout: str, k_scale: Tensor | None, v_scale: Tensor | None,
+    dtype: torch.dtype | None,
 ) -> Entries:  # fmt: skip
-    """All that decode keeps of a cache beside its tokens, by name."""
-    return make_entries(key, kept(program, composition), in_order(k, k, v, seq_lens, page_table, layout))
+    """All that decode keeps of a cache beside its tokens, by name. dtype: that of the queries, where k is of 8 bits."""
+    q = k.new_empty(0, dtype=(dtype or torch.bfloat16) if k.dtype == FP8 else k.dtype)
+    call = in_order(q, k, v, seq_lens, page_table, layout, k_scale, v_scale)
+    return make_entries(key, kept(program, composition), call)
 
 
 def update_views(
     program: Program, key: str, composition: Composition, views: Mapping[str, tuple[Tensor, ...]], k: Tensor, v: Tensor,
-    seq_lens: Tensor, page_table: Tensor | None, new: int, layout: str,
+    seq_lens: Tensor, page_table: Tensor | None, new: int, layout: str, k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> None:  # fmt: skip
     """Make what the last `new` tokens of each sequence change of it anew, in place."""
     known = kept(program, composition)
     if set(views) != {each.name for each in known}:
         raise _unknown(known)
-    update_entries(key, known, views, in_order(k, k, v, seq_lens, page_table, layout), new)
+    # Entries that are attended have the queries' dtype.
+    attended = [views[each.name][0] for each in known if not each.exact]
+    q = k.new_empty(0, dtype=k.dtype if k.dtype != FP8 else attended[0].dtype if attended else torch.float32)
+    update_entries(key, known, views, in_order(q, k, v, seq_lens, page_table, layout, k_scale, v_scale), new)

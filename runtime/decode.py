@@ -234,6 +234,12 @@ def check_tensors(program: Program, call: DecodeTensors) -> None:
         )  # fmt: skip
     check_heads(q.shape[1], kv_heads, dim, v.shape[3])
     check_lengths(call, batch)
+    check_scales(call)
+
+
+def check_scales(call: DecodeTensors) -> None:
+    """Raises `PatternError` where scales are not those of a cache."""
+    k, kv_heads = call.k, call.k.shape[1]
     for name, x in (("k_scale", call.k_scale), ("v_scale", call.v_scale)):
         if x is not None and (k.dtype != FP8 or not x.is_floating_point() or x.shape not in ((), (1,), (kv_heads,))):
             raise error(

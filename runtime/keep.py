@@ -16,7 +16,7 @@ from torch.library import Library
 from attndsl.diagnostics import error
 from attndsl.keeping import KeepPlan, Kept
 from attndsl.runtime.call import device_target, dtype_of
-from attndsl.runtime.decode import FP8, DecodeTensors, check_lengths, reach
+from attndsl.runtime.decode import FP8, DecodeTensors, check_lengths, check_scales, reach
 from attndsl.runtime.engine import MAX_PREPARED
 from attndsl.runtime.launcher import Slot
 from attndsl.runtime.ops import traced
@@ -26,8 +26,8 @@ from attndsl.selection import Pool
 
 _LIBRARY = Library("attndsl", "FRAGMENT")
 _LIBRARY.define(
-    "update_entries(str program, Tensor x, Tensor(a!) entries, Tensor seq_lens, Tensor? page_table, str function, "
-    "int size, int stride, SymInt new, bool kernel) -> ()"
+    "update_entries(str program, Tensor x, Tensor? scale, Tensor(a!) entries, Tensor seq_lens, Tensor? page_table, "
+    "str function, int size, int stride, SymInt new, bool kernel) -> ()"
 )
 # Elements of tokens that torch gathers at once.
 _GATHERED = 1 << 24
@@ -71,12 +71,11 @@ def empty_entries(kept: Sequence[Kept], call: DecodeTensors) -> Entries:
     check_cache(call)
     found: Entries = {}
     for each in kept:
-        if call.k.dtype == FP8:
+        if call.q.dtype == FP8:
             raise error(
-                "A566",
-                f"`{each.name}` is not yet made of an 8-bit cache",
-                help="hand in views that were made of the numbers before they were rounded",
-            )
+                "A566", f"`{each.name}` of a pool of 8 bits is not kept by it",
+                help="keep it beside: `attn.views(k, v, seq_lens, page_table, k_scale=…, v_scale=…)`",
+            )  # fmt: skip
         size = (len(call.seq_lens), call.k.shape[1], each.entries(call.capacity))
         made = (
             torch.zeros(*size, x.shape[3], dtype=_dtype(each, x, call), device=x.device) for x in _tokens(each, call)
@@ -93,10 +92,12 @@ def update_entries(
     check_cache(call)
     for each in kept:
         check_entries(each, entries[each.name], call)
-        for x, into in zip(_tokens(each, call), entries[each.name], strict=True):
+        scales = (call.k_scale, call.v_scale)
+        for x, scale, into in zip(_tokens(each, call), scales, entries[each.name], strict=False):
             kernel = x.is_cuda or (backend == "triton" and INTERPRETED)
-            given = (program, x, into, call.seq_lens, call.page_table, each.function.value, each.size, each.stride)
-            update = torch.ops.attndsl.update_entries if traced((x, into)) else _update
+            given: Any = (program, x, scale, into, call.seq_lens, call.page_table)
+            given += (each.function.value, each.size, each.stride)
+            update: Any = torch.ops.attndsl.update_entries if traced((x, into)) else _update
             update(*given, new, kernel)
 
 
@@ -106,6 +107,7 @@ def check_cache(call: DecodeTensors) -> None:
     if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3] or k.dtype != v.dtype or k.device != v.device:
         said = f"k_cache {k.dtype} {list(k.shape)} and v_cache {v.dtype} {list(v.shape)}".replace("torch.", "")
         raise error("A504", f"{said} do not go together", help="[B, Hkv, M, D] and [B, Hkv, M, Dv], or pools of pages")
+    check_scales(call)
     slots = len(call.seq_lens) if call.page_table is not None and call.seq_lens.dim() == 1 else k.shape[0]
     check_lengths(call, slots)
 
@@ -137,7 +139,7 @@ def _tokens(kept: Kept, call: DecodeTensors) -> tuple[Tensor, ...]:
 def _dtype(kept: Kept, x: Tensor, call: DecodeTensors) -> torch.dtype:
     """That of entries of x: what is attended is in q's, which caches of 8 bits are not."""
     if kept.exact:
-        return torch.float64 if x.dtype == torch.float64 else torch.float32
+        return torch.float64 if torch.float64 in (x.dtype, call.q.dtype) else torch.float32
     return call.q.dtype if x.dtype == FP8 else x.dtype
 
 
@@ -147,23 +149,29 @@ def touched(kept_size: int, stride: int, new: int, entries: int) -> int:
 
 
 def _update(
-    program: str, x: Tensor, entries: Tensor, seq_lens: Tensor, page_table: Tensor | None, function: str, size: int,
-    stride: int, new: int, kernel: bool,
+    program: str, x: Tensor, scale: Tensor | None, entries: Tensor, seq_lens: Tensor, page_table: Tensor | None,
+    function: str, size: int, stride: int, new: int, kernel: bool,
 ) -> None:  # fmt: skip
     new = min(new, reach(x.shape[2], page_table))
     count = touched(size, stride, new, entries.shape[2])
     if entries.numel() == 0 or count == 0:
         return
     if not kernel or x.dtype == torch.float64:
-        update_in_torch(x, entries, seq_lens, page_table, Pool(function), size, stride, new, count)
+        update_in_torch(x, entries, seq_lens, page_table, Pool(function), size, stride, new, count, scale)
         return
     from attndsl.runtime.triton_launch import POINTER, prepare_small
 
     page = None if page_table is None else x.shape[2]
-    plan = KeepPlan(Pool(function), size, stride, x.shape[3], dtype_of(x), device_target(x.device), page)
+    fp8 = x.dtype == FP8
+    x = x.view(torch.uint8) if fp8 else x
+    kept_as = dtype_of(entries if fp8 else x)
+    plan = KeepPlan(
+        Pool(function), size, stride, x.shape[3], kept_as, device_target(x.device), page, fp8, scale is not None
+    )
     table = None if page_table is None else (page_table.shape, page_table.stride())
+    scales = None if scale is None else (scale.shape, scale.stride(), scale.dtype)
     kind = (x.shape, x.stride(), entries.shape, entries.stride(), entries.dtype, seq_lens.shape, seq_lens.stride())
-    key = (plan, kind, table, new, x.device)
+    key = (plan, kind, table, scales, new, x.device)
     if key not in _PREPARED:
         if len(_PREPARED) >= MAX_PREPARED:
             _PREPARED.clear()
@@ -181,14 +189,17 @@ def _update(
         }  # fmt: skip
         if page_table is not None:
             sources["stride_table"] = page_table.stride(0)
+        if scale is not None:
+            sources["scale_ptr"] = Slot(4, POINTER[scale.dtype])
+            sources["stride_scale"] = scale.stride(0) if scale.numel() > 1 else 0
         text, grid = engine_of(program).generators.triton_keep(plan), len(seq_lens) * count * heads
         _PREPARED[key] = prepare_small(text, "update_entries", plan.target, _WARPS, grid, sources, x.device)
-    _PREPARED[key]((x, entries, seq_lens, page_table))
+    _PREPARED[key]((x, entries, seq_lens, page_table, scale))
 
 
 def update_in_torch(
     x: Tensor, entries: Tensor, seq_lens: Tensor, page_table: Tensor | None, function: Pool, size: int, stride: int,
-    new: int, count: int,
+    new: int, count: int, scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     device, page = x.device, x.shape[2]
     capacity = reach(page, page_table)
@@ -200,12 +211,12 @@ def update_in_torch(
     step = max(1, _GATHERED // (len(lengths) * size * x.shape[1] * x.shape[3]))
     for low in range(0, count, step):
         entry = begin + torch.arange(low, min(low + step, count), device=device)
-        _update_some(x, entries, lengths, page_table, function, size, stride, entry, entry >= first)
+        _update_some(x, scale, entries, lengths, page_table, function, size, stride, entry, entry >= first)
 
 
 def _update_some(
-    x: Tensor, entries: Tensor, lengths: Tensor, page_table: Tensor | None, function: Pool, size: int, stride: int,
-    entry: Tensor, asked: Tensor,
+    x: Tensor, scale: Tensor | None, entries: Tensor, lengths: Tensor, page_table: Tensor | None, function: Pool,
+    size: int, stride: int, entry: Tensor, asked: Tensor,
 ) -> None:  # fmt: skip
     """Make those of the entries [B, n] anew that are asked for and exist. lengths: int64 [B, 1]."""
     device, page = x.device, x.shape[2]
@@ -219,8 +230,10 @@ def _update_some(
         present &= (slots >= 0) & (slots < len(x))
         slots, at = slots.clamp(0, len(x) - 1), at % page
     # [B, n, size, heads, D]
-    tokens, here = x[slots, :, at], present[..., None, None]
-    wide = tokens.to(torch.promote_types(entries.dtype, torch.float32))
+    tokens, here = (x.view(torch.uint8) if x.dtype == FP8 else x)[slots, :, at], present[..., None, None]
+    wide = tokens.view(x.dtype).to(torch.promote_types(entries.dtype, torch.float32))
+    if scale is not None:
+        wide = wide * scale.to(wide.dtype).view(-1, 1)
     some = present.sum(2).view(*entry.shape, 1, 1)
     match function:
         case Pool.MEAN | Pool.SUM:

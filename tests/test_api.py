@@ -175,7 +175,9 @@ WRONG: dict[str, Callable[[], object]] = {
     "A561": lambda: attndsl.compile(
         "causal & cover(0.5, blocks(4), per = rows(4), among = causal, by = dot(mean(Q), mean(K)), compete = head)"
     ).decode(Q, K, V, LENGTHS),
-    "A566": lambda: attndsl.compile(f"causal & {MOBA}").decode(Q, *EIGHT_BITS, LENGTHS),
+    "A566": lambda: attndsl.serving.PagedCache(
+        attndsl.compile(f"causal & {MOBA}"), 1, 1, 16, pages=4, max_len=64, dtype=torch.float8_e4m3fn
+    ),
     "A567": lambda: attndsl.compile(POOLED).decode(Q, K, V, LENGTHS, views={"pool(mean, 4)": (K, V)}),
     "A568": lambda: attndsl.serving.PagedCache(
         attndsl.compile("attention a { input until : int[b, h, k]  attend causal & { q <= until[k] } }"),

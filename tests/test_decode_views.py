@@ -230,6 +230,27 @@ def test_the_last_rows_of_a_prefill() -> None:
             torch.testing.assert_close(out[b], whole[0, :, -3:], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("name", ["nsa", "moba", "quest", "token_select", "pyramid"])
+def test_eight_bits(name: str, backend: str) -> None:
+    """Over an 8-bit cache in pages, with scales of heads, what is kept and chosen is that of the numbers it stands for:
+    made at once, and kept up to date."""
+    of, fp8 = system(name, 2, torch.float32), torch.float8_e4m3fn
+    scales = torch.tensor([0.5, 2.0]), torch.tensor(0.25)
+    rounded = [x.nan_to_num().to(fp8) for x in (of.k, of.v)]
+    k, v = (x.float() * scale.view(-1, 1, 1) for x, scale in zip(rounded, scales, strict=True))
+    wanted = of.attn.decode(of.q, k, v, of.seq_lens, **of.inputs)
+    keys, values, table = paged(rounded[0].view(torch.uint8), rounded[1].view(torch.uint8), 4)
+    given: Any = {"k_scale": scales[0], "v_scale": scales[1]}
+    keys, values = keys.view(fp8), values.view(fp8)
+    views = of.attn.views(keys, values, of.seq_lens - 3, table, dtype=torch.float32, **given)
+    attndsl.serving.update_views(of.attn, views, keys, values, of.seq_lens, table, new=3, **given)
+    for handed in (views, None):
+        asked: Any = {"views": handed, "backend": backend, **given, **of.inputs}
+        out = of.attn.decode(of.q, keys, values, of.seq_lens, table, **asked)
+        torch.testing.assert_close(out, wanted, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("name", ["xattention", "psa", "proxy", "nsa"])
 def test_a_prompt_in_chunks(name: str) -> None:
     """Chunks that begin where blocks of rows do, over pages, give what one call on the whole prompt gives."""

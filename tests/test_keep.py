@@ -99,6 +99,23 @@ def test_what_ranks_is_kept_in_float32(dtype: torch.dtype, backend: str) -> None
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("function", [Pool.MEAN, Pool.MAX, Pool.LAST])
+@pytest.mark.parametrize("scale", [None, torch.tensor(0.5), torch.tensor([0.5, -2.0])])
+def test_entries_of_eight_bits(scale: Tensor | None, function: Pool, backend: str) -> None:
+    """Those of what the numbers stand for, a negative scale among them, contiguous and in pages."""
+    kept = Kept("x", function, 4, 4, False, exact=True)
+    k, lengths = draw(2, 2, CAPACITY, 24).to(torch.float8_e4m3fn), ints(33, 5)
+    exact = k.float() * (1 if scale is None else scale.view(-1, 1, 1))
+    for page in (None, 8):
+        call = cache_of(k.view(torch.uint8), k.view(torch.uint8), lengths, page)
+        pool, q = call.k.view(k.dtype), torch.empty(0)
+        call = DecodeTensors(q, pool, pool, lengths, call.page_table, scale, None)
+        (made,) = make_entries(POOLED._key, [kept], call, backend)["x"]
+        assert made.dtype == torch.float32
+        torch.testing.assert_close(made.double(), by_hand(kept, exact, lengths), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_hostile_lengths_and_tables(backend: str) -> None:
     """Lengths are clamped, pages that do not exist are tokens that are not there, and nothing else is written."""
     for function in (Pool.MEAN, Pool.MAX, Pool.LAST):
@@ -186,7 +203,7 @@ def test_a_step_asks_nothing_of_the_device(page: int | None) -> None:
             lse, planner = draw(2, 4, 3), torch.ops.attndsl.select_ragged
             entries = views["pool(mean, 4)"][0]
             with mode():
-                planner(attn._key, "top", q, lengths, 2, CAPACITY, [], [], [], None, entries, lse)
+                planner(attn._key, "top", q, lengths, 2, CAPACITY, [], None, [], [], None, entries, lse)
 
 
 def test_torch_compile() -> None:
@@ -204,9 +221,10 @@ def test_operators() -> None:
     k, lengths = draw(2, 2, CAPACITY, 16), ints(30, 7)
     entries = empty_entries([Kept("x", Pool.MEAN, 4, 4, False, exact=True)], cache_of(k, k, lengths, None))["x"][0]
     check: Any = torch.library.opcheck
-    check(torch.ops.attndsl.update_entries.default, (POOLED._key, k, entries, lengths, None, "mean", 4, 4, 3, False))
+    given = (POOLED._key, k, None, entries, lengths, None, "mean", 4, 4, 3, False)
+    check(torch.ops.attndsl.update_entries.default, given)
     members = [ROUTED.views(k, k, lengths)["mean(K) over blocks(4)"][0]]
-    call: Any = (ROUTED._key, "top", draw(2, 4, 3, 16), lengths, 2, CAPACITY, members, [], [], None)
+    call: Any = (ROUTED._key, "top", draw(2, 4, 3, 16), lengths, 2, CAPACITY, members, None, [], [], None)
     # Heads and capacities decide how long a plan is: they are numbers.
     check(torch.ops.attndsl.select_ragged.default, call, test_utils=("test_schema", "test_faketensor"))
 
