@@ -18,10 +18,10 @@ from attndsl.effort import TooHard, remembered
 from attndsl.grid import Grid
 from attndsl.grid_pieces import AxisPart, BoxPiece
 from attndsl.linear import normalise
-from attndsl.mask import COMPARISON, pair_cost, shaped
+from attndsl.mask import pair_cost, shaped
 from attndsl.plan import Spec
 from attndsl.program import Binary, Call, Compare, Const, Logic, Scalar, Var, substitute
-from attndsl.quasi_affine import comparisons, condition
+from attndsl.quasi_affine import condition, least_cost
 from attndsl.relation import Relation
 from attndsl.runs import Run, Side, TileKind, TileRuns, plain_runs
 from attndsl.simplify import fold, specialise
@@ -104,10 +104,13 @@ def _names(boxes: Boxes, axis: int) -> dict[str, Scalar]:
 
 
 def _renamed(runs: TileRuns, boxes: Boxes, axis: int, spec: Spec, clipped: bool) -> TileRuns:
-    names = _names(boxes, axis)
+    names, known = _names(boxes, axis), dict[int, Scalar]()
 
     def named(found: tuple[Run, ...]) -> tuple[Run, ...]:
-        return tuple(replace(r, first=substitute(r.first, names), count=substitute(r.count, names)) for r in found)
+        # What their ends share, once.
+        return tuple(
+            replace(r, first=substitute(r.first, names, known), count=substitute(r.count, names, known)) for r in found
+        )
 
     runs, tile = plain_runs(TileRuns(named(runs.full), named(runs.partial)), spec.sizes), boxes.first_tile("q")
 
@@ -147,10 +150,11 @@ def _axis_mask(part: AxisPart) -> Scalar:
     """The condition along an axis for cells that exist: as written, or as integer sets simplify it."""
     relation, layout = part.relation, part.layout
     existing = isl.Set.read_from_str(
-        relation.pairs.get_ctx(), f"[Nk, residue] -> {{ [q, k] : k >= 0 and {layout.k.text('k')} < Nk }}"
+        relation.pairs.get_ctx(),
+        f"[Nq, Nk, residue] -> {{ [q, k] : {layout.q.text('q')} < Nq and k >= 0 and {layout.k.text('k')} < Nk }}",
     )
     pairs = relation.pairs.intersect_params(relation.context).gist(existing).gist_params(relation.context)
-    if layout.plain and (relation.atoms or COMPARISON * comparisons(pairs) > pair_cost(part.cond)):
+    if layout.plain and (relation.atoms or least_cost(pairs) >= pair_cost(part.cond)):
         return part.cond
     found = fold(normalise(condition(pairs, relation.context, relation.uniform | relation.atoms, layout)))
     return min(part.cond, found, key=pair_cost) if layout.plain else found

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from attndsl.program import Binary, Call, Compare, Const, If, Logic, Scalar, Type, Unary
+from attndsl.program import Binary, Call, Compare, Const, If, Logic, Scalar, Type, Unary, Var
 from attndsl.simplify import fold, negated, specialise
 
 
@@ -68,6 +68,8 @@ class _Normaliser:
         match e:
             case Const(value=int(value)):
                 return _Sum(value)
+            case Var():
+                return _Sum(0, {e: 1})
             case Unary(op="-", operand=x):
                 found = _Sum()
                 found.add(self.sum(x), -1)

@@ -98,6 +98,25 @@ def comparisons(pairs: isl.Set) -> int:
     return sum(max(1, n - 1) for n in of)
 
 
+def least_cost(pairs: isl.Set) -> int:
+    """What a condition for a set { [q, k] } costs a pair (`mask.pair_cost`) at least, if nothing in it follows from what
+    all pairs meet: one for each comparison and each position in it, and five for a quotient of positions. What
+    conjunctions share is tested once.
+    """
+    costs = {str(x): _least_cost(part, x) for part in pairs.get_basic_sets() for x in part.get_constraints()}
+    return sum(cost for cost in costs.values() if cost > 1)
+
+
+def _least_cost(part: isl.BasicSet, constraint: isl.Constraint) -> int:
+    div, dims = isl.dim_type.div, part.dim(isl.dim_type.set)
+    positions = sum(constraint.involves_dims(isl.dim_type.set, i, 1) for i in range(dims))
+    quotients = sum(
+        constraint.involves_dims(div, i, 1) and part.get_div(i).involves_dims(isl.dim_type.in_, 0, dims)
+        for i in range(part.dim(div))
+    )
+    return 1 + positions + 5 * quotients
+
+
 def _constraint(constraint: isl.Constraint, names: Mapping[str, Scalar]) -> Scalar:
     left = constraint.get_aff()
     constant, terms = _integer(left.get_constant_val()), _terms(left, names)

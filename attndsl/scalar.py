@@ -309,6 +309,6 @@ def _same(some: tuple[Scalar, ...], others: tuple[Scalar, ...]) -> bool:
     return all(map(operator.is_, some, others))
 
 
-def substitute(e: Scalar, values: Mapping[str, Scalar]) -> Scalar:
-    """The scalar with variables replaced by other scalars."""
-    return rebuild(e, lambda x: values.get(x.name, x) if isinstance(x, Var) else x)
+def substitute(e: Scalar, values: Mapping[str, Scalar], memo: dict[int, Scalar] | None = None) -> Scalar:
+    """The scalar with variables replaced by other scalars. memo: as in `rebuild`."""
+    return rebuild(e, lambda x: values.get(x.name, x) if isinstance(x, Var) else x, memo)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
+from typing import assert_never
 
 from attndsl.program import (
     FLOAT_CALLS,
@@ -61,15 +62,34 @@ def negated(e: Scalar) -> Scalar:
 
 
 def _fold(e: Scalar) -> Scalar:
+    # By class first: this is asked of every node of every expression.
     match e:
-        case Const() | Var() | Arg() | Read() | Table():
+        case Const() | Var():
             return e
-        case Binary(left=a, right=b) if not (isinstance(a, Const) or isinstance(b, Const)):
-            return e
+        case Binary(left=a, right=b):
+            return _binary(e) if isinstance(a, Const) or isinstance(b, Const) else e
+        case Compare(op=op, left=a, right=b):
+            known = isinstance(a, Const) and isinstance(b, Const)
+            return Const(bool(_COMPARE[op](a.value, b.value))) if known else e
+        case Logic(op=op, operands=xs):
+            found = _logic(op, xs)
+            return e if found == e else found
+        case If():
+            return _choice(e)
+        case Call():
+            return _call(e)
         case Unary(op="not", operand=x):
             return negated(x)
         case Unary(op="-", operand=Const(value=v)):
             return Const(-v)
+        case Unary() | Arg() | Read() | Table():
+            return e
+        case _:
+            assert_never(e)
+
+
+def _binary(e: Binary) -> Scalar:
+    match e:
         case Binary(op=op, left=Const(value=a), right=Const(value=b)):
             return _arithmetic(e, op, a, b)
         case Binary(op="+" | "-", left=x, right=Const(value=0)) if x.type is e.type:
@@ -91,11 +111,12 @@ def _fold(e: Scalar) -> Scalar:
             return x
         case Binary(op="%", right=Const(value=1)):
             return Const(0)
-        case Compare(op=op, left=Const(value=a), right=Const(value=b)):
-            return Const(bool(_COMPARE[op](a, b)))
-        case Logic(op=op, operands=xs):
-            found = _logic(op, xs)
-            return e if found == e else found
+        case _:
+            return e
+
+
+def _choice(e: If) -> Scalar:
+    match e:
         case If(cond=Const(value=c), then=a, other=b):
             chosen = a if c else b
             return chosen if chosen.type is e.type else Binary("+", chosen, Const(0.0))
@@ -103,6 +124,15 @@ def _fold(e: Scalar) -> Scalar:
             return _logic("or", (_logic("and", (c, a)), _logic("and", (negated(c), b))))
         case If(then=a, other=b) if a == b:
             return a
+        case _:
+            return e
+
+
+def _call(e: Call) -> Scalar:
+    match e:
+        case Call(function="min" | "max" as name, args=xs) if e.type is Type.INT:
+            found = _extremum(name, xs)
+            return e if found == e else found
         case Call(function=name, args=xs) if name in FLOAT_CALLS and all(isinstance(x, Const) for x in xs):
             return _function(e, name, [float(x.value) for x in xs if isinstance(x, Const)])
         case Call(function="is_power_of_two", args=(Const(value=int(x)),)):
@@ -111,9 +141,6 @@ def _fold(e: Scalar) -> Scalar:
             return Const(max(x, 0).bit_length())
         case Call(function="abs", args=(Const(value=x),)):
             return Const(abs(x))
-        case Call(function="min" | "max" as name, args=xs) if e.type is Type.INT:
-            found = _extremum(name, xs)
-            return e if found == e else found
         case _:
             return e
 
