@@ -99,8 +99,8 @@ def comparisons(pairs: isl.Set) -> int:
 
 
 def least_cost(pairs: isl.Set) -> int:
-    """What a condition for a set { [q, k] } costs a pair (`mask.pair_cost`) at least, if nothing in it follows from what
-    all pairs meet: one for each comparison and each position in it, and five for a quotient of positions. What
+    """What a condition for a set { [q, k] } costs a pair (`mask.pair_cost`) at least, if nothing follows from what all
+    pairs meet: one for each comparison and each position in it, and five for a quotient of positions. What
     conjunctions share is tested once.
     """
     costs = {str(x): _least_cost(part, x) for part in pairs.get_basic_sets() for x in part.get_constraints()}
@@ -109,12 +109,12 @@ def least_cost(pairs: isl.Set) -> int:
 
 def _least_cost(part: isl.BasicSet, constraint: isl.Constraint) -> int:
     div, dims = isl.dim_type.div, part.dim(isl.dim_type.set)
-    positions = sum(constraint.involves_dims(isl.dim_type.set, i, 1) for i in range(dims))
-    quotients = sum(
-        constraint.involves_dims(div, i, 1) and part.get_div(i).involves_dims(isl.dim_type.in_, 0, dims)
-        for i in range(part.dim(div))
-    )
-    return 1 + positions + 5 * quotients
+    positions = [i for i in range(dims) if constraint.involves_dims(isl.dim_type.set, i, 1)]
+    quotients = [
+        i for i in range(part.dim(div))
+        if constraint.involves_dims(div, i, 1) and part.get_div(i).involves_dims(isl.dim_type.in_, 0, dims)
+    ]  # fmt: skip
+    return 1 + len(positions) + 5 * len(quotients)
 
 
 def _constraint(constraint: isl.Constraint, names: Mapping[str, Scalar]) -> Scalar:
