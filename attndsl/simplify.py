@@ -68,9 +68,10 @@ def _fold(e: Scalar) -> Scalar:
             return e
         case Binary(left=a, right=b):
             return _binary(e) if isinstance(a, Const) or isinstance(b, Const) else e
-        case Compare(op=op, left=a, right=b):
-            known = isinstance(a, Const) and isinstance(b, Const)
-            return Const(bool(_COMPARE[op](a.value, b.value))) if known else e
+        case Compare(op=op, left=Const(value=a), right=Const(value=b)):
+            return Const(bool(_COMPARE[op](a, b)))
+        case Compare():
+            return e
         case Logic(op=op, operands=xs):
             found = _logic(op, xs)
             return e if found == e else found
