@@ -17,7 +17,7 @@ from attndsl.combining import CombinePlan
 from attndsl.decode import DecodePlan
 from attndsl.diagnostics import error
 from attndsl.observing import ObservePlan
-from attndsl.plan import BackwardPlan, DType, ForwardPlan, Plan
+from attndsl.plan import Backend, BackwardPlan, DType, ForwardPlan, Plan
 from attndsl.pooling import PoolPlan
 from attndsl.program import CallShape, Program, Type
 from attndsl.runtime.build import KernelSource, compile_kernel, parameters
@@ -44,7 +44,9 @@ from attndsl.runtime.triton_launch import (
 )
 from attndsl.runtime.triton_select import FUNCTION as SELECT
 from attndsl.runtime.triton_select import select_sources
+from attndsl.runtime.triton_version import version
 from attndsl.select_plan import SelectPlan
+from attndsl.targets import GLUON_VERSIONS
 
 # Plans whose kernels are shown.
 Shown: TypeAlias = ForwardPlan | BackwardPlan | DecodePlan | PoolPlan | SelectPlan | CombinePlan | ObservePlan
@@ -65,7 +67,7 @@ def assembly(plan: Shown, text: str, format: str) -> str:
     plan, text: the plan, for a CUDA or ROCm target, and what was generated from it.
     format: one of `FORMATS`; `sass` is the machine code itself, disassembled by the tool that Triton carries.
 
-    Raises `PatternError` (A532 to A534) for a format that the target has not, or that cannot be had here.
+    Raises `PatternError` (A510, A532 to A534) for a format that the target has not, or that cannot be had here.
     """
     target = plan.target if isinstance(plan, PoolPlan) else plan.spec.target
     backend = target.partition(":")[0]
@@ -76,6 +78,13 @@ def assembly(plan: Shown, text: str, format: str) -> str:
         raise error("A532", f"{target} has no format {format!r}", help=f"one of {known}")
     if INTERPRETED:
         raise error("A533", "nothing is compiled while TRITON_INTERPRET is set", help="unset it and start again")
+    on_hopper = not isinstance(plan, PoolPlan) and plan.spec.backend is Backend.GLUON
+    if on_hopper and not version().startswith(GLUON_VERSIONS):
+        tested = ", ".join(f"{x}x" for x in GLUON_VERSIONS)
+        raise error(
+            "A510", f"the Hopper lowering compiles with Triton {tested}, not with {version()}",
+            help="choose backend 'triton'",
+        )  # fmt: skip
     disassembler = _disassembler() if format == "sass" else ""
     kernel = compile_kernel(offline_source(plan, text), target, shared_cache())
     if format == "sass":

@@ -147,6 +147,15 @@ def test_nothing_is_compiled_under_the_interpreter(monkeypatch: pytest.MonkeyPat
         attndsl.compile("causal").assembly("forward", "ptx")
 
 
+def test_kernels_for_hopper_compile_with_tested_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attndsl.runtime.assembly.INTERPRETED", False)
+    monkeypatch.setattr("attndsl.runtime.assembly.version", lambda: "3.9.0")
+    attn = attndsl.compile("causal")
+    for kernel in ("forward", "gradients"):
+        with pytest.raises(attndsl.PatternError, match=r"A510.*Triton 3\.6\.x, not with 3\.9\.0"):
+            attn.assembly(kernel, "ptx", target="sm_90", backend="gluon")
+
+
 def test_without_a_disassembler_sass_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("attndsl.runtime.assembly.INTERPRETED", False)
     monkeypatch.setattr("attndsl.runtime.assembly.triton.__file__", str(tmp_path / "triton.py"))
