@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from attndsl.branches import Pool
 from attndsl.compose import compose
 from attndsl.parts import combines
 from attndsl.plan import Spec
 from attndsl.plans import of_selection
-from attndsl.pooling import entries
 from attndsl.program import CallShape, Program
 from attndsl.select_plan import why_not_fused
 from attndsl.targets import BYTES
@@ -18,10 +18,12 @@ def around(program: Program, spec: Spec, shape: CallShape) -> Iterator[str]:
     """A line for each, with the kernel that makes it or why there is none, and the bytes that it has to move."""
     on_cpu, size = spec.target == "cpu", BYTES[spec.dtype]
     composition = compose(program)
-    for n, pooling in enumerate(() if program.plain else composition.pools, 1):
-        count = entries(shape.k_len, pooling.pool.stride)
-        kernel = "torch" if on_cpu else f"`pool{'' if n == 1 else f'_{n}'}`, of keys and of values"
-        moved = size * shape.batch * shape.kv_heads * (spec.dim + spec.v_dim) * (shape.k_len + count)
+    for pooling in () if program.plain else composition.pools:
+        count = pooling.pool.entries(shape.k_len)
+        nth = composition.pooled.index(pooling.pool) + 1 if isinstance(pooling.pool, Pool) else 0
+        kernel = "torch" if on_cpu or not nth else f"`pool{'' if nth == 1 else f'_{nth}'}`, of keys and of values"
+        read = shape.k_len if nth else count
+        moved = size * shape.batch * shape.kv_heads * (spec.dim + spec.v_dim) * (read + count)
         yield f"{pooling.name}: {count:,} entries by {kernel}; {amount(moved)}B"
     for selection in program.selections:
         reason = why_not_fused(of_selection(program, selection), selection, (spec.heads, spec.kv_heads))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from attndsl.branches import Branch, Given, Pool
+from attndsl.branches import Branch, View
 from attndsl.derive import derive
 from attndsl.diagnostics import error
 from attndsl.effort import remembered
@@ -34,7 +34,7 @@ class BranchMass:
     stride: int
 
     @property
-    def view(self) -> Pool | Given | None:
+    def view(self) -> View | None:
         return self.branch.parts[0].view
 
     def keys(self, k_len: int) -> int:

@@ -2,6 +2,7 @@
 
     view    V ::= Pool f size stride visible counted | Given keys values size stride visible counted
                 | Pool f (Runs input) counted                      an entry a run, its extent told by data
+                | Pick input room weight                           an entry a listed token
     part    p ::= P (over V)?                                      over the raw tokens where there is no view
                 | P within keys with branch                        two levels: a softmax inside each member
     branch    ::= (name =)? attend p+ (from Queries f size)? { scale e  score e  sink e  weights e }
@@ -12,7 +13,8 @@ and exists when j * stride < Nk. Row q sees it where the part's pattern holds at
 present or not (`visible = any`: for some token that is present).
 
 Of a view of runs entry j is the j-th maximal run of equal entries of an int input, and its extent that run. There is
-room for as many entries as there are tokens; what is no run no row sees.
+room for as many entries as there are tokens; what is no run no row sees. Of listed tokens entry j is the one that an
+int input lists at j; a number that is no token's is no entry.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, TypeAlias
 
+from attndsl.inputs import Axis, Dim
 from attndsl.members import Runs
 
 if TYPE_CHECKING:
@@ -64,13 +67,53 @@ class Pool:
     present: Scalar | None = None
     runs: Runs | None = field(default=None, kw_only=True)
 
+    @property
+    def told(self) -> bool:
+        """As in `Given`."""
+        return self.runs is not None
+
+    def entries(self, tokens: int) -> int:
+        """As in `Given`."""
+        return -(-tokens // self.stride)
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """Single tokens that an int input lists; `lead` holds its other indices, `room` is its last dimension.
+
+    weight: what an entry k counts for (None: 1); one that weighs nothing or less is not there. size, stride, visible,
+    counted, present: those of every view.
+    """
+
+    input: str
+    lead: tuple[Scalar, ...]
+    room: Dim
+    weight: Scalar | None = None
+
+    size = stride = 1
+    visible = Visible.EVERY
+    counted = False
+    present = None
+    runs = None
+    told = True
+
+    def entries(self, tokens: int) -> int:
+        """As in `Given`."""
+        return _entries(self.room, tokens)
+
+
+def _entries(room: Dim, tokens: int) -> int:
+    """The size of a dimension of entries."""
+    return room.size if room.axis is Axis.CONST else -(-tokens // room.block)
+
 
 @dataclass(frozen=True, slots=True)
 class Given:
     """Entries handed in as inputs: `keys` float[b, g, k/stride, D], `values` float[b, g, k/stride, Dv].
 
-    present: how many tokens are, where `counted` asks and not all of a call's are (None: Nk). runs: as in `Pool`, until
-    the program is derived. mass: in a derived program, what entry k counts for where data tells it.
+    present: how many tokens are, where `counted` asks and not all of a call's are (None: Nk). runs, picked: what tells
+    entries, until the program is derived. room: the dimension of entries, where it is not one every `stride` tokens.
+    mass: in a derived program, what entry k counts for where that is no function of k and the lengths.
     """
 
     keys: str
@@ -81,10 +124,21 @@ class Given:
     counted: bool = False
     present: Scalar | None = None
     runs: Runs | None = field(default=None, kw_only=True)
+    picked: Pick | None = field(default=None, kw_only=True)
+    room: Dim | None = field(default=None, kw_only=True)
     mass: Scalar | None = field(default=None, kw_only=True)
 
+    @property
+    def told(self) -> bool:
+        """Whether data tells what its entries are of."""
+        return self.runs is not None or self.picked is not None
 
-View: TypeAlias = Pool | Given
+    def entries(self, tokens: int) -> int:
+        """How many entries there is room for in a call of so many tokens."""
+        return _entries(Dim(Axis.K, self.stride) if self.room is None else self.room, tokens)
+
+
+View: TypeAlias = Pool | Pick | Given
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +224,8 @@ class Branch:
             return "`weights` replace its softmax"
         if self.skip is not None:
             return "which pairs it skips is not kept"
-        if any(part.view is not None and part.view.runs is not None for part in self.parts):
-            return "data tells where its entries begin"
+        if any(part.view is not None and part.view.told for part in self.parts):
+            return "data tells what its entries are of"
         return "it has two levels" if self.within is not None else ""
 
 

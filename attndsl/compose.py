@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from attndsl.branches import Attended, Branch, Given, Merged, Output, Part, Pool, Within, combined, factors
+from attndsl.branches import Attended, Branch, Given, Merged, Output, Part, Pick, Pool, Within, combined, factors
 from attndsl.diagnostics import error
 from attndsl.pairs import nodes
 from attndsl.plans import own_program
@@ -19,9 +19,10 @@ from attndsl.selection import Probs
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
-    """Entries to make: what an input holds the keys and another the values of. `visible`, `counted` play no part."""
+    """Entries to make: what an input holds the keys and another the values of. `visible`, `counted`, `weight` play no
+    part."""
 
-    pool: Pool
+    pool: Pool | Pick
     keys: str
     values: str
 
@@ -29,6 +30,8 @@ class Pooling:
     def name(self) -> str:
         """How the view is called: what the language writes, less what concerns who sees it."""
         pool = self.pool
+        if isinstance(pool, Pick):
+            return f"pick({pool.input})"
         if pool.runs is not None:
             return f"pool({pool.function.value}, segments({pool.runs.input}))"
         stride = f", {pool.stride}" if pool.stride != pool.size else ""
@@ -53,6 +56,11 @@ class Composition:
         return tuple(program for _, program in self.branches)
 
     @property
+    def pooled(self) -> tuple[Pool, ...]:
+        """Those of its views that a kernel pools."""
+        return tuple(pooling.pool for pooling in self.pools if isinstance(pooling.pool, Pool))
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The names of its views."""
         return tuple(pooling.name for pooling in self.pools)
@@ -65,7 +73,7 @@ def compose(program: Program) -> Composition:
     read |= {x.score.branch for x in program.selections if isinstance(x.score, Probs)}
     read |= {x.branch for x in program.observations}
     read |= {x.within.branch for x in program.branches if x.within is not None and x.name in read}
-    found: dict[Pool, Pooling] = {}
+    found: dict[Pool | Pick, Pooling] = {}
     branches = []
     for branch in program.branches:
         if program.output is None or branch.name in read:
@@ -79,22 +87,29 @@ def compose(program: Program) -> Composition:
     return Composition(pools, programs, output, own_program(program))
 
 
-def _handed_in(part: Part, program: Program, found: dict[Pool, Pooling], branch: str) -> Part:
+def _handed_in(part: Part, program: Program, found: dict[Pool | Pick, Pooling], branch: str) -> Part:
     if part.within is not None:
         taken = {decl.name for decl in program.inputs}
         name = next(x for x in (f"shares_{branch}{'_' * i}" for i in range(len(taken) + 1)) if x not in taken)
         return replace(part, within=replace(part.within, weights=name))
-    if not isinstance(part.view, Pool):
-        return part
     view = part.view
-    made = Pool(view.function, view.size, view.stride, runs=view.runs)
+    if view is None or isinstance(view, Given):
+        return part
+    made: Pool | Pick
+    if isinstance(view, Pick):
+        made = replace(view, weight=None)
+    else:
+        made = Pool(view.function, view.size, view.stride, runs=view.runs)
     if made not in found:
         taken = {decl.name for decl in program.inputs} | {p.keys for p in found.values()}
         suffixes = (f"_{i}" if i else "" for i in range(len(taken) + 1))
-        suffix = next(x for x in suffixes if not {f"pooled_k{x}", f"pooled_v{x}"} & taken)
-        found[made] = Pooling(made, f"pooled_k{suffix}", f"pooled_v{suffix}")
+        word = "pooled" if isinstance(made, Pool) else "picked"
+        suffix = next(x for x in suffixes if not {f"{word}_k{x}", f"{word}_v{x}"} & taken)
+        found[made] = Pooling(made, f"{word}_k{suffix}", f"{word}_v{suffix}")
     pooling = found[made]
     names = (pooling.keys, pooling.values)
+    if isinstance(view, Pick):
+        return replace(part, view=Given(*names, 1, 1, picked=view, room=view.room))
     entries = Given(*names, view.size, view.stride, view.visible, view.counted, runs=view.runs)
     return replace(part, view=entries)
 
@@ -106,7 +121,8 @@ def _shares(within: Within) -> InputDecl:
 
 
 def _declared(pooling: Pooling) -> tuple[InputDecl, InputDecl]:
-    lead = (Dim(Axis.B), Dim(Axis.G), Dim(Axis.K, pooling.pool.stride))
+    pool = pooling.pool
+    lead = (Dim(Axis.B), Dim(Axis.G), pool.room if isinstance(pool, Pick) else Dim(Axis.K, pool.stride))
     return (
         InputDecl(pooling.keys, Type.FLOAT, (*lead, Dim(Axis.D)), learnable=True),
         InputDecl(pooling.values, Type.FLOAT, (*lead, Dim(Axis.DV)), learnable=True),
@@ -120,6 +136,8 @@ def _program(program: Program, branch: Branch, made: tuple[InputDecl, ...]) -> P
     for part in branch.parts:
         if isinstance(part.view, Given):
             read |= {part.view.keys, part.view.values}
+            if part.view.picked is not None and part.view.picked.weight is not None:
+                read |= {x.input for x in walk(part.view.picked.weight) if isinstance(x, Read)}
         if part.within is not None:
             read.add(part.within.weights)
     chosen = tuple(decl for decl in program.inputs if _may_read(decl, branch, read))

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
-from attndsl.branches import Given, Part, Visible
+from attndsl.branches import Given, Part, Pick, Visible
 from attndsl.derivation import (
     BlockMap,
     Chosen,
@@ -54,6 +54,7 @@ from attndsl.program import (
     Dim,
     InputDecl,
     Inter,
+    Logic,
     Minus,
     On,
     Permuted,
@@ -88,8 +89,8 @@ def derive(program: Program, ragged: bool = False) -> Program:
     if not ragged and not apart:
         # Where sequences have ends of their own, so have their last extents.
         parts = tuple(replace(part, pattern=deriver.over(part)) for part in parts)
-    parts = tuple(deriver.of_runs(replace(part, pattern=deriver.set(part.pattern, _Context()))) for part in parts)
-    if not deriver.found:
+    parts = tuple(deriver.of_told(replace(part, pattern=deriver.set(part.pattern, _Context()))) for part in parts)
+    if not deriver.found and not any(part.view is not None and part.view.told for part in program.only.parts):
         return program
     inputs = (*program.inputs, *deriver.found.values())
     return replace(program.with_branch(parts=parts), inputs=inputs)
@@ -174,7 +175,7 @@ class _Deriver:
     def over(self, part: Part) -> Set:
         """The pattern of a part, over a view with data of its entries in the place of that of single keys."""
         view = part.view
-        if view is None or view.size > view.stride or view.visible is not Visible.EVERY or view.runs is not None:
+        if view is None or view.size > view.stride or view.visible is not Visible.EVERY or view.told:
             return part.pattern
 
         def declare(decl: InputDecl, largest: bool) -> str:
@@ -184,9 +185,11 @@ class _Deriver:
 
         return of_extents(part.pattern, self.program, view.size, view.stride, declare)
 
-    def of_runs(self, part: Part) -> Part:
-        """A part over a view of runs, as one over entries of which each is a token of its own."""
+    def of_told(self, part: Part) -> Part:
+        """A part over a view that data tells, as one over entries of which each is a token of its own."""
         view = part.view
+        if isinstance(view, Given) and view.picked is not None:
+            return self._picked(part, view, view.picked)
         if not isinstance(view, Given) or view.runs is None:
             return part
         runs = view.runs
@@ -214,6 +217,20 @@ class _Deriver:
         mass = tokens if view.counted else None
         view = replace(view, runs=None, counted=False, mass=mass)
         return replace(part, pattern=Inter((Where(exists, part.span), pattern), part.span), view=view)
+
+    def _picked(self, part: Part, view: Given, picked: Pick) -> Part:
+        """A part over listed tokens."""
+        token = Read(picked.input, (*picked.lead, Var("k")), Type.INT)
+        pattern = Ends(self.program, token, token, {}, None, part.span).over(part.pattern)
+        room = picked.room
+        count: Scalar = Const(room.size)
+        if room.axis is Axis.K:
+            count = _quotient(Binary("+", Var("Nk"), Const(room.block - 1)), room.block)
+        bounds = (Compare("<", Var("k"), count), Compare(">=", token, Const(0)), Compare("<", token, Var("Nk")))
+        weight = picked.weight
+        mass = None if weight is None else Call("max", (Binary("*", weight, Const(1.0)), Const(0.0)))
+        exists = Where(Logic("and", bounds), part.span)
+        return replace(part, pattern=Inter((exists, pattern), part.span), view=replace(view, picked=None, mass=mass))
 
     def set(self, pattern: Set, at: _Context) -> Set:
         match pattern:

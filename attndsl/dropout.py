@@ -26,14 +26,16 @@ def threshold(rate: float) -> int:
     return min(math.ceil(rate * WORD), WORD - 1)
 
 
-def kept(program: Program, shape: CallShape, rate: float, seed: int, of_entries: bool = False) -> NDArray[np.bool_]:
-    """Which pairs of a call are kept, of rows and tokens or entries: bool [batch, heads, rows, k_len]."""
+def kept(program: Program, shape: CallShape, rate: float, seed: int, entries: int | None = None) -> NDArray[np.bool_]:
+    """Which pairs of a call are kept: bool [batch, heads, rows, k_len], or of a view's entries where their number is
+    given."""
+    keys = shape.k_len if entries is None else entries
     b, h, q, group = np.ix_(
         np.arange(shape.batch), np.arange(shape.heads), shape.first_position(program) + np.arange(shape.rows),
-        np.arange(-(-shape.k_len // 4)),
+        np.arange(-(-keys // 4)),
     )  # fmt: skip
-    words = philox((group, q, h, ~b if of_entries else b), (seed % WORD, (seed >> 32) % WORD))
-    return np.stack(words, axis=-1).reshape(*words[0].shape[:3], -1)[..., : shape.k_len] >= threshold(rate)
+    words = philox((group, q, h, b if entries is None else ~b), (seed % WORD, (seed >> 32) % WORD))
+    return np.stack(words, axis=-1).reshape(*words[0].shape[:3], -1)[..., :keys] >= threshold(rate)
 
 
 def philox(counter: tuple[NDArray[np.int64], ...], key: tuple[int, int]) -> list[NDArray[np.uint64]]:

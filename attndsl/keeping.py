@@ -47,12 +47,12 @@ def kept_beside(program: Program, composition: Composition, chosen: Container[st
 
     Raises `PatternError` (A911) for views whose extents data tells.
     """
-    if told := [pooling.name for pooling in composition.pools if pooling.pool.runs is not None]:
-        what = f"what decode needs of `{told[0]}` is not yet kept: data tells where its entries begin"
+    if told := [pooling.name for pooling in composition.pools if pooling.pool.told]:
+        what = f"what decode needs of `{told[0]}` is not yet kept: data tells what its entries are of"
         raise error("A911", what, program.span, help="call it on the last rows")
     views = (
-        Kept(pooling.name, Pool(pooling.pool.function.value), pooling.pool.size, pooling.pool.stride, True, False)
-        for pooling in composition.pools
+        Kept(pooling.name, Pool(pool.function.value), pool.size, pool.stride, True, False)
+        for pool, pooling in zip(composition.pooled, composition.pools, strict=True)
     )
     members = (of_members(x, v) for x in program.selections if x.name not in chosen for v in vectors_of(x))
     return tuple(dict.fromkeys((*views, *(x for x in members if x is not None))))

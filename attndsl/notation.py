@@ -5,7 +5,22 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import assert_never
 
-from attndsl.branches import Attended, Factor, Handed, Merged, Output, Part, Pool, Product, Queries, Sum, View, Visible
+from attndsl.branches import (
+    Attended,
+    Factor,
+    Given,
+    Handed,
+    Merged,
+    Output,
+    Part,
+    Pick,
+    Pool,
+    Product,
+    Queries,
+    Sum,
+    View,
+    Visible,
+)
 from attndsl.derivation import Random, Segment
 from attndsl.grid import Along
 from attndsl.program import (
@@ -93,6 +108,11 @@ def input_text(decl: InputDecl) -> str:
 
 def view_text(view: View) -> str:
     """A view as the language writes it."""
+    if isinstance(view, Given) and view.picked is not None:
+        view = view.picked
+    if isinstance(view, Pick):
+        weight = "" if view.weight is None else f", weight = {scalar_text(view.weight)}"
+        return f"pick({view.input}{weight})"
     stride = f", {view.stride}" if view.stride != view.size else ""
     size = str(view.size) if view.runs is None else f"segments({view.runs.input})"
     options = ", visible = any" * (view.visible is Visible.ANY) + ", counted" * view.counted

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from attndsl.alone import separate, sequences, together
-from attndsl.branches import Part, Queries, View, Visible
+from attndsl.branches import Given, Part, Pick, Queries, View, Visible
 from attndsl.derivation import Random, Segment
 from attndsl.grid import Along
 from attndsl.members import Lags, Members, Placed, Runs, Tiles, extent
@@ -156,7 +156,7 @@ def index_origin(dim: Dim, program: Program, shape: CallShape) -> int:
 
 def entries(view: View | None, k_len: int) -> int:
     """How many keys a part has in a call of so many tokens: entry j exists when token j * stride does."""
-    return k_len if view is None else -(-k_len // view.stride)
+    return k_len if view is None else view.entries(k_len)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +267,8 @@ class Evaluator:
             return np.array(np.broadcast_to(self.members(part.pattern) & exists, full))
         if view.runs is not None:
             return self._seen_runs(part.pattern, view.runs, full) & exists
+        if (picked := view if isinstance(view, Pick) else view.picked if isinstance(view, Given) else None) is not None:
+            return self._seen_listed(part.pattern, picked, full) & exists
         # The nominal extents reach past the last token: the pattern is asked there too.
         reach = (full[-1] - 1) * view.stride + view.size
         tokens = self.at(self.variables["q"], np.arange(reach).reshape(1, 1, 1, -1), *self._lengths)
@@ -287,6 +289,26 @@ class Evaluator:
         for b, h in np.ndindex(*full[:2]):
             for j, (first, end) in enumerate(self.extents(runs, b, h)):
                 found[b, h, :, j] = inside[b, h, :, first:end].all(-1)
+        return found
+
+    def _seen_listed(self, pattern: Set, picked: Pick, full: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+        """Which listed tokens each row sees."""
+        inside = np.broadcast_to(self.members(pattern), (*full[:3], self.shape.k_len))
+        found = np.zeros(full, np.bool_)
+        for b, h in np.ndindex(*full[:2]):
+            for j, token in enumerate(self.listed(picked, b, h)):
+                if 0 <= token < self.shape.k_len:
+                    found[b, h, :, j] = inside[b, h, :, token]
+        return found
+
+    def listed(self, picked: Pick, b: int, h: int) -> list[int]:
+        """What an input lists for a batch entry and a head."""
+        values = self._input(picked.input)
+        values = np.broadcast_to(values, (*values.shape[:-1], entries(picked, self.shape.k_len)))
+        lead = [np.clip(self.scalar(e), 0, n - 1) for e, n in zip(picked.lead, values.shape[:-1], strict=True)]
+        whole = (self.shape.batch, self.shape.heads, 1, 1)
+        place = tuple(int(np.broadcast_to(x, whole)[b, h, 0, 0]) for x in lead)
+        found: list[int] = values[place].tolist()
         return found
 
     def extents(self, runs: Runs, b: int, h: int) -> list[tuple[int, int]]:

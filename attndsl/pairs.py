@@ -87,7 +87,7 @@ def seen(
     view, count = part.view, entries(part.view, shape.k_len)
     if view is None or not count:
         return allowed(program, shape, q_pos, np.arange(count), inputs, args)
-    if view.runs is not None:
+    if view.told:
         rows = q_pos - shape.first_position(program)
         return mask(program, shape, inputs, args)[:, :, rows]
     # Nominal extents reach past the last token.

@@ -108,7 +108,7 @@ class _Branch:
         """The pairs of a row and a token that a part reaches, None where data decides or it is too hard to say."""
         if part.view is None:
             return self.allowed(part)
-        if part.view.runs is not None:
+        if part.view.told:
             return None
         stride, size = part.view.stride, part.view.size
         try:

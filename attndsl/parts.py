@@ -53,7 +53,8 @@ def kernel_names(program: Program, heads: int, kv_heads: int) -> tuple[str, ...]
     """The kernels of a program: those of its views, selections and branches, those that combine and those that observe.
 
     A branch has `forward`, `dq` and `dkdv`, once more for each further piece of a part and each further part, and a
-    `decode` for each part that is not of two levels or over segments; those of a named branch begin with its name.
+    `decode` for each part that is not of two levels or over what data tells; those of a named branch begin with its
+    name.
     """
     names = list(_before(program, heads, kv_heads))
     branches = {"": program} if program.plain else dict(compose(program).branches)
@@ -74,7 +75,7 @@ def combines(program: Program) -> bool:
 
 def _before(program: Program, heads: int, kv_heads: int) -> Iterator[str]:
     if not program.plain:
-        for n, _ in enumerate(compose(program).pools, 1):
+        for n, _ in enumerate(compose(program).pooled, 1):
             yield "pool" if n == 1 else f"pool_{n}"
     for selection in program.selections:
         if not why_not_fused(of_selection(program, selection), selection, (heads, kv_heads)):
@@ -86,7 +87,7 @@ def _of_branch(program: Program, heads: int, kv_heads: int) -> list[str]:
         return ["forward"]  # It has no gradient, and decode does not skip.
     pieces, parts = _pieces(program, heads, kv_heads), len(program.only.parts)
     decodes = program.only.within is None and not any(
-        part.view is not None and part.view.runs is not None for part in program.only.parts
+        part.view is not None and part.view.told for part in program.only.parts
     )
     counts = {("forward",): pieces, ("dq", "dkdv"): pieces, ("decode",): parts if decodes else 0}
     return [

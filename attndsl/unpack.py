@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-from attndsl.branches import Part, Visible
+from attndsl.branches import Part, Pick, Visible
 from attndsl.coordinates import coordinate, length
 from attndsl.derivation import DocumentEnds, Random, Segment
 from attndsl.grid import Along
@@ -115,7 +115,7 @@ def _part(part: Part, place: _Place, conditions: list[Scalar], count: Scalar | N
             # Of an entry's nominal extent all tokens lie before this where the first one lies before n[b].
             last = Compare("<", Var("k"), Binary("+", count, Const(view.size - 1)))
             conditions = [last, *conditions[1:]]
-        if view.counted:
+        if view.counted and not isinstance(view, Pick):
             view = replace(view, present=place.k_len)
     cond = conditions[0] if len(conditions) == 1 else Logic("and", tuple(conditions))
     return replace(part, pattern=Inter((Where(cond, part.span), pattern), part.span), view=view)

@@ -142,6 +142,7 @@ def seen_entries(lowering: Lowering, part: Part, queries: Queries | None = None)
                 "A912", "a pattern of pooled queries that reads data at single rows is not yet supported", part.span,
                 help="read data of blocks that hold whole classes of queries",
             )  # fmt: skip
+    room = view.room if isinstance(view, Given) else None
     extent = lowering.map(f"{{ [q, k] -> [q, j] : {view.stride} j <= k < {view.stride} j + {view.size} }}")
 
     def seen() -> Any:
@@ -154,7 +155,8 @@ def seen_entries(lowering: Lowering, part: Part, queries: Queries | None = None)
             own = f"{size} i <= q < {size} i + {size} and {size} i <= p < {size} i + {size}"
             alike = lowering.map(f"{{ [q, j] -> [p, j] : exists i : {own} }}")
             pairs = pairs.complement().apply(alike).complement()
-        return lowering.existing(pairs.coalesce(), view.stride)
+        # What its own dimension bounds is not bounded by tokens.
+        return lowering.existing(pairs.coalesce(), view.stride if room is None else 0)
 
     return lowering.of_pairs(bounded(lowering.ctx, seen), view.stride)
 

@@ -194,7 +194,7 @@ class Shown:
             raise error("A510", f"there is no kernel {self.kernel!r} here: {where}", help="choose backend 'triton'")
         match name:
             case "pool":
-                pool = compose(program).pools[n].pool
+                pool = compose(program).pooled[n]
                 told = pool.runs is not None
                 return PoolPlan(pool.function, pool.size, pool.stride, spec.dim, spec.dtype, spec.target, told=told)
             case "select":

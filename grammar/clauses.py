@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar, assert_never
 
 from attndsl import syntax as ast
-from attndsl.branches import Attended, Branch, Factor, Output, Part
+from attndsl.branches import Attended, Branch, Factor, Output, Part, Pick
 from attndsl.diagnostics import Span
 from attndsl.grammar import views
 from attndsl.grammar.candidates import planned, settle
@@ -225,6 +225,12 @@ def _fits_views(branch: Branch, ctx: Context) -> bool:
             )  # fmt: skip
             return False
     for view, span in views:
+        if isinstance(view, Pick) and view.weight is not None and branch.weights is not None:
+            ctx.report.error(
+                "A047", "the weight of a listed token adds to a score, and `weights` takes its place", span,
+                "weighed here", "leave out the weight",
+            )  # fmt: skip
+            return False
         if view.counted and branch.weights is not None:
             ctx.report.error(
                 "A047", "`counted` adds to a score, and `weights` takes its place", span, "counted here",

@@ -89,7 +89,7 @@ def _stands(program: Program, packed: bool) -> bool:
         # Tiles and classes hold rows of several sequences; shares of members are of all of a call's tokens.
         return False
     views = [part.view for branch in program.branches for part in branch.parts if part.view is not None]
-    if any(view.runs is not None for view in views):
+    if any(view.told for view in views):
         return False
     sets = [part.pattern for branch in program.branches for part in branch.parts]
     for chosen in program.selections:

@@ -53,6 +53,7 @@ _READABLE = {
     Use.WEIGHTS: BUILTINS,
     Use.SINK: BUILTINS - {"s", "k", "Nq", "Nk"},
     Use.SCALE: BUILTINS - {"s"} - _POSITIONS,
+    Use.PICKED: BUILTINS - {"s", "q", "k"},
     Use.SEED: BUILTINS - {"s"} - _POSITIONS,
     Use.STATIC: frozenset[str](),
     Use.BY: BUILTINS - {"s"},

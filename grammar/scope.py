@@ -26,6 +26,7 @@ class Use(Enum):
     WEIGHTS = "weights"
     SINK = "a sink"
     SCALE = "a scale"
+    PICKED = "the weight of a listed token"
     SEED = "a seed"
     STATIC = "a compile-time value"
     BY = "a routing score"

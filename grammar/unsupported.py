@@ -9,7 +9,6 @@ from attndsl.grammar.scope import Context
 
 
 class Feature(Enum):
-    VIEWS = ("A902", "attending `over` such a view", "write `pool(mean, 64)`, or hand in entries with `given`")
     POOLED_QUERIES = (
         "A903",
         "pooled queries of raw tokens",

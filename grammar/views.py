@@ -6,21 +6,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from attndsl import syntax as ast
-from attndsl.branches import Given, Part, Pool, PoolFunction, Queries, View, Visible
+from attndsl.branches import Given, Part, Pick, Pool, PoolFunction, Queries, View, Visible
+from attndsl.diagnostics import Span
 from attndsl.grammar.candidates import settle
 from attndsl.grammar.report import nearest
 from attndsl.grammar.routing import members_of, partition
-from attndsl.grammar.scalars import static_int
-from attndsl.grammar.scope import Context, InputRef, LevelsRef, Poison
+from attndsl.grammar.scalars import number, static_int
+from attndsl.grammar.scope import Context, InputRef, LevelsRef, Poison, Use
 from attndsl.grammar.selections import selection
 from attndsl.grammar.sets import pattern_set, within
 from attndsl.grammar.two_levels import two_levels
 from attndsl.grammar.unsupported import Feature, unsupported
 from attndsl.members import Runs
-from attndsl.program import Axis, Dim, InputDecl, Inter, Selected, Set, Type, Var
+from attndsl.program import Axis, Dim, InputDecl, Inter, Read, Selected, Set, Type, Var
 from attndsl.selection import Levels, Selection
 
 _POOLS = tuple(function.value for function in PoolFunction)
+_OWN = {Axis.B: Var("b"), Axis.G: Var("g")}
 _VISIBLE = tuple(visible.value for visible in Visible)
 
 
@@ -96,16 +98,14 @@ def _level_view(factor: int) -> Pool | None:
 
 
 def view(node: ast.Expr, ctx: Context) -> View | None:
-    """Lowers `pool` and `given`; checks `pick`, which comes later, and what `lower_part` has found wrong already."""
+    """Lowers `pool`, `pick` and `given`; what `lower_part` has found wrong already is."""
     match node:
         case ast.Apply(function="pool"):
             return _pool(node, ctx)
         case ast.Apply(function="given"):
             return _given(node, ctx)
-        case ast.Apply(function="pick", args=[ast.Argument(name=None, value=idx), *rest]):
-            good = [_input(idx, ctx), *(_input(arg.value, ctx) for arg in rest if arg.name == "weight")]
-            if None not in good:
-                unsupported(Feature.VIEWS, node.span, ctx)
+        case ast.Apply(function="pick"):
+            return _pick(node, ctx)
         case ast.Apply(function="levels"):
             pass
         case ast.Name(id=name) if isinstance(ctx.scope.find(name), LevelsRef | Poison):
@@ -188,7 +188,7 @@ def _segments(node: ast.Apply, pool: ast.Apply, more: bool, ctx: Context) -> Run
     runs = found[1]
     assert isinstance(runs, Runs)
     ids = _input(node.args[0].value, ctx)
-    own = () if ids is None else tuple({Axis.B: Var("b"), Axis.G: Var("g")}.get(dim.axis) for dim in ids.dims[:-1])
+    own = () if ids is None else tuple(_OWN.get(dim.axis) for dim in ids.dims[:-1])
     if own != runs.lead:
         ctx.report.error(
             "A048", f"`{runs.input}` does not say what the entries of a key head are of", node.span,
@@ -196,6 +196,58 @@ def _segments(node: ast.Apply, pool: ast.Apply, more: bool, ctx: Context) -> Run
         )  # fmt: skip
         return None
     return runs
+
+
+def _pick(node: ast.Apply, ctx: Context) -> Pick | None:
+    names = [arg.name for arg in node.args]
+    if names not in ([None], [None, "weight"]):
+        what = "`pick` takes an input of tokens and their `weight`"
+        ctx.report.error("A013", what, node.span, f"{len(names)} given", "write `pick(idx, weight = w)`")
+        return None
+    listed = node.args[0].value
+    decl = _input(listed, ctx)
+    if decl is None:
+        return None
+    if decl.type is not Type.INT or not decl.dims or not _of_keys(decl):
+        ctx.report.error(
+            "A048", f"`{decl.name}` does not list tokens of a key head", listed.span, "of another type or shape",
+            f"declare `input {decl.name} : int[b, g, 64]`, or one entry every 64 tokens: `int[b, g, k/64]`",
+        )  # fmt: skip
+        return None
+    lead = tuple(_OWN[dim.axis] for dim in decl.dims[:-1])
+    found = Pick(decl.name, lead, decl.dims[-1])
+    if len(node.args) == 1:
+        return found
+    weight = node.args[1].value
+    bound = ctx.scope.find(weight.id) if isinstance(weight, ast.Name) else None
+    if isinstance(bound, InputRef) and bound.decl.dims and bound.decl.dims[-1] == found.room:
+        return _weighed(found, bound.decl, weight.span, ctx)
+    value = number(weight, ctx.of(Use.PICKED))
+    return None if value is None else replace(found, weight=value)
+
+
+def _weighed(picked: Pick, decl: InputDecl, span: Span, ctx: Context) -> Pick | None:
+    """Listed tokens with an input of their weights."""
+    if decl.learnable:
+        ctx.report.error(
+            "A033", f"`{decl.name}` is learnable, and the weight of a listed token has no gradient", span, "read here",
+            "declare a second input without `learnable`",
+        )  # fmt: skip
+        return None
+    if decl.type is not Type.FLOAT or not _of_keys(decl):
+        ctx.report.error(
+            "A048", f"`{decl.name}` does not hold a weight for each entry", span, "of another type or shape",
+            f"declare it as `{picked.input}`, of floats",
+        )  # fmt: skip
+        return None
+    lead = tuple(_OWN[dim.axis] for dim in decl.dims[:-1])
+    return replace(picked, weight=Read(decl.name, (*lead, Var("k")), Type.FLOAT))
+
+
+def _of_keys(decl: InputDecl) -> bool:
+    """Whether an input has entries of batch entries and key heads alone."""
+    lead = [dim.axis for dim in decl.dims[:-1]]
+    return decl.dims[-1].axis in (Axis.CONST, Axis.K) and lead in ([], [Axis.B], [Axis.G], [Axis.B, Axis.G])
 
 
 def _given(node: ast.Apply, ctx: Context) -> Given | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attndsl.branches import Attended, Given, Queries, Within, combined
+from attndsl.branches import Attended, Given, Pick, Queries, Within, combined
 from attndsl.compose import Composition, Pooling, output_inputs
 from attndsl.diagnostics import error
 from attndsl.observation import Observation
@@ -20,6 +20,7 @@ from attndsl.runtime.combine_op import by_kernel, combined_by_kernel
 from attndsl.runtime.dropout import seed_tensor
 from attndsl.runtime.observe import observe
 from attndsl.runtime.ops import attend, checked_values
+from attndsl.runtime.pick import listed_of_heads, picked
 from attndsl.runtime.pool import pooled, pooled_queries
 from attndsl.runtime.runs import of_heads as runs_of_heads
 from attndsl.runtime.runs import pooled_runs
@@ -33,12 +34,13 @@ def make_views(
     key: str, composition: Composition, k: Tensor, v: Tensor, inputs: Mapping[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The entries of every pooled view, keys [B, Hkv, entries, D] and values [B, Hkv, entries, Dv], by its name.
-    inputs: those whose segments are pooled."""
-    own = {name: composition.own.input(name) for x in composition.pools if x.pool.runs for name in [x.pool.runs.input]}
+    inputs: those whose segments are pooled, or that list tokens."""
+    told = (x.pool if isinstance(x.pool, Pick) else x.pool.runs for x in composition.pools)
+    own = {x.input: composition.own.input(x.input) for x in told if x is not None}
     if set(inputs) != set(own):
         names = ", ".join(f"`{name}`" for name in own) or "nothing"
         what = f"beside keys and values the views of this attention are made of {names}"
-        raise error("A565", what, help="pass what it pools the segments of, by name")
+        raise error("A565", what, help="pass what it pools the segments of, or picks, by name")
     shape = without_values(composition.own, k, k, [])
     alone = replace(composition.own, inputs=tuple(own.values()))
     check_inputs(alone, shape, [inputs[name] for name in own], k.device)
@@ -49,6 +51,10 @@ def _made(
     key: str, composition: Composition, pooling: Pooling, k: Tensor, v: Tensor, inputs: Mapping[str, Tensor],
     backend: str = "auto", lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if isinstance(pooling.pool, Pick):
+        name = pooling.pool.input
+        listed = listed_of_heads(inputs[name], composition.own.input(name), pooling.pool, k)
+        return picked(key, k, listed, backend), picked(key, v, listed, backend)
     if (runs := pooling.pool.runs) is not None:
         of_heads = runs_of_heads(inputs[runs.input], composition.own.input(runs.input), *k.shape[:2])
         return pooled_runs(key, k, pooling.pool, of_heads, backend), pooled_runs(

@@ -17,7 +17,7 @@ def keys_of(plan: Plan | Printed, k: Tensor, v: Tensor, inputs: Sequence[Tensor]
     if plan.view is None:
         return k, v
     at_k, at_v = view_places(plan.program, plan.view)
-    entries = -(-k.shape[2] // plan.view.stride)
+    entries = plan.view.entries(k.shape[2])
     return (
         inputs[at_k].expand(*k.shape[:2], entries, k.shape[3]), inputs[at_v].expand(*v.shape[:2], entries, v.shape[3]),
     )  # fmt: skip

@@ -75,7 +75,7 @@ def launch(program: str, plan: PoolPlan, function: str, owned: int, x: Tensor, o
     grid = x.shape[0] * x.shape[1] * owned
     if not grid:
         return
-    key = (plan, function, x.shape, x.stride(), x.dtype, x.device)
+    key = (plan, function, x.shape, x.stride(), x.dtype, x.device, others[0].shape)
     if key not in _PREPARED:
         if len(_PREPARED) >= MAX_PREPARED:
             _PREPARED.clear()
@@ -93,7 +93,11 @@ def pool_sources(plan: PoolPlan, function: str, x: Tensor, others: Sequence[Tens
     if plan.told:
         names = (*names, *(("number", "first", "end") if function == "spread_entries" else ("first", "end")))
     found: dict[str, Any] = {f"stride_x{axis}": n for axis, n in zip("bhn", x.stride(), strict=False)}
-    found |= {"heads": x.shape[1], "tokens": x.shape[2], "entries": entries(x.shape[2], plan.stride)}
+    found |= {
+        "heads": x.shape[1],
+        "tokens": x.shape[2],
+        "entries": others[0].shape[2] if plan.told else entries(x.shape[2], plan.stride),
+    }
     found["x_ptr"] = Slot(0, POINTER[x.dtype])
     for i, (name, y) in enumerate(zip(names, others, strict=False), 1):
         found[f"{name}_ptr"] = Slot(i, POINTER[y.dtype])

@@ -28,6 +28,7 @@ from attndsl.branches import (
     Merged,
     Output,
     Part,
+    Pick,
     Pool,
     PoolFunction,
     Product,
@@ -103,11 +104,14 @@ def reference(
     oracle.check_inputs(program, shape, {name: tensor.shape for name, tensor in inputs.items()})
     exact = {name: x.detach().cpu().numpy() for name, x in inputs.items() if not x.is_floating_point()}
     floats = {name: x.to(dtype) for name, x in inputs.items() if x.is_floating_point()}
-    left: Tensor | None = None
+    left: tuple[Tensor, Tensor] | None = None
     if dropout is not None:
         rate, seed = dropout
-        found = [torch.from_numpy(kept(program, shape, rate, seed, entries)) for entries in (False, True)]
-        left = torch.stack(found).to(q.device, dtype) / (1.0 - rate)
+        views = [part.view for branch in program.branches for part in branch.parts]
+        entries = max(oracle.entries(view, shape.k_len) for view in views)
+        found = (torch.from_numpy(kept(program, shape, rate, seed, n)) for n in (None, max(entries, shape.k_len)))
+        tokens, others = (x.to(q.device, dtype) / (1.0 - rate) for x in found)
+        left = tokens, others
     q, k, v = (x.to(dtype) for x in (q, k, v))
     whole = _Call(program, shape, q, k, v, oracle.Evaluator.of_call(program, shape, exact, args), floats, scale, left)
     out, lse = _apart(whole) if separate(program) else whole.result()
@@ -130,7 +134,7 @@ def _apart(call: _Call) -> tuple[Tensor, Tensor | None]:
             own, x.shape(shape), call.q[at, :, x.rows], call.k[at, :, x.keys], call.v[at, :, x.keys],
             oracle.Evaluator.of_call(own, x.shape(shape), exact, evaluator.args, x.entry),
             x.inputs(program, call.floats), call.scale,
-            None if call.left is None else call.left[:, at, :, x.rows, x.keys],
+            None if call.left is None else (call.left[0][at, :, x.rows, x.keys], call.left[1][at, :, x.rows, x.keys]),
         )  # fmt: skip
         found, own_lse = part.result()
         place = torch.zeros(out.shape[:3], dtype=torch.bool, device=out.device)
@@ -170,7 +174,7 @@ class _Call:
     evaluator: oracle.Evaluator
     floats: Mapping[str, Tensor]
     scale: float | None
-    left: Tensor | None  # what dropout multiplies weights by: of tokens, then of entries
+    left: tuple[Tensor, Tensor] | None  # what dropout multiplies weights by: of tokens, and of entries
 
     def result(self) -> tuple[Tensor, Tensor | None]:
         """Output and lse of the program."""
@@ -202,7 +206,7 @@ class _Call:
         if self.left is None:
             return None
         keys = [oracle.entries(part.view, self.shape.k_len) for part in parts]
-        found = [self.left[int(part.view is not None), ..., :n] for part, n in zip(parts, keys, strict=True)]
+        found = [self.left[part.view is not None][..., :n] for part, n in zip(parts, keys, strict=True)]
         return torch.cat(found, -1)
 
     def _two_levels(self, branch: Branch, within: Within) -> tuple[Tensor, Tensor | None]:
@@ -250,6 +254,11 @@ class _Call:
                 for j, (begin, end) in enumerate(self.evaluator.extents(part.view.runs, b, h)):
                     more[b, h, 0, j] = math.log(end - begin)
             more = more.expand_as(dots)
+        elif isinstance(part.view, Pick) and part.view.weight is not None:
+            own = {**self.evaluator.variables, "k": np.arange(dots.shape[-1])}
+            everywhere = torch.ones(dots.shape, dtype=torch.bool, device=dots.device)
+            weights = Pairs(replace(self.evaluator, variables=own, memo={}), self.floats, everywhere, dots.dtype)
+            more = weights.scalar(part.view.weight).to(dots.dtype).reshape(dots.shape).clamp(min=0).log()
         elif part.view is not None and part.view.counted:
             first = torch.arange(keys.shape[-2], device=self.q.device) * part.view.stride
             more = (self.shape.k_len - first).clamp(max=part.view.size).to(dots.dtype).log().expand_as(dots)
@@ -284,6 +293,8 @@ class _Call:
                 return self.k, self.v
             case Pool():
                 return self._pooled(self.k, view), self._pooled(self.v, view)
+            case Pick():
+                return self._picked(self.k, view), self._picked(self.v, view)
             case Given(keys=keys, values=values):
                 lead = (self.shape.batch, self.shape.kv_heads, oracle.entries(view, self.shape.k_len), -1)
                 return self.floats[keys].expand(lead), self.floats[values].expand(lead)
@@ -297,6 +308,16 @@ class _Call:
         starts = range(0, oracle.entries(view, self.shape.k_len) * view.stride, view.stride)
         found = [_of_tokens(view.function, x[:, :, first : first + view.size]) for first in starts]
         return torch.stack(found, 2) if found else x[:, :, :0]
+
+    def _picked(self, x: Tensor, view: Pick) -> Tensor:
+        """The listed tokens of a batch entry and a key head; zeros where none is."""
+        share, count = self.shape.heads // self.shape.kv_heads, oracle.entries(view, self.shape.k_len)
+        found = []
+        for b, g in np.ndindex(*x.shape[:2]):
+            listed = self.evaluator.listed(view, b, g * share)
+            rows = [x[b, g, t] if 0 <= t < self.shape.k_len else x.new_zeros(x.shape[3]) for t in listed]
+            found.append(torch.stack(rows) if rows else x.new_zeros(0, x.shape[3]))
+        return torch.stack(found).reshape(*x.shape[:2], count, x.shape[3])
 
     def _pooled_runs(self, x: Tensor, function: PoolFunction, runs: Runs) -> Tensor:
         """Each run's function of its tokens, those of a batch entry and a key head in order, and zeros after them."""

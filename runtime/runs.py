@@ -99,12 +99,7 @@ def pooled_runs(program: str, x: Tensor, pool: Pool, runs: Runs, backend: str = 
     return found
 
 
-def summed_runs(program: str, x: Tensor, runs: Runs, kernel: bool) -> Tensor:
-    """The sums of runs, of what is not differentiated."""
-    return _pool(program, x, PoolFunction.SUM.value, kernel, *runs)
-
-
-def _plan(x: Tensor, function: str) -> PoolPlan:
+def plan_of(x: Tensor, function: str) -> PoolPlan:
     return PoolPlan(PoolFunction(function), 1, 1, x.shape[3], dtype_of(x), device_target(x.device), told=True)
 
 
@@ -114,7 +109,7 @@ def _dense(x: Tensor) -> Tensor:
 
 def _pool(program: str, x: Tensor, function: str, kernel: bool, number: Tensor, first: Tensor, end: Tensor) -> Tensor:
     if kernel and x.dtype != torch.float64:
-        plan, found = _plan(x, function), _fake(program, x, function, kernel, number, first, end)
+        plan, found = plan_of(x, function), _fake(program, x, function, kernel, number, first, end)
         launch(program, plan, POOLED, entries(found.shape[2], plan.block), _dense(x), (found, first, end))
         return found
     at = number[..., None].to(torch.int64).expand(*x.shape)
@@ -129,7 +124,7 @@ def _pool_backward(
     program: str, gradient: Tensor, x: Tensor, function: str, kernel: bool, number: Tensor, first: Tensor, end: Tensor
 ) -> Tensor:
     if kernel and x.dtype != torch.float64:
-        plan, others, x = _plan(x, function), [gradient.contiguous()], _dense(x)
+        plan, others, x = plan_of(x, function), [gradient.contiguous()], _dense(x)
         if plan.picks:
             others.append(torch.empty(gradient.shape, dtype=torch.int32, device=x.device))
             launch(program, plan, "pick_tokens", entries(x.shape[2], plan.block), x, (others[1], first, end))

@@ -174,22 +174,14 @@ def test_hyper(tokens: int) -> None:
     sampled = ~near[:, :, drawn]
     weight = float(np.log(tokens / m))
 
-    def logits(q: Tensor, k: Tensor) -> Tensor:
-        scores = q @ k.repeat_interleave(SHARE, dim=1)[:, :, drawn].mT / DIM**0.5 + weight
-        masked: Tensor = scores.masked_fill(~torch.from_numpy(sampled), -torch.inf)
-        return masked
-
     def formula(q: Tensor, k: Tensor, v: Tensor, _: Mapping[str, Tensor]) -> Tensor:
         keys, values = torch.cat([k, k[:, :, drawn]], -2), torch.cat([v, v[:, :, drawn]], -2)
         added = torch.cat([torch.zeros(tokens, dtype=q.dtype), torch.full((m,), weight, dtype=q.dtype)])
         return rules.attend(q, keys, values, np.concatenate([near, sampled], -1), added)
 
-    lse = logits(q, k).logsumexp(-1)
-    rest = rules.attend(q, k[:, :, drawn], v[:, :, drawn], sampled, weight)
-    attn = attndsl.compile(rules.EXAMPLES / "hyper.attn", block=block)
-    inputs: dict[str, Any] = {"rq": torch.from_numpy(rq)[None].int(), "rk": torch.from_numpy(rk)[None].int()}
-    out = attn(q, k, v, rest=rest, rest_lse=lse, **inputs)
-    torch.testing.assert_close(out, formula(q, k, v, {}))
+    inputs = {"rq": torch.from_numpy(rq)[None].int(), "rk": torch.from_numpy(rk)[None].int()}
+    drawn_by = torch.from_numpy(drawn)[None, None].int()
+    check("hyper", [q, k, v], formula, {"block": block, "m": m}, rq=inputs["rq"], rk=inputs["rk"], drawn=drawn_by)
 
 
 @covers("long_heads")

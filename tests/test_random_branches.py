@@ -27,8 +27,9 @@ OVER = ("causal", "causal - window({n})", "all", "causal & {{ q // 4 - k // 4 >=
 INPUTS = {
     "gates": "float[b, h, q, 3] learnable", "channels": "float[b, h, q, Dv] learnable", "heads": "float[g] learnable",
     "sinks": "float[h] learnable", "kc": "float[b, g, k/4, D] learnable", "vc": "float[b, g, k/4, Dv] learnable",
-    "doc": "int[b, k] sorted", "n": "int[b]", "runs": "int[b, g, k]",
+    "doc": "int[b, k] sorted", "n": "int[b]", "runs": "int[b, g, k]", "picked": "int[b, g, 9]",
 }  # fmt: skip
+TOLD = ("segments(", "pick(")
 FACTORS = ("gates[0]", "sigmoid(gates[1])", "channels", "heads[g]", "(1 - gates[2])", "0.5")
 
 
@@ -55,7 +56,9 @@ class Draft:
         words += self.one("", ", counted") if stride == size else ""
         pooled = f"pool({self.one('mean', 'max', 'min', 'sum')}, {size}, {stride}{words})"
         counted = self.one("", ", counted")
-        return self.one(pooled, pooled, "given(kc, vc, 4)", f"pool({self.one('mean', 'max')}, segments(runs){counted})")
+        told = f"pool({self.one('mean', 'max')}, segments(runs){counted})"
+        picked = f"pick(picked{self.one('', ', weight = Nk / 4')})"
+        return self.one(pooled, pooled, "given(kc, vc, 4)", self.one(told, picked))
 
     def selection(self) -> str:
         """Members of blocks, by products of means or by the mass of an earlier branch."""
@@ -74,7 +77,7 @@ class Draft:
         view = self.view()
         pooled = (
             ""
-            if "segments" in view
+            if any(word in view for word in TOLD)
             else self.one(
                 "", "", f" from pool({self.one('mean', 'max', 'min', 'sum')}, {self.draw(st.integers(1, 9))})"
             )
@@ -95,7 +98,7 @@ class Draft:
             parts = self.part()
         clauses = ["", "", " { score softcap(s, 2.0) }"]
         clauses += [" { softmax with sink sinks[h] }"] if "within" not in parts else []
-        if "counted" not in parts and "within" not in parts:
+        if not any(word in parts for word in ("counted", "within", "weight =")):
             clauses.append(" { weights sigmoid(s) }")
         clause = self.one(*clauses)
         self.lines.append(f"{name} = attend {parts}{clause}")
@@ -103,7 +106,7 @@ class Draft:
         # An lse that has a sink in it is merged with no other, and that of two levels is the voting branch's.
         if "sink sinks" not in clause and "weights" not in clause and (not votes or votes in self.merging):
             self.merging.append(name)
-        told = "segments(runs)" in parts
+        told = any(word in parts for word in TOLD)
         if shape > 1 and not told and "weights" not in clause and "top(" not in parts and "cover(" not in parts:
             self.ranking.append(name)
 
@@ -123,8 +126,8 @@ def programs(draw: st.DrawFn) -> str:
     draft = Draft(draw)
     for name in ("first", "second", "third")[: draw(st.integers(1, 3))]:
         draft.branch(name)
-    # Padding is not yet supported beside two levels, pooled queries and segments (A908).
-    beside = not any(word in line for line in draft.lines for word in (" within ", " from ", "segments("))
+    # Padding is not yet supported beside two levels, pooled queries and what data tells (A908).
+    beside = not any(word in line for line in draft.lines for word in (" within ", " from ", *TOLD))
     present = ["lengths n"] if beside and draw(st.integers(0, 2)) == 0 else []
     body = "\n".join([*present, *draft.lines, f"output {draft.output()}"])
     declared = "".join(f"input {name} : {kind}\n" for name, kind in INPUTS.items() if re.search(rf"\b{name}\b", body))
@@ -156,6 +159,10 @@ def judge(
     if "segments(runs)" in text:
         changes = torch.rand(batch, kv_heads, k_len, generator=generator) < 0.3
         doc["runs"] = (changes.cumsum(-1) % 3).to(torch.int32)
+    if "pick(" in text:
+        # Some are no tokens, and some come twice.
+        listed = torch.randint(-1, k_len + 1, (batch, kv_heads, 9), generator=generator)
+        doc["picked"] = listed.to(torch.int32)
     if "lengths n" in text:
         # Of one sequence all tokens or none may be there, and a length past the end is the end.
         doc["n"] = torch.tensor([(seed * 7) % (k_len + 3), max(0, k_len - seed % 5)])

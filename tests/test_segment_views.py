@@ -261,3 +261,19 @@ def test_what_is_not_supported() -> None:
         body = body.replace("output attend", "x = attend") + ("\n output x" if "output attend" in body else "")
         with pytest.raises(attndsl.PatternError, match=r"A5|A0|data tells"):
             compiled(body)(q, k, v, ids=ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("input c : int[b, h, k]\n attend causal over pool(mean, segments(c))", "A048"),
+        ("input c : int[b, k]\n attend causal over pool(mean, segments(c), 4)", "A013"),
+        ("input c : int[b, k]\n attend causal over pool(mean, segments(c), visible = any)", "A013"),
+        ("input c : int[b, k]\n input n : int[b]\n lengths n\n attend causal over pool(mean, segments(c))", "A908"),
+        ("input c : int[b, k]\n attend causal over pool(mean, 4) from pool(mean, segments(c))", "A078"),
+    ],
+)
+def test_mistakes(text: str, code: str) -> None:
+    with pytest.raises(attndsl.PatternError) as caught:
+        attndsl.compile(f"attention a {{\n{text}\n}}")
+    assert [d.code for d in caught.value.diagnostics] == [code]
