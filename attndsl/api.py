@@ -154,7 +154,7 @@ class Attention:
         """
         attend = self._attend or attend_operator(needed=True)
         given, args = self._given(inputs)
-        if scales is not None or q.dtype.itemsize == 1:
+        if scales is not None or getattr(getattr(q, "dtype", None), "itemsize", 0) == 1:
             from attndsl.runtime.quantized_op import attend_quantized
 
             plain = not (self._parts or self.program.selections or plans or views or return_observed or dropout)
@@ -279,8 +279,9 @@ class Attention:
         """
         import numpy as np
 
-        pages, (arrays, _) = np.arange(max(seq_len, 0) // page), known(self.program, inputs)
-        return [int(i) for i in pages[self.retention(page, **inputs).evictable(seq_len, pages, arrays)]]
+        needed, (arrays, _) = self.retention(page, **inputs), known(self.program, inputs)
+        pages = np.arange(max(seq_len, 0) // page)
+        return [int(i) for i in pages[needed.evictable(seq_len, pages, arrays)]]
 
     def retention(self, page: int = 1, told: Sequence[str] = (), /, **inputs: Any) -> Retention:
         """What `evictable` decides by, for every length: see `attndsl.eviction`, `told` too."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any, TypeVar
 
 from attndsl.diagnostics import PatternError, error
@@ -117,9 +118,9 @@ def asked(question: Callable[[], _Answer]) -> _Answer:
 
 def checked(shape: CallShape) -> CallShape:
     """The shape. Raises `PatternError` (A524) where there is no such call."""
-    if min(shape.rows, shape.k_len) < 0 or shape.heads < 1 or shape.kv_heads < 1 or shape.heads % shape.kv_heads:
+    possible = all(isinstance(x, Integral) and 0 <= x < 1 << 31 for x in (shape.rows, shape.k_len))
+    if not possible or min(shape.heads, shape.kv_heads) < 1 or shape.heads % shape.kv_heads:
         sizes = f"{shape.rows} rows, {shape.k_len} keys, {shape.heads} query heads, {shape.kv_heads} key heads"
-        raise error(
-            "A524", f"there is no call with {sizes}", help="lengths are 0 or more, heads a multiple of key heads"
-        )
+        help = "lengths are ints from 0 to 2**31 - 1, heads a multiple of key heads"
+        raise error("A524", f"there is no call with {sizes}", help=help)
     return shape

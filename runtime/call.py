@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -47,6 +48,17 @@ def call_shape(q: Tensor, k: Tensor, v: Tensor) -> CallShape:
     return CallShape(batch, heads, kv_heads, rows, k_len, dim, v_dim)
 
 
+def check_call(scale: object, **tensors: object) -> None:
+    """Raises `PatternError` for what is no dense tensor, or a scale that is no number."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise _wrong("A501", f"{name} is a tensor, not {repr(x)[:40]}")
+        if x.layout is not torch.strided:
+            raise _wrong("A501", f"{name} is a dense tensor, not one of {x.layout}", "pass x.to_dense()")
+    if scale is not None and not isinstance(scale, Real | torch.SymInt | torch.SymFloat):
+        raise _wrong("A518", f"`scale` is a number, not {repr(scale)[:40]}", "multiply q by a tensor")
+
+
 def without_values(program: Program, q: Tensor, k: Tensor, inputs: Sequence[Any]) -> CallShape:
     """The sizes of a call whose values play no part: their dimension is that of the inputs that have one, or else D."""
     shape = call_shape(q, k, k)
@@ -83,6 +95,8 @@ def check_inputs(program: Program, shape: CallShape, inputs: Sequence[Tensor], d
             raise _wrong("A511", f"{name} is a plan, {said}, and the tensor is {_dtype(x)}", span=decl.span)
         if x.dtype not in allowed:
             raise _wrong("A511", f"{name} is declared {decl.type.value} and the tensor is {_dtype(x)}", span=decl.span)
+        if x.layout is not torch.strided:
+            raise _wrong("A517", f"{name} is a dense tensor, not one of {x.layout}", "pass x.to_dense()", decl.span)
         if x.device != device:
             raise _wrong("A512", f"{name} is on {x.device} and q on {device}", span=decl.span)
         sizes = declared_sizes(decl, program, shape, x)

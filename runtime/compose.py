@@ -14,7 +14,7 @@ from attndsl.diagnostics import error
 from attndsl.observation import Observation
 from attndsl.observing import Cells
 from attndsl.program import InputDecl, Program
-from attndsl.runtime.call import call_shape, check_inputs, without_values
+from attndsl.runtime.call import call_shape, check_call, check_inputs, without_values
 from attndsl.runtime.combine import Combiner, State
 from attndsl.runtime.combine_op import by_kernel, combined_by_kernel
 from attndsl.runtime.dropout import seed_tensor
@@ -83,6 +83,7 @@ class Composed:
     ) -> None:  # fmt: skip
         own = composition.own
         checked_values(key, given, args)
+        check_call(scale, q=q, k=k, v=v)
         check_inputs(own, call_shape(q, k, v), given, q.device)
         self._program, self._dropout, self._seed = program, dropout, seed
         self.q, self.k, self.v, self.args, self.scale, self.backend = q, k, v, list(args), scale, backend

@@ -16,7 +16,7 @@ from attndsl.compose import Composition, output_inputs
 from attndsl.diagnostics import error
 from attndsl.keeping import Kept, kept, kept_by
 from attndsl.program import InputDecl, Program
-from attndsl.runtime.call import check_inputs
+from attndsl.runtime.call import check_call, check_inputs
 from attndsl.runtime.combine import Combiner, State
 from attndsl.runtime.decode import FP8, DecodeTensors, check_tensors
 from attndsl.runtime.decode_op import decode, in_order
@@ -45,6 +45,7 @@ class ComposedDecode:
                     "A911", f"decode is not yet supported for {what}", branch.span, help="call it on the last rows"
                 )  # fmt: skip
         checked_values(key, given, args)
+        check_call(scale)
         check_tensors(program, call)
         check_inputs(own, call.shape, given, call.q.device)
         self.program, self.key, self.composition, self.call = program, key, composition, call

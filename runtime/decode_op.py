@@ -11,6 +11,7 @@ from torch.library import Library
 
 from attndsl.diagnostics import error
 from attndsl.program import CallShape
+from attndsl.runtime.call import check_call
 from attndsl.runtime.decode import DecodeTensors
 from attndsl.runtime.ops import checked_values, traced, wants_gradients
 from attndsl.runtime.outputs import empty_output
@@ -42,6 +43,7 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """Output and lse; past the dispatcher where nothing traces the call or asks for gradients."""
     checked_values(key, inputs, args)
+    check_call(scale, q=q, k_cache=k_cache, v_cache=v_cache, seq_lens=seq_lens)
     call = (
         key, q, k_cache, v_cache, seq_lens, page_table, k_scale, v_scale, inputs, args, scale, layout, backend
     )  # fmt: skip

@@ -37,6 +37,11 @@ class AttentionModule(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        key_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or key_heads < 1 or num_heads % key_heads:
+            raise error(
+                "A527", f"{num_heads} heads are no multiple of {key_heads} key heads", help="at least one of each"
+            )
         if head_dim is None and embed_dim % num_heads:
             raise error(
                 "A527", f"{embed_dim} dimensions do not divide into {num_heads} heads", help="pass `head_dim` as well"

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from attndsl.asking import not_an_int
 from attndsl.diagnostics import PatternError, error
 from attndsl.program import CallShape, Program
+from attndsl.runtime.call import check_call
 from attndsl.runtime.dropout import Dropout, check_rate, seed_tensor
 from attndsl.runtime.outputs import empty_gradient, empty_output, in_order_of
 from attndsl.runtime.registry import engine_of
@@ -44,6 +45,8 @@ def attend(
     """
     if inputs or args:
         checked_values(key, inputs, args)
+    if scale is not None and type(scale) is not float:
+        check_call(scale)
     if not torch.compiler.is_compiling() and dropout == 0:
         again = engine_of(key).again
         if again is not None and again.fits(q, k, v, inputs, scale, backend):
@@ -56,6 +59,7 @@ def attend(
     rate, given = 0.0, None
     if dropout != 0:
         rate, given = check_rate(dropout), seed_tensor(seed, q.device)
+    check_call(scale, q=q, k=k, v=v)
     tensors = (q, k, v, *inputs)
     if traced(tensors):
         out: tuple[Tensor, Tensor]

@@ -11,6 +11,7 @@ from torch.library import Library
 
 from attndsl.diagnostics import error
 from attndsl.program import CallShape
+from attndsl.runtime.call import check_call
 from attndsl.runtime.ops import checked_values, traced
 from attndsl.runtime.outputs import Outputs
 from attndsl.runtime.quantized import Scales
@@ -39,6 +40,7 @@ def attend_quantized(
             "A580", "`scales` is not (q_scale, k_scale, v_scale)", help="each is a float tensor, or None where it is 1"
         )
     checked_values(key, inputs, args)
+    check_call(scale, q=q, k=k, v=v)
     given = [x for x in found if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *given, *inputs)):
         raise error(

@@ -247,7 +247,7 @@ def test_what_is_no_tensor(looked_up: list[None]) -> None:
         call(*given[:3], None)
     with pytest.raises(attndsl.PatternError, match="A502"):
         call(given[0].double(), *given[1:])
-    with pytest.raises(AttributeError):
+    with pytest.raises(attndsl.PatternError, match="A501"):
         call(3, *given[1:])
 
 

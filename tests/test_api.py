@@ -144,6 +144,7 @@ WRONG: dict[str, Callable[[], object]] = {
     "A515": call("{ q * q * q <= 5 + k }", *(torch.empty(1, 1, 2048, 8) for _ in range(3)), backend="triton"),
     "A516": call("attention a(w : runtime int) { attend causal & window(w) }", Q, K, V, w=1.5),
     "A517": call(DOCUMENTS, Q, K, V, doc=[0, 1]),
+    "A518": call("causal", Q, K, V, scale=torch.tensor(0.5)),
     "A519": call("coarsen(causal, 64, fraction(0.1))", *(torch.empty(1, 1, 1 << 17, 8) for _ in range(3))),
     "A521": call("attention a { weights s  attend causal }", Q, K, V, return_lse=True),
     "A522": call(DOCUMENTS, Q, K, V, docs=IDS),

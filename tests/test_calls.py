@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -176,3 +177,37 @@ def test_lse_of_weights() -> None:
 def test_argument_type() -> None:
     refused("A516", "`span` is a runtime int, not 2.5", lambda: LOCAL(*qkv(), span=2.5))
     refused("A517", "input `doc` is a tensor, not [[0, 0", lambda: DOCUMENTS(*qkv(), doc=[[0] * 20] * 2))
+
+
+@pytest.mark.parametrize("scale", ["x", torch.tensor(0.5, requires_grad=True), [1.0]], ids=["text", "tensor", "list"])
+def test_scale(scale: Any) -> None:
+    q, k, v = qkv()
+    lengths = torch.tensor([20, 20], dtype=torch.int32)
+    branches = attndsl.compile("attention a { x = attend causal\n y = attend all\n output x + y }")
+    decode: Any = CAUSAL.decode
+    for run in (CAUSAL, branches, lambda *given, scale: decode(*given, lengths, scale=scale)):
+        refused("A518", "`scale` is a number", lambda run=run: run(q, k, v, scale=scale))  # type: ignore[misc]
+    numbers: list[Any] = [1, 1.0, np.float32(1), True]
+    same = [CAUSAL(q, k, v, scale=x) for x in numbers]
+    assert all(torch.equal(same[0], x) for x in same)
+
+
+def test_what_is_no_dense_tensor() -> None:
+    q, k, v = qkv()
+    for _ in range(3):  # as the last call was, and not
+        CAUSAL(q, k, v)
+        refused("A501", "q is a tensor, not None", lambda: CAUSAL(None, k, v))  # type: ignore[arg-type]
+        refused("A501", "v is a tensor, not array", lambda: CAUSAL(q, k, v.numpy()))  # type: ignore[arg-type]
+        refused("A501", "k is a dense tensor, not one of torch.sparse_coo", lambda: CAUSAL(q, k.to_sparse(), v))
+    doc = torch.zeros(2, 20, dtype=torch.int32).to_sparse()
+    refused("A517", "input `doc` is a dense tensor", lambda: DOCUMENTS(q, k, v, doc=doc))
+    refused("A501", "seq_lens is a tensor, not [20, 20]", lambda: CAUSAL.decode(q, k, v, [20, 20]))  # type: ignore[arg-type]
+
+
+def test_questions_of_calls_that_are_none() -> None:
+    for sizes in ((4.5, 4), (1 << 40, 4), (4, 1 << 31)):
+        refused("A524", "there is no call with", lambda sizes=sizes: CAUSAL.mask(*sizes))  # type: ignore[misc]
+        refused("A524", "there is no call with", lambda sizes=sizes: CAUSAL.blocks(*sizes))  # type: ignore[misc]
+    refused("A558", "pages of 0 tokens", lambda: CAUSAL.evictable(5, page=0))
+    refused("A527", "0 heads are no multiple", lambda: attndsl.nn.Attention("causal", 16, 0))
+    refused("A527", "2 heads are no multiple of 3 key heads", lambda: attndsl.nn.Attention("causal", 16, 2, 3))
