@@ -8,11 +8,12 @@ from attndsl.program import Program
 
 def header(plan: Plan, title: str) -> str:
     spec, tiling = plan.spec, plan.tiling
+    runs, of = (plan.box_runs, " of boxes") if plan.box_runs.ends else (plan.runs, "")
     lines = [
         f"heads {spec.heads}, key heads {spec.kv_heads}, head dimension {spec.dim} (values {spec.v_dim}), "
         f"{spec.dtype.value}, {spec.target}",
         f"query tiles {tiling.block_q}, key tiles {tiling.block_k}, {tiling.warps} warps, {tiling.stages} stages, "
-        f"{len(plan.runs.full)} full and {len(plan.runs.partial)} partial runs",
+        f"{len(runs.full)} full and {len(runs.partial)} partial runs{of}",
     ]
     if plan.view is not None:
         lines.append(f"keys are the entries of a view: one of {plan.view.size} tokens every {plan.view.stride}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -162,3 +163,10 @@ def test_without_a_disassembler_sass_is_refused(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(attndsl.PatternError, match="A534"):
         attndsl.compile("causal").assembly("forward", "sass")
+
+
+def test_the_header_counts_the_runs_of_boxes() -> None:
+    source = attndsl.compile("attention g { axes t, y[48], x[80]  attend neighborhood(7) on (y, x) }").source()
+    (said,) = re.findall(r"^# query tiles .*, (\d+) full and (\d+) partial runs of boxes$", source, re.MULTILINE)
+    loops = (re.findall(rf"^    for i in range\({kind}", source, re.MULTILINE) for kind in ("full", "partial"))
+    assert [int(x) for x in said] == [len(x) for x in loops]
