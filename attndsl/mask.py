@@ -8,7 +8,7 @@ from attndsl.cuts import by_cuts
 from attndsl.derivation import Cut
 from attndsl.effort import TooHard, bounded
 from attndsl.grid import MAX_AXES
-from attndsl.program import Binary, Compare, Const, Logic, Program, Read, Scalar, Table, Var, children, reads
+from attndsl.program import Binary, Compare, Const, Logic, Program, Read, Scalar, Table, Var, children, reads, walk
 from attndsl.quasi_affine import comparisons, condition
 from attndsl.relation import Lowering, Relation
 from attndsl.simplify import fold, specialise
@@ -56,10 +56,11 @@ def without_redundant(lowering: Lowering, cond: Scalar) -> Scalar:
     return kept[0] if len(kept) == 1 else Logic("and", tuple(kept))
 
 
-def pair_mask(relation: Relation, written: Scalar) -> Scalar | None:
+def pair_mask(relation: Relation, written: Scalar, apart: bool = False) -> Scalar | None:
     """The condition for a pair of a visited tile, None where it always holds.
 
     The cheaper of the pattern as its author wrote it (`written_condition`) and as the integer sets simplified it.
+    apart: what reads one of the pair's tokens is computed for each row and each key, and costs next to nothing.
     """
     candidates = [written]
     if not relation.atoms and COMPARISON * comparisons(relation.pairs) <= pair_cost(written):
@@ -68,7 +69,7 @@ def pair_mask(relation: Relation, written: Scalar) -> Scalar | None:
                 relation.pairs.get_ctx(), lambda: condition(relation.pairs, relation.context, relation.uniform)
             )
             candidates.append(fold(simplified))
-    return shaped(min(candidates, key=pair_cost))
+    return shaped(min(candidates, key=lambda e: (both_cost(e), pair_cost(e)) if apart else (pair_cost(e),)))
 
 
 def mask_by_cuts(cond: Scalar, program: Program, owner: str, relation: Relation) -> Scalar:
@@ -97,6 +98,12 @@ def pair_cost(e: Scalar) -> int:
         return costs[id(x)]
 
     return cost(e)
+
+
+def both_cost(e: Scalar) -> int:
+    """The same, of what reads both tokens. Conditions are joined two by two."""
+    both = (x for x in walk(e) if reads(x, *ROW) and reads(x, *KEY))
+    return sum(len(x.operands) - 1 if isinstance(x, Logic) else _own_cost(x) for x in both)
 
 
 def _own_cost(e: Scalar) -> int:

@@ -135,6 +135,11 @@ class Spec:
     maps: bool = False
 
     @property
+    def hoists(self) -> bool:
+        """Whether what a mask reads of one token alone is computed before its pairs, for each row and each key."""
+        return self.backend is Backend.GLUON
+
+    @property
     def gathers(self) -> bool:
         """Whether rows that choose for themselves by lists are gathered."""
         return self.lists and self.backend is Backend.TRITON

@@ -42,8 +42,8 @@ _TOKENS = 16384
 _SHARED_ROWS = 64
 # Stages with which two or three of the programs that collect keys share a multiprocessor.
 _SHALLOW = 3
-# Tiles of keys that a query tile on Hopper visits at most where they are handed out.
-_MOST_HANDED_OUT = 40
+# Tiles of keys a query tile, on average, from which on a program on Hopper owns one.
+_LONG = 48
 # Keys of a tile whose list says of each row which of them it chose, a bit each.
 _MARKED_KEYS = 32
 
@@ -55,17 +55,13 @@ def choose_tiling(program: Program, spec: Spec) -> Tiling:
     Where a plan can list the tiles, they fit into its row classes and members.
     """
     tiling = _fitted(usual_tiling(program, spec), program, spec)
-    return replace(tiling, several=tiling.several and _is_handed_out(program, spec, tiling))
+    return replace(tiling, several=tiling.several and not _long(program, spec, tiling))
 
 
-def _is_handed_out(program: Program, spec: Spec, tiling: Tiling) -> bool:
-    """Whether programs on Hopper had better own several query tiles: where these are short, or listed. A program is
-    given one while it attends to that before, so long ones would wait for each other."""
-    runs = forward_plan(program, spec, tiling).runs
-    counts = _counts(runs, tiling, spec)
-    if counts is None:
-        return any(run.list is not None for run in runs.full + runs.partial)
-    return bool(counts.max() <= _MOST_HANDED_OUT)
+def _long(program: Program, spec: Spec, tiling: Tiling) -> bool:
+    """Whether query tiles visit so many tiles that what lies between them matters less than registers in the loop."""
+    counts = _counts(forward_plan(program, spec, tiling).runs, tiling, spec)
+    return counts is not None and bool(counts.mean() > _LONG)
 
 
 def usual_tiling(program: Program, spec: Spec) -> Tiling:

@@ -148,4 +148,4 @@ def _pair_mask(
 ) -> Scalar | None:
     written = written_condition(lowering, spec.sizes)
     written = written if selection is None else selection.assumed(written)
-    return pair_mask(relation, mask_by_cuts(written, program, lowering.anchor, relation))
+    return pair_mask(relation, mask_by_cuts(written, program, lowering.anchor, relation), spec.hoists)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from attndsl.codegen.gluon import IMPORTS, PART, barriers, device_function, helper_functions, specialized
 from attndsl.codegen.gluon_attend import Attend, scale_where_grown
 from attndsl.codegen.gluon_tiles import Tiles
+from attndsl.codegen.head_order import last_beside
 from attndsl.codegen.header import header
 from attndsl.codegen.kernel import scalar_parameters, used_parameters
 from attndsl.plan import DType, ForwardPlan, Part, head_parts
@@ -34,9 +35,9 @@ def in_order_of_values(weights):
 # Programs take numbers from a counter, which every launch finds at zero, and leaves so.
 _HANDING_OUT = """\
 @gluon.jit
-def next_place(counter_ptr, places):
-    \"\"\"The place after those that programs took before. A program draws a number for each that it has, so the one
-    that draws the last number is the last to draw.\"\"\"
+def next_number(counter_ptr, places):
+    \"\"\"The number after those that programs took before. A program takes one for each place that it has, so the one
+    that takes the last is the last to take one.\"\"\"
     taken = gl.atomic_add(counter_ptr, 1, sem="relaxed")
     if taken == places - 1:
         gl.store(counter_ptr, 0)
@@ -70,7 +71,7 @@ def forward_source(plan: ForwardPlan) -> str:
     scales = [f"{x}_scale_ptr" for x in "qkv"] + [f"stride_{x}_scale" for x in "qkv"]
     given = [*descriptors, "out_ptr", "lse_ptr", "counter_ptr", *scales, *strides, *uniform]
     shared = [name.replace("_desc", "_smem") for name in descriptors]
-    shared += ["handed_smem", "told", "q_ready", "q_free", *_STAGED]
+    shared += ["handed_smem", "told", "ending", "q_ready", "q_free", *_STAGED]
     # Where a program owns several query tiles, each part finds them by itself.
     place = [] if plan.tiling.several else ["b", "h", "g", "head", "residue", "q_tile"]
     candidates = [*given, *shared, *place]
@@ -129,6 +130,8 @@ class _Load(_Copies):
             partial, full = self.visits(self.printer())
             lines.add(f"k_tile = {self.visited(partial, full, '0')}")
             with lines.block("for n in range(partial + full):"):
+                if self.several:
+                    lines.add("mbarrier.arrive(ending, count=1, pred=n == gl.maximum(partial + full - 3, 0))")
                 turn = self.turn("n")
                 lines.add(f"stage = {turn} % STAGES", f"phase = ({turn} // STAGES) & 1")
                 self._copy_keys("k", self.q_parts)
@@ -155,14 +158,22 @@ class _HandOut(_Copies):
         lines = self.lines
         self.constants()
         self.tiles()
-        lines.add("nth = 0", "place = gl.program_id(0)")
-        with lines.block("while place < places:"):
+        lines.add("heads = places // q_tiles", "nth = 0", "number = gl.program_id(0)")
+        with lines.block("while number < places:"):
+            lines.add("# Heads one after another, the last few side by side: programs in flight share keys.")
+            head, tile = last_beside(lines, "gl", "number", "q_tiles")
+            lines.add(f"place = {head} * q_tiles + {tile}")
             self.place("place")
             partial, full = self.visits(self.printer())
             self._hand_over("place", *(end for visits in (partial, full) if visits for end in visits.ends))
             self._copy_queries()
-            lines.add("nth += 1", "place = next_place(counter_ptr, places)")
-        self._hand_over("place")
+            lines.add(
+                "# The next one is taken as late as it can be: it may be long, and others are done with theirs.",
+                "mbarrier.wait(ending, nth & 1)",
+                "nth += 1",
+                "number = next_number(counter_ptr, places)",
+            )
+        self._hand_over("places")
         return lines.text()
 
     def _hand_over(self, *numbers: str) -> None:
@@ -194,12 +205,14 @@ class _Kernel(Tiles):
                 *(
                     f"{x} = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())"
                     for x in ("told", "q_ready", "q_free")
-                )
+                ),
+                *barriers(("ending",), stages=False),
             )
         else:
             lines.add(*barriers(("q_ready",), stages=False))
         lines.add(*barriers(_STAGED, stages=True))
         if self.several:
+            lines.add("mbarrier.init(ending, count=1)")
             with lines.block("for place in gl.static_range(2):"):
                 lines.add(
                     "mbarrier.init(told.index(place), count=1)",

@@ -177,12 +177,14 @@ def test_lists_of_tiles(text: str) -> None:
 
 
 def test_query_tiles_are_handed_out_where_two_have_room() -> None:
-    """Which they are and where their runs end is said once, by a warp of its own."""
+    """Which they are and where their runs end is said once, by a warp of its own, which waits for the program's last
+    tiles before it takes another."""
     attn = attndsl.compile("causal & window(1024)")
     wide, narrow = (attn.source(backend="gluon", target="sm_90", dim=dim) for dim in (256, 128))
     assert "hand_out" not in wide and "atomic" not in wide
     assert narrow.count("full_count = gl.maximum") == 1 and narrow.count("full_count = handed(") == 2
     assert narrow.count("gl.atomic_add(counter_ptr") == 1
+    # Long ones do not gain by it.
     assert "hand_out" not in attndsl.compile("causal").source(backend="gluon", target="sm_90", dim=128)
 
 
