@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from attndsl import syntax as ast
 from attndsl.branches import factors
 from attndsl.derivation import Random, Segment
+from attndsl.diagnostics import Span
 from attndsl.grammar.scope import Context, InputRef, Poison
 from attndsl.grammar.unsupported import Feature, unsupported
 from attndsl.grid import Along
@@ -33,7 +37,6 @@ from attndsl.program import (
     scalars,
     walk,
 )  # fmt: skip
-from attndsl.selection import Selection
 
 _DIMS = {"packed": (Axis.B, Axis.K), "lengths": (Axis.B,)}
 _EXAMPLES = {"packed": "input doc : int[b, k]", "lengths": "input n : int[b]"}
@@ -73,47 +76,71 @@ def _fits(decl: InputDecl, word: str) -> bool:
     return decl.type is Type.INT and whole and axes in (_DIMS[word], _DIMS[word][1:])
 
 
+@dataclass(frozen=True, slots=True)
+class _Barred:
+    """What does not stand beside a clause, why, and where it is written."""
+
+    what: str
+    why: str
+    span: Span | None = None
+
+
+# Why not, where several things have the same reason.
+_BLOCKS = "which tokens share a block would follow from data"
+_TOGETHER = "tiles and classes of rows hold tokens of several sequences"
+
+
 def check_packing(program: Program, node: ast.Attention, ctx: Context) -> bool:
     """Whether everything in a program may stand beside its clauses; what may not was reported."""
     for clause in node.clauses:
         if isinstance(clause, ast.Packed | ast.Lengths):
             packed = isinstance(clause, ast.Packed)
-            if program.observations or not _stands(program, packed):
-                unsupported(Feature.PACKED if packed else Feature.LENGTHS, clause.span, ctx)
+            found = next(_barred(program, packed), None)
+            if found is not None:
+                feature = Feature.PACKED if packed else Feature.LENGTHS
+                unsupported(feature, found.span or clause.span, ctx, found.what, found.why)
                 return False
     return True
 
 
-def _stands(program: Program, packed: bool) -> bool:
-    if any(x.skip is not None or x.within is not None or x.queries is not None for x in program.branches):
-        # Tiles and classes hold rows of several sequences; shares of members are of all of a call's tokens.
-        return False
-    views = [part.view for branch in program.branches for part in branch.parts if part.view is not None]
-    if any(view.told for view in views):
-        return False
+def _barred(program: Program, packed: bool) -> Iterator[_Barred]:
+    if program.observations:
+        yield _Barred("`observe`", "what is observed is of all of a call's tokens")
+    for branch in program.branches:
+        if branch.skip is not None:
+            yield _Barred("`skip below`", _TOGETHER)
+        if branch.within is not None:
+            yield _Barred("`within`", "shares of members are of all of a call's tokens")
+        if branch.queries is not None:
+            yield _Barred("pooled queries", _TOGETHER)
+    for part in (part for branch in program.branches for part in branch.parts):
+        if part.view is not None and packed:
+            yield _Barred("a view", "where its entries begin would follow from data", part.span)
+        if part.view is not None and part.view.told:
+            yield _Barred("such a view", "data says which tokens its entries are of", part.span)
+    for chosen in program.selections:
+        if packed:
+            yield _Barred("a selection", _BLOCKS, chosen.span)
+        elif chosen.members is not None or chosen.row_tiles is not None:
+            yield _Barred("a selection of members that are no blocks", _TOGETHER, chosen.span)
     sets = [part.pattern for branch in program.branches for part in branch.parts]
     for chosen in program.selections:
         sets += [x for x in (chosen.among, chosen.always) if x is not None]
-    if not all(_placed(x, packed) for x in sets):
-        return False
-    return _alone(program, sets) if packed else not any(_apart(x) for x in program.selections)
+    for pattern in sets:
+        yield from _barred_sets(pattern, packed)
+    if packed:
+        yield from _of_blocks(program, sets)
 
 
-def _apart(chosen: Selection) -> bool:
-    """Whether the members of a selection, or its classes of rows, are no blocks in a row."""
-    return chosen.members is not None or chosen.row_tiles is not None
-
-
-def _alone(program: Program, sets: list[Set]) -> bool:
-    """Whether nothing in a program, with these sets, counts blocks or entries from the start of the batch entry."""
-    if program.selections or any(part.view is not None for branch in program.branches for part in branch.parts):
-        return False
+def _of_blocks(program: Program, sets: list[Set]) -> Iterator[_Barred]:
+    """What reads blocks or rows of a batch entry where those of a document are meant."""
     read = [e for x in program.branches for e in (x.scale, x.score, x.sink, x.weights) if e is not None]
     names = {x.input for e in (*(e for p in sets for e in scalars(p)), *read) for x in walk(e) if isinstance(x, Read)}
-    # Which blocks of an input are a document's is not said.
-    if any(dim.block > 1 for name in names for dim in program.input(name).dims):
-        return False
-    return program.output is None or not any(_reads_position(e) for e in factors(program.output))
+    for name in sorted(names):
+        if any(dim.block > 1 for dim in program.input(name).dims):
+            yield _Barred(f"`{name}`, an input over blocks", "which of its blocks are a document's is not said")
+    if program.output is not None and any(_reads_position(e) for e in factors(program.output)):
+        yield _Barred("an output that reads `q`", "an output is of rows of the call")
 
 
 def _reads_position(e: Scalar) -> bool:
@@ -123,24 +150,35 @@ def _reads_position(e: Scalar) -> bool:
     return e == Var("q") or any(map(_reads_position, children(e)))
 
 
-def _placed(pattern: Set, packed: bool) -> bool:
-    """Whether a set means something for each sequence of a call that the compiler can say for all of them."""
+def _barred_sets(pattern: Set, packed: bool) -> Iterator[_Barred]:
+    """What of a set means nothing, for each sequence of a call, that the compiler can say for all of them."""
     match pattern:
         case Where():
-            return True
+            pass
         case Union(parts=parts) | Inter(parts=parts):
-            return all(_placed(x, packed) for x in parts)
+            for x in parts:
+                yield from _barred_sets(x, packed)
         case Minus(left=a, right=b) | Choose(then=a, other=b):
-            return _placed(a, packed) and _placed(b, packed)
+            yield from _barred_sets(a, packed)
+            yield from _barred_sets(b, packed)
         case Complement(operand=operand) | On(operand=operand, place=Blocks() | Along()):
-            return _placed(operand, packed)
-        case On(operand=operand, place=Permuted() | Segment()):
-            return not packed and _placed(operand, packed)
-        case Coarsen(operand=operand, mode=mode):
-            return not packed and mode is not Coarse.FRACTION and _placed(operand, packed)
-        case Random(among=among):
-            return not packed and _placed(among, packed)
-        case Selected():
-            return not packed
-        case On():
-            return False
+            yield from _barred_sets(operand, packed)
+        case On(operand=operand, place=Permuted() | Segment(), span=span):
+            if packed:
+                yield _Barred("a placed set", "where its tokens stand in their document would be data of data", span)
+            yield from _barred_sets(operand, packed)
+        case Coarsen(operand=operand, mode=mode, span=span):
+            if packed:
+                yield _Barred("`coarsen`", _BLOCKS, span)
+            elif mode is Coarse.FRACTION:
+                yield _Barred("`coarsen` by a fraction", "how many pairs a block has would follow from data", span)
+            yield from _barred_sets(operand, packed)
+        case Random(among=among, span=span):
+            if packed:
+                yield _Barred("`random`", "which members a document has would follow from data", span)
+            yield from _barred_sets(among, packed)
+        case Selected(span=span):
+            if packed:
+                yield _Barred("a selection", _BLOCKS, span)
+        case On(span=span):
+            yield _Barred("such a place", "it is none of the call's tokens", span)

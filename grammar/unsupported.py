@@ -22,12 +22,12 @@ class Feature(Enum):
     )
     PACKED = (
         "A907",
-        "`packed` around views, selections, `within`, `observe`, `skip below`, `coarsen`, `random` or blocks of inputs",
+        "`packed` around {}",
         "write `causal & document(doc)`: positions then count from the start of the batch entry",
     )
     LENGTHS = (
         "A908",
-        "`lengths` around `observe`, `skip below`, `within`, pooled queries, `fraction` or members that are no blocks",
+        "`lengths` around {}",
         "write `{ q < n[b] and k < n[b] }`",
     )
     SKIP = ("A909", "`skip below` over views and several parts", "skip in a branch over raw tokens")
@@ -37,9 +37,12 @@ class Feature(Enum):
         return self.value[0]
 
 
-def unsupported(feature: Feature, span: Span, ctx: Context) -> None:
-    """Reports a feature at its place, unless a constant condition has ruled the place out."""
+def unsupported(feature: Feature, span: Span, ctx: Context, around: str = "", why: str = "") -> None:
+    """Reports a feature at its place, unless a constant condition has ruled the place out.
+
+    around: what a clause does not go with; why: what the carets say of it.
+    """
     if ctx.maker.dead:
         return
     code, what, help = feature.value
-    ctx.report.error(code, f"{what} is not yet supported", span, help=help)
+    ctx.report.error(code, f"{what.format(around)} is not yet supported", span, why, help)

@@ -202,20 +202,27 @@ def check_output(text: str, n_tokens: int, **inputs: Any) -> None:
 # ----------------------------------------------------------------------------------------- refused
 
 
-@pytest.mark.parametrize(("clauses", "code"), [
-    ("lengths n attend coarsen(causal, 4, fraction(0.5))", "A908"),
-    ("lengths n axes y, x[4] attend top(1, tiles(2, 2), among = all, per = head, by = dot(mean(Q), mean(K)))", "A908"),
-    ("lengths n attend causal skip below 0.1", "A908"),
-    ("lengths n x = attend causal y = attend causal within blocks(16) with probs(x) output y", "A908"),
-    ("packed doc attend causal over pool(mean, 4)", "A907"),
-    ("packed doc attend causal & top(1, blocks(4), by = dot(Q, mean(K)))", "A907"),
-    ("packed doc attend causal & random(1, blocks(4), query, 3)", "A907"),
-    ("packed doc x = attend causal y = attend all output q * x + y", "A907"),
+@pytest.mark.parametrize(("clauses", "code", "named"), [
+    ("lengths n attend coarsen(causal, 4, fraction(0.5))", "A908", "`coarsen` by a fraction"),
+    ("lengths n axes y, x[4] attend top(1, tiles(2, 2), among = all, per = head, by = dot(mean(Q), mean(K)))", "A908",
+     "a selection of members that are no blocks"),
+    ("lengths n attend causal skip below 0.1", "A908", "`skip below`"),
+    ("lengths n x = attend causal y = attend causal within blocks(16) with probs(x) output y", "A908", "`within`"),
+    ("packed doc attend causal over pool(mean, 4)", "A907", "a view"),
+    ("packed doc attend causal & top(1, blocks(4), by = dot(Q, mean(K)))", "A907", "a selection"),
+    ("packed doc attend causal & random(1, blocks(4), query, 3)", "A907", "`random`"),
+    ("packed doc attend causal & ~coarsen(window(9), 4, any) on blocks(2)", "A907", "`coarsen`"),
+    ("packed doc attend causal | window(3) on segment(doc)", "A907", "a placed set"),
+    ("packed doc x = attend causal y = attend all output q * x + y", "A907", "an output that reads `q`"),
 ])  # fmt: skip
-def test_what_is_refused(clauses: str, code: str) -> None:
+def test_what_is_refused(clauses: str, code: str, named: str) -> None:
+    """By its name, and with a reason."""
     with pytest.raises(PatternError) as caught:
         load(f"attention a {{ input n : int[b] input doc : int[b, k] {clauses} }}")
-    assert [d.code for d in caught.value.diagnostics if d.code.startswith("A9")] == [code]
+    (found,) = (d for d in caught.value.diagnostics if d.code.startswith("A9"))
+    assert found.code == code
+    assert f"around {named} is" in found.message
+    assert found.label
 
 
 def test_views_and_decode_say_what_they_take() -> None:
