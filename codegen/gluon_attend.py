@@ -88,8 +88,13 @@ class Attend(Tiles):
             lines.add(f"# [{span}]")
         with lines.block("for n in range(1, visits):"):
             self._tile(printer, partial, full)
-        last = f"{self.turn('visits - 1')} % STAGES"
-        lines.add("", "# The last tile's values.")
+        last = self.stage(self.turn("visits - 1"))
+        lines.add(
+            "",
+            "# The last tile's values. To the compiler its scores are not those that a turn begins with: else it",
+            "# rounds the weights of both in one place, before either, where no products run beside.",
+            'scores = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [scores], gl.float32, is_pure=True, pack=1)',
+        )
         self._round_weights()
         self._add_values(last, "acc")
         lines.add(f"{self._accumulators} = warpgroup_mma_wait(0, deps=[{self._accumulators}])")
@@ -168,9 +173,9 @@ class Attend(Tiles):
         lines.add(
             "zeros = gl.zeros([ROWS, BLOCK_K], gl.float32, SCORES)",
             f"mbarrier.wait({ready})",
-            f"mbarrier.wait(k_ready.index({first} % STAGES), ({first} // STAGES) & 1)",
+            f"mbarrier.wait(k_ready.index({self.stage(first)}), {self.phase(first)})",
         )
-        self._multiply_keys(f"{first} % STAGES")
+        self._multiply_keys(self.stage(first))
         if self.several:
             lines.add(
                 "# What left of the query tile before is written by now: others' rows may take its place.",
@@ -178,7 +183,8 @@ class Attend(Tiles):
                 "mbarrier.arrive(q_free.index((nth + 1) % 2), count=1, pred=nth > 0)",
             )
         lines.add(
-            "scores = warpgroup_mma_wait(0, deps=[scores])", f"mbarrier.arrive(k_free.index({first} % STAGES), count=1)"
+            "scores = warpgroup_mma_wait(0, deps=[scores])",
+            f"mbarrier.arrive(k_free.index({self.stage(first)}), count=1)",
         )
         self._score(printer, partial, full, "0")
         if self.plan.softmax:
@@ -188,8 +194,8 @@ class Attend(Tiles):
         if self.plan.follows:
             self._take_up()
         lines.add(
-            f"mbarrier.wait(v_ready.index({first} % STAGES), ({first} // STAGES) & 1)",
-            f"mbarrier.wait(k_ready.index({second} % STAGES), ({second} // STAGES) & 1, pred=visits > 1)",
+            f"mbarrier.wait(v_ready.index({self.stage(first)}), {self.phase(first)})",
+            f"mbarrier.wait(k_ready.index({self.stage(second)}), {self.phase(second)}, pred=visits > 1)",
         )
 
     def _first_softmax(self) -> None:
@@ -242,7 +248,7 @@ class Attend(Tiles):
         """A tile from the second on: its scores, and the values of the one before."""
         lines, softmax = self.lines, self.plan.softmax
         turn, after = self.turn("n"), self.turn("n + 1")
-        lines.add(f"stage = {turn} % STAGES", f"before = {self.turn('n - 1')} % STAGES")
+        lines.add(f"stage = {self.stage(turn)}", f"before = {self.stage(self.turn('n - 1'))}")
         self._round_weights()
         self._multiply_keys("stage")
         self._add_values("before", "next_acc")
@@ -260,8 +266,8 @@ class Attend(Tiles):
         lines.add(
             "# What the next turn multiplies is waited for here: nothing is moved across such a wait, so that",
             "# the softmax stays beside the products of values.",
-            f"mbarrier.wait(v_ready.index(stage), ({turn} // STAGES) & 1)",
-            f"mbarrier.wait(k_ready.index({after} % STAGES), ({after} // STAGES) & 1, pred=n + 1 < visits)",
+            f"mbarrier.wait(v_ready.index(stage), {self.phase(turn)})",
+            f"mbarrier.wait(k_ready.index({self.stage(after)}), {self.phase(after)}, pred=n + 1 < visits)",
             f"{self._accumulators} = warpgroup_mma_wait(0, deps=["
             + ", ".join(f"next_acc{x.suffix}" for x in self.v_parts)
             + "])",

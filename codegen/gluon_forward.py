@@ -133,7 +133,7 @@ class _Load(_Copies):
                 if self.several:
                     lines.add("mbarrier.arrive(ending, count=1, pred=n == gl.maximum(partial + full - 3, 0))")
                 turn = self.turn("n")
-                lines.add(f"stage = {turn} % STAGES", f"phase = ({turn} // STAGES) & 1")
+                lines.add(f"stage = {self.stage(turn)}", f"phase = {self.phase(turn)}")
                 self._copy_keys("k", self.q_parts)
                 lines.add(f"next_tile = {self.visited(partial, full, '(n + 1)')}")
                 self._copy_keys("v", self.v_parts)

@@ -161,6 +161,17 @@ class Tiles:
             return n if n.isidentifier() or n.isdecimal() else f"({n})"
         return f"(done + {n})" if n != "0" else "done"
 
+    def stage(self, turn: str) -> str:
+        """The stage of shared memory in which a turn's tile lies. Turns are not negative, which spares a division."""
+        stages = self.plan.tiling.stages
+        return f"{turn} % STAGES" if stages & (stages - 1) else f"{turn} & (STAGES - 1)"
+
+    def phase(self, turn: str) -> str:
+        """Whether a stage was used an odd number of times before a turn, as 0 or 1."""
+        stages = self.plan.tiling.stages
+        rounds = f"{turn} // STAGES" if stages & (stages - 1) else f"{turn} >> {stages.bit_length() - 1}"
+        return f"({rounds}) & 1"
+
     def at(self, side: str, head: str, first: str) -> str:
         """Where a tile of one side lies, from the row `first` on, or in a layout from that of a residue's tokens."""
         return f"b, {head}, {'' if self.combs[side].every else 'residue, '}{first}"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attndsl.runtime import passes
 from attndsl.runtime.cache import KernelCache, cache_key
 from attndsl.runtime.load import load_source
 from attndsl.runtime.triton_version import installation, version
@@ -37,7 +38,7 @@ class KernelSource:
     """A generated kernel and how to compile it.
 
     `types`: Triton type of each parameter, in order. `aligned`: parameters that are multiples of so many
-    (bytes for pointers, units for integers).
+    (bytes for pointers, units for integers). `plain`: LLVM's optimisations are left out (`passes.py`).
     """
 
     text: str
@@ -47,6 +48,7 @@ class KernelSource:
     warps: int
     stages: int
     gluon: bool = False
+    plain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,8 @@ def compile_kernel(source: KernelSource, target: str, cache: KernelCache | None 
         kept = None if whole else (_FACTS, _BINARY[target.partition(":")[0]])
         return {form: content() for form, content in _compiled(source, target) if kept is None or form in kept}
 
-    key = cache_key("triton kernel", source, target, installation(), _writes_lines(), whole)
+    own = passes.source() if source.plain else b""
+    key = cache_key("triton kernel", source, target, installation(), own, _writes_lines(), whole)
     files = build() if cache is None else cache.fetch(key, build)
     return Kernel(source, target, files, json.loads(files[_FACTS]))
 
@@ -111,8 +114,9 @@ def _compiled(source: KernelSource, target: str) -> Iterator[_Form]:
     types = {name: _with_layout(type) if source.gluon else type for name, type in source.types}
     ast = kind(fn=fn, signature=types, constexprs={}, attrs=hints)
     options: dict[str, Any] = {"num_warps": source.warps, "num_stages": source.stages}
-    make = _staged if version().startswith(STAGED_VERSIONS) else _by_triton
-    return make(ast, parse_target(target), options)
+    if version().startswith(STAGED_VERSIONS):
+        return _staged(ast, parse_target(target), options, source.plain)
+    return _by_triton(ast, parse_target(target), options)
 
 
 def _with_layout(type: str) -> str:
@@ -132,8 +136,8 @@ def _with_layout(type: str) -> str:
     return f"tensordesc<{element}{block},{layout!r}>"
 
 
-def _staged(ast: ASTSource, target: GPUTarget, options: dict[str, Any]) -> Iterator[_Form]:
-    """The passes of the target's compiler, one after another."""
+def _staged(ast: ASTSource, target: GPUTarget, options: dict[str, Any], plain: bool) -> Iterator[_Form]:
+    """The passes of the target's compiler, one after another. plain: without LLVM's optimisations."""
     import triton
     from triton._C.libtriton import ir
     from triton.compiler.compiler import make_backend
@@ -145,6 +149,8 @@ def _staged(ast: ASTSource, target: GPUTarget, options: dict[str, Any]) -> Itera
     backend.load_dialects(context)
     stages: dict[str, Callable[[Any, dict[str, Any]], Any]] = {}
     backend.add_stages(stages, parsed, ast.language)
+    if plain and (own := passes.to_llvm(backend, parsed, _writes_lines())) is not None:
+        stages["llir"] = own
     metadata = {"hash": "", "target": target, **parsed.__dict__, "triton_version": triton.__version__}
     form: Any = ast.make_ir(
         target, parsed, backend.get_codegen_implementation(parsed), backend.get_module_map(), context

@@ -313,7 +313,9 @@ def kernel_source(
     types = tuple((name, _type(name, sources[name])) for name in names)
     alignments = tuple(_alignments(names, sources)) if aligned else ()
     gluon = plan.spec.backend is Backend.GLUON
-    return KernelSource(text, function, types, alignments, plan.tiling.warps, plan.tiling.stages, gluon)
+    # Timed both ways: the portable kernels, and that of gradients, are slower without LLVM's optimisations.
+    plain = gluon and function == FUNCTION
+    return KernelSource(text, function, types, alignments, plan.tiling.warps, plan.tiling.stages, gluon, plain)
 
 
 _ALIGNED = (

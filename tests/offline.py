@@ -58,7 +58,8 @@ class Found:
     """What a kernel came to. `spills`: bytes of stack, or registers spilled. `shared`: bytes of shared memory.
 
     `in_loops`: accesses to spilled registers in the innermost loops around products. `drained`: how often all products
-    are waited for, in relation to them: 1 where the assembler put one after the other.
+    are waited for, in relation to them: 1 where the assembler put one after the other. `rounded_late`: roundings in
+    those loops that come after a wait for products.
     """
 
     spills: int
@@ -69,6 +70,7 @@ class Found:
     triton: str
     in_loops: int = 0
     drained: float = 0.0
+    rounded_late: int = 0
 
 
 def compile_all(jobs: Sequence[Job]) -> list[Found]:
@@ -184,12 +186,28 @@ def compile_hopper(job: Job, program: Any, spec: Any) -> Found:
     return Found(
         int(used["STACK"]) + int(used["LOCAL"]), int(used["REG"]), int(kernel.metadata["shared"]),
         "wgmma.mma_async" in ptx, "cp.async.bulk.tensor" in ptx, triton.__version__, spilled_in_loops(code),
-        waits / products,
+        waits / products, rounded_late(code),
     )  # fmt: skip
 
 
 def spilled_in_loops(code: str) -> int:
     """Loads and stores of spilled registers in the innermost loops of machine code that hold products."""
+    return sum(len(re.findall(r"\b(?:LDL|STL)\b", line)) for loop in innermost_loops(code) for line in loop)
+
+
+def rounded_late(code: str) -> int:
+    """Roundings to 16 bits that come after a wait for products, in those of these loops that hold the most of them."""
+    counted = [(sum("GMMA" in line for line in loop), loop) for loop in innermost_loops(code)]
+    most = max((products for products, _ in counted), default=0)
+    found = 0
+    for products, loop in counted:
+        waits = [n for n, line in enumerate(loop) if "WARPGROUP.DEPBAR" in line]
+        found += sum("F2FP" in line for line in loop[waits[0] :]) if waits and products == most else 0
+    return found
+
+
+def innermost_loops(code: str) -> list[list[str]]:
+    """The lines of the innermost loops of machine code that hold products."""
     lines = code.splitlines()
     labels = {line.strip().rstrip(":"): n for n, line in enumerate(lines) if re.match(r"\.L_\w+:", line.strip())}
     loops = []
@@ -198,8 +216,7 @@ def spilled_in_loops(code: str) -> int:
         if target and labels.get(target[1], n) < n:
             loops.append((labels[target[1]], n))
     loops = [(a, b) for a, b in loops if any(re.search("[HQ]GMMA", line) for line in lines[a:b])]
-    innermost = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
-    return sum(len(re.findall(r"\b(?:LDL|STL)\b", line)) for a, b in innermost for line in lines[a:b])
+    return [lines[a:b] for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
 
 
 def _resources(cubin: bytes) -> dict[str, str]:
