@@ -104,8 +104,11 @@ def check_packing(program: Program, node: ast.Attention, ctx: Context) -> bool:
 
 
 def _barred(program: Program, packed: bool) -> Iterator[_Barred]:
-    if program.observations:
-        yield _Barred("`observe`", "what is observed is of all of a call's tokens")
+    for each in program.observations:
+        if packed:
+            yield _Barred("`observe`", "which blocks are a document's would follow from data")
+        elif any(part.view is not None for part in program.named(each.branch).parts):
+            yield _Barred("`observe` of a view", "its last entry holds fewer tokens of some sequences than of others")
     for branch in program.branches:
         if branch.skip is not None:
             yield _Barred("`skip below`", _TOGETHER)

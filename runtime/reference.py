@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attndsl import oracle
-from attndsl.alone import separate, sequences, together
+from attndsl.alone import Alone, separate, sequences, together
 from attndsl.branches import (
     Attended,
     Branch,
@@ -128,17 +128,9 @@ def _apart(call: _Call) -> tuple[Tensor, Tensor | None]:
     out = call.q.new_zeros(*call.q.shape[:3], shape.v_dim)
     lse: Tensor | None = call.q.new_full(call.q.shape[:3], -torch.inf)
     for x in sequences(program, shape, evaluator.inputs):
-        at, own = slice(x.entry, x.entry + 1), together(program)
-        exact = x.inputs(program, evaluator.inputs)
-        part = _Call(
-            own, x.shape(shape), call.q[at, :, x.rows], call.k[at, :, x.keys], call.v[at, :, x.keys],
-            oracle.Evaluator.of_call(own, x.shape(shape), exact, evaluator.args, x.entry),
-            x.inputs(program, call.floats), call.scale,
-            None if call.left is None else (call.left[0][at, :, x.rows, x.keys], call.left[1][at, :, x.rows, x.keys]),
-        )  # fmt: skip
-        found, own_lse = part.result()
+        found, own_lse = call.alone(x).result()
         place = torch.zeros(out.shape[:3], dtype=torch.bool, device=out.device)
-        place[at, :, x.rows] = True
+        place[x.entry, :, x.rows] = True
         out = out.masked_scatter(place[..., None], found)
         lse = None if lse is None or own_lse is None else lse.masked_scatter(place, own_lse)
     return out, lse
@@ -159,7 +151,14 @@ def probabilities(
     evaluator = oracle.Evaluator.of_call(program, shape, exact, args)
     q, k = (x.detach().to(torch.float64) for x in (q, k))
     v = k.new_zeros(*k.shape[:3], v_dim)
-    return _Call(program, shape, q, k, v, evaluator, floats, scale, None).probabilities(branch)
+    call = _Call(program, shape, q, k, v, evaluator, floats, scale, None)
+    if not separate(program):
+        return call.probabilities(branch)
+    # Of a part over raw tokens: the keys of a sequence are those of its own.
+    whole = q.new_zeros(*q.shape[:3], shape.k_len)
+    for x in sequences(program, shape, exact):
+        (whole[x.entry : x.entry + 1, :, x.rows, x.keys],) = call.alone(x).probabilities(branch)
+    return [whole]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +174,17 @@ class _Call:
     floats: Mapping[str, Tensor]
     scale: float | None
     left: tuple[Tensor, Tensor] | None  # what dropout multiplies weights by: of tokens, and of entries
+
+    def alone(self, x: Alone) -> _Call:
+        """The call of a sequence that stands alone in this one."""
+        at, own, shape, left = slice(x.entry, x.entry + 1), together(self.program), x.shape(self.shape), self.left
+        exact = x.inputs(self.program, self.evaluator.inputs)
+        return _Call(
+            own, shape, self.q[at, :, x.rows], self.k[at, :, x.keys], self.v[at, :, x.keys],
+            oracle.Evaluator.of_call(own, shape, exact, self.evaluator.args, x.entry),
+            x.inputs(self.program, self.floats), self.scale,
+            None if left is None else (left[0][at, :, x.rows, x.keys], left[1][at, :, x.rows, x.keys]),
+        )  # fmt: skip
 
     def result(self) -> tuple[Tensor, Tensor | None]:
         """Output and lse of the program."""

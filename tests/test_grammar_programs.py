@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from attndsl import syntax as ast
-from attndsl.diagnostics import PatternError
 from attndsl.grammar import format_source, load, parse
 
 FOLDER = Path(__file__).parent / "programs"
@@ -21,11 +20,6 @@ PARAMS: dict[str, dict[str, object]] = {
     "dilated_heads": {"d": [1, 2, 3, 4]},
     "proxy_attn": {"n": [4, 8]},
 }
-UNSUPPORTED: dict[str, set[str]] = {
-
-    "snap": {"A908"},
-
-}  # fmt: skip
 
 
 @cache
@@ -42,19 +36,11 @@ def texts() -> dict[str, str]:
 
 def test_there_are_many() -> None:
     assert len(texts()) >= 80
-    assert set(UNSUPPORTED) < set(texts())
 
 
 @pytest.mark.parametrize("name", sorted(texts()))
 def test_program(name: str) -> None:
-    params = PARAMS.get(name)
-    if name not in UNSUPPORTED:
-        assert load(texts()[name], name=name, params=params).program.name == name
-        return
-    with pytest.raises(PatternError) as caught:
-        load(texts()[name], name=name, params=params)
-    assert {d.code for d in caught.value.diagnostics if d.code < "A800" or d.code >= "A900"} == UNSUPPORTED[name]
-    assert all(d.span is not None for d in caught.value.diagnostics)
+    assert load(texts()[name], name=name, params=PARAMS.get(name)).program.name == name
 
 
 @pytest.mark.parametrize("file", ["static.attn", "routing.attn"])

@@ -319,6 +319,24 @@ def test_random_triton(case: Case) -> None:
     judge_random(case, True, torch.float32, "triton")
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_padding_is_not_observed(backend: str) -> None:
+    """Each sequence observes what it observes alone: members past its end get nothing, and its rows give it."""
+    body = f"x = attend causal & (window(9) | sink(2))\n{SOME}"
+    attn, alone = (
+        attndsl.compile(f"attention a {{ {clause} {body} }}") for clause in ("input n : int[b] lengths n", "")
+    )
+    dtype, n = (torch.float64 if backend == "cpu" else torch.float32), torch.tensor([40, 31, 0])
+    for rows in (40, 13):
+        judge(attn, (3, 4, 2, rows, 40, 16, 16), dtype, backend, n=n)
+    (q, k, v), _ = leaves(attn, (3, 4, 2, 40, 40, 16, 16), dtype)
+    found = attn(q, k, v, n=n, backend=backend, return_observed=True)[1]
+    wanted = alone(q[1:2, :, :31], k[1:2, :, :31], v[1:2, :, :31], return_observed=True)[1]
+    for name, x in found.items():
+        assert not x[2].any()
+        torch.testing.assert_close(x[1:2, :, : wanted[name].shape[2], : wanted[name].shape[3]], wanted[name])
+
+
 def test_dropout_does_not_touch_what_is_observed() -> None:
     attn = attndsl.compile(text_of(f"x = attend {PARTS[7]}\n{SOME}"))
     q, k, v = torch.randn(3, 1, 2, 40, 16, generator=torch.Generator().manual_seed(0))
