@@ -14,7 +14,7 @@ from attndsl.derive import derive
 from attndsl.effort import remembered
 from attndsl.evaluate import evaluate
 from attndsl.listing import LEAST, Listable, fitting, listables, lists_tiles
-from attndsl.plan import Backend, BackwardPlan, Loads, Spec, Tiling, forward_plan
+from attndsl.plan import Backend, BackwardPlan, Loads, Spec, Tiling, backward_plan, forward_plan
 from attndsl.program import Arg, CallShape, Program, Read, Scalar, Table, Type, reads, walk
 from attndsl.relation import lowered
 from attndsl.runs import TileRuns
@@ -34,6 +34,8 @@ _DQ_128 = (
 # they are of one program that others have ended before.
 _ONE_PASS, _TWO_PASSES = {128: (5.2, 10.0, 2.2, 2.2)}, {128: (1.5, 3.2, 3.05, 1.5)}
 _MULTIPROCESSORS = 132
+# Tiles of rows that a key tile is visited by, from which on two stages of them are ahead of three on an H100.
+_MANY_TILES = 100
 # A key tile that so many times more query tiles visit than the others do on average is started first.
 _HEAVY = 4
 # The length for which tilings are compared: kernels do not depend on lengths.
@@ -174,7 +176,9 @@ def choose_backward_tilings(program: Program, spec: Spec) -> tuple[Tiling, Tilin
 
 def _choose_backward_tilings(program: Program, spec: Spec) -> tuple[Tiling, Tiling]:
     of_q, of_keys = backward_tilings(spec)
-    if spec.backend is Backend.GLUON or spec.loads is not Loads.DESCRIPTOR or max(spec.dim, spec.v_dim) != 128:
+    if spec.backend is Backend.GLUON:
+        return of_q, _one_pass_tiling(program, spec, of_q, of_keys)
+    if spec.loads is not Loads.DESCRIPTOR or max(spec.dim, spec.v_dim) != 128:
         return of_q, of_keys
     (programs, small, own, per_tile), (_, large, large_own, large_tile) = _DQ_128
     narrow = _visited(forward_plan(program, spec, small).runs, small, spec)
@@ -202,6 +206,14 @@ def prefers_two_passes(plan: BackwardPlan, shape: CallShape) -> bool:
         for of_rows, of_keys, each, alone in (_ONE_PASS[dim], _TWO_PASSES[dim])
     )
     return two < one
+
+
+def _one_pass_tiling(program: Program, spec: Spec, of_q: Tiling, of_keys: Tiling) -> Tiling:
+    """The tiling of all gradients in one pass: two stages of rows where key tiles are visited by many, else three."""
+    plan = backward_plan(program, spec, of_q, of_keys)
+    visits = _key_visits(plan, CallShape(1, spec.heads, spec.kv_heads, _TOKENS, _TOKENS, spec.dim, spec.v_dim), None)
+    deep = spec.dim > 64 and (visits is None or visits.mean() < _MANY_TILES)
+    return replace(of_keys, stages=3) if deep else of_keys
 
 
 def heavy_tiles(plan: BackwardPlan, shape: CallShape) -> int:

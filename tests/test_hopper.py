@@ -16,7 +16,7 @@ import attndsl
 from attndsl.codegen.gluon_forward import forward_source
 from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import GLUON
-from attndsl.piece_plans import forward_plans
+from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.plan import Backend
 from attndsl.runtime.gluon_backward import why_not
 from attndsl.targets import (
@@ -145,6 +145,19 @@ def test_which_gradients_are_predicted_to_be_ahead() -> None:
         assert "in one pass" in line and "use_deterministic_algorithms(True)" in line and "64 MiB" in line, line
     for text, tokens in (("causal & window(256)", 16384), ("causal", 512)):
         assert "portable Triton, predicted to be ahead" in said(text, tokens)
+
+
+def test_gradients_have_as_many_stages_as_were_ahead() -> None:
+    """Two where many tiles of rows visit a key tile, three elsewhere, where these fit into shared memory."""
+    documents = "attention a { input d : int[b, k] sorted\n attend causal & document(d) }"
+    for text, dim, stages in (
+        ("causal", 128, 2),
+        ("causal & window(1024)", 128, 3),
+        (documents, 128, 3),
+        ("causal", 64, 2),
+    ):
+        spec = replace(make_spec("sm_90", "triton", 8, 2, dim), backend=Backend.GLUON)
+        assert backward_plans(attndsl.compile(text).program, spec)[0].key_tiling.stages == stages, text
 
 
 def test_the_kernel_of_all_gradients_is_for_hopper_alone() -> None:
