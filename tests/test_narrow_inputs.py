@@ -25,7 +25,7 @@ GATED = """attention gated {
     far = attend causal
     output (0.001 * (step - 2 * step * step)) * near + far
 }"""
-DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int64)
 
 
 def call(dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:
