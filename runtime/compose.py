@@ -88,7 +88,7 @@ class Composed:
         self._program, self._dropout, self._seed = program, dropout, seed
         self.q, self.k, self.v, self.args, self.scale, self.backend = q, k, v, list(args), scale, backend
         self.inputs = {decl.name: x for decl, x in zip(own.inputs, given, strict=True)}
-        self.planner = Planner(program, key, q, k, given, args, scale, plans, self.state, self.queries)
+        self.planner = Planner(program, key, q, k, given, args, scale, plans)
         self._selections = {selection.name for selection in program.selections}
         present = present_tokens(program, self.inputs, k.shape[0])
         self._made = _entries(key, composition, k, v, views, backend, present, self.inputs)
@@ -166,7 +166,7 @@ class Composed:
 
     def _input(self, decl: InputDecl) -> Tensor:
         if decl.name in self._selections:
-            return self.planner.input(decl.name)
+            return self.planner.input(decl.name, self)
         return self._made[decl.name] if decl.name in self._made else self.inputs[decl.name]
 
 
@@ -208,7 +208,7 @@ def make_plans(
         v_dim = without_values(composition.own, q, k, given).v_dim
         v = k if v_dim == k.shape[3] else k.new_zeros(*k.shape[:3], v_dim)
         call = Composed(program, key, composition, keys, q, k, v, given, args, scale, "auto", plans)
-        return {selection.name: call.planner.plan(selection.name) for selection in program.selections}
+        return {selection.name: call.planner.plan(selection.name, call) for selection in program.selections}
 
 
 def with_plans(
@@ -217,7 +217,7 @@ def with_plans(
 ) -> list[Tensor]:  # fmt: skip
     """The inputs of a plain program: those of a call, then the plans that it attends to."""
     call = Composed(program, key, composition, (), q, k, k, given, args, scale, "auto", plans)
-    return [*given, *(call.planner.input(decl.name) for decl in program.inputs[len(given) :])]
+    return [*given, *(call.planner.input(decl.name, call) for decl in program.inputs[len(given) :])]
 
 
 def _entries(

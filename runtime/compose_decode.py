@@ -53,7 +53,7 @@ class ComposedDecode:
         self.inputs = {decl.name: x for decl, x in zip(own.inputs, given, strict=True)}
         self._kept = {each.name: each for each in kept(program, composition)}
         self._entries = self._given_entries(views)
-        self.planner = RaggedPlanner(key, call, given, args, scale, plans, self.members, self.state)
+        self.planner = RaggedPlanner(key, call, given, args, scale, plans)
         self._selections = {selection.name for selection in program.selections}
         # A plain program's output is that of its branch, by no name; selections know its own.
         self._programs = dict.fromkeys(("", program.branches[0].name or ""), (key, program))
@@ -98,7 +98,7 @@ class ComposedDecode:
 
     def _input(self, decl: InputDecl) -> Tensor:
         if decl.name in self._selections:
-            return self.planner.input(decl.name)
+            return self.planner.input(decl.name, self)
         if decl.name not in self._pools:
             return self.inputs[decl.name]
         keys, values = self._entry(self._pools[decl.name])
@@ -163,7 +163,7 @@ def plan_decode(
     call = in_order(q, k_cache, v_cache, seq_lens, page_table, layout)
     with torch.no_grad():
         of = ComposedDecode(program, key, composition, keys, call, given, args, scale, "auto", plans or {}, views)
-        return {selection.name: of.planner.plan(selection.name) for selection in program.selections}
+        return {selection.name: of.planner.plan(selection.name, of) for selection in program.selections}
 
 
 def cache_views(

@@ -7,8 +7,8 @@ input like any other.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -44,26 +44,34 @@ MAX_KEPT = 256
 _KEPT: dict[Any, Selector] = {}
 
 
+class Branches(Protocol):
+    """What a call has attended: the keys and the lse of a branch that `probs` reads, and its queries."""
+
+    def state(self, name: str) -> State: ...
+
+    def queries(self, name: str) -> Tensor: ...
+
+
 class Planner:
     """The plans of a program's selections in one call, each made when first asked for, or given.
 
-    key: the registered program. given: plans by name, [B, H', R, C or M]. state, queries: the keys and the lse of a
-    branch that `probs` reads, and its queries.
+    key: the registered program. given: plans by name, [B, H', R, C or M]. The branches are handed in whenever a plan is
+    asked for: kept here, they and their planner would keep each other, and with them all that a call made, until Python
+    looks for cycles.
     """
 
     def __init__(
         self, program: Program, key: str, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
-        scale: float | None, given: Mapping[str, Tensor], state: Callable[[str], State],
-        queries: Callable[[str], Tensor],
+        scale: float | None, given: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         """Raises `PatternError` where a given plan belongs to no selection of the program."""
-        self.program, self.key, self.queries = program, key, queries
+        self.program, self.key = program, key
         self.q, self.k, self.inputs = q.detach(), k.detach(), [x.detach() for x in inputs]
-        self.args, self.scale, self.given, self.state = args, scale, given, state
+        self.args, self.scale, self.given = args, scale, given
         self._found: dict[str, Tensor] = {}
         check_named(self.program, given)
 
-    def plan(self, name: str) -> Tensor:
+    def plan(self, name: str, of: Branches) -> Tensor:
         """A plan, [B, H', R, C or M]. Raises `PatternError` where a given one does not fit the call."""
         if name not in self._found:
             selection = self.program.selection(name)
@@ -71,17 +79,17 @@ class Planner:
                 shape = call_shape(self.q, self.k, self.k)
                 self._found[name] = _checked(self.program, selection, shape, self.given[name], self.q.device)
             else:
-                self._found[name] = self._made(selection)
+                self._found[name] = self._made(selection, of)
         return self._found[name]
 
-    def input(self, name: str) -> Tensor:
+    def input(self, name: str, of: Branches) -> Tensor:
         """The plan as the input that it is to what attends it."""
         # Where the program declares it, nothing is derived anew: torch.compile would trace that.
         declared = [decl for decl in self.program.inputs if decl.name == name]
-        return as_input(self.plan(name), declared[0] if declared else plan_input(self.program.selection(name)))
+        return as_input(self.plan(name, of), declared[0] if declared else plan_input(self.program.selection(name)))
 
-    def _made(self, selection: Selection) -> Tensor:
-        read = [self.input(name) for name in _reads(selection, self.program)]
+    def _made(self, selection: Selection, of: Branches) -> Tensor:
+        read = [self.input(name, of) for name in _reads(selection, self.program)]
         keys: Tensor | None = None
         lse: Tensor | None = None
         q = self.q
@@ -89,8 +97,8 @@ class Planner:
             # Raises where the branch has no probabilities, before it is attended; a graph raises when it runs.
             if not torch.compiler.is_compiling():
                 checked_mass(of_selection(self.program, selection), selection, call_shape(self.q, self.k, self.k))
-            keys, lse = (x.detach() for x in self.state(selection.score.branch))
-            q = self.queries(selection.score.branch).detach()
+            keys, lse = (x.detach() for x in of.state(selection.score.branch))
+            q = of.queries(selection.score.branch).detach()
         make = torch.ops.attndsl.select if traced((self.q, self.k, *self.inputs)) else _select
         made: Tensor = make(
             self.key, selection.name, q, self.k, [*self.inputs, *read], self.args, self.scale, keys, lse
@@ -98,24 +106,29 @@ class Planner:
         return made
 
 
-class RaggedPlanner:
-    """The plans of a program's selections in one decode, each made when first asked for, or given.
+class CacheBranches(Protocol):
+    """What a decode has: of a cache what is kept for the vectors of a selection's members, and of a branch that `probs`
+    reads the keys and the lse."""
 
-    members: what is kept of a cache for the vectors of a selection's members. state: as in `Planner`.
-    """
+    def members(self, name: str) -> Sequence[Tensor]: ...
+
+    def state(self, name: str) -> State: ...
+
+
+class RaggedPlanner:
+    """The plans of a program's selections in one decode, as `Planner` has them."""
 
     def __init__(
         self, key: str, call: DecodeTensors, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
-        given: Mapping[str, Tensor], members: Callable[[str], Sequence[Tensor]], state: Callable[[str], State],
+        given: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         """Raises `PatternError` where a given plan belongs to no selection of the program."""
         self.key, self.call, self.program = key, call, engine_of(key).program
         self.inputs, self.args, self.scale, self.given = inputs, args, scale, given
-        self.members, self.state = members, state
         self._found: dict[str, Tensor] = {}
         check_named(self.program, given)
 
-    def plan(self, name: str) -> Tensor:
+    def plan(self, name: str, of: CacheBranches) -> Tensor:
         """A plan, [B, H', R, C or M]. Raises `PatternError` where a given one does not fit the call."""
         if name not in self._found:
             selection = self.program.selection(name)
@@ -128,31 +141,31 @@ class RaggedPlanner:
                 plan = self.given[name]
                 self._found[name] = _checked(self.program, selection, self.call.shape, plan, self.call.q.device)
             else:
-                self._found[name] = self._made(selection)
+                self._found[name] = self._made(selection, of)
         return self._found[name]
 
-    def input(self, name: str) -> Tensor:
+    def input(self, name: str, of: CacheBranches) -> Tensor:
         """The plan as the input that it is to what attends it."""
-        return as_input(self.plan(name), plan_input(self.program.selection(name)))
+        return as_input(self.plan(name, of), plan_input(self.program.selection(name)))
 
-    def _made(self, selection: Selection) -> Tensor:
+    def _made(self, selection: Selection, of: CacheBranches) -> Tensor:
         if reason := _why_not_ragged(selection):
             raise error(
                 "A561", f"decode takes what `{selection.name}` chooses as a plan: {reason}", selection.span,
                 help=f"pass plans={{'{selection.name}': …}}",
             )  # fmt: skip
-        call, read = self.call, [self.input(name) for name in _reads(selection, self.program)]
+        call, read = self.call, [self.input(name, of) for name in _reads(selection, self.program)]
         keys: Tensor | None = None
         lse: Tensor | None = None
         if isinstance(selection.score, Probs):
-            keys, lse = self.state(selection.score.branch)
+            keys, lse = of.state(selection.score.branch)
         inputs = [*self.inputs, *read]
         # Single keys are ranked where they lie, those of 8 bits in a copy.
         in_pages = None in kept_by(selection) and not call.cache.fp8
         make = torch.ops.attndsl.select_ragged if traced((call.q, *inputs)) else _select_ragged
         made: Tensor = make(
             self.key, selection.name, call.q, call.seq_lens, call.k.shape[1], call.capacity,
-            self.members(selection.name), call.page_table if in_pages else None, inputs, self.args, self.scale, keys,
+            of.members(selection.name), call.page_table if in_pages else None, inputs, self.args, self.scale, keys,
             lse,
         )  # fmt: skip
         return made

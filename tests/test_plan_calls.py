@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -77,3 +81,36 @@ def test_explain_says_what_a_selection_chooses_among() -> None:
     rows = load_attention("causal & cover(0.5, blocks(8), per = rows(8), by = antidiagonal(Q, K, 4), exclusive)")
     said = "cover(0.5, blocks(8), per = rows(8), by = antidiagonal(Q, K, 4), among = { k <= q }, exclusive = true)"
     assert f"{said}, made in each call; what a row chooses may depend on tokens after it" in str(rows.explain(64))
+
+
+ROUTED: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
+    "moba": ({"block": 32, "n": 3}, {}),
+    "nsa": ({"block": 16, "n": 4, "span": 40}, {"gate": (1, 4, 100, 3)}),
+    "hsa": ({}, {"summary": (1, 2, 2, 16)}),
+}
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_nothing_of_a_step_waits_for_the_collector(name: str) -> None:
+    """What a call made is freed with its output: Python looks for cycles when it likes, with a device full by then."""
+    params, sizes = ROUTED[name]
+    attn = attndsl.compile(Path(__file__).parent.parent / "examples" / "patterns" / f"{name}.attn", **params)
+    leaves = [torch.randn(1, heads, 100, 16, requires_grad=True) for heads in (4, 2, 2)]
+    inputs: dict[str, Any] = {each: torch.randn(size, requires_grad=True) for each, size in sizes.items()}
+
+    def step() -> None:
+        out = attn(*leaves, **inputs)
+        torch.autograd.grad(out, [*leaves, *inputs.values()], torch.ones_like(out))
+
+    def tensors() -> int:
+        return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+
+    step()
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        step()
+        assert tensors() == before
+    finally:
+        gc.enable()
