@@ -230,8 +230,10 @@ def test_the_last_rows_of_a_prefill() -> None:
             torch.testing.assert_close(out[b], whole[0, :, -3:], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-@pytest.mark.parametrize("name", ["nsa", "moba", "quest", "token_select", "pyramid"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("nsa", "triton"), ("quest", "triton"), ("moba", "cpu"), ("token_select", "cpu"), ("pyramid", "cpu")],
+)
 def test_eight_bits(name: str, backend: str) -> None:
     """Over an 8-bit cache in pages, with scales of heads, what is kept and chosen is that of the numbers it stands for:
     made at once, and kept up to date."""
