@@ -191,7 +191,8 @@ class Branch:
 
     `scale` multiplies q . k (None: 1/sqrt(D)); `score` maps s to the logit (None: s itself); `sink` adds
     e**sink to the denominator; `weights` replaces the softmax; `skip` drops tiles in which no weight is above it, in
-    relation to what their rows have seen (`attndsl.skipping`). `queries`: they are pooled; all parts are over views.
+    relation to what their rows have seen (`attndsl.skipping`). `queries`: they are pooled; all parts are over views,
+    raw tokens as entries of one token.
     """
 
     parts: tuple[Part, ...]

@@ -190,6 +190,9 @@ def _branch(node: ast.Branch, outer: _Modifiers | None, ctx: Context) -> Branch 
     if own is None or outer is None or None in parts:
         return None
     lowered = tuple(x for part in parts if part is not None for x in part)
+    if queries is not None:
+        # Which rows of a class see a token is asked as of an entry, and a token is the mean of one.
+        lowered = tuple(replace(x, view=views.TOKENS) if x.view is None else x for x in lowered)
     branch = Branch(lowered, *_effective(own, outer), node.name, node.span, queries=queries)
     if branch.weights is None:
         branch = replace(branch, skip=outer.skip if own.skip is None else own.skip)

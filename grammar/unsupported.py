@@ -9,11 +9,6 @@ from attndsl.grammar.scope import Context
 
 
 class Feature(Enum):
-    POOLED_QUERIES = (
-        "A903",
-        "pooled queries of raw tokens",
-        "pool the keys too: `over pool(mean, 64) from pool(mean, 64)`",
-    )
     WITHIN = ("A904", "a softmax inside such members", "write `within blocks(B)`, B a power of two from 16 to 256")
     PARTITIONS = (
         "A905",

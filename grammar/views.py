@@ -16,13 +16,14 @@ from attndsl.grammar.scope import Context, InputRef, LevelsRef, Poison, Use
 from attndsl.grammar.selections import selection
 from attndsl.grammar.sets import pattern_set, within
 from attndsl.grammar.two_levels import two_levels
-from attndsl.grammar.unsupported import Feature, unsupported
 from attndsl.members import Runs
 from attndsl.program import Axis, Dim, InputDecl, Inter, Read, Selected, Set, Type, Var
 from attndsl.selection import Levels, Selection
 
 _POOLS = tuple(function.value for function in PoolFunction)
 _OWN = {Axis.B: Var("b"), Axis.G: Var("g")}
+# The raw tokens as a view.
+TOKENS = Pool(PoolFunction.MEAN, 1, 1)
 _VISIBLE = tuple(visible.value for visible in Visible)
 
 
@@ -67,9 +68,11 @@ def pooled_queries(parts: Sequence[ast.Part], ctx: Context) -> Queries | None:
                 "write `from pool(mean, 64)`, the same in every part",
             )  # fmt: skip
             return None
-    bare = next((part for part in parts if part.over is None or part.queries is None), None)
-    if bare is not None:
-        unsupported(Feature.POOLED_QUERIES, bare.pattern.span, ctx)
+    if (other := next((part for part in parts if part.queries is None), None)) is not None:
+        ctx.report.error(
+            "A078", "queries are pooled in every part or in none", other.pattern.span, "not said here",
+            "write the same `from` in every part",
+        )  # fmt: skip
         return None
     first = found[0]
     return Queries(first.function, first.size) if isinstance(first, Pool) else None

@@ -28,6 +28,8 @@ BODIES = [
     "far = attend causal within blocks(16) with probs(coarse)\n output far",
     "plan sel = top(2, blocks(8), per = rows(8), among = causal, by = dot(mean(Q), mean(K)))\n"
     "coarse = attend sel over pool(mean, 4) from pool(mean, 8)\n output coarse",
+    "coarse = attend causal & window(20) from pool(mean, 8) { softmax with sink sinks[h] }\n output channels * coarse",
+    "coarse = attend causal & window(9) from pool(max, 4), causal over pool(mean, 4) from pool(max, 4)\n output coarse",
     "align start\n coarse = attend band(9, 9) over pool(mean, 4) from pool(mean, 8)\n output coarse",
 ]
 SHAPES = [(2, 4, 2, 37, 37, 16, 16), (1, 2, 1, 1, 1, 16, 24), (1, 3, 3, 13, 38, 40, 16)]
@@ -59,6 +61,24 @@ def test_the_rule(rows: int) -> None:
             entries = [np.stack([y[4 * m : 4 * m + 4].mean(0) for m in range(finished)]) for y in (keys, values)]
             expected = softmax(entries[0] @ x / DIM**0.5) @ entries[1]
         np.testing.assert_allclose(found[0, h, i].numpy(), expected, atol=1e-12)
+
+
+def test_of_raw_tokens() -> None:
+    """The mean of a class's rows, and the tokens that all of the class see."""
+    q, k, v = call(37)
+    found = attndsl.compile("attention a { x = attend causal from pool(mean, 8)\n output x }")(q, k, v)
+    for h, i in np.ndindex(HEADS, 37):
+        own = np.arange(37) // 8 == i // 8
+        seen = i // 8 * 8 + 1
+        keys, values = (x[0, h // SHARE, :seen].numpy() for x in (k, v))
+        expected = softmax(keys @ q[0, h].numpy()[own].mean(0) / DIM**0.5) @ values
+        np.testing.assert_allclose(found[0, h, i].numpy(), expected, atol=1e-12)
+
+
+def test_every_part_says_so() -> None:
+    text = "attention a { x = attend causal, causal over pool(mean, 4) from pool(mean, 8)\n output x }"
+    with pytest.raises(attndsl.PatternError, match="A078"):
+        attndsl.compile(text)
 
 
 def test_rows_of_a_class_are_one() -> None:
