@@ -70,6 +70,17 @@ def parts_that_meet(items: isl.Set, other: isl.Set) -> isl.Set:
     return fold(kept, isl.Set.union) if kept else isl.Set.empty(items.get_space())
 
 
+def implied(wanted: isl.Set, existing: isl.Set, others: list[isl.Set]) -> bool:
+    """Whether other sets, or already some of them, leave nothing of what exists that is not wanted."""
+    left = existing
+    # One of few parts decides it soon, as `causal` does for keys past the last one.
+    for other in sorted(others, key=lambda found: found.n_basic_set()):
+        left = left.intersect(other)
+        if left.is_subset(wanted):
+            return True
+    return False
+
+
 def project_param(pairs: isl.Set, name: str) -> isl.Set:
     position = pairs.find_dim_by_name(isl.dim_type.param, name)
     return pairs.project_out(isl.dim_type.param, position, 1) if position >= 0 else pairs

@@ -8,6 +8,7 @@ from attndsl.cuts import by_cuts
 from attndsl.derivation import Cut
 from attndsl.effort import TooHard, bounded
 from attndsl.grid import MAX_AXES
+from attndsl.isl_sets import implied
 from attndsl.program import Binary, Compare, Const, Logic, Program, Read, Scalar, Table, Var, children, reads, walk
 from attndsl.quasi_affine import comparisons, condition
 from attndsl.relation import Lowering, Relation
@@ -48,10 +49,7 @@ def without_redundant(lowering: Lowering, cond: Scalar) -> Scalar:
     sets = {x: lowering.holds(x, lowering.here) for x in kept}
     # The author's own conditions stay where either would do.
     for x in (IN_RANGE, *kept[:-1]):
-        left = existing
-        for y in kept:
-            left = left if y == x else left.intersect(sets[y])
-        if len(kept) > 1 and left.is_subset(sets[x]):
+        if implied(sets[x], existing, [sets[y] for y in kept if y != x]):
             kept.remove(x)
     return kept[0] if len(kept) == 1 else Logic("and", tuple(kept))
 

@@ -224,7 +224,7 @@ class _Search:
         fits_whole = any(len(family) == 1 for family, _ in self._families())
         if 1 < len(basic) <= MAX_PARTS and not fits_whole:
             self.parts = [isl.Set.from_basic_set(part) for part in basic]
-        self.costs: dict[tuple[Layout, frozenset[int]], float] = {}
+        self.tiles: dict[tuple[Layout, frozenset[int]], float] = {}
         # What costs no less is not counted to the end.
         self.limit = math.inf
         # The relation at the length for which costs are compared.
@@ -314,24 +314,25 @@ class _Search:
 
     def _cost(self, groups: dict[Layout, frozenset[int]]) -> tuple[float, bool]:
         """What a division costs, or where that is no less than the limit, at least; and whether it is the whole."""
-        cost = TAKEN_UP * sum(_programs(layout) for layout in list(groups)[1:])
+        programs = [_programs(layout) for layout in groups]
+        # What all of them cost apart from their tiles is known before any are counted.
+        cost = PROGRAM * sum(programs) + TAKEN_UP * sum(programs[1:])
         for counted, (layout, parts) in enumerate(groups.items()):
             if cost >= self.limit and counted:
                 return cost, False
-            cost += self._cost_of(layout, parts)
+            cost += self._tiles_of(layout, parts)
         return cost, True
 
-    def _cost_of(self, layout: Layout, parts: frozenset[int]) -> float:
+    def _tiles_of(self, layout: Layout, parts: frozenset[int]) -> float:
         key = (layout, parts)
-        if key not in self.costs:
+        if key not in self.tiles:
             found = self.relation.project_atoms(self._union(parts))
             for name in self.relation.uniform:
                 # The pairs of any head, any call.
                 found = project_param(found, name)
             found = found.intersect_params(self.known.context)
-            tiles = _tiles(in_layout(self.known, found, layout), layout, self.program.align_start)
-            self.costs[key] = PROGRAM * _programs(layout) + tiles
-        return self.costs[key]
+            self.tiles[key] = _tiles(in_layout(self.known, found, layout), layout, self.program.align_start)
+        return self.tiles[key]
 
     def _union(self, parts: frozenset[int]) -> isl.Set:
         found = self.parts[min(parts)]

@@ -57,6 +57,8 @@ MAX_HARD = 2
 MAX_WRITTEN = 20_000
 # Conditions on sorted data up to which full tiles are told from partial ones: with more, that takes too long.
 MAX_KNOWN = 2
+# Quotients in the tiles that are touched past which it pays to simplify these first: of many most may go.
+FEW_QUOTIENTS = 4
 # Up to so many pieces are tried for being parts of one interval.
 MAX_JOINED = 6
 
@@ -271,8 +273,10 @@ class _Tiler:
 
     def _touched(self) -> isl.Set:
         def touched() -> isl.Set:
-            found = self._some(self.relation.pairs).apply(self.tiles)
-            return self._in_quotients(found).intersect(self.existing).coalesce()
+            found = self._in_quotients(self._some(self.relation.pairs).apply(self.tiles))
+            quotients = sum(part.dim(isl.dim_type.div) for part in found.get_basic_sets())
+            plain = found if quotients <= FEW_QUOTIENTS else found.gist(self.existing)
+            return plain.intersect(self.existing).coalesce()
 
         try:
             return self.budget.bounded(self.ctx, touched, EFFORT // 2)
