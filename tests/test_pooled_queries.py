@@ -75,6 +75,18 @@ def test_of_raw_tokens() -> None:
         np.testing.assert_allclose(found[0, h, i].numpy(), expected, atol=1e-12)
 
 
+def test_levels_of_pooled_queries() -> None:
+    """Those of factor 1 are attended by classes too."""
+    attn = attndsl.compile(
+        "attention a { plan lv = levels((1, 2), blocks(8), per = rows(8), quantiles = (0.4, 0.8), among = causal, "
+        "by = antidiagonal(Q, K, 4), always = same_block(8))\n"
+        "x = attend causal over lv from pool(mean, 4)\n output x }"
+    )
+    q, k, v = call(37)
+    plans = attn.plan(q, k)
+    torch.testing.assert_close(attn(q, k, v, plans=plans), attn.reference(q, k, v, plans=plans))
+
+
 def test_every_part_says_so() -> None:
     text = "attention a { x = attend causal, causal over pool(mean, 4) from pool(mean, 8)\n output x }"
     with pytest.raises(attndsl.PatternError, match="A078"):
