@@ -176,7 +176,7 @@ def _permuted_backward(
     piece: PermutedPiece, spec: Spec, tilings: tuple[Tiling, Tiling] | None, uses_lse: bool, follows: bool = False
 ) -> BackwardPlan:
     spec = _permuted_spec(spec)
-    scattered = _scattered_tiling(piece, spec, stages=2)
+    scattered = _scattered_tiling(piece, spec, stages=2, gradients=True)
     tiling, key_tiling = tilings or (backward_tilings(spec) if scattered is None else (scattered, scattered))
     return backward_plan(piece.program, spec, tiling, key_tiling, uses_lse, layout=piece.layout, follows=follows)
 
@@ -227,12 +227,15 @@ def _boxes(
     return layout, runs, box_mask(piece, layout, spec, block) if runs.partial else None
 
 
-def _scattered_tiling(piece: Piece | BoxPiece | PermutedPiece, spec: Spec, stages: int = 3) -> Tiling | None:
+def _scattered_tiling(
+    piece: Piece | BoxPiece | PermutedPiece, spec: Spec, stages: int = 3, gradients: bool = False
+) -> Tiling | None:
     """Tile sizes of pieces whose tokens do not lie in a row, where others than the usual ones were faster (measured:
     benchmarks/RESULTS.md): smaller boxes reach less far, and two programs a multiprocessor hide each other's loads."""
     half, dim = spec.dtype in (DType.BFLOAT16, DType.FLOAT16), max(spec.dim, spec.v_dim)
-    # Drawing what is dropped key by key takes the registers of more warps.
-    if piece.layout.plain or spec.target != "cuda:90" or spec.dropout or not half or not 64 < dim <= 128:
+    # Drawing what is dropped key by key takes the registers of more warps in the forward kernel.
+    drops = spec.dropout and not (gradients and not isinstance(piece, BoxPiece))
+    if piece.layout.plain or spec.target != "cuda:90" or drops or not half or not 64 < dim <= 128:
         return None
     return Tiling(64, 64, warps=4, stages=stages)
 
@@ -314,7 +317,7 @@ def _backward_piece(
     branch: dict[str, Any], uses_lse: bool, number: int,
 ) -> BackwardPlan:  # fmt: skip
     spec = _spec_of(piece, spec)
-    scattered = _scattered_tiling(piece, spec, stages=2)
+    scattered = _scattered_tiling(piece, spec, stages=2, gradients=True)
     tiling, key_tiling = tilings or (backward_tilings(spec) if scattered is None else (scattered, scattered))
     if number:
         branch = branch | {"sink": None}
