@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from attndsl.compose import of_one_level
 from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.diagnostics import error
@@ -51,6 +52,7 @@ from attndsl.relation import lowered
 from attndsl.runs import Run, TileRuns
 from attndsl.simplify import fold
 from attndsl.view_plans import view_forward
+from attndsl.within_plans import shares_read
 
 # Programs a multiprocessor gets where tiles are scarce (as many as it runs at once, so none waits for another), and
 # where each still gets a long slice of them (then the last to start leave little idle).
@@ -66,6 +68,8 @@ _WIDE_TILE, _STAGES = 128, 3
 _ROOMY = ("80", "90", "100", "103")
 # Query rows of a tile, the rows of all its heads together: products take 16 at least.
 _LEAST_ROWS, _MOST_ROWS = 16, 64
+# Pairs of a tile that a member larger than others' tiles fills.
+_MEMBER_PAIRS = 4096
 # Up to so many rows a tile is masked while the next one is under way: full tiles need no loop of their own.
 _ONE_LOOP = 16
 
@@ -183,12 +187,30 @@ def decode_plan(
             help="leave `skip below` out: what decode reads is memory",
         )  # fmt: skip
     program = derive(program, ragged=True)
-    if (plan := _listed_plan(program, spec, rows, cache, split, tiling)) is not None:
+    if (within := program.only.within) is None:
+        return _plan_of(program, spec, rows, cache, split, tiling)
+    plan = _plan_of(of_one_level(program), spec, rows, cache, split, tiling, within.keys)
+    return replace(plan, shares=shares_read(program))
+
+
+def _plan_of(
+    program: Program, spec: Spec, rows: int, cache: Cache, split: bool, tiling: Tiling | None, member: int = 0
+) -> DecodePlan:
+    """Of a derived program. member: keys of a tile, where it must be one of these members."""
+    if (plan := _listed_plan(program, spec, rows, cache, split, tiling, member)) is not None:
         return plan
-    plan = _plan(program, spec, rows, cache, split, _pack(spec, rows), tiling)
+    plan = _plan(program, spec, rows, cache, split, _pack(spec, rows), tiling, member)
     if plan.pack > 1 and any(reads(x, "h") for x in run_scalars(plan.runs)):
-        plan = _plan(program, spec, rows, cache, split, 1, tiling)
+        plan = _plan(program, spec, rows, cache, split, 1, tiling, member)
     return plan
+
+
+def _of_members(tiling: Tiling, member: int) -> Tiling:
+    """A tiling whose tiles of keys are members: a large one leaves no room for the next, or for many rows."""
+    if member <= tiling.block_k:
+        return replace(tiling, block_k=member) if member else tiling
+    rows = max(_LEAST_ROWS, min(tiling.block_q, _MEMBER_PAIRS // member))
+    return replace(tiling, block_q=rows, block_k=member, warps=8, stages=1)
 
 
 def _wide(plan: DecodePlan) -> Tiling:
@@ -206,10 +228,10 @@ def _pack(spec: Spec, rows: int) -> int:
 
 
 def _plan(
-    program: Program, spec: Spec, rows: int, cache: Cache, split: bool, pack: int, tiling: Tiling | None
+    program: Program, spec: Spec, rows: int, cache: Cache, split: bool, pack: int, tiling: Tiling | None, member: int
 ) -> DecodePlan:
-    chosen = tiling is None
-    tiling = tiling or decode_tiling(spec, cache, rows, pack)
+    chosen = tiling is None and not member
+    tiling = _of_members(tiling or decode_tiling(spec, cache, rows, pack), member)
     of_rows = replace(tiling, block_q=max(tiling.block_q // pack, 1))
     base = _of_one_head(program, spec, of_rows)
     runs = _of_key_heads(base)
@@ -235,16 +257,17 @@ def _of_one_head(program: Program, spec: Spec, tiling: Tiling) -> ForwardPlan:
 
 
 def _listed_plan(
-    program: Program, spec: Spec, rows: int, cache: Cache, split: bool, tiling: Tiling | None
+    program: Program, spec: Spec, rows: int, cache: Cache, split: bool, tiling: Tiling | None, member: int
 ) -> DecodePlan | None:
     """The kernel over the list of a plan that the pattern lies in, None where it lies in none: rows with lists of their
-    own, and heads with theirs, have tiles of their own."""
+    own, and heads with theirs, have tiles of their own. What is listed holds whole members."""
     if not program.plain or not any(decl.members for decl in program.inputs):
         return None
     lowering, relation = lowered(program, (spec.heads, spec.kv_heads))
     of_row = {Dim(Axis.B), Dim(Axis.H), Dim(Axis.G), Dim(Axis.Q)}
     # Of a map of factors one is a condition like any other.
     lists = (x for x in listables(program, relation) if x.level is None and not x.complement)
+    lists = (x for x in lists if not member or x.keys % member == 0)
     found = next((x for x in lists if {*x.plan.dims[:-1]} <= of_row), None)
     if found is None:
         return None
@@ -253,7 +276,7 @@ def _listed_plan(
     listing = Listing(found.plan.name, found.keys, per_head, Axis.Q in axes and rows > 1)
     tile_rows = 1 if listing.per_row else rows
     pack = max(_pack(spec, tile_rows), _LEAST_ROWS if listing.per_head or listing.per_row else 1)
-    tiling = tiling or decode_tiling(spec, cache, tile_rows, pack, listed=True)
+    tiling = _of_members(tiling or decode_tiling(spec, cache, tile_rows, pack, listed=True), member)
     of_rows = replace(tiling, block_q=1 if listing.per_row else max(tiling.block_q // pack, 1))
     mask = pair_mask(found.within(relation), found.assumed(written_condition(lowering, spec.sizes)))
     # A place of the list that holds no member gives no key.
@@ -336,8 +359,8 @@ def column_count(plan: DecodePlan, batch: int, rows: int, capacity: int, multipr
     backend, _, arch = spec.target.partition(":")
     large = plan.tiling.block_q * plan.pack > _LEAST_ROWS or spec.dim > _WIDE_TILE or spec.dim.bit_count() > 1
     elsewhere = backend != "cuda" or arch not in _ROOMY or spec.dtype is DType.FLOAT32 or plan.cache.fp8
-    # Lists of a contiguous cache were not measured so.
-    unknown = plan.scattered or (plan.listing is not None and plan.cache.page is None)
+    # Lists of a contiguous cache, and two levels, were not measured so.
+    unknown = plan.scattered or plan.shares is not None or (plan.listing is not None and plan.cache.page is None)
     if large or elsewhere or unknown or units == 0:
         return 1
     wanted = min(multiprocessors // units, spec.v_dim // _LEAST_COLUMNS)

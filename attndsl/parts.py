@@ -53,8 +53,7 @@ def kernel_names(program: Program, heads: int, kv_heads: int) -> tuple[str, ...]
     """The kernels of a program: those of its views, selections and branches, those that combine and those that observe.
 
     A branch has `forward`, `dq` and `dkdv`, once more for each further piece of a part and each further part, and a
-    `decode` for each part that is not of two levels or over what data tells; those of a named branch begin with its
-    name.
+    `decode` for each part that is not over what data tells; those of a named branch begin with its name.
     """
     names = list(_before(program, heads, kv_heads))
     branches = {"": program} if program.plain else dict(compose(program).branches)
@@ -86,9 +85,7 @@ def _of_branch(program: Program, heads: int, kv_heads: int) -> list[str]:
     if program.only.skip is not None:
         return ["forward"]  # It has no gradient, and decode does not skip.
     pieces, parts = _pieces(program, heads, kv_heads), len(program.only.parts)
-    decodes = program.only.within is None and not any(
-        part.view is not None and part.view.told for part in program.only.parts
-    )
+    decodes = not any(part.view is not None and part.view.told for part in program.only.parts)
     counts = {("forward",): pieces, ("dq", "dkdv"): pieces, ("decode",): parts if decodes else 0}
     return [
         f"{name}_{n}" if n > 1 else name

@@ -1,7 +1,8 @@
 """Kernel plans of two levels: those of one level over the same pairs, with a member of the keys for each tile.
 
 A member has at least as many keys as the smallest tile and at most as many as the largest: then the softmax inside it
-needs one tile and no second pass. What weighs the members of a row is an input of the branch's program.
+needs one tile and no second pass. What weighs the members of a row is an input of the branch's program. Those of decode
+are made in `decode.py`, of the same read and tiles.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ _ROWS = 16
 
 def within_forward(program: Program, spec: Spec) -> ForwardPlan:
     """The forward kernel of a derived program of one part, which has two levels."""
-    read, inner = _shares(program), of_one_level(program)
+    read, inner = shares_read(program), of_one_level(program)
     plan = forward_plan(inner, spec, _fitted(default_tiling(spec), program, spec))
     return replace(plan, shares=read)
 
 
 def within_backward(program: Program, spec: Spec, uses_lse: bool) -> BackwardPlan:
     """The backward kernels of such a program."""
-    read, inner = _shares(program), of_one_level(program)
+    read, inner = shares_read(program), of_one_level(program)
     of_q, of_keys = (_fitted(tiling, program, spec) for tiling in backward_tilings(spec))
     # Beside its accumulators it holds a tile's probabilities twice: of as many rows they spill.
     of_keys = replace(of_keys, block_q=max(_ROWS, of_keys.block_q // 2))
@@ -42,7 +43,8 @@ def within_backward(program: Program, spec: Spec, uses_lse: bool) -> BackwardPla
     return replace(plan, shares=read)
 
 
-def _shares(program: Program) -> Read:
+def shares_read(program: Program) -> Read:
+    """What a pair's member weighs in a program of two levels."""
     within = program.only.within
     assert within is not None and within.weights, "the branch's program names what weighs its members"
     member = Binary("//", Var("k"), Const(within.keys))

@@ -70,7 +70,7 @@ class _SequenceLoop(TileLoop):
     def attended(self) -> None:
         lines = self.lines
         lines.add("# Rows before the first token are empty.", "before = (q_pos < 0)[:, 0]", "acc[..., before, :] = 0.0")
-        if self.plan.weights is None:
+        if self.plan.softmax:
             lines.add("row_max[..., before], row_sum[..., before] = -torch.finfo(compute).max, 0.0")
 
 

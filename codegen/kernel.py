@@ -234,6 +234,10 @@ class KernelWriter:
         if self.boxes is not None:
             self.boxes.indices(self.lines, "k", axis, pairs)
 
+    def tile_number(self) -> str:
+        """The name of the number of a tile of keys among all of them."""
+        return "k_tile"
+
     def in_order(self, side: str) -> bool:
         """Whether a tile of queries or keys is of tokens in a row."""
         plan, tiling = self.plan, self.plan.tiling

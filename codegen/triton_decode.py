@@ -272,6 +272,16 @@ class _Decode(ForwardWriter):
         elif any(reads(e, "k") for e in pairs):
             self.lines.add(f"k_pos = {self._listed(axis)}")
 
+    def tile_number(self) -> str:
+        listing = self.plan.listing
+        if listing is None:
+            return super().tile_number()
+        if listing.keys == self.plan.tiling.block_k:
+            self.lines.add("number = tl.load(list_at + k_tile)")
+        else:
+            self.lines.add("number = listed_keys(list_at, k_tile * BLOCK_K, list_size, MEMBER) // BLOCK_K")
+        return "number"
+
     def _listed(self, axis: str, tile: str = "k_tile") -> str:
         return f"listed_keys(list_at, {tile} * BLOCK_K + k_offset{axis}, list_size, MEMBER)"
 

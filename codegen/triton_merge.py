@@ -13,7 +13,7 @@ _MERGED, _CHECKED = 16, 256
 
 def merge_slices(plan: DecodePlan) -> str:
     """The kernel that merges the slices of a row: by their lse, or where nothing is normalised by adding them up."""
-    softmax, dim, heads = plan.weights is None, plan.spec.v_dim, plan.spec.heads
+    softmax, dim, heads = plan.softmax, plan.spec.v_dim, plan.spec.heads
     width = max(16, 1 << (dim - 1).bit_length())
     padded = f" & (dims[None, :] < {dim})" if width > dim else ""
     lines = Lines()

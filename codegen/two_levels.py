@@ -22,7 +22,7 @@ def member_softmax(kernel: KernelWriter, logits: str, keys_axis: int, along: str
     assert read is not None
     member = Binary("//", Var("k"), Const(kernel.plan.tiling.block_k))
     assert read.index[-1] == member, "a tile of keys is a member"
-    share = kernel.printer.within(Names(kernel.leaves, {member: "k_tile"})).text(read)
+    share = kernel.printer.within(Names(kernel.leaves, {member: kernel.tile_number()})).text(read)
     kernel.lines.add(
         f"top = tl.maximum(tl.max({logits}, {keys_axis}), -1.0e38)",
         f"inner = tl.exp2({logits} - top{along})",

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from attndsl.branches import Attended, Given, combined
+from attndsl.branches import Attended, Given, Within, combined
 from attndsl.compose import Composition, output_inputs
 from attndsl.diagnostics import error
 from attndsl.keeping import Kept, kept, kept_by
@@ -24,6 +24,7 @@ from attndsl.runtime.in_order import keys_in_order
 from attndsl.runtime.keep import Entries, check_entries, make_entries, update_entries
 from attndsl.runtime.ops import checked_values
 from attndsl.runtime.select_op import RaggedPlanner
+from attndsl.runtime.shares import ragged_shares
 
 
 class ComposedDecode:
@@ -39,10 +40,10 @@ class ComposedDecode:
     ) -> None:  # fmt: skip
         own = composition.own
         for branch in program.branches:
-            if branch.within is not None or branch.queries is not None:
-                what = "two levels" if branch.queries is None else "pooled queries"
+            if branch.queries is not None:
                 raise error(
-                    "A911", f"decode is not yet supported for {what}", branch.span, help="call it on the last rows"
+                    "A911", "a decode has no queries to pool: those of earlier rows are not in its cache", branch.span,
+                    help="call it on the last rows, from where a class of queries begins",
                 )  # fmt: skip
         checked_values(key, given, args)
         check_call(scale)
@@ -68,11 +69,26 @@ class ComposedDecode:
         """Output and lse of a branch."""
         if name not in self._attended:
             call, (key, program) = self.call, self._programs[name]
-            own = [self._input(decl) for decl in program.inputs]
+            within = program.only.within
+            own = [
+                self._shares(within) if within is not None and decl.name == within.weights else self._input(decl)
+                for decl in program.inputs
+            ]
             tensors = (call.q, call.k, call.v, call.seq_lens, call.page_table, call.k_scale, call.v_scale)
             out, lse = decode(key, *tensors, own, self.args, self.scale, "hnd", self.backend)
-            self._attended[name] = out, None if program.branches[0].weights is not None else lse
+            found = out, None if program.branches[0].weights is not None else lse
+            # Two levels are normalised by what their members' weights are.
+            self._attended[name] = found if within is None else (out, self.attended(within.branch)[1])
         return self._attended[name]
+
+    def _shares(self, within: Within) -> Tensor:
+        """What weighs the members of two levels."""
+        call, (key, program) = self.call, self._programs[within.branch]
+        own = [self._input(decl) for decl in program.inputs]
+        keys, lse = self.state(within.branch)
+        return ragged_shares(
+            key, call.q, keys, lse, own, self.args, self.scale, within.keys, call.capacity, call.seq_lens
+        )
 
     def state(self, name: str) -> tuple[Tensor, Tensor]:
         """The keys that a branch of one part attended to, and its lse."""

@@ -3,6 +3,7 @@
 The operators `attndsl::shares` and `attndsl::shares_backward`, in torch, strip by strip of rows: what is whole is an
 entry a row and member, never one a row and key. The branch's logits are computed again from its keys, its lse is handed
 in; the gradient flows to both, and through the lse into the branch's own backward pass. Nothing waits for the device.
+In a decode, `attndsl::shares_ragged`, sequences have lengths of their own, and there is no gradient.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from attndsl.branch_mass import BranchMass, mass_of
 from attndsl.diagnostics import error
 from attndsl.program import CallShape, Program
 from attndsl.runtime.derive import Deriver
+from attndsl.runtime.derive_ragged import RaggedDeriver
 from attndsl.runtime.engine import MAX_PREPARED, table_tensor
 from attndsl.runtime.masses import shares as given_to_members
+from attndsl.runtime.ops import traced
 from attndsl.runtime.outputs import empty_gradient
 from attndsl.runtime.registry import engine_of
 from attndsl.runtime.select import MAX_PAIRS
@@ -36,6 +39,7 @@ _CALL = (
     "SymInt k_len"
 )
 _LIBRARY.define(f"shares({_CALL}) -> Tensor")
+_LIBRARY.define(f"shares_ragged({_CALL}, Tensor seq_lens) -> Tensor")
 _LIBRARY.define(f"shares_backward(Tensor gradient, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor[])")
 _KEPT: dict[Any, _Kind] = {}
 
@@ -53,6 +57,17 @@ def member_shares(
     return found
 
 
+def ragged_shares(
+    key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
+    scale: float | None, member: int, capacity: int, seq_lens: Tensor,
+) -> Tensor:  # fmt: skip
+    """As `member_shares`, of the last rows of sequences of these lengths, int32 [B], in caches with room for `capacity`
+    tokens; 0 for members past a sequence's end."""
+    make = torch.ops.attndsl.shares_ragged if traced((q, keys, *inputs)) else _shares_ragged
+    found: Tensor = make(key, q, keys, lse, [*inputs], [*args], scale, member, capacity, seq_lens)
+    return found
+
+
 @dataclass(slots=True)
 class _Kind:
     """One kind of call: same shapes, dtypes and device."""
@@ -61,6 +76,7 @@ class _Kind:
     shape: CallShape
     device: torch.device
     given: Sequence[Tensor]
+    ragged: bool
     mass: BranchMass = field(init=False)
     deriver: Deriver = field(init=False)
     tables: dict[str, Tensor] = field(init=False)
@@ -68,37 +84,43 @@ class _Kind:
     def __post_init__(self) -> None:
         """Raises `PatternError` (A577) for what would look at too many pairs."""
         shape, branch = self.shape, self.program.only
-        self.mass = mass_of(self.program, branch, (shape.heads, shape.kv_heads))
+        self.mass = mass_of(self.program, branch, (shape.heads, shape.kv_heads), self.ragged)
         pairs = shape.batch * shape.heads * shape.rows * self.mass.keys(shape.k_len)
         if pairs > MAX_PAIRS:
             raise error(
                 "A577", f"what members weigh is looked up in {pairs:,} probabilities of `{branch.name}`", branch.span,
                 help=f"at most {MAX_PAIRS:,}: attend to fewer entries, as `over pool(mean, 64)`",
             )  # fmt: skip
-        self.deriver = Deriver(self.mass.program, shape, self.device, given=self.given)
+        make = RaggedDeriver if self.ragged else Deriver
+        self.deriver = make(self.mass.program, shape, self.device, given=self.given)
         self.tables = {table.name: table_tensor(table, self.device) for table in self.program.tables}
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A call, from whose rows strips are made; q, keys, lse and inputs may be leaves of a graph."""
+    """A call, from whose rows strips are made; q, keys, lse and inputs may be leaves of a graph.
+
+    lengths: int64 [B, 1, 1, 1], where sequences have their own.
+    """
 
     kind: _Kind
     keys: Tensor
     values: Values
     scale: float | Tensor
     member: int
+    lengths: Tensor | None = None
 
     @classmethod
     def of(
-        cls, kind: _Kind, keys: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, member: int
-    ) -> _Call:
-        values = call_values(kind.mass.program, kind.shape, kind.deriver, inputs, args, kind.tables)
+        cls, kind: _Kind, keys: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, member: int,
+        lengths: Tensor | None = None,
+    ) -> _Call:  # fmt: skip
+        values = call_values(kind.mass.program, kind.shape, kind.deriver, inputs, args, kind.tables, lengths)
         own = kind.mass.branch.scale
         factor: float | Tensor = kind.shape.dim**-0.5 if scale is None else scale
         if scale is None and own is not None:
             factor = values.tensor(own)
-        return cls(kind, keys, values, factor, member)
+        return cls(kind, keys, values, factor, member, lengths)
 
     def strips(self) -> Iterator[slice]:
         shape = self.kind.shape
@@ -110,7 +132,11 @@ class _Call:
         """Of q [B, Hq, rows of the strip, D] with their lse."""
         kind, mass = self.kind, self.kind.mass
         shape, real = kind.shape, self.keys.dtype
-        position = torch.arange(rows.start, rows.stop, device=q.device) + shape.first_position(kind.program)
+        position = torch.arange(rows.start, rows.stop, device=q.device)
+        if self.lengths is None:
+            position = position + shape.first_position(kind.program)
+        else:
+            position = position + (self.lengths.view(-1, 1) - shape.rows)
         grouped = q.to(real).unflatten(1, (shape.kv_heads, -1)).flatten(2, 3)
         dots = (grouped @ self.keys.transpose(-1, -2)).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
         index = torch.arange(self.keys.shape[2], device=q.device).view(1, 1, 1, -1)
@@ -119,6 +145,9 @@ class _Call:
         if mass.logit is not None:
             logits = at.tensor(mass.logit).to(real).expand_as(dots)
         seen = at.tensor(mass.seen) & as_rows(position >= 0) & (logits > -torch.inf)
+        if self.lengths is not None:
+            # What lies past a sequence's end in its cache may be anything.
+            seen = seen & (index * mass.stride < self.lengths)
         # What is not seen is taken out before it could make a gradient that is no number.
         below = torch.where(lse == -torch.inf, 0, lse).unsqueeze(-1).to(real)
         masses = torch.where(seen, torch.where(seen, logits, 0) - below, -torch.inf).exp()
@@ -128,19 +157,19 @@ class _Call:
             whole = pad(masses, (0, members * entries - masses.shape[3]))
             found: Tensor = whole.unflatten(3, (members, entries)).sum(4)
             return found
-        return given_to_members(masses, mass.size, mass.stride, self.member, shape.k_len, False)
+        return given_to_members(masses, mass.size, mass.stride, self.member, shape.k_len, False, self.lengths)
 
 
-def _kind(key: str, q: Tensor, keys: Tensor, inputs: Sequence[Tensor], k_len: int) -> _Kind:
+def _kind(key: str, q: Tensor, keys: Tensor, inputs: Sequence[Tensor], k_len: int, ragged: bool = False) -> _Kind:
     given = tuple((x.shape, x.dtype) for x in inputs)
-    kind = (key, q.shape, q.dtype, q.device, keys.shape, given, k_len)
+    kind = (key, q.shape, q.dtype, q.device, keys.shape, given, k_len, ragged)
     if kind not in _KEPT:
         if len(_KEPT) >= MAX_PREPARED:
             _KEPT.clear()
         batch, heads, rows, dim = q.shape
         shape = CallShape(batch, heads, keys.shape[1], rows, k_len, dim, dim)
         like = [torch.empty_like(x, device="meta") for x in inputs]
-        _KEPT[kind] = _Kind(engine_of(key).program, shape, q.device, like)
+        _KEPT[kind] = _Kind(engine_of(key).program, shape, q.device, like, ragged)
     return _KEPT[kind]
 
 
@@ -156,6 +185,20 @@ def _shares(
     call = _Call.of(_kind(key, q, keys, inputs, k_len), keys.to(_real(q)), inputs, args, scale, member)
     for rows in call.strips():
         found[:, :, rows] = call.shares(q[:, :, rows], lse[:, :, rows], rows)
+    return found
+
+
+def _shares_ragged(
+    key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
+    scale: float | None, member: int, capacity: int, seq_lens: Tensor,
+) -> Tensor:  # fmt: skip
+    found = _fake(key, q, keys, lse, inputs, args, scale, member, capacity)
+    lengths = seq_lens.clamp(0, capacity).to(torch.int64).view(-1, 1, 1, 1)
+    with torch.no_grad():
+        kind = _kind(key, q, keys, inputs, capacity, ragged=True)
+        call = _Call.of(kind, keys.to(_real(q)), inputs, args, scale, member, lengths)
+        for rows in call.strips():
+            found[:, :, rows] = call.shares(q[:, :, rows], lse[:, :, rows], rows)
     return found
 
 
@@ -207,6 +250,13 @@ def _fake(
     return q.new_empty(*q.shape[:3], -(-k_len // member), dtype=_real(q))
 
 
+def _ragged_fake(
+    key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
+    scale: float | None, member: int, capacity: int, seq_lens: Tensor,
+) -> Tensor:  # fmt: skip
+    return _fake(key, q, keys, lse, inputs, args, scale, member, capacity)
+
+
 def _backward_fake(
     gradient: Tensor, key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
     scale: float | None, member: int, k_len: int,
@@ -234,7 +284,9 @@ def _differentiate(ctx: Any, gradient: Tensor) -> Any:
 
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("shares", _shares, _device)
+    _LIBRARY.impl("shares_ragged", _shares_ragged, _device)
     _LIBRARY.impl("shares_backward", _shares_backward, _device)
 _LIBRARY.impl("shares", _fake, "Meta")
+_LIBRARY.impl("shares_ragged", _ragged_fake, "Meta")
 _LIBRARY.impl("shares_backward", _backward_fake, "Meta")
 torch.library.register_autograd("attndsl::shares", _differentiate, setup_context=_setup, lib=_LIBRARY)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ import attndsl.serving
 from tests import routing_rules as rules
 from tests.covered import covers
 from tests.routing_rules import DIM, HEADS, KV_HEADS, SHARE, by_choice, call, check
+from tests.test_two_levels import two_levels
 
 pytestmark = pytest.mark.filterwarnings("ignore::attndsl.PatternWarning", "ignore:::triton.runtime.interpreter")
 
@@ -153,3 +156,25 @@ def test_tidal_in_a_cache(backend: str) -> None:
                 logits = k[b, h // SHARE, rows].double().numpy() @ q[b, h, 0].double().numpy() / DIM**0.5
                 right = rules.softmax(logits) @ v[b, h // SHARE, rows].double().numpy()
                 np.testing.assert_allclose(out[b, h, 0].double().numpy(), right, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize(("name", "given"), [("hsa", "summary"), ("landmark", "marks")])
+def test_two_levels_in_a_cache(name: str, given: str, backend: str) -> None:
+    """Two sequences of their own lengths, whose last rows are those of their whole texts by the published rule."""
+    rows, lengths, capacity = 2, [200, 66], 256
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.float64 if backend == "cpu" else torch.float32
+
+    def draw(heads: int, tokens: int) -> torch.Tensor:
+        return torch.randn(2, heads, tokens, DIM, generator=generator, dtype=dtype)
+
+    q, k, v, marks = draw(HEADS, capacity), draw(KV_HEADS, capacity), draw(KV_HEADS, capacity), draw(KV_HEADS, 4)
+    last = torch.stack([q[b, :, length - rows : length] for b, length in enumerate(lengths)])
+    attn = attndsl.compile(rules.EXAMPLES / f"{name}.attn", n=2)
+    asked: dict[str, Any] = {given: marks, "backend": backend}
+    out = attn.decode(last, k, v, torch.tensor(lengths, dtype=torch.int32), **asked)
+    for b, length in enumerate(lengths):
+        queries, keys, values = (x[b : b + 1, :, :length].double() for x in (q, k, v))
+        right = two_levels(queries, keys, values, marks[b : b + 1].double(), 2, name == "landmark")
+        torch.testing.assert_close(out[b].double(), right[0, :, -rows:], rtol=1e-5, atol=1e-5)
