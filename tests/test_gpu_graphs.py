@@ -83,6 +83,15 @@ def test_cuda_graph_replays_on_new_contents() -> None:
     assert close(attn, out, q, k, v)
 
 
+def test_torch_compile_records_graphs() -> None:
+    """It runs a call in the graph's pool first: what stays of that, as the counter of its stream, is not there."""
+    attn = attndsl.compile("causal & window(300)")
+    compiled = torch.compile(lambda q, k, v: attn(q, k, v) * 2, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        q, k, v = tensors(2, 4, 1000, 128)
+        assert close(attn, compiled(q, k, v).clone() / 2, q, k, v)
+
+
 def test_a_graph_observes_probabilities() -> None:
     """Sums of keys and maxima of blocks, captured with the call, at lengths that no tile divides."""
     attn = attndsl.compile(
