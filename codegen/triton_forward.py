@@ -143,9 +143,17 @@ class ForwardWriter(KernelWriter):
         self.lines.add(
             f"gain = tl.where(q_rows < rows, tl.max(scores, 1){scaled} - row_max, float('-inf'))".replace("'", '"')
         )
-        with self.lines.block(f"if tl.max(gain, 0) >= {math.log2(below)!r}:  # skip below {below}"):
+        with self.lines.block(f"if {self._most('gain')} >= {math.log2(below)!r}:  # skip below {below}"):
             self._softmax_step()
             self._add_values(masked)
+
+    def _most(self, x: str) -> str:
+        """The largest of a vector over rows, which rows' largest scores made."""
+        backend, _, arch = self.plan.spec.target.partition(":")
+        if backend == "cuda" and int(arch) >= 100:
+            # Triton finds no layout for what is reduced twice out of tensor memory: in another order it does.
+            x = f"tl.reshape(tl.trans(tl.reshape({x}, [8, BLOCK_Q // 8])), [BLOCK_Q])"
+        return f"tl.max({x}, 0)"
 
     def _add_values(self, masked: bool) -> None:
         """Load the tile's values, and add them by their weights."""

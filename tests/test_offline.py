@@ -143,6 +143,15 @@ def test_choices() -> None:
     assert [x.wgmma for x in found] == [job.target == "cuda:90" for job in CHOICES]
 
 
+SKIPPING = "attention skipping { attend causal skip below 0.001 }"
+SKIPS = [Job(SKIPPING, target, 64, "pointer") for target in ("cuda:90", "cuda:100", "hip:gfx942")]
+
+
+def test_tiles_that_are_skipped() -> None:
+    """What decides of a tile is a number that all its scores make, which not every layout gives."""
+    assert [x.spills for x in compile_all(SKIPS)] == [0] * len(SKIPS)
+
+
 def test_spills_are_seen() -> None:
     """What `verify` relies on: a kernel of tiles that are too large shows its spills."""
     (found,) = compile_all([Job("causal", "cuda:80", 128, "pointer", tiling=(128, 128, 4, 2))])
