@@ -14,7 +14,6 @@ import numpy as np
 from attndsl.compose import of_one_level
 from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
-from attndsl.diagnostics import error
 from attndsl.effort import remembered
 from attndsl.evaluate import evaluate
 from attndsl.listing import listables
@@ -51,6 +50,7 @@ from attndsl.program import (
 from attndsl.relation import lowered
 from attndsl.runs import Run, TileRuns
 from attndsl.simplify import fold
+from attndsl.skipping import TILE, ragged_skipping_plan
 from attndsl.view_plans import view_forward
 from attndsl.within_plans import shares_read
 
@@ -181,12 +181,9 @@ def decode_plan(
         alone = decode_plan(program, spec, rows, cache, split, tiling)
         alone = decode_plan(program, spec, rows, cache, split, tiling or _wide(alone))
         return replace(alone, columns=columns)
-    if program.only.skip is not None:
-        raise error(
-            "A911", "decode is not yet supported where tiles are skipped", program.span,
-            help="leave `skip below` out: what decode reads is memory",
-        )  # fmt: skip
     program = derive(program, ragged=True)
+    if program.only.skip is not None:
+        return _skipping_plan(program, spec, rows, cache)
     if (within := program.only.within) is None:
         return _plan_of(program, spec, rows, cache, split, tiling)
     plan = _plan_of(of_one_level(program), spec, rows, cache, split, tiling, within.keys)
@@ -203,6 +200,23 @@ def _plan_of(
     if plan.pack > 1 and any(reads(x, "h") for x in run_scalars(plan.runs)):
         plan = _plan(program, spec, rows, cache, split, 1, tiling, member)
     return plan
+
+
+def _skipping_plan(program: Program, spec: Spec, rows: int, cache: Cache) -> DecodePlan:
+    """Of a derived program that skips tiles: one program goes over all keys of its rows, since what it drops depends on
+    what came before."""
+    of_rows = min(TILE, 1 << (max(rows, 1) - 1).bit_length())
+    group = 1 << (spec.heads // spec.kv_heads - 1).bit_length()
+    for pack in (max(min(group, TILE // of_rows), 1), 1):
+        # The CPU has tiles of the language's size, and knows heads apart anyway.
+        on_cpu = spec.target == "cpu"
+        base = ragged_skipping_plan(program, spec, TILE if on_cpu else max(of_rows, _LEAST_ROWS // pack))
+        if not any(reads(x, "h") for x in run_scalars(base.runs)):
+            break
+    return DecodePlan(
+        base.program, spec, base.tiling, base.runs, base.mask, base.scale, base.score, base.sink, base.weights,
+        cache=cache, pack=pack, split=False, skip=base.skip,
+    )  # fmt: skip
 
 
 def _of_members(tiling: Tiling, member: int) -> Tiling:
@@ -341,8 +355,8 @@ def split_count(plan: DecodePlan, batch: int, rows: int, capacity: int, multipro
     From the number of heads and rows, what the pattern visits at the cache's capacity, and the device: never from the
     lengths, so that a recorded grid serves all of them.
     """
-    units, tiles = plan.units(batch, rows), _tiles(plan, rows, capacity, listed)
-    if units == 0 or tiles == 0:
+    units = plan.units(batch, rows)
+    if plan.skip is not None or units == 0 or (tiles := _tiles(plan, rows, capacity, listed)) == 0:
         return 1
     few, many = (wanted * multiprocessors // units for wanted in (_FEW, _MANY))
     return max(1, min(max(few, min(many, tiles // _LONG_SLICE)), tiles))

@@ -83,7 +83,7 @@ def _before(program: Program, heads: int, kv_heads: int) -> Iterator[str]:
 
 def _of_branch(program: Program, heads: int, kv_heads: int) -> list[str]:
     if program.only.skip is not None:
-        return ["forward"]  # It has no gradient, and decode does not skip.
+        return ["forward", "decode"]  # It has no gradient.
     pieces, parts = _pieces(program, heads, kv_heads), len(program.only.parts)
     decodes = not any(part.view is not None and part.view.told for part in program.only.parts)
     counts = {("forward",): pieces, ("dq", "dkdv"): pieces, ("decode",): parts if decodes else 0}

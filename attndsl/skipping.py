@@ -4,7 +4,8 @@ A tile holds TILE rows of the call (row i is of tile i // TILE) and TILE keys. A
 the order of the keys, and drops one iff for each of its rows the largest logit in the tile lies below the largest in
 the tiles before it by more than -ln t. So no dropped pair weighs t times the heaviest of its row. What is dropped
 depends on order and size of the tiles, which are the same in every lowering, and on which rows the call holds. A plan
-has one loop over masked tiles, tokens in order: no layouts, no lists.
+has one loop over masked tiles, tokens in order: no layouts, no lists. So has one of decode: each head drops for itself,
+and keys are not dealt out in slices, since what is dropped of one depends on those before.
 """
 
 from __future__ import annotations
@@ -29,12 +30,20 @@ TILE = 64
 @remembered(256)
 def skipping_plan(program: Program, spec: Spec) -> ForwardPlan:
     """The forward kernel of a program that skips; the plan's program is the derived one."""
-    tiling = _tiling(spec)
+    return _plan(with_cuts(derive(program)), spec, _tiling(spec))
+
+
+def ragged_skipping_plan(program: Program, spec: Spec, rows: int) -> ForwardPlan:
+    """As `skipping_plan`, of a derived program whose sequences have lengths of their own, in tiles of so many rows: all
+    of a call, or TILE."""
+    return _plan(with_cuts(program, ragged=True), spec, replace(_tiling(spec), block_q=rows))
+
+
+def _plan(program: Program, spec: Spec, tiling: Tiling) -> ForwardPlan:
     spec = replace(spec, loads=Loads.POINTER, even_start=False, lists=False, maps=False)
-    program = with_cuts(derive(program))
     lowering = Lowering(program, (spec.heads, spec.kv_heads))
     relation = lowering.relation(program.branch.pattern)
-    runs = ordered_runs(relation, TILE, TILE, Side.QUERY, program.align_start, program)
+    runs = ordered_runs(relation, tiling.block_q, TILE, Side.QUERY, program.align_start, program)
 
     def known(e: Scalar) -> Scalar:
         return fold(normalise(specialise(e, spec.sizes)))

@@ -111,6 +111,8 @@ class TileLoop:
     """What the forward and backward functions share: the loop over query tiles, and a tile's scores."""
 
     b_index = "all_b[at_b]"
+    # What says which rows see nothing whatever the mask says, for `or`.
+    absent = ""
 
     def __init__(self, plan: Plan, per_pair: tuple[Scalar | None, ...]) -> None:
         """`per_pair`: what is computed for every pair, besides the mask."""

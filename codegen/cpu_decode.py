@@ -14,6 +14,7 @@ class _SequenceLoop(TileLoop):
     """The tiles of one sequence, number `b` of the batch, as a batch of one."""
 
     plan: DecodePlan
+    absent = "(q_pos < 0)[:, 0] | "
 
     def parameters(self) -> list[str]:
         # How many tokens a sequence has is its length.

@@ -65,7 +65,7 @@ def attend(loop: TileLoop) -> None:
                 if plan.skip is not None:
                     lines.add(
                         f"# skip below {plan.skip}: no row has a score near its largest so far.",
-                        f"quiet = (scores.amax(-1) - row_max < {math.log(plan.skip)!r}).all(-1)",
+                        f"quiet = ({loop.absent}(scores.amax(-1) - row_max < {math.log(plan.skip)!r})).all(-1)",
                     )
                     with lines.block("if quiet.all():"):
                         lines.add("continue")

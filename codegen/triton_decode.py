@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from attndsl.codegen.kernel import FULL, PARTIAL
 from attndsl.codegen.kernel_loops import Visits
 from attndsl.codegen.scalars import Printer
@@ -350,6 +352,23 @@ class _Decode(ForwardWriter):
         printer.share(self.lines, [self.plan.mask], "own_")
         self.lines.add(f"wanted = (k_pos < k_len) & ({printer.text(self.plan.mask)})")
         return "wanted"
+
+    def _skip(self, below: float, masked: bool) -> None:
+        """Drop the tile for each head none of whose rows has a score near its largest so far."""
+        rows, pack, lines = self.plan.tiling.block_q, self.plan.pack, self.lines
+        scaled = " * factor" if self.folded else ""
+        lines.add(
+            "seeing = exists & (start + q_rows >= 0)",
+            f'gain = tl.where(seeing, tl.max(scores, 1){scaled} - row_max, float("-inf"))',
+        )
+        if pack > 1:
+            # A head's rows stand pack rows apart.
+            near = "gain[None, :]" if rows == 1 else f"tl.max(tl.reshape(gain, [{rows}, {pack}]), 0)[None, :]"
+            lines.add(f"gain = tl.reshape(tl.broadcast_to({near}, [{rows}, {pack}]), [BLOCK_Q])")
+            lines.add(f'scores = tl.where(gain[:, None] >= {math.log2(below)!r}, scores, float("-inf"))')
+        with lines.block(f"if {self._most('gain')} >= {math.log2(below)!r}:  # skip below {below}"):
+            self._softmax_step()
+            self._add_values(masked)
 
     # ---------------------------------------------------------------------------------- epilogue
 

@@ -145,6 +145,7 @@ def test_choices() -> None:
 
 SKIPPING = "attention skipping { attend causal skip below 0.001 }"
 SKIPS = [Job(SKIPPING, target, 64, "pointer") for target in ("cuda:90", "cuda:100", "hip:gfx942")]
+SKIPS += [Job(SKIPPING, target, 64, "pointer", decode=Decode(64, 16)) for target in ("cuda:90", "cuda:100")]
 
 
 def test_tiles_that_are_skipped() -> None:
