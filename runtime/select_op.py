@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, assert_never
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.library import Library
 
 from attndsl.diagnostics import error
 from attndsl.keeping import KEYS, kept_by
+from attndsl.members import Lags, Placed, Runs, Tiles
 from attndsl.plans import of_selection, own_program, plan_heads, plan_input, plans_read
 from attndsl.program import CallShape, InputDecl, Program
 from attndsl.runtime.call import broadcasts, call_shape, check_inputs, check_tables, without_values
@@ -132,10 +133,10 @@ class RaggedPlanner:
         """A plan, [B, H', R, C or M]. Raises `PatternError` where a given one does not fit the call."""
         if name not in self._found:
             selection = self.program.selection(name)
-            if selection.members is not None or selection.row_tiles is not None:
+            if reason := _why_not_kept(selection):
                 raise error(
-                    "A911", f"decode within `{name}` is not yet supported: it chooses no blocks in a row",
-                    selection.span, help="choose `blocks(B)` or `tokens` for rows",
+                    "A911", f"decode within `{name}` is not yet supported: it chooses {reason}", selection.span,
+                    help="choose `blocks(B)` or `tokens` for rows, or call it on all rows",
                 )  # fmt: skip
             if name in self.given:
                 plan = self.given[name]
@@ -152,7 +153,7 @@ class RaggedPlanner:
         if reason := _why_not_ragged(selection):
             raise error(
                 "A561", f"decode takes what `{selection.name}` chooses as a plan: {reason}", selection.span,
-                help=f"pass plans={{'{selection.name}': …}}",
+                help=f"pass plans={{'{selection.name}': …}}, as `attn.plan` of a call on all rows made it",
             )  # fmt: skip
         call, read = self.call, [self.input(name, of) for name in _reads(selection, self.program)]
         keys: Tensor | None = None
@@ -174,10 +175,30 @@ class RaggedPlanner:
 def _why_not_ragged(selection: Selection) -> str:
     """Why a decode does not choose itself, empty where it does."""
     if selection.together:
-        return "all rows of a sequence compete"
+        return "all rows of a sequence compete, and earlier rows' queries are not in its cache"
     if isinstance(selection.score, Probs) and selection.rows is None:
-        return "it ranks by the probabilities of all rows"
+        return "it ranks by the probabilities of all rows, and earlier rows' queries are not in its cache"
     return ""
+
+
+def _why_not_kept(selection: Selection) -> str:
+    """What a decode knows no members or row classes of, empty where it does."""
+    if selection.row_tiles is not None:
+        return "for tiles of queries, and earlier rows' are not in its cache"
+    match selection.members:
+        case None:
+            return ""
+        case Tiles():
+            found = "tiles of a grid"
+        case Placed():
+            found = "places of a permutation"
+        case Runs():
+            found = "segments"
+        case Lags():
+            found = "diagonals"
+        case other:
+            assert_never(other)
+    return f"{found}, where it keeps vectors of blocks in a row"
 
 
 def check_named(program: Program, given: Mapping[str, Tensor]) -> None:
