@@ -193,11 +193,12 @@ class TileList:
 class Gathering:
     """int32 [b?, h or g?, n]: which rows of a call chose each member in a plan that lists C members a row.
 
-    An *entry* is row * C + slot, the slot being the member's place in the row's list. Entries lie by member, those
-    whose row sees the whole member before those that see a part, by row. A list begins with three places for each
-    member: where its entries begin, where the second kind does, and where they end; then come three numbers for each
-    query tile of at most `block` entries: 2 * member + (1 for the second kind), and where its entries begin and end,
-    the same for a tile that is not needed; then the entries. `runs`: which members a row would see, whole or in part.
+    An *entry* is row * W + slot, the slot being the member's place in the row's list and W the power of two from C on.
+    Entries lie by member, those whose row sees the whole member before those that see a part, by row. A list begins
+    with three places for each member: where its entries begin, where the second kind does, and where they end; then
+    come three numbers for each query tile of at most `block` entries: 2 * member + (1 for the second kind), and where
+    its entries begin and end, the same for a tile that is not needed; then the entries. `runs`: which members a row
+    would see, whole or in part.
     """
 
     plan: str

@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attndsl.derivation import Gathering, TileList
+from attndsl.diagnostics import error
 from attndsl.program import Axis, CallShape, Dim, InputDecl, reads
 from attndsl.runs import LIST_HEAD, TileKind
 from attndsl.runtime import lists
 from attndsl.runtime.values import Values
+from attndsl.widths import LARGEST
 
 
 def listed_members(plan: Tensor, members: int) -> Tensor:
@@ -183,7 +185,10 @@ def of_heads(plan: Tensor, dims: Sequence[Dim], decl: InputDecl, shape: CallShap
 def list_size(
     d: TileList | Gathering, decl: InputDecl, plan: Tensor, dims: Sequence[Dim], shape: CallShape
 ) -> list[int]:
-    """Sizes of a derived list: in batch and heads the plan's own, unless its tiles differ there."""
+    """Sizes of a derived list: in batch and heads the plan's own, unless its tiles differ there.
+
+    Raises `PatternError` (A515) where its places, or what stands in it, would pass 32 bits.
+    """
     ends = [e for run in d.runs.full + d.runs.partial for e in (run.first, run.count)]
     own = {dim.axis: size for dim, size in zip(dims, plan.shape, strict=True)}
     found = []
@@ -193,10 +198,19 @@ def list_size(
     members = -(-_keys(d, shape) // d.keys)
     slots = members if _of_all(d, plan) else plan.shape[-1]
     if isinstance(d, Gathering):
-        return [*found, LIST_HEAD * (members + gathered_tiles(d, shape, slots)) + shape.rows * slots]
-    q_tiles, k_tiles = -(-shape.rows // d.block_q), -(-_keys(d, shape) // (d.block_k * max(1, d.marks)))
-    entries = q_tiles * slots * (d.keys // d.block_k) * (2 if d.marks else 1)
-    return [*found, LIST_HEAD * (k_tiles if d.of_keys else q_tiles) + entries]
+        room = LIST_HEAD * (members + gathered_tiles(d, shape, slots)) + shape.rows * slots
+        largest = max(room, (shape.rows << slot_bits(slots)) - 1)
+    else:
+        q_tiles, k_tiles = -(-shape.rows // d.block_q), -(-_keys(d, shape) // (d.block_k * max(1, d.marks)))
+        entries = q_tiles * slots * (d.keys // d.block_k) * (2 if d.marks else 1)
+        largest = room = LIST_HEAD * (k_tiles if d.of_keys else q_tiles) + entries
+    if largest > LARGEST:
+        raise error(
+            "A515", f"`{d.plan}` has {slots:,} entries for each of its rows: with {shape.rows:,} rows a call, what "
+            "kernels read of it passes 32 bits", decl.span,
+            help="hand in fewer entries: those past the members count for nothing",
+        )  # fmt: skip
+    return [*found, room]
 
 
 def slot_bits(slots: int) -> int:

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attndsl.derivation import Gathering, TileList
+from attndsl.diagnostics import PatternError
 from attndsl.program import Axis, CallShape, Dim, InputDecl, Type
 from attndsl.runs import LIST_HEAD, TileRuns
 from attndsl.runtime import lists
-from attndsl.runtime.plans import Listing, gathered_tiles, listed
+from attndsl.runtime.plans import Listing, gathered_tiles, list_size, listed
 from attndsl.runtime.triton_launch import INTERPRETED
 
 pytestmark = [
@@ -131,3 +132,25 @@ def test_widths() -> None:
     assert lists.chunks_of(100, 9) == (13, 1)
     # Four times the query tiles, as many chunks: counts grow with key tiles alone.
     assert [lists.chunks_of(n << 10, 16) for n in (4, 16, 64, 256)] == [(512, 1), (512, 4), (512, 16), (512, 64)]
+
+
+WIDE: dict[str, tuple[TileList | Gathering, int, int]] = {
+    "entries": (Gathering("p", 16, 64, NONE), (1 << 16) + 1, 1 << 14),
+    "places of rows": (Gathering("p", 16, 4, NONE), 1 << 16, 18_000),
+    "places of tiles": (TileList("p", 16, 16, 16, 16, False, NONE), 1 << 20, (1 << 15) - 4),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_lists_past_32_bits_are_refused(name: str) -> None:
+    """What stands in a list, or where, of plans that are as wide as they like."""
+    d, rows, slots = WIDE[name]
+    dims = (Dim(Axis.B), Dim(Axis.H), Dim(Axis.Q), Dim(Axis.LIST))
+
+    def size(slots: int) -> list[int]:
+        plan = torch.empty(1, 1, rows, slots, dtype=torch.int32, device="meta")
+        return list_size(d, DECL, plan, dims, CallShape(1, 1, 1, rows, rows, 8, 8))
+
+    assert size(slots)[-1] < 1 << 31
+    with pytest.raises(PatternError, match="A515"):
+        size(slots + (1 if name == "entries" else 1000))
