@@ -18,6 +18,10 @@ def counter(device: torch.device) -> Tensor:
     The kernels of a stream run one after another, so they share one. What a graph captures may run beside others when
     it is replayed: there each has its own, which the graph sets to zero.
     """
+    if torch._C._cuda_getDevice() != device.index:
+        # Whether a stream is captured is asked of that of the current device.
+        with torch.cuda.device(device):
+            return counter(device)
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     if stream == _PER_THREAD or torch.cuda.is_current_stream_capturing():
         return _zero(device)

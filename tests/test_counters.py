@@ -23,6 +23,7 @@ class Streams:
 
     current: int = 0
     capturing: bool = False
+    device: int = 0
     made: list[tuple[int, int | None]] = field(default_factory=list)
     of_thread: threading.local = field(default_factory=threading.local)
 
@@ -30,6 +31,12 @@ class Streams:
         assert device == DEVICE
         self.made.append((threading.get_ident(), getattr(self.of_thread, "stream", None)))
         return torch.zeros(1, dtype=torch.int32)
+
+    @contextmanager
+    def on_device(self, device: torch.device) -> Iterator[None]:
+        before, self.device = self.device, device.index
+        yield
+        self.device = before
 
     @contextmanager
     def on(self, stream: int) -> Iterator[None]:
@@ -41,7 +48,9 @@ class Streams:
 def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
     found = Streams()
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: found.current, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: found.capturing)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: found.capturing and found.device == 0)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: found.device, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", found.on_device)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: found.current)
     monkeypatch.setattr(torch.cuda, "stream", found.on)
     monkeypatch.setattr(counters, "_zero", found.zero)
@@ -76,3 +85,13 @@ def test_each_launch_of_a_graph_has_its_own(streams: Streams) -> None:
         first, second = counters.counter(DEVICE), counters.counter(DEVICE)
         assert len({id(x) for x in (outside, first, second)}) == 3
     assert [thread == threading.get_ident() for thread, _ in streams.made] == [False, True, True, True, True]
+
+
+def test_captures_are_those_of_the_device(streams: Streams) -> None:
+    """On which another one may be the current one."""
+    outside = counters.counter(DEVICE)
+    streams.device = 1
+    assert counters.counter(DEVICE) is outside
+    streams.capturing = True
+    assert counters.counter(DEVICE) is not outside
+    assert streams.device == 1
