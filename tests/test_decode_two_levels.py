@@ -140,6 +140,18 @@ def test_a_plan_that_is_handed_in() -> None:
     of.check(out, lse, plans)
 
 
+@pytest.mark.parametrize("name", ["all", "chosen, merged"])
+def test_step_by_step(name: str) -> None:
+    """In a pool of pages that keeps the entries by which members are weighed."""
+    attn, generator = program(ALL[name]), torch.Generator().manual_seed(0)
+    cache = attndsl.serving.PagedCache(attn, 1, 2, 16, pages=4, max_len=64, page=16, dtype=torch.float64)
+    k, v, q = (torch.randn(1, heads, 36, 16, generator=generator, dtype=torch.float64) for heads in (2, 2, 4))
+    for t in range(36):
+        cache.append(k[:, :, t : t + 1], v[:, :, t : t + 1])
+        right = attn.reference(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1])
+        torch.testing.assert_close(cache.decode(q[:, :, t : t + 1]), right, rtol=1e-11, atol=1e-11)
+
+
 def test_in_a_compiled_graph() -> None:
     of = sequences(ALL["chosen by each"], [41, 3], 2)
     cache = of.cache(8)
