@@ -221,17 +221,19 @@ def _best_boxes(piece: BoxPiece, block_q: int, block_k: int) -> tuple[float, tup
     tables = _tables(piece)
     sizes = [table.sizes(max(block_q, block_k)) for table in tables]
     q_boxes, k_boxes = (list(_shapes(sizes, block)) for block in (block_q, block_k))
+    # Thousands of pairs of shapes are compared, of few sizes along each axis.
+    of_axis = [set(ks) for ks in zip(*k_boxes, strict=True)]
+    masked = [bool(piece.tokens) or prod(k_box) < block_k for k_box in k_boxes]
     classes = prod(part.period for part in piece.axes)
     found: tuple[float, tuple[int, ...], tuple[int, ...]] | None = None
     for q_box in q_boxes:
         programs = prod(-(-t.cells // size) for t, size in zip(tables, q_box, strict=True))
-        for k_box in k_boxes:
-            touched, full = 1, 1
-            for t, q, k in zip(tables, q_box, k_box, strict=True):
-                both = t.count(q, k)
+        along = [{k: t.count(q, k) for k in ks} for t, q, ks in zip(tables, q_box, of_axis, strict=True)]
+        for k_box, none_full in zip(k_boxes, masked, strict=True):
+            touched, full = 1, 0 if none_full else 1
+            for counts, k in zip(along, k_box, strict=True):
+                both = counts[k]
                 touched, full = touched * both[0], full * both[1]
-            if piece.tokens or prod(k_box) < block_k:
-                full = 0
             cost = classes * (touched + MASKED * (touched - full) + PROGRAM * programs)
             # Of equal ones the longer along the axis that runs fastest: its tokens lie in a row.
             if found is None or (cost, *k_box[:-1]) < (found[0], *found[2][:-1]):
@@ -273,21 +275,28 @@ class _Counted:
 
     def count(self, q: int, k: int) -> tuple[int, int]:
         if (q, k) not in self._counts:
-            self._counts[q, k] = (int(self._of(self._some, q, k, np.any, False).sum()),
-                                  int(self._of(self._every, q, k, np.all, False).sum()))  # fmt: skip
+            self._counts[q, k] = (int(np.count_nonzero(self._of(self._some, q, k, np.logical_or))),
+                                  int(np.count_nonzero(self._of(self._every, q, k, np.logical_and))))  # fmt: skip
         return self._counts[q, k]
 
-    def _of(self, known: dict[tuple[int, int], NDArray[np.bool_]], q: int, k: int, join: Any, fill: bool) -> Any:
-        """The tiles of q x k cells, from tiles of half the size where there are such."""
+    def _of(self, known: dict[tuple[int, int], NDArray[np.bool_]], q: int, k: int, join: np.ufunc) -> Any:
+        """The tiles of q x k cells, from tiles of half the size where there are such; no pair is past the last."""
         if (q, k) not in known:
             half = (q // 2, k, 2, 1) if q % 2 == 0 else (q, k // 2, 1, 2) if k % 2 == 0 else (1, 1, q, k)
-            finer = self._of(known, half[0], half[1], join, fill)
+            finer = self._of(known, half[0], half[1], join)
             rows, columns = half[2:]
             if finer.shape[0] % rows or finer.shape[1] % columns:
-                padding = ((0, -finer.shape[0] % rows), (0, -finer.shape[1] % columns))
-                finer = np.pad(finer, padding, constant_values=fill)
-            grid = finer.reshape(finer.shape[0] // rows, rows, finer.shape[1] // columns, columns)
-            known[q, k] = join(grid, axis=(1, 3))
+                whole = np.zeros(
+                    [-(-n // size) * size for n, size in zip(finer.shape, half[2:], strict=True)], np.bool_
+                )
+                whole[: finer.shape[0], : finer.shape[1]] = finer
+                finer = whole
+            if rows * columns == 2:
+                pairs = (finer[::2], finer[1::2]) if rows == 2 else (finer[:, ::2], finer[:, 1::2])
+                known[q, k] = join(*pairs)
+            else:
+                grid = finer.reshape(finer.shape[0] // rows, rows, finer.shape[1] // columns, columns)
+                known[q, k] = join.reduce(grid, axis=(1, 3))
         return known[q, k]
 
 

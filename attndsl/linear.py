@@ -60,9 +60,10 @@ class _Normaliser:
         self.memo: dict[int, Scalar] = {}
 
     def scalar(self, e: Scalar) -> Scalar:
-        if id(e) not in self.memo:
-            self.memo[id(e)] = self.condition(e) if e.type is Type.BOOL else _write(self.sum(e))
-        return self.memo[id(e)]
+        found = self.memo.get(id(e))
+        if found is None:
+            found = self.memo[id(e)] = self.condition(e) if e.type is Type.BOOL else _write(self.sum(e))
+        return found
 
     def sum(self, e: Scalar) -> _Sum:
         match e:

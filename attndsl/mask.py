@@ -88,12 +88,16 @@ def shaped(cond: Scalar) -> Scalar | None:
 
 def pair_cost(e: Scalar) -> int:
     """Rough number of operations per pair: what does not read the pair is computed once."""
+    # 0 is of what does not read the pair, and of nothing else.
     costs: dict[int, int] = {}
 
     def cost(x: Scalar) -> int:
-        if id(x) not in costs:
-            costs[id(x)] = 0 if not reads(x, *PAIR) else _own_cost(x) + sum(cost(y) for y in children(x))
-        return costs[id(x)]
+        found = costs.get(id(x))
+        if found is None:
+            below = [cost(y) for y in children(x)]
+            pair = any(below) or (isinstance(x, Var) and x.name in PAIR)
+            found = costs[id(x)] = _own_cost(x) + sum(below) if pair else 0
+        return found
 
     return cost(e)
 

@@ -141,7 +141,8 @@ def _terms(value: isl.Aff, names: Mapping[str, Scalar]) -> list[tuple[int, Scala
     """The parameters of an affine function, and its integer factors."""
     param, found = isl.dim_type.param, list[tuple[int, Scalar]]()
     for i in range(value.dim(param)):
-        if factor := _integer(value.get_coefficient_val(param, i)):
+        if value.involves_dims(param, i, 1):
+            factor = _integer(value.get_coefficient_val(param, i))
             found.append((factor, names[value.get_dim_name(param, i)]))
     return found
 

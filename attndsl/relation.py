@@ -25,6 +25,7 @@ from attndsl.derivation import Random
 from attndsl.derive import derive
 from attndsl.effort import EFFORT, Budget, TooHard, bounded, remembered
 from attndsl.isl_sets import choose, divided, fold, parts_that_meet, project_param
+from attndsl.parameters import bounds
 from attndsl.placing import Coordinates, placed
 from attndsl.program import (
     Arg,
@@ -156,6 +157,8 @@ class Lowering:
         self._too_hard: set[Coarsen] = set()
         self._inners: dict[Coarsen, isl.Set] = {}
         self._held: dict[Scalar, isl.Set] = {}
+        self._parameters: dict[str, isl.PwAff] = {}
+        self._contexts: dict[int, isl.Set] = {}
         self._budget = Budget(RELATION_EFFORT)
         self.space = self.set("{ [q, k] }").get_space()
         self.here = Coordinates(
@@ -208,31 +211,18 @@ class Lowering:
         return position >= 0 and bool(pairs.involves_dims(isl.dim_type.param, position, 1))
 
     def context(self) -> isl.Set:
-        """What is known of the parameters: lengths are positive, booleans 0 or 1, table entries in their range.
+        """What is known of the parameters: lengths are positive, others as `parameters.bounds` says.
 
         That lengths end somewhere decides nothing about tiles, and would take a third of the time.
         """
-        context = self.set("[Nq, Nk] -> { : 1 <= Nq and 1 <= Nk }")
-        for name, scalar in [*self.uniform.items(), *self.atoms.items()]:
-            low, high = self._range(scalar)
-            bounds = (f"{name} {op} {end}" for op, end in ((">=", low), ("<=", high)) if end is not None)
-            context = context.intersect(self.set(f"[{name}] -> {{ : {' and '.join(bounds) or 'true'} }}"))
-        return context
-
-    def _range(self, scalar: Scalar) -> tuple[int | None, int | None]:
-        if scalar.type is Type.BOOL:
-            return 0, 1
-        match scalar:
-            case Table(name=name):
-                values = [int(v) for v in self.program.table(name).values]
-                return (min(values), max(values)) if values else (None, None)
-            case Var(name="h" | "g" | "b"):
-                heads = {"h": self.heads and self.heads[0] - 1, "g": self.heads and self.heads[1] - 1}
-                return 0, heads.get(scalar.name)
-            case Var(name="H" | "G" | "D" | "Dv"):
-                return 1, None
-            case _:
-                return None, None
+        # Parameters only come in.
+        number = len(self.uniform) + len(self.atoms)
+        if number not in self._contexts:
+            context = self.set("[Nq, Nk] -> { : 1 <= Nq and 1 <= Nk }")
+            for name, scalar in [*self.uniform.items(), *self.atoms.items()]:
+                context = context.intersect(self.set(bounds(name, scalar, self.program, self.heads)))
+            self._contexts[number] = context
+        return self._contexts[number]
 
     # ------------------------------------------------------------------------------------- sets
 
@@ -444,7 +434,9 @@ class Lowering:
 
     def _parameter(self, scalar: Scalar) -> isl.PwAff:
         name = self._name(scalar, self.uniform, "u")
-        return self.aff(f"[{name}] -> {{ [q, k] -> [{name}] }}")
+        if name not in self._parameters:
+            self._parameters[name] = self.aff(f"[{name}] -> {{ [q, k] -> [{name}] }}")
+        return self._parameters[name]
 
     # ------------------------------------------------------------------------------------ atoms
 

@@ -52,6 +52,8 @@ def apart(path: Path) -> list[float]:
     ours, its = context.Pipe(duplex=False)
 
     def child() -> None:
+        # What a process shares with its parent is copied when it is first touched.
+        warm_up(window=10)
         its.send([*stages(path), sum(stages(path))])
 
     process = context.Process(target=child)
@@ -66,9 +68,10 @@ def apart(path: Path) -> list[float]:
     return found
 
 
-def warm_up() -> None:
+def warm_up(window: int = 9) -> None:
     """Imports, and the tables that the front end builds once."""
-    program = load("attention a { input bias : float[h] learnable  score s + bias[h]  attend window(9) }").program
+    text = f"attention a {{ input bias : float[h] learnable  score s + bias[h]  attend window({window}) }}"
+    program = load(text).program
     forward_source(forward_plans(program, spec_of(program))[0])
     backward_plans(program, spec_of(program))
 
