@@ -332,6 +332,9 @@ class Strips:
         if mass.logit is not None:
             logits = at.tensor(mass.logit).to(self.real)
         seen = at.tensor(mass.seen) & as_rows(here)
+        if self.lengths is not None:
+            # What lies past a sequence's end in its cache may be anything.
+            seen = seen & (index * mass.stride < self.lengths)
         return torch.where(seen, torch.exp(logits - lse.to(self.real)), 0).nan_to_num(0.0, posinf=0.0)
 
     def _given_to_members(self, masses: Tensor, largest: bool) -> Tensor:

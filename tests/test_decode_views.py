@@ -294,6 +294,21 @@ def test_hostile_lengths_and_tables(name: str, backend: str) -> None:
     assert out.isfinite().all()
 
 
+def test_what_lies_past_a_sequence_ranks_nothing() -> None:
+    """Where rows see later tokens: these are those of the sequence, whatever its cache holds after them."""
+    attn = attndsl.compile(
+        "attention a { near = attend band(9, 30)\n far = attend top(1, blocks(16), among = band(40, 40), "
+        "by = probs(near))\n output far + near }"
+    )
+    of = Sequences(attn, [37, 20], 3)
+    cache = of.cache(None)
+    plan = attndsl.serving.plan(attn, of.q, *cache)["top"]
+    for held in (5.0, -3.0, 50.0):
+        again = attndsl.serving.plan(attn, of.q, of.k.nan_to_num(held), *cache[1:])["top"]
+        assert torch.equal(plan, again)
+    of.check(attn.decode(of.q, of.k.nan_to_num(50.0), of.v.nan_to_num(50.0), of.seq_lens), None)
+
+
 # ------------------------------------------------------------------------------ random selections
 
 
