@@ -359,7 +359,7 @@ def test_a_coarsening_past_the_effort_is_read_from_its_map(monkeypatch: pytest.M
     def too_hard(*_: object, **__: object) -> None:
         raise effort.TooHard
 
-    monkeypatch.setattr("attndsl.relation.coarse_pairs", too_hard)
+    monkeypatch.setattr("attndsl.isl_sets.coarse_pairs", too_hard)
     plan = forward_plan(attn.program, make_spec("sm_90", "triton", 2, 2, 64), Tiling(32, 32))
     assert [decl.name for decl in plan.program.inputs] == ["blocks"]
     q, k, v = qkv(50, 50)
