@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 
 from attndsl.derivation import Cut
 from attndsl.linear import terms, total
+from attndsl.monotone import direction
 from attndsl.program import (
     Axis,
     Binary,
-    Call,
     CallShape,
     Compare,
     Const,
@@ -121,56 +121,14 @@ def _apart(left: Scalar, right: Scalar, program: Program) -> tuple[Scalar, Scala
     if any(reads(t, "q") for t in of_k):
         return None
     factors = [(t, c) for side in (of_q, of_k) for t, c in side.items()]
-    directions = {None if (d := direction(t, program)) is None else d * (1 if c > 0 else -1) for t, c in factors} - {0}
+    ways = [(direction(t, "q", "k", is_sorted=lambda name: program.input(name).sorted), c) for t, c in factors]
+    directions = {d if d is None or c > 0 else -d for d, c in ways} - {0}
     if directions == {1}:
         return total(constant, of_q), total(0, of_k), False
     if directions == {-1}:
         negated = ({t: -c for t, c in side.items()} for side in (of_q, of_k))
         return total(-constant, next(negated)), total(0, next(negated)), True
     return None
-
-
-def direction(e: Scalar, program: Program) -> int | None:
-    """1 where an integer does not decrease with the position that it reads, -1 where it does not increase, 0 where it
-    reads none; None where that is not known."""
-    if not reads(e, "q", "k"):
-        return 0
-    match e:
-        case Var():
-            return 1
-        case Read(input=name, index=(*lead, last)) if program.input(name).sorted and not any(
-            reads(x, "q", "k") for x in lead
-        ):
-            return direction(last, program)
-        case Binary(op="+", left=a, right=b):
-            return _joint(direction(a, program), direction(b, program))
-        case Binary(op="-", left=a, right=b):
-            return _joint(direction(a, program), _turned(direction(b, program)))
-        case Binary(op="*", left=a, right=Const(value=int(c))) | Binary(op="*", left=Const(value=int(c)), right=a):
-            found = direction(a, program)
-            return found if c > 0 else _turned(found) if c < 0 else 0
-        case Binary(op="//", left=a, right=Const(value=int(c))) if c > 0:
-            return direction(a, program)
-        case Unary(op="-", operand=a):
-            return _turned(direction(a, program))
-        case Call(function="min" | "max" | "clamp", args=args):
-            found = 0
-            for x in args:
-                found = _joint(found, direction(x, program))
-            return found
-        case _:
-            return None
-
-
-def _joint(a: int | None, b: int | None) -> int | None:
-    """The direction of what does not decrease with two things."""
-    if a is None or b is None or a * b < 0:
-        return None
-    return a or b
-
-
-def _turned(a: int | None) -> int | None:
-    return None if a is None else -a
 
 
 # --------------------------------------------------------------------------------- as derived inputs

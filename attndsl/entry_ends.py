@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from attndsl.coordinates import coordinate, length
 from attndsl.diagnostics import PatternError, Span, error
 from attndsl.grid import Along
+from attndsl.monotone import direction
 from attndsl.program import (
     Axis,
     Binary,
     Blocks,
-    Call,
     Choose,
     Coarsen,
     Compare,
@@ -160,7 +160,7 @@ class Ends:
             return self._of_data(op, left, right)
         if not reads(left, _TOKEN.name) and self._of_token(right):
             return self._of_data(_SWAPPED[op], right, left)
-        grows = _together(_grows(left), _opposite(_grows(right)))
+        grows = direction(Binary("-", left, right), _TOKEN.name)
         e = Compare(op, left, right)
         if grows is None or op == "!=":
             raise self._refused()
@@ -265,46 +265,6 @@ def _blocks(names: Mapping[str, Scalar], size: int) -> dict[str, Scalar]:
     here = {x: names.get(x, Var(x)) for x in ("q", "k", "Nq", "Nk")}
     quotient: dict[str, Scalar] = {x: Binary("//", here[x], Const(size)) for x in "qk"}
     return quotient | {x: Binary("//", Binary("+", here[x], Const(size - 1)), Const(size)) for x in ("Nq", "Nk")}
-
-
-# --------------------------------------------------------------------------------------- directions
-
-
-def _grows(e: Scalar) -> int | None:
-    """Whether a number never decreases (1), never increases (-1) or stays (0) along the tokens; None: not known."""
-    if not reads(e, _TOKEN.name):
-        return 0
-    match e:
-        case Var():
-            return 1
-        case Unary(op="-", operand=x):
-            return _opposite(_grows(x))
-        case Binary(op="+", left=a, right=b):
-            return _together(_grows(a), _grows(b))
-        case Binary(op="-", left=a, right=b):
-            return _together(_grows(a), _opposite(_grows(b)))
-        case Binary(op="*", left=a, right=Const(value=n)) | Binary(op="*", left=Const(value=n), right=a):
-            return _grows(a) if n >= 0 else _opposite(_grows(a))
-        case Binary(op="//", left=a, right=Const(value=n)) if n > 0:
-            return _grows(a)
-        case Call(function="min" | "max" | "clamp", args=args):
-            found: int | None = 0
-            for x in args:
-                found = _together(found, _grows(x))
-            return found
-        case _:
-            return None
-
-
-def _together(a: int | None, b: int | None) -> int | None:
-    """The direction of a sum."""
-    if a is None or b is None or a * b < 0:
-        return None
-    return a or b
-
-
-def _opposite(a: int | None) -> int | None:
-    return None if a is None else -a
 
 
 __all__ = ["Ends", "first_of", "terms", "token_read"]
