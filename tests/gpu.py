@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,3 +34,16 @@ def close(
     known = oracle_plans(attn.program, q, k, inputs, {}, None, plans or {})
     plain = reference(attn.program, q, k, v, {**inputs, **known}, {}, dtype=out.dtype)
     return judge(out, exact, plain).passed
+
+
+def recorded(step: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    """A graph of a step, and what it writes. The step runs once before, on a stream of its own: autograd's threads go
+    on with the stream of the forward pass, and the default one cannot be captured."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        written = step()
+    return graph, written

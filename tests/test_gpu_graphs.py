@@ -10,7 +10,7 @@ import torch
 import attndsl
 import attndsl.serving
 from attndsl.api import load_attention
-from tests.gpu import PATTERN, close, tensors
+from tests.gpu import PATTERN, close, recorded, tensors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -274,13 +274,7 @@ def test_a_graph_of_training_steps_replays_on_new_contents() -> None:
     def gradients() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(attn(*given, **inputs).float().square().sum(), (*given, *learned))
 
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(side):
-        gradients()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = gradients()
+    graph, captured = recorded(gradients)
     with torch.no_grad():
         for x in (*given, *learned):
             x.copy_(torch.randn_like(x))
@@ -318,13 +312,7 @@ def test_a_graph_of_routed_training_steps_replays_on_new_contents(name: str) -> 
         out = attn(*leaves[:3], **inputs)
         return torch.autograd.grad(out.float().square().sum(), leaves, allow_unused=True, materialize_grads=True)
 
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(side):
-        gradients()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = gradients()
+    graph, captured = recorded(gradients)
     with torch.no_grad():
         for x in leaves:
             x.copy_(torch.randn_like(x))
