@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -186,7 +187,7 @@ def test_scale(scale: Any) -> None:
     branches = attndsl.compile("attention a { x = attend causal\n y = attend all\n output x + y }")
     decode: Any = CAUSAL.decode
     for run in (CAUSAL, branches, lambda *given, scale: decode(*given, lengths, scale=scale)):
-        refused("A518", "`scale` is a number", lambda run=run: run(q, k, v, scale=scale))  # type: ignore[misc]
+        refused("A518", "`scale` is a number", partial(run, q, k, v, scale=scale))
     numbers: list[Any] = [1, 1.0, np.float32(1), True]
     same = [CAUSAL(q, k, v, scale=x) for x in numbers]
     assert all(torch.equal(same[0], x) for x in same)
@@ -206,8 +207,8 @@ def test_what_is_no_dense_tensor() -> None:
 
 def test_questions_of_calls_that_are_none() -> None:
     for sizes in ((4.5, 4), (1 << 40, 4), (4, 1 << 31)):
-        refused("A524", "there is no call with", lambda sizes=sizes: CAUSAL.mask(*sizes))  # type: ignore[misc]
-        refused("A524", "there is no call with", lambda sizes=sizes: CAUSAL.blocks(*sizes))  # type: ignore[misc]
+        refused("A524", "there is no call with", partial(CAUSAL.mask, *sizes))
+        refused("A524", "there is no call with", partial(CAUSAL.blocks, *sizes))
     refused("A558", "pages of 0 tokens", lambda: CAUSAL.evictable(5, page=0))
     refused("A527", "0 heads are no multiple", lambda: attndsl.nn.Attention("causal", 16, 0))
     refused("A527", "2 heads are no multiple of 3 key heads", lambda: attndsl.nn.Attention("causal", 16, 2, 3))
