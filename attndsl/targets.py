@@ -11,8 +11,8 @@ from attndsl.pieces import choose_pieces
 from attndsl.plan import Backend, DType, Loads, Spec, head_parts
 from attndsl.program import Program
 from attndsl.splitting import SplitPiece, splits
-from attndsl.tile_sizes import HOPPER_ROWS, copies_piece
-from attndsl.tiling import all_listables, choose_tiling, prefers_portable
+from attndsl.tile_sizes import HOPPER_ROWS, backward_tilings, copies_piece
+from attndsl.tiling import all_listables, choose_backward_tilings, choose_tiling, prefers_portable
 
 # As users write them, and as plans do.
 TARGETS = {
@@ -134,6 +134,11 @@ def gradients_refusal(program: Program, spec: Spec) -> str:
         return "q, k and v do not lie in memory as hardware tensor copies need"
     if any(decl.learnable for decl in program.inputs):
         return "gradients of learnable inputs have no Hopper lowering yet"
+    if all_listables(program, (spec.heads, spec.kv_heads)):
+        hopper = replace(spec, backend=Backend.GLUON)
+        (_, usual), (_, own) = backward_tilings(hopper), choose_backward_tilings(program, hopper)
+        if own.block_k < usual.block_k:
+            return f"tiles of {own.block_k} keys are listed: the Hopper lowering of gradients has {usual.block_k}"
     return ""
 
 

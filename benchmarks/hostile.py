@@ -192,7 +192,31 @@ def hopper() -> Iterator[tuple[str, Tensor]]:
     yield "more query tiles than programs", attndsl.compile("causal")(many, many, many, backend="gluon")
 
 
-_ALL = (small, odd, large, scattered, eight_bits, by_data, caches, forwards, hopper)
+def hopper_gradients() -> Iterator[tuple[str, Tensor]]:
+    """The one kernel of all gradients, and what goes before and after it."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        return
+    ends = "attention a { input until : int[b, k]  attend causal & { q <= until[k] } }"
+    lists = "attention a { input p : blocks(128)[b, g, q/128]  attend causal & p }"
+    for text, rows, keys, dim in (
+        ("causal", 1, 1, 128),
+        ("causal", 129, 257, 64),
+        (STREAMING, 333, 777, 128),
+        ("causal & {k > q}", 300, 300, 128),
+        (DOCUMENTS, 300, 300, 64),
+        (ends, 300, 300, 128),
+        (lists, 300, 300, 128),
+    ):
+        attn = attndsl.compile(text)
+        q, k, v = (random(2, heads, n, dim).requires_grad_() for heads, n in ((4, rows), (2, keys), (2, keys)))
+        given: dict[str, Any] = {"doc": wild(2, keys, high=9).sort().values, "until": wild(2, keys, high=keys)}
+        given["p"] = wild(2, 2, 3, 4, high=5)
+        out = attn(q, k, v, backend="gluon", **{decl.name: given[decl.name] for decl in attn.program.inputs})
+        for name, x in zip("qkv", torch.autograd.grad(out, (q, k, v), torch.ones_like(out)), strict=True):
+            yield f"{text}, gradient of {name}", x
+
+
+_ALL = (small, odd, large, scattered, eight_bits, by_data, caches, forwards, hopper, hopper_gradients)
 GROUPS = {group.__name__: group for group in _ALL}
 
 

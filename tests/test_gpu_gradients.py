@@ -43,6 +43,7 @@ PER_HEAD = "causal & (if h % 2 == 0 then window(33) else sink(200))"
 SOFTCAP = attention("score softcap(s, 20.0)\n attend window(150)")
 ALIBI = attention("score s - exp2(-8 * (h + 1) / H) * (q - k)\n attend causal")
 SCALED = attention("input t : float[b, h]\n scale t[h]\n attend causal & window(300)")
+LISTED = attention("input p : blocks(128)[b, g, q/128]\n attend causal & p")
 DIFFUSION = Path(__file__).parent.parent / "examples" / "patterns" / "block_diffusion.attn"
 
 
@@ -93,6 +94,8 @@ KINDS = {
     "documents": Kind(
         DOCUMENTS, rows=1400, keys=1400, inputs=lambda kind: documents(kind.batch, kind.keys)
     ),
+    "lists of tiles": Kind(LISTED, rows=1100, keys=1100, inputs=lambda kind: lists(kind)),
+    "small heads of lists of tiles": Kind(LISTED, dim=64, rows=1100, keys=1100, inputs=lambda kind: lists(kind)),
     "a gradient of lse": Kind("causal", uses_lse=True, rows=300, keys=450),
     "a negative scale": Kind("causal", scale=-0.1),
     "heads inside tokens": Kind("causal & window(200)", lie="inside"),
@@ -106,6 +109,15 @@ KINDS = {
     "small heads of one token": Kind("causal", dim=64, rows=1, keys=1),
     "small heads inside tokens": Kind("causal | prefix(77)", dim=64, heads=(4, 4), lie="inside", dtype=torch.float16),
 }  # fmt: skip
+
+
+def lists(kind: Kind) -> dict[str, Tensor]:
+    """Of blocks, some members none, and of some rows all."""
+    tiles = -(-kind.keys // 128)
+    size = (kind.batch, kind.heads[1], tiles, 4)
+    chosen = torch.randint(-1, tiles, size, device="cuda", dtype=torch.int32).sort(-1).values
+    chosen[:, 0, ::3] = -1
+    return {"p": chosen}
 
 
 def tensors(kind: Kind) -> tuple[list[Tensor], Tensor]:

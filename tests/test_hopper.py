@@ -191,6 +191,19 @@ def test_lists_of_tiles(text: str) -> None:
         assert "gl.where(nothing, 0, gl.load(k_tiles_" in source and "scores = gl.where(nothing, " in source
 
 
+def test_gradients_of_listed_tiles() -> None:
+    """A program of gradients owns 128 keys, so that smaller members are the portable kernels' to go over."""
+    spec = replace(make_spec("sm_90", "triton", 8, 2, 128), even_start=True, lists=True)
+    of_64, of_128 = (
+        attndsl.compile(f"attention a {{ input p : blocks({n})[b, g, q/128]\n attend causal & p }}").program
+        for n in (64, 128)
+    )
+    assert not hopper_refusal(of_64, spec) and "tiles of 64 keys are listed" in gradients_refusal(of_64, spec)
+    assert not gradients_refusal(of_128, spec)
+    (plan,) = backward_plans(of_128, replace(spec, backend=Backend.GLUON))
+    assert all(run.list is not None for run in plan.key_runs.full + plan.key_runs.partial)
+
+
 def test_query_tiles_are_handed_out_where_two_have_room() -> None:
     """Which they are and where their runs end is said once, by a warp of its own, which waits for the program's last
     tiles before it takes another."""
