@@ -28,12 +28,27 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class Document:
+    """Where a set that looks at all pairs stands inside a sequence of its own, of the tokens from `first` to before
+    `end`, which a row reads: its coordinates are (q - first) // unit and (k - first) // unit (`unpack.py`).
+
+    `alone`: of a coarsened set, the operand in these coordinates, where it is the same in every sequence.
+    """
+
+    first: Scalar
+    end: Scalar
+    unit: int
+    alone: Set | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Random:
     """A set: the pairs of `among` whose key member is one of the `count` drawn for their row class.
 
     Row class r of q is q // rows (None: 0, all rows are one class), member m of k is k // keys. Of the members with
     an existing pair in `among`, those with the least `splitmix64(seed, h, r, m)` are drawn, ties to the lower m.
-    `written`: the text says `among`; otherwise everything around the set is within it already.
+    `written`: the text says `among`; otherwise everything around the set is within it already. `document`: rows,
+    members and what exists are those of a sequence of its own; `among` is of the call's positions.
     """
 
     count: int
@@ -43,6 +58,7 @@ class Random:
     among: Set
     written: bool
     span: Span | None = field(default=None, compare=False, repr=False)
+    document: Document | None = field(default=None, kw_only=True)
 
 
 # ------------------------------------------------------------------------------------- derivations
@@ -106,7 +122,8 @@ class BlockMap:
     """bool [b?, h?, q blocks, k blocks]: whether any, all, or a fraction of a block pair's pairs are in `operand`.
 
     `unit`: coordinates are positions // unit (1 unless under `on blocks`). `everywhere`: blocks of rows that the call
-    does not hold are read too.
+    does not hold are read too. `document`: bool [b?, h?, positions, k blocks], the blocks of each position's own
+    sequence, which begin where that does.
     """
 
     operand: Set
@@ -116,12 +133,14 @@ class BlockMap:
     fraction: float
     unit: int
     everywhere: bool
+    document: Document | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
     """int64 [b?, h, row classes, 2]: the greatest hash drawn for a row class, as the bits of an unsigned number, and
-    the greatest member drawn with that hash. `unit` and `everywhere` as in `BlockMap`.
+    the greatest member drawn with that hash. `unit` and `everywhere` as in `BlockMap`; where what is drawn stands in
+    documents there is an entry for each position, or row of the call, in the place of one for each class.
 
     With `members` int32 [b?, h, row classes?, count]: the members drawn themselves, as a plan lists them.
     """
@@ -256,3 +275,12 @@ Derivation: TypeAlias = (
     Offsets | Extents | RunEnds | RunCount | RunExtents | DocumentEnds | BlockMap | Draw | Chosen | TileList | Cut
     | Gathering | TileMap | Order | Sorted | Place
 )  # fmt: skip
+
+
+def document_of(derivation: Derivation | None) -> Document | None:
+    """Where the pairs that are counted stand inside sequences of their own."""
+    match derivation:
+        case BlockMap(document=document) | Draw(drawn=Random(document=document)):
+            return document
+        case _:
+            return None

@@ -21,6 +21,7 @@ from attndsl.derivation import (
     Chosen,
     Cut,
     Derivation,
+    Document,
     DocumentEnds,
     Draw,
     Extents,
@@ -39,6 +40,7 @@ from attndsl.derivation import (
 )
 from attndsl.entry_ends import Ends, first_of, token_read
 from attndsl.extents import extent_dims, of_extents
+from attndsl.linear import normalise
 from attndsl.member_numbers import has_member, number, read
 from attndsl.members import Runs, extent
 from attndsl.program import (
@@ -71,6 +73,7 @@ from attndsl.program import (
     scalars,
     walk,
 )  # fmt: skip
+from attndsl.simplify import fold
 from attndsl.unpack import unpacked
 
 _ONE = Dim(Axis.CONST, size=1)
@@ -118,8 +121,9 @@ def _read_by(derivation: Derivation | None) -> set[str]:
             return set()
         case TileList(plan=plan) | Gathering(plan=plan):
             return {plan}
-        case BlockMap(operand=operand):
-            pattern: Set = operand
+        case BlockMap(operand=operand, document=d):
+            ends = () if d is None else (Where(d.first), Where(d.end))
+            pattern: Set = Inter((operand, *ends))
         case Draw(drawn=drawn):
             pattern = drawn
         case Cut(own=own, other=other):
@@ -283,6 +287,8 @@ class _Deriver:
         if pattern.map is not None:
             return pattern  # Of a program that is derived already.
         operand = self.set(pattern.operand, replace(at, everywhere=True))
+        if pattern.document is not None:
+            return self._coarsen_apart(pattern, operand, pattern.document, at)
         block_q, block_k = pattern.block_q, pattern.block_k
         derivation = BlockMap(operand, block_q, block_k, pattern.mode, pattern.fraction, at.unit, at.everywhere)
         dims, lead = _lead(operand, self.ragged)
@@ -291,17 +297,37 @@ class _Deriver:
         index = (*lead, _quotient(Var("q"), block_q), _quotient(Var("k"), block_k))
         return replace(pattern, operand=operand, map=Read(decl.name, index, Type.BOOL))
 
+    def _coarsen_apart(self, pattern: Coarsen, operand: Set, d: Document, at: _Context) -> Set:
+        """Of a sequence of its own: in closed form where its operand has one in the sequence's coordinates."""
+        block_q, block_k = pattern.block_q, pattern.block_k
+        own = BlockMap(operand, block_q, block_k, pattern.mode, pattern.fraction, at.unit, True, replace(d, alone=None))
+        dims, lead = _lead(Inter((operand, Where(d.first), Where(d.end))), self.ragged)
+        size = block_k * d.unit * at.unit
+        decl = self._input(own, "blocks", Type.BOOL, (*dims, Dim(Axis.K, at.unit), Dim(Axis.K, size)))
+        _, key = coordinates_of(d)
+        found = Read(decl.name, (*lead, Var("q"), _quotient(key, block_k)), Type.BOOL)
+        if d.alone is None:
+            return Where(found, pattern.span)
+        return replace(pattern, operand=d.alone, map=found)
+
     def _random(self, pattern: Random, at: _Context) -> Set:
         among = self.set(pattern.among, at if pattern.rows == 1 else replace(at, everywhere=True))
         row, dim = self._row_class(pattern.rows, at)
-        member = _quotient(Var("k"), pattern.keys)
+        place: Scalar = row
+        key: Scalar = Var("k")
+        if (d := pattern.document) is not None:
+            own, key = coordinates_of(d)
+            row = Const(0) if pattern.rows is None else _quotient(own, pattern.rows)
+            place, dim = Var("q"), Dim(Axis.Q if pattern.rows == d.unit == 1 else Axis.K)
+        member = _quotient(key, pattern.keys)
         lead = [Var("h")]
         dims = [Dim(Axis.H)]
-        if self.ragged or any(reads(e, "b") for e in (*scalars(among), pattern.seed)):
+        ends = () if d is None else (d.first, d.end)
+        if self.ragged or any(reads(e, "b") for e in (*scalars(among), pattern.seed, *ends)):
             lead, dims = [Var("b"), *lead], [Dim(Axis.B), *dims]
         derivation = Draw(replace(pattern, among=among), at.unit, at.everywhere)
         decl = self._input(derivation, "drawn", Type.INT, (*dims, dim, Dim(Axis.CONST, size=2)))
-        last_hash, last = (Read(decl.name, (*lead, row, Const(i)), Type.INT) for i in range(2))
+        last_hash, last = (Read(decl.name, (*lead, place, Const(i)), Type.INT) for i in range(2))
         hashed = Call("mix64", (class_hash(pattern.seed, row), member))
         drawn = Where(Call("drawn", (hashed, member, last_hash, last)), pattern.span)
         return Inter((among, drawn), pattern.span) if pattern.written else drawn
@@ -332,6 +358,12 @@ def class_hash(seed: Scalar, row: Scalar) -> Scalar:
     for x in (seed, Var("h"), row):
         found = Call("mix64", (found, x))
     return found
+
+
+def coordinates_of(d: Document) -> tuple[Scalar, Scalar]:
+    """Where a query and a key stand in a sequence of their own."""
+    row, key = (normalise(_quotient(fold(Binary("-", Var(x), d.first)), d.unit)) for x in "qk")
+    return row, key
 
 
 def _quotient(x: Scalar, size: int) -> Scalar:

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 from attndsl.branches import Branch as Branch
 from attndsl.branches import Output, Part
 from attndsl.call_shape import CallShape as CallShape
-from attndsl.derivation import Random, Segment
+from attndsl.derivation import Document, Random, Segment
 from attndsl.diagnostics import Source, Span, error
 from attndsl.grid import Along, Grid
 from attndsl.inputs import KERNEL_TENSORS as KERNEL_TENSORS
@@ -145,6 +145,8 @@ class Coarse(Enum):
 class Coarsen(HashedOnce):
     """Block pairs of which any, all, or at least a fraction of the existing pairs (0 <= q < Nq, 0 <= k < Nk) are in
     the operand, whatever rows the call holds. `map`: in a derived program, the read that says so of a pair's blocks.
+    `document`: blocks and existing pairs are those of a sequence of its own. The operand is then one of the call's
+    positions, and in a derived program `document.alone`.
     """
 
     operand: Set
@@ -153,6 +155,7 @@ class Coarsen(HashedOnce):
     mode: Coarse
     fraction: float = 1.0
     map: Scalar | None = None
+    document: Document | None = None
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
@@ -240,12 +243,14 @@ def scalars(pattern: Set) -> Iterator[Scalar]:
             yield from scalars(b)
         case Complement(operand=p):
             yield from scalars(p)
-        case Coarsen(operand=p, map=found):
+        case Coarsen(operand=p, map=found, document=document):
             yield from scalars(p)
             yield from () if found is None else (found,)
-        case Random(seed=seed, among=p):
+            yield from () if document is None else (document.first, document.end)
+        case Random(seed=seed, among=p, document=document):
             yield seed
             yield from scalars(p)
+            yield from () if document is None else (document.first, document.end)
         case Selected(index=index, members=members):
             yield from index
             if isinstance(members, Placed | Runs):

@@ -21,6 +21,7 @@ from typing import assert_never
 import islpy as isl
 
 from attndsl import isl_sets
+from attndsl.apart import coarse_apart
 from attndsl.derivation import Random
 from attndsl.derive import derive
 from attndsl.effort import EFFORT, Budget, TooHard, bounded, remembered
@@ -279,6 +280,8 @@ class Lowering:
         Where these depend on data the map decides, within the blocks that some truth of the data allows.
         """
         data = self._is_data(pattern, inner)
+        if pattern.document is not None:
+            return self.holds(_map(pattern) if data else self._coarse_condition(pattern, inner), place)
         for name in self.atoms:
             inner = project_param(inner, name)
         coarse = isl_sets.coarse_pairs(inner, pattern.block_q, pattern.block_k, every=pattern.mode is Coarse.ALL)
@@ -287,6 +290,8 @@ class Lowering:
         return coarse.intersect(self._atom(_map(pattern), place)) if data else coarse
 
     def _coarse_condition(self, pattern: Coarsen, inner: isl.Set) -> Scalar:
+        if pattern.document is not None:
+            return coarse_apart(pattern, pattern.document, inner, self.context(), self.uniform)
         return condition(self._coarsen(pattern, inner, self.here), self.context(), self.uniform)
 
     def _is_data(self, pattern: Coarsen, inner: isl.Set) -> bool:

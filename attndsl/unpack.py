@@ -4,7 +4,8 @@
     lengths n     { q < n[b] and k < n[b] } & P, its Nq and Nk min(n[b], Nk)
     … over a view where n[b] > q, entries that begin before n[b], P asked of their nominal extents as ever
 
-Sets that look at all pairs of a sequence (`coarsen`, `random`) are told which exist. `first` does not decrease,
+Sets that look at all pairs of a sequence (`coarsen`, `random`) are told which exist, and in documents where theirs
+begin (`derivation.Document`). `first` does not decrease,
 whatever the ids, so a document's tiles are found as those of sorted ids are (`cuts.py`), and what reads q - k alone
 loses `first` again. The oracle does not know these sets: see `alone.py`.
 """
@@ -12,11 +13,11 @@ loses `first` again. The oracle does not know these sets: see `alone.py`.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from attndsl.branches import Part, Pick, Visible
 from attndsl.coordinates import coordinate, length
-from attndsl.derivation import DocumentEnds, Random, Segment
+from attndsl.derivation import Document, DocumentEnds, Random, Segment
 from attndsl.grid import Along
 from attndsl.linear import normalise
 from attndsl.program import (
@@ -45,7 +46,9 @@ from attndsl.program import (
     Union,
     Var,
     Where,
+    reads,
     rebuild,
+    walk,
 )  # fmt: skip
 
 
@@ -54,7 +57,7 @@ def unpacked(program: Program) -> Program:
     """The program, of one branch, without the clauses, its patterns and scores saying what they say."""
     if program.packed is None and program.lengths is None:
         return program
-    inputs, conditions = list(program.inputs), list[Scalar]()
+    conditions = list[Scalar]()
     count: Scalar | None = None
     if program.lengths is not None:
         count = _count(program)
@@ -62,18 +65,12 @@ def unpacked(program: Program) -> Program:
     place = _of_lengths(program)
     if program.packed is not None:
         decl = program.input(program.packed)
-        taken = {x.name for x in inputs}
-        for ends in (False, True):
-            name = f"{'end' if ends else 'first'}_{decl.name}"
-            while name in taken:
-                name += "_"
-            inputs.append(InputDecl(name, Type.INT, decl.dims, sorted=True, derivation=DocumentEnds(decl.name, ends)))
-
-        def entry(n: int, x: str) -> Scalar:
-            return Read(inputs[n].name, (*(Var("b") for _ in decl.dims[:-1]), Var(x)), Type.INT)
-
-        conditions.append(Compare("==", entry(-2, "q"), entry(-2, "k")))
-        place = replace(place, document=(entry(-2, "q"), Call("min", (entry(-1, "q"), place.k_len))))
+        lead = tuple(Var("b") for _ in decl.dims[:-1])
+        (of_row, of_key), (end, _) = (
+            [Read(place.run_ends(decl.name, last), (*lead, Var(x)), Type.INT) for x in "qk"] for last in (False, True)
+        )
+        conditions.append(Compare("==", of_row, of_key))
+        place = replace(place, document=(of_row, Call("min", (end, place.k_len))))
     branch = program.only
     scores = {
         name: None if e is None else place.scalar(e, place.names())
@@ -88,7 +85,8 @@ def unpacked(program: Program) -> Program:
     changed = program.with_branch(parts=parts, **scores)
     # Where positions count from a document's first token the call is no grid.
     grid = program.grid if program.packed is None else None
-    return replace(changed, inputs=tuple(inputs), packed=None, lengths=None, grid=grid)
+    inputs = (*program.inputs, *place.declared.values())
+    return replace(changed, inputs=inputs, packed=None, lengths=None, grid=grid)
 
 
 def of_present(e: Scalar, program: Program) -> Scalar:
@@ -127,11 +125,14 @@ Names = dict[str, Scalar]
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where sets and scalars stand. `count`: how many tokens, or blocks or cells of them, are present, which Nk bounds.
-    `document`: its first token and one past its last."""
+    `document`: its first token and one past its last. `unit`: coordinates are so many of its tokens each; 0 where they
+    do not count these in order. `declared`: the ends of runs that are read, the call's documents first."""
 
     program: Program
     count: Scalar
     document: tuple[Scalar, Scalar] | None = None
+    unit: int = 1
+    declared: dict[DocumentEnds, InputDecl] = field(default_factory=dict, compare=False)
 
     @property
     def k_len(self) -> Scalar:
@@ -168,10 +169,12 @@ class _Place:
             case On(operand=operand, place=Blocks(size=size)) if self.document is None:
                 return replace(pattern, operand=self._counting(_block(self.count, size, True)).inside(operand))
             case On(operand=operand, place=Blocks(size=size)):
-                return self.set(operand, {x: _block(e, size, x in ("Nq", "Nk")) for x, e in _whole(names).items()})
+                blocks = {x: _block(e, size, x in ("Nq", "Nk")) for x, e in _whole(names).items()}
+                return replace(self, unit=self.unit * size).set(operand, blocks)
             case On(operand=operand, place=Along(grid=grid, axis=axis)) if self.document is not None:
                 moved = {x: coordinate(grid, axis, names[x]) for x in "qk"}
-                return self.set(operand, moved | {x: length(grid, axis, names[x]) for x in ("Nq", "Nk")})
+                moved |= {x: length(grid, axis, names[x]) for x in ("Nq", "Nk")}
+                return replace(self, unit=0).set(operand, moved)
             case On(operand=operand, place=Along(grid=grid, axis=axis)):
                 # The size of an axis that is known stays.
                 count = length(grid, axis, Call("max", (self.count, Const(0))))
@@ -179,7 +182,13 @@ class _Place:
                 return replace(pattern, operand=self._counting(own).inside(operand))
             case On(operand=operand, place=Permuted() | Segment()) if self.document is None:
                 return replace(pattern, operand=self.inside(operand))
-            case Coarsen(operand=operand, mode=mode) if self.document is None and mode is not Coarse.FRACTION:
+            case On(operand=operand, place=Permuted() | Segment() as at):
+                moved = {x: self._placed(at, names, x) for x in "qk"}
+                return replace(self, unit=0).set(operand, names | moved)
+            case Coarsen(operand=operand, mode=mode) if self.document is not None or mode is Coarse.FRACTION:
+                alone = operand if mode is not Coarse.FRACTION and _alike(operand) else None
+                return replace(pattern, operand=self.set(operand, names), document=self._document(alone))
+            case Coarsen(operand=operand, mode=mode):
                 found, there = self.set(operand, names), self._exist(names)
                 if mode is Coarse.ANY:
                     return replace(pattern, operand=Inter((there, found)))
@@ -187,10 +196,44 @@ class _Place:
             case Random(among=among, seed=seed) if self.document is None:
                 candidates = Inter((self._exist(names), self.set(among, names)))
                 return replace(pattern, among=candidates, seed=self.scalar(seed, names))
+            case Random(among=among, seed=seed):
+                seed = self.scalar(seed, names)
+                return replace(pattern, among=self.set(among, names), seed=seed, document=self._document())
             case Selected() if self.document is None:
                 return pattern
             case _:
                 raise AssertionError(f"the front end lets no {type(pattern).__name__} stand here")
+
+    def _document(self, alone: Set | None = None) -> Document:
+        """Where what looks at all pairs stands; of padded sequences, whose blocks begin where those of a call do, all
+        of a sequence is one document."""
+        assert self.unit, "what looks at all pairs stands on tokens in order"
+        first, end = self.document or (Const(0), self.k_len)
+        return Document(first, end, self.unit, alone)
+
+    def _placed(self, place: Permuted | Segment, names: Names, x: str) -> Scalar:
+        """A coordinate that an int input gives the token of `names[x]`, or its distance in its segment."""
+        assert self.document is not None
+        first, end = self.document
+        lead = tuple(self.scalar(e, names) for e in place.lead)
+        if isinstance(place, Permuted):
+            return self._read(Read(place.input, (*lead, names[x]), Type.INT), first, end)
+        token = self._within(names[x], first, end)
+        # A segment begins with its document at the earliest.
+        begin = Call("max", (Read(self.run_ends(place.input, False), (*lead, token), Type.INT), first))
+        return normalise(Binary("-", token, begin))
+
+    def run_ends(self, name: str, ends: bool) -> str:
+        """The input that holds the first token of each token's run of equal entries of an input, or one past its
+        last."""
+        d = DocumentEnds(name, ends)
+        if d not in self.declared:
+            taken = {decl.name for decl in (*self.program.inputs, *self.declared.values())}
+            own = f"{'end' if ends else 'first'}_{name}"
+            while own in taken:
+                own += "_"
+            self.declared[d] = InputDecl(own, Type.INT, self.program.input(name).dims, sorted=True, derivation=d)
+        return self.declared[d].name
 
     def _exist(self, names: Names) -> Where:
         """The pairs of tokens, or what stands for them here, that exist."""
@@ -220,10 +263,31 @@ class _Place:
         index = list(read.index)
         for i, (dim, x) in enumerate(zip(dims, read.index, strict=True)):
             if dim.axis in (Axis.Q, Axis.K):
-                at = normalise(Binary("+", x, first))
-                inside = isinstance(at, Var) and at.name in ("q", "k")
-                index[i] = at if inside else Call("clamp", (at, first, Binary("-", end, Const(1))))
+                index[i] = self._within(x, first, end)
         return replace(read, index=tuple(index))
+
+    def _within(self, x: Scalar, first: Scalar, end: Scalar) -> Scalar:
+        """The token of the call at a document's position x, held within the document."""
+        at = normalise(Binary("+", x, first))
+        inside = isinstance(at, Var) and at.name in ("q", "k")
+        return at if inside else Call("clamp", (at, first, Binary("-", end, Const(1))))
+
+
+def _alike(pattern: Set) -> bool:
+    """Whether a set is the same in every sequence of a length: it reads nothing at tokens, and draws nothing."""
+    match pattern:
+        case Where(cond=cond):
+            return not any(isinstance(x, Read) and reads(x, "q", "k") for x in walk(cond))
+        case Union(parts=parts) | Inter(parts=parts):
+            return all(map(_alike, parts))
+        case Minus(left=a, right=b):
+            return _alike(a) and _alike(b)
+        case Choose(cond=cond, then=a, other=b):
+            return all(map(_alike, (Where(cond), a, b)))
+        case Complement(operand=operand) | On(operand=operand, place=Blocks()):
+            return _alike(operand)
+        case _:
+            return False
 
 
 def _whole(names: Names) -> Names:

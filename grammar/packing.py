@@ -7,23 +7,19 @@ from dataclasses import dataclass
 
 from attndsl import syntax as ast
 from attndsl.branches import factors
-from attndsl.derivation import Random, Segment
+from attndsl.derivation import Random
 from attndsl.diagnostics import Span
 from attndsl.grammar.scope import Context, InputRef, Poison
 from attndsl.grammar.unsupported import Feature, unsupported
-from attndsl.grid import Along
 from attndsl.program import (
     Axis,
-    Blocks,
     Choose,
-    Coarse,
     Coarsen,
     Complement,
     InputDecl,
     Inter,
     Minus,
     On,
-    Permuted,
     Program,
     Read,
     Scalar,
@@ -164,24 +160,8 @@ def _barred_sets(pattern: Set, packed: bool) -> Iterator[_Barred]:
         case Minus(left=a, right=b) | Choose(then=a, other=b):
             yield from _barred_sets(a, packed)
             yield from _barred_sets(b, packed)
-        case Complement(operand=operand) | On(operand=operand, place=Blocks() | Along()):
-            yield from _barred_sets(operand, packed)
-        case On(operand=operand, place=Permuted() | Segment(), span=span):
-            if packed:
-                yield _Barred("a placed set", "where its tokens stand in their document would be data of data", span)
-            yield from _barred_sets(operand, packed)
-        case Coarsen(operand=operand, mode=mode, span=span):
-            if packed:
-                yield _Barred("`coarsen`", _BLOCKS, span)
-            elif mode is Coarse.FRACTION:
-                yield _Barred("`coarsen` by a fraction", "how many pairs a block has would follow from data", span)
-            yield from _barred_sets(operand, packed)
-        case Random(among=among, span=span):
-            if packed:
-                yield _Barred("`random`", "which members a document has would follow from data", span)
-            yield from _barred_sets(among, packed)
+        case Complement(operand=x) | On(operand=x) | Coarsen(operand=x) | Random(among=x):
+            yield from _barred_sets(x, packed)
         case Selected(span=span):
             if packed:
                 yield _Barred("a selection", _BLOCKS, span)
-        case On(span=span):
-            yield _Barred("such a place", "it is none of the call's tokens", span)

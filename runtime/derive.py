@@ -22,6 +22,7 @@ from attndsl.derivation import (
     Chosen,
     Cut,
     Derivation,
+    Document,
     DocumentEnds,
     Draw,
     Extents,
@@ -29,20 +30,24 @@ from attndsl.derivation import (
     Offsets,
     Order,
     Place,
+    Random,
     RunCount,
     RunEnds,
     RunExtents,
     Sorted,
     TileList,
     TileMap,
+    document_of,
 )
-from attndsl.derive import class_hash, own_inputs
+from attndsl.derive import class_hash, coordinates_of, own_inputs
 from attndsl.diagnostics import error
 from attndsl.program import (
     Arg,
     Axis,
+    Binary,
     CallShape,
     Coarse,
+    Const,
     InputDecl,
     Program,
     Read,
@@ -55,9 +60,10 @@ from attndsl.program import (
     walk,
 )
 from attndsl.relation import Lowering
+from attndsl.runtime.apart import counts_apart
 from attndsl.runtime.call import dim_size
 from attndsl.runtime.cuts import document_ends, make_cut
-from attndsl.runtime.engine import Gradients, table_tensor
+from attndsl.runtime.engine import table_tensor
 from attndsl.runtime.extents import of_extents
 from attndsl.runtime.permute import of_order
 from attndsl.runtime.plans import Listing, chosen_members, list_size, maker, of_heads, run_ends
@@ -134,8 +140,12 @@ class Deriver:
                 continue
             self._check(decl, pattern)
             self._conditions[decl.name] = _condition(self.program, heads, decl.derivation)
-            seeds = (decl.derivation.drawn.seed,) if isinstance(decl.derivation, Draw) else ()
-            nodes = [x for e in (self._conditions[decl.name], *seeds) for x in walk(e)]
+            written = [self._conditions[decl.name]]
+            if isinstance(decl.derivation, Draw):
+                written.append(decl.derivation.drawn.seed)
+            if (document := document_of(decl.derivation)) is not None:
+                written += [document.first, document.end]
+            nodes = walk(*written)
             if not any(isinstance(x, Arg) or (isinstance(x, Read) and x.input not in fixed) for x in nodes):
                 fixed.add(decl.name)
         self._fixed = frozenset(fixed)
@@ -150,7 +160,11 @@ class Deriver:
         if isinstance(decl.derivation, Draw):
             drawn = decl.derivation.drawn
             classes = 1 if drawn.rows is None else -(-rows // drawn.rows)
-            pairs = max(pairs, batch * self.shape.heads * classes * -(-k_len // drawn.keys))
+            members = -(-k_len // drawn.keys)
+            pairs = max(pairs, batch * self.shape.heads * classes * members)
+            if drawn.document is not None and not drawn.rows == drawn.document.unit == 1:
+                # Of each position its class's candidates.
+                entries = max(entries, self._lead(decl) * k_len * members)
         if pairs > MAX_PAIRS or entries > MAX_ENTRIES:
             what = "`random`" if isinstance(decl.derivation, Draw) else "`coarsen` of a pattern that depends on data"
             raise error(
@@ -280,6 +294,13 @@ class Deriver:
 
     def _map(self, decl: InputDecl, d: BlockMap, values: Values) -> Tensor:
         found = torch.zeros(self._size(decl), dtype=torch.bool, device=self.device)
+        if d.document is not None:
+            share = Fraction(repr(d.fraction)) if d.mode is Coarse.FRACTION else Fraction(1)
+            for at, count, existing in self._counts_apart(decl, d.document, d.block_q, d.block_k, values):
+                needed = (existing * share.numerator + share.denominator - 1) // share.denominator
+                chosen = count > 0 if d.mode is Coarse.ANY else (count >= needed) & (existing > 0)
+                found[..., at, : chosen.shape[-1]] = leading(chosen, decl)
+            return found
         for blocks, count in self._counts(decl, d.block_q, d.block_k, values):
             chosen = count > 0 if d.mode is Coarse.ANY else count >= self._needed(d, blocks, count.shape[-1])
             found[..., blocks, :] = leading(chosen, decl)
@@ -301,6 +322,8 @@ class Deriver:
         """Hash and index of the last member drawn for each row class; past every member where all are drawn. Or the
         members themselves."""
         found = torch.full(self._size(decl), -1, dtype=derived_dtype(decl), device=self.device)
+        if (document := d.drawn.document) is not None:
+            return self._draw_apart(found, decl, d.drawn, document, values)
         classes_of = found.unsqueeze(-2) if d.members and d.drawn.rows is None else found
         of_class = class_hash(d.drawn.seed, Var("q"))
         rows = decl.dims[-2]
@@ -314,6 +337,21 @@ class Deriver:
             if d.members:
                 last = self._members_drawn(of_rows, count > 0, last, d.drawn.count)
             classes_of[..., where, : last.shape[-1]] = leading(last, decl)
+        return found
+
+    def _draw_apart(self, found: Tensor, decl: InputDecl, drawn: Random, document: Document, values: Values) -> Tensor:
+        """The same of each position, or row of the call, whose sequence it stands in has classes and members of its
+        own."""
+        place, _ = coordinates_of(document)
+        of_class = class_hash(drawn.seed, Const(0) if drawn.rows is None else Binary("//", place, Const(drawn.rows)))
+        of_call = decl.dims[-2].axis is Axis.Q
+        first = self.shape.first_position(self.program) if of_call else 0
+        for at, count, _ in self._counts_apart(decl, document, drawn.rows, drawn.keys, values):
+            rows = values.at(q=self._range(at.start, at.stop).view(1, 1, -1, 1)).tensor(of_class)
+            last = self.last_drawn(rows, count > 0, drawn.count)
+            begin = max(at.start, first)
+            if begin < at.stop:
+                found[..., begin - first : at.stop - first, :] = leading(last[..., begin - at.start :, :], decl)
         return found
 
     def _members_drawn(self, of_class: Tensor, candidate: Tensor, last: Tensor, count: int) -> Tensor:
@@ -355,9 +393,9 @@ class Deriver:
         condition = self._conditions[decl.name]
         values = values.at(Nq=q_len, Nk=k_len)
         # What is held for each pair, and for each member of a row class, under its heads and batch entries.
-        lead = prod(dim_size(dim, self.program, self.shape) for dim in decl.dims if dim.axis in (Axis.B, Axis.H))
+        lead = self._lead(decl)
         sparse = lead if reads(condition, "b", "h", "g") else max(1, lead // (block_q * block_k))
-        strip = max(1, STRIP[self.device.type] // max(1, sparse))
+        strip = max(1, STRIP[self.device.type] // sparse)
         columns = list(pieces(0, k_len, block_k, strip))
         rows = pieces(begin, q_len, block_q, max(1, strip // min(k_len, strip)))
 
@@ -372,6 +410,19 @@ class Deriver:
             return torch.cat([count for _, count in gathered(columns, block_k, k_len, of_keys)], -1)
 
         yield from gathered(rows, block_q, q_len, of_rows)
+
+    def _counts_apart(
+        self, decl: InputDecl, document: Document, block_q: int | None, block_k: int, values: Values
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """As `counts_apart` has them, of the set that is counted for a derived input."""
+        assert isinstance(decl.derivation, BlockMap | Draw)
+        q_len, k_len = self._lengths(decl.derivation.unit)
+        values, strip = values.at(Nq=q_len, Nk=k_len), STRIP[self.device.type] // self._lead(decl)
+        yield from counts_apart(document, self._conditions[decl.name], (block_q, block_k), values, k_len, strip)
+
+    def _lead(self, decl: InputDecl) -> int:
+        """How many heads and batch entries an input tells apart."""
+        return max(1, prod(dim_size(d, self.program, self.shape) for d in decl.dims if d.axis in (Axis.B, Axis.H)))
 
     def _first_row(self, decl: InputDecl) -> int:
         """The first coordinate whose row is read: those of the call are the last ones."""
@@ -409,38 +460,6 @@ class Deriver:
                 return [*lead, -(-self.shape.rows // rows), -(-self.shape.k_len // keys)]
             case _:
                 return [dim_size(dim, self.program, self.shape) for dim in decl.dims]
-
-
-class Deriving:
-    """Launches of a plan that take derived inputs after a call's own."""
-
-    def __init__(self, deriver: Deriver) -> None:
-        self.deriver = deriver
-        self.examples = deriver.examples()
-
-    def forward(self, launch: Callable[..., Any]) -> Callable[..., Any]:
-        """The launch as a function of a call's own inputs."""
-        if not self.examples:
-            return launch
-
-        def call(*given: Any) -> Any:
-            *tensors, inputs, args, scale, dropout = given
-            return launch(*tensors, [*inputs, *self.deriver(inputs, args)], args, scale, dropout)
-
-        return call
-
-    def backward(self, launch: Callable[..., Gradients]) -> Callable[..., Gradients]:
-        """The launch as a function of a call's own inputs, with their gradients."""
-        if not self.examples:
-            return launch
-
-        def call(*given: Any) -> Gradients:
-            *tensors, inputs, args, scale, dropout = given
-            derived = self.deriver(inputs, args)
-            dq, dk, dv, learned = launch(*tensors, [*inputs, *derived], args, scale, dropout)
-            return dq, dk, dv, learned[: len(inputs)]
-
-        return call
 
 
 def derived_dtype(decl: InputDecl) -> torch.dtype:

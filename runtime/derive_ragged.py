@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from attndsl.cuts import reflexive
-from attndsl.derivation import BlockMap, Cut, Draw
+from attndsl.derivation import BlockMap, Cut, Draw, document_of
 from attndsl.derive import class_hash, own_inputs
+from attndsl.diagnostics import error
 from attndsl.program import Axis, CallShape, Coarse, Coarsen, InputDecl, Program, Read, Scalar, Type, Var, reads, walk
 from attndsl.relation import Lowering
 from attndsl.runtime.call import dim_size
@@ -201,9 +202,19 @@ class RaggedDeriver(Deriver):
 def ragged_deriver(
     program: Program, shape: CallShape, device: torch.device, inputs: Sequence[Tensor]
 ) -> RaggedDeriver | None:
-    """What derives the inputs of a decode's program, of a call's own; None where it has none."""
+    """What derives the inputs of a decode's program, of a call's own; None where it has none.
+
+    Raises `PatternError` (A911) for what looks at all pairs of sequences inside a call.
+    """
     if len(own_inputs(program)) == len(program.inputs):
         return None
+    for decl in program.inputs:
+        if document_of(decl.derivation) is not None:
+            what = "`random`" if isinstance(decl.derivation, Draw) else "`coarsen` of data or by a fraction"
+            raise error(
+                "A911", f"decode of {what} inside documents is not yet supported", program.span,
+                help="call it on the last rows: it looks at all pairs of a document",
+            )  # fmt: skip
     return RaggedDeriver(program, shape, device, {}, inputs)
 
 

@@ -33,7 +33,7 @@ from attndsl.widths import LARGEST, check_tokens
 if TYPE_CHECKING:
     from attndsl.combining import CombinePlan
     from attndsl.observing import Cells, ObservePlan
-    from attndsl.runtime.derive import Deriving
+    from attndsl.runtime.deriving import Deriving
     from attndsl.runtime.quantized import Scales
     from attndsl.select_plan import SelectPlan
 
@@ -363,7 +363,8 @@ class Engine:
 
     def deriving(self, program: Program, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> Deriving:
         """How launches of a plan's program get their derived inputs."""
-        from attndsl.runtime.derive import Deriver, Deriving
+        from attndsl.runtime.derive import Deriver
+        from attndsl.runtime.deriving import Deriving
 
         sizes = [torch.empty_like(x, device="meta") for x in inputs]
         return Deriving(Deriver(program, call_shape(q, k, v), q.device, self._kept, sizes))

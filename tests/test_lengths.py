@@ -203,7 +203,6 @@ def check_output(text: str, n_tokens: int, **inputs: Any) -> None:
 
 
 @pytest.mark.parametrize(("clauses", "code", "named"), [
-    ("lengths n attend coarsen(causal, 4, fraction(0.5))", "A908", "`coarsen` by a fraction"),
     ("lengths n axes y, x[4] attend top(1, tiles(2, 2), among = all, per = head, by = dot(mean(Q), mean(K)))", "A908",
      "a selection of members that are no blocks"),
     ("lengths n attend causal skip below 0.1", "A908", "`skip below`"),
@@ -213,9 +212,6 @@ def check_output(text: str, n_tokens: int, **inputs: Any) -> None:
     ("packed doc x = attend causal observe m = probs(x, sum, head, tokens) output x", "A907", "`observe`"),
     ("packed doc attend causal over pool(mean, 4)", "A907", "a view"),
     ("packed doc attend causal & top(1, blocks(4), by = dot(Q, mean(K)))", "A907", "a selection"),
-    ("packed doc attend causal & random(1, blocks(4), query, 3)", "A907", "`random`"),
-    ("packed doc attend causal & ~coarsen(window(9), 4, any) on blocks(2)", "A907", "`coarsen`"),
-    ("packed doc attend causal | window(3) on segment(doc)", "A907", "a placed set"),
     ("packed doc x = attend causal y = attend all output q * x + y", "A907", "an output that reads `q`"),
 ])  # fmt: skip
 def test_what_is_refused(clauses: str, code: str, named: str) -> None:

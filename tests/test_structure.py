@@ -21,6 +21,7 @@ ABOVE = {*WIRING, "attndsl.cli"}
 HOMES: dict[str, tuple[str, ...]] = {
     "lark": ("attndsl.grammar.",),
     "islpy": (
+        "attndsl.apart",
         "attndsl.effort",
         "attndsl.isl_sets",
         "attndsl.run_ends",
