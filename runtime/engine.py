@@ -342,7 +342,7 @@ class Engine:
             deriving = self.deriving(plans[0].program, q, k, v, inputs)
             return deriving.backward(cpu_backward.InTurn(functions))
         from attndsl.runtime import gluon_backward
-        from attndsl.runtime.printing import printed_backward
+        from attndsl.runtime.printing import printed_backward, printed_gradients
         from attndsl.runtime.triton_backward import prepare_backward
         from attndsl.runtime.triton_launch import INTERPRETED, loads_for, shared_cache
 
@@ -351,9 +351,11 @@ class Engine:
         kernels = None
         if self.tiling is None and not gluon_backward.why_not(program, spec, q, backend):
             on_hopper = replace(spec, backend=Backend.GLUON)
-            kernels = printed_backward(program, on_hopper, uses_lse, None, self.generators, cache)
-            if backend == "auto" and prefers_two_passes(kernels.pieces[0][0], shape):
-                kernels = None
+
+            def wanted(plan: BackwardPlan) -> bool:
+                return backend == "gluon" or not prefers_two_passes(plan, shape)
+
+            kernels = printed_gradients(program, on_hopper, uses_lse, wanted, self.generators, cache)
         if kernels is None:
             spec = replace(spec, whole=whole(program, spec, shape))
             kernels = printed_backward(program, spec, uses_lse, self.tiling, self.generators, cache)

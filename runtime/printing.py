@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from attndsl.runtime.engine import Generators
 
 _TEXT, _CHOICES = "kernel_{}.py", "choices.json"
+_ROWS, _GRADIENTS = "rows.py", "gradients.py"
 _DQ, _DKDV, _DIAGONALS, _PAIRS = "dq_{}.py", "dkdv_{}.py", "diagonals.py", "pairs_{}.py"
 Printers = Mapping[Backend, Callable[[ForwardPlan], str]]
 
@@ -88,14 +89,14 @@ class PrintedBackward:
 def printed_backward(
     program: Program, spec: Spec, uses_lse: bool, tiling: Tiling | None, printers: Generators, cache: KernelCache | None
 ) -> PrintedBackward:
-    """The backward kernels of a kind of call. uses_lse: a gradient of lse comes in. Others as in `printed_forward`."""
+    """The portable backward kernels of a kind of call. uses_lse: a gradient of lse comes in. Others as in
+    `printed_forward`."""
 
     def make() -> dict[str, bytes]:
         plans = backward_plans(program, spec, None if tiling is None else (tiling, tiling), uses_lse=uses_lse)
         texts: dict[str, str] = {}
-        printer = printers.gluon_backward if spec.backend is Backend.GLUON else printers.triton_backward
         for n, plan in enumerate(plans, 1):
-            texts[_DQ.format(n)], texts[_DKDV.format(n)] = printer(plan)
+            texts[_DQ.format(n)], texts[_DKDV.format(n)] = printers.triton_backward(plan)
         # These go over the whole pattern; what they need to know of scores the first piece's plan says.
         found, square = {x.over for x in plans[0].learned}, _square(tiling) or learning_tiling(spec)
         diagonals = pairs = None
@@ -118,6 +119,29 @@ def printed_backward(
         None if diagonals is None else (diagonals, texts[_DIAGONALS]),
         None if pairs is None or not of_pairs else (pairs, of_pairs),
     )
+
+
+def printed_gradients(
+    program: Program, spec: Spec, uses_lse: bool, wanted: Callable[[BackwardPlan], bool], printers: Generators,
+    cache: KernelCache | None,
+) -> PrintedBackward | None:  # fmt: skip
+    """The kernels for Hopper that make all gradients in one pass, where their plan is wanted: that is asked, and kept,
+    before anything is printed. Others as in `printed_backward`."""
+
+    def make_plan() -> dict[str, bytes]:
+        (plan,) = backward_plans(program, spec, uses_lse=uses_lse)
+        return _choices(plan.program, plan)
+
+    _, plan = _chosen(_kept(cache, make_plan, "planned gradients", program, spec, uses_lse), program)
+    if not wanted(plan):
+        return None
+
+    def make() -> dict[str, bytes]:
+        of_rows, of_keys = printers.gluon_backward(plan)
+        return {_ROWS: of_rows.encode(), _GRADIENTS: of_keys.encode()}
+
+    files = _kept(cache, make, "printed gradients", program, spec, uses_lse)
+    return PrintedBackward(((plan, files[_ROWS].decode(), files[_GRADIENTS].decode()),), None, None)
 
 
 def _square(tiling: Tiling | None) -> Tiling | None:

@@ -11,10 +11,10 @@ import attndsl
 from attndsl.codegen.gluon_forward import forward_source as gluon_source
 from attndsl.codegen.triton_forward import forward_source as triton_source
 from attndsl.piece_plans import forward_plans
-from attndsl.plan import Backend, ForwardPlan, Printed, Spec, Tiling
+from attndsl.plan import Backend, BackwardPlan, ForwardPlan, Printed, Spec, Tiling
 from attndsl.runtime.build import parameters
 from attndsl.runtime.cache import KernelCache
-from attndsl.runtime.printing import printed_backward, printed_forward
+from attndsl.runtime.printing import PrintedBackward, printed_backward, printed_forward, printed_gradients
 from attndsl.runtime.texts import compiler_digest
 from attndsl.targets import make_spec
 from attndsl.wiring import engine
@@ -122,6 +122,31 @@ def test_backward_kernels_are_kept(tmp_path: Path, text: str, monkeypatch: pytes
     # A gradient of lse takes another kernel.
     with pytest.raises(AssertionError, match="planned again"):
         printed_backward(program, spec, True, None, printers, KernelCache(tmp_path / "kernels"))
+
+
+def test_gradients_in_one_pass_are_planned_first_and_printed_where_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = attndsl.compile("causal & window(100)").program
+    spec = replace(SPEC, backend=Backend.GLUON)
+    printers, printed = engine(program).generators, 0
+
+    def count(plan: BackwardPlan) -> tuple[str, str]:
+        nonlocal printed
+        printed += 1
+        return printers.gluon_backward(plan)
+
+    def gradients(wanted: bool) -> PrintedBackward | None:
+        cache, counting = KernelCache(tmp_path / "kernels"), replace(printers, gluon_backward=count)
+        return printed_gradients(program, spec, False, lambda plan: wanted, counting, cache)
+
+    assert gradients(wanted=False) is None and printed == 0
+    monkeypatch.setattr("attndsl.runtime.printing.backward_plans", refuse)
+    first = gradients(wanted=True)
+    assert first is not None and printed == 1
+    ((plan, of_rows, of_keys),) = first.pieces
+    assert (of_rows, of_keys) == printers.gluon_backward(plan)
+    assert gradients(wanted=True) == first and printed == 1
 
 
 def test_tokens_out_of_order_have_no_hopper_lowering() -> None:
