@@ -41,8 +41,9 @@ from attndsl.runs import Side, TileRuns
 from attndsl.simplify import fold, specialise
 from attndsl.skipping import skipping_plan
 from attndsl.splitting import SplitPiece, splits
+from attndsl.targets import part_refusal, pieces_refusal
 from attndsl.tile_sizes import backward_tilings, copies_piece, default_tiling
-from attndsl.tiling import choose_backward_tilings, choose_tiling, usual_tiling
+from attndsl.tiling import choose_backward_tilings, choose_tiling, usual_tiling, visits_many
 from attndsl.view_plans import view_backward, view_forward
 from attndsl.visits import closed_runs
 from attndsl.within_plans import within_backward, within_forward
@@ -97,11 +98,17 @@ def _of_parts(program: Program, make: Callable[[Program, bool], tuple[P, ...]]) 
 
 
 def _forward_part(program: Program, spec: Spec, tiling: Tiling | None, first: bool) -> tuple[ForwardPlan, ...]:
+    if spec.backend is Backend.GLUON and (part_refusal(program, spec) or pieces_refusal(program, spec)):
+        spec = replace(spec, backend=Backend.TRITON)
     if program.only.within is not None:
         return (within_forward(program, spec),)
-    if not program.plain:
-        return (view_forward(program, spec, tiling or default_tiling(spec), not first),)
-    return forward_plans(program, spec, tiling, alone=False)
+    if program.plain:
+        return forward_plans(program, spec, tiling, alone=False)
+    chosen = tiling or default_tiling(spec)
+    plan = view_forward(program, spec, chosen, not first)
+    if tiling is None and chosen.several and visits_many(plan):
+        plan = view_forward(program, spec, replace(chosen, several=False), not first)
+    return (plan,)
 
 
 def _backward_part(

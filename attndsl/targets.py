@@ -6,13 +6,15 @@ import re
 from dataclasses import replace
 
 from attndsl.diagnostics import error
+from attndsl.effort import remembered
 from attndsl.listing import LEAST, reads_plans
 from attndsl.pieces import choose_pieces
-from attndsl.plan import Backend, DType, Loads, Spec, head_parts
+from attndsl.plan import Backend, DType, Loads, Spec, Tiling, head_parts
 from attndsl.program import Program
 from attndsl.splitting import SplitPiece, splits
-from attndsl.tile_sizes import HOPPER_ROWS, backward_tilings, copies_piece
+from attndsl.tile_sizes import HOPPER_ROWS, backward_tilings, copies_piece, default_tiling
 from attndsl.tiling import all_listables, choose_backward_tilings, choose_tiling, prefers_portable
+from attndsl.view_plans import listed_tilings
 
 # As users write them, and as plans do.
 TARGETS = {
@@ -79,15 +81,28 @@ def hopper_refusal(program: Program, spec: Spec) -> str:
         return f"the Hopper lowering takes bfloat16 and float16, not {spec.dtype.value}"
     if spec.dropout:
         return "dropout has no Hopper lowering yet"
-    if not program.plain:
-        return "views have no Hopper lowering yet"
-    if program.branch.skip is not None:
+    # One part of a softmax that has it is enough: the others run before or after it.
+    reasons = [part_refusal(program.with_branch(parts=(part,)), spec) for part in program.only.parts]
+    return "" if "" in reasons else reasons[0]
+
+
+@remembered(1024)
+def part_refusal(program: Program, spec: Spec) -> str:
+    """Why a program of one part has none on Hopper, as `hopper_refusal` says it."""
+    if program.only.within is not None:
+        return "two levels have no Hopper lowering yet"
+    if program.only.skip is not None:
         return "tiles that scores skip have no Hopper lowering yet"
-    if reason := _lists_refusal(program, spec):
+    if spec.dtype is DType.FLOAT8 and (reason := _float8_refusal(program, spec)):
         return reason
-    if spec.dtype is DType.FLOAT8:
-        return _float8_refusal(program, spec)
-    return ""
+    return _lists_refusal(program, spec) if program.plain else _view_refusal(program, spec)
+
+
+def _view_refusal(program: Program, spec: Spec) -> str:
+    """Why the entries of a view do not suit it: a list of its tiles has to be one of the kernel's own."""
+    own = default_tiling(replace(spec, backend=Backend.GLUON))
+    (tiling,) = listed_tilings(program, spec, (own,))
+    return _small_tiles(tiling) if tiling != own else ""
 
 
 def _lists_refusal(program: Program, spec: Spec) -> str:
@@ -103,15 +118,20 @@ def _lists_refusal(program: Program, spec: Spec) -> str:
     own = choose_tiling(program, replace(spec, backend=Backend.GLUON))
     if not any(found.fits(own.block_q, own.block_k, spec.even_start) for found in listed):
         return "no tile lies in one row class and one member of a plan"
-    if own.block_q < HOPPER_ROWS or own.block_k < _KEYS:
-        return (
-            f"tiles of {own.block_q} rows and {own.block_k} keys are listed: the Hopper lowering has {HOPPER_ROWS} rows"
-        )
-    return ""
+    return _small_tiles(own)
+
+
+def _small_tiles(own: Tiling) -> str:
+    """Why listed tiles are too small, empty where they are not."""
+    if own.block_q >= HOPPER_ROWS and own.block_k >= _KEYS:
+        return ""
+    return f"tiles of {own.block_q} rows and {own.block_k} keys are listed: the Hopper lowering has {HOPPER_ROWS} rows"
 
 
 def _float8_refusal(program: Program, spec: Spec) -> str:
     """Why products of float8 do not suit a program, as `hopper_refusal` says it."""
+    if not program.plain:
+        return "entries of views are made in wider dtypes than float8"
     if program.branch.weights is not None:
         return "`weights` may be larger than float8 holds"
     if any(len(head_parts(dim)) > 1 or dim < 32 for dim in (spec.dim, spec.v_dim)):
@@ -126,6 +146,8 @@ def gradients_refusal(program: Program, spec: Spec) -> str:
         return reason
     if spec.dtype is DType.FLOAT8:
         return "float8 tensors have no gradients"
+    if not program.plain:
+        return "gradients of views have no Hopper lowering yet"
     if program.branch.weights is not None:
         return "gradients of `weights` have no Hopper lowering yet"
     if spec.dim != spec.v_dim or spec.dim not in (64, 128):
@@ -144,6 +166,8 @@ def gradients_refusal(program: Program, spec: Spec) -> str:
 
 def layout_refusal(program: Program, spec: Spec) -> str:
     """Why the order in which tokens are visited has no Hopper lowering, empty where it has: known after a search."""
+    if not program.plain:
+        return ""  # Known of each part.
     choice = choose_pieces(program, (spec.heads, spec.kv_heads))
     if choice.plain or (isinstance(choice.pieces[0], SplitPiece) and not splits(choice.pieces, spec)):
         return ""
@@ -152,16 +176,17 @@ def layout_refusal(program: Program, spec: Spec) -> str:
 
 def pieces_refusal(program: Program, spec: Spec) -> str:
     """Why no piece of a program has a Hopper lowering of its forward kernel, empty where one has."""
-    reason = layout_refusal(program, spec)
+    if not (reason := layout_refusal(program, spec)):
+        return ""
     pieces = choose_pieces(program, (spec.heads, spec.kv_heads)).pieces
-    return (
-        "" if reason and any(copies_piece(x.layout, spec) for x in pieces if not isinstance(x, SplitPiece)) else reason
-    )
+    return "" if any(copies_piece(x.layout, spec) for x in pieces if not isinstance(x, SplitPiece)) else reason
 
 
 def default_refusal(program: Program, spec: Spec) -> str:
     """Why a call that leaves the backend open gets the portable kernel where there is a Hopper lowering; empty where it
     gets the latter."""
+    if not program.plain:
+        return "as fast as the Hopper lowering over views of so small heads" if spec.dim <= 64 else ""
     if prefers_portable(program, spec):
         return "predicted to be ahead of the Hopper lowering with these heads and so few tiles a row"
     if spec.dim <= 64 and layout_refusal(program, spec):

@@ -14,7 +14,7 @@ from attndsl.derive import derive
 from attndsl.effort import remembered
 from attndsl.evaluate import evaluate
 from attndsl.listing import LEAST, Listable, fitting, listables, lists_tiles
-from attndsl.plan import Backend, BackwardPlan, Loads, Spec, Tiling, backward_plan, forward_plan
+from attndsl.plan import Backend, BackwardPlan, ForwardPlan, Loads, Spec, Tiling, backward_plan, forward_plan
 from attndsl.program import Arg, CallShape, Program, Read, Scalar, Table, Type, reads, walk
 from attndsl.relation import lowered
 from attndsl.runs import TileRuns
@@ -57,12 +57,12 @@ def choose_tiling(program: Program, spec: Spec) -> Tiling:
     Where a plan can list the tiles, they fit into its row classes and members.
     """
     tiling = _fitted(usual_tiling(program, spec), program, spec)
-    return replace(tiling, several=tiling.several and not _long(program, spec, tiling))
+    return replace(tiling, several=tiling.several and not visits_many(forward_plan(program, spec, tiling)))
 
 
-def _long(program: Program, spec: Spec, tiling: Tiling) -> bool:
+def visits_many(plan: ForwardPlan) -> bool:
     """Whether query tiles visit so many tiles that what lies between them matters less than registers in the loop."""
-    counts = _counts(forward_plan(program, spec, tiling).runs, tiling, spec)
+    counts = _counts(plan.runs, plan.tiling, plan.spec)
     return counts is not None and bool(counts.mean() > _LONG)
 
 

@@ -5,6 +5,7 @@ Positions stay those of tokens: `Nk` is their number, and entry k of a view with
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from attndsl.plan import (
     branch_scalars,
     slopes,
 )  # fmt: skip
-from attndsl.program import Binary, Call, Const, Program, Scalar, Var, reads, rebuild, substitute
+from attndsl.program import Binary, Call, Compare, Const, If, Program, Scalar, Var, reads, rebuild, substitute
 from attndsl.quasi_affine import condition
 from attndsl.relation import Lowering, Relation, build_relation
 from attndsl.runs import Side, TileRuns
@@ -71,6 +72,13 @@ def view_backward(
         key_mask=mask, **slopes(program, scalars), uses_lse=uses_lse, follows=follows, view=view,
     )  # fmt: skip
     return replace(plan, program=with_needed(program, plan.inputs))
+
+
+def listed_tilings(program: Program, spec: Spec, tilings: tuple[Tiling, ...]) -> tuple[Tiling, ...]:
+    """Tilings of a program of one part, over a view, as the lists of a plan have them: as they are where there is
+    none."""
+    program = derive(program)
+    return _listable(program, spec, *_entries(program, spec, "q"), tilings)[1]
 
 
 def _listable(
@@ -232,6 +240,14 @@ def counted(logit: Scalar | None, view: View) -> Scalar:
     """The logit of an entry k of a view that is `counted`, or whose entries count for what data tells."""
     if isinstance(view, Given) and view.mass is not None:
         return Binary("+", logit or Var("s"), Call("log", (view.mass,)))
-    left = Binary("-", view.present or Var("Nk"), Binary("*", Const(view.stride), Var("k")))
-    tokens = Call("max", (Call("min", (left, Const(view.size))), Const(1)))
-    return Binary("+", logit or Var("s"), Call("log", (tokens,)))
+    tokens = view.present or Var("Nk")
+    if view.size > view.stride:
+        left = Binary("-", tokens, Binary("*", Const(view.stride), Var("k")))
+        counts: Scalar = Call("log", (Call("max", (Call("min", (left, Const(view.size))), Const(1))),))
+    else:
+        # The last entry alone may have fewer, and it is one number for all rows.
+        last = Binary("//", Binary("-", tokens, Const(1)), Const(view.stride))
+        left = Binary("-", tokens, Binary("*", Const(view.stride), last))
+        rest = Call("log", (Call("min", (left, Const(view.size))),))
+        counts = If(Compare("==", Var("k"), last), rest, Const(math.log(view.size)))
+    return Binary("+", logit or Var("s"), counts)

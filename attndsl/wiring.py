@@ -30,7 +30,14 @@ from attndsl.runtime.cache import cache_key
 from attndsl.runtime.registry import register
 from attndsl.select_plan import SelectPlan, select_plan
 from attndsl.stability import unstable
-from attndsl.targets import gradients_refusal, hopper_refusal, layout_refusal, make_spec, pieces_refusal
+from attndsl.targets import (
+    gradients_refusal,
+    hopper_refusal,
+    layout_refusal,
+    make_spec,
+    part_refusal,
+    pieces_refusal,
+)
 
 if TYPE_CHECKING:
     from attndsl.runtime.cache import KernelCache
@@ -183,8 +190,10 @@ class Shown:
             case _:
                 forward = forward_plans(program, spec)[piece]
                 if self.backend == "gluon" and forward.spec.backend is not Backend.GLUON:
-                    reason = "it visits tokens out of order, which the Hopper lowering does not"
-                    raise error("A510", reason, help="choose backend 'triton'")
+                    parts = (program.with_branch(parts=(part,)) for part in program.only.parts)
+                    reasons = filter(None, (part_refusal(part, spec) for part in parts))
+                    out_of_order = "it visits tokens out of order, which the Hopper lowering does not"
+                    raise error("A510", next(reasons, out_of_order), help="choose backend 'triton'")
                 return forward
 
     def _around(self, program: Program, owner: str, name: str, n: int, spec: Spec) -> ShownPlan:

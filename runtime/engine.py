@@ -24,7 +24,7 @@ from attndsl.properties import is_whole, takes_more_rows_than_keys
 from attndsl.runtime.again import Again, AgainBackward, again, again_backward
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
 from attndsl.runtime.dropout import Dropout
-from attndsl.runtime.entries import all_view_places, check_entries
+from attndsl.runtime.entries import all_entries, all_view_places, check_entries
 from attndsl.runtime.pieces import in_turn
 from attndsl.runtime.values import readable
 from attndsl.tiling import prefers_two_passes
@@ -296,11 +296,12 @@ class Engine:
             why_not_gluon,
         )  # fmt: skip
 
-        spec = replace(spec, loads=loads_for(spec, aligned, k, v, *(inputs[i] for i in self._views)))
+        views = all_entries(program, k, v, inputs)
+        spec = replace(spec, loads=loads_for(spec, aligned, k, v, *views))
         spec = replace(spec, whole=is_whole(program, call_shape(q, k, v)))
         backends: tuple[Backend, ...] = (Backend.TRITON,)
         if backend in ("auto", "gluon"):
-            reason = why_not_gluon(program, spec, aligned, q, k, v)
+            reason = why_not_gluon(program, spec, aligned, q, k, v, *views)
             if backend == "gluon" and reason:
                 raise error("A510", reason, help="leave `backend` out to get the portable kernel")
             if not reason:
@@ -346,7 +347,7 @@ class Engine:
         from attndsl.runtime.triton_backward import prepare_backward
         from attndsl.runtime.triton_launch import INTERPRETED, loads_for, shared_cache
 
-        spec = replace(spec, loads=loads_for(spec, aligned, q, k, v, dout, *(inputs[i] for i in self._views)))
+        spec = replace(spec, loads=loads_for(spec, aligned, q, k, v, dout, *all_entries(program, k, v, inputs)))
         shape, cache = call_shape(q, k, v), None if INTERPRETED else shared_cache()
         kernels = None
         if self.tiling is None and not gluon_backward.why_not(program, spec, q, backend):

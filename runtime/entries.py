@@ -14,10 +14,18 @@ from attndsl.program import Program
 
 def keys_of(plan: Plan | Printed, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Keys [B, Hkv, keys, D] and values [B, Hkv, keys, Dv]: of dimensions of size 1, broadcast, no copy is made."""
-    if plan.view is None:
-        return k, v
-    at_k, at_v = view_places(plan.program, plan.view)
-    entries = plan.view.entries(k.shape[2])
+    return (k, v) if plan.view is None else _entries_of(plan.program, plan.view, k, v, inputs)
+
+
+def all_entries(program: Program, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The keys and the values of the entries of every view, as `keys_of` has them."""
+    views = (part.view for branch in program.branches for part in branch.parts)
+    return [x for view in views if isinstance(view, Given) for x in _entries_of(program, view, k, v, inputs)]
+
+
+def _entries_of(program: Program, view: Given, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    at_k, at_v = view_places(program, view)
+    entries = view.entries(k.shape[2])
     return (
         inputs[at_k].expand(*k.shape[:2], entries, k.shape[3]), inputs[at_v].expand(*v.shape[:2], entries, v.shape[3]),
     )  # fmt: skip

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import attndsl
 from attndsl.plan import Tiling
 from attndsl.wiring import engine
 from tests.gpu import PATTERN, close, for_hopper
+from tests.hopper_views import VIEWS, of_views
 
 pytestmark = [pytest.mark.gpu, for_hopper]
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,3 +179,38 @@ def test_the_sanitizer_finds_nothing(tool: str) -> None:
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run([*command, *groups], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize(("dim", "v_dim"), [(128, 128), (64, 64), (96, 80), (256, 256)])
+@pytest.mark.parametrize("body", VIEWS)
+def test_views(body: str, dim: int, v_dim: int) -> None:
+    """Entries are tensors of their own, which hardware copies; another part of the softmax may have another kernel."""
+    attn = attndsl.compile(of_views(body))
+    for rows, tokens in ((1100, 1100), (130, 1500), (1, 700), (5, 5)):
+        if "from pool" in body and rows < 1100:
+            continue  # Rows of one pooled query have a stride of 0.
+        q, k, v = random(4, rows, dim), random(2, tokens, dim), random(2, tokens, v_dim)
+        inputs = view_inputs(attn, k, v)
+        plans = attn.plan(q, k) if attn.program.selections else None
+        out = attn(q, k, v, backend="gluon", plans=plans, **inputs)
+        assert close(attn, out, q, k, v, plans=plans, **inputs)
+
+
+def view_inputs(attn: attndsl.Attention, k: Tensor, v: Tensor) -> dict[str, Any]:
+    tokens = k.shape[2]
+    inputs = {
+        "sinks": torch.randn(4, device="cuda"), "doc": torch.arange(tokens, device="cuda").repeat(2, 1) // 300,
+        "kc": random(2, -(-tokens // 4), k.shape[3]), "vc": random(2, -(-tokens // 4), v.shape[3]),
+    }  # fmt: skip
+    return {decl.name: inputs[decl.name] for decl in attn.program.inputs if decl.name in inputs}
+
+
+def test_entries_that_sequences_share() -> None:
+    """They are read with a stride of 0, which hardware copies do not."""
+    attn = attndsl.compile(of_views("attend all over given(kc, vc, 4)"))
+    q, k, v = random(4, 300, 128), random(2, 300, 128), random(2, 300, 128)
+    inputs = view_inputs(attn, k, v)
+    inputs["vc"] = inputs["vc"][:1]
+    assert close(attn, attn(q, k, v, **inputs), q, k, v, **inputs)
+    with pytest.raises(attndsl.PatternError, match="A510"):
+        attn(q, k, v, backend="gluon", **inputs)

@@ -16,6 +16,8 @@ import attndsl
 from attndsl.codegen.gluon_forward import forward_source
 from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import GLUON
+from attndsl.compose import compose
+from attndsl.listing import lists_tiles, reads_plans
 from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.plan import Backend
 from attndsl.runtime.gluon_backward import why_not
@@ -27,6 +29,7 @@ from attndsl.targets import (
     make_spec,
     pieces_refusal,
 )
+from tests.hopper_views import VIEWS, of_views
 from tests.offline import ROOT, Found, Job, compile_all
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -265,3 +268,15 @@ def test_pieces_that_hardware_copies() -> None:
     assert backends("causal & (window(128) | dilated(128))", whole=False) == ["gluon", "triton"]
     assert backends("causal & strided(7, 3)") == []
     assert backends("causal") == ["gluon"]
+
+
+@pytest.mark.filterwarnings("ignore::attndsl.PatternWarning")
+def test_views_have_kernels_of_their_own() -> None:
+    """Each part of a softmax the one that suits it."""
+    spec = make_spec("sm_90", "triton", 4, 2, 128)
+    for body, expected in VIEWS.items():
+        ((_, program),) = compose(attndsl.compile(of_views(body)).program).branches
+        spec = replace(spec, even_start=lists_tiles(program), lists=reads_plans(program))
+        assert not hopper_refusal(program, spec)
+        plans = forward_plans(program, replace(spec, backend=Backend.GLUON))
+        assert "".join(plan.spec.backend.value[0] for plan in plans) == expected, body
