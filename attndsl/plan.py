@@ -27,6 +27,7 @@ from attndsl.program import (
     Table,
     TableDecl,
     Var,
+    reads,
     walk,
 )  # fmt: skip
 from attndsl.relation import lowered
@@ -303,6 +304,21 @@ class BackwardPlan(Plan):
     def of_keys(self) -> BackwardPlan:
         """The plan as the kernel of dk and dv has it: that kernel's tiling, runs and mask in place of those of dq."""
         return replace(self, tiling=self.key_tiling, runs=self.key_runs, mask=self.key_mask, box_runs=self.key_box_runs)
+
+    @property
+    def row_list(self) -> Read | None:
+        """The list that the kernel of dk and dv goes over: of the rows that chose a key tile, or some of its keys."""
+        return self.marked if self.gathered is None else self.gathered.entry
+
+    @property
+    def one_list(self) -> bool:
+        """Whether the heads that share a key tile have one such list."""
+        return self.row_list is not None and (self.spec.heads == self.spec.kv_heads or not reads(self.row_list, "h"))
+
+    @property
+    def cuts_lists(self) -> bool:
+        """Whether that kernel cuts long lists into parts: where a program goes over one, and makes no other sums."""
+        return self.one_list and not self.learned and self.layout.plain and self.view is None
 
     @property
     def learnable_inputs(self) -> tuple[InputDecl, ...]:

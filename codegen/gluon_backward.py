@@ -29,7 +29,7 @@ from attndsl.codegen.gluon import (
     helper_functions,
     specialized,
 )  # fmt: skip
-from attndsl.codegen.head_order import last_beside
+from attndsl.codegen.head_order import heavy_first
 from attndsl.codegen.header import header
 from attndsl.codegen.kernel import scalar_parameters, used_parameters
 from attndsl.codegen.kernel_loops import Visits
@@ -369,20 +369,8 @@ class _Gradients:
         lines, spec = Lines(indent=1), self.plan.spec
         half = "BLOCK_Q // 2, DIM" if self.of_rows else "BLOCK_Q, DIM // 2"
         self._constants(lines)
+        heavy_first(lines, "gl", "k_tiles = gl.cdiv(k_len, BLOCK_K)")
         lines.add(
-            "",
-            "# Heads one after another, the last few side by side; the first keys first: most rows see them.",
-            "# Before all others the tiles that far more rows see than the rest, `heavy` in each head.",
-            "k_tiles = gl.cdiv(k_len, BLOCK_K)",
-            "heads = gl.num_programs(0) // k_tiles",
-            "program = gl.program_id(0)",
-            "rest = program - heavy * heads",
-            "light = gl.maximum(k_tiles - heavy, 1)",
-        )
-        head, place = last_beside(lines, "gl", "rest", "light")
-        lines.add(
-            f"head = gl.where(rest < 0, program % heads, {head})",
-            f"k_tile = gl.where(rest < 0, program // heads, heavy + {place})",
             f"b = head // {spec.kv_heads}",
             f"g = head % {spec.kv_heads}",
             "",

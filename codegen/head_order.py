@@ -26,6 +26,25 @@ def last_beside(lines: Lines, language: str, program: str, tiles: str) -> tuple[
     return head, f"{language}.where(beside < 0, {program} % {tiles}, beside // turns)"
 
 
+def heavy_first(lines: Lines, language: str, tiles: str) -> None:
+    """A program's head and key tile where these lie in order. tiles: the line that says how many a head has."""
+    lines.add(
+        "",
+        "# Heads one after another, the last few side by side; the first keys first: most rows see them.",
+        "# Before all others the tiles that far more rows see than the rest, `heavy` in each head.",
+        tiles,
+        f"heads = {language}.num_programs(0) // k_tiles",
+        f"program = {language}.program_id(0)",
+        "rest = program - heavy * heads",
+        f"light = {language}.maximum(k_tiles - heavy, 1)",
+    )
+    head, place = last_beside(lines, language, "rest", "light")
+    lines.add(
+        f"head = {language}.where(rest < 0, program % heads, {head})",
+        f"k_tile = {language}.where(rest < 0, program // heads, heavy + {place})",
+    )
+
+
 def head_counts(plan: Plan) -> list[Scalar]:
     """How many tiles a query tile visits, run by run, where what the program says of heads decides it."""
     counts = [run.count for run in plan.runs.full + plan.runs.partial]

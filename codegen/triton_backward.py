@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from attndsl.codegen.box_text import BoxText
-from attndsl.codegen.head_order import last_beside
+from attndsl.codegen.head_order import heavy_first
 from attndsl.codegen.kernel import KernelWriter
 from attndsl.codegen.layer_text import copies_rows, kept_at, tile_at
 from attndsl.codegen.leaves import Leaves
@@ -51,6 +51,8 @@ class BackwardKernel(KernelWriter, ABC):
     """What backward kernels compute for a tile of pairs: probabilities, and the gradient of the scores."""
 
     plan: BackwardPlan
+    # Other kernels of the same file.
+    beside: tuple[KernelWriter, ...] = ()
 
     def __init__(self, plan: BackwardPlan, function: str, tensors: str, along_q: str, over: tuple[Over, ...]) -> None:
         """`along_q`: how a vector over query rows lies in a tile of pairs. `over`: the learned sums made here."""
@@ -192,8 +194,6 @@ class DqKernel(BackwardKernel):
     def __init__(self, plan: BackwardPlan, function: str = DQ) -> None:
         super().__init__(plan, function, "q k v out dout dq", "[:, None]", (Over.TILE, Over.KEYS))
         self.visits = self.flows or bool(self.from_pairs) or plan.shares is not None
-        # Other kernels of the same file.
-        self.beside: tuple[KernelWriter, ...] = ()
 
     def source(self) -> str:
         plan, lines, spec = self.plan, self.lines, self.plan.spec
@@ -320,28 +320,37 @@ class DkDvKernel(BackwardKernel):
     def source(self) -> str:
         lines, spec = self.lines, self.plan.spec
         self.constants()
-        self._key_tile()
+        self.key_tile()
+        if self.group == 1:
+            lines.add("h = g")
+        self.begin()
         for x, parts, dim in (("k", self.q_parts, spec.dim), ("v", self.v_parts, spec.v_dim)):
             lines.add(self.base(x, "g"))
             self.load(x, parts, dim, "k", "g", bounded=True, pointer=True)
         lines.add(*(f"dk{part.suffix} = tl.zeros([BLOCK_K, {part.size}], tl.float32)" for part in self.q_parts))
         lines.add(*(f"dv{part.suffix} = tl.zeros([BLOCK_K, {part.size}], tl.float32)" for part in self.v_parts))
         self.seed()
-        if self.group == 1:
-            lines.add("h = g")
         if not self.scale_per_head:
             self.scale(folded=False)
         self.heads()
         lines.add("")
+        self.write()
+        return self.file("gradients of k and v, portable Triton", *self.beside)
+
+    def begin(self) -> None:
+        """What a program does before it loads its keys."""
+
+    def write(self) -> None:
+        """Write the gradients of the tile's keys and values."""
+        lines, spec = self.lines, self.plan.spec
         if self.flows and not self.scale_per_head:
             lines.add(*(f"dk{part.suffix} = dk{part.suffix} * scale" for part in self.q_parts))
-        if self.plan.spec.dropout:
+        if spec.dropout:
             lines.add(*(f"dv{part.suffix} = dv{part.suffix} * keep_scale" for part in self.v_parts))
         self.put("dk", self.q_parts, spec.dim, "k", "h" if self.apart else "g")
         self.put("dv", self.v_parts, spec.v_dim, "k", "h" if self.apart else "g")
-        return self.file("gradients of k and v, portable Triton")
 
-    def _key_tile(self) -> None:
+    def key_tile(self) -> None:
         """Which key tile of which key head a program owns."""
         lines, spec, layout = self.lines, self.plan.spec, self.plan.layout
         if self.boxes is not None:
@@ -349,21 +358,7 @@ class DkDvKernel(BackwardKernel):
             return
         tiles = f"k_tiles = tl.cdiv({self.most('k', self.k_end)}, BLOCK_K)"
         if layout.plain:
-            lines.add(
-                "",
-                "# Heads one after another, the last few side by side; the first keys first: most rows see them.",
-                "# Before all others the tiles that far more rows see than the rest, `heavy` in each head.",
-                tiles,
-                "heads = tl.num_programs(0) // k_tiles",
-                "program = tl.program_id(0)",
-                "rest = program - heavy * heads",
-                "light = tl.maximum(k_tiles - heavy, 1)",
-            )
-            head, place = last_beside(lines, "tl", "rest", "light")
-            lines.add(
-                f"head = tl.where(rest < 0, program % heads, {head})",
-                f"k_tile = tl.where(rest < 0, program // heads, heavy + {place})",
-            )
+            self.plain_tile(tiles)
         elif layout.classes == 1:
             lines.add(
                 "",
@@ -397,6 +392,10 @@ class DkDvKernel(BackwardKernel):
             lines.add("k_pos = k_nth[:, None]")
         else:
             lines.add("k_pos, j_pos = k_rows[:, None], k_nth[:, None]")
+
+    def plain_tile(self, tiles: str) -> None:
+        """The same where tiles lie in order. tiles: the line that says how many a head has."""
+        heavy_first(self.lines, "tl", tiles)
 
     def _key_box(self, boxes: BoxText) -> None:
         """Which box of keys of which key head a program owns."""

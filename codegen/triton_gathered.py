@@ -21,7 +21,6 @@ from attndsl.codegen.triton_backward import DqKernel
 from attndsl.codegen.triton_forward import KERNEL, ForwardWriter
 from attndsl.listing import Gathered
 from attndsl.plan import BackwardPlan, ForwardPlan, Loads, Part
-from attndsl.program import Read
 from attndsl.runs import LIST_HEAD, PLACE
 
 MERGE, ROWS, SUM = "merge_slots", "attention_rows", "sum_slots"
@@ -192,17 +191,14 @@ class _Dq(_Gathering, DqKernel):
 
 
 class _DkDv(_Gathering, RowLists):
-    @property
-    def row_list(self) -> Read:
-        return self.gathered.entry
+    several = "BLOCK_Q"
 
-    def ends(self) -> str:
+    def ends(self) -> None:
         self.lines.add(
             f"places_at = {LIST_HEAD} * (k_tile * BLOCK_K // MEMBER)",
             f"begin = {self.listed('places_at')}",
             f"end = {self.listed('places_at + 2')}",
         )
-        return "BLOCK_Q"
 
     def read(self, place: str) -> None:
         self.lines.add(f"chosen = {self.listed(f'{place} + q_offset')}")

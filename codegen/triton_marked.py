@@ -9,7 +9,6 @@ from __future__ import annotations
 from attndsl.codegen.row_lists import RowLists
 from attndsl.codegen.scalars import Printer
 from attndsl.plan import BackwardPlan
-from attndsl.program import Read
 from attndsl.runs import LIST_HEAD, PLACE
 
 
@@ -19,17 +18,13 @@ class MarkedDkDv(RowLists):
         assert plan.marked is not None
         self.list = plan.marked
 
-    @property
-    def row_list(self) -> Read:
-        return self.list
-
     def listed(self, place: str) -> str:
         """What the list holds at a place, or at each of several."""
         printer = self.fresh()
         printer.names.known[PLACE] = place
         return printer.text(self.list)
 
-    def ends(self) -> str:
+    def ends(self) -> None:
         decl = self.plan.program.input(self.list.input)
         self.lines.add(
             "# The list: three places a key tile, the entries, and a word for each of these.",
@@ -37,6 +32,9 @@ class MarkedDkDv(RowLists):
             f"begin = {self.listed(f'{LIST_HEAD} * k_tile')}",
             f"end = {self.listed(f'{LIST_HEAD} * k_tile + 2')}",
         )
+
+    @property
+    def several(self) -> str:
         return str(self.plan.tiling.block_q // self.plan.tiling.unit_q)
 
     def read(self, place: str) -> None:

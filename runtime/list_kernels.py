@@ -233,3 +233,42 @@ def head_by_keys(
         groups = (2 * k_tile + i).to(tl.int64)
         before = tl.load(counts + groups * chunks, mask=there, other=0)
         tl.store(out + i, begin + before, mask=there)
+
+
+@triton.jit
+def cut_lists(
+    list_ptr,
+    list_batch,
+    list_head,
+    parts_ptr,
+    heads,
+    tiles,
+    longest,
+    parts,
+):
+    """The parts of a head's lists that have more than `longest` entries: which list, where the entries begin and end,
+    and of the first part of a list how many it has. The rest of the table holds zeros."""
+    LISTS: tl.constexpr = 1024
+    program = tl.program_id(0)
+    lists = list_ptr + program // heads * list_batch + program % heads * list_head
+    table = parts_ptr + program.to(tl.int64) * parts * 4
+    n = tl.arange(0, LISTS)
+    before = 0
+    for block in range(tl.cdiv(tiles, LISTS)):
+        tile = block * LISTS + n
+        begin = tl.load(lists + 3 * tile, mask=tile < tiles, other=0)
+        end = tl.load(lists + 3 * tile + 2, mask=tile < tiles, other=0)
+        count = tl.where(end - begin > longest, tl.cdiv(end - begin, longest), 0)
+        size = tl.cdiv(end - begin, tl.maximum(count, 1))
+        first = before + tl.cumsum(count) - count
+        for i in range(tl.max(count)):
+            at = table + 4 * (first + i)
+            there = (i < count) & (first + i < parts)
+            tl.store(at, tile, mask=there)
+            tl.store(at + 1, begin + i * size, mask=there)
+            tl.store(at + 2, tl.minimum(begin + (i + 1) * size, end), mask=there)
+            tl.store(at + 3, tl.where(i == 0, count, 0), mask=there)
+        before += tl.sum(count)
+    for block in range(tl.cdiv(4 * tl.maximum(parts - before, 0), LISTS)):
+        at = 4 * before + block * LISTS + n
+        tl.store(table + at, tl.zeros([LISTS], tl.int32), mask=at < 4 * parts)

@@ -149,6 +149,27 @@ def map_by_keys(
     return make
 
 
+def cut(lists: Tensor, device: torch.device, tiles: int, longest: int, parts: int) -> Maker:
+    """Makes int32 [batch * heads, parts, 4] of lists like these, each in a row of its own that begins with three places
+    for each of `tiles` of them: the parts of those that have more than `longest` entries (`list_kernels.cut_lists`).
+
+    lists: int32 [batch, heads, n], either of which may be expanded.
+    """
+    size = (lists.shape[0] * lists.shape[1], parts, 4)
+    given = {
+        "list_ptr": torch.int32, "list_batch": lists.stride(0), "list_head": lists.stride(1), "parts_ptr": torch.int32,
+        "heads": lists.shape[1], "tiles": tiles, "longest": longest, "parts": parts,
+    }  # fmt: skip
+    launch = _ready("cut_lists", MAX_WIDTH, size[0], device, given)
+
+    def make(lists: Tensor) -> Tensor:
+        found = torch.empty(size, dtype=torch.int32, device=device)
+        launch(list_ptr=lists, parts_ptr=found)
+        return found
+
+    return make
+
+
 def map_chunks_of(q_tiles: int) -> int:
     """Chunks of query tiles of a map."""
     return -(-q_tiles // 128)

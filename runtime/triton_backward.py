@@ -21,6 +21,7 @@ from attndsl.runtime.dropout import PARAMETERS, Dropout
 from attndsl.runtime.engine import Gradients, default_scale
 from attndsl.runtime.entries import keys_of
 from attndsl.runtime.launcher import Descriptor, Slot
+from attndsl.runtime.long_lists import LongLists
 from attndsl.runtime.outputs import empty_gradient, empty_output, in_order_of
 from attndsl.runtime.sums import Totals
 from attndsl.runtime.triton_launch import (
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 DQ = "attention_dq"
 DKDV = "attention_dkdv"
+SUM_PARTS = "sum_parts"
 # What the kernels of dq and of dk and dv sum.
 _SIMPLE = (Over.TILE, Over.KEYS, Over.ROWS)
 # Given a call's values and the gradients of inputs, which it adds to.
@@ -65,11 +67,18 @@ class TritonBackward:
         key_grid = key_tiles * shape.batch * (shape.heads if heads_apart(plan) else shape.kv_heads)
         sources = backward_parameters(plan, q, k, v, inputs, dout)
         self._learned = plan.learned
-        self._dq = self._dkdv = None
+        self._dq = self._dkdv = self._sum_parts = None
+        self._long = LongLists.of(plan, shape, inputs, q.device) if plan.cuts_lists else None
+        parts = self._long.programs if self._long else 0
+
+        def of_keys(function: str, programs: int) -> Callable[[Sequence[Any]], None]:
+            return prepare(plan.of_keys(), dkdv_text, function, programs, sources, aligned, q.device)
+
         if grid and key_grid:
-            self._dq, self._dkdv = together([
+            self._dq, self._dkdv, self._sum_parts = together([
                 lambda: prepare(plan, dq_text, DQ, grid, sources, aligned, q.device),
-                lambda: prepare(plan.of_keys(), dkdv_text, DKDV, key_grid, sources, aligned, q.device),
+                lambda: of_keys(DKDV, key_grid + parts),
+                lambda: of_keys(SUM_PARTS, parts) if parts else None,
             ])  # fmt: skip
         elif grid:
             # Without rows the gradients of k and v are 0; without keys there are none.
@@ -93,6 +102,7 @@ class TritonBackward:
             if x.over in _SIMPLE:
                 sums[n] = self._empty_sums(x, dk.device)
             given += sums.get(n, (None, None))
+        given += self._long(call) if self._long else ()
         if self._clears:
             dk.zero_()
             dv.zero_()
@@ -100,6 +110,8 @@ class TritonBackward:
             self._dq(given)
         if self._dkdv is not None:
             self._dkdv(given)
+        if self._sum_parts is not None:
+            self._sum_parts(given)
         self._add(totals, sums)
         return given
 
@@ -240,6 +252,9 @@ def backward_parameters(
     types |= {} if plan.shares is None else {"d_shares": real}
     for n in range(len(plan.learned)):
         types |= {f"sum_{n}": real, f"at_{n}": "*i64"}
+    if plan.cuts_lists:
+        found |= LongLists.of(plan, shape, inputs, q.device).sizes
+        types |= {"parts": "*i32", "part_sums": real}
     if plan.gathered is not None:
         types["part"] = real
     found |= {f"{name}_ptr": Slot(first + i, type) for i, (name, type) in enumerate(types.items())}

@@ -22,10 +22,11 @@ from attndsl.runtime.call import call_shape
 from attndsl.runtime.dropout import PARAMETERS, Dropout
 from attndsl.runtime.engine import default_scale
 from attndsl.runtime.launcher import Slot
+from attndsl.runtime.long_lists import LongLists
 from attndsl.runtime.outputs import empty_output
 from attndsl.runtime.plans import gathered_tiles, slot_bits
 from attndsl.runtime.sums import Totals
-from attndsl.runtime.triton_backward import DKDV, DQ, TritonBackward, backward_parameters
+from attndsl.runtime.triton_backward import DKDV, DQ, SUM_PARTS, TritonBackward, backward_parameters
 from attndsl.runtime.triton_launch import FUNCTION, INPUTS, Planned, parameter_sources, prepare, together
 
 MERGE, ROWS, SUM = "merge_slots", "attention_rows", "sum_slots"
@@ -112,10 +113,13 @@ class GatheredBackward(TritonBackward):
                 DQ: turn * tiles,
                 SUM: turn * -(-shape.rows // _MERGED),
             }
+        self._long = LongLists.of(plan, shape, inputs, q.device) if plan.cuts_lists and tiles else None
+        parts = self._long.programs if self._long else 0
         grids[DKDV] = -(-shape.k_len // plan.key_tiling.block_k) * shape.batch * shape.kv_heads if tiles else 0
+        grids |= {DKDV: grids[DKDV] + parts, SUM_PARTS: parts}
 
         def ready(function: str) -> Any:
-            of_keys = function == DKDV
+            of_keys = function in (DKDV, SUM_PARTS)
             planned, text = (plan.of_keys(), dkdv_text) if of_keys else (plan, dq_text)
             return prepare(planned, text, function, grids[function], sources, aligned, q.device)
 
@@ -124,7 +128,7 @@ class GatheredBackward(TritonBackward):
         self._kernels: Mapping[str, Any] = dict(zip(needed, made, strict=True))
 
     def run(self, call: Sequence[Any], dk: Tensor, dv: Tensor, totals: Totals) -> list[Any]:
-        shape, kernels = self.shape, self._kernels
+        shape, kernels, call = self.shape, self._kernels, [*call, *(self._long(call) if self._long else ())]
         if DKDV not in kernels:
             dk.zero_()
             dv.zero_()
@@ -139,9 +143,10 @@ class GatheredBackward(TritonBackward):
                         kernels[function]((*call, part, first_head))
         elif DQ in kernels:
             kernels[DQ](call)
-        if DKDV in kernels:
-            kernels[DKDV](call)
-        return [*call]
+        for function in (DKDV, SUM_PARTS):
+            if function in kernels:
+                kernels[function](call)
+        return call
 
 
 def forward_sources(kernel: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> Mapping[str, Any]:
