@@ -16,6 +16,7 @@ from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.effort import remembered
 from attndsl.evaluate import evaluate
+from attndsl.layout import Layout
 from attndsl.listing import listables
 from attndsl.mask import pair_mask, written_condition
 from attndsl.plan import (
@@ -144,7 +145,8 @@ class DecodePlan(Plan):
 
         A tile of several rows, or of heads that differ, would need the union of what they allow.
         """
-        if self.mask is None or self.view is not None or self.listing is not None or self.tiling.block_q > 1:
+        alone = self.layout.plain and self.view is None and self.listing is None
+        if self.mask is None or not alone or self.tiling.block_q > 1:
             return False
         if self.pack > 1 and reads(self.mask, "h"):
             return False
@@ -196,7 +198,7 @@ def _plan_of(
     """Of a derived program. member: keys of a tile, where it must be one of these members."""
     if (plan := _listed_plan(program, spec, rows, cache, split, tiling, member)) is not None:
         return plan
-    plan = _plan(program, spec, rows, cache, split, _pack(spec, rows), tiling, member)
+    plan = _plan(program, spec, rows, cache, split, heads_of_tile(spec, rows), tiling, member)
     if plan.pack > 1 and any(reads(x, "h") for x in run_scalars(plan.runs)):
         plan = _plan(program, spec, rows, cache, split, 1, tiling, member)
     return plan
@@ -232,8 +234,8 @@ def _wide(plan: DecodePlan) -> Tiling:
     return Tiling(plan.tiling.block_q * plan.pack, _WIDE_TILE, warps=4, stages=_STAGES)
 
 
-def _pack(spec: Spec, rows: int) -> int:
-    """Heads of a tile: those that share a key head, and where few rows leave room, padding."""
+def heads_of_tile(spec: Spec, rows: int) -> int:
+    """Heads of a tile of so many rows: those that share a key head, and where few rows leave room, padding."""
     group = spec.heads // spec.kv_heads
     if group == 1 and rows > 1:
         return 1
@@ -248,10 +250,7 @@ def _plan(
     tiling = _of_members(tiling or decode_tiling(spec, cache, rows, pack), member)
     of_rows = replace(tiling, block_q=max(tiling.block_q // pack, 1))
     base = _of_one_head(program, spec, of_rows)
-    runs = _of_key_heads(base)
-    if tiling.block_q <= _ONE_LOOP and runs.partial:
-        # One loop fills its pipeline once.
-        runs = TileRuns((), runs.full + runs.partial)
+    runs = in_one_loop(_of_key_heads(base), tiling.block_q)
     plan = DecodePlan(
         base.program, spec, of_rows, runs, base.mask, base.scale, base.score, base.sink, base.weights, cache=cache,
         pack=pack, split=split, view=base.view,
@@ -261,6 +260,11 @@ def _plan(
         stages = decode_tiling(spec, cache, rows, pack, by_data=True).stages
         plan = replace(plan, tiling=replace(of_rows, stages=stages))
     return plan
+
+
+def in_one_loop(runs: TileRuns, rows: int) -> TileRuns:
+    """The runs of a tile of so many rows. Of few, one loop fills its pipeline once."""
+    return TileRuns((), runs.full + runs.partial) if rows <= _ONE_LOOP and runs.partial else runs
 
 
 def _of_one_head(program: Program, spec: Spec, tiling: Tiling) -> ForwardPlan:
@@ -289,7 +293,7 @@ def _listed_plan(
     per_head = Axis.H in axes and spec.heads != spec.kv_heads
     listing = Listing(found.plan.name, found.keys, per_head, Axis.Q in axes and rows > 1)
     tile_rows = 1 if listing.per_row else rows
-    pack = max(_pack(spec, tile_rows), _LEAST_ROWS if listing.per_head or listing.per_row else 1)
+    pack = max(heads_of_tile(spec, tile_rows), _LEAST_ROWS if listing.per_head or listing.per_row else 1)
     tiling = _of_members(tiling or decode_tiling(spec, cache, tile_rows, pack, listed=True), member)
     of_rows = replace(tiling, block_q=1 if listing.per_row else max(tiling.block_q // pack, 1))
     mask = pair_mask(found.within(relation), found.assumed(written_condition(lowering, spec.sizes)))
@@ -374,7 +378,12 @@ def column_count(plan: DecodePlan, batch: int, rows: int, capacity: int, multipr
     large = plan.tiling.block_q * plan.pack > _LEAST_ROWS or spec.dim > _WIDE_TILE or spec.dim.bit_count() > 1
     elsewhere = backend != "cuda" or arch not in _ROOMY or spec.dtype is DType.FLOAT32 or plan.cache.fp8
     # Lists of a contiguous cache, and two levels, were not measured so.
-    unknown = plan.scattered or plan.shares is not None or (plan.listing is not None and plan.cache.page is None)
+    unknown = (
+        plan.scattered
+        or not plan.layout.plain
+        or plan.shares is not None
+        or (plan.listing is not None and plan.cache.page is None)
+    )
     if large or elsewhere or unknown or units == 0:
         return 1
     wanted = min(multiprocessors // units, spec.v_dim // _LEAST_COLUMNS)
@@ -399,15 +408,23 @@ def most_tiles(plan: DecodePlan, rows: int, capacity: int) -> int:
         return 0
     # Tokens that the keys of a tile stand for.
     tile = plan.tiling.block_k * (1 if plan.view is None else plan.view.stride)
+    order = plan.layout
+    assert isinstance(order, Layout)
+    tile *= order.k.period
     if any(isinstance(x, Read | Table | Arg) for e in ends for x in walk(e)):
         return -(-capacity // tile)
     h = np.arange(plan.spec.heads)[:, None]
     # Every way in which a length can stand to the tiles.
     lengths = np.arange(max(capacity - tile + 1, 1), capacity + 1)[:, None, None]
+    q_tile = np.arange(-(-rows // plan.tiling.block_q))
     variables = {
         "Nk": lengths, "Nq": lengths, "start": lengths - rows, "b": np.asarray(0), "h": h, "g": h // plan.group,
-        "q_tile": np.arange(-(-rows // plan.tiling.block_q)),
+        "q_tile": q_tile,
     }  # fmt: skip
+    if not order.q.every:
+        variables["q"] = np.maximum(lengths - rows + q_tile * plan.tiling.block_q, 0)
+        variables["residue"] = evaluate(order.q.residue(Var("q")), variables, {})
+        variables["i_start"] = evaluate(order.q.index(Var("q")), variables, {})
     most = np.zeros((1, 1, 1), int)
     for run in plan.runs.full + plan.runs.partial:
         most = most + np.maximum(evaluate(run.count, variables, {}), 0)

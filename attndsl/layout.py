@@ -71,6 +71,10 @@ class Comb:
         rest = Call("min", (Binary("%", after, period), Const(self.width)))
         return fold(normalise(Binary("+", Binary("*", Const(self.width), Binary("//", after, period)), rest)))
 
+    def residue(self, x: Scalar) -> Scalar:
+        """The residue whose tokens are position x and others, where each token is of one."""
+        return fold(Binary("//", Binary("%", Binary("-", x, Const(self.shift)), Const(self.period)), Const(self.step)))
+
     def most(self, length: int) -> int:
         """How many of its tokens so many consecutive positions hold at most."""
         return self.width * (length // self.period) + min(length % self.period, self.width)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from attndsl.branches import Attended
 from attndsl.compose import compose, of_one_level
+from attndsl.decode_pieces import decode_pieces
 from attndsl.diagnostics import error
 from attndsl.effort import remembered
 from attndsl.pieces import choose_pieces
@@ -53,7 +54,8 @@ def kernel_names(program: Program, heads: int, kv_heads: int) -> tuple[str, ...]
     """The kernels of a program: those of its views, selections and branches, those that combine and those that observe.
 
     A branch has `forward`, `dq` and `dkdv`, once more for each further piece of a part and each further part, and a
-    `decode` for each part that is not over what data tells; those of a named branch begin with its name.
+    `decode` for each part that is not over what data tells, and each piece in which one row is decoded; those of a
+    named branch begin with its name.
     """
     names = list(_before(program, heads, kv_heads))
     branches = {"": program} if program.plain else dict(compose(program).branches)
@@ -84,9 +86,8 @@ def _before(program: Program, heads: int, kv_heads: int) -> Iterator[str]:
 def _of_branch(program: Program, heads: int, kv_heads: int) -> list[str]:
     if program.only.skip is not None:
         return ["forward", "decode"]  # It has no gradient.
-    pieces, parts = _pieces(program, heads, kv_heads), len(program.only.parts)
-    decodes = not any(part.view is not None and part.view.told for part in program.only.parts)
-    counts = {("forward",): pieces, ("dq", "dkdv"): pieces, ("decode",): parts if decodes else 0}
+    pieces = _pieces(program, heads, kv_heads)
+    counts = {("forward",): pieces, ("dq", "dkdv"): pieces, ("decode",): _decoded(program, heads, kv_heads)}
     return [
         f"{name}_{n}" if n > 1 else name
         for names, count in counts.items()
@@ -100,6 +101,15 @@ def _pieces(program: Program, heads: int, kv_heads: int) -> int:
     """How many kernels one after another attend a branch."""
     parts = [program.with_branch(parts=(part,)) for part in program.only.parts]
     return sum(max(1, len(choose_pieces(part, (heads, kv_heads)).pieces)) if part.plain else 1 for part in parts)
+
+
+def _decoded(program: Program, heads: int, kv_heads: int) -> int:
+    """How many kernels a decode of one row has."""
+    parts = program.only.parts
+    if any(part.view is not None and part.view.told for part in parts):
+        return 0
+    alone = (program.with_branch(parts=(part,)) for part in parts)
+    return sum(max(1, len(decode_pieces(part, (heads, kv_heads), 1))) for part in alone)
 
 
 def find_kernel(kernel: str, program: Program, heads: int, kv_heads: int) -> tuple[str, str, int]:

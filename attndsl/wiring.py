@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from attndsl.combining import CombinePlan, combine_plan
 from attndsl.compose import compose, raw_first
-from attndsl.decode import Cache, DecodePlan, decode_plan
+from attndsl.decode import Cache, DecodePlan
+from attndsl.decode_pieces import decode_plans
 from attndsl.diagnostics import Diagnostic, Source, error
 from attndsl.findings import findings
 from attndsl.grammar import load
@@ -179,8 +180,7 @@ class Shown:
             case "gradients":
                 return backward_plans(program, spec)[piece].of_keys()
             case "decode":
-                program = program.with_branch(parts=(raw_first(program)[piece],))
-                return decode_plan(program, spec, self.rows, Cache(self.page), split=self.backend != "cpu")
+                return self._decode(program, spec, piece)
             case "dq" | "dkdv":
                 # Of programs in pieces, a call whose tokens fill the layers that these see.
                 full = CallShape(1, spec.heads, spec.kv_heads, 0, 0, spec.dim, spec.v_dim)
@@ -195,6 +195,16 @@ class Shown:
                     out_of_order = "it visits tokens out of order, which the Hopper lowering does not"
                     raise error("A510", next(reasons, out_of_order), help="choose backend 'triton'")
                 return forward
+
+    def _decode(self, program: Program, spec: Spec, n: int) -> DecodePlan:
+        """The plan of a decode kernel: of a part, or of a piece of one."""
+        parts = [program.with_branch(parts=(part,)) for part in raw_first(program)]
+        split = self.backend != "cpu"
+        plans = [plan for part in parts for plan in decode_plans(part, spec, self.rows, Cache(self.page), split)]
+        if n >= len(plans):
+            reason = f"calls of {self.rows} rows, or this backend, have no kernel {self.kernel!r}"
+            raise error("A531", reason, help="a pattern that scatters has several in calls of one row")
+        return plans[n]
 
     def _around(self, program: Program, owner: str, name: str, n: int, spec: Spec) -> ShownPlan:
         """The plan of what goes before and after the kernels that attend."""

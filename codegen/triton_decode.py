@@ -122,9 +122,23 @@ class _Decode(ForwardWriter):
             lines.add(f"entries = tl.cdiv(k_len, {plan.view.stride})")
         if any(dim.axis is Axis.K or (dim.axis is Axis.Q and dim.block > 1) for x in plan.inputs for dim in x.dims):
             lines.add("last_key = tl.maximum(k_len - 1, 0)")
+        if not self.combs["q"].every:
+            self._residue()
+            return
         self.know_tile_start()
         if rows == 1:
             self.printer.names.known[Binary("+", Var("start"), Var("q_tile"))] = "q_first"
+
+    def _residue(self) -> None:
+        """In a layout: the residue that a program's row is of, and its index among the tokens of that."""
+        comb, printer = self.combs["q"], self.fresh()
+        printer.names.known[Var("q")] = "q_first"
+        self.lines.add(
+            f"# The row is one of some tokens, and so are its keys: {self.plan.layout}. `nth` counts them.",
+            f"residue = {printer.text(comb.residue(Var('q')))}",
+            f"i_start = {printer.text(comb.index(Var('q')))}",
+        )
+        self.printer.names.known[Var("i")] = "i_start"
 
     def _rows(self) -> None:
         """The rows and heads of a tile, and where they stand."""
@@ -204,7 +218,8 @@ class _Decode(ForwardWriter):
         self.name_ends(runs.full + runs.partial)
         visits = {label: Visits(lines, self.printer, found, label) for label, found, _ in kinds}
         total = " + ".join(visits[label].total for label, _, _ in kinds)
-        lines.add(f"visited = tl.where(k_len > 0, {total}, 0)")
+        exists = "k_len > 0" if self.combs["q"].every else "q_first >= 0"
+        lines.add(f"visited = tl.where({exists}, {total}, 0)")
         first, last = self._slice()
         lines.add("")
         before = ""
@@ -264,7 +279,7 @@ class _Decode(ForwardWriter):
         if self.plan.listing is not None:
             self.lines.add(f"next_keys = {self._listed('[:, None]', tile)}")
         else:
-            self.lines.add(f"next_tile = {tile}", "next_keys = next_tile * BLOCK_K + k_offset[:, None]")
+            self.lines.add(f"next_tile = {tile}", f"next_keys = {self._keys('next_tile')}")
         where = "mask=(next_keys >= 0) & (next_keys < k_len), other=-1"
         self.lines.add(f"next_page = tl.load(table_at + next_keys // PAGE, {where})")
 
@@ -294,7 +309,7 @@ class _Decode(ForwardWriter):
             self._find_keys(bounded)
         if self.paged:
             place = f"page * stride_{x}b + in_page * stride_{x}n"
-        elif self.plan.listing is not None:
+        elif self.plan.listing is not None or not self.combs["k"].every:
             place = f"keys.to(tl.int64) * stride_{x}n"
         else:
             # What a row adds to its tile's place is the same in every turn.
@@ -328,11 +343,15 @@ class _Decode(ForwardWriter):
             return
         wanted = self._wanted() if bounded else ""
         if self.cache.page is None:
-            exists = wanted or f"k_tile * BLOCK_K + k_offset[:, None] < {self.k_end}"
+            apart = not self.combs["k"].every
+            lines.add(*(["keys = k_rows[:, None]"] if apart else []))
+            # Rows before the first token have indices below 0.
+            exists = wanted or ("(keys >= 0) & (keys < k_len)" if apart else f"{self._keys('k_tile')} < {self.k_end}")
             lines.add(*([f"present = {exists}"] if bounded else []))
             return
         exists, entry = "(page >= 0) & (page < pages)", "entry"
-        lines.add("keys = k_tile * BLOCK_K + k_offset[:, None]", "in_page = keys % PAGE")
+        keys = self._keys("k_tile") if self.combs["k"].every else "k_rows[:, None]"
+        lines.add(f"keys = {keys}", "in_page = keys % PAGE")
         if self.plan.ahead and wanted:
             exists = f"{wanted} & {exists}"
         elif not self.plan.ahead:
@@ -342,6 +361,11 @@ class _Decode(ForwardWriter):
             lines.add(f"page = {entry}.to(tl.int64)", f"present = {exists}")
         else:
             lines.add(f"page = clamp({entry}, 0, pages - 1).to(tl.int64)")
+
+    def _keys(self, tile: str) -> str:
+        """The keys of a tile, as a column."""
+        index = f"{tile} * BLOCK_K + k_offset[:, None]"
+        return index if self.combs["k"].every else self._token("k", index)
 
     def _wanted(self) -> str:
         """The name of what says of the keys of a tile, a column, which the row allows, where only these are loaded."""

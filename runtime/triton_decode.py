@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attndsl.decode import DecodePlan, column_count, decode_plan, split_count
+from attndsl.decode_pieces import decode_pieces, piece_plan
 from attndsl.plan import Spec, Tiling
 from attndsl.program import CallShape, Program
 from attndsl.runtime.decode import FP8, DecodeTensors, Listed, dense_strides
@@ -42,10 +43,12 @@ def prepare_decode(
 ) -> TritonDecode:
     """The launch of a kind of call of one softmax, whose parts are `programs`. tiling, splits, columns: in place of
     those that are chosen."""
-    shape, joined, plans, slices = call.shape, len(programs) > 1, list[DecodePlan](), list[int]()
-    for program in programs:
-        cache = call.of_part(program, inputs).cache
-        plan = decode_plan(program, spec, shape.rows, cache, split=True, tiling=tiling)
+    shape, plans, slices, heads = call.shape, list[DecodePlan](), list[int](), (spec.heads, spec.kv_heads)
+    pieces = [() if columns > 1 else decode_pieces(program, heads, shape.rows) for program in programs]
+    joined = sum(max(1, len(of_program)) for of_program in pieces) > 1
+
+    def add(plan: DecodePlan, whole: Program | None = None) -> None:
+        """A kernel whose slices are merged. whole: of this program, which programs may share by columns."""
         number, shared = splits, columns
         if number is None:
             entries = 0 if (listed := Listed.of(plan)) is None else inputs[listed.input].shape[-1]
@@ -53,9 +56,18 @@ def prepare_decode(
             number = split_count(plan, *sizes)
             shared = 1 if joined or number == 1 else column_count(plan, *sizes)
         if not joined and (number == 1 or shared > 1):
-            number, plan = 1, decode_plan(program, spec, shape.rows, cache, False, tiling, shared)
+            number, plan = 1, replace(plan, split=False)
+            if whole is not None:
+                plan = decode_plan(whole, spec, shape.rows, plan.cache, False, tiling, shared)
         plans.append(replace(plan, joined=joined))
         slices.append(number)
+
+    for program, of_program in zip(programs, pieces, strict=True):
+        cache = call.of_part(program, inputs).cache
+        for n in range(len(of_program)):
+            add(piece_plan(program, spec, shape.rows, cache, n, tiling))
+        if not of_program:
+            add(decode_plan(program, spec, shape.rows, cache, True, tiling), program)
     return TritonDecode(plans, [generate(plan) for plan in plans], slices, call, inputs)
 
 
