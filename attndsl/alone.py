@@ -21,11 +21,13 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Alone:
-    """A sequence of its own inside a call: the batch entry, its keys, and those of its rows that the call holds."""
+    """A sequence of its own inside a call: the batch entry, its keys, those of its rows that the call holds, and how
+    many tokens each sequence before it has."""
 
     entry: int
     keys: slice
     rows: slice
+    before: tuple[int, ...] = ()
 
     def shape(self, whole: CallShape) -> CallShape:
         return replace(whole, batch=1, rows=self.rows.stop - self.rows.start, k_len=self.keys.stop - self.keys.start)
@@ -67,14 +69,15 @@ def sequences(program: Program, shape: CallShape, inputs: Mapping[str, Array]) -
     """
     first = shape.first_position(program)
     for entry in range(shape.batch):
-        done = 0
+        done, before = 0, list[int]()
         for low, end in _extents(program, shape, inputs, entry):
             stop = shape.rows if program.align_start else max(0, end - first)
             begin = 0 if program.align_start else max(0, low - first)
             if done < begin:
                 yield Alone(entry, slice(low, low), slice(done, begin))
-            yield Alone(entry, slice(low, end), slice(begin, stop))
+            yield Alone(entry, slice(low, end), slice(begin, stop), tuple(before))
             done = stop
+            before.append(end - low)
         if done < shape.rows:
             yield Alone(entry, slice(0, 0), slice(done, shape.rows))
 

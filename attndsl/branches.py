@@ -1,6 +1,7 @@
 """What an attention attends to and how its branches combine.
 
     view    V ::= Pool f size stride visible counted | Given keys values size stride visible counted
+                | Pool f size stride visible counted packed  whose entries begin anew with each document
                 | Pool f (Runs input) counted                      an entry a run, its extent told by data
                 | Pick input room weight                           an entry a listed token
     part    p ::= P (over V)?                                      over the raw tokens where there is no view
@@ -56,7 +57,7 @@ class Visible(Enum):
 class Pool:
     """Keys and values pooled over the entries' extents; `counted`: log(tokens present) is added to the logit.
 
-    present: as in `Given`. runs: entries are the runs of an input, size and stride are 1.
+    present, packed: as in `Given`. runs: entries are the runs of an input, size and stride are 1.
     """
 
     function: PoolFunction
@@ -66,15 +67,16 @@ class Pool:
     counted: bool = False
     present: Scalar | None = None
     runs: Runs | None = field(default=None, kw_only=True)
+    packed: str | None = field(default=None, kw_only=True)
 
     @property
     def told(self) -> bool:
         """As in `Given`."""
-        return self.runs is not None
+        return self.runs is not None or self.packed is not None
 
     def entries(self, tokens: int) -> int:
         """As in `Given`."""
-        return -(-tokens // self.stride)
+        return tokens if self.told else -(-tokens // self.stride)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ class Pick:
     visible = Visible.EVERY
     counted = False
     present = None
-    runs = None
+    runs = packed = None
     told = True
 
     def entries(self, tokens: int) -> int:
@@ -112,7 +114,8 @@ class Given:
     """Entries handed in as inputs: `keys` float[b, g, k/stride, D], `values` float[b, g, k/stride, Dv].
 
     present: how many tokens are, where `counted` asks and not all of a call's are (None: Nk). runs, picked: what tells
-    entries, until the program is derived. room: the dimension of entries, where it is not one every `stride` tokens.
+    entries, until the program is derived. packed: the input whose documents they are of, which then have room for one
+    entry a token. room: the dimension of entries, where it is not one every `stride` tokens.
     mass: in a derived program, what entry k counts for where that is no function of k and the lengths.
     """
 
@@ -125,16 +128,24 @@ class Given:
     present: Scalar | None = None
     runs: Runs | None = field(default=None, kw_only=True)
     picked: Pick | None = field(default=None, kw_only=True)
+    packed: str | None = field(default=None, kw_only=True)
     room: Dim | None = field(default=None, kw_only=True)
     mass: Scalar | None = field(default=None, kw_only=True)
 
     @property
     def told(self) -> bool:
         """Whether data tells what its entries are of."""
-        return self.runs is not None or self.picked is not None
+        return self.runs is not None or self.picked is not None or self.packed is not None
+
+    @property
+    def as_tokens(self) -> bool:
+        """Whether, of a derived program, entries are as many as tokens and each is one of its own."""
+        return self.size == self.stride == 1 and self.room is None
 
     def entries(self, tokens: int) -> int:
         """How many entries there is room for in a call of so many tokens."""
+        if self.packed is not None:
+            return tokens
         return _entries(Dim(Axis.K, self.stride) if self.room is None else self.room, tokens)
 
 

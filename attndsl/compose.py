@@ -37,6 +37,14 @@ class Pooling:
         stride = f", {pool.stride}" if pool.stride != pool.size else ""
         return f"pool({pool.function.value}, {pool.size}{stride})"
 
+    @property
+    def told_by(self) -> str | None:
+        """The input that tells its entries, if one does."""
+        pool = self.pool
+        if isinstance(pool, Pick):
+            return pool.input
+        return pool.packed if pool.runs is None else pool.runs.input
+
 
 @dataclass(frozen=True, slots=True)
 class Composition:
@@ -99,7 +107,7 @@ def _handed_in(part: Part, program: Program, found: dict[Pool | Pick, Pooling], 
     if isinstance(view, Pick):
         made = replace(view, weight=None)
     else:
-        made = Pool(view.function, view.size, view.stride, runs=view.runs)
+        made = Pool(view.function, view.size, view.stride, runs=view.runs, packed=program.packed)
     if made not in found:
         taken = {decl.name for decl in program.inputs} | {p.keys for p in found.values()}
         suffixes = (f"_{i}" if i else "" for i in range(len(taken) + 1))
@@ -110,7 +118,7 @@ def _handed_in(part: Part, program: Program, found: dict[Pool | Pick, Pooling], 
     names = (pooling.keys, pooling.values)
     if isinstance(view, Pick):
         return replace(part, view=Given(*names, 1, 1, picked=view, room=view.room))
-    entries = Given(*names, view.size, view.stride, view.visible, view.counted, runs=view.runs)
+    entries = Given(*names, view.size, view.stride, view.visible, view.counted, runs=view.runs, packed=program.packed)
     return replace(part, view=entries)
 
 
@@ -122,7 +130,11 @@ def _shares(within: Within) -> InputDecl:
 
 def _declared(pooling: Pooling) -> tuple[InputDecl, InputDecl]:
     pool = pooling.pool
-    lead = (Dim(Axis.B), Dim(Axis.G), pool.room if isinstance(pool, Pick) else Dim(Axis.K, pool.stride))
+    lead = (
+        Dim(Axis.B),
+        Dim(Axis.G),
+        pool.room if isinstance(pool, Pick) else Dim(Axis.K, 1 if pool.told else pool.stride),
+    )
     return (
         InputDecl(pooling.keys, Type.FLOAT, (*lead, Dim(Axis.D)), learnable=True),
         InputDecl(pooling.values, Type.FLOAT, (*lead, Dim(Axis.DV)), learnable=True),

@@ -143,7 +143,8 @@ def with_cuts(program: Program, ragged: bool = False) -> Program:
     """
     found: dict[Cut, InputDecl] = {}
     taken = {decl.name for decl in program.inputs}
-    for cond in _conditions(program.branch.pattern):
+    (part,) = program.only.parts
+    for cond in _conditions(part.pattern):
         for owner in "q" if ragged else "qk":
             allowed = interval(cond, program, owner)
             for end in () if allowed is None else allowed.ends:

@@ -7,6 +7,7 @@ lengths. `derive` puts reads of derived inputs in the place of the sets below; `
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
@@ -115,6 +116,26 @@ class DocumentEnds:
 
     input: str
     ends: bool
+
+
+class EntryPlace(Enum):
+    """A token that an entry of a document has: its first one, the one past its last, the first one of its document."""
+
+    FIRST = "first"
+    END = "end"
+    DOCUMENT = "document"
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentEntries:
+    """int32 of the input's own dimensions, its tokens replaced by entries, in order: one every `stride` tokens of each
+    document, of at most `size` tokens that this has from there on. Of each a token (`place`); where there are no more
+    entries, one past the last token."""
+
+    input: str
+    size: int
+    stride: int
+    place: EntryPlace
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,8 +293,8 @@ class Place:
 
 
 Derivation: TypeAlias = (
-    Offsets | Extents | RunEnds | RunCount | RunExtents | DocumentEnds | BlockMap | Draw | Chosen | TileList | Cut
-    | Gathering | TileMap | Order | Sorted | Place
+    Offsets | Extents | RunEnds | RunCount | RunExtents | DocumentEnds | DocumentEntries | BlockMap | Draw | Chosen
+    | TileList | Cut | Gathering | TileMap | Order | Sorted | Place
 )  # fmt: skip
 
 
@@ -282,5 +303,16 @@ def document_of(derivation: Derivation | None) -> Document | None:
     match derivation:
         case BlockMap(document=document) | Draw(drawn=Random(document=document)):
             return document
+        case _:
+            return None
+
+
+def counted(derivation: Derivation | None) -> Set | None:
+    """The set whose pairs are counted for a derived input."""
+    match derivation:
+        case BlockMap(operand=operand):
+            return operand
+        case Draw(drawn=drawn):
+            return drawn.among
         case _:
             return None

@@ -23,6 +23,7 @@ from attndsl.derivation import (
     Derivation,
     Document,
     DocumentEnds,
+    DocumentEntries,
     Draw,
     Extents,
     Gathering,
@@ -38,6 +39,7 @@ from attndsl.derivation import (
     TileList,
     TileMap,
 )
+from attndsl.documents import over_documents
 from attndsl.entry_ends import Ends, first_of, token_read
 from attndsl.extents import extent_dims, of_extents
 from attndsl.linear import normalise
@@ -117,7 +119,17 @@ def own_inputs(program: Program) -> tuple[InputDecl, ...]:
 
 def _read_by(derivation: Derivation | None) -> set[str]:
     match derivation:
-        case None | Offsets() | Extents() | RunEnds() | RunCount() | RunExtents() | DocumentEnds() | Chosen():
+        case (
+            None
+            | Offsets()
+            | Extents()
+            | RunEnds()
+            | RunCount()
+            | RunExtents()
+            | DocumentEnds()
+            | DocumentEntries()
+            | Chosen()
+        ):
             return set()
         case TileList(plan=plan) | Gathering(plan=plan):
             return {plan}
@@ -192,6 +204,10 @@ class _Deriver:
     def of_told(self, part: Part) -> Part:
         """A part over a view that data tells, as one over entries of which each is a token of its own."""
         view = part.view
+        if view is not None and view.packed is not None:
+            return over_documents(
+                replace(self.program, inputs=(*self.program.inputs, *self.found.values())), part, self._input
+            )
         if isinstance(view, Given) and view.picked is not None:
             return self._picked(part, view, view.picked)
         if not isinstance(view, Given) or view.runs is None:
@@ -201,7 +217,7 @@ class _Deriver:
 
         def end(last: bool) -> Read:
             name = f"{'last' if last else 'first'}_{ids.name}"
-            decl = self._input(RunEnds(ids.name, last), name, Type.INT, ids.dims)
+            decl = self._input(RunEnds(ids.name, last), name, Type.INT, ids.dims, sorted=True)
             return Read(decl.name, (*runs.lead, Var("k")), Type.INT)
 
         def least(decl: InputDecl, largest: bool) -> tuple[str, tuple[Scalar, ...]]:
@@ -271,7 +287,7 @@ class _Deriver:
         decl = self._input(derivation, f"chosen_{pattern.plan}", Type.BOOL, dims)
         match of:
             case None:
-                member = _quotient(Var("k"), keys)
+                member = pattern.member or _quotient(Var("k"), keys)
             case Runs():
                 member = Binary("-", Var("k"), replace(read(of), input=self._offsets(of.input)))
             case _:
@@ -343,12 +359,14 @@ class _Deriver:
         """Blocks of all query positions: a `q` dimension without blocks holds the rows of the call alone."""
         return Dim(Axis.Q if self.program.align_start else Axis.K, block)
 
-    def _input(self, derivation: Derivation, name: str, type: Type, dims: tuple[Dim, ...]) -> InputDecl:
+    def _input(
+        self, derivation: Derivation, name: str, type: Type, dims: tuple[Dim, ...], sorted: bool = False
+    ) -> InputDecl:
         if derivation not in self.found:
             taken = {decl.name for decl in (*self.program.inputs, *self.found.values())}
             numbered = (f"{name}_{i}" for i in range(len(taken) + 1))
             chosen = next(n for n in ([name] if name not in taken else numbered) if n not in taken)
-            self.found[derivation] = InputDecl(chosen, type, dims, derivation=derivation)
+            self.found[derivation] = InputDecl(chosen, type, dims, sorted=sorted, derivation=derivation)
         return self.found[derivation]
 
 

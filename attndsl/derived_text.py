@@ -9,7 +9,9 @@ from attndsl.derivation import (
     Chosen,
     Cut,
     DocumentEnds,
+    DocumentEntries,
     Draw,
+    EntryPlace,
     Extents,
     Gathering,
     Offsets,
@@ -25,6 +27,10 @@ from attndsl.derivation import (
 from attndsl.notation import scalar_text, set_text
 from attndsl.program import InputDecl
 
+_PLACES = {
+    EntryPlace.FIRST: "first token", EntryPlace.END: "end", EntryPlace.DOCUMENT: "document's first token",
+}  # fmt: skip
+
 
 def made_of(decl: InputDecl) -> str:
     """What a derived input holds."""
@@ -39,6 +45,9 @@ def made_of(decl: InputDecl) -> str:
             return f"how many segments of `{name}` there are"
         case RunExtents(input=name, ids=ids, largest=largest):
             return f"the {'largest' if largest else 'least'} `{name}` of each segment of `{ids}`"
+        case DocumentEntries(input=name, size=size, stride=stride, place=place):
+            every = "" if stride == size else f" every {stride}"
+            return f"the {_PLACES[place]} of each entry of {size} tokens{every} of documents of `{name}`"
         case Offsets(input=name):
             return f"distances in the segments of `{name}`"
         case BlockMap(operand=operand):

@@ -57,7 +57,8 @@ class _Branch:
     """The parts of a branch as relations of rows and tokens."""
 
     def __init__(self, program: Program, branch: Branch) -> None:
-        self.program = derive(replace(program, branches=(branch,), output=None))
+        # What holds of a document alone holds in a packed call.
+        self.program = derive(replace(program, branches=(branch,), output=None, packed=None))
         self.parts = self.program.only.parts
         self.lowering = Lowering(self.program)
         self.existing = self.lowering.set("[Nk] -> { [q, k] : 0 <= q < Nk and 0 <= k < Nk }")

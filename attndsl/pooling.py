@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from attndsl.branches import PoolFunction
+from attndsl.branches import Pool, PoolFunction
 from attndsl.plan import DType
 
 # Elements of tokens that a program loads at once, and tokens of an entry among them.
@@ -27,11 +27,16 @@ def loaded(size: int) -> int:
     return min(_TOKENS, power_of_two(size))
 
 
+def told_covers(pool: Pool) -> int:
+    """How many entries a token belongs to at most, of a pool whose extents data tells."""
+    return -(-pool.size // pool.stride)
+
+
 @dataclass(frozen=True, slots=True)
 class PoolPlan:
     """Kernels of one pool, for one head dimension: `target` as in a `Spec`. `ragged`: how many tokens are present is
-    told for each batch entry. `told`: so are the entries' extents, which do not overlap; size and stride are of no
-    matter then."""
+    told for each batch entry. `told`: so are the entries' extents; `size` is then how many entries a token may belong
+    to, and `stride` 1."""
 
     function: PoolFunction
     size: int

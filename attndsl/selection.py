@@ -227,7 +227,8 @@ class Selected:
     """The pairs whose key member is chosen for their row class in a plan; keys k are of member k // keys, or `members`.
 
     `plan` is an input with `members`, and `index` says the row class: an index for each of its dimensions but the last.
-    `level`: only the members that the plan of a `levels` gives this factor.
+    `level`: only the members that the plan of a `levels` gives this factor. `member`: the number of k's member, where
+    keys are counted from elsewhere than the first.
     """
 
     plan: str
@@ -235,4 +236,5 @@ class Selected:
     keys: int
     level: int | None = None
     members: Members | None = None
+    member: Scalar | None = None
     span: Span | None = field(default=None, compare=False, repr=False)

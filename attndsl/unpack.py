@@ -1,6 +1,7 @@
 """`packed` and `lengths` as ordinary sets: where a token's document begins is read, and positions count from there.
 
     packed doc    { first[q] == first[k] } & P, its q, k, Nq, Nk counted from first[q]     first, end: derived inputs
+    … over a view which entries rows see is derived of a document alone, and then put in positions of the call
     lengths n     { q < n[b] and k < n[b] } & P, its Nq and Nk min(n[b], Nk)
     … over a view where n[b] > q, entries that begin before n[b], P asked of their nominal extents as ever
 
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from attndsl.branches import Part, Pick, Visible
 from attndsl.coordinates import coordinate, length
-from attndsl.derivation import Document, DocumentEnds, Random, Segment
+from attndsl.derivation import Chosen, Document, DocumentEnds, Random, Segment
 from attndsl.grid import Along
 from attndsl.linear import normalise
 from attndsl.program import (
@@ -48,6 +49,7 @@ from attndsl.program import (
     Where,
     reads,
     rebuild,
+    substitute,
     walk,
 )  # fmt: skip
 
@@ -95,6 +97,29 @@ def of_present(e: Scalar, program: Program) -> Scalar:
     return place.scalar(e, place.names())
 
 
+def standing(e: Scalar, program: Program, doc: str, count: Scalar, more: Names) -> Scalar:
+    """A scalar of a document alone in positions of a call, whose program has its documents' ends for inputs.
+
+    count: how many tokens are present. more: names beside those of positions and lengths, and which tokens they are.
+    """
+    place = _in_documents(program, program.input(doc), count)
+    assert place.document is not None
+    first, _ = place.document
+    return place.scalar(e, place.names() | {name: Binary("-", token, first) for name, token in more.items()})
+
+
+def document_of(program: Program, doc: str, ends: bool, position: str) -> Scalar:
+    """The first token of a position's document, or one past its last, in a program that has these for inputs."""
+    decl = next(x for x in program.inputs if x.derivation == DocumentEnds(doc, ends))
+    return Read(decl.name, (*(Var("b") for _ in decl.dims[:-1]), Var(position)), Type.INT)
+
+
+def _in_documents(program: Program, decl: InputDecl, count: Scalar) -> _Place:
+    first, end = (document_of(program, decl.name, ends, "q") for ends in (False, True))
+    place = _Place(program, count)
+    return replace(place, document=(first, Call("min", (end, place.k_len))))
+
+
 def _count(program: Program) -> Scalar:
     assert program.lengths is not None
     decl = program.input(program.lengths)
@@ -107,7 +132,11 @@ def _of_lengths(program: Program) -> _Place:
 
 
 def _part(part: Part, place: _Place, conditions: list[Scalar], count: Scalar | None) -> Part:
-    pattern, view = place.inside(part.pattern), part.view
+    pattern, view = part.pattern, part.view
+    if view is not None and place.document is not None:
+        assert not isinstance(view, Pick), "the front end lets no listed tokens stand here"
+        return replace(part, view=replace(view, packed=place.program.packed, present=count))
+    pattern = place.inside(pattern)
     if view is not None and count is not None:
         if view.visible is Visible.EVERY:
             # Of an entry's nominal extent all tokens lie before this where the first one lies before n[b].
@@ -201,6 +230,11 @@ class _Place:
                 return replace(pattern, among=self.set(among, names), seed=seed, document=self._document())
             case Selected() if self.document is None:
                 return pattern
+            case Selected(keys=keys):
+                # Its rows are those of the call, its members those of the document.
+                assert self.document is not None
+                first = substitute(self.document[0], {"q": Var("k")})
+                return replace(pattern, member=_block(Binary("-", Var("k"), first), keys, False))
             case _:
                 raise AssertionError(f"the front end lets no {type(pattern).__name__} stand here")
 
@@ -261,8 +295,9 @@ class _Place:
         """An entry of an input over tokens: the document's own, its index held within the document."""
         dims = self.program.input(read.input).dims
         index = list(read.index)
+        of_members = isinstance(self.program.input(read.input).derivation, Chosen)
         for i, (dim, x) in enumerate(zip(dims, read.index, strict=True)):
-            if dim.axis in (Axis.Q, Axis.K):
+            if dim.axis in (Axis.Q, Axis.K) and not (of_members and dim.axis is Axis.K):
                 index[i] = self._within(x, first, end)
         return replace(read, index=tuple(index))
 

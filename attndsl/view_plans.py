@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from attndsl.branches import Given, Part, Queries, View, Visible
+from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.diagnostics import error
 from attndsl.effort import TooHard, bounded, remembered
@@ -35,6 +36,7 @@ from attndsl.visits import closed_runs
 
 def view_forward(program: Program, spec: Spec, tiling: Tiling, follows: bool) -> ForwardPlan:
     """The forward kernel of a derived program of one part, which is over a view."""
+    program = _with_cuts(program)
     relation, view = _entries(program, spec, "q")
     found, (tiling,) = _listable(program, spec, relation, view, (tiling,))
     if found is None:
@@ -53,6 +55,7 @@ def view_backward(
     program: Program, spec: Spec, tilings: tuple[Tiling, Tiling], uses_lse: bool, follows: bool
 ) -> BackwardPlan:
     """The backward kernels of such a program."""
+    program = _with_cuts(program)
     relation, view = _entries(program, spec, "q")
     found, (tiling, key_tiling) = _listable(program, spec, relation, view, tilings)
     key_runs = TileRuns((), ())
@@ -79,6 +82,12 @@ def listed_tilings(program: Program, spec: Spec, tilings: tuple[Tiling, ...]) ->
     none."""
     program = derive(program)
     return _listable(program, spec, *_entries(program, spec, "q"), tilings)[1]
+
+
+def _with_cuts(program: Program) -> Program:
+    """The program with the ends of intervals that sorted data allows, where entries are as many as tokens."""
+    (part,) = program.only.parts
+    return with_cuts(program) if isinstance(part.view, Given) and part.view.as_tokens else program
 
 
 def _listable(
@@ -130,6 +139,9 @@ def seen_entries(lowering: Lowering, part: Part, queries: Queries | None = None)
     """
     view = part.view
     assert view is not None
+    if isinstance(view, Given) and view.as_tokens and queries is None:
+        # An entry is a token's place, and its pattern that of tokens.
+        return lowering.relation(part.pattern)
     written = lowering.lower(part.pattern, lowering.here)
     for name, scalar in lowering.atoms.items():
         if not reads(scalar, "k") or not lowering.involves(written, name):

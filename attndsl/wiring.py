@@ -23,7 +23,7 @@ from attndsl.parts import find_kernel
 from attndsl.piece_plans import backward_plans, forward_plans, whole
 from attndsl.plan import Backend, BackwardPlan, ForwardPlan, Loads, Spec
 from attndsl.plans import of_selection
-from attndsl.pooling import PoolPlan
+from attndsl.pooling import PoolPlan, told_covers
 from attndsl.program import CallShape, Program
 from attndsl.properties import reads_remainders
 from attndsl.runtime import texts
@@ -214,8 +214,8 @@ class Shown:
         match name:
             case "pool":
                 pool = compose(program).pooled[n]
-                told = pool.runs is not None
-                return PoolPlan(pool.function, pool.size, pool.stride, spec.dim, spec.dtype, spec.target, told=told)
+                size, stride = (told_covers(pool), 1) if pool.told else (pool.size, pool.stride)
+                return PoolPlan(pool.function, size, stride, spec.dim, spec.dtype, spec.target, told=pool.told)
             case "select":
                 selection = program.selection(owner)
                 return select_plan(of_selection(program, selection), selection, spec)

@@ -27,7 +27,7 @@ def pool_source(plan: PoolPlan) -> str:
 
 
 def _signature(lines: Lines, plan: PoolPlan, function: str, tensors: str) -> None:
-    more = ["lengths"] * plan.ragged + ["first", "end"] * (plan.told and (function != SPREAD or _counts(plan)))
+    more = ["lengths"] * plan.ragged + ["first", "end"] * plan.told
     names = [f"{x}_ptr" for x in [*tensors.split(), *["number"] * (plan.told and function == SPREAD), *more]]
     names += [f"stride_x{axis}" for axis in "bhn"] + ["heads", "tokens", "entries"]
     lines.add("@triton.jit")
@@ -140,21 +140,19 @@ def _spread(plan: PoolPlan) -> str:
     """The kernel that owns tokens, and adds what their entries hand on, the last entry first."""
     lines, block = Lines(), plan.token_block
     _signature(lines, plan, SPREAD, "gradient x" + " picked" * plan.picks)
-    covers = 1 if plan.told else plan.covers
     body = Lines(indent=1)
     _prologue(body, plan, "tokens", block)
     body.add(
         f"token = first + tl.arange(0, {block})",
         f"total = tl.zeros([{block}, {plan.width}], tl.float32)",
     )
-    with body.block(f"for back in range({covers}):"):
+    if plan.told:
+        body.add("last = tl.load(number_ptr + head.to(tl.int64) * tokens + token, mask=token < tokens, other=-1)")
+    with body.block(f"for back in range({plan.covers}):"):
         if plan.told:
-            body.add(
-                "covers = token < tokens",
-                "entry = tl.load(number_ptr + head.to(tl.int64) * tokens + token, mask=covers, other=0)",
-            )
-            if _counts(plan):
-                _extent(body, "covers")
+            body.add("entry = last - back", "covers = entry >= 0")
+            _extent(body, "covers")
+            body.add("covers = covers & (token < extent + count)")
         else:
             body.add(
                 f"entry = token // {plan.stride} - back",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from attndsl import syntax as ast
-from attndsl.branches import factors
+from attndsl.branches import Given, factors
 from attndsl.derivation import Random
 from attndsl.diagnostics import Span
 from attndsl.grammar.scope import Context, InputRef, Poison
@@ -113,8 +113,8 @@ def _barred(program: Program, packed: bool) -> Iterator[_Barred]:
         if branch.queries is not None:
             yield _Barred("pooled queries", _TOGETHER)
     for part in (part for branch in program.branches for part in branch.parts):
-        if part.view is not None and packed:
-            yield _Barred("a view", "where its entries begin would follow from data", part.span)
+        if isinstance(part.view, Given) and packed:
+            yield _Barred("entries handed in", "which of them are a document's is not said", part.span)
         if part.view is not None and part.view.told:
             yield _Barred("such a view", "data says which tokens its entries are of", part.span)
     for chosen in program.selections:

@@ -22,8 +22,8 @@ from attndsl.runtime.observe import observe
 from attndsl.runtime.ops import attend, checked_values
 from attndsl.runtime.pick import listed_of_heads, picked
 from attndsl.runtime.pool import pooled, pooled_queries
+from attndsl.runtime.runs import entries_of_heads, pooled_runs
 from attndsl.runtime.runs import of_heads as runs_of_heads
-from attndsl.runtime.runs import pooled_runs
 from attndsl.runtime.select_op import Planner
 from attndsl.runtime.shares import member_shares
 
@@ -34,13 +34,12 @@ def make_views(
     key: str, composition: Composition, k: Tensor, v: Tensor, inputs: Mapping[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The entries of every pooled view, keys [B, Hkv, entries, D] and values [B, Hkv, entries, Dv], by its name.
-    inputs: those whose segments are pooled, or that list tokens."""
-    told = (x.pool if isinstance(x.pool, Pick) else x.pool.runs for x in composition.pools)
-    own = {x.input: composition.own.input(x.input) for x in told if x is not None}
+    inputs: those whose segments or documents are pooled, or that list tokens."""
+    own = {name: composition.own.input(name) for x in composition.pools if (name := x.told_by) is not None}
     if set(inputs) != set(own):
         names = ", ".join(f"`{name}`" for name in own) or "nothing"
         what = f"beside keys and values the views of this attention are made of {names}"
-        raise error("A565", what, help="pass what it pools the segments of, or picks, by name")
+        raise error("A565", what, help="pass what it pools the segments or documents of, or picks, by name")
     shape = without_values(composition.own, k, k, [])
     alone = replace(composition.own, inputs=tuple(own.values()))
     check_inputs(alone, shape, [inputs[name] for name in own], k.device)
@@ -55,6 +54,10 @@ def _made(
         name = pooling.pool.input
         listed = listed_of_heads(inputs[name], composition.own.input(name), pooling.pool, k)
         return picked(key, k, listed, backend), picked(key, v, listed, backend)
+    if pooling.pool.packed is not None:
+        batch, kv_heads = k.shape[:2]
+        entries = entries_of_heads(inputs[pooling.pool.packed], pooling.pool, batch, kv_heads, lengths)
+        return pooled_runs(key, k, pooling.pool, entries, backend), pooled_runs(key, v, pooling.pool, entries, backend)
     if (runs := pooling.pool.runs) is not None:
         of_heads = runs_of_heads(inputs[runs.input], composition.own.input(runs.input), *k.shape[:2])
         return pooled_runs(key, k, pooling.pool, of_heads, backend), pooled_runs(

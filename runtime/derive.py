@@ -24,6 +24,7 @@ from attndsl.derivation import (
     Derivation,
     Document,
     DocumentEnds,
+    DocumentEntries,
     Draw,
     Extents,
     Gathering,
@@ -37,6 +38,7 @@ from attndsl.derivation import (
     Sorted,
     TileList,
     TileMap,
+    counted,
     document_of,
 )
 from attndsl.derive import class_hash, coordinates_of, own_inputs
@@ -67,7 +69,7 @@ from attndsl.runtime.engine import table_tensor
 from attndsl.runtime.extents import of_extents
 from attndsl.runtime.permute import of_order
 from attndsl.runtime.plans import Listing, chosen_members, list_size, maker, of_heads, run_ends
-from attndsl.runtime.runs import along, run_input
+from attndsl.runtime.runs import along, entry_input, run_input
 from attndsl.runtime.strip_blocks import block_sums, gathered, pieces
 from attndsl.runtime.tile_map import tile_map
 from attndsl.runtime.values import Values, mix64, ordered, readable
@@ -92,21 +94,6 @@ def _condition(program: Program, heads: tuple[int, int], derivation: Derivation)
     pattern = counted(derivation)
     assert pattern is not None
     return fold(Lowering(program, heads).predicate(pattern))
-
-
-def counted(derivation: Derivation | None) -> Set | None:
-    """The set whose pairs are counted."""
-    match derivation:
-        case BlockMap(operand=operand):
-            return operand
-        case Draw(drawn=drawn):
-            return drawn.among
-        case Offsets() | DocumentEnds() | Chosen() | TileList() | Gathering() | Cut() | TileMap() | None:
-            return None
-        case Extents() | RunEnds() | RunCount() | RunExtents() | Order() | Sorted() | Place():
-            return None
-        case _:
-            assert_never(derivation)
 
 
 @dataclass(slots=True)
@@ -240,6 +227,8 @@ class Deriver:
                 return self._of_runs(decl, decl.derivation, name, values)
             case DocumentEnds(input=name, ends=ends):
                 return document_ends(values.tensors[name].expand(self._size(decl)), ends)
+            case DocumentEntries(input=name):
+                return entry_input(decl.derivation, values.tensors[name].expand(self._size(decl)).contiguous())
             case BlockMap():
                 return self._map(decl, decl.derivation, values)
             case Draw():
@@ -465,7 +454,7 @@ class Deriver:
 def derived_dtype(decl: InputDecl) -> torch.dtype:
     """The dtype of a derived input."""
     match decl.derivation:
-        case Offsets() | RunEnds() | RunCount() | DocumentEnds() | Cut() | Order():
+        case Offsets() | RunEnds() | RunCount() | DocumentEnds() | DocumentEntries() | Cut() | Order():
             return torch.int32
         case BlockMap() | Chosen():
             return torch.bool

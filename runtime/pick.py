@@ -59,7 +59,7 @@ def _pick_backward(program: str, gradient: Tensor, x: Tensor, listed: Tensor, ke
         # Sorted by token, what a token gets is a run.
         every = torch.arange(tokens, device=x.device).expand(*x.shape[:2], tokens).contiguous()
         first, end = (torch.searchsorted(by_token, every, right=right, out_int32=True) for right in (False, True))
-        total, plan = torch.empty(x.shape, dtype=x.dtype, device=x.device), plan_of(x, PoolFunction.SUM.value)
+        total, plan = torch.empty(x.shape, dtype=x.dtype, device=x.device), plan_of(x, PoolFunction.SUM.value, 1)
         launch(program, plan, POOLED, entries(tokens, plan.block), in_order, (total, first, end))
         return found.copy_(total)
     sums = torch.zeros(*x.shape[:2], tokens + 1, x.shape[3], dtype=wide(x), device=x.device)

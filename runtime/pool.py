@@ -91,7 +91,7 @@ def pool_sources(plan: PoolPlan, function: str, x: Tensor, others: Sequence[Tens
     names = {"pool_tokens": ("pooled",), "pick_tokens": ("picked",), "spread_entries": ("gradient", "picked")}[function]
     names = (*names[: 2 if plan.picks else 1], *(("lengths",) if plan.ragged else ()))
     if plan.told:
-        names = (*names, *(("number", "first", "end") if function == "spread_entries" else ("first", "end")))
+        names = (*names, *(("number",) if function == "spread_entries" else ()), "first", "end")
     found: dict[str, Any] = {f"stride_x{axis}": n for axis, n in zip("bhn", x.stride(), strict=False)}
     found |= {
         "heads": x.shape[1],

@@ -19,9 +19,9 @@ from attndsl import layout as layouts
 from attndsl import plan as planned
 from attndsl import program as programs
 from attndsl import scalar as scalars
-from attndsl.compose import of_one_level, raw_first
+from attndsl.compose import raw_first
 from attndsl.cuts import with_cuts
-from attndsl.derivation import Derivation, Draw, Gathering, Order, TileList, TileMap
+from attndsl.derivation import Cut, Derivation, Draw, Gathering, Order, TileList, TileMap
 from attndsl.derive import derive
 from attndsl.diagnostics import error
 from attndsl.learned import Over
@@ -62,7 +62,7 @@ def printed_forward(
         plans = forward_plans(program, replace(spec, backend=backend, whole=whole), tiling)
         texts = {_TEXT.format(n): printers[plan.spec.backend](plan).encode() for n, plan in enumerate(plans, 1)}
         said = tuple((x.spec, x.tiling, x.layout, x.gathered, x.view, x.softmax) for x in plans)
-        return texts | _choices(plans[0].program, said)
+        return texts | _choices(program, plans[0].program, said)
 
     files = _kept(cache, make, "printed forward", program, spec, backends, tiling)
     program, pieces = _chosen(files, program)
@@ -108,7 +108,7 @@ def printed_backward(
             if pairs.runs.full + pairs.runs.partial:
                 texts |= {_PAIRS.format(n): text for n, text in printers.triton_pairs(pairs).items()}
         encoded = {name: text.encode() for name, text in texts.items()}
-        return encoded | _choices(plans[0].program, (plans, diagonals, pairs))
+        return encoded | _choices(program, plans[0].program, (plans, diagonals, pairs))
 
     files = _kept(cache, make, "printed backward", program, spec, uses_lse, tiling)
     _, (plans, diagonals, pairs) = _chosen(files, program)
@@ -130,7 +130,7 @@ def printed_gradients(
 
     def make_plan() -> dict[str, bytes]:
         (plan,) = backward_plans(program, spec, uses_lse=uses_lse)
-        return _choices(plan.program, plan)
+        return _choices(program, plan.program, plan)
 
     _, plan = _chosen(_kept(cache, make_plan, "planned gradients", program, spec, uses_lse), program)
     if not wanted(plan):
@@ -168,12 +168,13 @@ def _kept(
     return cache.fetch(cache_key(kind, compiler_digest(), program, written, place, *decisive), make)
 
 
-def _choices(program: Program, said: Any) -> dict[str, bytes]:
-    """What an entry holds beside texts. program: the derived one, that the plans have."""
-    derived = [decl for decl in program.inputs if decl.derivation is not None]
-    # Lists of tiles follow from the plan, and in another order of tokens everything does.
+def _choices(program: Program, made: Program, said: Any) -> dict[str, bytes]:
+    """What an entry of a program holds beside texts. made: the derived one, that the plans have."""
+    derived = [decl for decl in made.inputs if decl.derivation is not None]
+    # Lists of tiles follow from the plan, of several parts cuts do too, and in another order of tokens everything.
     permuted = any(isinstance(decl.derivation, Order) for decl in derived)
-    lists = tuple(d for d in derived if permuted or _is_list(d.derivation))
+    cuts = () if program.plain else (Cut,)
+    lists = tuple(d for d in derived if permuted or _is_list(d.derivation) or isinstance(d.derivation, cuts))
     names = [decl.name for decl in derived if decl not in lists]
     choices = {
         "derived": names, "lists": records.write(lists, {}), "said": records.write(said, _LEFT_OUT),
@@ -192,9 +193,7 @@ def _chosen(files: Mapping[str, bytes], program: Program) -> tuple[Program, Any]
     """The derived program, and what was said beside the texts."""
     choices = json.loads(files[_CHOICES])
     derived = derive(program)
-    # Only the plans of the part over raw tokens, which is the first, read cuts.
-    first = derived if derived.plain else of_one_level(derived.with_branch(parts=raw_first(derived)[:1]))
-    derived = with_cuts(first) if first.plain else first
+    derived = with_cuts(derived) if derived.plain else derived.with_branch(parts=raw_first(derived)[:1])
     needed = (d for d in derived.inputs if d.derivation is None or d.name in choices["derived"])
     lists: tuple[InputDecl, ...] = records.read(choices["lists"], _recorded(), {})
     # Positions in another order are places from 0 on.

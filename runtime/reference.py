@@ -174,6 +174,7 @@ class _Call:
     floats: Mapping[str, Tensor]
     scale: float | None
     left: tuple[Tensor, Tensor] | None  # what dropout multiplies weights by: of tokens, and of entries
+    before: tuple[int, ...] = ()  # tokens of the sequences whose entries are drawn first
 
     def alone(self, x: Alone) -> _Call:
         """The call of a sequence that stands alone in this one."""
@@ -183,7 +184,7 @@ class _Call:
             own, shape, self.q[at, :, x.rows], self.k[at, :, x.keys], self.v[at, :, x.keys],
             oracle.Evaluator.of_call(own, shape, exact, self.evaluator.args, x.entry),
             x.inputs(self.program, self.floats), self.scale,
-            None if left is None else (left[0][at, :, x.rows, x.keys], left[1][at, :, x.rows, x.keys]),
+            None if left is None else (left[0][at, :, x.rows, x.keys], left[1][at, :, x.rows]), x.before,
         )  # fmt: skip
 
     def result(self) -> tuple[Tensor, Tensor | None]:
@@ -215,8 +216,10 @@ class _Call:
         """What dropout multiplies the weights of the parts' keys by: [B, Hq, rows, keys]."""
         if self.left is None:
             return None
-        keys = [oracle.entries(part.view, self.shape.k_len) for part in parts]
-        found = [self.left[part.view is not None][..., :n] for part, n in zip(parts, keys, strict=True)]
+        found = []
+        for view in (part.view for part in parts):
+            first = 0 if view is None else sum(oracle.entries(view, n) for n in self.before)
+            found.append(self.left[view is not None][..., first : first + oracle.entries(view, self.shape.k_len)])
         return torch.cat(found, -1)
 
     def _two_levels(self, branch: Branch, within: Within) -> tuple[Tensor, Tensor | None]:

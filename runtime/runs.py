@@ -6,6 +6,7 @@ There is room for as many runs as tokens, since their number is known on the dev
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,8 @@ from torch.library import Library
 from torch.nn.functional import pad
 
 from attndsl.branches import Pool, PoolFunction
-from attndsl.derivation import RunCount, RunEnds, RunExtents
-from attndsl.pooling import PoolPlan, entries
+from attndsl.derivation import DocumentEntries, EntryPlace, RunCount, RunEnds, RunExtents
+from attndsl.pooling import PoolPlan, entries, told_covers
 from attndsl.program import Axis, InputDecl
 from attndsl.runtime.call import device_target, dtype_of
 from attndsl.runtime.outputs import empty_gradient
@@ -24,10 +25,11 @@ from attndsl.runtime.triton_version import INTERPRETED
 
 _LIBRARY = Library("attndsl", "FRAGMENT")
 _LIBRARY.define(
-    "pool_runs(str program, Tensor x, str function, bool kernel, Tensor number, Tensor first, Tensor end) -> Tensor"
+    "pool_runs(str program, Tensor x, str function, int covers, bool kernel, Tensor number, Tensor first, Tensor end) "
+    "-> Tensor"
 )
 _LIBRARY.define(
-    "pool_runs_backward(str program, Tensor gradient, Tensor x, str function, bool kernel, Tensor number, "
+    "pool_runs_backward(str program, Tensor gradient, Tensor x, str function, int covers, bool kernel, Tensor number, "
     "Tensor first, Tensor end) -> Tensor"
 )
 
@@ -39,6 +41,27 @@ class Runs(NamedTuple):
     number: Tensor
     first: Tensor
     end: Tensor
+
+
+def document_entries(ids: Tensor, size: int, stride: int, present: Tensor | None = None) -> tuple[Runs, Tensor]:
+    """The entries of documents of ids [..., tokens], as `derivation.DocumentEntries` has them: of a token the last that
+    begins no later than it. And the first token of each entry's document. present: how many tokens are, of each
+    batch entry, [...] but for the last dimension."""
+    tokens = ids.shape[-1]
+    every = torch.arange(tokens, dtype=torch.int32, device=ids.device).expand(ids.shape).contiguous()
+    if not tokens:
+        return Runs(every, every, every), every
+    of = runs_of(ids)
+    begin, stop = (x.gather(-1, of.number.to(torch.int64)) for x in (of.first, of.end))
+    number = ((every - begin) % stride == 0).cumsum(-1, dtype=torch.int32) - 1
+    first = torch.searchsorted(number, every, out_int32=True)
+    at = first.clamp(max=tokens - 1).to(torch.int64)
+    exists = first < tokens
+    end = torch.minimum(first + size, stop.gather(-1, at))
+    if present is not None:
+        end = torch.minimum(end, present.unsqueeze(-1).to(torch.int32))
+    past = torch.full_like(first, tokens)
+    return Runs(number, first, torch.where(exists, end, past)), torch.where(exists, begin.gather(-1, at), past)
 
 
 def runs_of(ids: Tensor) -> Runs:
@@ -69,6 +92,12 @@ def run_input(decl: InputDecl, wanted: RunEnds | RunCount | RunExtents, x: Tenso
             return found.to(torch.bool) if x.dtype == torch.bool else found
 
 
+def entry_input(wanted: DocumentEntries, ids: Tensor) -> Tensor:
+    """A derived input of entries of documents. ids: what divides tokens, in whole."""
+    found, document = document_entries(ids, wanted.size, wanted.stride)
+    return {EntryPlace.FIRST: found.first, EntryPlace.END: found.end, EntryPlace.DOCUMENT: document}[wanted.place]
+
+
 def along(x: Tensor, own: InputDecl, dims: InputDecl, size: list[int]) -> Tensor:
     """An input over tokens in the dimensions of another, of a size, all of its own among these."""
     axes = [dim.axis for dim in own.dims[:-1]]
@@ -88,72 +117,106 @@ def of_heads(ids: Tensor, decl: InputDecl, batch: int, kv_heads: int) -> Runs:
     return runs_of(ids.expand(batch, kv_heads, -1).contiguous())
 
 
+def entries_of_heads(ids: Tensor, pool: Pool, batch: int, kv_heads: int, present: Tensor | None) -> Runs:
+    """The entries of a pool of documents, of ids [B or 1?, tokens], for each batch entry and key head.
+    present: int [B]."""
+    found, _ = document_entries(ids.expand(batch, -1).contiguous(), pool.size, pool.stride, present)
+    return Runs(*(x.unsqueeze(1).expand(-1, kv_heads, -1).contiguous() for x in found))
+
+
 # ----------------------------------------------------------------------------------------- entries
 
 
 def pooled_runs(program: str, x: Tensor, pool: Pool, runs: Runs, backend: str = "auto") -> Tensor:
-    """The entries of x [B, H, N, D], one for each of its runs [B, H, N], in order: [B, H, N, D]; zeros where there are
-    no more. program, backend: as in `pool.pooled`."""
+    """The entries of x [B, H, N, D], one for each of its runs, or entries of documents, [B, H, N], in order:
+    [B, H, N, D]; zeros where there are no more. program, backend: as in `pool.pooled`."""
     kernel = x.is_cuda or (backend == "triton" and INTERPRETED)
-    found: Tensor = torch.ops.attndsl.pool_runs(program, x, pool.function.value, kernel, *runs)
+    found: Tensor = torch.ops.attndsl.pool_runs(program, x, pool.function.value, told_covers(pool), kernel, *runs)
     return found
 
 
-def plan_of(x: Tensor, function: str) -> PoolPlan:
-    return PoolPlan(PoolFunction(function), 1, 1, x.shape[3], dtype_of(x), device_target(x.device), told=True)
+def plan_of(x: Tensor, function: str, covers: int) -> PoolPlan:
+    return PoolPlan(PoolFunction(function), covers, 1, x.shape[3], dtype_of(x), device_target(x.device), told=True)
 
 
 def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _pool(program: str, x: Tensor, function: str, kernel: bool, number: Tensor, first: Tensor, end: Tensor) -> Tensor:
+def _pool(
+    program: str, x: Tensor, function: str, covers: int, kernel: bool, number: Tensor, first: Tensor, end: Tensor
+) -> Tensor:
     if kernel and x.dtype != torch.float64:
-        plan, found = plan_of(x, function), _fake(program, x, function, kernel, number, first, end)
+        plan, found = plan_of(x, function, covers), x.new_empty(x.shape)
         launch(program, plan, POOLED, entries(found.shape[2], plan.block), _dense(x), (found, first, end))
         return found
-    at = number[..., None].to(torch.int64).expand(*x.shape)
-    zeros = torch.zeros(x.shape, dtype=wide(x), device=x.device)
+    start = {"max": -torch.inf, "min": torch.inf}.get(function, 0.0)
+    # A token of no entry goes to a place of its own, which is dropped.
+    total = torch.full((*x.shape[:2], x.shape[2] + 1, x.shape[3]), start, dtype=wide(x), device=x.device)
+    for at, _ in _entries_of(x, covers, number, end):
+        if function in ("max", "min"):
+            total.scatter_reduce_(2, at, x.to(total.dtype), f"a{function}")
+        else:
+            total.scatter_add_(2, at, x.to(total.dtype))
+    total, count = total[:, :, :-1], (end - first)[..., None]
     if function in ("max", "min"):
-        return zeros.scatter_reduce_(2, at, x.to(zeros.dtype), f"a{function}", include_self=False).to(x.dtype)
-    total = zeros.scatter_add_(2, at, x.to(zeros.dtype))
-    return (total / (end - first).clamp(min=1)[..., None] if function == "mean" else total).to(x.dtype)
+        return total.masked_fill(count <= 0, 0).to(x.dtype)
+    return (total / count.clamp(min=1) if function == "mean" else total).to(x.dtype)
+
+
+def _entries_of(x: Tensor, covers: int, number: Tensor, end: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The entries that tokens belong to, the last first: int64 [B, H, N, D], N where there is none, and which have one,
+    bool [B, H, N, 1]."""
+    token = torch.arange(x.shape[2], device=x.device)
+    for back in range(covers):
+        at = number.to(torch.int64) - back
+        inside = (at >= 0) & (token < end.gather(2, at.clamp(min=0)))
+        yield torch.where(inside, at, x.shape[2])[..., None].expand(*x.shape), inside[..., None]
 
 
 def _pool_backward(
-    program: str, gradient: Tensor, x: Tensor, function: str, kernel: bool, number: Tensor, first: Tensor, end: Tensor
-) -> Tensor:
+    program: str, gradient: Tensor, x: Tensor, function: str, covers: int, kernel: bool, number: Tensor, first: Tensor,
+    end: Tensor,
+) -> Tensor:  # fmt: skip
     if kernel and x.dtype != torch.float64:
-        plan, others, x = plan_of(x, function), [gradient.contiguous()], _dense(x)
+        plan, others, x = plan_of(x, function, covers), [gradient.contiguous()], _dense(x)
         if plan.picks:
             others.append(torch.empty(gradient.shape, dtype=torch.int32, device=x.device))
             launch(program, plan, "pick_tokens", entries(x.shape[2], plan.block), x, (others[1], first, end))
         found = empty_gradient(x)
-        where = (number, first, end) if function == "mean" else (number,)
-        launch(program, plan, "spread_entries", entries(x.shape[2], plan.token_block), found, (*others, *where))
+        launch(
+            program, plan, "spread_entries", entries(x.shape[2], plan.token_block), found,
+            (*others, number, first, end),
+        )  # fmt: skip
         return found
-    at = number[..., None].to(torch.int64).expand(*x.shape)
     share = gradient.to(wide(x))
     if function == "mean":
         share = share / (end - first).clamp(min=1)[..., None]
-    share = share.gather(2, at)
+    tokens, found = x.shape[2], torch.zeros(x.shape, dtype=share.dtype, device=x.device)
+    picked: Tensor | None = None
     if function in ("max", "min"):
         # The first of the largest (or least).
-        token = torch.arange(x.shape[2], device=x.device).view(-1, 1)
-        best = _pool(program, x, function, False, number, first, end).gather(2, at)
-        place = torch.where(x == best, token, x.shape[2])
-        picked = torch.full_like(place, x.shape[2]).scatter_reduce_(2, at, place, "amin")
-        share = torch.where(picked.gather(2, at) == token, share, 0)
-    return share.to(x.dtype)
+        best = pad(_pool(program, x, function, covers, False, number, first, end), (0, 0, 0, 1))
+        token = torch.arange(tokens, device=x.device).view(-1, 1)
+        picked = torch.full((*x.shape[:2], tokens + 1, x.shape[3]), tokens, device=x.device)
+        for at, _ in _entries_of(x, covers, number, end):
+            picked.scatter_reduce_(2, at, torch.where(x == best.gather(2, at), token, tokens), "amin")
+    for at, inside in _entries_of(x, covers, number, end):
+        here = inside if picked is None else inside & (picked.gather(2, at) == token)
+        found += torch.where(here, share.gather(2, at.clamp(max=tokens - 1)), 0)
+    return found.to(x.dtype)
 
 
-def _fake(program: str, x: Tensor, function: str, kernel: bool, number: Tensor, first: Tensor, end: Tensor) -> Tensor:
+def _fake(
+    program: str, x: Tensor, function: str, covers: int, kernel: bool, number: Tensor, first: Tensor, end: Tensor
+) -> Tensor:
     return x.new_empty(x.shape)
 
 
 def _backward_fake(
-    program: str, gradient: Tensor, x: Tensor, function: str, kernel: bool, number: Tensor, first: Tensor, end: Tensor
-) -> Tensor:
+    program: str, gradient: Tensor, x: Tensor, function: str, covers: int, kernel: bool, number: Tensor, first: Tensor,
+    end: Tensor,
+) -> Tensor:  # fmt: skip
     return empty_gradient(x)
 
 
@@ -165,7 +228,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, gradient: Tensor) -> Any:
     x, *runs = ctx.saved_tensors
     found = torch.ops.attndsl.pool_runs_backward(ctx.program, gradient, x, *ctx.how, *runs)
-    return None, found, None, None, None, None, None
+    return None, found, None, None, None, None, None, None
 
 
 for _device in ("CPU", "CUDA"):

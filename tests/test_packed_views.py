@@ -1,0 +1,174 @@
+"""Views of packed calls: entries begin anew with each document, and what they are of, data tells."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import attndsl
+from attndsl.branches import Pool, PoolFunction
+from attndsl.diagnostics import PatternError
+from attndsl.grammar import load
+from attndsl.piece_plans import forward_plans
+from attndsl.runtime.runs import document_entries, entries_of_heads, pooled_runs
+from attndsl.targets import make_spec
+from tests.gradients import TOLERANCE
+
+pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "ignore::attndsl.PatternWarning")
+
+# Equal ids apart are different documents; one entry of the batch is one document.
+DOC = torch.tensor([[4] * 20 + [1] * 3 + [4] * 9 + [7, 8] + [0] * 14, [5] * 48])
+DECLARED = {"doc": "int[b, k]", "n": "int[b]", "role": "int[b, q]", "sinks": "float[h] learnable"}
+BODIES = [
+    "attend causal over pool(mean, 8) { softmax with sink sinks[h] }",
+    "attend causal over pool(max, 8, 4)",
+    "attend causal over pool(sum, 3, 5)",
+    "attend causal & window(9), causal - window(9) over pool(mean, 5, counted)",
+    "attend { k > q - 20 } over pool(mean, 5, counted) { score softcap(s, 2.0) }",
+    "lengths n attend causal & window(9), causal over pool(min, 8, 2, visible = any)",
+    "attend { q // 4 - k // 4 > 1 and k < Nk - 3 } over pool(mean, 4) { weights sigmoid(s) }",
+    "lengths n attend { k // 4 * 4 == Nk // 8 * 4 or role[q] == 1 and k // 8 < 2 } over pool(mean, 4, counted)",
+    "attend (causal on blocks(4)) over pool(mean, 2), causal & { role[q] != 2 } over pool(max, 7)",
+    "far = attend causal over pool(mean, 4) near = attend causal & window(4) output merge(far, near)",
+]
+# heads, key heads, rows, keys, D, Dv
+SHAPES = [(4, 2, 48, 48, 16, 16), (1, 1, 31, 48, 80, 24), (2, 2, 1, 1, 16, 16), (2, 1, 1, 33, 16, 16)]
+
+
+def compiled(body: str) -> attndsl.Attention:
+    written = "".join(f"input {name} : {kind}\n" for name, kind in DECLARED.items() if name in f"{body} doc")
+    return attndsl.compile(f"attention a {{\n{written} packed doc\n{body}\n}}")
+
+
+def judge(body: str, shape: tuple[int, ...], dtype: torch.dtype, backend: str, dropout: float = 0.0) -> None:
+    """Output, lse and gradients are the oracle's, which asks of each document alone."""
+    heads, kv_heads, rows, tokens, dim, v_dim = shape
+    attn = compiled(body)
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(dtype).requires_grad_()
+
+    leaves = [drawn(2, heads, rows, dim), drawn(2, kv_heads, tokens, dim), drawn(2, kv_heads, tokens, v_dim)]
+    role = torch.arange(2 * rows).view(2, -1) % 3
+    made = {"doc": DOC[:, :tokens], "n": torch.tensor([min(tokens, 41), 40]), "role": role}
+    if "sinks" in body:
+        leaves.append(drawn(heads))
+    lse = "weights" not in body
+    more: dict[str, Any] = {"dropout": dropout, "seed": 3} if dropout else {}
+
+    def run(leaves: list[Tensor], oracle: bool) -> tuple[list[Tensor], list[Tensor]]:
+        q, k, v = leaves[:3]
+        given: dict[str, Any] = {decl.name: made[decl.name] for decl in attn.program.inputs if decl.name in made}
+        given |= {**more, **({"sinks": leaves[3]} if len(leaves) > 3 else {})}
+        if oracle:
+            found = attn.reference(q, k, v, return_lse=lse, **given)
+        else:
+            found = attn(q, k, v, return_lse=lse, backend=backend, **given)
+        outs, loss = list(found) if lse else [found], torch.zeros((), dtype=torch.float64)
+        for x in outs:
+            weight = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+            loss = loss + torch.where(x == -torch.inf, 0.0, x.double() * weight).sum()
+        return outs, list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+
+    ours, given = run(leaves, False)
+    right, wanted = run([x.detach().double().requires_grad_() for x in leaves], True)
+    for x, y in zip(ours, right, strict=True):
+        torch.testing.assert_close(x.double(), y, atol=10 * TOLERANCE[dtype], rtol=10 * TOLERANCE[dtype])
+    for x, y in zip(given, wanted, strict=True):
+        largest = max(float(y.abs().max()), 1.0)
+        assert float((x.double() - y).abs().max()) <= 5 * TOLERANCE[dtype] * largest
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_cpu(body: str) -> None:
+    for shape in SHAPES:
+        judge(body, shape, torch.float64, "cpu")
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_triton(body: str) -> None:
+    judge(body, SHAPES[len(body) % 2], torch.float32, "triton")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_dropout(backend: str) -> None:
+    """Entries draw by their number among those of the batch entry."""
+    dtype = torch.float64 if backend == "cpu" else torch.float32
+    judge(BODIES[1], SHAPES[0], dtype, backend, dropout=0.4)
+    judge(BODIES[3], SHAPES[0], dtype, backend, dropout=0.4)
+
+
+# ------------------------------------------------------------------------------------------ entries
+
+
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (4, 4), (5, 2), (2, 5), (64, 64)])
+def test_entries_lie_one_document_after_the_other(size: int, stride: int) -> None:
+    """Against a loop over documents and their entries."""
+    present = torch.tensor([30, 48])
+    runs, document = document_entries(DOC.to(torch.int32), size, stride, present)
+    for b in range(2):
+        ids, found = DOC[b].numpy(), []
+        begins = [0, *(np.flatnonzero(ids[1:] != ids[:-1]) + 1).tolist(), 48]
+        for low, high in pairwise(begins):
+            found += [(x, min(x + size, high, int(present[b])), low) for x in range(low, high, stride)]
+        rows = list(zip(runs.first[b].tolist(), runs.end[b].tolist(), document[b].tolist(), strict=True))
+        assert rows[: len(found)] == found
+        assert set(rows[len(found) :]) <= {(48, 48, 48)}
+        last = [max(i for i, (first, _, _) in enumerate(found) if first <= token) for token in range(48)]
+        assert runs.number[b].tolist() == last
+
+
+@pytest.mark.parametrize("function", PoolFunction)
+@pytest.mark.parametrize(("size", "stride"), [(4, 4), (5, 2), (2, 5)])
+def test_pooling_by_kernels(function: PoolFunction, size: int, stride: int) -> None:
+    """Entries and gradients are those of torch, ties included."""
+    attn = attndsl.compile("causal")
+    pool = Pool(function, size, stride, packed="doc")
+    x = torch.randint(-3, 4, (2, 2, 48, 16), generator=torch.Generator().manual_seed(1)).float()
+    runs = entries_of_heads(DOC.to(torch.int32), pool, 2, 2, torch.tensor([30, 48]))
+    passed, found = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)), []
+    for backend in ("cpu", "triton"):
+        leaf = x.clone().requires_grad_()
+        out = pooled_runs(attn._key, leaf, pool, runs, backend)
+        found.append((out.detach(), *torch.autograd.grad((out * passed).sum(), leaf)))
+    torch.testing.assert_close(*found)
+
+
+def test_entries_of_other_documents_are_not_visited() -> None:
+    """Tiles end where the documents of their rows do, and with the last entry that a row sees."""
+    program = attndsl.compile("attention a { input doc : int[b, k] packed doc attend causal over pool(mean, 8) }")
+    (own,) = program._composition.programs
+    (plan,) = forward_plans(own, make_spec("sm_90", "triton", 2, 2, 64))
+    names = [decl.name for decl in plan.program.inputs if decl.derivation]
+    assert names == [
+        "first_doc", "entry_first_doc", "entry_document_doc", "first_doc_k_first", "first_doc_k_end",
+        "entry_first_doc_k_end",
+    ]  # fmt: skip
+    assert len(plan.runs.full) == 1
+
+
+def test_views_are_made_of_documents() -> None:
+    attn = attndsl.compile("attention a { input doc : int[b, k] packed doc attend causal over pool(mean, 8) }")
+    q, k, v = (torch.randn(2, 2, 48, 16, dtype=torch.float64) for _ in range(3))
+    views = attn.views(k, v, doc=DOC)
+    (keys, _) = views["pool(mean, 8)"]
+    torch.testing.assert_close(keys[0, :, :4], torch.stack([k[0, :, x].mean(1) for x in (
+        slice(0, 8), slice(8, 16), slice(16, 20), slice(20, 23)
+    )], 1))  # fmt: skip
+    torch.testing.assert_close(attn(q, k, v, doc=DOC, views=views), attn.reference(q, k, v, doc=DOC))
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(PatternError, match="A907"):
+        load("""attention a { input doc : int[b, k] input kc : float[b, g, k/4, D] input vc : float[b, g, k/4, Dv]
+             packed doc attend causal over given(kc, vc, 4, 4) }""")
+    attn = attndsl.compile("""attention a { input doc : int[b, k] input mark : bool[b, k] packed doc
+                           attend causal & { mark[k] } over pool(mean, 4) }""")
+    with pytest.raises(PatternError, match="A912"):
+        attn(*(torch.randn(1, 1, 8, 8) for _ in range(3)), doc=torch.zeros(1, 8).long(), mark=torch.ones(1, 8).bool())
