@@ -33,7 +33,7 @@ from attndsl.program import (
     Var,
     children,
 )  # fmt: skip
-from attndsl.runtime.engine import table_tensor
+from attndsl.runtime.lasting import table_tensor
 
 State = tuple[Tensor, Tensor | None]
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {

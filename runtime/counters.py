@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+
+from attndsl.runtime.lasting import lasting
 
 # The stream that is another one in each thread.
 _PER_THREAD = 2
@@ -30,19 +31,8 @@ def counter(device: torch.device) -> Tensor:
 
 @functools.cache
 def _of_stream(device: torch.device, stream: int) -> Tensor:
-    """Zeroed on that stream, which is the current one.
-
-    Made in a thread of its own. Before it captures a graph, torch.compile runs it with all that its thread allocates
-    in the graph's pool, where nothing may stay but outputs; and no mode of this thread is to see what stays.
-    """
-    current = torch.cuda.current_stream(device)
-
-    def make() -> Tensor:
-        with torch.cuda.stream(current):
-            return _zero(device)
-
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(make).result()
+    """Zeroed on that stream, which is the current one."""
+    return lasting(device, lambda: _zero(device))
 
 
 def _zero(device: torch.device) -> Tensor:

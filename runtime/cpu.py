@@ -13,8 +13,9 @@ from torch import Tensor
 from attndsl.plan import ForwardPlan, Plan
 from attndsl.runtime.call import call_shape
 from attndsl.runtime.dropout import Dropout
-from attndsl.runtime.engine import default_scale, table_tensor
+from attndsl.runtime.engine import default_scale
 from attndsl.runtime.entries import keys_of
+from attndsl.runtime.lasting import table_tensor
 from attndsl.runtime.load import load_source
 from attndsl.runtime.outputs import empty_output
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from attndsl.plan import BackwardPlan
 from attndsl.runtime.cpu import call_values
 from attndsl.runtime.dropout import Dropout
-from attndsl.runtime.engine import Gradients, default_scale, table_tensor
+from attndsl.runtime.engine import Gradients, default_scale
 from attndsl.runtime.entries import keys_of
+from attndsl.runtime.lasting import table_tensor
 from attndsl.runtime.load import load_source
 from attndsl.runtime.outputs import empty_gradient
 

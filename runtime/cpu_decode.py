@@ -17,7 +17,8 @@ from attndsl.program import Axis, InputDecl, Program
 from attndsl.runtime.combine import merged
 from attndsl.runtime.decode import DecodeTensors, Listed
 from attndsl.runtime.derive_ragged import ragged_deriver
-from attndsl.runtime.engine import default_scale, table_tensor
+from attndsl.runtime.engine import default_scale
+from attndsl.runtime.lasting import table_tensor
 from attndsl.runtime.load import load_source
 from attndsl.runtime.outputs import empty_output
 

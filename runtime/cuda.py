@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from ctypes import byref, c_char, c_char_p, c_int, c_uint, c_uint32, c_uint64, c_void_p
 from typing import Any
 
 _NO_CONTEXT = 201
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _MAX_SHARED, _SHARED_OF_A_BLOCK = 8, 97  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_…, CU_DEVICE_ATTRIBUTE_MAX_…_PER_BLOCK_OPTIN
 _STATIC_SHARED, _MAX_THREADS = 1, 0
 _PREFER_SHARED = 1
@@ -87,6 +89,20 @@ def load_kernel(binary: bytes, name: str, shared: int, threads: int, device: int
     return function.value
 
 
+@contextmanager
+def unrestricted() -> Iterator[None]:
+    """For this thread, also while some thread captures a graph: load kernels, take memory, wait for another stream.
+
+    None of it is captured, and a capture that is not told of it would end in an error.
+    """
+    mode, exchange = c_int(_RELAXED), driver().cuThreadExchangeStreamCaptureMode
+    _check(exchange(byref(mode)), "taking leave to load")
+    try:
+        yield
+    finally:
+        _check(exchange(byref(mode)), "giving it back")
+
+
 def bind(device: int) -> None:
     """Make the device's context current on a thread that has none."""
     cuda = driver()
@@ -147,4 +163,4 @@ def _check(status: int, doing: str) -> None:
         raise CudaError(f"CUDA error {status} ({(text.value or b'unknown').decode()}) while {doing}")
 
 
-__all__ = ["CudaError", "LaunchConfig", "TensorMap", "bind", "driver", "launch_again", "load_kernel"]
+__all__ = ["CudaError", "LaunchConfig", "TensorMap", "bind", "driver", "launch_again", "load_kernel", "unrestricted"]

@@ -65,8 +65,8 @@ from attndsl.relation import Lowering
 from attndsl.runtime.apart import counts_apart
 from attndsl.runtime.call import dim_size
 from attndsl.runtime.cuts import document_ends, make_cut
-from attndsl.runtime.engine import table_tensor
 from attndsl.runtime.extents import of_extents
+from attndsl.runtime.lasting import capturing, hold, lasting, table_tensor
 from attndsl.runtime.permute import of_order
 from attndsl.runtime.plans import Listing, chosen_members, list_size, maker, of_heads, run_ends
 from attndsl.runtime.runs import along, entry_input, run_input
@@ -125,7 +125,7 @@ class Deriver:
         for decl in self._derived:
             if (pattern := counted(decl.derivation)) is None or decl.derivation is None:
                 continue
-            self._check(decl, pattern)
+            entries = self._check(decl, pattern)
             self._conditions[decl.name] = _condition(self.program, heads, decl.derivation)
             written = [self._conditions[decl.name]]
             if isinstance(decl.derivation, Draw):
@@ -133,11 +133,13 @@ class Deriver:
             if (document := document_of(decl.derivation)) is not None:
                 written += [document.first, document.end]
             nodes = walk(*written)
-            if not any(isinstance(x, Arg) or (isinstance(x, Read) and x.input not in fixed) for x in nodes):
+            follows = not any(isinstance(x, Arg) or (isinstance(x, Read) and x.input not in fixed) for x in nodes)
+            if follows and entries <= MAX_KEPT_ENTRIES:
                 fixed.add(decl.name)
         self._fixed = frozenset(fixed)
 
-    def _check(self, decl: InputDecl, pattern: Set) -> None:
+    def _check(self, decl: InputDecl, pattern: Set) -> int:
+        """How many entries a derived input has."""
         unit = decl.derivation.unit if isinstance(decl.derivation, BlockMap | Draw) else 1
         q_len, k_len = self._lengths(unit)
         rows = q_len - self._first_row(decl)
@@ -160,6 +162,7 @@ class Deriver:
                 self.program.span,
                 help=f"at most {MAX_PAIRS:,} pairs and {MAX_ENTRIES:,} entries: take larger blocks or fewer rows",
             )
+        return entries
 
     def examples(self) -> list[Tensor]:
         """Tensors of the shapes, strides and dtypes of the derived inputs, without memory."""
@@ -169,16 +172,16 @@ class Deriver:
 
     def __call__(self, inputs: Sequence[Tensor], args: Sequence[int]) -> list[Tensor]:
         """The derived inputs, in their order, from a call's own inputs and arguments."""
-        return self._readable(self.made(inputs, args, self._kept_here()))
+        return self._readable(self.made(inputs, args, self._kept_here() if self._fixed else {}))
 
     def _readable(self, derived: list[Tensor]) -> list[Tensor]:
         return derived if self.shape.k_len else list(map(readable, derived))
 
     def made(
-        self, inputs: Sequence[Tensor], args: Sequence[int], kept: dict[str, Tensor], lengths: Tensor | None = None
+        self, inputs: Sequence[Tensor], args: Sequence[int], kept: Mapping[str, Tensor], lengths: Tensor | None = None
     ) -> list[Tensor]:
-        """The derived inputs, less what is kept already; what may be, is. lengths: as in `Values`."""
-        known = dict(zip((decl.name for decl in self._own), inputs, strict=True)) | kept
+        """The derived inputs, of which some are kept. lengths: as in `Values`."""
+        known = {**dict(zip((decl.name for decl in self._own), inputs, strict=True)), **kept}
         arguments = dict(zip(self.program.args, args, strict=True))
         # Lists of plans may need no values at all.
         values = functools.cache(lambda: self._values(known, arguments, lengths))
@@ -189,8 +192,6 @@ class Deriver:
                 else:
                     found = self._made(decl, values())
                 known[decl.name] = found
-                if decl.name in self._fixed and found.numel() <= MAX_KEPT_ENTRIES:
-                    kept[decl.name] = found
         return [known[decl.name] for decl in self._derived]
 
     def _values(self, known: Mapping[str, Tensor], arguments: Mapping[str, int], lengths: Tensor | None) -> Values:
@@ -203,17 +204,26 @@ class Deriver:
         return Values(self.program, shape, self.device, known, self._tables, arguments, variables, lengths)
 
     def _kept_here(self) -> dict[str, Tensor]:
-        """What calls of these sizes share on the current stream.
-
-        What is made while a graph is captured holds nothing until that is replayed: it is not kept.
-        """
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
-        key = (self.shape, self.device, stream)
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return dict(self.kept.get(key, {}))
+        """What calls of these sizes share on the current stream: what follows from them alone, made once."""
+        key = (self.shape, self.device, self._stream())
         if key not in self.kept and len(self.kept) >= MAX_KEPT:
             self.kept.clear()
-        return self.kept.setdefault(key, {})
+        kept = self.kept.setdefault(key, {})
+        if not self._fixed <= kept.keys():
+            kept |= lasting(self.device, self._fixed_inputs)
+        if capturing(self.device):
+            hold(tuple(kept.values()))
+        return kept
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+
+    def _fixed_inputs(self) -> dict[str, Tensor]:
+        known = dict[str, Tensor]()
+        for decl in self._derived:
+            if decl.name in self._fixed:
+                known[decl.name] = self._made(decl, self._values(known, {}, None))
+        return known
 
     # ----------------------------------------------------------------------------------- derivations
 
@@ -258,19 +268,38 @@ class Deriver:
         return run_input(decl, d, x, of)
 
     def _list(self, decl: InputDecl, d: TileList | Gathering, plan: Tensor, values: Callable[[], Values]) -> Tensor:
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
-        if (make := self._makers.get((decl.name, stream))) is not None:
-            return make(plan)
-        first, dims = self.shape.first_position(self.program), self.program.input(d.plan).dims
-        q_len, k_len = self._lengths(1)
-        ends = run_ends(d, values().at(start=first, i_start=first, Nq=q_len, Nk=k_len))
-        make = maker(Listing(d, self.shape, of_heads(plan, dims, decl, self.shape), ends, first), decl)
-        nodes = (x for run in d.runs.full + d.runs.partial for e in (run.first, run.count) for x in walk(e))
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if not capturing and not any(isinstance(x, Arg | Read) for x in nodes):
+        key = decl.name, self._stream()
+        make = self._makers.get(key)
+        if make is None:
+            nodes = (x for run in d.runs.full + d.runs.partial for e in (run.first, run.count) for x in walk(e))
             # What tiles a plan may choose follows from the call's sizes alone.
-            self._makers[decl.name, stream] = lambda plan: make(of_heads(plan, dims, decl, self.shape))
-        return make(of_heads(plan, dims, decl, self.shape))
+            lasts = not any(isinstance(x, Arg | Read) for x in nodes)
+            if lasts:
+                ends = lasting(self.device, lambda: self._ends(d, self._values({}, {}, None)))
+            else:
+                ends = self._ends(d, values())
+            make = self._maker(decl, d, plan, ends)
+            if lasts:
+                self._makers[key] = make
+        if capturing(self.device):
+            hold(make)
+        return make(plan)
+
+    def _ends(self, d: TileList | Gathering, values: Values) -> Tensor:
+        first, (q_len, k_len) = self.shape.first_position(self.program), self._lengths(1)
+        return run_ends(d, values.at(start=first, i_start=first, Nq=q_len, Nk=k_len))
+
+    def _maker(
+        self, decl: InputDecl, d: TileList | Gathering, plan: Tensor, ends: Tensor
+    ) -> Callable[[Tensor], Tensor]:
+        """What makes a list, of this plan or of another with its sizes and strides."""
+        first, dims = self.shape.first_position(self.program), self.program.input(d.plan).dims
+
+        def four(plan: Tensor) -> Tensor:
+            return of_heads(plan, dims, decl, self.shape)
+
+        make = maker(Listing(d, self.shape, four(plan), ends, first), decl)
+        return lambda plan: make(four(plan))
 
     def _offsets(self, decl: InputDecl, ids: Tensor) -> Tensor:
         """Each token's distance from the first of its run of equal ids."""

@@ -19,7 +19,7 @@ from attndsl.mixing import mixes
 from attndsl.piece_plans import backward_plans, forward_plans, whole
 from attndsl.plan import Backend, BackwardPlan, DType, ForwardPlan, Loads, Spec, Tiling
 from attndsl.pooling import PoolPlan
-from attndsl.program import Program, TableDecl, Type
+from attndsl.program import Program
 from attndsl.properties import is_whole, takes_more_rows_than_keys
 from attndsl.runtime.again import Again, AgainBackward, again, again_backward
 from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
@@ -28,7 +28,7 @@ from attndsl.runtime.entries import all_entries, all_view_places, check_entries
 from attndsl.runtime.pieces import in_turn
 from attndsl.runtime.values import readable
 from attndsl.tiling import prefers_two_passes
-from attndsl.widths import LARGEST, check_tokens
+from attndsl.widths import check_tokens
 
 if TYPE_CHECKING:
     from attndsl.combining import CombinePlan
@@ -455,16 +455,8 @@ def _kind(
     )  # fmt: skip
 
 
-def table_tensor(table: TableDecl, device: torch.device) -> Tensor:
-    """A compile-time table as a tensor of its declared shape, of integers that no kernel for GPUs reads in 64 bits."""
-    dtype = {Type.INT: torch.int32, Type.FLOAT: torch.float32, Type.BOOL: torch.bool}[table.type]
-    if table.type is Type.INT and any(not -LARGEST <= x <= LARGEST for x in table.values):
-        dtype = torch.int64
-    return torch.tensor(table.values, dtype=dtype, device=device).reshape(table.shape)
-
-
 def default_scale(dim: int) -> float:
     return 1.0 / math.sqrt(dim)
 
 
-__all__ = ["BACKENDS", "Engine", "Generators", "Gradients", "Loads", "default_scale", "table_tensor"]
+__all__ = ["BACKENDS", "Engine", "Generators", "Gradients", "Loads", "default_scale"]

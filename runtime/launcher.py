@@ -7,6 +7,7 @@ version's compiled kernels take their parameters; under others, and on AMD's, a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from ctypes import addressof, c_float, c_uint64, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from attndsl.diagnostics import error
 from attndsl.runtime.build import Kernel, triton_kernel
-from attndsl.runtime.cuda import LaunchConfig, TensorMap, driver, launch_again, load_kernel
+from attndsl.runtime.cuda import LaunchConfig, TensorMap, driver, launch_again, load_kernel, unrestricted
 
 # Addresses whose tensor maps are kept: a training loop reuses a handful.
 MAX_MAPS = 256
@@ -72,7 +73,7 @@ class DirectLauncher:
     def __init__(self, kernel: Kernel, grid: int, device: int, template: Sequence[Any]) -> None:
         facts = kernel.metadata
         threads = 32 * facts["num_warps"]
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), unrestricted():
             self._function = load_kernel(kernel.binary, facts["name"], facts["shared"], threads, device)
         self._device = device
         # Tables, which a kernel reads as long as it is launched.
@@ -191,7 +192,7 @@ class TritonLauncher:
     def __init__(self, kernel: Kernel, grid: int, device: int, template: Sequence[Any]) -> None:
         self._kernel, self._grid, self._device = triton_kernel(kernel), grid, device
         self._template = tuple(template)
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), unrestricted() if kernel.target.startswith("cuda:") else nullcontext():
             self._run = self._kernel.run  # loads the kernel on the current device
 
     def __call__(self, call: Sequence[Any]) -> None:

@@ -17,8 +17,9 @@ from attndsl.plan import Backend
 from attndsl.program import CallShape
 from attndsl.runtime.call import call_shape
 from attndsl.runtime.cpu import call_values
-from attndsl.runtime.engine import Engine, default_scale, table_tensor
+from attndsl.runtime.engine import Engine, default_scale
 from attndsl.runtime.entries import keys_of
+from attndsl.runtime.lasting import table_tensor
 from attndsl.runtime.load import load_source
 from attndsl.runtime.masses import shares
 

@@ -231,8 +231,11 @@ def maker(found: Listing, decl: InputDecl) -> lists.Maker:
     d, batch, heads = found.d, *(b if a == 1 else a for a, b in pairs)
     axes = [dim.axis for dim in decl.dims]
 
+    # What makes lists outlives the plan that it was made for.
+    blank = replace(found, plan=found.plan.new_empty(0, device="meta"))
+
     def of(plan: Tensor) -> Listing:
-        return replace(found, plan=plan.expand(batch, heads, -1, -1))
+        return replace(blank, plan=plan.expand(batch, heads, -1, -1))
 
     def in_dims(make: lists.Maker) -> lists.Maker:
         def made(plan: Tensor) -> Tensor:
@@ -271,8 +274,10 @@ def _kernels(found: Listing) -> lists.Maker | None:
         plan = found.plan
         return lists.by_keys(plan, ends, sizes, head, codes) if by_keys else lists.by_queries(plan, ends, sizes)
 
+    members = found.members
+
     def as_map(plan: Tensor) -> Tensor:
-        return plan if plan.dtype == torch.uint8 else chosen_members(plan, found.members).to(torch.uint8)
+        return plan if plan.dtype == torch.uint8 else chosen_members(plan, members).to(torch.uint8)
 
     example, reading = as_map(found.plan), found.reading
     if by_keys:

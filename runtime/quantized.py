@@ -19,6 +19,7 @@ from attndsl.plan import Backend, DType, Plan, Printed, Spec, head_parts
 from attndsl.program import CallShape, Program
 from attndsl.runtime.counters import counter
 from attndsl.runtime.engine import default_scale
+from attndsl.runtime.lasting import number_tensor
 from attndsl.runtime.outputs import Outputs
 from attndsl.targets import layout_refusal
 
@@ -135,7 +136,7 @@ class _OnHopper:
         shape = CallShape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
         self._made, self._scale = Outputs.of(q, shape), default_scale(shape.dim)
         self._shape = shape_in_order(v)
-        self._one, self._counted = torch.ones((), device=q.device), kernel.tiling.several
+        self._one, self._counted = number_tensor((1.0,), (), torch.float32, q.device), kernel.tiling.several
         grid = -(-shape.rows // kernel.tiling.block_q) * shape.batch * shape.heads
         self._launches: list[Callable[[Sequence[Any]], None]] = []
         if not grid:

@@ -19,10 +19,10 @@ from attndsl.plans import plan_heads
 from attndsl.program import CallShape, Inter, Program, Set, reads
 from attndsl.runtime.derive import Deriver
 from attndsl.runtime.derive_ragged import RaggedDeriver
-from attndsl.runtime.engine import table_tensor
 from attndsl.runtime.groups import Groups
 from attndsl.runtime.in_order import in_one_piece
 from attndsl.runtime.keep import update_in_torch
+from attndsl.runtime.lasting import number_tensor, table_tensor
 from attndsl.runtime.masses import leading, pooled_members
 from attndsl.runtime.strips import STRIP, Ragged, Strips
 from attndsl.runtime.touched import Touched
@@ -111,7 +111,7 @@ class Selector:
         selection = self.selection
         if isinstance(selection.rule, Top) and selection.rule.count is not None:
             found = budgets(self.program, selection.rule.count, heads)
-            self.budgets = torch.tensor(found, device=self.device).view(1, -1, 1, 1)
+            self.budgets = number_tensor(found, (1, len(found), 1, 1), torch.int64, self.device)
         keys = selection.keys if selection.members is None else 1
         self.among = self._touched(selection.among, selection.rows, keys)
         if selection.always is not None:

@@ -23,7 +23,8 @@ from attndsl.diagnostics import error
 from attndsl.program import CallShape, Program
 from attndsl.runtime.derive import Deriver
 from attndsl.runtime.derive_ragged import RaggedDeriver
-from attndsl.runtime.engine import MAX_PREPARED, table_tensor
+from attndsl.runtime.engine import MAX_PREPARED
+from attndsl.runtime.lasting import table_tensor
 from attndsl.runtime.masses import shares as given_to_members
 from attndsl.runtime.ops import traced
 from attndsl.runtime.outputs import empty_gradient

@@ -24,8 +24,9 @@ from attndsl.runtime.cache import shared_cache as shared_cache
 from attndsl.runtime.call import call_shape, dim_size
 from attndsl.runtime.counters import counter
 from attndsl.runtime.dropout import PARAMETERS, Dropout
-from attndsl.runtime.engine import default_scale, table_tensor
+from attndsl.runtime.engine import default_scale
 from attndsl.runtime.entries import keys_of
+from attndsl.runtime.lasting import table_tensor
 from attndsl.runtime.launcher import Descriptor, Slot, launcher
 from attndsl.runtime.load import load_source
 from attndsl.runtime.outputs import Outputs, empty_output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from attndsl.runtime import counters
+from attndsl.runtime import counters, lasting
 
 DEVICE = torch.device("cuda", 0)
 
@@ -53,6 +53,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
     monkeypatch.setattr(torch.cuda, "device", found.on_device)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: found.current)
     monkeypatch.setattr(torch.cuda, "stream", found.on)
+    monkeypatch.setattr(lasting, "unrestricted", nullcontext)
     monkeypatch.setattr(counters, "_zero", found.zero)
     counters._of_stream.cache_clear()
     yield found

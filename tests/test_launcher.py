@@ -48,6 +48,9 @@ class Driver:
         self.maps: list[tuple[Any, ...]] = []
         self.statuses: list[int] = []
         self.bound = 0
+        # The capture mode of this thread, global at first, and in which kernels were loaded.
+        self.mode = 0
+        self.loaded: list[int] = []
         self.limit, self.threads = 200_000, 1024
 
     def cuCtxGetCurrent(self, context: Any) -> int:
@@ -62,8 +65,13 @@ class Driver:
         self.bound += 1
         return 0
 
+    def cuThreadExchangeStreamCaptureMode(self, mode: Any) -> int:
+        self.mode, mode._obj.value = mode._obj.value, self.mode
+        return 0
+
     def cuModuleLoadData(self, module: Any, binary: bytes) -> int:
         assert binary == b"machine code"
+        self.loaded.append(self.mode)
         return 0
 
     def cuModuleGetFunction(self, function: Any, module: Any, name: bytes) -> int:
