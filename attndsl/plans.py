@@ -10,7 +10,7 @@ from attndsl.member_numbers import number
 from attndsl.members import Placed, Runs, extent
 from attndsl.pairs import nodes
 from attndsl.program import Axis, Binary, Const, Dim, InputDecl, Program, Scalar, Selected, Type, Var, reads, scalars
-from attndsl.selection import Selection, Share, Top
+from attndsl.selection import Probs, Selection, Share, Top
 
 
 def plan_heads(selection: Selection) -> Share:
@@ -50,9 +50,12 @@ def selected(plan: InputDecl, selection: Selection | None = None, span: Span | N
 
 
 def plans_read(selection: Selection, program: Program) -> set[str]:
-    """The program's selections that one chooses among, or is forced by."""
+    """The program's selections that one reads: among which it chooses, by which it is forced, or of which the branch
+    sees what they choose that it ranks by."""
     made = {other.name for other in program.selections}
     sets = [selection.among] if selection.always is None else [selection.among, selection.always]
+    if isinstance(selection.score, Probs):
+        sets += [part.pattern for part in program.named(selection.score.branch).parts]
     return {node.plan for each in sets for node in nodes(each) if isinstance(node, Selected) and node.plan in made}
 
 

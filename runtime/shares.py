@@ -120,7 +120,7 @@ class _Call:
         own = kind.mass.branch.scale
         factor: float | Tensor = kind.shape.dim**-0.5 if scale is None else scale
         if scale is None and own is not None:
-            factor = values.tensor(own)
+            factor = values.number(own)
         return cls(kind, keys, values, factor, member, lengths)
 
     def strips(self) -> Iterator[slice]:

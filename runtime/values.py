@@ -80,8 +80,11 @@ class Values:
         found = self._value(e)
         return found if isinstance(found, Tensor) else torch.full((), found, device=self.device)
 
+    def number(self, e: Scalar) -> Any:
+        """The value as a number, which has no width, where it is one for the whole call."""
+        return self._value(e)
+
     def _value(self, e: Scalar) -> Any:
-        """The value: a number where it is one for the whole call."""
         if id(e) not in self.memo:
             self.memo[id(e)] = self._step(e)
         return self.memo[id(e)]

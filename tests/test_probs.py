@@ -87,6 +87,31 @@ def check_output(text: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -
     torch.testing.assert_close(attn(q, k, v), attn.reference(q, k, v), atol=1e-10, rtol=1e-10)
 
 
+CHOOSING = (
+    "top(2, blocks(4), among = causal, by = dot(Q, mean(K)), share = group)",
+    "above(0.1, blocks(4), per = head, among = causal, by = dot(mean(Q), max(K)))",
+    "cover(0.5, segments(runs), per = rows(4), among = causal, by = dot(mean(Q), mean(K)))",
+)
+
+
+@pytest.mark.parametrize(("first", "backend"), [*((first, "cpu") for first in CHOOSING), (CHOOSING[0], "triton")])
+@pytest.mark.parametrize("per", ["share = group", "per = rows(4)", "per = head"])
+def test_of_a_branch_that_chooses_itself(first: str, per: str, backend: str) -> None:
+    """Its plan is made before, and says which keys it gives a mass."""
+    text = f"""attention a {{ input runs : int[b, g, k]
+        plan p = {first}
+        x = attend causal & (p | same_block(4))
+        y = attend causal & top(2, blocks(4), {per}, among = causal, by = probs(x))
+        output x + y }}"""
+    attn = attndsl.compile(text)
+    q, k, v = (x if backend == "cpu" else x.float() for x in tensors(29, 29))
+    given = {"runs": (torch.arange(29) // 5 % 3).expand(2, 2, 29).contiguous()} if "runs" in first else {}
+    if not given:
+        attn = attndsl.compile(text.replace("input runs : int[b, g, k]", ""))
+    out, allowed = attn(q, k, v, backend=backend, **given), 1e-10 if backend == "cpu" else 2e-5
+    torch.testing.assert_close(out.double(), attn.reference(q, k, v, **given), atol=allowed, rtol=allowed)
+
+
 def test_a_probe_that_only_ranks() -> None:
     """The branch is not in the output, and a plan that nothing attends to is made when asked for."""
     selection = "top(3, blocks(4), per = head, by = probs(x))"
