@@ -7,7 +7,7 @@ rows and keys. What follows from lengths alone is kept for the next call of the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil, prod
@@ -66,9 +66,10 @@ from attndsl.runtime.apart import counts_apart
 from attndsl.runtime.call import dim_size
 from attndsl.runtime.cuts import document_ends, make_cut
 from attndsl.runtime.extents import of_extents
-from attndsl.runtime.lasting import capturing, hold, lasting, table_tensor
+from attndsl.runtime.lasting import capturing, hold, lasting, stream_of, table_tensor
+from attndsl.runtime.list_makers import ListMakers
 from attndsl.runtime.permute import of_order
-from attndsl.runtime.plans import Listing, chosen_members, list_size, maker, of_heads, run_ends
+from attndsl.runtime.plans import chosen_members, list_size
 from attndsl.runtime.runs import along, entry_input, run_input
 from attndsl.runtime.strip_blocks import block_sums, gathered, pieces
 from attndsl.runtime.tile_map import tile_map
@@ -111,13 +112,13 @@ class Deriver:
     _fixed: frozenset[str] = field(init=False)
     _conditions: dict[str, Scalar] = field(init=False)
     _tables: dict[str, Tensor] = field(init=False)
-    # What makes lists, by their input and a stream; there are few of either.
-    _makers: dict[tuple[str, int], Callable[[Tensor], Tensor]] = field(default_factory=dict, init=False)
+    _lists: ListMakers = field(init=False)
 
     def __post_init__(self) -> None:
         """Raises `PatternError` (A519) where a derived input would take too much of a call."""
         self._own = own_inputs(self.program)
         self._derived = self.program.inputs[len(self._own) :]
+        self._lists = ListMakers(self.program, self.shape, self.device)
         self._tables = {table.name: table_tensor(table, self.device) for table in self.program.tables}
         heads = (self.shape.heads, self.shape.kv_heads)
         self._conditions = {}
@@ -188,7 +189,8 @@ class Deriver:
         for decl in self._derived:
             if decl.name not in known:
                 if isinstance(decl.derivation, TileList | Gathering):
-                    found = self._list(decl, decl.derivation, known[decl.derivation.plan], values)
+                    plan = known[decl.derivation.plan]
+                    found = self._lists.made(decl, decl.derivation, plan, values, self._of_sizes)
                 else:
                     found = self._made(decl, values())
                 known[decl.name] = found
@@ -205,7 +207,7 @@ class Deriver:
 
     def _kept_here(self) -> dict[str, Tensor]:
         """What calls of these sizes share on the current stream: what follows from them alone, made once."""
-        key = (self.shape, self.device, self._stream())
+        key = (self.shape, self.device, stream_of(self.device))
         if key not in self.kept and len(self.kept) >= MAX_KEPT:
             self.kept.clear()
         kept = self.kept.setdefault(key, {})
@@ -215,8 +217,9 @@ class Deriver:
             hold(tuple(kept.values()))
         return kept
 
-    def _stream(self) -> int:
-        return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+    def _of_sizes(self) -> Values:
+        """Of scalars that follow from the call's sizes alone."""
+        return self._values({}, {}, None)
 
     def _fixed_inputs(self) -> dict[str, Tensor]:
         known = dict[str, Tensor]()
@@ -266,40 +269,6 @@ class Deriver:
         size = [*self._size(decl)[:-1], self.shape.k_len]
         x, of = (along(values.tensors[n], self.program.input(n), decl, size) for n in (name, ids))
         return run_input(decl, d, x, of)
-
-    def _list(self, decl: InputDecl, d: TileList | Gathering, plan: Tensor, values: Callable[[], Values]) -> Tensor:
-        key = decl.name, self._stream()
-        make = self._makers.get(key)
-        if make is None:
-            nodes = (x for run in d.runs.full + d.runs.partial for e in (run.first, run.count) for x in walk(e))
-            # What tiles a plan may choose follows from the call's sizes alone.
-            lasts = not any(isinstance(x, Arg | Read) for x in nodes)
-            if lasts:
-                ends = lasting(self.device, lambda: self._ends(d, self._values({}, {}, None)))
-            else:
-                ends = self._ends(d, values())
-            make = self._maker(decl, d, plan, ends)
-            if lasts:
-                self._makers[key] = make
-        if capturing(self.device):
-            hold(make)
-        return make(plan)
-
-    def _ends(self, d: TileList | Gathering, values: Values) -> Tensor:
-        first, (q_len, k_len) = self.shape.first_position(self.program), self._lengths(1)
-        return run_ends(d, values.at(start=first, i_start=first, Nq=q_len, Nk=k_len))
-
-    def _maker(
-        self, decl: InputDecl, d: TileList | Gathering, plan: Tensor, ends: Tensor
-    ) -> Callable[[Tensor], Tensor]:
-        """What makes a list, of this plan or of another with its sizes and strides."""
-        first, dims = self.shape.first_position(self.program), self.program.input(d.plan).dims
-
-        def four(plan: Tensor) -> Tensor:
-            return of_heads(plan, dims, decl, self.shape)
-
-        make = maker(Listing(d, self.shape, four(plan), ends, first), decl)
-        return lambda plan: make(four(plan))
 
     def _offsets(self, decl: InputDecl, ids: Tensor) -> Tensor:
         """Each token's distance from the first of its run of equal ids."""

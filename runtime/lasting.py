@@ -51,6 +51,11 @@ def hold(found: object) -> None:
     _IN_GRAPHS.append(found)
 
 
+def stream_of(device: torch.device) -> int:
+    """Which stream of the device is current, by a number."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def capturing(device: torch.device) -> bool:
     """Whether a graph of the device's current stream is being captured."""
     if device.type != "cuda":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -105,7 +107,9 @@ def test_of_a_branch_that_chooses_itself(first: str, per: str, backend: str) -> 
         output x + y }}"""
     attn = attndsl.compile(text)
     q, k, v = (x if backend == "cpu" else x.float() for x in tensors(29, 29))
-    given = {"runs": (torch.arange(29) // 5 % 3).expand(2, 2, 29).contiguous()} if "runs" in first else {}
+    given: dict[str, Any] = (
+        {"runs": (torch.arange(29) // 5 % 3).expand(2, 2, 29).contiguous()} if "runs" in first else {}
+    )
     if not given:
         attn = attndsl.compile(text.replace("input runs : int[b, g, k]", ""))
     out, allowed = attn(q, k, v, backend=backend, **given), 1e-10 if backend == "cpu" else 2e-5
