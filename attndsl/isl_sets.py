@@ -17,6 +17,12 @@ def fold(items: list[_Result], combine: Callable[[_Result, _Result], _Result]) -
     return reduce(combine, items)
 
 
+def integer(value: isl.Val) -> int:
+    # Numbers that fit 64 bits need not be written and read.
+    small = value.get_num_si()
+    return small if value.cmp_si(small) == 0 else int(value.to_python())
+
+
 def common_multiple(items: isl.Set) -> int:
     """The least common multiple of a set's divisors: what its complement's conjunctions may hold together."""
     found = 1

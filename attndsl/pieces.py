@@ -19,26 +19,18 @@ import numpy as np
 from attndsl.derivation import Draw
 from attndsl.derive import derive
 from attndsl.effort import EFFORT, TooHard, bounded, remembered
-from attndsl.evaluate import evaluate
 from attndsl.grid_pieces import BoxPiece, grid_pieces
 from attndsl.isl_sets import project_param
 from attndsl.layout import PLAIN, Comb, Layout
 from attndsl.mixing import mixture
 from attndsl.periods import periods
 from attndsl.permuting import PermutedPiece, permuted
-from attndsl.program import (
-    Binary,
-    Const,
-    Program,
-    Read,
-    Var,
-    walk,
-)  # fmt: skip
+from attndsl.program import Program, Read, walk
 from attndsl.reindex import in_layout, with_pairs
 from attndsl.relation import Relation, lowered
-from attndsl.runs import Side
+from attndsl.set_values import held
 from attndsl.splitting import Split, SplitPiece, split
-from attndsl.tiles import touched_runs
+from attndsl.tiles import touched_tiles
 
 # Periods beyond this leave too few tokens to a residue.
 MAX_PERIOD = 4096
@@ -184,13 +176,17 @@ def _mixed(program: Program, heads: tuple[int, int]) -> Choice | None:
 
 def _touched(relation: Relation, program: Program) -> float:
     """The tiles that a relation touches at the length for which costs are compared, whatever data and heads say."""
-    ctx = relation.pairs.get_ctx()
     pairs = relation.project_atoms(relation.pairs)
     for name in relation.uniform:
         pairs = project_param(pairs, name)
-    length = isl.Set.read_from_str(ctx, f"[Nq, Nk, start] -> {{ : Nq = {TOKENS} and Nk = {TOKENS} and start = 0 }}")
-    known = replace(relation, context=relation.context.intersect(length))
+    known = _at_one_length(relation)
     return _tiles(in_layout(known, pairs.intersect_params(known.context), PLAIN), PLAIN, program.align_start)
+
+
+def _at_one_length(relation: Relation) -> Relation:
+    """The relation at the length for which costs are compared, for pairs that no other parameter decides."""
+    length = f"[Nq, Nk, start] -> {{ : Nq = {TOKENS} and Nk = {TOKENS} and start = 0 }}"
+    return replace(relation, context=isl.Set.read_from_str(relation.pairs.get_ctx(), length))
 
 
 def _reads_derived(program: Program, relation: Relation) -> bool:
@@ -227,10 +223,7 @@ class _Search:
         self.tiles: dict[tuple[Layout, frozenset[int]], float] = {}
         # What costs no less is not counted to the end.
         self.limit = math.inf
-        # The relation at the length for which costs are compared.
-        length = f"Nq = {TOKENS} and Nk = {TOKENS} and start = 0"
-        known = relation.context.intersect(isl.Set.read_from_str(self.ctx, f"[Nq, Nk, start] -> {{ : {length} }}"))
-        self.known = replace(relation, context=known)
+        self.known = _at_one_length(relation)
 
     def choice(self) -> Choice:
         families = dict(self._families())
@@ -300,7 +293,7 @@ class _Search:
             if len(found) == limit:
                 return ()
             found.append(int(image.dim_min_val(0).to_python()))
-            image = image.subtract(isl.Set.read_from_str(self.ctx, f"{{ [{found[-1]}] }}"))
+            image = image.lower_bound_val(isl.dim_type.set, 0, isl.Val.int_from_si(self.ctx, found[-1] + 1))
         return tuple(found)
 
     def _ends(self, part: isl.Set, text: str) -> tuple[int, int]:
@@ -364,16 +357,12 @@ def _programs(layout: Layout) -> int:
 
 
 def _tiles(relation: Relation, layout: Layout, align_start: bool) -> float:
-    """Tiles visited over all residues."""
-    runs = touched_runs(relation, BLOCK_Q, BLOCK_K, Side.QUERY, align_start, layout)
-    length, zero = np.asarray(TOKENS), np.asarray(0)
-    residue = np.arange(layout.classes)[:, None]
-    variables = {"Nq": length, "Nk": length, "start": zero, "i_start": zero, "residue": residue}
-    variables["q_tile"] = np.arange(-(-layout.q.most(TOKENS) // BLOCK_Q))
-    size = (layout.classes, variables["q_tile"].size)
-    first = evaluate(layout.q.position(Binary("*", Const(BLOCK_Q), Var("q_tile"))), variables, {})
-    total = 0.0
-    for run in runs.full + runs.partial:
-        count = np.where(first < length, np.maximum(evaluate(run.count, variables, {}), 0), 0)
-        total += float(np.broadcast_to(count, size).sum())
-    return total
+    """Tiles visited over all residues: counted where they lie, which is less work than to write them as runs."""
+    tiles = touched_tiles(relation, BLOCK_Q, BLOCK_K, align_start, layout)
+    length, zero, residue = np.asarray(TOKENS), np.asarray(0), np.arange(layout.classes)
+    variables = {
+        "Nq": length, "Nk": length, "start": zero, "residue": residue[:, None, None],
+        "x": np.arange(-(-layout.q.most(TOKENS) // BLOCK_Q))[:, None],
+        "y": np.arange(-(-layout.k.most(TOKENS) // BLOCK_K)),
+    }  # fmt: skip
+    return float(np.count_nonzero(held(tiles, variables)))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import islpy as isl
 
+from attndsl.isl_sets import integer
 from attndsl.layout import PLAIN, Layout
 from attndsl.program import Binary, Call, Compare, Const, If, Logic, Scalar, Type, Unary, Var
 from attndsl.simplify import fold
@@ -44,7 +45,7 @@ def to_scalar(expr: isl.AstExpr, names: Mapping[str, Scalar]) -> Scalar:
         case isl.ast_expr_type.id:
             return names[expr.get_id().get_name()]
         case isl.ast_expr_type.int:
-            return Const(_integer(expr.get_val()))
+            return Const(integer(expr.get_val()))
         case _:
             pass
     op = expr.get_op_type()
@@ -77,8 +78,8 @@ def rounded(value: isl.Aff, names: Mapping[str, Scalar], up: bool) -> Scalar | N
     if _quotients(value):
         return None
     divisor = value.get_denominator_val()
-    whole, n = value.scale_val(divisor), _integer(divisor)
-    found = _sum(_terms(whole, names), _integer(whole.get_constant_val()) + up * (n - 1))
+    whole, n = value.scale_val(divisor), integer(divisor)
+    found = _sum(_terms(whole, names), integer(whole.get_constant_val()) + up * (n - 1))
     return found if n == 1 else Binary("//", found, Const(n))
 
 
@@ -119,7 +120,7 @@ def _least_cost(part: isl.BasicSet, constraint: isl.Constraint) -> int:
 
 def _constraint(constraint: isl.Constraint, names: Mapping[str, Scalar]) -> Scalar:
     left = constraint.get_aff()
-    constant, terms = _integer(left.get_constant_val()), _terms(left, names)
+    constant, terms = integer(left.get_constant_val()), _terms(left, names)
     op = "==" if constraint.is_equality() else ">="
     if len(terms) == 1 and terms[0][1].type is Type.BOOL:
         # A boolean, which is 0 or 1.
@@ -142,7 +143,7 @@ def _terms(value: isl.Aff, names: Mapping[str, Scalar]) -> list[tuple[int, Scala
     param, found = isl.dim_type.param, list[tuple[int, Scalar]]()
     for i in range(value.dim(param)):
         if value.involves_dims(param, i, 1):
-            factor = _integer(value.get_coefficient_val(param, i))
+            factor = integer(value.get_coefficient_val(param, i))
             found.append((factor, names[value.get_dim_name(param, i)]))
     return found
 
@@ -152,12 +153,6 @@ def _sum(terms: list[tuple[int, Scalar]], constant: int) -> Scalar:
     for factor, e in terms:
         found = Binary("+", found, Binary("*", Const(factor), _number(e)))
     return found
-
-
-def _integer(value: isl.Val) -> int:
-    # Numbers that fit 64 bits need not be written and read.
-    small = value.get_num_si()
-    return small if value.cmp_si(small) == 0 else int(value.to_python())
 
 
 def dims_to_params(pairs: isl.Set, *dims: str) -> isl.Set:

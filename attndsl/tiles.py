@@ -96,6 +96,13 @@ def touched_runs(
     return plain_runs(_Tiler(relation, block_q, block_k, side, align_start, layout).touched_runs())
 
 
+def touched_tiles(
+    relation: Relation, block_q: int, block_k: int, align_start: bool, layout: Layout = PLAIN
+) -> isl.Set:
+    """The tiles { [x, y] } of queries and of keys that `touched_runs` visits, those that do not exist left out."""
+    return _Tiler(relation, block_q, block_k, Side.QUERY, align_start, layout).touched_tiles()
+
+
 def ordered_runs(
     relation: Relation, block_q: int, block_k: int, side: Side, align_start: bool, program: Program
 ) -> tuple[Run, ...]:
@@ -215,6 +222,15 @@ class _Tiler:
     def touched_runs(self) -> TileRuns:
         touched = self._touched()
         return bounded(self.ctx, lambda: self._partial(touched), SCAN_EFFORT)
+
+    def touched_tiles(self) -> isl.Set:
+        def touched() -> isl.Set:
+            return self._some(self.relation.pairs).apply(self.tiles).intersect(self.existing)
+
+        try:
+            return self.budget.bounded(self.ctx, touched, EFFORT // 2)
+        except TooHard:
+            return self.existing
 
     def _partial(self, tiles: isl.Set, gives_up: bool = True) -> TileRuns:
         line = self._own_tile(tiles)

@@ -25,6 +25,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "attndsl.effort",
         "attndsl.isl_sets",
         "attndsl.run_ends",
+        "attndsl.set_values",
         "attndsl.placing",
         "attndsl.relation",
         "attndsl.quasi_affine",
