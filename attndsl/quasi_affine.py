@@ -70,13 +70,11 @@ def to_scalar(expr: isl.AstExpr, names: Mapping[str, Scalar]) -> Scalar:
             raise AssertionError(f"unexpected isl expression: {expr.to_C_str()}")
 
 
-def rounded(value: isl.Aff, names: Mapping[str, Scalar], up: bool) -> Scalar | None:
-    """An affine function of parameters rounded up or down, None where it has quotients.
+def rounded(value: isl.Aff, names: Mapping[str, Scalar], up: bool) -> Scalar:
+    """An affine function of parameters, and of quotients of such, rounded up or down.
 
     isl makes expressions under a context, which took longer than all else about an end of a run.
     """
-    if _quotients(value):
-        return None
     divisor = value.get_denominator_val()
     whole, n = value.scale_val(divisor), integer(divisor)
     found = _sum(_terms(whole, names), integer(whole.get_constant_val()) + up * (n - 1))
@@ -139,12 +137,15 @@ def _quotients(value: isl.Aff) -> bool:
 
 
 def _terms(value: isl.Aff, names: Mapping[str, Scalar]) -> list[tuple[int, Scalar]]:
-    """The parameters of an affine function, and its integer factors."""
-    param, found = isl.dim_type.param, list[tuple[int, Scalar]]()
+    """The parameters of an affine function, then its quotients, and their integer factors."""
+    param, div, found = isl.dim_type.param, isl.dim_type.div, list[tuple[int, Scalar]]()
     for i in range(value.dim(param)):
         if value.involves_dims(param, i, 1):
             factor = integer(value.get_coefficient_val(param, i))
             found.append((factor, names[value.get_dim_name(param, i)]))
+    for i in range(value.dim(div)):
+        if value.involves_dims(div, i, 1):
+            found.append((integer(value.get_coefficient_val(div, i)), rounded(value.get_div(i), names, up=False)))
     return found
 
 

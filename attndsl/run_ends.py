@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import reduce
+from functools import partial, reduce
 
 import islpy as isl
 
+from attndsl.isl_sets import integer
 from attndsl.program import Binary, Call, Compare, Const, If, Scalar, children
 from attndsl.quasi_affine import conjunction, rounded, to_scalar
 from attndsl.simplify import fold
@@ -15,6 +16,8 @@ Ends = tuple[Scalar, Scalar]
 Names = Mapping[str, Scalar]
 # More intervals than this are not compared with each other.
 MAX_GROUPED = 24
+# Residues up to which bounds of a number and of a quotient of it are put as bounds of the number.
+MAX_RESIDUES = 4
 
 
 def interval_ends(build: isl.AstBuild, piece: isl.Set, context: isl.Set, names: Names) -> Ends:
@@ -41,7 +44,8 @@ def plain_interval(piece: isl.BasicSet) -> bool:
 
 
 def straightened(piece: isl.BasicSet) -> list[isl.BasicSet]:
-    """A conjunction on { [t] }, with bounds of quotients of t put as bounds of t: `t // 8 >= n` as `t >= 8 n`."""
+    """A conjunction on { [t] }, with bounds of quotients of t put as bounds of t: `t // 8 >= n` as `t >= 8 n`, and of sums
+    of both that only grow, or only fall, as `_grown` says."""
     if plain_interval(piece):
         return [piece]
     whole = isl.Set.from_basic_set(piece).compute_divs().get_basic_sets()
@@ -56,8 +60,11 @@ def _straightened(constraint: isl.Constraint) -> isl.Set:
         i for i in range(bound.dim(div))
         if not bound.get_coefficient_val(div, i).is_zero() and bound.get_div(i).involves_dims(isl.dim_type.in_, 0, 1)
     ]  # fmt: skip
-    if len(quotients) != 1 or not bound.get_coefficient_val(isl.dim_type.in_, 0).is_zero():
-        return isl.Set.from_basic_set(isl.BasicSet.from_constraint(constraint))
+    itself = isl.Set.from_basic_set(isl.BasicSet.from_constraint(constraint))
+    if len(quotients) != 1:
+        return itself
+    if not bound.get_coefficient_val(isl.dim_type.in_, 0).is_zero():
+        return itself if constraint.is_equality() else _grown(bound, quotients[0]) or itself
     # factor * floor(quotient) + rest >= 0, or = 0, where rest does not know t.
     (place,) = quotients
     factor, quotient = bound.get_coefficient_val(div, place), bound.get_div(place)
@@ -70,6 +77,37 @@ def _straightened(constraint: isl.Constraint) -> isl.Set:
     if constraint.is_equality():
         return least.intersect(most)
     return least if factor.is_pos() else most
+
+
+def _grown(bound: isl.Aff, place: int) -> isl.Set | None:
+    """factor * t + more * floor((t + shift) / m) + rest >= 0, where the left side only grows with t or only falls, as a
+    bound of t: None where it does neither, or m is not small.
+
+    With u = t + shift and the left side as g(u) - least, g(u + m) = g(u) + period: below the least u that meets it are,
+    of each residue i modulo m, ceil((least - g(i)) / period) numbers from 0 on, counted negative before 0.
+    """
+    div, own, quotient = isl.dim_type.div, isl.dim_type.in_, bound.get_div(place)
+    m, of_t = integer(quotient.get_denominator_val()), quotient.get_coefficient_val(own, 0)
+    if m > MAX_RESIDUES or integer(of_t.mul(quotient.get_denominator_val())) != 1:
+        return None
+    factor, more = (integer(bound.get_coefficient_val(*at)) for at in ((own, 0), (div, place)))
+    period = m * factor + more
+    if not (min(factor, factor + more) >= 0 < period or max(factor, factor + more) <= 0 > period):
+        return None
+    ctx = bound.get_ctx()
+    number = partial(isl.Val.int_from_si, ctx)
+    shift = quotient.scale_val(number(m)).set_coefficient_val(own, 0, number(0))
+    rest = bound.set_coefficient_val(own, 0, number(0)).set_coefficient_val(div, place, number(0))
+    # Where it falls, its negative grows, and what is counted are numbers up to the last that meets the bound.
+    sign = 1 if period > 0 else -1
+    least = shift.scale_val(number(factor)).sub(rest).scale_val(number(sign))
+    counts = []
+    for i in range(m):
+        part = least.add_constant_val(number(-sign * factor * i)).scale_down_val(number(abs(period)))
+        counts.append(part.ceil() if sign > 0 else part.floor().add_constant_val(number(1)))
+    end = isl.PwAff.from_aff(reduce(isl.Aff.add, counts).sub(shift))
+    tile = isl.PwAff.var_on_domain(isl.LocalSpace.from_space(bound.get_domain_space()), isl.dim_type.set, 0)
+    return tile.ge_set(end) if sign > 0 else tile.lt_set(end)
 
 
 def exclusive(params: list[isl.Set]) -> list[list[int]]:
@@ -119,13 +157,6 @@ def written_size(ends: tuple[Scalar, ...]) -> int:
 
 
 def _bounds(build: isl.AstBuild, piece: isl.BasicSet, context: isl.Set, names: Names) -> Ends:
-    def end(bound: isl.Aff, up: bool) -> Scalar:
-        found = rounded(bound, names, up)
-        if found is not None:
-            return found
-        whole = isl.PwAff.from_aff(bound.ceil() if up else bound.floor())
-        return to_scalar(build.expr_from_pw_aff(whole.project_domain_on_params()), names)
-
     lower, upper = list[Scalar](), list[Scalar]()
     for constraint in piece.get_constraints():
         if not constraint.involves_dims(isl.dim_type.set, 0, 1):
@@ -134,11 +165,11 @@ def _bounds(build: isl.AstBuild, piece: isl.BasicSet, context: isl.Set, names: N
         if constraint.is_equality():
             # One tile, where there is one.
             params = isl.Set.from_basic_set(piece).params()
-            return end(bound, up=False), _guarded(build, params, context, names, Const(1))
+            return rounded(bound, names, up=False), _guarded(build, params, context, names, Const(1))
         if constraint.is_lower_bound(isl.dim_type.set, 0):
-            lower.append(end(bound, up=True))
+            lower.append(rounded(bound, names, up=True))
         else:
-            upper.append(end(bound, up=False))
+            upper.append(rounded(bound, names, up=False))
     first, last = Call("max", tuple(lower)), Call("min", tuple(upper))
     others = isl.Set.from_basic_set(piece.drop_constraints_involving_dims(isl.dim_type.set, 0, 1))
     return first, _guarded(build, others.params(), context, names, Call("max", (_count(first, last), Const(0))))

@@ -96,9 +96,7 @@ def touched_runs(
     return plain_runs(_Tiler(relation, block_q, block_k, side, align_start, layout).touched_runs())
 
 
-def touched_tiles(
-    relation: Relation, block_q: int, block_k: int, align_start: bool, layout: Layout = PLAIN
-) -> isl.Set:
+def touched_tiles(relation: Relation, block_q: int, block_k: int, align_start: bool, layout: Layout = PLAIN) -> isl.Set:
     """The tiles { [x, y] } of queries and of keys that `touched_runs` visits, those that do not exist left out."""
     return _Tiler(relation, block_q, block_k, Side.QUERY, align_start, layout).touched_tiles()
 

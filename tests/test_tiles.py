@@ -190,6 +190,19 @@ def test_bounds_of_quotients_are_bounds(line: str) -> None:
     assert all(map(plain_interval, found)) == ("n + t and" not in line)
 
 
+@pytest.mark.parametrize(
+    ("factor", "more", "m"), [(65, -2, 2), (-65, 2, 2), (3, 7, 4), (-1, -5, 3), (2, -2, 3), (2, -3, 2)]
+)
+def test_sums_with_quotients_that_only_grow_are_bounds(factor: int, more: int, m: int) -> None:
+    ctx = isl.Context()
+    text = f"[n] -> {{ [t] : {factor} t + {more} * floor((t + 3 n + 1) / {m}) + 5 n >= 7 }}"
+    (piece,) = isl.Set.read_from_str(ctx, text).compute_divs().get_basic_sets()
+    found = straightened(piece)
+    assert reduce(isl.Set.union, map(isl.Set.from_basic_set, found)).is_equal(isl.Set.from_basic_set(piece))
+    # The last one falls where the quotient steps, so that it is no bound.
+    assert all(map(plain_interval, found)) == ((factor, more) != (2, -3))
+
+
 def test_threads_plan_one_program_together() -> None:
     """Kernels of a program share isl's contexts, which are for one thread at a time."""
     kinds = [(plans, heads) for plans in (forward_plans, backward_plans) for heads in (2, 4, 8)]
