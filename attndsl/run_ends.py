@@ -44,8 +44,8 @@ def plain_interval(piece: isl.BasicSet) -> bool:
 
 
 def straightened(piece: isl.BasicSet) -> list[isl.BasicSet]:
-    """A conjunction on { [t] }, with bounds of quotients of t put as bounds of t: `t // 8 >= n` as `t >= 8 n`, and of sums
-    of both that only grow, or only fall, as `_grown` says."""
+    """A conjunction on { [t] }, with bounds of quotients of t put as bounds of t: `t // 8 >= n` as `t >= 8 n`, and so
+    with sums of both that only grow, or only fall, as `_grown` has it."""
     if plain_interval(piece):
         return [piece]
     whole = isl.Set.from_basic_set(piece).compute_divs().get_basic_sets()
