@@ -18,17 +18,21 @@ NUMPY  := numpy<2.4
 # Named after the versions: a change of them makes a new environment.
 BASE   := $(VENV)/base-$(TORCH)-$(TRITON)
 
-.PHONY: run test test-suite test-newest check lint bench clean
+.PHONY: run test test-suite test-hopper test-newest check lint bench clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/installed
 	$(VENV)/bin/attndsl run examples/patterns/streaming.attn
 
-test: test-suite test-newest
+test: test-suite test-hopper test-newest
 
 test-suite: $(VENV)/installed-dev
 	@$(PY) -c "import numpy, torch; print('torch', torch.__version__, 'numpy', numpy.__version__)"
 	$(PY) -m pytest -n 2
+
+# Every kernel that the examples have for Hopper, compiled: about three minutes of two cores.
+test-hopper: $(VENV)/installed-dev
+	$(PY) -m pytest -n 2 -m every_example
 
 # The tests marked triton_newest once more, against the newest triton that the index has.
 test-newest: $(VENV)/installed-dev $(NEWEST)/installed

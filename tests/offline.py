@@ -14,7 +14,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from tests.machine_code import MachineCode
+
+if TYPE_CHECKING:
+    from attndsl.runtime.build import KernelSource
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,9 +62,9 @@ class Job:
 class Found:
     """What a kernel came to. `spills`: bytes of stack, or registers spilled. `shared`: bytes of shared memory.
 
-    `in_loops`: accesses to spilled registers in the innermost loops around products. `drained`: how often all products
-    are waited for, in relation to them: 1 where the assembler put one after the other. `rounded_late`: roundings in
-    those loops that come after a wait for products.
+    Of the innermost loops around products in the Hopper lowering: `spilled`: accesses to spilled registers in the turn
+    of one that has the fewest. `waits`: how often a turn waits for all products that are on their way: more than once
+    where the assembler put one after the other. `rounded_late`: roundings that come after a wait for products.
     """
 
     spills: int
@@ -68,13 +73,22 @@ class Found:
     wgmma: bool
     tensor_copies: bool
     triton: str
-    in_loops: int = 0
-    drained: float = 0.0
+    spilled: int = 0
+    waits: int = 0
     rounded_late: int = 0
 
 
 def compile_all(jobs: Sequence[Job]) -> list[Found]:
     """The jobs compiled in one fresh process."""
+    return _in_a_process([asdict(job) for job in jobs], "jobs")
+
+
+def compile_hopper_sources(sources: Sequence[KernelSource]) -> list[Found]:
+    """The same of kernels for Hopper that were printed here."""
+    return _in_a_process([asdict(source) for source in sources], "sources")
+
+
+def _in_a_process(asked: list[dict[str, Any]], kind: str) -> list[Found]:
     import os
 
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -84,8 +98,8 @@ def compile_all(jobs: Sequence[Job]) -> list[Found]:
             "PYTHONPATH": os.pathsep.join([environment.get("PYTHONPATH", ""), str(ROOT)]),
         }
         done = subprocess.run(
-            [sys.executable, "-m", "tests.offline"], input=json.dumps([asdict(job) for job in jobs]), text=True,
-            capture_output=True, cwd=ROOT, env=environment, check=False,
+            [sys.executable, "-m", "tests.offline", kind], input=json.dumps(asked), text=True, capture_output=True,
+            cwd=ROOT, env=environment, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [Found(**found) for found in json.loads(done.stdout)]
@@ -165,13 +179,10 @@ def compile_one(job: Job) -> Found:
 
 
 def compile_hopper(job: Job, program: Any, spec: Any) -> Found:
-    import triton
-
     from attndsl.codegen.gluon_backward import gradients_source
     from attndsl.codegen.gluon_forward import forward_source
     from attndsl.piece_plans import backward_plans, forward_plans
-    from attndsl.runtime.assembly import assembly, offline_source
-    from attndsl.runtime.build import compile_kernel
+    from attndsl.runtime.assembly import offline_source
 
     if job.hopper == "forward":
         lists = job.listed == "forward"
@@ -180,58 +191,65 @@ def compile_hopper(job: Job, program: Any, spec: Any) -> Found:
     else:
         plan = backward_plans(program, spec)[0].of_keys()
         text = gradients_source(plan)
-    kernel = compile_kernel(offline_source(plan, text), job.target)
-    code, ptx, used = assembly(plan, text, "sass"), kernel.text("ptx"), _resources(kernel.binary)
-    products, waits = len(re.findall(r"[HQ]GMMA", code)), len(re.findall(r"WARPGROUP.DEPBAR.LE gsb0, 0x0", code))
+    return of_hopper(offline_source(plan, text))
+
+
+def of_hopper(source: KernelSource) -> Found:
+    """What a kernel of the Hopper lowering comes to."""
+    import triton
+
+    from attndsl.runtime.build import compile_kernel
+
+    kernel = compile_kernel(source, "cuda:90")
+    code = MachineCode(_disassembled(kernel.binary))
+    ptx, used = kernel.text("ptx"), _resources(kernel.binary)
+    turns = [code.lines(loop) for loop in code.loops]
     return Found(
         int(used["STACK"]) + int(used["LOCAL"]), int(used["REG"]), int(kernel.metadata["shared"]),
-        "wgmma.mma_async" in ptx, "cp.async.bulk.tensor" in ptx, triton.__version__, spilled_in_loops(code),
-        waits / products, rounded_late(code),
+        "wgmma.mma_async" in ptx, "cp.async.bulk.tensor" in ptx, triton.__version__,
+        max(map(code.spilled, code.loops), default=0),
+        max((sum("WARPGROUP.DEPBAR.LE gsb0, 0x0" in line for line in turn) for turn in turns), default=0),
+        rounded_late(turns),
     )  # fmt: skip
 
 
-def spilled_in_loops(code: str) -> int:
-    """Loads and stores of spilled registers in the innermost loops of machine code that hold products."""
-    return sum(len(re.findall(r"\b(?:LDL|STL)\b", line)) for loop in innermost_loops(code) for line in loop)
-
-
-def rounded_late(code: str) -> int:
-    """Roundings to 16 bits that come after a wait for products, in those of these loops that hold the most of them."""
-    counted = [(sum("GMMA" in line for line in loop), loop) for loop in innermost_loops(code)]
-    most = max((products for products, _ in counted), default=0)
+def rounded_late(turns: list[list[str]]) -> int:
+    """Roundings to 16 bits that come after a wait for products, in those turns that hold the most of them."""
+    counted = [sum("GMMA" in line for line in turn) for turn in turns]
     found = 0
-    for products, loop in counted:
-        waits = [n for n, line in enumerate(loop) if "WARPGROUP.DEPBAR" in line]
-        found += sum("F2FP" in line for line in loop[waits[0] :]) if waits and products == most else 0
+    for products, turn in zip(counted, turns, strict=True):
+        waits = [n for n, line in enumerate(turn) if "WARPGROUP.DEPBAR" in line]
+        found += sum("F2FP" in line for line in turn[waits[0] :]) if waits and products == max(counted) else 0
     return found
 
 
-def innermost_loops(code: str) -> list[list[str]]:
-    """The lines of the innermost loops of machine code that hold products."""
-    lines = code.splitlines()
-    labels = {line.strip().rstrip(":"): n for n, line in enumerate(lines) if re.match(r"\.L_\w+:", line.strip())}
-    loops = []
-    for n, line in enumerate(lines):
-        target = re.search(r"BRA `\((\.L_\w+)\)", line)
-        if target and labels.get(target[1], n) < n:
-            loops.append((labels[target[1]], n))
-    loops = [(a, b) for a, b in loops if any(re.search("[HQ]GMMA", line) for line in lines[a:b])]
-    return [lines[a:b] for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+def _disassembled(cubin: bytes) -> str:
+    return _by_tool("nvdisasm", "--print-code", cubin)
+
+
+def _by_tool(name: str, option: str, cubin: bytes) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
 
 
 def _resources(cubin: bytes) -> dict[str, str]:
     """REG, STACK, SHARED, LOCAL … of the one kernel in a cubin."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "kernel.cubin"
-        path.write_bytes(cubin)
-        text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    line = next(line for line in text.splitlines() if "REG:" in line)
+    line = next(line for line in _by_tool("cuobjdump", "-res-usage", cubin).splitlines() if "REG:" in line)
     return dict(re.findall(r"(\w+(?:\[\d+\])?):(\d+)", line))
 
 
 if __name__ == "__main__":
-    jobs = [Job(**job | {"decode": job["decode"] and Decode(**job["decode"])}) for job in json.load(sys.stdin)]
-    json.dump([asdict(compile_one(job)) for job in jobs], sys.stdout)
+    from attndsl.runtime.build import KernelSource
+
+    asked = json.load(sys.stdin)
+    if sys.argv[1] == "sources":
+        pairs = [{name: tuple(map(tuple, source[name])) for name in ("types", "aligned")} for source in asked]
+        made = [of_hopper(KernelSource(**source | own)) for source, own in zip(asked, pairs, strict=True)]
+    else:
+        made = [compile_one(Job(**job | {"decode": job["decode"] and Decode(**job["decode"])})) for job in asked]
+    json.dump([asdict(found) for found in made], sys.stdout)
