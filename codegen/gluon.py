@@ -9,7 +9,7 @@ from attndsl.codegen.kernel_loops import Visits
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.prelude_helpers import prelude
 from attndsl.linear import terms, total
-from attndsl.program import Binary, Compare, Logic, Scalar, Type, Unary, Var, reads
+from attndsl.program import Binary, Compare, Const, Logic, Scalar, Type, Unary, Var, reads
 
 # Registers of a thread of a consumer and of the producer; 256 of the former and a warp of the latter fill the file.
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
@@ -94,10 +94,15 @@ def by_place(cond: Scalar, axis: str) -> Scalar:
             return Unary("not", by_place(x, axis))
         case Compare(op=op, left=a, right=b) if a.type is b.type is Type.INT:
             constant, rest = terms(Binary("-", a, b))
-            factor = rest.pop(Var(axis), 0)
-            if factor not in (1, -1) or any(reads(x, axis) for x in rest):
+            times = rest.pop(Var(axis), 0)
+            if not times or (abs(times) > 1 and op in ("==", "!=")) or any(reads(x, axis) for x in rest):
                 return cond
-            other = total(-factor * constant, {x: -factor * c for x, c in rest.items()})
-            return Compare(op if factor > 0 else _FLIPPED[op], IN_TILE, Binary("-", other, TILE_FIRST))
+            op, sign = (op, -1) if times > 0 else (_FLIPPED[op], 1)
+            # x < b / t is x < ceil(b / t), and x <= b / t is x <= floor(b / t).
+            up = abs(times) - 1 if op in ("<", ">=") else 0
+            other = total(sign * constant + up, {x: sign * c for x, c in rest.items()})
+            if abs(times) > 1:
+                other = Binary("//", other, Const(abs(times)))
+            return Compare(op, IN_TILE, Binary("-", other, TILE_FIRST))
         case _:
             return cond
