@@ -164,8 +164,8 @@ class Queries:
 # ---------------------------------------------------------------------------------------- branches
 
 
-# Keys that a member of two levels may have, a power of two: a tile holds one.
-LEAST_MEMBER, LARGEST_MEMBER = 16, 256
+# Keys that a member of two levels may have: a tile holds one.
+LARGEST_MEMBER = 256
 
 
 @dataclass(frozen=True, slots=True)

@@ -225,8 +225,8 @@ def _of_members(tiling: Tiling, member: int) -> Tiling:
     """A tiling whose tiles of keys are members: a large one leaves no room for the next, or for many rows."""
     if member <= tiling.block_k:
         return replace(tiling, block_k=member) if member else tiling
-    rows = max(_LEAST_ROWS, min(tiling.block_q, _MEMBER_PAIRS // member))
-    return replace(tiling, block_q=rows, block_k=member, warps=8, stages=1)
+    large = replace(tiling, block_k=member, warps=8, stages=1)
+    return replace(large, block_q=max(_LEAST_ROWS, min(tiling.block_q, _MEMBER_PAIRS // large.columns)))
 
 
 def _wide(plan: DecodePlan) -> Tiling:

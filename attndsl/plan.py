@@ -98,6 +98,11 @@ class Tiling:
     several: bool = False
 
     @property
+    def columns(self) -> int:
+        """Keys that a product's tile has room for: a power of two, 16 at least. Those past `block_k` do not exist."""
+        return max(16, 1 << (self.block_k - 1).bit_length())
+
+    @property
     def collects(self) -> bool:
         """Whether tiles of keys are made of several listed ones."""
         return self.unit_k > 0

@@ -1,8 +1,8 @@
 """Kernel plans of two levels: those of one level over the same pairs, with a member of the keys for each tile.
 
-A member has at least as many keys as the smallest tile and at most as many as the largest: then the softmax inside it
-needs one tile and no second pass. What weighs the members of a row is an input of the branch's program. Those of decode
-are made in `decode.py`, of the same read and tiles.
+A member has at most as many keys as the largest tile: then the softmax inside it needs one tile and no second pass.
+Where they are no power of two, a tile has columns to spare. What weighs the members of a row is an input of the
+branch's program. Those of decode are made in `decode.py`, of the same read and tiles.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from attndsl.plan import (
     Backend,
     BackwardPlan,
     ForwardPlan,
+    Loads,
     Spec,
     Tiling,
     backward_plan,
@@ -28,14 +29,14 @@ _ROWS = 16
 
 def within_forward(program: Program, spec: Spec) -> ForwardPlan:
     """The forward kernel of a derived program of one part, which has two levels."""
-    read, inner = shares_read(program), of_one_level(program)
+    read, inner, spec = shares_read(program), of_one_level(program), _loading(program, spec)
     plan = forward_plan(inner, spec, _fitted(default_tiling(spec), program, spec))
     return replace(plan, shares=read)
 
 
 def within_backward(program: Program, spec: Spec, uses_lse: bool) -> BackwardPlan:
     """The backward kernels of such a program."""
-    read, inner = shares_read(program), of_one_level(program)
+    read, inner, spec = shares_read(program), of_one_level(program), _loading(program, spec)
     of_q, of_keys = (_fitted(tiling, program, spec) for tiling in backward_tilings(spec))
     # Beside its accumulators it holds a tile's probabilities twice: of as many rows they spill.
     of_keys = replace(of_keys, block_q=max(_ROWS, of_keys.block_q // 2))
@@ -57,8 +58,17 @@ def _fitted(tiling: Tiling, program: Program, spec: Spec) -> Tiling:
     assert within is not None
     if spec.backend is Backend.CPU:
         return Tiling(128, within.keys)
-    rows = max(_ROWS, min(128, tiling.block_q * tiling.block_k // within.keys))
+    member = replace(tiling, block_k=within.keys)
+    rows = max(_ROWS, min(128, tiling.block_q * tiling.block_k // member.columns))
     if within.keys <= tiling.block_k:
-        return replace(tiling, block_q=rows, block_k=within.keys)
+        return replace(member, block_q=rows)
     # A large tile of keys leaves no room for the next.
     return Tiling(rows, within.keys, warps=8, stages=1)
+
+
+def _loading(program: Program, spec: Spec) -> Spec:
+    """Hardware copies tiles of a power of two."""
+    within = program.only.within
+    assert within is not None
+    whole = Tiling(_ROWS, within.keys).columns == within.keys
+    return spec if whole else replace(spec, loads=Loads.POINTER)

@@ -51,6 +51,9 @@ class KernelWriter:
         self.permutation = plan.layout if isinstance(plan.layout, Permutation) else None
         # What rows are called where they are counted in the order of the program's positions.
         self.q_place = "q_rows" if self.permutation is None else "q_nth"
+        # Members of two levels that are no power of two are tiles with columns to spare.
+        self.spare = plan.shares is not None and plan.tiling.columns > plan.tiling.block_k
+        self.columns = "COLUMNS" if self.spare else "BLOCK_K"
         self.boxes: BoxText | None = None
         if isinstance(plan.layout, Boxes):
             self.boxes = BoxText(plan.layout, {"q": plan.tiling.block_q, "k": plan.tiling.block_k}, self.aligned)
@@ -98,6 +101,7 @@ class KernelWriter:
         self.lines.add(
             f"BLOCK_Q: tl.constexpr = {tiling.block_q * tiling.pack}",
             f"BLOCK_K: tl.constexpr = {tiling.block_k}",
+            *([f"COLUMNS: tl.constexpr = {tiling.columns}"] if self.spare else []),
             "LOG2_E: tl.constexpr = 1.4426950408889634",
         )
 
@@ -137,7 +141,7 @@ class KernelWriter:
             else:
                 lines.add("head = tl.program_id(0) // q_tiles")
             lines.add(tile, f"b = head // {spec.heads}", f"h = head % {spec.heads}", of_head, self.start)
-        offsets = ("", "q_offset = tl.arange(0, BLOCK_Q)", "k_offset = tl.arange(0, BLOCK_K)")
+        offsets = ("", "q_offset = tl.arange(0, BLOCK_Q)", *self.key_offsets())
         if self.combs["q"].every:
             lines.add("q_first = start + q_tile * BLOCK_Q", *offsets)
             self.tokens_in_order("q")
@@ -177,10 +181,20 @@ class KernelWriter:
 
     def offsets(self) -> None:
         """The places in a tile of its queries and keys."""
-        self.lines.add("", "q_offset = tl.arange(0, BLOCK_Q)", "k_offset = tl.arange(0, BLOCK_K)")
+        self.lines.add("", "q_offset = tl.arange(0, BLOCK_Q)", *self.key_offsets())
         if self.boxes is not None:
             for side in "qk":
                 self.boxes.cells(self.lines, side)
+
+    def key_offsets(self) -> list[str]:
+        """The lines that name the places of keys in a tile. Columns to spare lie past any length."""
+        if not self.spare:
+            return ["k_offset = tl.arange(0, BLOCK_K)"]
+        return [
+            "k_offset = tl.arange(0, COLUMNS)",
+            "in_member = k_offset < BLOCK_K",
+            "k_offset = tl.where(in_member, k_offset, 1 << 30)",
+        ]
 
     def row_index(self, axis: str) -> None:
         """The rows of a tile, clamped, for inputs that belong to rows."""
@@ -276,7 +290,9 @@ class KernelWriter:
     def keep(self, transposed: bool = False) -> None:
         """`keep`: which pairs of a tile dropout keeps. First in a tile, where fewest registers are in use."""
         if self.plan.spec.dropout:
-            in_row, of_entries = self.in_order("k"), self.plan.view is not None
+            in_row, of_entries = self.in_order("k") and not self.spare, self.plan.view is not None
+            if self.spare:
+                self.lines.add("k_rows = k_tile * BLOCK_K + k_offset")
             kept = kept_pairs(self.printer.helpers, in_row, self.permutation, transposed, of_entries)
             self.lines.add(f"keep = {kept}")
 

@@ -51,7 +51,7 @@ class _Parts(DkDvKernel, ABC):
         spec, first = self.plan.spec, 0
         self.lines.add(
             *([f"slot = {number}"] if number else []),
-            "slot_at = slot.to(tl.int64) * BLOCK_K + k_offset",
+            f"slot_at = slot.to(tl.int64) * {self.columns} + tl.arange(0, {self.columns})",
             f"slot_ptrs = part_sums_ptr + slot_at[:, None] * {spec.dim + spec.v_dim}",
         )
         for x, parts, dim in (("dk", self.q_parts, spec.dim), ("dv", self.v_parts, spec.v_dim)):
@@ -194,6 +194,7 @@ class _SumParts(_Parts):
         spec, lines = self.plan.spec, self.lines
         lines.add(
             f"BLOCK_K: tl.constexpr = {self.plan.tiling.block_k}",
+            *([f"COLUMNS: tl.constexpr = {self.plan.tiling.columns}"] if self.spare else []),
             "program = tl.program_id(0)",
             f"part = {self.part_of('program')}",
             f"k_tile = {self.program_of(self.entry('part', 0), 'program')}",
@@ -206,10 +207,10 @@ class _SumParts(_Parts):
             f"b = head // {spec.kv_heads}",
             f"g = head % {spec.kv_heads}",
             *(["h = g"] if self.group == 1 else []),
-            "k_offset = tl.arange(0, BLOCK_K)",
+            *self.key_offsets(),
         )
         for x, parts in (("dk", self.q_parts), ("dv", self.v_parts)):
-            lines.add(*(f"{x}{part.suffix} = tl.zeros([BLOCK_K, {part.size}], tl.float32)" for part in parts))
+            lines.add(*(f"{x}{part.suffix} = tl.zeros([{self.columns}, {part.size}], tl.float32)" for part in parts))
         with lines.block("for n in range(count):"):
             for x, place, mask in self.slot(self.program_of("(part + n)", "program")):
                 lines.add(f"{x} = {x} + tl.load({place}{mask + ', other=0.0' if mask else ''})")

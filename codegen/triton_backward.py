@@ -262,12 +262,12 @@ class DqKernel(BackwardKernel):
         self.keep()
         # Rows that do not exist are not written; only sums over rows must leave them out.
         existing = bool(self.from_pairs)
-        self.load("k", self.q_parts, spec.dim, "k", "g", bounded=masked)
-        self.load("v", self.v_parts, spec.v_dim, "k", "g", bounded=masked)
+        self.load("k", self.q_parts, spec.dim, "k", "g", bounded=masked or self.spare)
+        self.load("v", self.v_parts, spec.v_dim, "k", "g", bounded=masked or self.spare)
         if pairs := self.pairs(masked):
             self.positions("[None, :]", pairs)
         self.scores("q{}", "tl.trans(k{})")
-        self.probabilities(printer, masked, "[BLOCK_Q, BLOCK_K]", existing)
+        self.probabilities(printer, masked, f"[BLOCK_Q, {self.columns}]", existing)
         lines.add("d_weights = " + self.dots(self.v_parts, "dout{}", "tl.trans(v{})"))
         self.drop()
         self.logit_gradient(printer, masked, existing)
@@ -327,8 +327,8 @@ class DkDvKernel(BackwardKernel):
         for x, parts, dim in (("k", self.q_parts, spec.dim), ("v", self.v_parts, spec.v_dim)):
             lines.add(self.base(x, "g"))
             self.load(x, parts, dim, "k", "g", bounded=True, pointer=True)
-        lines.add(*(f"dk{part.suffix} = tl.zeros([BLOCK_K, {part.size}], tl.float32)" for part in self.q_parts))
-        lines.add(*(f"dv{part.suffix} = tl.zeros([BLOCK_K, {part.size}], tl.float32)" for part in self.v_parts))
+        lines.add(*(f"dk{part.suffix} = tl.zeros([{self.columns}, {part.size}], tl.float32)" for part in self.q_parts))
+        lines.add(*(f"dv{part.suffix} = tl.zeros([{self.columns}, {part.size}], tl.float32)" for part in self.v_parts))
         self.seed()
         if not self.scale_per_head:
             self.scale(folded=False)
@@ -384,7 +384,7 @@ class DkDvKernel(BackwardKernel):
             self.skip_missing("k", "k_tile * BLOCK_K")
         if not self.combs["q"].every:
             self.first_row()
-        lines.add("", "q_offset = tl.arange(0, BLOCK_Q)", "k_offset = tl.arange(0, BLOCK_K)")
+        lines.add("", "q_offset = tl.arange(0, BLOCK_Q)", *self.key_offsets())
         self.tokens("k")
         if self.in_order("k"):
             lines.add("k_pos = k_tile * BLOCK_K + k_offset[:, None]")
@@ -434,7 +434,7 @@ class DkDvKernel(BackwardKernel):
     def _head(self) -> None:
         plan, lines = self.plan, self.lines
         self.of_head()
-        lines.add(*(f"sum_{n} = tl.zeros([BLOCK_K], tl.float32)" for n, _ in self.learned))
+        lines.add(*(f"sum_{n} = tl.zeros([{self.columns}], tl.float32)" for n, _ in self.learned))
         self.printer.hoist(lines, self.pairs(masked=plan.masks), (*ROW, "s"), "column_")
         self.loops("q_tile")
         if self.learned:
@@ -445,7 +445,7 @@ class DkDvKernel(BackwardKernel):
         for n, x in self.learned:
             lines.add(
                 f"tl.store(sum_{n}_ptr + column_at, sum_{n}[:, None], mask=column_exists)",
-                f"tl.store(at_{n}_ptr + column_at, {self.place(x, 'BLOCK_K')}, mask=column_exists)",
+                f"tl.store(at_{n}_ptr + column_at, {self.place(x, self.columns)}, mask=column_exists)",
             )
 
     def tile(self, masked: bool) -> None:
@@ -470,7 +470,7 @@ class DkDvKernel(BackwardKernel):
         if self.softmax:
             self.load_row("lse", "row_lse", 'float("inf")')
         self.scores("k{}", "tl.trans(q{})")
-        self.probabilities(printer, masked, "[BLOCK_K, BLOCK_Q]", existing=True)
+        self.probabilities(printer, masked, f"[{self.columns}, BLOCK_Q]", existing=True)
         left = "weights"
         if self.plan.spec.dropout:
             left = "left"

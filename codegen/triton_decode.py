@@ -61,6 +61,7 @@ class _Decode(ForwardWriter):
         self.lines.add(
             f"BLOCK_Q: tl.constexpr = {tiling.block_q * plan.pack}{heads}",
             f"BLOCK_K: tl.constexpr = {tiling.block_k}",
+            *([f"COLUMNS: tl.constexpr = {tiling.columns}"] if self.spare else []),
             *([f"PAGE: tl.constexpr = {self.cache.page}"] if self.paged else []),
             "LOG2_E: tl.constexpr = 1.4426950408889634",
         )
@@ -145,7 +146,7 @@ class _Decode(ForwardWriter):
         plan, lines = self.plan, self.lines
         rows, pack, group, present = plan.tiling.block_q, plan.pack, plan.group, plan.heads_in_tile
         tile = "q_tile" if rows == 1 else f"q_tile * {rows}"
-        lines.add("", "q_offset = tl.arange(0, BLOCK_Q)", "k_offset = tl.arange(0, BLOCK_K)")
+        lines.add("", "q_offset = tl.arange(0, BLOCK_Q)", *self.key_offsets())
         exists = ["(q_rows < rows)"]
         if pack == 1:
             lines.add(f"q_rows = {tile} + q_offset")

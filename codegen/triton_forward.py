@@ -106,7 +106,7 @@ class ForwardWriter(KernelWriter):
         printer = self.printer.within(self.printer.names.inner())
         self.tokens("k", bounded=masked)
         self.keep()
-        self.load("k", self.q_parts, plan.spec.dim, "k", "g", bounded=masked)
+        self.load("k", self.q_parts, plan.spec.dim, "k", "g", bounded=masked or self.spare)
         lines.add("scores = " + " + ".join(self.dot(f"q{p.suffix}", f"tl.trans(k{p.suffix})") for p in self.q_parts))
         pairs = [e for e in (plan.mask if masked else None, plan.score, plan.weights) if e is not None]
         if pairs:
@@ -122,7 +122,7 @@ class ForwardWriter(KernelWriter):
         else:
             if plan.score is not None:
                 # A score need not read its pair: added to zeros it has the tile's shape all the same.
-                whole = "" if reads(plan.score, "s") else " + tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)"
+                whole = "" if reads(plan.score, "s") else f" + tl.zeros([BLOCK_Q, {self.columns}], tl.float32)"
                 lines.add(f"scores = ({printer.text(plan.score)}) * LOG2_E{whole}")
             elif not self.folded:
                 lines.add("scores = scores * LOG2_E")
@@ -161,7 +161,7 @@ class ForwardWriter(KernelWriter):
         if plan.spec.dropout:
             # The sum of a row's weights is that without dropout.
             lines.add("weights = tl.where(keep, weights, 0.0)")
-        self.load("v", self.v_parts, plan.spec.v_dim, "k", "g", bounded=masked)
+        self.load("v", self.v_parts, plan.spec.v_dim, "k", "g", bounded=masked or self.spare)
         for part in self.v_parts:
             value = f"v{part.suffix}"
             lines.add(f"acc{part.suffix} = " + self.dot(f"weights.to({value}.dtype)", value, f"acc{part.suffix}"))

@@ -92,7 +92,7 @@ class _Gathering(KernelWriter, ABC):
         )
         with lines.block("if first >= last:"):
             lines.add("return  # Not every head needs as many tiles.")
-        lines.add("member = group // 2", "", "q_offset = tl.arange(0, BLOCK_Q)", "k_offset = tl.arange(0, BLOCK_K)")
+        lines.add("member = group // 2", "", "q_offset = tl.arange(0, BLOCK_Q)", *self.key_offsets())
         self.rows("first", "last")
         lines.add("q_pos = start + q_rows[:, None]")
         self.row_index("[:, None]")

@@ -23,6 +23,9 @@ def member_softmax(kernel: KernelWriter, logits: str, keys_axis: int, along: str
     member = Binary("//", Var("k"), Const(kernel.plan.tiling.block_k))
     assert read.index[-1] == member, "a tile of keys is a member"
     share = kernel.printer.within(Names(kernel.leaves, {member: kernel.tile_number()})).text(read)
+    if kernel.spare:
+        in_tile = "in_member[None, :]" if keys_axis == 1 else "in_member[:, None]"
+        kernel.lines.add(f'{logits} = tl.where({in_tile}, {logits}, float("-inf"))')
     kernel.lines.add(
         f"top = tl.maximum(tl.max({logits}, {keys_axis}), -1.0e38)",
         f"inner = tl.exp2({logits} - top{along})",

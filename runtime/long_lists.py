@@ -83,7 +83,7 @@ class LongLists:
             return None, None
         tiling, shape = self.plan.key_tiling, self.shape
         found = self.make(call[self.at])
-        size = (self.programs, tiling.block_k, shape.dim + shape.v_dim)
+        size = (self.programs, tiling.columns, shape.dim + shape.v_dim)
         return found, torch.empty(size, dtype=torch.float32, device=found.device)
 
 

@@ -31,6 +31,12 @@ BODIES = {
     "raw votes": "votes = attend causal & window(20)\noutput attend causal within blocks(64) with probs(votes)",
     "votes with a sink": f"{ENTRIES[:-1]} {{ softmax with sink sinks[h] }}\n"
     "output attend causal within blocks(128) with probs(votes)",
+    "members of fifty": "votes = attend causal over pool(mean, 10) { scale 0.5 }\n"
+    "output attend band(70, 7) within blocks(50) with probs(votes)",
+    "members of seven": f"{ENTRIES} output attend causal within blocks(7) with probs(votes) "
+    "{ score softcap(s, 2.0) - sinks[h] * (q - k) }",
+    "fifty chosen by each": f"plan sel = {SELECTED.replace('16', '24')}\n votes = attend sel over pool(mean, 24)\n"
+    "output attend sel within blocks(24) with probs(votes)",
     "chosen by each": f"plan sel = {SELECTED}\n votes = attend sel over pool(mean, 16)\n"
     "output attend sel within blocks(16) with probs(votes)",
     "chosen by a group": f"plan sel = {SELECTED[:-1]}, share = group)\n votes = attend sel over pool(mean, 16)\n"
@@ -78,7 +84,7 @@ def test_small_calls_in_triton(name: str) -> None:
 def test_dropout(backend: str) -> None:
     """Of the weights that pairs have at last; what members weigh is not touched."""
     dtype = torch.float64 if backend == "cpu" else torch.float32
-    judge(program(BODIES["score"]), (2, 4, 2, 21, 37, 16, 16), dtype, backend, dropout=0.4)
+    judge(program(BODIES["members of seven"]), (2, 4, 2, 21, 37, 16, 16), dtype, backend, dropout=0.4)
 
 
 @pytest.mark.parametrize("tokens", [1, 75])
