@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from attndsl.branches import Pool
+from attndsl.chosen_entries import ranked
 from attndsl.compose import compose
 from attndsl.parts import combines
 from attndsl.plan import Spec
-from attndsl.plans import of_selection
 from attndsl.program import CallShape, Program
 from attndsl.select_plan import why_not_fused
 from attndsl.targets import BYTES
@@ -26,7 +26,7 @@ def around(program: Program, spec: Spec, shape: CallShape) -> Iterator[str]:
         moved = size * shape.batch * shape.kv_heads * (spec.dim + spec.v_dim) * (read + count)
         yield f"{pooling.name}: {count:,} entries by {kernel}; {amount(moved)}B"
     for selection in program.selections:
-        reason = why_not_fused(of_selection(program, selection), selection, (spec.heads, spec.kv_heads))
+        reason = why_not_fused(*ranked(program, selection, (spec.heads, spec.kv_heads)), (spec.heads, spec.kv_heads))
         if on_cpu or reason:
             reason = reason or "there is no GPU"
             yield f"{selection.name}: chosen by torch operators, since {reason}"

@@ -34,9 +34,11 @@ def forced_bound(program: Program, heads: tuple[int, int], selection: Selection)
     """
     if selection.always is None:
         return 0
+    if selection.most_forced is not None:
+        return selection.most_forced
     forced = Inter((selection.among, selection.always))
-    # What `lengths` says bounds each sequence alone, and for any length there is the same bound.
-    derived = derive(replace(program, branches=(Branch((Part(forced),)),), output=None, lengths=None))
+    # What `lengths` and `packed` say bounds each sequence alone, and for any length there is the same bound.
+    derived = derive(replace(program, branches=(Branch((Part(forced),)),), output=None, lengths=None, packed=None))
     lowering = Lowering(derived, heads)
     pairs = lowering.lower(derived.branch.pattern, lowering.here)
     try:

@@ -50,6 +50,9 @@ def kept_beside(program: Program, composition: Composition, chosen: Container[st
     if told := [pooling.name for pooling in composition.pools if pooling.pool.told]:
         what = f"what decode needs of `{told[0]}` is not yet kept: data tells what its entries are of"
         raise error("A911", what, program.span, help="call it on the last rows")
+    if program.packed is not None and program.selections:
+        what = f"what decode needs of members of documents of `{program.packed}` is not yet kept"
+        raise error("A911", what, program.span, help="call it on the last rows")
     views = (
         Kept(pooling.name, Pool(pool.function.value), pool.size, pool.stride, True, False)
         for pool, pooling in zip(composition.pooled, composition.pools, strict=True)

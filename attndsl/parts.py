@@ -10,12 +10,12 @@ import re
 from collections.abc import Iterator
 
 from attndsl.branches import Attended
+from attndsl.chosen_entries import ranked
 from attndsl.compose import compose, of_one_level
 from attndsl.decode_pieces import decode_pieces
 from attndsl.diagnostics import error
 from attndsl.effort import remembered
 from attndsl.pieces import choose_pieces
-from attndsl.plans import of_selection
 from attndsl.program import Program
 from attndsl.select_plan import why_not_fused
 
@@ -79,7 +79,7 @@ def _before(program: Program, heads: int, kv_heads: int) -> Iterator[str]:
         for n, _ in enumerate(compose(program).pooled, 1):
             yield "pool" if n == 1 else f"pool_{n}"
     for selection in program.selections:
-        if not why_not_fused(of_selection(program, selection), selection, (heads, kv_heads)):
+        if not why_not_fused(*ranked(program, selection, (heads, kv_heads)), (heads, kv_heads)):
             yield f"{selection.name}.select"
 
 
@@ -131,6 +131,6 @@ def find_kernel(kernel: str, program: Program, heads: int, kv_heads: int) -> tup
 def _why_not(program: Program, name: str, heads: int, kv_heads: int) -> str:
     for selection in program.selections:
         if selection.name == name:
-            reason = why_not_fused(of_selection(program, selection), selection, (heads, kv_heads))
+            reason = why_not_fused(*ranked(program, selection, (heads, kv_heads)), (heads, kv_heads))
             return f"`{name}` is chosen by torch operators, since {reason}"
     return ""

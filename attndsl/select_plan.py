@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from attndsl.branch_mass import branch_mass
 from attndsl.branches import Branch, Part
 from attndsl.capacity import capacity
+from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.effort import remembered
 from attndsl.keeping import KEYS
@@ -136,11 +137,12 @@ def sharing(selection: Selection, heads: tuple[int, int]) -> int:
 def select_plan(program: Program, selection: Selection, spec: Spec, tiling: Tiling | None = None) -> SelectPlan:
     """The kernel of a selection that `why_not_fused` has nothing against; the plan's program is the derived one."""
     heads, keys = (spec.heads, spec.kv_heads), selection.keys
-    candidates = derive(_over(program, _members(selection.among, keys)))
+    static = derive(_over(program, _members(selection.among, keys)))
+    candidates = with_cuts(static)
     share = sharing(selection, heads)
     listed = capacity(program, selection, heads, MAX_WIDTH)
     tiling = tiling or default_select_tiling(share, keys, listed, spec.target)
-    lowering, relation = lowered(candidates, heads)
+    lowering, relation = lowered(static, heads)
     runs = closed_runs(relation, candidates, spec, tiling, Side.QUERY)
     written = written_condition(lowering, spec.sizes)
     forced: Scalar | None = None

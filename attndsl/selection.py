@@ -182,7 +182,7 @@ class Selection:
 
     Candidates are the (r, m) with a present pair in `among`, forced those with one in among & `always`. `scale` is the
     attention's (None: 1/sqrt(D)). With `members`, or `row_tiles`, `keys` (`rows`) is how many tokens those have, 1
-    where that differs.
+    where that differs. `most_forced`: how many a row class may be forced to, where that is known beforehand.
     """
 
     name: str
@@ -198,6 +198,7 @@ class Selection:
     scale: Scalar | None = None
     members: Members | None = None
     row_tiles: Tiles | None = None
+    most_forced: int | None = None
     span: Span | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from attndsl.chosen_entries import ranked
 from attndsl.combining import CombinePlan, combine_plan
 from attndsl.compose import compose, raw_first
 from attndsl.decode import Cache, DecodePlan
@@ -22,7 +23,6 @@ from attndsl.part_findings import part_findings
 from attndsl.parts import find_kernel
 from attndsl.piece_plans import backward_plans, forward_plans, whole
 from attndsl.plan import Backend, BackwardPlan, ForwardPlan, Loads, Spec
-from attndsl.plans import of_selection
 from attndsl.pooling import PoolPlan, told_covers
 from attndsl.program import CallShape, Program
 from attndsl.properties import reads_remainders
@@ -218,7 +218,7 @@ class Shown:
                 return PoolPlan(pool.function, size, stride, spec.dim, spec.dtype, spec.target, told=pool.told)
             case "select":
                 selection = program.selection(owner)
-                return select_plan(of_selection(program, selection), selection, spec)
+                return select_plan(*ranked(program, selection, (spec.heads, spec.kv_heads)), spec)
             case "observe":
                 each = next(each for each in program.observations if each.name == owner)
                 own = dict(compose(program).branches)[each.branch if program.output is not None else ""]

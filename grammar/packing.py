@@ -16,6 +16,7 @@ from attndsl.program import (
     Choose,
     Coarsen,
     Complement,
+    Dim,
     InputDecl,
     Inter,
     Minus,
@@ -33,6 +34,7 @@ from attndsl.program import (
     scalars,
     walk,
 )  # fmt: skip
+from attndsl.selection import Bound, Dot, Probs, Selection, Top
 
 _DIMS = {"packed": (Axis.B, Axis.K), "lengths": (Axis.B,)}
 _EXAMPLES = {"packed": "input doc : int[b, k]", "lengths": "input n : int[b]"}
@@ -82,7 +84,6 @@ class _Barred:
 
 
 # Why not, where several things have the same reason.
-_BLOCKS = "which tokens share a block would follow from data"
 _TOGETHER = "tiles and classes of rows hold tokens of several sequences"
 
 
@@ -118,17 +119,41 @@ def _barred(program: Program, packed: bool) -> Iterator[_Barred]:
         if part.view is not None and part.view.told:
             yield _Barred("such a view", "data says which tokens its entries are of", part.span)
     for chosen in program.selections:
-        if packed:
-            yield _Barred("a selection", _BLOCKS, chosen.span)
-        elif chosen.members is not None or chosen.row_tiles is not None:
+        if chosen.members is not None or chosen.row_tiles is not None:
             yield _Barred("a selection of members that are no blocks", _TOGETHER, chosen.span)
+        if packed and (reason := _not_of_documents(chosen, program)):
+            yield _Barred("such a selection", reason, chosen.span)
     sets = [part.pattern for branch in program.branches for part in branch.parts]
     for chosen in program.selections:
         sets += [x for x in (chosen.among, chosen.always) if x is not None]
     for pattern in sets:
-        yield from _barred_sets(pattern, packed)
+        yield from _barred_sets(pattern, program, packed)
     if packed:
         yield from _of_blocks(program, sets)
+
+
+def _not_of_documents(chosen: Selection, program: Program) -> str:
+    """Why a selection has none in each document, empty where it has."""
+    if chosen.rows != 1:
+        return "which rows choose together would follow from data: choose for each query"
+    if isinstance(chosen.rule, Top) and chosen.rule.count is None:
+        return "how many members a document has would follow from data"
+    match chosen.score:
+        case Dot(y=y):
+            vectors = [y]
+        case Bound(low=low, high=high):
+            vectors = [low, high]
+        case Probs(branch=name):
+            (part, *others) = program.named(name).parts
+            view = part.view
+            size = (1, 1) if view is None else (view.size, view.stride)
+            whole = not others and size == (chosen.keys, chosen.keys)
+            return "" if whole else "its members are not the entries of that branch"
+        case _:
+            vectors = []
+    if any(v.source != "K" and v.pool is None and chosen.keys > 1 for v in vectors):
+        return "which vectors are a document's is not said"
+    return ""
 
 
 def _of_blocks(program: Program, sets: list[Set]) -> Iterator[_Barred]:
@@ -149,19 +174,19 @@ def _reads_position(e: Scalar) -> bool:
     return e == Var("q") or any(map(_reads_position, children(e)))
 
 
-def _barred_sets(pattern: Set, packed: bool) -> Iterator[_Barred]:
+def _barred_sets(pattern: Set, program: Program, packed: bool) -> Iterator[_Barred]:
     """What of a set means nothing, for each sequence of a call, that the compiler can say for all of them."""
     match pattern:
         case Where():
             pass
         case Union(parts=parts) | Inter(parts=parts):
             for x in parts:
-                yield from _barred_sets(x, packed)
+                yield from _barred_sets(x, program, packed)
         case Minus(left=a, right=b) | Choose(then=a, other=b):
-            yield from _barred_sets(a, packed)
-            yield from _barred_sets(b, packed)
+            yield from _barred_sets(a, program, packed)
+            yield from _barred_sets(b, program, packed)
         case Complement(operand=x) | On(operand=x) | Coarsen(operand=x) | Random(among=x):
-            yield from _barred_sets(x, packed)
-        case Selected(span=span):
-            if packed:
-                yield _Barred("a selection", _BLOCKS, span)
+            yield from _barred_sets(x, program, packed)
+        case Selected(plan=plan, span=span):
+            if packed and Dim(Axis.Q) not in program.input(plan).dims:
+                yield _Barred("such a plan", "which rows choose together is not said: choose for each query", span)

@@ -146,9 +146,13 @@ def decode_composed(
 ) -> State:  # fmt: skip
     """Output and, where there is one, lse of a decode; parameters as in `ComposedDecode`.
 
-    Raises `PatternError` (A911) where what is kept of a cache would be of tokens that are not present.
+    Raises `PatternError` (A911) where what is kept of a cache would be of tokens that are not present, or of several
+    documents.
     """
     over_views = any(part.view is not None for branch in program.branches for part in branch.parts)
+    if program.packed is not None and (program.selections or over_views):
+        what = f"decode within `packed {program.packed}` is not yet supported for views and selections"
+        raise error("A911", what, program.span, help="leave the clause out: a sequence of a cache is one document")
     if program.lengths is not None and (program.selections or over_views):
         what = f"decode within `lengths {program.lengths}` is not yet supported for views and selections"
         raise error("A911", what, program.span, help="leave the clause out: `seq_lens` says how many tokens there are")

@@ -27,7 +27,7 @@ from attndsl.runtime.masses import leading, pooled_members
 from attndsl.runtime.strips import STRIP, Ragged, Strips
 from attndsl.runtime.touched import Touched
 from attndsl.select_plan import SelectPlan, why_not_fused
-from attndsl.selection import Antidiagonal, Dot, Probs, Selection, Share, Top, Vectors
+from attndsl.selection import Antidiagonal, Dot, Given, Probs, Selection, Share, Top, Vectors
 
 if TYPE_CHECKING:
     from attndsl.runtime.triton_rank import TritonRank
@@ -59,6 +59,8 @@ class Selector:
     ragged: bool = False
     dtype: torch.dtype | None = None
     page: int | None = None
+    # Its single keys are entries of documents.
+    of_entries: bool = False
     capacity: int = field(init=False)
     budgets: Tensor | None = field(init=False, default=None)
     tables: dict[str, Tensor] = field(init=False)
@@ -77,12 +79,8 @@ class Selector:
         """Raises `PatternError` for what would be slow in silence (A570), or where no list is long enough (A571)."""
         selection, shape = self.selection, self.shape
         heads = (shape.heads, shape.kv_heads)
-        single = selection.keys == selection.rows == 1 and selection.members is None
-        if single and selection.share is Share.NONE and shape.rows > MAX_TOKEN_ROWS:
-            raise error(
-                "A570", f"each of {shape.heads} heads chooses single tokens for each of {shape.rows} rows",
-                selection.span, help="write `share = group` or `share = heads`, larger members, or `per = rows(64)`",
-            )  # fmt: skip
+        if not self.of_entries:
+            check_tokens(selection, shape)
         if isinstance(selection.score, Probs):
             self.mass = checked_mass(self.program, selection, shape, self.ragged)
             self.seeing = seeing_rows(self.program, self.mass, shape)
@@ -141,7 +139,9 @@ class Selector:
 
     def _touched(self, pattern: Set, rows: int | None, keys: int) -> Touched:
         rows = (rows or 1) if self.whole else 1
-        return Touched.of(self.program, pattern, rows, keys, self.shape, self.device, self.given, self.ragged)
+        score = self.selection.score
+        more = (score.value,) if isinstance(score, Given) else ()
+        return Touched.of(self.program, pattern, rows, keys, self.shape, self.device, self.given, self.ragged, more)
 
     @property
     def members(self) -> int:
@@ -286,6 +286,16 @@ class Selector:
                 self.program, self.selection, self.shape, q, vectors.shape[1], self.given, self.printer
             )
         self.fused(plan, q, vectors, inputs, args, scale, lse)
+
+
+def check_tokens(selection: Selection, shape: CallShape) -> None:
+    """Raises `PatternError` (A570) where choosing single tokens would be slow in silence."""
+    single = selection.keys == selection.rows == 1 and selection.members is None
+    if single and selection.share is Share.NONE and shape.rows > MAX_TOKEN_ROWS:
+        raise error(
+            "A570", f"each of {shape.heads} heads chooses single tokens for each of {shape.rows} rows",
+            selection.span, help="write `share = group` or `share = heads`, larger members, or `per = rows(64)`",
+        )  # fmt: skip
 
 
 def empty_plan(program: Program, selection: Selection, shape: CallShape, device: torch.device) -> Tensor:

@@ -25,6 +25,7 @@ from attndsl.runtime.ops import traced
 from attndsl.runtime.plans import listed_members
 from attndsl.runtime.registry import engine_of
 from attndsl.runtime.select import Selector, checked_mass, empty_plan, members_of
+from attndsl.runtime.select_entries import EntrySelector
 from attndsl.runtime.strips import Ragged
 from attndsl.selection import Levels, Probs, Selection, Share
 
@@ -42,7 +43,8 @@ _LIBRARY.define(
 State: TypeAlias = tuple[Tensor, Tensor]
 # Kinds of calls whose selectors are kept.
 MAX_KEPT = 256
-_KEPT: dict[Any, Selector] = {}
+_KEPT: dict[Any, Selector | EntrySelector] = {}
+_KEPT_RAGGED: dict[Any, Selector] = {}
 
 
 class Branches(Protocol):
@@ -289,7 +291,11 @@ def _select(
         given = [torch.empty_like(x, device="meta") for x in inputs]
         fuses = q.is_cuda and q.dtype != torch.float64
         printer = engine_of(key).generators.triton_select if fuses else None
-        selector = _KEPT[kind] = Selector(seen, selection, shape, q.device, given, printer)
+        if seen.packed is None:
+            selector = Selector(seen, selection, shape, q.device, given, printer)
+        else:
+            selector = EntrySelector(key, seen, selection, shape, q.device, given, printer, q.dtype)
+        _KEPT[kind] = selector
     with torch.no_grad():
         return selector(q, k, inputs, args, scale, None if keys is None or lse is None else (keys, lse))
 
@@ -302,20 +308,20 @@ def _select_ragged(
     shape = _ragged_shape(q, kv_heads, capacity)
     given = tuple((x.shape, x.dtype) for x in inputs)
     page = None if page_table is None else members[0].shape[2]
-    kind = ("ragged", key, name, shape, page, q.dtype, q.device, *given)
-    selector = _KEPT.get(kind)
+    kind = (key, name, shape, page, q.dtype, q.device, *given)
+    selector = _KEPT_RAGGED.get(kind)
     if selector is None:
         program = engine_of(key).program
         selection = program.selection(name)
         seen = of_selection(program, selection)
         check_tables(seen, shape)
         check_inputs(seen, shape, inputs, q.device)
-        if len(_KEPT) >= MAX_KEPT:
-            _KEPT.clear()
+        if len(_KEPT_RAGGED) >= MAX_KEPT:
+            _KEPT_RAGGED.clear()
         like = [torch.empty_like(x, device="meta") for x in inputs]
         ranks = q.is_cuda and q.dtype != torch.float64
         printer = engine_of(key).generators.triton_rank if ranks else None
-        selector = _KEPT[kind] = Selector(
+        selector = _KEPT_RAGGED[kind] = Selector(
             seen, selection, shape, q.device, like, printer, ragged=True, dtype=q.dtype, page=page
         )
     names = [KEYS if each is None else each.name for each in kept_by(selector.selection)]

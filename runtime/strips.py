@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attndsl.capacity import lags_of
+from attndsl.derive import own_inputs
 from attndsl.members import Lags
 from attndsl.runtime.competing import masses_around, normalised_together
 from attndsl.runtime.groups import Groups, lag_sums, tiled_rows
@@ -95,7 +96,7 @@ class Strips:
             if isinstance(self.selection.score, Antidiagonal):
                 self.k = of.keys_in_order(ragged)
         self.group = self.shape.heads // self.shape.kv_heads
-        self.tensors = dict(zip((decl.name for decl in of.program.inputs), inputs, strict=True))
+        self.tensors = dict(zip((decl.name for decl in own_inputs(of.program)), inputs, strict=True))
         self.width = of.members
         self.members: Groups | None = None
         of_members = self.selection.members

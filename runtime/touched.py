@@ -33,9 +33,10 @@ class Touched:
     @classmethod
     def of(
         cls, program: Program, pattern: Set, rows: int, keys: int, shape: CallShape, device: torch.device,
-        given: Sequence[Tensor] = (), ragged: bool = False,
+        given: Sequence[Tensor] = (), ragged: bool = False, more: Sequence[Scalar] = (),
     ) -> Touched:  # fmt: skip
-        """ragged: sequences have lengths of their own, and the shape's is the most that one may have."""
+        """ragged: sequences have lengths of their own, and the shape's is the most that one may have. more: scalars
+        that are asked for beside the set."""
         if rows > 1 or keys > 1:
             pattern = Coarsen(pattern, rows, keys, Coarse.ANY)
         derived = derive(replace(program, branches=(Branch((Part(pattern),)),), output=None), ragged)
@@ -43,7 +44,7 @@ class Touched:
         condition = fold(Lowering(derived, heads).predicate(derived.branch.pattern))
         # Of a set that has a closed form no map of blocks is made: at each step of a decode it would be as large as the
         # cache.
-        read = {x.input for x in walk(condition) if isinstance(x, Read)}
+        read = {x.input for x in walk(condition, *more) if isinstance(x, Read)}
         derived = with_needed(derived, (decl for decl in derived.inputs if decl.name in read))
         make = RaggedDeriver if ragged else Deriver
         return cls(derived, shape, device, rows, keys, condition, make(derived, shape, device, given=given))

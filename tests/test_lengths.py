@@ -210,7 +210,6 @@ def check_output(text: str, n_tokens: int, **inputs: Any) -> None:
     ("lengths n x = attend causal over pool(mean, 4) observe m = probs(x, sum, head, tokens) output x", "A908",
      "`observe` of a view"),
     ("packed doc x = attend causal observe m = probs(x, sum, head, tokens) output x", "A907", "`observe`"),
-    ("packed doc attend causal & top(1, blocks(4), by = dot(Q, mean(K)))", "A907", "a selection"),
     ("packed doc x = attend causal y = attend all output q * x + y", "A907", "an output that reads `q`"),
 ])  # fmt: skip
 def test_what_is_refused(clauses: str, code: str, named: str) -> None:

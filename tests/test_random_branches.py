@@ -28,6 +28,7 @@ INPUTS = {
     "gates": "float[b, h, q, 3] learnable", "channels": "float[b, h, q, Dv] learnable", "heads": "float[g] learnable",
     "sinks": "float[h] learnable", "kc": "float[b, g, k/4, D] learnable", "vc": "float[b, g, k/4, Dv] learnable",
     "doc": "int[b, k] sorted", "n": "int[b]", "runs": "int[b, g, k]", "picked": "int[b, g, 9]",
+    "own": "int[b, k]",
 }  # fmt: skip
 TOLD = ("segments(", "pick(")
 FACTORS = ("gates[0]", "sigmoid(gates[1])", "channels", "heads[g]", "(1 - gates[2])", "0.5")
@@ -129,6 +130,9 @@ def programs(draw: st.DrawFn) -> str:
     # Padding is not yet supported beside two levels, pooled queries and what data tells (A908).
     beside = not any(word in line for line in draft.lines for word in (" within ", " from ", *TOLD))
     present = ["lengths n"] if beside and draw(st.integers(0, 2)) == 0 else []
+    # In a packed call members are those of documents, and no entries are handed in (A907).
+    apart = beside and not any(word in line for line in draft.lines for word in ("given(", "probs("))
+    present += ["packed own"] if apart and draw(st.booleans()) else []
     body = "\n".join([*present, *draft.lines, f"output {draft.output()}"])
     declared = "".join(f"input {name} : {kind}\n" for name, kind in INPUTS.items() if re.search(rf"\b{name}\b", body))
     return f"attention random {{\n{declared}{body}\n}}"
@@ -163,6 +167,8 @@ def judge(
         # Some are no tokens, and some come twice.
         listed = torch.randint(-1, k_len + 1, (batch, kv_heads, 9), generator=generator)
         doc["picked"] = listed.to(torch.int32)
+    if "packed own" in text:
+        doc["own"] = (torch.rand(batch, k_len, generator=generator) < 0.15).cumsum(1) % 3
     if "lengths n" in text:
         # Of one sequence all tokens or none may be there, and a length past the end is the end.
         doc["n"] = torch.tensor([(seed * 7) % (k_len + 3), max(0, k_len - seed % 5)])
