@@ -1,6 +1,11 @@
-"""The cuts of a call (`attndsl.cuts`) on its device: a sorted search, in few launches and without waiting."""
+"""The cuts of a call (`attndsl.cuts`) on its device: a sorted search, on a GPU in one launch (`cut_kernels.py`), and
+without waiting."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from importlib.resources import files
 
 import torch
 from torch import Tensor
@@ -9,6 +14,7 @@ from torch.nn.functional import pad
 from attndsl.cuts import domain, reflexive
 from attndsl.derivation import Cut
 from attndsl.program import Axis, InputDecl, Read, Scalar, Var
+from attndsl.runtime.device_kernels import device_kernel
 from attndsl.runtime.values import Values
 
 
@@ -32,6 +38,9 @@ def make_cut(decl: InputDecl, cut: Cut, values: Values) -> Tensor:
         found = (own + cut.inclusive).clamp(first, end).to(torch.int32)
     else:
         other = own if reflexive(cut, program) else _along(cut.other, cut.cut, first, end, values, lead)
+        if device.type == "cuda":
+            itself = own_first if reflexive(cut, program) else None
+            return searched(own, other, cut.inclusive, first, itself).reshape(sizes)
         kind = torch.promote_types(own.dtype, other.dtype)
         own, other = own.to(kind).contiguous(), other.to(kind).contiguous()
         found = torch.searchsorted(other, own, right=cut.inclusive, out_int32=True)
@@ -60,6 +69,47 @@ def _along(e: Scalar, variable: str, first: int, end: int, values: Values, lead:
     position = torch.arange(first, end, device=values.device).view(1, 1, -1, 1)
     found = values.at(**{variable: position} if variable else {}).tensor(e)
     return found.expand(*size, 1)[..., 0]
+
+
+# Own values that a program looks up.
+_SEARCHED = 128
+
+
+def searched(own: Tensor, other: Tensor, inclusive: bool, first: int, itself: int | None) -> Tensor:
+    """The cuts of values [batch or 1, heads or 1, positions] among other ones, from `first` on, as `make_cut` says.
+
+    itself: own value n is that of the other side's position `itself` + n; None: the sides differ.
+    """
+    (batch, heads, size), keys = own.shape, other.shape[2]
+    found = torch.empty((batch, heads, size), dtype=torch.int32, device=own.device)
+    launch = _search(
+        own.device, own.dtype, own.stride(), other.dtype, other.stride(), (batch * heads, heads, size, keys),
+        first, itself, inclusive,
+    )  # fmt: skip
+    launch(own_ptr=own, other_ptr=other, out_ptr=found)
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _search(
+    device: torch.device, own: torch.dtype, own_strides: tuple[int, ...], other: torch.dtype,
+    other_strides: tuple[int, ...], sizes: tuple[int, int, int, int], first: int, itself: int | None, inclusive: bool,
+) -> Callable[..., None]:  # fmt: skip
+    lead, heads, size, keys = sizes
+    chunks = -(-size // _SEARCHED)
+    given = {
+        "own_ptr": own, "other_ptr": other, "out_ptr": torch.int32, "heads": heads, "size": size, "keys": keys,
+        "first": first, "position": itself or 0, "inclusive": int(inclusive), "reflexive": int(itself is not None),
+        "steps": -(-keys.bit_length() // 2), "chunks": chunks,
+    }  # fmt: skip
+    for name, strides in (("own", own_strides), ("other", other_strides)):
+        given |= {f"stride_{name}_{axis}": stride for axis, stride in zip("bhn", strides, strict=True)}
+    return device_kernel(_text(), "search", lead * chunks, device, given)
+
+
+@functools.cache
+def _text() -> str:
+    return files("attndsl.runtime").joinpath("cut_kernels.py").read_text("utf-8")
 
 
 def document_ends(ids: Tensor, ends: bool) -> Tensor:

@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attndsl.runtime.build import KernelSource, compile_kernel, parameters
-from attndsl.runtime.call import device_target
-from attndsl.runtime.launcher import Slot, launcher
-from attndsl.runtime.load import load_source
+from attndsl.runtime.device_kernels import device_kernel
 
 # A list of a plan's data, or of another with its sizes and strides.
 Maker: TypeAlias = Callable[[Tensor], Tensor]
@@ -194,27 +191,7 @@ def _placing(size: int, k_tiles: int, head: int, codes: int) -> dict[str, Any]:
 
 
 def _ready(function: str, width: int, grid: int, device: torch.device, given: dict[str, Any]) -> Callable[..., None]:
-    """A kernel as a function of its tensors, by name."""
-    text = _text(width)
-    names = parameters(text, function)
-    if grid == 0:
-        return lambda **tensors: None
-    if device.type != "cuda":
-        kernel = getattr(load_source(text, "list_kernels"), function)[(grid,)]
-        return lambda **tensors: kernel(*((given | tensors)[name] for name in names))
-    from attndsl.runtime.triton_launch import POINTER, shared_cache
-
-    types = tuple((name, POINTER[given[name]] if name.endswith("_ptr") else _integer(name)) for name in names)
-    source = KernelSource(text, function, types, (), warps=4, stages=1)
-    compiled = compile_kernel(source, device_target(device), shared_cache(), whole=False)
-    tensors = [name for name in names if name.endswith("_ptr")]
-    template = [Slot(tensors.index(name), type) if name in tensors else given[name] for name, type in types]
-    launch = launcher(compiled, grid, device.index, template)
-    return lambda **found: launch([found[name] for name in tensors])
-
-
-def _integer(name: str) -> str:
-    return "i64" if name.startswith("stride_") or name.endswith(("_head", "_batch")) else "i32"
+    return device_kernel(_text(width), function, grid, device, given)
 
 
 @functools.cache

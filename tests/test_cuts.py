@@ -19,7 +19,9 @@ from attndsl.oracle import mask
 from attndsl.plan import Tiling, backward_plan, forward_plan
 from attndsl.program import CallShape, Compare, Program, Scalar, Var, Where, scalars, walk
 from attndsl.runs import Side
+from attndsl.runtime.cuts import searched
 from attndsl.runtime.derive import Deriver
+from attndsl.runtime.triton_launch import INTERPRETED
 from attndsl.targets import make_spec
 from tests.tiling import call, check_tiles, side_runs, visits
 
@@ -253,3 +255,35 @@ def test_rows_of_a_chunk_read_their_own_entries(rows: int) -> None:
     q, k = torch.randn(1, 1, rows, 16, dtype=torch.float64), torch.randn(1, 1, 600, 16, dtype=torch.float64)
     limit = torch.linspace(10, 580, rows).long()[None]
     torch.testing.assert_close(attn(q, k, k, limit=limit), attn.reference(q, k, k, limit=limit))
+
+
+# ------------------------------------------------------------------------------- the kernel that searches
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter")
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+@pytest.mark.parametrize("n", range(len(INTEGERS)))
+def test_the_kernel_finds_what_a_sorted_search_finds(n: int) -> None:
+    (rows, keys), inclusive = ((1, 1), (5, 2), (129, 20), (20, 129), (7, 0))[n], bool(n % 2)
+    own = torch.as_tensor(RNG.integers(0, 9, (2, 1, rows)), dtype=INTEGERS[n]).expand(2, 3, rows)
+    others = np.sort(RNG.integers(0, 9, (3, keys)), axis=-1)
+    other = torch.as_tensor(others, dtype=INTEGERS[n - 1]).mT.contiguous().mT.expand(2, 3, keys)
+    expected = torch.searchsorted(other.contiguous().long(), own.contiguous().long(), right=inclusive)
+    assert torch.equal(searched(own, other, inclusive, n, None), expected.int() + n)
+
+
+@pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter")
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+def test_the_kernel_stays_among_the_keys_whatever_they_hold() -> None:
+    ids = torch.as_tensor(RNG.integers(-(2**62), 2**62, (1, 1, 140)))
+    for inclusive in (False, True):
+        found = searched(ids, ids, inclusive, 0, 0)
+        place = torch.arange(140)
+        assert bool(((found > place) & (found <= 140) if inclusive else (found >= 0) & (found <= place)).all())
+    # A document's first token is looked for at or before a token, and the one past its last after it.
+    ids = ids.sort().values // 2**60
+    first, end = (searched(ids, ids, inclusive, 0, 0)[0, 0].tolist() for inclusive in (False, True))
+    assert all(ids[0, 0, a] == x == ids[0, 0, b - 1] for x, a, b in zip(ids[0, 0], first, end, strict=True))
+    assert len(set(first)) == len(set(ids[0, 0].tolist()))
