@@ -292,9 +292,23 @@ class Place:
     same: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class RowTiles:
+    """int32 [b?, n]: how many query tiles of at most `rows` rows a call has, the first row of each, and from then on
+    the number of rows.
+
+    A tile begins at row 0, where a document of at least `long` rows does, and where the one before is full. `first`:
+    the cut that tells the first token of each token's document.
+    """
+
+    first: str
+    rows: int
+    long: int
+
+
 Derivation: TypeAlias = (
     Offsets | Extents | RunEnds | RunCount | RunExtents | DocumentEnds | DocumentEntries | BlockMap | Draw | Chosen
-    | TileList | Cut | Gathering | TileMap | Order | Sorted | Place
+    | TileList | Cut | Gathering | TileMap | Order | Sorted | Place | RowTiles
 )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from attndsl.derivation import (
     Order,
     Place,
     Random,
+    RowTiles,
     RunCount,
     RunEnds,
     RunExtents,
@@ -133,6 +134,8 @@ def _read_by(derivation: Derivation | None) -> set[str]:
             return set()
         case TileList(plan=plan) | Gathering(plan=plan):
             return {plan}
+        case RowTiles(first=first):
+            return {first}
         case BlockMap(operand=operand, document=d):
             ends = () if d is None else (Where(d.first), Where(d.end))
             pattern: Set = Inter((operand, *ends))

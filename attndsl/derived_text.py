@@ -17,6 +17,7 @@ from attndsl.derivation import (
     Offsets,
     Order,
     Place,
+    RowTiles,
     RunCount,
     RunEnds,
     RunExtents,
@@ -66,6 +67,8 @@ def made_of(decl: InputDecl) -> str:
             return f"{scalar_text(key)} in that order"
         case Place(side=side):
             return f"the places of {'rows' if side == 'q' else 'keys'}, by value and then by token"
+        case RowTiles(long=long):
+            return f"the query tiles of a call, which begin where documents of {long} tokens and more do"
         case TileMap():
             return "in which tiles the pattern can hold or must, by the least and greatest of what it compares"
         case Chosen(plan=plan, level=level):

@@ -77,6 +77,18 @@ def mask_by_cuts(cond: Scalar, program: Program, owner: str, relation: Relation)
     return by_cuts(cond, program, owner, relation.orders())
 
 
+def from_first_key(cond: Scalar | None, program: Program) -> Scalar:
+    """A mask that no key before the first one meets either: the ends of intervals all lie after it."""
+    conjuncts = cond.operands if isinstance(cond, Logic) and cond.op == "and" else () if cond is None else (cond,)
+    for x in conjuncts:
+        match x:
+            case Compare(op=">=" | ">", left=Var(name="k"), right=Read(input=name)):
+                if isinstance(program.input(name).derivation, Cut):
+                    assert cond is not None
+                    return cond
+    return fold(Logic("and", (*conjuncts, Compare(">=", Var("k"), Const(0)))))
+
+
 def shaped(cond: Scalar) -> Scalar | None:
     """None for a condition that always holds. One that does not read the pair must have a tile's shape all the same."""
     if cond == Const(True):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+from attndsl.begins import table_head, with_row_tiles
 from attndsl.box_tiles import BoxRuns
 from attndsl.boxes import Boxes
 from attndsl.branches import Given
@@ -245,14 +246,20 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class ForwardPlan(Plan):
-    """A forward kernel."""
+    """A forward kernel. `row_tiles`: the input that tells where its query tiles begin (`begins.py`); None: one after
+    another from the first row."""
+
+    row_tiles: InputDecl | None = field(default=None, kw_only=True)
+
+    def _further(self) -> tuple[Scalar, ...]:
+        return () if self.row_tiles is None else (table_head(self.row_tiles),)
 
 
 @dataclass(frozen=True, slots=True)
 class Printed:
     """A forward kernel's text and what a launch takes beside it: what is left of a plan once it is printed.
 
-    `layout`, `follows`, `gathered`, `view`, `softmax`: as in `Plan`.
+    `layout`, `follows`, `gathered`, `view`, `softmax`, `row_tiles`: as in the plan.
     """
 
     program: Program
@@ -264,6 +271,7 @@ class Printed:
     gathered: Gathered | None = None
     view: Given | None = None
     softmax: bool = True
+    row_tiles: InputDecl | None = None
 
     @property
     def tables(self) -> tuple[TableDecl, ...]:
@@ -351,16 +359,19 @@ def forward_plan(
     follows: it adds to what another piece has found, with which all that enters once came in.
     """
     spec = _loading(spec, tiling)
-    visits = visits_of(
-        with_cuts(derive(program)) if skip else derive(program), spec, tiling, Side.QUERY, gathers=spec.gathers
-    )
+    program = with_cuts(derive(program)) if skip else derive(program)
+    handed = tiling.several and layout == PLAIN and not follows and spec.dtype is not DType.FLOAT8
+    begun = with_row_tiles(program, spec, tiling) if handed else None
+    row_tiles, program = (None, program) if begun is None else (begun.inputs[-1], begun)
+    visits = visits_of(program, spec, tiling, Side.QUERY, gathers=spec.gathers, shifted=row_tiles is not None)
     program, runs = visits.program, visits.runs
     # The Hopper kernel visits a tile even where there is none, and masks it.
     mask = visits.mask() if runs.partial or visits.gathered or spec.backend is Backend.GLUON else None
     branch = branch_scalars(program, spec) | ({"sink": None} if follows else {})
     plan = ForwardPlan(
-        program, spec, tiling, runs, mask, **branch, layout=layout, follows=follows, gathered=visits.gathered
-    )
+        program, spec, tiling, runs, mask, **branch, layout=layout, follows=follows, gathered=visits.gathered,
+        row_tiles=row_tiles,
+    )  # fmt: skip
     return replace(plan, program=with_needed(program, plan.inputs))
 
 

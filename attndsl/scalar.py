@@ -60,8 +60,11 @@ class Type(Enum):
 BUILTINS = frozenset({"q", "k", "b", "h", "g", "s", "Nq", "Nk", "H", "G", "D", "Dv"})
 # Names that only the compiler introduces: the tile indices, their difference, the position of a call's first row,
 # those of a layout (`layout.py`): the residue, a query's and a key's index in its order, and that of the first row;
-# in an output the channel; the place of an entry in a list of tiles; that of a token in its tile, and the tile's first.
-TILE_NAMES = AXIS_NAMES.union("q_tile k_tile diagonal start residue i j i_start d place in_tile tile_first".split())
+# in an output the channel; the place of an entry in a list of tiles; that of a token in its tile, and the tile's first;
+# where tiles begin that begin anywhere, and the position of such a tile's last row.
+TILE_NAMES = AXIS_NAMES.union(
+    "q_tile k_tile diagonal start residue i j i_start d place in_tile tile_first shift q_last".split()
+)
 
 ARITHMETIC = frozenset({"+", "-", "*", "//", "%", "/"})
 COMPARISONS = frozenset({"<", "<=", ">", ">=", "==", "!="})

@@ -29,12 +29,13 @@ class TileCuts:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """The tiles that kernels own: their `variable`, and the positions of a tile's first and last token, the first also
-    as isl writes it. `exists`: none lies before the first position."""
+    """The tiles that kernels own: their `variable`, and the positions of a tile's first token, of the last that counts,
+    and one past its last; the first also as isl writes it. `exists`: none lies before the first position."""
 
     variable: str
     first: Scalar
     last: Scalar
+    end: Scalar
     first_text: str
     size: int
     exists: bool
@@ -42,12 +43,14 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The tiles of one side: `size` tokens each, of those that `comb` counts, from the index `origin` on."""
+    """The tiles of one side: `size` tokens each, of those that `comb` counts, from the index `origin` on. `from_zero`:
+    positions before the first tile of the side are those below 0."""
 
     comb: Comb
     size: int
     origin: Scalar | None
     origin_text: str
+    from_zero: bool = True
 
     def tile(self, position: Scalar) -> Scalar:
         """The tile of the first token at or after a position."""
@@ -120,7 +123,8 @@ class _Knowledge:
             if self.owner.exists:
                 self._know(f"{self._token(filled)} < {self.owner.first_text} + {self.owner.size + self.grid.size - 1}")
         self._know(f"{touched} <= {filled}")
-        self._not_negative(filled)
+        if self.grid.from_zero:
+            self._know(f"{self._token(filled)} >= 0")
         return touched, filled
 
     def _ends(self, cut: Cut) -> tuple[str, str]:
@@ -130,7 +134,7 @@ class _Knowledge:
         if self._own_side(cut) and cut.inclusive:
             # Nor have tokens past the last one.
             assert self.owner is not None
-            last = Call("max", (last, Binary("+", self.owner.last, Const(1))))
+            last = Call("max", (last, self.owner.end))
         touched, filled = self._named("to", self.grid.tile_after(last), self.grid.tile(before))
         if self._own_side(cut) and cut.inclusive:
             assert self.owner is not None
@@ -138,7 +142,8 @@ class _Knowledge:
             self._know(f"{self._token(touched)} >= {own.first_text} + {own.size}")
             self._know(f"{self._token(filled)} + {size} > {own.first_text} + 1")
         self._know(f"{filled} <= {touched}")
-        self._not_negative(filled)
+        if self.grid.from_zero:
+            self._know(f"{filled} >= 0")
         return touched, filled
 
     def _entries(self, cut: Cut) -> tuple[Scalar, Scalar]:
@@ -162,10 +167,6 @@ class _Knowledge:
     def _own_side(self, cut: Cut) -> bool:
         """Whether the own position tells where the cut lies."""
         return self.grid.comb.every and reflexive(cut, self.program)
-
-    def _not_negative(self, tile: str) -> None:
-        if self.grid.origin is None:
-            self._know(f"{tile} >= 0")
 
     def _know(self, fact: str) -> None:
         self.found.tiles.append(fact)

@@ -22,6 +22,7 @@ from attndsl.isl_sets import common_multiple, where_param
 from attndsl.layout import PLAIN, Layout
 from attndsl.program import (
     Binary,
+    Call,
     Const,
     Program,
     Scalar,
@@ -74,6 +75,7 @@ def tile_runs(
     layout: Layout = PLAIN,
     program: Program | None = None,
     sizes: Mapping[str, int] | None = {},
+    shifted: bool = False,
 ) -> TileRuns:
     """Closed-form runs for one side's tiles.
 
@@ -83,8 +85,10 @@ def tile_runs(
     With a layout, `relation` is in its indices, and tiles are of these: the rows of a residue start at index `i_start`.
     With a program, the ends read the cuts that it declares (`cuts.py`), and tiles that data rules out are not visited.
     sizes: of H, G, D, Dv, where they are known; None where the ends are not to be put plainly yet.
+    shifted: tiles of both sides count from the position `shift`, -block_q < shift <= 0: a query tile that begins at any
+    position is one of these, whose rows after `q_last` do not count. The first key tile may begin before the first key.
     """
-    runs = _Tiler(relation, block_q, block_k, side, align_start, layout, program).runs()
+    runs = _Tiler(relation, block_q, block_k, side, align_start, layout, program, shifted).runs()
     return runs if sizes is None else plain_runs(runs, sizes)
 
 
@@ -116,24 +120,31 @@ def _written_out(runs: TileRuns) -> int:
 class _Tiler:
     def __init__(
         self, relation: Relation, block_q: int, block_k: int, side: Side, align_start: bool, layout: Layout,
-        program: Program | None = None,
+        program: Program | None = None, shifted: bool = False,
     ) -> None:  # fmt: skip
         assert side is not Side.DIAGONAL or block_q == block_k
+        assert not shifted or (side is Side.QUERY and layout.plain and not align_start and block_q % block_k == 0)
         self.relation, self.side, self.layout = relation, side, layout
         self.block_q, self.block_k = block_q, block_k
-        self.align_start = align_start
+        self.align_start, self.shifted = align_start, shifted
         self.hard, self.budget = 0, Budget(eased(TILES_EFFORT, common_multiple(relation.pairs)))
         self.ctx = relation.pairs.get_ctx()
-        # `start` is the position of row 0, or in a layout its index. Rows are always below Nq.
+        # `start` is the position of row 0, or in a layout its index; of shifted tiles that of the first row and key.
+        # Rows are always below Nq.
         start, length = ("0", "Nq") if align_start else ("start", "Nk")
+        k_start = start if shifted else "0"
         self.tiles = self._map(
             f"[start] -> {{ [q, k] -> [x, y] : {block_q} x <= q - {start} < {block_q} x + {block_q} and "
-            f"{block_k} y <= k < {block_k} y + {block_k} }}"
+            f"{block_k} y <= k - {k_start} < {block_k} y + {block_k} }}"
         )
         self.existing = self._set(
             f"[Nq, Nk, start, residue] -> {{ [x, y] : x >= 0 and {layout.q.text(f'{block_q} x + {start}')} < {length} "
-            f"and y >= 0 and {relation.stride} * ({layout.k.text(f'{block_k} y')}) < Nk and Nk >= 1 and Nq >= 1 }}"
+            f"and y >= 0 and {relation.stride} * ({layout.k.text(f'{block_k} y + {k_start}')}) < Nk "
+            f"and Nk >= 1 and Nq >= 1 }}"
         ).intersect_params(relation.context)
+        if shifted:
+            between = isl.Set.read_from_str(self.ctx, f"[start] -> {{ : {-block_q} < start <= 0 }}")
+            self.existing = self.existing.intersect_params(between)
         self.cuts = TileCuts() if program is None else tile_cuts(program, relation.atoms, self._owner(), self._grids())
         self.known = {name: tuple(map(self._set, texts)) for name, texts in self.cuts.pairs.items()}
         parameters = ", ".join(["start", *self.cuts.scalars])
@@ -144,7 +155,7 @@ class _Tiler:
     def reach(self) -> isl.Set:
         """What a full tile has to hold: a key tile all its keys below Nk; a query tile (transposed) has no such duty,
         since the rows that do not exist are zero where the kernel reads them."""
-        return self._set("{ [q, k] : k >= 0 }")
+        return self._set("{ [q, k] }" if self.shifted else "{ [q, k] : k >= 0 }")
 
     @functools.cached_property
     def above(self) -> isl.Map:
@@ -158,8 +169,8 @@ class _Tiler:
         """The tiles of both sides."""
         origin, text = (None, "") if self.align_start else (self._start, " - start")
         return {
-            "q": Grid(self.layout.q, self.block_q, origin, text),
-            "k": Grid(self.layout.k, self.block_k, None, ""),
+            "q": Grid(self.layout.q, self.block_q, origin, text, from_zero=self.align_start),
+            "k": Grid(self.layout.k, self.block_k, *((origin, text) if self.shifted else (None, ""))),
         }
 
     def _owner(self) -> Owner | None:
@@ -177,9 +188,13 @@ class _Tiler:
                 return None
             case _:
                 assert_never(self.side)
-        last = Binary("+", first, Const(size - 1))
+        last = comb.position(Binary("+", first, Const(size - 1)))
+        end = Binary("+", last, Const(1))
+        if self.shifted:
+            # The rows after it are another tile's.
+            last = Call("min", (last, Var("q_last")))
         exists = self.align_start or self.side is Side.KEY
-        return Owner(variable, comb.position(first), comb.position(last), text, size, exists)
+        return Owner(variable, comb.position(first), last, end, text, size, exists)
 
     def _some(self, pairs: isl.Set) -> isl.Set:
         """The pairs that are in a set for some truth of the data that a tile does not rule out."""
@@ -437,6 +452,8 @@ class _Tiler:
 
     @property
     def _start(self) -> Scalar:
+        if self.shifted:
+            return Var("shift")
         return Var("start" if self.layout.q.every else "i_start")
 
 

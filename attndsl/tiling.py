@@ -271,7 +271,8 @@ def _counts(runs: TileRuns, tiling: Tiling, spec: Spec, tokens: int = _TOKENS) -
     tiles = max(1, tokens // tiling.block_q)
     variables = {
         "Nk": np.asarray(_TOKENS), "Nq": np.asarray(_TOKENS), "start": np.asarray(0), "b": np.asarray(0),
-        "i_start": np.asarray(0), "residue": np.asarray(0), "q_tile": np.arange(tiles),
+        "i_start": np.asarray(0), "residue": np.asarray(0), "q_tile": np.arange(tiles), "shift": np.asarray(0),
+        "q_last": np.asarray(_TOKENS),
         "h": np.arange(spec.heads)[:, None], "g": np.arange(spec.heads)[:, None] // (spec.heads // spec.kv_heads),
     }  # fmt: skip
     whole = np.zeros((spec.heads, tiles))

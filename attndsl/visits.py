@@ -11,7 +11,7 @@ from attndsl.effort import remembered
 from attndsl.layout import PLAIN, Layout
 from attndsl.listing import Gathered, Listable, listables
 from attndsl.mapping import mapped, mapped_runs
-from attndsl.mask import IN_RANGE, mask_by_cuts, pair_mask, written_condition
+from attndsl.mask import IN_RANGE, from_first_key, mask_by_cuts, pair_mask, written_condition
 from attndsl.program import Logic, Program, Read, Scalar, compares_quotients
 from attndsl.relation import Lowering, Relation, lowered
 from attndsl.runs import Side, TileRuns, joined
@@ -40,11 +40,14 @@ class Visits:
     marked: Read | None = None
     collected: bool = False
     exact: bool = False
+    shifted: bool = False
 
     def mask(self) -> Scalar | None:
         if self.exact:
             return IN_RANGE if self.collected else None
         found = _pair_mask(self.program, self.spec, self.lowering, self.relation, self.selection)
+        if self.shifted:
+            return from_first_key(found, self.program)
         if not self.collected:
             return found
         # What stands in the place of a missing key is past the last one, whatever the rest implies of those before it.
@@ -52,13 +55,15 @@ class Visits:
 
 
 def visits_of(
-    program: Program, spec: Spec, tiling: Tiling, side: Side, other: Tiling | None = None, gathers: bool = False
-) -> Visits:
+    program: Program, spec: Spec, tiling: Tiling, side: Side, other: Tiling | None = None, gathers: bool = False,
+    shifted: bool = False,
+) -> Visits:  # fmt: skip
     """What the tiles of one side visit. `other`: the tiling of a plan's other kernels, which share its mask.
 
-    gathers: where rows choose for themselves, they may be gathered.
+    gathers: where rows choose for themselves, they may be gathered. shifted: as in `tile_runs`, of a program whose
+    tiles are neither listed nor mapped.
     """
-    return _visits(program, spec, _sizes(tiling), side, None if other is None else _sizes(other), gathers)
+    return _visits(program, spec, _sizes(tiling), side, None if other is None else _sizes(other), gathers, shifted)
 
 
 def _sizes(tiling: Tiling) -> Tiling:
@@ -67,7 +72,9 @@ def _sizes(tiling: Tiling) -> Tiling:
 
 
 @remembered(128)
-def _visits(program: Program, spec: Spec, tiling: Tiling, side: Side, other: Tiling | None, gathers: bool) -> Visits:
+def _visits(
+    program: Program, spec: Spec, tiling: Tiling, side: Side, other: Tiling | None, gathers: bool, shifted: bool
+) -> Visits:
     heads, static = (spec.heads, spec.kv_heads), without_cuts(program)
     if any(isinstance(decl.derivation, Chosen | Draw) for decl in program.inputs):
         lowering, relation = lowered(static, heads)
@@ -97,8 +104,8 @@ def _visits(program: Program, spec: Spec, tiling: Tiling, side: Side, other: Til
         cond = written_condition(lowering, spec.sizes)
         program, runs = mapped_runs(program, cond, runs, tiling.block_q, tiling.block_k, side)
         return Visits(program, spec, runs, lowering, relation)
-    runs = closed_runs(relation, program, spec, tiling, side)
-    return Visits(program, spec, runs, lowering, relation)
+    runs = closed_runs(relation, program, spec, tiling, side, shifted=shifted)
+    return Visits(program, spec, runs, lowering, relation, shifted=shifted)
 
 
 def _anchored(program: Program) -> bool:
@@ -125,21 +132,21 @@ def _collected(
 
 def closed_runs(
     relation: Relation, program: Program, spec: Spec, tiling: Tiling, side: Side, layout: Layout = PLAIN,
-    absolute: bool = False,
+    absolute: bool = False, shifted: bool = False,
 ) -> TileRuns:  # fmt: skip
     """The runs of one side's tiles, with the sizes of a call put in. absolute: tiles of queries count from position 0,
-    not from the call's first row."""
+    not from the call's first row. shifted: as in `tile_runs`."""
     sizes, from_start = tuple(spec.sizes.items()), program.align_start or absolute
-    return _closed(relation, program, sizes, tiling.block_q, tiling.block_k, side, layout, from_start)
+    return _closed(relation, program, sizes, tiling.block_q, tiling.block_k, side, layout, from_start, shifted)
 
 
 @remembered(128)
 def _closed(
     relation: Relation, program: Program, sizes: tuple[tuple[str, int], ...], block_q: int, block_k: int, side: Side,
-    layout: Layout, from_start: bool,
+    layout: Layout, from_start: bool, shifted: bool,
 ) -> TileRuns:  # fmt: skip
     """Kernels share them, whatever else they are made for."""
-    return tile_runs(relation, block_q, block_k, side, from_start, layout, program, dict(sizes))
+    return tile_runs(relation, block_q, block_k, side, from_start, layout, program, dict(sizes), shifted)
 
 
 @remembered(128)

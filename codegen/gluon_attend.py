@@ -107,7 +107,7 @@ class Attend(Tiles):
         plan, lines = self.plan, self.lines
         own = "part * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))"
         if self.combs["q"].every:
-            lines.add(f"q_rows = q_tile * BLOCK_Q + {own}")
+            lines.add(f"q_rows = {self.row} + {own}")
         else:
             lines.add(f"q_nth = i_first + {own}", f"q_rows = {self.token('q', 'q_nth')} - start")
             lines.add("i_pos = gl.expand_dims(q_nth, 1)")
@@ -228,21 +228,31 @@ class Attend(Tiles):
         lines = self.lines
         lines.add("# What earlier pieces found, as one more key with their output for its value.")
         for x in self.v_parts:
-            out = f"OUT{x.suffix}"
-            channels = f"gl.arange(0, {x.size}, gl.SliceLayout(0, {out}))" + (f" + {x.offset}" if x.offset else "")
-            inside = "out_rows < rows" + (f" & (channels < {self.plan.spec.v_dim})" if x.padded else "")
-            own = f"part * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, {out}))"
-            every = self.combs["q"].every
-            rows = f"q_tile * BLOCK_Q + {own}" if every else f"{self.token('q', f'i_first + {own}')} - start"
-            lines.add(
-                f"out_rows = gl.expand_dims({rows}, 1)",
-                f"channels = gl.expand_dims({channels}, 0)",
-                "at = out_ptr + b.to(gl.int64) * stride_outb + h.to(gl.int64) * stride_outh",
-                "at = at + out_rows.to(gl.int64) * stride_outn + channels",
-                f"acc{x.suffix} = gl.load(at, mask={inside}, other=0.0).to(gl.float32)",
-            )
+            inside = self._out_places(x, "rows")
+            lines.add(f"acc{x.suffix} = gl.load(at, mask={inside}, other=0.0).to(gl.float32)")
         if self.plan.softmax:
             self._rescale("decay")
+
+    def _out_places(self, x: Part, end: str) -> str:
+        """The lines that say at which places of memory a part of the output lies, and the text of the condition for
+        those of rows before an end."""
+        out, every = f"OUT{x.suffix}", self.combs["q"].every
+        channels = f"gl.arange(0, {x.size}, gl.SliceLayout(0, {out}))" + (f" + {x.offset}" if x.offset else "")
+        own = f"part * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, {out}))"
+        rows = f"{self.row} + {own}" if every else f"{self.token('q', f'i_first + {own}')} - start"
+        self.lines.add(
+            f"out_rows = gl.expand_dims({rows}, 1)",
+            f"channels = gl.expand_dims({channels}, 0)",
+            "at = out_ptr + b.to(gl.int64) * stride_outb + h.to(gl.int64) * stride_outh",
+            "at = at + out_rows.to(gl.int64) * stride_outn + channels",
+        )
+        return f"(out_rows < {end})" + (f" & (channels < {self.plan.spec.v_dim})" if x.padded else "")
+
+    def _store_rows(self) -> None:
+        """Write a query tile's rows one by one."""
+        for x in self.v_parts:
+            inside = self._out_places(x, "q_end")
+            self.lines.add(f"gl.store(at, acc{x.suffix}.to(dtype), mask={inside})")
 
     def _tile(self, printer: Printer, partial: Visits | None, full: Visits | None) -> None:
         """A tile from the second on: its scores, and the values of the one before."""
@@ -306,7 +316,7 @@ class Attend(Tiles):
         said = plan.score if plan.weights is None else plan.weights
         whole_tile = said is not None and reads(said, "k")
         if whole_tile:
-            lines.add(f"k_first = {self.visited(partial, full, n)} * BLOCK_K", self._keys())
+            lines.add(f"k_first = {self.first_key(self.visited(partial, full, n))}", self._keys())
         if said is not None:
             printer.share(lines, [said], "pair_")
             whole = "" if reads(said, "s") else " + zeros"
@@ -321,7 +331,7 @@ class Attend(Tiles):
             return
         with lines.block("if partial > 0:" if n == "0" else f"if {n} < partial:"):
             if not whole_tile:
-                lines.add(f"k_first = {self.tile(partial, n)} * BLOCK_K")
+                lines.add(f"k_first = {self.first_key(self.tile(partial, n))}")
                 if reads(self.mask, "k"):
                     lines.add(self._keys())
             if reads(self.mask, "j"):
@@ -361,14 +371,24 @@ class Attend(Tiles):
         dtype = f"out_desc{self.v_parts[0].suffix}.dtype" if self.fp8 else "dtype"
         for x, place in zip(self.v_parts, places, strict=True):
             lines.add(f"{place}.reshape([ROWS, {x.size}]).store(acc{x.suffix}.to({dtype}))")
-        lines.add("fence_async_shared()", "row = q_tile * BLOCK_Q + part * ROWS")
-        at = self.at("q", "h", "row")
-        for x, place in zip(self.v_parts, places, strict=True):
-            lines.add(f"tma.async_copy_shared_to_global(out_desc{x.suffix}, [{at}, {x.offset}], {place})")
+        lines.add("fence_async_shared()", f"row = {self.row} + part * ROWS")
+        at, end = self.at("q", "h", "row"), "q_end" if self.begun else "rows"
+        copies = [
+            f"tma.async_copy_shared_to_global(out_desc{x.suffix}, [{at}, {x.offset}], {place})"
+            for x, place in zip(self.v_parts, places, strict=True)
+        ]
+        if self.begun:
+            with lines.block("if (row + ROWS <= q_end) | (q_end == rows):"):
+                lines.add(*copies)
+            with lines.block("else:"):
+                lines.add("# Rows after the last one are another tile's.")
+                self._store_rows()
+        else:
+            lines.add(*copies)
         if plan.softmax:
             lines.add(
                 "# Where nobody asks for lse there is no memory for it.",
-                "asked = (q_rows < rows) & (lse_ptr.to(gl.int64) != 0)",
+                f"asked = (q_rows < {end}) & (lse_ptr.to(gl.int64) != 0)",
                 'lse = gl.where(row_sum == 0.0, float("-inf"), (row_max + gl.log2(row_sum)) / LOG2_E)',
                 "gl.store(lse_ptr + head.to(gl.int64) * rows + q_rows, lse, mask=asked)",
             )

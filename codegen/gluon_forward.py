@@ -17,6 +17,8 @@ from attndsl.plan import DType, ForwardPlan, Part, head_parts
 
 KERNEL = "attention_forward"
 _STAGED = ("k_ready", "k_free", "v_ready", "v_free")
+# The last heads whose tiles take turns, where the longest are those of the longest document, wherever it is.
+_DOCUMENTS_BESIDE = 8
 
 # A thread has of 16 weights the two pairs that products leave it, and a product of float8 takes four in a row.
 _IN_ORDER_OF_VALUES = """\
@@ -67,7 +69,9 @@ def forward_source(plan: ForwardPlan) -> str:
     descriptors = [f"{x}_desc{part.suffix}" for x in "qk" for part in q_parts]
     descriptors += [f"{x}_desc{part.suffix}" for x in ("v", "out") for part in v_parts]
     strides = [f"stride_out{axis}" for axis in "bhn"]
-    uniform = [*(["scale"] if plan.scale is None else []), "rows", "k_len", "places", *scalar_parameters(plan)]
+    uniform = [*(["scale"] if plan.scale is None else []), "rows", "k_len"]
+    # Where a table tells the query tiles, only the device knows how many places there are.
+    uniform += ["places" if plan.row_tiles is None else "heads", *scalar_parameters(plan)]
     scales = [f"{x}_scale_ptr" for x in "qkv"] + [f"stride_{x}_scale" for x in "qkv"]
     given = [*descriptors, "out_ptr", "lse_ptr", "counter_ptr", *scales, *strides, *uniform]
     shared = [name.replace("_desc", "_smem") for name in descriptors]
@@ -101,7 +105,7 @@ class _Copies(Tiles):
         ready = "q_ready.index(nth % 2)" if self.several else "q_ready"
         self.lines.add(f"mbarrier.expect({ready}, 2 * {self._bytes('q', self.q_parts)})")
         with self.lines.block("for half in gl.static_range(2):"):
-            self.lines.add("row = q_tile * BLOCK_Q + half * (BLOCK_Q // 2)")
+            self.lines.add(f"row = {self.row} + half * (BLOCK_Q // 2)")
             self._copy("q", self.q_parts, f"{self.at('q', 'h', 'row')}, {{}}", ready, self.half("half"))
 
     def _bytes(self, x: str, parts: tuple[Part, ...]) -> str:
@@ -147,7 +151,7 @@ class _Load(_Copies):
             f"mbarrier.wait({x}_free.index(stage), phase ^ 1)",
             f"mbarrier.expect({ready}, {self._bytes(x, parts)})",
         )
-        keys = f"{self.at('k', 'g', 'k_tile * BLOCK_K')}, {{}}"
+        keys = f"{self.at('k', 'g', self.first_key('k_tile'))}, {{}}"
         self._copy(x, parts, "b, g, {}, k_tile * BLOCK_K" if self.fp8 and x == "v" else keys, ready, "stage")
 
 
@@ -158,23 +162,32 @@ class _HandOut(_Copies):
         lines = self.lines
         self.constants()
         self.tiles()
-        lines.add("heads = places // q_tiles", "nth = 0", "number = gl.program_id(0)")
+        lines.add(*([] if self.begun else ["heads = places // q_tiles"]), "nth = 0", "number = gl.program_id(0)")
         with lines.block("while number < places:"):
             lines.add("# Heads one after another, the last few side by side: programs in flight share keys.")
-            head, tile = last_beside(lines, "gl", "number", "q_tiles")
+            beside = {"beside": _DOCUMENTS_BESIDE} if self.begun else {}
+            head, tile = last_beside(lines, "gl", "number", "q_tiles", **beside)
             lines.add(f"place = {head} * q_tiles + {tile}")
             self.place("place")
-            partial, full = self.visits(self.printer())
-            self._hand_over("place", *(end for visits in (partial, full) if visits for end in visits.ends))
-            self._copy_queries()
-            lines.add(
-                "# The next one is taken as late as it can be: it may be long, and others are done with theirs.",
-                "mbarrier.wait(ending, nth & 1)",
-                "nth += 1",
-                "number = next_number(counter_ptr, places)",
-            )
+            if self.begun:
+                self.entries("place")
+                with lines.block("if q_row < rows:"):
+                    self._hand_out("q_row", "q_end")
+            else:
+                self._hand_out()
+            lines.add("number = next_number(counter_ptr, places)")
         self._hand_over("places")
         return lines.text()
+
+    def _hand_out(self, *rows: str) -> None:
+        partial, full = self.visits(self.printer())
+        self._hand_over("place", *rows, *(end for visits in (partial, full) if visits for end in visits.ends))
+        self._copy_queries()
+        self.lines.add(
+            "# The next one is taken as late as it can be: it may be long, and others are done with theirs.",
+            "mbarrier.wait(ending, nth & 1)",
+            "nth += 1",
+        )
 
     def _hand_over(self, *numbers: str) -> None:
         """Say which query tile is next, and where its runs end, once there is room for its rows."""

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from attndsl.begins import table_entry, table_head
 from attndsl.codegen.gluon import count_of
 from attndsl.codegen.kernel_loops import Visits
 from attndsl.codegen.leaves import Leaves
@@ -14,7 +15,11 @@ from attndsl.codegen.scalars import GLUON, Names, Printer
 from attndsl.layout import Layout
 from attndsl.plan import DType, ForwardPlan, Part, head_parts
 from attndsl.program import Binary, Const, Scalar, Var
+from attndsl.runs import PLACE
 from attndsl.tile_sizes import leaves_by_q
+
+# The rows of a query tile that begins anywhere: its first, and one past its last.
+_BEGUN = ("q_row", "q_end")
 
 
 class Tiles:
@@ -23,6 +28,9 @@ class Tiles:
     A program owns one query tile, or several (`Tiling.several`), one after another: as it comes to an end of one it is
     given the next, whichever no program has. Then `done` counts the tiles of keys of those before, and `nth` the query
     tiles; which one it is, and where its runs of tiles end, the other parts are handed by a warp that is ahead of them.
+
+    A table may tell where query tiles begin (`plan.row_tiles`): at row `q_row`, with the rows before `q_end`. Tiles of
+    keys count from `shift` then, so that one of them begins where the query tile does.
     """
 
     # The warps of a part that query tiles are handed to; none: it is the one that hands them over.
@@ -30,7 +38,7 @@ class Tiles:
 
     def __init__(self, plan: ForwardPlan, helpers: set[str]) -> None:
         self.plan = plan
-        self.several = plan.tiling.several
+        self.several, self.begun = plan.tiling.several, plan.row_tiles is not None
         self.q_parts, self.v_parts = head_parts(plan.spec.dim), head_parts(plan.spec.v_dim)
         self.fp8 = plan.spec.dtype is DType.FLOAT8
         assert isinstance(plan.layout, Layout)
@@ -77,6 +85,14 @@ class Tiles:
 
     def tiles(self) -> None:
         """How many query tiles a head has, or each of its residues."""
+        if (table := self.plan.row_tiles) is not None:
+            # Of the entries of a batch the most; a head that has fewer has none at the others' places.
+            heads = self.plan.spec.heads
+            self.lines.add("q_tiles = 0")
+            with self.lines.block(f"for b in range({f'heads // {heads}' if len(table.dims) == 2 else '1'}):"):
+                self.lines.add(f"q_tiles = gl.maximum(q_tiles, {self.printer().text(table_head(table))})")
+            self.lines.add("places = heads * q_tiles")
+            return
         period = self.combs["q"].period
         self.lines.add(f"q_tiles = gl.cdiv({'rows' if period == 1 else f'rows // {period}'}, BLOCK_Q)")
 
@@ -89,7 +105,7 @@ class Tiles:
         else:
             lines.add(f"head = {number} // (q_tiles * {classes})", f"residue = {number} // q_tiles % {classes}")
         lines.add(
-            f"q_tile = q_tiles - 1 - {number} % q_tiles",
+            *([] if self.begun else [f"q_tile = q_tiles - 1 - {number} % q_tiles"]),
             f"b = head // {spec.heads}",
             f"h = head % {spec.heads}",
             f"g = h // {ratio}" if ratio > 1 else "g = h",
@@ -99,6 +115,8 @@ class Tiles:
         """The query tile's position, and the tiles it visits: partial ones first."""
         plan, lines = self.plan, self.lines
         lines.add("start = 0" if plan.program.align_start else "start = k_len - rows")
+        if self.begun:
+            return self._begun(printer)
         first: Scalar = Binary("*", Const(plan.tiling.block_q), Var("q_tile"))
         if self.combs["q"].every:
             lines.add("q_first = start + q_tile * BLOCK_Q")
@@ -110,6 +128,35 @@ class Tiles:
                 "i_first = i_start + q_tile * BLOCK_Q",
             )
             printer.names.known[Binary("+", Var("i_start"), first)] = "i_first"
+        return self._visits(printer)
+
+    def _begun(self, printer: Printer) -> tuple[Visits | None, Visits | None]:
+        """The same of a tile that begins anywhere: number `q_tile` of those that count from `shift`, which lies less
+        than a tile before position 0."""
+        if self.warps:
+            self.lines.add(*(f"{x} = handed({self.handed_at(n)}, {self.warps})" for n, x in enumerate(_BEGUN, 1)))
+        self.lines.add(
+            "q_first = start + q_row",
+            "q_last = start + q_end - 1",
+            "q_tile = gl.cdiv(q_first, BLOCK_Q)",
+            "shift = q_first - q_tile * BLOCK_Q",
+        )
+        first = Binary("*", Const(self.plan.tiling.block_q), Var("q_tile"))
+        printer.names.known[Binary("+", Var("shift"), first)] = "q_first"
+        return self._visits(printer)
+
+    def entries(self, place: str) -> None:
+        """The lines that look up in the table the rows of the query tile of a place."""
+        table = self.plan.row_tiles
+        assert table is not None
+        self.lines.add(f"place_of_tile = q_tiles - {place} % q_tiles")
+        for n, name in enumerate(_BEGUN):
+            printer = self.printer()
+            printer.names.known[PLACE] = f"place_of_tile + {n}" if n else "place_of_tile"
+            self.lines.add(f"{name} = {printer.text(table_entry(table, PLACE))}")
+
+    def _visits(self, printer: Printer) -> tuple[Visits | None, Visits | None]:
+        lines = self.lines
         partial, full = self.runs(printer)
         lines.add(f"partial = {count_of(partial)}", f"full = {count_of(full)}")
         if self.listed:
@@ -124,7 +171,7 @@ class Tiles:
         """The runs of tiles that the query tile visits; where they end is computed, or was handed over."""
         lines, runs, given = self.lines, self.plan.runs, None
         if self.several and self.warps:
-            numbers = itertools.count(1)
+            numbers = itertools.count(self.handed_first)
 
             def given() -> str:
                 return f"handed({self.handed_at(next(numbers))}, {self.warps})"
@@ -136,9 +183,15 @@ class Tiles:
         return partial, full
 
     @property
+    def handed_first(self) -> int:
+        """How many numbers are handed over before the ends of runs: which query tile it is, and where it begins and
+        ends."""
+        return 1 + len(_BEGUN) * self.begun
+
+    @property
     def handed(self) -> int:
-        """How many numbers are handed over with a query tile: which it is, and two ends a run."""
-        return 1 + 2 * len(self.plan.runs.full + self.plan.runs.partial)
+        """How many numbers are handed over with a query tile, with two ends a run."""
+        return self.handed_first + 2 * len(self.plan.runs.full + self.plan.runs.partial)
 
     def handed_at(self, number: int) -> str:
         """Where the n-th of them lies in shared memory."""
@@ -154,6 +207,15 @@ class Tiles:
         if visits is None:
             return "0"
         return f"gl.where(nothing, 0, {visits.tile(i)})" if self.listed else f"gl.maximum({visits.tile(i)}, 0)"
+
+    @property
+    def row(self) -> str:
+        """The first row of the query tile."""
+        return "q_row" if self.begun else "q_tile * BLOCK_Q"
+
+    def first_key(self, tile: str) -> str:
+        """The first key of a tile, as a sum."""
+        return f"{tile} * BLOCK_K + shift" if self.begun else f"{tile} * BLOCK_K"
 
     def turn(self, n: str) -> str:
         """How many tiles of keys a program visited before tile n of this query tile, as an operand."""

@@ -11,14 +11,14 @@ from attndsl.program import Read, Scalar, reads, walk
 _BESIDE = 4
 
 
-def last_beside(lines: Lines, language: str, program: str, tiles: str) -> tuple[str, str]:
+def last_beside(lines: Lines, language: str, program: str, tiles: str, beside: int = _BESIDE) -> tuple[str, str]:
     """The texts of a program's head and of its place among the head's `tiles`; `heads` is known.
 
     Heads one after another share what they read among programs in flight. The last ones are side by side, so that all
-    that takes long has started before the end.
+    that takes long has started before the end. beside: how many.
     """
     lines.add(
-        f"alone = {language}.maximum(heads - {_BESIDE}, 0)",
+        f"alone = {language}.maximum(heads - {beside}, 0)",
         f"beside = {program} - alone * {tiles}",
         "turns = heads - alone",
     )

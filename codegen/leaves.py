@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attndsl.codegen.scalars import Level, Printer
-from attndsl.derivation import Gathering, TileList
+from attndsl.derivation import Gathering, RowTiles, TileList
 from attndsl.grid import AXIS_NAMES
 from attndsl.plan import Plan
 from attndsl.program import Arg, Axis, Const, Dim, Read, Scalar, Table, TableDecl, Type, Var
@@ -13,7 +13,7 @@ from attndsl.program import Arg, Axis, Const, Dim, Read, Scalar, Table, TableDec
 _VARIABLES = {
     "q": "q_pos", "k": "k_pos", "b": "b", "h": "h", "g": "g", "Nk": "k_len", "start": "start",
     "q_tile": "q_tile", "k_tile": "k_tile", "diagonal": "diagonal", "residue": "residue", "i": "i_pos", "j": "j_pos",
-    "i_start": "i_start", "d": "channel",
+    "i_start": "i_start", "shift": "shift", "q_last": "q_last", "d": "channel",
 }  # fmt: skip
 # Along each axis of a grid: indices have the shape of a tile of pairs, all else is a number.
 _VARIABLES |= {name: name.replace("i_", "i_pos_").replace("j_", "j_pos_") for name in AXIS_NAMES}
@@ -60,7 +60,7 @@ class Leaves:
             if i < len(index) - 1 and not text.isdecimal():
                 text = f"{text}.to({language}.int64)" if text.isidentifier() else f"({text}).to({language}.int64)"
             # Entries of a derived list lie side by side: a stride would be a product of 64 bits for each.
-            beside = dim.axis is Axis.LIST and isinstance(decl.derivation, TileList | Gathering)
+            beside = dim.axis is Axis.LIST and isinstance(decl.derivation, TileList | Gathering | RowTiles)
             terms.append(text if beside else f"{text} * {decl.parameter}_stride_{i}")
         load = f"{language}.load({' + '.join([f'{decl.parameter}_ptr', *terms])})"
         if decl.holds_integers:

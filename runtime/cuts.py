@@ -104,11 +104,11 @@ def _search(
     }  # fmt: skip
     for name, strides in (("own", own_strides), ("other", other_strides)):
         given |= {f"stride_{name}_{axis}": stride for axis, stride in zip("bhn", strides, strict=True)}
-    return device_kernel(_text(), "search", lead * chunks, device, given)
+    return device_kernel(kernel_text(), "search", lead * chunks, device, given)
 
 
 @functools.cache
-def _text() -> str:
+def kernel_text() -> str:
     return files("attndsl.runtime").joinpath("cut_kernels.py").read_text("utf-8")
 
 

@@ -32,6 +32,7 @@ from attndsl.derivation import (
     Order,
     Place,
     Random,
+    RowTiles,
     RunCount,
     RunEnds,
     RunExtents,
@@ -70,6 +71,7 @@ from attndsl.runtime.lasting import capturing, hold, lasting, stream_of, table_t
 from attndsl.runtime.list_makers import ListMakers
 from attndsl.runtime.permute import of_order
 from attndsl.runtime.plans import chosen_members, list_size
+from attndsl.runtime.row_tiles import row_tiles, table_size
 from attndsl.runtime.runs import along, entry_input, run_input
 from attndsl.runtime.strip_blocks import block_sums, gathered, pieces
 from attndsl.runtime.tile_map import tile_map
@@ -256,6 +258,8 @@ class Deriver:
             case Order() | Sorted() | Place():
                 q_len, k_len = self._lengths(1)
                 return of_order(decl, decl.derivation, values.at(Nq=q_len, Nk=k_len))
+            case RowTiles(first=first):
+                return row_tiles(decl.derivation, self.program.input(first), values.tensors[first], self.shape)
             case TileMap():
                 q_len, k_len = self._lengths(1)
                 return tile_map(decl, decl.derivation, values.at(Nq=q_len, Nk=k_len))
@@ -445,6 +449,8 @@ class Deriver:
             case TileMap(rows=rows, keys=keys):
                 lead = [dim_size(dim, self.program, self.shape) for dim in decl.dims[:-2]]
                 return [*lead, -(-self.shape.rows // rows), -(-self.shape.k_len // keys)]
+            case RowTiles(first=first):
+                return table_size(decl.derivation, self.program.input(first), self.shape)
             case _:
                 return [dim_size(dim, self.program, self.shape) for dim in decl.dims]
 
@@ -452,7 +458,7 @@ class Deriver:
 def derived_dtype(decl: InputDecl) -> torch.dtype:
     """The dtype of a derived input."""
     match decl.derivation:
-        case Offsets() | RunEnds() | RunCount() | DocumentEnds() | DocumentEntries() | Cut() | Order():
+        case Offsets() | RunEnds() | RunCount() | DocumentEnds() | DocumentEntries() | Cut() | Order() | RowTiles():
             return torch.int32
         case BlockMap() | Chosen():
             return torch.bool

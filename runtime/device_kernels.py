@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from attndsl.runtime.load import load_source
 
 
 def device_kernel(
-    text: str, function: str, grid: int, device: torch.device, given: Mapping[str, Any]
+    text: str, function: str, grid: int, device: torch.device, given: dict[str, Any]
 ) -> Callable[..., None]:
     """A kernel of a text, compiled for the device, or interpreted where that is none.
 

@@ -21,7 +21,7 @@ from attndsl import program as programs
 from attndsl import scalar as scalars
 from attndsl.compose import raw_first
 from attndsl.cuts import with_cuts
-from attndsl.derivation import Cut, Derivation, Draw, Gathering, Order, TileList, TileMap
+from attndsl.derivation import Cut, Derivation, Draw, Gathering, Order, RowTiles, TileList, TileMap
 from attndsl.derive import derive
 from attndsl.diagnostics import error
 from attndsl.learned import Over
@@ -61,14 +61,14 @@ def printed_forward(
         whole = spec.whole and backend is Backend.GLUON
         plans = forward_plans(program, replace(spec, backend=backend, whole=whole), tiling)
         texts = {_TEXT.format(n): printers[plan.spec.backend](plan).encode() for n, plan in enumerate(plans, 1)}
-        said = tuple((x.spec, x.tiling, x.layout, x.gathered, x.view, x.softmax) for x in plans)
+        said = tuple((x.spec, x.tiling, x.layout, x.gathered, x.view, x.softmax, x.row_tiles) for x in plans)
         return texts | _choices(program, plans[0].program, said)
 
     files = _kept(cache, make, "printed forward", program, spec, backends, tiling)
     program, pieces = _chosen(files, program)
     return tuple(
-        Printed(program, made, chosen, files[_TEXT.format(n)].decode(), layout, n > 1, gathered, view, softmax)
-        for n, (made, chosen, layout, gathered, view, softmax) in enumerate(pieces, 1)
+        Printed(program, made, chosen, files[_TEXT.format(n)].decode(), layout, n > 1, gathered, view, softmax, begun)
+        for n, (made, chosen, layout, gathered, view, softmax, begun) in enumerate(pieces, 1)
     )
 
 
@@ -186,7 +186,7 @@ def _choices(program: Program, made: Program, said: Any) -> dict[str, bytes]:
 def _is_list(derivation: Derivation | None) -> bool:
     if isinstance(derivation, Draw):
         return derivation.members
-    return isinstance(derivation, TileList | Gathering | TileMap)
+    return isinstance(derivation, TileList | Gathering | TileMap | RowTiles)
 
 
 def _chosen(files: Mapping[str, bytes], program: Program) -> tuple[Program, Any]:

@@ -16,6 +16,8 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from attndsl.begins import most_tiles
+from attndsl.derivation import RowTiles
 from attndsl.layers import Layers, in_a_row, layers
 from attndsl.plan import Backend, DType, Loads, Plan, Printed, Spec, head_parts
 from attndsl.program import Axis, CallShape, Program
@@ -95,6 +97,9 @@ class TritonForward:
         self.kernel, self.shape = kernel, shape
         layout = kernel.layout
         tiles = layout.programs("q", kernel.tiling.block_q, shape, kernel.program)
+        if kernel.row_tiles is not None:
+            assert isinstance(kernel.row_tiles.derivation, RowTiles)
+            tiles = most_tiles(kernel.row_tiles.derivation, shape.rows)
         self.grid = tiles * shape.batch * (shape.heads if kernel.tiling.pack == 1 else shape.kv_heads)
         if kernel.tiling.several:
             self.grid = min(self.grid, programs_at_once(q.device))
@@ -240,7 +245,7 @@ def parameter_sources(plan: Planned, q: Tensor, k: Tensor, v: Tensor, inputs: Se
         for index, name, x, rows in tiles:
             found |= descriptors(plan, "k" if name in "kv" else "q", name, index, x, rows)
         places = plan.layout.programs("q", plan.tiling.block_q, shape, plan.program)
-        found["places"] = places * shape.batch * shape.heads
+        found |= {"places": places * shape.batch * shape.heads, "heads": shape.batch * shape.heads}
         found["counter_ptr"] = Slot(INPUTS + len(inputs) + len(plan.program.args), "*i32")
     return found | program_sources(plan, shape, inputs, q.device)
 

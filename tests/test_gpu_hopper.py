@@ -93,7 +93,7 @@ APART = {
 }
 
 
-@pytest.mark.parametrize("dim", [128, 96])
+@pytest.mark.parametrize("dim", [128, 96, 72])
 @pytest.mark.parametrize("text", APART)
 def test_every_so_many_th_token(text: str, dim: int) -> None:
     """Where a call has as many tokens of each remainder, hardware copies them as they lie; elsewhere nothing does."""
@@ -169,6 +169,55 @@ def test_tiles_by_maps_of_data(tokens: int) -> None:
     assert close(attn, attn(q, k, v, backend="gluon", until=until), q, k, v, until=until)
     until.fill_(-1)
     assert not attn(q, k, v, backend="gluon", until=until).any()
+
+
+BEGUN = {
+    "causal": ("causal & document(doc)", "doc : int[b, k] sorted"),
+    "both ways": ("document(doc)", "doc : int[b, k] sorted"),
+    "sink": ("causal & (document(doc) | sink(4))", "doc : int[b, k] sorted"),
+    "window": ("causal & window(300) & document(doc)", "doc : int[b, k] sorted"),
+    "one for all": ("causal & document(doc)", "doc : int[k] sorted"),
+}
+
+
+def document_ids(lengths: list[list[int]]) -> Tensor:
+    return torch.stack([torch.repeat_interleave(torch.arange(len(x)), torch.tensor(x)) for x in lengths]).cuda()
+
+
+@pytest.mark.parametrize(("dim", "v_dim"), [(128, 128), (64, 64), (96, 96), (128, 192), (40, 72)])
+@pytest.mark.parametrize("name", BEGUN)
+def test_query_tiles_begin_where_documents_do(name: str, dim: int, v_dim: int) -> None:
+    """Documents of every size, of which two batch entries have others; a call of the last rows alone; ids in any order
+    read nothing that is not there, and a captured graph takes those of its replay."""
+    pattern, declared = BEGUN[name]
+    attn = attndsl.compile(f"attention a {{ input {declared}  attend {pattern} }}")
+    program = engine(attn.program)
+    program.tiling = Tiling(128, 128 if v_dim == 128 else 64, 4, 2, several=True)
+    ids = document_ids([[1, 300, 129, 255, 17, 640, 700, 5], [700, 1, 1, 260, 3, 512, 511, 59]])
+    ids = ids if "[b" in declared else ids[0]
+    for rows, heads, kv_heads in ((2047, 4, 2), (1000, 10, 10), (1, 2, 1)):
+        q, k, v = random(heads, rows, dim), random(kv_heads, 2047, dim), random(kv_heads, 2047, v_dim)
+        out, lse = program.forward(q, k, v, [ids], [], None, "gluon")
+        again = program.forward(q, k, v, [ids], [], None, "gluon")
+        assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
+        assert close(attn, out, q, k, v, doc=ids)
+        exact = attn.reference(q, k, v, return_lse=True, doc=ids)[1]
+        torch.testing.assert_close(lse.double(), exact, atol=1e-3, rtol=1e-3)
+    q, k, v = random(4, 2047, dim), random(2, 2047, dim), random(2, 2047, v_dim)
+    given = ids.clone()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        program.forward(q, k, v, [given], [], None, "gluon")
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = program.forward(q, k, v, [given], [], None, "gluon")[0]
+    for others in (torch.zeros_like(ids), ids.flip(-1).neg(), ids):
+        given.copy_(others)
+        graph.replay()
+        assert close(attn, captured, q, k, v, doc=others)
+    given.copy_(torch.randint_like(ids, 9))
+    graph.replay()
+    torch.cuda.synchronize()
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
