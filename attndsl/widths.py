@@ -2,7 +2,8 @@
 
 A kernel serves all lengths, so what its integers come to is bounded by those of a call: for a program there is a
 longest call, and a largest runtime int. Past them a number would wrap and a mask be wrong in silence; such calls are
-refused. The CPU computes in 64 bits.
+refused. What is computed from integers of inputs, which no one bounds, has 64 bits (`codegen/scalars.py`), as all on
+the CPU.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from attndsl.program import (
     walk,
 )  # fmt: skip
 
-LARGEST = (1 << 31) - 1
+LARGEST, LARGEST_WIDE = (1 << 31) - 1, (1 << 63) - 1
 # Batches and heads are never near 32 bits; what is multiplied with them may be.
 _SIZES = {"b": 1 << 20, "h": 1 << 12, "g": 1 << 12, "H": 1 << 12, "G": 1 << 12, "D": 256, "Dv": 256}
 # Runtime ints are allowed as much as leaves calls this long, where that is possible.
@@ -42,8 +43,8 @@ _ARGUMENTS = tuple(1 << bits for bits in (30, 24, 20, 16, 12, 8))
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """A program fits calls of at most `tokens` rows and keys, whose runtime ints lie within ±`argument` and the
-    integers of whose inputs within ±`tokens`; `tokens` is 0 where no call fits, since a number written does not."""
+    """A program fits calls of at most `tokens` rows and keys, whose runtime ints lie within ±`argument`; `tokens` is 0
+    where no call fits, since a number written does not."""
 
     tokens: int
     argument: int
@@ -54,10 +55,11 @@ def widths(program: Program) -> Widths:
     """How large a call's numbers may be."""
     tables = {x.name: max((abs(int(v)) for v in x.values), default=0) for x in program.tables if x.type is Type.INT}
     roots = [e for e in _written(program) if any(x.type is Type.INT for x in walk(e))]
+    inputs = frozenset(decl.name for decl in program.inputs if decl.holds_integers)
 
     def longest(argument: int) -> int:
         sizes = (1 << bits for bits in range(29, -1, -1))
-        return next((n for n in sizes if _Magnitudes(n, argument, tables).fit(roots)), 0)
+        return next((n for n in sizes if _Magnitudes(n, argument, tables, inputs).fit(roots)), 0)
 
     found = Widths(0, _ARGUMENTS[0])
     for argument in _ARGUMENTS if program.args else _ARGUMENTS[:1]:
@@ -102,7 +104,7 @@ def _written(program: Program) -> Iterator[Scalar]:
 
 @dataclass(slots=True)
 class _Magnitudes:
-    """Bounds of integers where positions, lengths and integers of inputs are at most `tokens`.
+    """Bounds of integers where positions and lengths are at most `tokens`; `inputs`: those that hold any of 32 bits.
 
     Of a comparison it counts both sides together: the compiler moves terms from one to the other.
     """
@@ -110,21 +112,35 @@ class _Magnitudes:
     tokens: int
     argument: int
     tables: dict[str, int]
+    inputs: frozenset[str]
 
     def fit(self, roots: list[Scalar]) -> bool:
-        """Whether no integer that is computed on the way passes 32 bits."""
+        """Whether no integer that is computed on the way passes 32 bits, or 64 where it is made of an input's."""
         memo: dict[int, int] = {}
+        wide: set[int] = set()
 
         def bound(e: Scalar) -> int:
             found = memo.get(id(e))
             if found is None:
                 operands = [bound(x) for x in children(e)]
                 found = memo[id(e)] = self._bound(e, operands) if _counts(e) else 0
+                if _counts(e) and self._wide(e, wide):
+                    wide.add(id(e))
             return found
 
         for e in roots:
             bound(e)
-        return max(memo.values(), default=0) <= LARGEST
+        return all(most <= (LARGEST_WIDE if e in wide else LARGEST) for e, most in memo.items())
+
+    def _wide(self, e: Scalar, wide: set[int]) -> bool:
+        """Whether a kernel has 64 bits for an integer, or needs none; `wide`: those of its operands."""
+        match e:
+            case Read(input=name):
+                return name in self.inputs
+            case Binary(op="%", right=Const()) | Call(function="bit_length"):
+                return False
+            case _:
+                return any(id(x) in wide for x in children(e))
 
     def _bound(self, e: Scalar, operands: list[int]) -> int:
         match e:
@@ -134,8 +150,8 @@ class _Magnitudes:
                 return _SIZES.get(name, self.tokens)
             case Arg():
                 return self.argument
-            case Read():
-                return self.tokens
+            case Read(input=name):
+                return LARGEST + 1 if name in self.inputs else self.tokens
             case Table(name=name):
                 return self.tables[name]
             case Binary(op="*"):

@@ -29,6 +29,10 @@ class TensorLeaves:
 
     plan: Plan
 
+    def any_integers(self, name: str) -> bool:
+        """As in a kernel for GPUs: here integers have 64 bits."""
+        return False
+
     def __call__(self, e: Scalar, printer: Printer) -> str:
         match e:
             case Var(name="q"):
@@ -80,6 +84,10 @@ class NumberLeaves:
     """Leaves as Python numbers, for the runs of one tile of one head."""
 
     plan: Plan
+
+    def any_integers(self, name: str) -> bool:
+        """As in a kernel for GPUs: here integers have 64 bits."""
+        return False
 
     def __call__(self, e: Scalar, printer: Printer) -> str:
         match e:

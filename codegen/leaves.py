@@ -43,6 +43,10 @@ class Leaves:
             case _:
                 raise AssertionError(f"not a leaf: {e}")
 
+    def any_integers(self, name: str) -> bool:
+        """Whether an input holds integers that a call gives: any that its memory has, however long the call is."""
+        return self.plan.program.input(name).holds_integers
+
     def _table(self, table: TableDecl, index: tuple[Scalar, ...], printer: Printer) -> str:
         terms, stride = [], 1
         for e, size, dim in reversed(list(zip(index, table.shape, table.dims, strict=True))):

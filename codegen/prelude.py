@@ -26,6 +26,18 @@ def widened(x):
 
 
 @triton.jit
+def wide(x):
+    """An integer of an input as an operand of what may be larger than it."""
+    return x.to(tl.int64)
+
+
+@triton.jit
+def narrow(x):
+    """An integer of 64 bits as one of 32 that compares alike with those that fit them."""
+    return tl.minimum(tl.maximum(x, -2147483647), 2147483647).to(tl.int32)
+
+
+@triton.jit
 def clamp(x, low, high):
     return tl.minimum(tl.maximum(x, low), high)
 

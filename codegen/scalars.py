@@ -8,10 +8,10 @@ neither keys nor scores, and once per tile where several expressions share it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import assert_never
+from typing import Protocol, assert_never
 
 from attndsl.codegen.lines import Lines
 from attndsl.program import (
@@ -62,7 +62,8 @@ class Dialect:
     `functions`: spelling of `Call`s. `bitwise`: booleans are tensors, joined by `& | ~`. `select`: the function that
     chooses by a condition, None for Python's own conditional. `floor`: names of the helpers for `//` and `%`
     where the operators round towards zero, None where they round down. `real`: an integer as a float.
-    `language`: the name of the module that leaves load through.
+    `language`: the name of the module that leaves load through. `wide`: the helper that puts an integer in 64 bits,
+    None where integers have as many.
     """
 
     functions: Mapping[str, str]
@@ -72,6 +73,7 @@ class Dialect:
     infinity: str
     real: str
     language: str = ""
+    wide: str | None = None
 
 
 TRITON = Dialect(
@@ -82,7 +84,7 @@ TRITON = Dialect(
         "tanh": "tanh", "sigmoid": "sigmoid", "softcap": "softcap",
     },
     bitwise=True, select="tl.where", floor=("floor_div", "floor_mod"), infinity='float("inf")',
-    real="({}).to(tl.float32)", language="tl",
+    real="({}).to(tl.float32)", language="tl", wide="wide",
 )  # fmt: skip
 GLUON = replace(
     TRITON,
@@ -105,16 +107,55 @@ PYTHON = Dialect(
 )  # fmt: skip
 
 
+class LeafText(Protocol):
+    """Text of leaves."""
+
+    def __call__(self, e: Scalar, printer: Printer) -> str: ...
+
+    def any_integers(self, name: str) -> bool:
+        """Whether an input holds integers that a call gives: any that its memory has, however long the call is."""
+
+
+class Width(IntEnum):
+    """What is known of the bits of an integer: it fits 32 (`attndsl/widths.py`), it is any that an input holds, or it
+    is computed from such and has 64."""
+
+    FITS = 0
+    ANY = 1
+    WIDE = 2
+
+
 @dataclass(slots=True)
 class Names:
     """Text of leaves, and names of values computed so far."""
 
-    leaf: Callable[[Scalar, Printer], str]
+    leaf: LeafText
     known: dict[Scalar, str] = field(default_factory=dict)
+    widths: dict[Scalar, Width] = field(default_factory=dict)
 
     def inner(self) -> Names:
         """A scope inside this one: what is named there is forgotten after it."""
-        return Names(self.leaf, dict(self.known))
+        return Names(self.leaf, dict(self.known), self.widths)
+
+    def width(self, e: Scalar) -> Width:
+        """The width of an integer as it is computed in kernels of 32 bits."""
+        if (found := self.widths.get(e)) is None:
+            found = self.widths[e] = self._width(e)
+        return found
+
+    def _width(self, e: Scalar) -> Width:
+        match e:
+            case Read(input=name):
+                return Width.ANY if self.leaf.any_integers(name) else Width.FITS
+            case Call(function="bit_length"):
+                return Width.FITS
+            case Binary(op="%", left=x, right=Const()) if self.width(x) is Width.ANY:
+                return Width.FITS
+            case Binary() | Unary() | If() | Call() if e.type is Type.INT:
+                of = max(self.width(x) for x in (children(e)[1:] if isinstance(e, If) else children(e)))
+                return Width.WIDE if of is Width.ANY and _grows(e) else of
+            case _:
+                return Width.FITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +187,11 @@ class Printer:
                     return f"~{self.text(x, Level.UNARY)}", Level.UNARY
                 return f"not {self.text(x, Level.NOT)}", Level.NOT
             case Unary(operand=x):
-                return f"-{self.text(x, Level.UNARY)}", Level.UNARY
+                return f"-{self._operand(x, Level.UNARY)}", Level.UNARY
             case Binary(op=op, left=a, right=b):
                 return self._binary(op, a, b)
             case Compare(op=op, left=a, right=b):
-                return f"{self.text(a, Level.BIT_OR)} {op} {self.text(b, Level.BIT_OR)}", Level.COMPARE
+                return f"{self._compared(a, b)} {op} {self._compared(b, a)}", Level.COMPARE
             case Logic(op=op, operands=xs):
                 sign, level = self._joint(op)
                 return f" {sign} ".join(self.text(x, Level(level + 1)) for x in xs), level
@@ -184,11 +225,28 @@ class Printer:
             return f"{left} {op} {right}", Level.SUM if op in "+-" else Level.TERM
         match op:
             case "+" | "-":
-                return f"{self.text(a, Level.SUM)} {op} {self.text(b, Level.TERM)}", Level.SUM
+                return f"{self._operand(a, Level.SUM)} {op} {self._operand(b, Level.TERM)}", Level.SUM
             case "//" | "%" if self.dialect.floor is not None:
                 return self._floored(op, a, b)
             case _:
-                return f"{self.text(a, Level.TERM)} {op} {self.text(b, Level.UNARY)}", Level.TERM
+                return f"{self._operand(a, Level.TERM)} {op} {self._operand(b, Level.UNARY)}", Level.TERM
+
+    def _compared(self, e: Scalar, other: Scalar) -> str:
+        """The text of one side of a comparison. Between one of 64 bits and one that fits 32 these decide."""
+        types = e.type is other.type is Type.INT
+        if self.dialect.wide is None or not types or self.names.width(e) is not Width.WIDE:
+            return self.text(e, Level.BIT_OR)
+        if self.names.width(other) is not Width.FITS:
+            return self.text(e, Level.BIT_OR)
+        self.helpers.add("narrow")
+        return f"narrow({self.text(e)})"
+
+    def _operand(self, e: Scalar, level: Level) -> str:
+        """The text of an operand of what may be larger than it: any integer of an input in 64 bits."""
+        if self.dialect.wide is None or e.type is not Type.INT or self.names.width(e) is not Width.ANY:
+            return self.text(e, level)
+        self.helpers.add(self.dialect.wide)
+        return f"{self.dialect.wide}({self.text(e)})"
 
     def _loose(self, e: Scalar, other: Scalar) -> bool:
         """Whether an operand is an integer that the other one gives no precision."""
@@ -208,7 +266,8 @@ class Printer:
     def _call(self, function: str, args: tuple[Scalar, ...]) -> str:
         name = self.dialect.functions[function]
         self.helpers.add(name)
-        texts = [self._real(x) if function in FLOAT_CALLS else self.text(x) for x in args]
+        argument = self._operand if function == "abs" else self.text
+        texts = [self._real(x) if function in FLOAT_CALLS else argument(x, Level.COND) for x in args]
         if name.rpartition(".")[2] in ("minimum", "maximum"):
             # These take two.
             joined = texts[0]
@@ -274,6 +333,15 @@ class Printer:
                 return 2
             case _:
                 return 1 + sum(self._work(x) for x in children(e))
+
+
+def _grows(e: Scalar) -> bool:
+    """Whether an integer may be larger than those that it is computed from."""
+    match e:
+        case Unary() | Binary(op="+" | "-" | "*") | Call(function="abs"):
+            return True
+        case _:
+            return False
 
 
 def _independent(e: Scalar, inside: tuple[str, ...]) -> list[Scalar]:

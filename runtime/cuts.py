@@ -34,8 +34,8 @@ def make_cut(decl: InputDecl, cut: Cut, values: Values) -> Tensor:
         return torch.full(sizes, first, dtype=torch.int32, device=device)
     own = _along(cut.own, cut.owner, own_first, own_end, values, lead)
     if isinstance(cut.other, Var):
-        # Positions are their own values.
-        found = (own + cut.inclusive).clamp(first, end).to(torch.int32)
+        # Positions are their own values. The largest integer of an input has none after it in its own width.
+        found = (own.to(torch.int64) + cut.inclusive).clamp(first, end).to(torch.int32)
     else:
         other = own if reflexive(cut, program) else _along(cut.other, cut.cut, first, end, values, lead)
         if device.type == "cuda":

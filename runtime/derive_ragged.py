@@ -98,7 +98,7 @@ class RaggedDeriver(Deriver):
         own = values.tensor(cut.own).expand(size[0], 1, size[1], 1)[:, 0, :, 0]
         if isinstance(cut.other, Var):
             # Positions are their own values.
-            found = own + cut.inclusive
+            found = own.to(torch.int64) + cut.inclusive
         else:
             place = self._range(0, capacity)
             other = values.at(k=place.view(1, 1, 1, -1)).tensor(cut.other).expand(size[0], 1, 1, capacity)[:, 0, 0]

@@ -23,7 +23,7 @@ FIT = {
     ARGUMENT % "k <= q + 2 * n": Widths(1 << 29, 1 << 24),
     ARGUMENT % "n * k <= q": Widths(1 << 22, 1 << 8),
     "attention a(t : int[h]) { attend { k <= q + t[h] } }": Widths(1 << 24, 1 << 30),
-    "attention a { input i : int[k]  score s + 0.1 * (i[k] * i[k])  attend causal }": Widths(1 << 15, 1 << 30),
+    "attention a { input i : int[k]  score s + 0.1 * (i[k] * i[k])  attend causal }": Widths(1 << 29, 1 << 30),
 }
 
 
@@ -90,3 +90,42 @@ def test_arguments_of_questions_are_ints() -> None:
     with pytest.raises(PatternError, match=r"A516.*not 2\.5"):
         attn.mask(4, 4, n=2.5)
     assert attn.mask(4, 4, n=True).sum() == attn.mask(4, 4, n=1).sum()
+
+
+EXTREMES = ((1 << 31) - 1, -(1 << 31), (1 << 31) - 30, 30 - (1 << 31), -1, 0, 5, 20)
+OF_INPUTS = [
+    "input p : int[b, k]  attend { q - p[k] < 10 }",
+    "input p : int[b]  attend { k < p + 5 and q >= p - 7 }",
+    "input p : int[b]  attend causal & { k * 3 < p + q }",
+    "input p : int[b, k]  attend { (p[k] - p[q]) % 7 < 3 or p[k] % 7 == 1 }",
+    "input p : int[b, k]  attend { abs(p[k]) > 30 and -p[q] > -30 }",
+    "input p : int[b, k]  attend { min(p[k], q) + 2 * p[q] // 3 < k }",
+    "input p : int[b, k]  score s + 0.000000001 * (p[k] - p[q])  attend causal",
+]
+
+
+@pytest.mark.parametrize("text", OF_INPUTS)
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+def test_integers_of_inputs_do_not_wrap(text: str, backend: str) -> None:
+    """However large they are, and however short the call is."""
+    attn, call = attndsl.compile(f"attention a {{ {text} }}"), qkv(37, 37)
+    # Two heads in two batches, so that all of them are there.
+    q, k, v = (x.expand(2, -1, -1, -1) for x in call)
+    size = (2, 37) if "int[b, k]" in text else (2,)
+    p = torch.tensor(EXTREMES, dtype=torch.int32)[torch.randint(0, len(EXTREMES), size)]
+    found = attn(q, k, v, backend=backend, p=p)
+    assert torch.allclose(found.double(), attn.reference(q, k, v, p=p), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_the_largest_of_sorted_integers_cuts_nothing_off(dtype: torch.dtype) -> None:
+    """What bounds tiles is one past an entry, which its own width may not hold."""
+    attn, call = (
+        attndsl.compile("attention a { input until : int[b, q] sorted  attend { k <= until[q] } }"),
+        qkv(5, 300),
+    )
+    most = torch.iinfo(dtype).max
+    until = torch.tensor([[0, 7, 100, most, most]]).to(dtype)
+    for backend in ("triton", "cpu"):
+        found = attn(*call, backend=backend, until=until)
+        assert torch.allclose(found.double(), attn.reference(*call, until=until), atol=1e-5, rtol=0)
