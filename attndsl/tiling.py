@@ -15,7 +15,7 @@ from attndsl.effort import remembered
 from attndsl.evaluate import evaluate
 from attndsl.listing import LEAST, Listable, fitting, listables, lists_tiles
 from attndsl.plan import Backend, BackwardPlan, ForwardPlan, Loads, Spec, Tiling, backward_plan, forward_plan
-from attndsl.program import Arg, CallShape, Program, Read, Scalar, Table, Type, reads, walk
+from attndsl.program import Arg, CallShape, Compare, Program, Read, Scalar, Table, Type, reads, walk
 from attndsl.relation import lowered
 from attndsl.runs import TileRuns
 from attndsl.tile_sizes import backward_tilings, default_tiling
@@ -36,8 +36,11 @@ _ONE_PASS, _TWO_PASSES = {128: (5.2, 10.0, 2.2, 2.2)}, {128: (1.5, 3.2, 3.05, 1.
 _MULTIPROCESSORS = 132
 # Tiles of rows that a key tile is visited by, from which on two stages of them are ahead of three on an H100.
 _MANY_TILES = 100
-# A key tile that so many times more query tiles visit than the others do on average is started first.
-_HEAVY = 4
+# Comparisons of a mask that leave what goes on in registers.
+_LIGHT_MASK = 4
+# A key tile that so many times more query tiles visit than the others do on average is started first. Under causal the
+# first key tile is visited nearly twice as often.
+_HEAVY = 2
 # The length for which tilings are compared: kernels do not depend on lengths.
 _TOKENS = 16384
 # Rows of a tile that heads share, where their rows are few enough.
@@ -209,10 +212,14 @@ def prefers_two_passes(plan: BackwardPlan, shape: CallShape) -> bool:
 
 
 def _one_pass_tiling(program: Program, spec: Spec, of_q: Tiling, of_keys: Tiling) -> Tiling:
-    """The tiling of all gradients in one pass: two stages of rows where key tiles are visited by many, else three."""
+    """The tiling of all gradients in one pass: two stages of rows where key tiles are visited by many, or where masks
+    take more registers than there are (what is put aside is cached, in memory that a third would take), else three.
+    """
     plan = backward_plan(program, spec, of_q, of_keys)
     visits = _key_visits(plan, CallShape(1, spec.heads, spec.kv_heads, _TOKENS, _TOKENS, spec.dim, spec.v_dim), None)
-    deep = spec.dim > 64 and (visits is None or visits.mean() < _MANY_TILES)
+    few = visits is None or visits.mean() < _MANY_TILES
+    compared = {} if plan.key_mask is None else {x for x in walk(plan.key_mask) if isinstance(x, Compare)}
+    deep = spec.dim > 64 and few and len(compared) <= _LIGHT_MASK
     return replace(of_keys, stages=3) if deep else of_keys
 
 

@@ -44,6 +44,13 @@ GRADIENTS = "attention_gradients"
 # Of a product.
 _LEAST_ROWS = 64
 
+# Where the rows of a tile stand. A thread's places differ by numbers that are the same for all threads: with what is
+# the thread's own in the tile's first row, they are compared with constants, and none stands in a register.
+_PLACES = (
+    "q_place = gl.expand_dims(gl.arange(0, BLOCK_Q, ROW), 0)",
+    "q_first = start + q_tile * BLOCK_Q + (q_place & LANE)",
+    "q_place = q_place & ~LANE",
+)
 _ADD = '''\
 @builtin
 def add_shared_to_global(desc, coord, source, _semantic=None):
@@ -208,11 +215,12 @@ class _Gradients:
             "DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])",
             "LEFT: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)",
             "ROW: gl.constexpr = gl.SliceLayout(0, PAIRS)",
+            "# The bits of a row's place in its tile that tell threads apart.",
+            "LANE: gl.constexpr = 6",
             "dtype: gl.constexpr = k_desc.dtype",
             "",
             "k_pos = k_tile * BLOCK_K + part * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, PAIRS))",
             "k_pos = gl.expand_dims(k_pos, 1)",
-            "q_offset = gl.expand_dims(gl.arange(0, BLOCK_Q, ROW), 0)",
             "zeros = gl.zeros([KEYS, BLOCK_Q], gl.float32, PAIRS)",
             "no_dq = gl.zeros([ROWS, COLUMNS], gl.float32, DQ)",
             "dk = gl.zeros([KEYS, DIM], gl.float32, OUT)",
@@ -337,11 +345,11 @@ class _Gradients:
         """`weights` of the tile's pairs, 0 where they are not allowed."""
         plan = self.plan
         everywhere = [e for e in (plan.score, self.slope) if e is not None]
-        q_pos = ["q_rows = q_tile * BLOCK_Q + q_offset", "q_pos = start + q_rows"]
+        q_pos = ["q_pos = q_first + q_place", "q_rows = q_pos - start"]
         if self.reads_rows:
             q_pos.append("q_index = gl.minimum(q_rows, rows - 1)")
         if everywhere:
-            lines.add(*q_pos)
+            lines.add(*_PLACES, *q_pos)
         if plan.score is not None:
             lines.add("scores = scores * scale")
         printer.names.known[Var("s")] = "scores"
@@ -357,11 +365,10 @@ class _Gradients:
             )
         if self.mask is not None:
             with lines.block("if n < masked:"):
-                lines.add("q_first = start + q_tile * BLOCK_Q")
-                if not everywhere and reads(self.mask, "q"):
-                    lines.add(*q_pos)
+                if not everywhere:
+                    lines.add(*_PLACES, *(q_pos if reads(self.mask, "q") else []))
                 inner = printer.within(printer.names.inner())
-                inner.names.known |= {IN_TILE: "q_offset", TILE_FIRST: "q_first"}
+                inner.names.known |= {IN_TILE: "q_place", TILE_FIRST: "q_first"}
                 inner.share(lines, [self.mask], "pair_")
                 lines.add(f"weights = gl.where({inner.text(self.mask)}, weights, 0.0)")
 
