@@ -192,6 +192,24 @@ def hopper() -> Iterator[tuple[str, Tensor]]:
     yield "more query tiles than programs", attndsl.compile("causal")(many, many, many, backend="gluon")
 
 
+def hopper_views() -> Iterator[tuple[str, Tensor]]:
+    """Entries in the place of keys: as many as a ragged length has, told by data, and what lists leave out."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        return
+    for rows, tokens, dim in ((1, 1, 128), (333, 777, 96), (300, 300, 128)):
+        attn = attndsl.compile(PATTERNS / "pyramid.attn", near=2, middle=4)
+        k, v = random(2, 2, tokens, dim), random(2, 2, tokens, dim)
+        yield f"pyramid of {tokens}", attn(random(2, 4, rows, dim), k, v, backend="gluon")
+    q, k, v = random(2, 4, 300, 128), random(2, 2, 300, 128), random(2, 2, 300, 128)
+    picked = "attention a { input at : int[b, g, 40]  attend causal over pick(at, weight = Nk / 40) }"
+    yield "tokens picked anywhere", attndsl.compile(picked)(q, k, v, backend="gluon", at=wild(2, 2, 40, high=300))
+    runs = "attention a { input c : int[b, k]  attend causal & window(50), all over pool(mean, segments(c), counted) }"
+    yield "segments of wild ids", attndsl.compile(runs)(q, k, v, backend="gluon", c=wild(2, 300, high=9))
+    left = "attention a { input p : blocks(64)[b, h, q/64]  attend p, all - p over pool(mean, 64, counted) }"
+    for plan in (wild(2, 4, 5, 4, high=5), torch.full((2, 4, 5, 4), -1, device="cuda")):
+        yield "what wild lists leave out", attndsl.compile(left)(q, k, v, backend="gluon", p=plan.int())
+
+
 def hopper_gradients() -> Iterator[tuple[str, Tensor]]:
     """The one kernel of all gradients, and what goes before and after it."""
     if torch.cuda.get_device_capability() != (9, 0):
@@ -216,7 +234,7 @@ def hopper_gradients() -> Iterator[tuple[str, Tensor]]:
             yield f"{text}, gradient of {name}", x
 
 
-_ALL = (small, odd, large, scattered, eight_bits, by_data, caches, forwards, hopper, hopper_gradients)
+_ALL = (small, odd, large, scattered, eight_bits, by_data, caches, forwards, hopper, hopper_views, hopper_gradients)
 GROUPS = {group.__name__: group for group in _ALL}
 
 
