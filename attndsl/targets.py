@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from attndsl.branches import Given
+from attndsl.derive import derive
 from attndsl.diagnostics import error
 from attndsl.effort import remembered
 from attndsl.listing import LEAST, reads_plans
 from attndsl.pieces import choose_pieces
 from attndsl.plan import Backend, DType, Loads, Spec, Tiling, head_parts
-from attndsl.program import Program
+from attndsl.program import Program, reads
 from attndsl.splitting import SplitPiece, splits
 from attndsl.tile_sizes import HOPPER_ROWS, backward_tilings, copies_piece, default_tiling
 from attndsl.tiling import all_listables, choose_backward_tilings, choose_tiling, prefers_portable
@@ -100,6 +102,9 @@ def part_refusal(program: Program, spec: Spec) -> str:
 
 def _view_refusal(program: Program, spec: Spec) -> str:
     """Why the entries of a view do not suit it: a list of its tiles has to be one of the kernel's own."""
+    (part,) = derive(program).only.parts
+    if isinstance(part.view, Given) and part.view.mass is not None and reads(part.view.mass, "k"):
+        return "how many tokens an entry counts for is data, read entry by entry: a tile's threads do not hold so many"
     own = default_tiling(replace(spec, backend=Backend.GLUON))
     (tiling,) = listed_tilings(program, spec, (own,))
     return _small_tiles(tiling) if tiling != own else ""

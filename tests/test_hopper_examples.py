@@ -52,7 +52,7 @@ SPILLED = {"forward": 4, "gradients": 64}
 # More have those that read data for each pair or key of every tile, and of gradients scores with many operations.
 MORE = {
     "flex_prefill.out.forward": 8, "hsa.votes.forward": 32, "hyper.rest.forward": 32, "power.forward": 48,
-    "razor.2.forward": 200, "svg_ear.2.forward": 110, "tidal_reuse.forward": 40, "vmoba_video.forward": 100,
+    "pyramid.2.forward": 16, "tidal_reuse.forward": 40, "vmoba_video.forward": 100,
     "power.gradients": 140, "softcap.gradients": 110,
 }  # fmt: skip
 
