@@ -185,11 +185,11 @@ class Ends:
         """Whether it reads an input over tokens at the token itself, and nothing else of it."""
         if not isinstance(e, Read):
             return False
-        dims = self.program.input(e.input).dims
+        # Others are derived, as what a plan chooses: their entries may be of many tokens.
+        own = {decl.name: decl.dims for decl in self.program.inputs if decl.derivation is None}
+        dims = own.get(e.input, ())
         plain = bool(dims) and dims[-1] == Dim(Axis.K) and e.index[-1] == _TOKEN
-        return plain and self.program.input(e.input).derivation is None and not any(
-            reads(x, _TOKEN.name) for x in e.index[:-1]
-        )  # fmt: skip
+        return plain and not any(reads(x, _TOKEN.name) for x in e.index[:-1])
 
     def _end(self, read: Scalar, *, largest: bool) -> Read:
         assert isinstance(read, Read)

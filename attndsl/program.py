@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from attndsl.branches import Branch as Branch
 from attndsl.branches import Output, Part
@@ -218,16 +218,28 @@ class Program(HashedOnce):
         return replace(self, branches=(replace(branch, **changes),))
 
     def named(self, branch: str) -> Branch:
-        return next(x for x in self.branches if x.name == branch)
+        return _named(self.branches, branch)
 
     def input(self, name: str) -> InputDecl:
-        return next(decl for decl in self.inputs if decl.name == name)
+        return _named(self.inputs, name)
 
     def selection(self, name: str) -> Selection:
-        return next(selection for selection in self.selections if selection.name == name)
+        return _named(self.selections, name)
 
     def table(self, name: str) -> TableDecl:
-        return next(decl for decl in self.tables if decl.name == name)
+        return _named(self.tables, name)
+
+
+_Named = TypeVar("_Named", Branch, InputDecl, Selection, TableDecl)
+
+
+def _named(among: tuple[_Named, ...], name: str) -> _Named:
+    """The one of a name. Raises `KeyError`: a StopIteration would end an iteration that asks, and be taken for its
+    end."""
+    for each in among:
+        if each.name == name:
+            return each
+    raise KeyError(name)
 
 
 def scalars(pattern: Set) -> Iterator[Scalar]:

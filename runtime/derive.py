@@ -437,7 +437,7 @@ class Deriver:
         decl = self.program.input(name)
         if decl.derivation is not None:
             return torch.empty(self._size(decl), dtype=derived_dtype(decl), device="meta")
-        return next(x for own, x in zip(self._own, self.given, strict=True) if own.name == name)
+        return {own.name: x for own, x in zip(self._own, self.given, strict=True)}[name]
 
     def _size(self, decl: InputDecl) -> list[int]:
         match decl.derivation:
