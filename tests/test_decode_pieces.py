@@ -52,7 +52,8 @@ def test_against_the_oracle(name: str) -> None:
     example = case(text, rows, 112, (6, 2), batch=3, inputs=given)
     program = example.load()
     assert max(1, len(decode_pieces(program, (6, 2), rows))) == kernels
-    for lengths, page, splits in (((112, 65, 0), None, 3), ((1, 31, 110), 16, 1), ((2, 112, 16), 7, 2)):
+    calls = (((112, 65, 0), None, 3), ((2, 31, 110), 16, 1), ((1, 112, 16), 7, 2))
+    for lengths, page, splits in calls[: 3 if rows == 1 else 2]:
         judge(example, lengths, "triton", page, splits)
 
 

@@ -61,15 +61,14 @@ def chosen_by_all(dims: str, shape: CallShape, keys: int, seed: int) -> Tensor:
 
 # Members' tokens, the plan's dimensions, clauses; rows and keys; heads; the head dimension.
 CASES = {
-    "group": (16, "b, g, q", "attend causal & p", (40, 130), (8, 1), 16),
-    "heads": (16, "b, h, q", "attend causal & p - window(3)", (40, 130), (2, 2), 80),
-    "every_batch": (16, "g, q", "attend p", (40, 130), (1, 1), 16),
-    "several_tiles": (128, "b, h, q", "attend p", (40, 600), (1, 1), 16),
-    "scaled_by_head": (16, "b, g, q", "scale 0.1 * (h + 1)\n attend causal & p", (40, 130), (8, 1), 16),
-    "scaled_by_key_head": (16, "b, h, q", "scale 0.1 * (g + 1)\n attend causal & p", (40, 130), (2, 2), 16),
-    "tokens": (1, "b, g, q", "attend causal & p", (40, 130), (2, 1), 16),
+    "group": (16, "b, g, q", "attend causal & p", (24, 110), (8, 1), 16),
+    "heads": (16, "b, h, q", "attend causal & p - window(3)", (24, 110), (2, 2), 80),
+    "every_batch": (16, "g, q", "attend p", (24, 110), (1, 1), 16),
+    "several_tiles": (128, "b, h, q", "attend p", (24, 600), (1, 1), 16),
+    "scaled_by_head": (16, "b, g, q", "scale 0.1 * (h + 1)\n attend causal & p", (24, 110), (8, 1), 16),
+    "tokens": (1, "b, g, q", "attend causal & p", (32, 170), (2, 1), 16),
     "small_blocks": (4, "b, h, q/4", "attend p", (200, 200), (1, 1), 16),
-    "lists_of_heads": (16, "b, h, q", "attend causal & p", (40, 130), (2, 1), 16),
+    "lists_of_heads": (16, "b, h, q", "attend causal & p", (24, 110), (2, 1), 16),
     "one_row": (16, "b, h, q", "attend causal & p", (1, 90), (2, 2), 16),
 }
 # What heads that share keys choose for themselves is not cut, and one row makes no list long.
