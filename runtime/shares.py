@@ -1,9 +1,10 @@
 """What two levels weigh members by: the probabilities of a branch, given to members for each row, and their gradient.
 
-The operators `attndsl::shares` and `attndsl::shares_backward`, in torch, strip by strip of rows: what is whole is an
-entry a row and member, never one a row and key. The branch's logits are computed again from its keys, its lse is handed
-in; the gradient flows to both, and through the lse into the branch's own backward pass. Nothing waits for the device.
-In a decode, `attndsl::shares_ragged`, sequences have lengths of their own, and there is no gradient.
+The operators `attndsl::shares` and `attndsl::shares_backward`: what is whole is an entry a row and member, never one a
+row and key. On a GPU the kernel that observes a branch makes them, where its tiles hold whole members; elsewhere, and
+for the gradient, torch does, strip by strip of rows. The branch's logits are computed again from its keys, its lse is
+handed in; the gradient flows to both, and through the lse into the branch's own backward pass. Nothing waits for the
+device. In a decode, `attndsl::shares_ragged`, sequences have lengths of their own, and there is no gradient.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn.functional import pad
 
 from attndsl.branch_mass import BranchMass, mass_of
 from attndsl.diagnostics import error
+from attndsl.observing import Cells
 from attndsl.program import CallShape, Program
 from attndsl.runtime.derive import Deriver
 from attndsl.runtime.derive_ragged import RaggedDeriver
@@ -43,6 +45,10 @@ _LIBRARY.define(f"shares({_CALL}) -> Tensor")
 _LIBRARY.define(f"shares_ragged({_CALL}, Tensor seq_lens) -> Tensor")
 _LIBRARY.define(f"shares_backward(Tensor gradient, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor[])")
 _KEPT: dict[Any, _Kind] = {}
+# Where kernels run.
+_DEVICES = ("cuda",)
+# Keys of a cell that the kernel's tiles hold whole, at most, of 16-bit and of other numbers: a power of two.
+_HALF_CELL, _CELL = 64, 16
 
 
 def member_shares(
@@ -182,11 +188,25 @@ def _shares(
     key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
     scale: float | None, member: int, k_len: int,
 ) -> Tensor:  # fmt: skip
+    kind = _kind(key, q, keys, inputs, k_len)
+    if _by_kernel(kind, q, member):
+        # Of what its view is of, only how much there is.
+        of_view = kind.mass.view is not None
+        k = keys.new_empty(*keys.shape[:2], k_len, keys.shape[3]) if of_view else keys
+        return engine_of(key).observe(q, k, k, lse, inputs, args, scale, "auto", Cells(1, member, largest=False))
     found = _fake(key, q, keys, lse, inputs, args, scale, member, k_len)
-    call = _Call.of(_kind(key, q, keys, inputs, k_len), keys.to(_real(q)), inputs, args, scale, member)
+    call = _Call.of(kind, keys.to(_real(q)), inputs, args, scale, member)
     for rows in call.strips():
         found[:, :, rows] = call.shares(q[:, :, rows], lse[:, :, rows], rows)
     return found
+
+
+def _by_kernel(kind: _Kind, q: Tensor, member: int) -> bool:
+    """Whether the kernel that observes a branch makes its shares: in cells that are members, each in one tile."""
+    mass, on_gpu = kind.mass, kind.device.type in _DEVICES and q.dtype != torch.float64
+    cell, rest = divmod(member, mass.size)
+    whole = mass.size == mass.stride and not rest and cell.bit_count() == 1
+    return on_gpu and whole and cell <= (_HALF_CELL if q.element_size() == 2 else _CELL)
 
 
 def _shares_ragged(

@@ -11,7 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import attndsl
-from attndsl.runtime.triton_launch import without_memory
+from attndsl.observing import Cells
+from attndsl.runtime import shares
+from attndsl.runtime.engine import Engine
+from attndsl.runtime.triton_launch import INTERPRETED, without_memory
 from tests.covered import covers
 from tests.routing_rules import HEADS, KV_HEADS, best, call, check, noise, pooled, softmax
 from tests.test_view_calls import judge
@@ -78,6 +81,26 @@ def test_in_triton(name: str) -> None:
 def test_small_calls_in_triton(name: str) -> None:
     for shape in SHAPES[1:]:
         judge(program(BODIES[name]), shape, torch.float32, "triton")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+@pytest.mark.parametrize("name", ["all", "scored votes", "raw votes", "votes with a sink", "chosen by each"])
+def test_shares_by_a_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of observations, whose cells are members: of calls, and of the last rows of more tokens."""
+    attn, made = program(BODIES[name]), list[Cells]()
+    own: Any = Engine.observe
+
+    def observe(engine: Engine, *given: Any) -> Any:
+        made.append(given[-1])
+        return own(engine, *given[:-2], "triton", given[-1])
+
+    monkeypatch.setattr(shares, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(shares, "_CELL", 64)
+    monkeypatch.setattr(Engine, "observe", observe)
+    for shape in ((1, 2, 1, 37, 37, 16, 16), (2, 2, 2, 5, 38, 16, 16)):
+        judge(attn, shape, torch.float32, "triton")
+    within = attn.program.named("far").within
+    assert within is not None and {x.keys for x in made} == {within.keys}
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
