@@ -18,7 +18,8 @@ from attndsl.effort import TooHard, remembered
 from attndsl.grid import Grid
 from attndsl.grid_pieces import AxisPart, BoxPiece
 from attndsl.linear import normalise
-from attndsl.mask import pair_cost, shaped
+from attndsl.mask import shaped
+from attndsl.mask_cost import pair_cost
 from attndsl.plan import Spec
 from attndsl.program import Binary, Call, Compare, Const, Logic, Scalar, Var, substitute
 from attndsl.quasi_affine import condition, least_cost

@@ -7,17 +7,14 @@ from contextlib import suppress
 from attndsl.cuts import by_cuts
 from attndsl.derivation import Cut
 from attndsl.effort import TooHard, bounded
-from attndsl.grid import MAX_AXES
 from attndsl.isl_sets import implied
-from attndsl.program import Binary, Compare, Const, Logic, Program, Read, Scalar, Table, Var, children, reads, walk
+from attndsl.mask_cost import PAIR, both_cost, pair_cost
+from attndsl.one_sided import folded
+from attndsl.program import Compare, Const, Logic, Program, Read, Scalar, Var, reads
 from attndsl.quasi_affine import comparisons, condition
 from attndsl.relation import Lowering, Relation
 from attndsl.simplify import fold, specialise
 
-# A pair's tokens, and their indices in a layout.
-ROW = ("q", "i", *(f"i_{a}" for a in range(MAX_AXES)))
-KEY = ("k", "j", *(f"j_{a}" for a in range(MAX_AXES)))
-PAIR = (*ROW, *KEY)
 # What a comparison that reads the pair costs at least.
 COMPARISON = 2
 
@@ -54,11 +51,12 @@ def without_redundant(lowering: Lowering, cond: Scalar) -> Scalar:
     return kept[0] if len(kept) == 1 else Logic("and", tuple(kept))
 
 
-def pair_mask(relation: Relation, written: Scalar, apart: bool = False) -> Scalar | None:
+def pair_mask(relation: Relation, written: Scalar, apart: bool = False, folds: Program | None = None) -> Scalar | None:
     """The condition for a pair of a visited tile, None where it always holds.
 
     The cheaper of the pattern as its author wrote it (`written_condition`) and as the integer sets simplified it.
-    apart: what reads one of the pair's tokens is computed for each row and each key, and costs next to nothing.
+    apart: what reads one of the pair's tokens is computed for each row and each key, and costs next to nothing. folds:
+    the program, where such conditions go into what is compared (`one_sided.py`).
     """
     candidates = [written]
     if not relation.atoms and COMPARISON * comparisons(relation.pairs) <= pair_cost(written):
@@ -67,6 +65,8 @@ def pair_mask(relation: Relation, written: Scalar, apart: bool = False) -> Scala
                 relation.pairs.get_ctx(), lambda: condition(relation.pairs, relation.context, relation.uniform)
             )
             candidates.append(fold(simplified))
+    if folds is not None:
+        candidates = [folded(e, folds) for e in candidates]
     return shaped(min(candidates, key=lambda e: (both_cost(e), pair_cost(e)) if apart else (pair_cost(e),)))
 
 
@@ -96,35 +96,3 @@ def shaped(cond: Scalar) -> Scalar | None:
     if cond == Const(False):
         return Compare("<", Var("k"), Const(0))
     return cond if reads(cond, *PAIR) else Logic("and", (cond, Compare(">=", Var("k"), Const(0))))
-
-
-def pair_cost(e: Scalar) -> int:
-    """Rough number of operations per pair: what does not read the pair is computed once."""
-    # 0 is of what does not read the pair, and of nothing else.
-    costs: dict[int, int] = {}
-
-    def cost(x: Scalar) -> int:
-        found = costs.get(id(x))
-        if found is None:
-            below = [cost(y) for y in children(x)]
-            pair = any(below) or (isinstance(x, Var) and x.name in PAIR)
-            found = costs[id(x)] = _own_cost(x) + sum(below) if pair else 0
-        return found
-
-    return cost(e)
-
-
-def both_cost(e: Scalar) -> int:
-    """The same, of what reads both tokens. Conditions are joined two by two."""
-    both = (x for x in walk(e) if reads(x, *ROW) and reads(x, *KEY))
-    return sum(len(x.operands) - 1 if isinstance(x, Logic) else _own_cost(x) for x in both)
-
-
-def _own_cost(e: Scalar) -> int:
-    match e:
-        case Read() | Table():
-            return 8
-        case Binary(op="//" | "%"):
-            return 4
-        case _:
-            return 1

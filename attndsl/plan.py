@@ -366,7 +366,7 @@ def forward_plan(
     visits = visits_of(program, spec, tiling, Side.QUERY, gathers=spec.gathers, shifted=row_tiles is not None)
     program, runs = visits.program, visits.runs
     # The Hopper kernel visits a tile even where there is none, and masks it.
-    mask = visits.mask() if runs.partial or visits.gathered or spec.backend is Backend.GLUON else None
+    mask = visits.mask(folds=spec.hoists) if runs.partial or visits.gathered or spec.backend is Backend.GLUON else None
     branch = branch_scalars(program, spec) | ({"sink": None} if follows else {})
     plan = ForwardPlan(
         program, spec, tiling, runs, mask, **branch, layout=layout, follows=follows, gathered=visits.gathered,

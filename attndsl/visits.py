@@ -42,10 +42,11 @@ class Visits:
     exact: bool = False
     shifted: bool = False
 
-    def mask(self) -> Scalar | None:
+    def mask(self, folds: bool = False) -> Scalar | None:
+        """The condition on pairs. folds: as in `pair_mask`."""
         if self.exact:
             return IN_RANGE if self.collected else None
-        found = _pair_mask(self.program, self.spec, self.lowering, self.relation, self.selection)
+        found = _pair_mask(self.program, self.spec, self.lowering, self.relation, self.selection, folds)
         if self.shifted:
             return from_first_key(found, self.program)
         if not self.collected:
@@ -151,8 +152,9 @@ def _closed(
 
 @remembered(128)
 def _pair_mask(
-    program: Program, spec: Spec, lowering: Lowering, relation: Relation, selection: Listable | None
+    program: Program, spec: Spec, lowering: Lowering, relation: Relation, selection: Listable | None, folds: bool
 ) -> Scalar | None:
     written = written_condition(lowering, spec.sizes)
     written = written if selection is None else selection.assumed(written)
-    return pair_mask(relation, mask_by_cuts(written, program, lowering.anchor, relation), spec.hoists)
+    written = mask_by_cuts(written, program, lowering.anchor, relation)
+    return pair_mask(relation, written, spec.hoists, program if folds else None)

@@ -53,9 +53,9 @@ class Widths:
 @functools.lru_cache(maxsize=256)
 def widths(program: Program) -> Widths:
     """How large a call's numbers may be."""
-    tables = {x.name: max((abs(int(v)) for v in x.values), default=0) for x in program.tables if x.type is Type.INT}
+    tables = _of_tables(program)
     roots = [e for e in _written(program) if any(x.type is Type.INT for x in walk(e))]
-    inputs = frozenset(decl.name for decl in program.inputs if decl.holds_integers)
+    inputs = _of_inputs(program)
 
     def longest(argument: int) -> int:
         sizes = (1 << bits for bits in range(29, -1, -1))
@@ -67,6 +67,20 @@ def widths(program: Program) -> Widths:
         if found.tokens >= _LONG:
             break
     return found
+
+
+def largest(e: Scalar, program: Program) -> int:
+    """A bound of an integer of a program in the calls that it fits."""
+    fits = widths(program)
+    return _Magnitudes(fits.tokens, fits.argument, _of_tables(program), _of_inputs(program)).bound(e, {}, set())
+
+
+def _of_tables(program: Program) -> dict[str, int]:
+    return {x.name: max((abs(int(v)) for v in x.values), default=0) for x in program.tables if x.type is Type.INT}
+
+
+def _of_inputs(program: Program) -> frozenset[str]:
+    return frozenset(decl.name for decl in program.inputs if decl.holds_integers)
 
 
 def check_tokens(program: Program, tokens: int) -> None:
@@ -118,18 +132,8 @@ class _Magnitudes:
         """Whether no integer that is computed on the way passes 32 bits, or 64 where it is made of an input's."""
         memo: dict[int, int] = {}
         wide: set[int] = set()
-
-        def bound(e: Scalar) -> int:
-            found = memo.get(id(e))
-            if found is None:
-                operands = [bound(x) for x in children(e)]
-                found = memo[id(e)] = self._bound(e, operands) if _counts(e) else 0
-                if _counts(e) and self._wide(e, wide):
-                    wide.add(id(e))
-            return found
-
         for e in roots:
-            bound(e)
+            self.bound(e, memo, wide)
         return all(most <= (LARGEST_WIDE if e in wide else LARGEST) for e, most in memo.items())
 
     def _wide(self, e: Scalar, wide: set[int]) -> bool:
@@ -141,6 +145,16 @@ class _Magnitudes:
                 return False
             case _:
                 return any(id(x) in wide for x in children(e))
+
+    def bound(self, e: Scalar, memo: dict[int, int], wide: set[int]) -> int:
+        """That of one integer, and in `memo` those of all on the way; `wide`: those for which there are 64 bits."""
+        found = memo.get(id(e))
+        if found is None:
+            operands = [self.bound(x, memo, wide) for x in children(e)]
+            found = memo[id(e)] = self._bound(e, operands) if _counts(e) else 0
+            if _counts(e) and self._wide(e, wide):
+                wide.add(id(e))
+        return found
 
     def _bound(self, e: Scalar, operands: list[int]) -> int:
         match e:
@@ -156,6 +170,8 @@ class _Magnitudes:
                 return self.tables[name]
             case Binary(op="*"):
                 return operands[0] * operands[1]
+            case Binary(op="//", right=Const(value=int(n))) if n > 0:
+                return operands[0] // n + 1
             case Binary(op="//") | Unary():
                 return operands[0]
             case Binary(op="%"):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from attndsl.codegen.head_order import last_beside
 from attndsl.codegen.triton_backward import DkDvKernel
-from attndsl.mask import ROW
+from attndsl.mask_cost import ROW
 from attndsl.plan import BackwardPlan
 
 SUM_PARTS = "sum_parts"

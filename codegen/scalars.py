@@ -8,7 +8,7 @@ neither keys nor scores, and once per tile where several expressions share it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Protocol, assert_never
@@ -31,7 +31,6 @@ from attndsl.program import (
     Var,
     children,
     reads,
-    walk,
 )  # fmt: skip
 
 
@@ -310,12 +309,22 @@ class Printer:
         uses: Counter[Scalar] = Counter()
         order: dict[Scalar, None] = {}
         for root in roots:
-            for e in walk(root):
+            for e in self._unnamed(root):
                 order[e] = None
                 uses.update(children(e))
         for e in reversed(order):
             if uses[e] > 1 and e not in self.names.known and self._is_work(e):
                 self.name(lines, e, f"{prefix}{len(self.names.known)}")
+
+    def _unnamed(self, root: Scalar) -> Iterator[Scalar]:
+        """What is left to compute of a scalar: each part once, outermost first, none inside of what has a name."""
+        pending, seen = [root], set[int]()
+        while pending:
+            e = pending.pop()
+            if id(e) not in seen:
+                seen.add(id(e))
+                yield e
+                pending += () if e in self.names.known else children(e)
 
     def _is_work(self, e: Scalar) -> bool:
         """Whether a value is worth a name: it reads memory, divides, or takes several operations."""

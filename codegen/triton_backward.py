@@ -25,7 +25,7 @@ from attndsl.codegen.leaves import Leaves
 from attndsl.codegen.scalars import Level, Printer
 from attndsl.codegen.two_levels import member_softmax
 from attndsl.learned import Learned, Over
-from attndsl.mask import KEY, ROW
+from attndsl.mask_cost import KEY, ROW
 from attndsl.plan import BackwardPlan, Part
 from attndsl.program import Axis, Const, Scalar, Var, reads
 from attndsl.view_plans import heads_apart

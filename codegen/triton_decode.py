@@ -10,7 +10,7 @@ from attndsl.codegen.scalars import Printer
 from attndsl.codegen.triton_forward import ForwardWriter
 from attndsl.codegen.triton_merge import check_members, merge_slices
 from attndsl.decode import DecodePlan, Listing
-from attndsl.mask import KEY
+from attndsl.mask_cost import KEY
 from attndsl.plan import Part, head_parts
 from attndsl.program import Axis, Binary, Scalar, Var, reads
 

@@ -7,7 +7,7 @@ import math
 from attndsl.codegen.kernel import KernelWriter
 from attndsl.codegen.layer_text import tile_at
 from attndsl.codegen.two_levels import member_softmax
-from attndsl.mask import KEY
+from attndsl.mask_cost import KEY
 from attndsl.plan import ForwardPlan, Plan
 from attndsl.program import Const, Scalar, Var, reads
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from attndsl.box_tiles import BoxRuns
 from attndsl.codegen.kernel import KernelWriter
-from attndsl.mask import ROW
+from attndsl.mask_cost import ROW
 from attndsl.observing import ObservePlan
 from attndsl.program import Scalar, Var, reads
 
