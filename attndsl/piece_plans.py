@@ -207,6 +207,8 @@ def _piece_plan(
     program: Program, piece: Piece | BoxPiece, spec: Spec, tiling: Tiling | None, branch: dict[str, Any], number: int
 ) -> ForwardPlan:
     spec = _spec_of(piece, spec)
+    if spec.whole and not isinstance(piece, BoxPiece) and not copies_piece(piece.layout, spec):
+        spec = replace(spec, loads=Loads.POINTER, whole=False)
     hopper = spec.backend is Backend.GLUON
     scattered = None if hopper else _scattered_tiling(piece, spec)
     tiling = _tiling_of(piece, spec, tiling or scattered or usual_tiling(program, spec))
@@ -215,6 +217,10 @@ def _piece_plan(
         branch = branch | {"sink": None}
     if isinstance(piece, BoxPiece):
         layout, visited, mask = _boxes(program, piece, spec, tiling)
+        if not all(
+            layers(layout, side, block) for side, block in zip("qk", (tiling.block_q, tiling.block_k), strict=True)
+        ):
+            spec = replace(spec, loads=Loads.POINTER, whole=False)
         nothing = TileRuns((), ())
         return ForwardPlan(
             program, spec, tiling, nothing, mask, **branch, layout=layout, follows=number > 0, box_runs=visited
@@ -262,7 +268,7 @@ def _tiling_of(piece: Piece | BoxPiece | PermutedPiece, spec: Spec, tiling: Tili
 def _spec_of(piece: Piece | BoxPiece, spec: Spec) -> Spec:
     """A piece's tokens do not lie in a row, as hardware copies of tiles need, unless they fill layers of their own."""
     if spec.backend is Backend.GLUON and not copies_piece(piece.layout, spec):
-        spec = replace(spec, backend=Backend.TRITON, whole=False)
+        spec = replace(spec, backend=Backend.TRITON, whole=spec.whole and isinstance(piece, BoxPiece))
     return spec if piece.layout.plain or spec.whole else replace(spec, loads=Loads.POINTER)
 
 

@@ -30,8 +30,12 @@ def reads_remainders(program: Program) -> bool:
 
 
 def is_whole(program: Program, shape: CallShape) -> bool:
-    """Whether the rows of a call are all its tokens, and as many of each remainder that the program may ask for."""
-    return shape.rows == shape.k_len and shape.k_len % EVEN == 0 and reads_remainders(program)
+    """Whether the tokens of a call fill the layers that pieces of the program may see: its rows are all its tokens, as
+    many of each remainder that the program may ask for; on a grid, rows and keys are whole layers of its first axis."""
+    grid, remainders = program.grid, reads_remainders(program)
+    even = shape.rows == shape.k_len and shape.k_len % EVEN == 0
+    filled = grid is None or all(tokens % grid.stride == 0 for tokens in (shape.rows, shape.k_len))
+    return program.plain and (remainders or grid is not None) and filled and (even or not remainders)
 
 
 @functools.lru_cache(maxsize=256)

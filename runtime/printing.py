@@ -57,8 +57,8 @@ def printed_forward(
 
     def make() -> dict[str, bytes]:
         backend = _choice(program, spec, backends)
-        # Forward, the portable kernels of pieces are read through pointers.
-        whole = spec.whole and backend is Backend.GLUON
+        # What dropout drops was timed with loads through pointers alone.
+        whole = spec.whole and (backend is Backend.GLUON or not spec.dropout)
         plans = forward_plans(program, replace(spec, backend=backend, whole=whole), tiling)
         texts = {_TEXT.format(n): printers[plan.spec.backend](plan).encode() for n, plan in enumerate(plans, 1)}
         said = tuple((x.spec, x.tiling, x.layout, x.gathered, x.view, x.softmax, x.row_tiles) for x in plans)

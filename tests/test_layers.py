@@ -18,12 +18,15 @@ from attndsl.grid import Grid
 from attndsl.layers import layers
 from attndsl.layout import Comb, Layout
 from attndsl.piece_plans import backward_plans, forward_plans, whole
-from attndsl.plan import DType, Loads, Printed, Spec
+from attndsl.plan import Backend, DType, Loads, Printed, Spec
 from attndsl.program import CallShape, Var
+from attndsl.properties import is_whole
 from attndsl.runtime.engine import Gradients
 from attndsl.runtime.pieces import in_turn
+from attndsl.runtime.printing import printed_forward
 from attndsl.runtime.triton_backward import InTurn, TritonBackward
 from attndsl.runtime.triton_launch import TritonForward
+from attndsl.targets import make_spec
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter"),
@@ -155,3 +158,14 @@ def test_what_does_not_fill_its_layers_is_read_through_pointers() -> None:
     # Three axes with heads and channels are one dimension more than copies have.
     video = "attention video {\n axes t[8], y[16], x[16]\n attend neighborhood(3) on t & neighborhood(5) on (y, x)\n}"
     assert not filled(video, 2048, 2048)
+
+
+@pytest.mark.parametrize(("name", "tokens", "copied"), [
+    ("neighbourhood", 128, True), ("neighbourhood", 130, False), ("dilated", 256, True), ("dilated", 257, False),
+])  # fmt: skip
+def test_calls_that_fill_their_layers_are_copied(name: str, tokens: int, copied: bool) -> None:
+    program = attndsl.compile(CALLS[name][0]).program
+    shape = CallShape(1, 2, 2, tokens, tokens, 128, 128)
+    spec = replace(make_spec("sm_90", "triton", 2, 2, 128), whole=is_whole(program, shape))
+    (kernel,) = printed_forward(program, spec, (Backend.TRITON,), None, {Backend.TRITON: forward_source}, None)
+    assert ("_desc" in kernel.text) == kernel.spec.whole == copied
