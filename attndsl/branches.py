@@ -155,10 +155,11 @@ View: TypeAlias = Pool | Pick | Given
 @dataclass(frozen=True, slots=True)
 class Queries:
     """Queries pooled: in the place of each the function of those of the call with the same q // size. It sees what each
-    of the nominal extent, present or not, would see."""
+    of the nominal extent, present or not, would see. present: how many tokens are, where not all of a call's are."""
 
     function: PoolFunction
     size: int
+    present: Scalar | None = None
 
 
 # ---------------------------------------------------------------------------------------- branches

@@ -84,6 +84,15 @@ class Extents:
 
 
 @dataclass(frozen=True, slots=True)
+class PresentRuns:
+    """int64 of the input's own dimensions and the batch: what it holds of tokens that are present, as many as another
+    input says, and past them one number that no run of theirs goes on with."""
+
+    input: str
+    lengths: str
+
+
+@dataclass(frozen=True, slots=True)
 class RunEnds:
     """int32 of the input's own dimensions, its tokens replaced by its runs of equal entries, in order: the first token
     of each, or with `last` its last."""
@@ -307,8 +316,8 @@ class RowTiles:
 
 
 Derivation: TypeAlias = (
-    Offsets | Extents | RunEnds | RunCount | RunExtents | DocumentEnds | DocumentEntries | BlockMap | Draw | Chosen
-    | TileList | Cut | Gathering | TileMap | Order | Sorted | Place | RowTiles
+    Offsets | Extents | PresentRuns | RunEnds | RunCount | RunExtents | DocumentEnds | DocumentEntries | BlockMap | Draw
+    | Chosen | TileList | Cut | Gathering | TileMap | Order | Sorted | Place | RowTiles
 )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from attndsl.derivation import (
     Offsets,
     Order,
     Place,
+    PresentRuns,
     Random,
     RowTiles,
     RunCount,
@@ -120,18 +121,10 @@ def own_inputs(program: Program) -> tuple[InputDecl, ...]:
 
 def _read_by(derivation: Derivation | None) -> set[str]:
     match derivation:
-        case (
-            None
-            | Offsets()
-            | Extents()
-            | RunEnds()
-            | RunCount()
-            | RunExtents()
-            | DocumentEnds()
-            | DocumentEntries()
-            | Chosen()
-        ):
+        case None | Offsets() | Extents() | PresentRuns() | DocumentEnds() | DocumentEntries() | Chosen():
             return set()
+        case RunEnds(input=ids) | RunCount(input=ids) | RunExtents(ids=ids):
+            return {ids}
         case TileList(plan=plan) | Gathering(plan=plan):
             return {plan}
         case RowTiles(first=first):
@@ -232,6 +225,11 @@ class _Deriver:
         first, last = end(False), end(True)
         counts = self._input(RunCount(ids.name), f"runs_{ids.name}", Type.INT, (*ids.dims[:-1], _ONE))
         same: dict[Scalar, Scalar] = {token_read(ids.name, runs.lead): Read(ids.name, (*runs.lead, first), Type.INT)}
+        if isinstance(ids.derivation, PresentRuns):
+            # Patterns read what the call gave.
+            own = self.program.input(ids.derivation.input)
+            lead = runs.lead if len(own.dims) == len(ids.dims) else runs.lead[1:]
+            same[token_read(own.name, lead)] = Read(own.name, (*lead, first), Type.INT)
         same[first_of(self._offsets(ids.name), runs.lead)] = first
         pattern = Ends(self.program, first, last, same, least, part.span).over(part.pattern)
         exists = Compare("<", Var("k"), Read(counts.name, (*runs.lead, Const(0)), Type.INT))
@@ -245,11 +243,11 @@ class _Deriver:
         """A part over listed tokens."""
         token = Read(picked.input, (*picked.lead, Var("k")), Type.INT)
         pattern = Ends(self.program, token, token, {}, None, part.span).over(part.pattern)
-        room = picked.room
+        room, tokens = picked.room, view.present or Var("Nk")
         count: Scalar = Const(room.size)
         if room.axis is Axis.K:
-            count = _quotient(Binary("+", Var("Nk"), Const(room.block - 1)), room.block)
-        bounds = (Compare("<", Var("k"), count), Compare(">=", token, Const(0)), Compare("<", token, Var("Nk")))
+            count = _quotient(Binary("+", tokens, Const(room.block - 1)), room.block)
+        bounds = (Compare("<", Var("k"), count), Compare(">=", token, Const(0)), Compare("<", token, tokens))
         weight = picked.weight
         mass = None if weight is None else Call("max", (Binary("*", weight, Const(1.0)), Const(0.0)))
         exists = Where(Logic("and", bounds), part.span)

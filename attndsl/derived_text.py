@@ -17,6 +17,7 @@ from attndsl.derivation import (
     Offsets,
     Order,
     Place,
+    PresentRuns,
     RowTiles,
     RunCount,
     RunEnds,
@@ -49,6 +50,8 @@ def made_of(decl: InputDecl) -> str:
         case DocumentEntries(input=name, size=size, stride=stride, place=place):
             every = "" if stride == size else f" every {stride}"
             return f"the {_PLACES[place]} of each entry of {size} tokens{every} of documents of `{name}`"
+        case PresentRuns(input=name, lengths=lengths):
+            return f"`{name}` of the tokens before `{lengths}`"
         case Offsets(input=name):
             return f"distances in the segments of `{name}`"
         case BlockMap(operand=operand):

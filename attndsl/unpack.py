@@ -16,11 +16,12 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field, replace
 
-from attndsl.branches import Part, Pick, Visible
+from attndsl.branches import Given, Part, Pick, Visible
 from attndsl.coordinates import coordinate, length
-from attndsl.derivation import Chosen, Document, DocumentEnds, Random, Segment
+from attndsl.derivation import Chosen, Document, DocumentEnds, PresentRuns, Random, Segment
 from attndsl.grid import Along
 from attndsl.linear import normalise
+from attndsl.members import Runs
 from attndsl.program import (
     Axis,
     Binary,
@@ -32,6 +33,7 @@ from attndsl.program import (
     Compare,
     Complement,
     Const,
+    Dim,
     InputDecl,
     Inter,
     Logic,
@@ -83,8 +85,13 @@ def unpacked(program: Program) -> Program:
             ("weights", branch.weights),
         )
     }
+    queries = branch.queries
+    if queries is not None and not program.align_start:
+        # Its class sees what all of it would, a row that is not present nothing.
+        queries = replace(queries, present=count)
+        conditions = conditions[:1]
     parts = tuple(_part(part, place, conditions, count) for part in branch.parts)
-    changed = program.with_branch(parts=parts, **scores)
+    changed = program.with_branch(parts=parts, queries=queries, **scores)
     # Where positions count from a document's first token the call is no grid.
     grid = program.grid if program.packed is None else None
     inputs = (*program.inputs, *place.declared.values())
@@ -142,6 +149,8 @@ def _part(part: Part, place: _Place, conditions: list[Scalar], count: Scalar | N
             # Of an entry's nominal extent all tokens lie before this where the first one lies before n[b].
             last = Compare("<", Var("k"), Binary("+", count, Const(view.size - 1)))
             conditions = [last, *conditions[1:]]
+        if isinstance(view, Given):
+            view = place.told(view)
         if view.counted and not isinstance(view, Pick):
             view = replace(view, present=place.k_len)
     cond = conditions[0] if len(conditions) == 1 else Logic("and", tuple(conditions))
@@ -161,7 +170,7 @@ class _Place:
     count: Scalar
     document: tuple[Scalar, Scalar] | None = None
     unit: int = 1
-    declared: dict[DocumentEnds, InputDecl] = field(default_factory=dict, compare=False)
+    declared: dict[DocumentEnds | PresentRuns, InputDecl] = field(default_factory=dict, compare=False)
 
     @property
     def k_len(self) -> Scalar:
@@ -257,17 +266,36 @@ class _Place:
         begin = Call("max", (Read(self.run_ends(place.input, False), (*lead, token), Type.INT), first))
         return normalise(Binary("-", token, begin))
 
+    def told(self, view: Given) -> Given:
+        """A view that data tells, of the tokens that are present."""
+        assert self.program.lengths is not None
+        if view.picked is not None:
+            weight = view.picked.weight
+            weight = None if weight is None else self.scalar(weight, self.names())
+            return replace(view, picked=replace(view.picked, weight=weight), present=self.k_len)
+        if view.runs is None:
+            return view
+        d, ids = PresentRuns(view.runs.input, self.program.lengths), self.program.input(view.runs.input)
+        lead, dims = view.runs.lead, ids.dims
+        if Dim(Axis.B) not in dims:
+            lead, dims = (Var("b"), *lead), (Dim(Axis.B), *dims)
+        return replace(view, runs=Runs(self._input(d, f"present_{d.input}", dims).name, lead))
+
     def run_ends(self, name: str, ends: bool) -> str:
         """The input that holds the first token of each token's run of equal entries of an input, or one past its
         last."""
-        d = DocumentEnds(name, ends)
+        own = f"{'end' if ends else 'first'}_{name}"
+        return self._input(DocumentEnds(name, ends), own, self.program.input(name).dims, sorted=True).name
+
+    def _input(
+        self, d: DocumentEnds | PresentRuns, name: str, dims: tuple[Dim, ...], sorted: bool = False
+    ) -> InputDecl:
         if d not in self.declared:
             taken = {decl.name for decl in (*self.program.inputs, *self.declared.values())}
-            own = f"{'end' if ends else 'first'}_{name}"
-            while own in taken:
-                own += "_"
-            self.declared[d] = InputDecl(own, Type.INT, self.program.input(name).dims, sorted=True, derivation=d)
-        return self.declared[d].name
+            while name in taken:
+                name += "_"
+            self.declared[d] = InputDecl(name, Type.INT, dims, sorted=sorted, derivation=d)
+        return self.declared[d]
 
     def _exist(self, names: Names) -> Where:
         """The pairs of tokens, or what stands for them here, that exist."""

@@ -26,7 +26,7 @@ from attndsl.plan import (
     branch_scalars,
     slopes,
 )  # fmt: skip
-from attndsl.program import Binary, Call, Compare, Const, If, Program, Scalar, Var, reads, rebuild, substitute
+from attndsl.program import Binary, Call, Compare, Const, If, Program, Scalar, Var, Where, reads, rebuild, substitute
 from attndsl.quasi_affine import condition
 from attndsl.relation import Lowering, Relation, build_relation
 from attndsl.runs import Side, TileRuns
@@ -175,6 +175,9 @@ def seen_entries(lowering: Lowering, part: Part, queries: Queries | None = None)
             own = f"{size} i <= q < {size} i + {size} and {size} i <= p < {size} i + {size}"
             alike = lowering.map(f"{{ [q, j] -> [p, j] : exists i : {own} }}")
             pairs = pairs.complement().apply(alike).complement()
+            if queries.present is not None:
+                there = Where(Compare("<", Var("q"), queries.present))
+                pairs = pairs.intersect(lowering.lower(there, lowering.here))
         # What its own dimension bounds is not bounded by tokens.
         return lowering.existing(pairs.coalesce(), view.stride if room is None else 0)
 

@@ -103,20 +103,18 @@ def check_packing(program: Program, node: ast.Attention, ctx: Context) -> bool:
 def _barred(program: Program, packed: bool) -> Iterator[_Barred]:
     for each in program.observations:
         if packed:
-            yield _Barred("`observe`", "which blocks are a document's would follow from data")
-        elif any(part.view is not None for part in program.named(each.branch).parts):
-            yield _Barred("`observe` of a view", "its last entry holds fewer tokens of some sequences than of others")
+            yield _Barred("`observe`", "which blocks are a document's would follow from data", each.span)
     for branch in program.branches:
-        if branch.skip is not None:
+        if branch.skip is not None and packed:
             yield _Barred("`skip below`", _TOGETHER)
-        if branch.within is not None:
+        if branch.within is not None and packed:
             yield _Barred("`within`", "shares of members are of all of a call's tokens")
-        if branch.queries is not None:
+        if branch.queries is not None and packed:
             yield _Barred("pooled queries", _TOGETHER)
     for part in (part for branch in program.branches for part in branch.parts):
         if isinstance(part.view, Given) and packed:
             yield _Barred("entries handed in", "which of them are a document's is not said", part.span)
-        if part.view is not None and part.view.told:
+        if packed and part.view is not None and part.view.told:
             yield _Barred("such a view", "data says which tokens its entries are of", part.span)
     for chosen in program.selections:
         if chosen.members is not None or chosen.row_tiles is not None:

@@ -48,6 +48,15 @@ def call_shape(q: Tensor, k: Tensor, v: Tensor) -> CallShape:
     return CallShape(batch, heads, kv_heads, rows, k_len, dim, v_dim)
 
 
+def present_lengths(program: Program, shape: CallShape, inputs: Sequence[Tensor]) -> Tensor | None:
+    """How many tokens of each batch entry are present, int64 [B, 1, 1, 1]; None where all are. inputs: those that a
+    call gives."""
+    if program.lengths is None:
+        return None
+    count = inputs[[decl.name for decl in program.inputs].index(program.lengths)]
+    return count.clamp(0, shape.k_len).to(torch.int64).expand(shape.batch).view(-1, 1, 1, 1)
+
+
 def check_call(scale: object, **tensors: object) -> None:
     """Raises `PatternError` for what is no dense tensor, or a scale that is no number."""
     for name, x in tensors.items():

@@ -59,7 +59,7 @@ def _made(
         entries = entries_of_heads(inputs[pooling.pool.packed], pooling.pool, batch, kv_heads, lengths)
         return pooled_runs(key, k, pooling.pool, entries, backend), pooled_runs(key, v, pooling.pool, entries, backend)
     if (runs := pooling.pool.runs) is not None:
-        of_heads = runs_of_heads(inputs[runs.input], composition.own.input(runs.input), *k.shape[:2])
+        of_heads = runs_of_heads(inputs[runs.input], composition.own.input(runs.input), k.shape[0], k.shape[1], lengths)
         return pooled_runs(key, k, pooling.pool, of_heads, backend), pooled_runs(
             key, v, pooling.pool, of_heads, backend
         )
@@ -93,8 +93,8 @@ class Composed:
         self.inputs = {decl.name: x for decl, x in zip(own.inputs, given, strict=True)}
         self.planner = Planner(program, key, q, k, given, args, scale, plans)
         self._selections = {selection.name for selection in program.selections}
-        present = present_tokens(program, self.inputs, k.shape[0])
-        self._made = _entries(key, composition, k, v, views, backend, present, self.inputs)
+        self._present = present_tokens(program, self.inputs, k.shape[0])
+        self._made = _entries(key, composition, k, v, views, backend, self._present, self.inputs)
         programs = composition.programs if keys else (program,)
         names = [name for name, _ in composition.branches]
         self._parts = dict(zip(names, zip(keys or (key,), programs, strict=True), strict=True))
@@ -160,7 +160,8 @@ class Composed:
             return self.q
         if asked not in self._pooled:
             first = call_shape(self.q, self.k, self.v).first_position(part)
-            self._pooled[asked] = pooled_queries(key, self.q, asked, first, self.backend)
+            present = None if part.align_start else self._present
+            self._pooled[asked] = pooled_queries(key, self.q, asked, first, self.backend, present)
         return self._pooled[asked]
 
     def _part(self, name: str) -> tuple[str, Program]:

@@ -31,6 +31,7 @@ from attndsl.derivation import (
     Offsets,
     Order,
     Place,
+    PresentRuns,
     Random,
     RowTiles,
     RunCount,
@@ -72,7 +73,7 @@ from attndsl.runtime.list_makers import ListMakers
 from attndsl.runtime.permute import of_order
 from attndsl.runtime.plans import chosen_members, list_size
 from attndsl.runtime.row_tiles import row_tiles, table_size
-from attndsl.runtime.runs import along, entry_input, run_input
+from attndsl.runtime.runs import along, entry_input, present_runs, run_input
 from attndsl.runtime.strip_blocks import block_sums, gathered, pieces
 from attndsl.runtime.tile_map import tile_map
 from attndsl.runtime.values import Values, mix64, ordered, readable
@@ -238,6 +239,10 @@ class Deriver:
                 return self._offsets(decl, values.tensors[name])
             case Extents(input=name):
                 return of_extents(values.tensors[name], decl.derivation, self.shape.k_len, self._size(decl))
+            case PresentRuns(input=name, lengths=lengths):
+                count = values.tensors[lengths].clamp(0, self.shape.k_len).expand(self.shape.batch)
+                ids = along(values.tensors[name], self.program.input(name), decl, self._size(decl))
+                return present_runs(ids, count)
             case RunEnds(input=name) | RunCount(input=name) | RunExtents(input=name):
                 return self._of_runs(decl, decl.derivation, name, values)
             case DocumentEnds(input=name, ends=ends):
@@ -466,7 +471,7 @@ def derived_dtype(decl: InputDecl) -> torch.dtype:
             return torch.bool if decl.type is Type.BOOL else torch.int64
         case Draw(members=members):
             return torch.int32 if members else torch.int64
-        case Sorted() | Place():
+        case Sorted() | Place() | PresentRuns():
             return torch.int64
         case TileMap():
             return torch.uint8

@@ -14,8 +14,8 @@ from attndsl.branches import View
 from attndsl.observation import classes
 from attndsl.observing import Cells, ObservePlan, cells_of, observe_plans
 from attndsl.plan import Backend
-from attndsl.program import CallShape
-from attndsl.runtime.call import call_shape
+from attndsl.program import CallShape, Program
+from attndsl.runtime.call import call_shape, present_lengths
 from attndsl.runtime.cpu import call_values
 from attndsl.runtime.engine import Engine, default_scale
 from attndsl.runtime.entries import keys_of
@@ -30,6 +30,7 @@ FUNCTION = "attention_observe"
 class Observer:
     """The kernels that observe a branch, for one kind of call: one for each part."""
 
+    program: Program
     shape: CallShape
     wanted: Cells
     steps: tuple[tuple[View | None, Cells, Callable[..., Tensor]], ...]
@@ -39,8 +40,10 @@ class Observer:
         scale: float | None,
     ) -> Tensor:  # fmt: skip
         found: Tensor | None = None
+        present = present_lengths(self.program, self.shape, inputs)
         for view, cells, step in self.steps:
-            part = _of_members(step(q, k, v, lse, inputs, args, scale, None), view, cells, self.wanted, self.shape)
+            part = step(q, k, v, lse, inputs, args, scale, None)
+            part = _of_members(part, view, cells, self.wanted, self.shape, present)
             if found is None:
                 found = part
             else:
@@ -49,8 +52,10 @@ class Observer:
         return found
 
 
-def _of_members(x: Tensor, view: View | None, cells: Cells, wanted: Cells, shape: CallShape) -> Tensor:
-    """What a kernel found of its cells as row classes and members."""
+def _of_members(
+    x: Tensor, view: View | None, cells: Cells, wanted: Cells, shape: CallShape, present: Tensor | None
+) -> Tensor:
+    """What a kernel found of its cells as row classes and members. present: how many tokens are, as `shares` has it."""
     if cells.rows is not None and wanted.rows != cells.rows:
         assert wanted.rows is not None
         x = _joined(x, 2, wanted.rows // cells.rows, wanted.largest)
@@ -59,7 +64,7 @@ def _of_members(x: Tensor, view: View | None, cells: Cells, wanted: Cells, shape
         x = _joined(x, 3, whole // cells.keys, wanted.largest)
     if view is None or (whole * view.stride == wanted.keys and view.size == view.stride):
         return x
-    return shares(x, view.size, view.stride, wanted.keys, shape.k_len, wanted.largest)
+    return shares(x, view.size, view.stride, wanted.keys, shape.k_len, wanted.largest, present)
 
 
 def _joined(x: Tensor, dim: int, count: int, largest: bool) -> Tensor:
@@ -94,7 +99,7 @@ def prepare_observer(
         else:
             step = TritonObserve(plan, engine.generators.triton_observe(plan), q, k, v, examples, aligned)
         steps.append((view, plan.cells, deriving.forward(step)))
-    return Observer(call_shape(q, k, v), wanted, tuple(steps))
+    return Observer(program, call_shape(q, k, v), wanted, tuple(steps))
 
 
 class CpuObserve:

@@ -49,15 +49,18 @@ def pooled(program: str, x: Tensor, pool: Pool, backend: str = "auto", lengths: 
     return found
 
 
-def pooled_queries(program: str, q: Tensor, queries: Queries, first: int, backend: str = "auto") -> Tensor:
+def pooled_queries(
+    program: str, q: Tensor, queries: Queries, first: int, backend: str = "auto", lengths: Tensor | None = None
+) -> Tensor:
     """q [B, H, rows, D], the first at position `first`, with each row the function of those of the call that have the
-    same position // size."""
+    same position // size. lengths: int32 [B], before which position a row is present, where not all are."""
     pool, pieces = Pool(queries.function, queries.size, queries.size), []
     head = min(-first % queries.size, q.shape[2])
-    for x in (q[:, :, :head], q[:, :, head:]):
+    for x, begin in ((q[:, :, :head], first), (q[:, :, head:], first + head)):
         if x.shape[2]:
+            present = None if lengths is None else (lengths - begin).clamp(min=0)
             # Expanded and not indexed: the gradient is a sum in one order.
-            each = pooled(program, x, pool, backend).unsqueeze(3).expand(-1, -1, -1, queries.size, -1)
+            each = pooled(program, x, pool, backend, present).unsqueeze(3).expand(-1, -1, -1, queries.size, -1)
             pieces.append(each.flatten(2, 3)[:, :, : x.shape[2]])
     return torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0] if pieces else q
 

@@ -140,7 +140,8 @@ def probabilities(
     program: Program, branch: Branch, q: Tensor, k: Tensor, inputs: Mapping[str, Tensor], args: Mapping[str, int],
     scale: float | None = None, v_dim: int | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """exp(logit - lse) of each part of a branch, as `probs` reads them: float64 [B, Hq, rows, keys].
+    """exp(logit - lse) of each part of a branch, as `probs` reads them: float64 [B, Hq, rows, keys], of a program whose
+    calls are one sequence each.
 
     v_dim: that of the values, which play no part (default: D).
     """
@@ -151,14 +152,7 @@ def probabilities(
     evaluator = oracle.Evaluator.of_call(program, shape, exact, args)
     q, k = (x.detach().to(torch.float64) for x in (q, k))
     v = k.new_zeros(*k.shape[:3], v_dim)
-    call = _Call(program, shape, q, k, v, evaluator, floats, scale, None)
-    if not separate(program):
-        return call.probabilities(branch)
-    # Of a part over raw tokens: the keys of a sequence are those of its own.
-    whole = q.new_zeros(*q.shape[:3], shape.k_len)
-    for x in sequences(program, shape, exact):
-        (whole[x.entry : x.entry + 1, :, x.rows, x.keys],) = call.alone(x).probabilities(branch)
-    return [whole]
+    return _Call(program, shape, q, k, v, evaluator, floats, scale, None).probabilities(branch)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from attndsl.alone import separate, sequences, together
 from attndsl.branches import View
 from attndsl.observation import Observation
-from attndsl.program import Program
+from attndsl.program import CallShape, Program
 from attndsl.runtime.reference import probabilities
 
 
@@ -22,11 +23,23 @@ def observed(
     Rows before the first token are of no class. `inputs`: the plans of selections among them.
     """
     found = {}
+    shape = CallShape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    exact = {name: x.detach().cpu().numpy() for name, x in inputs.items() if not x.is_floating_point()}
     for each in program.observations:
         branch = program.named(each.branch)
-        parts = probabilities(program, branch, q, k, inputs, args, scale, v.shape[3])
         views = [part.view for part in branch.parts]
-        found[each.name] = by_class(parts, views, each, program, k.shape[2])
+        if not separate(program):
+            parts = probabilities(program, branch, q, k, inputs, args, scale, v.shape[3])
+            found[each.name] = by_class(parts, views, each, program, k.shape[2])
+            continue
+        # Sequences begin where the call does, so members of one are those of the call.
+        whole = q.new_zeros(*q.shape[:3], -(-k.shape[2] // each.keys), dtype=torch.float64)
+        for x in sequences(program, shape, exact):
+            at, own = slice(x.entry, x.entry + 1), x.inputs(program, inputs)
+            call = q[at, :, x.rows], k[at, :, x.keys], own, args, scale, v.shape[3]
+            part = _of_parts(probabilities(together(program), branch, *call), views, each, x.keys.stop)
+            whole[at, :, x.rows, : part.shape[3]] = part
+        found[each.name] = _by_row(whole, each, program, k.shape[2])
     return found
 
 
@@ -34,8 +47,13 @@ def by_class(
     parts: Sequence[Tensor], views: Sequence[View | None], each: Observation, program: Program, k_len: int
 ) -> Tensor:
     """What is observed of the probabilities [B, Hq, rows, keys] of a branch's parts."""
+    return _by_row(_of_parts(parts, views, each, k_len), each, program, k_len)
+
+
+def _of_parts(parts: Sequence[Tensor], views: Sequence[View | None], each: Observation, k_len: int) -> Tensor:
+    """What is observed of each row: [B, Hq, rows, members]."""
     whole = torch.stack([_of_tokens(x, view, each, k_len) for x, view in zip(parts, views, strict=True)])
-    return _by_row(whole.amax(0) if each.largest else whole.sum(0), each, program, k_len)
+    return whole.amax(0) if each.largest else whole.sum(0)
 
 
 def _of_tokens(x: Tensor, view: View | None, each: Observation, k_len: int) -> Tensor:

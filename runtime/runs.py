@@ -64,6 +64,16 @@ def document_entries(ids: Tensor, size: int, stride: int, present: Tensor | None
     return Runs(number, first, torch.where(exists, end, past)), torch.where(exists, begin.gather(-1, at), past)
 
 
+def present_runs(ids: Tensor, present: Tensor) -> Tensor:
+    """Ids [B, ..., tokens] of tokens that are present, int [B], as `derivation.PresentRuns` has them."""
+    ids, tokens = ids.to(torch.int64), ids.shape[-1]
+    if not tokens:
+        return ids
+    present = present.to(torch.int64).view(-1, *[1] * (ids.dim() - 1))
+    last = ids.gather(-1, (present - 1).clamp(0, tokens - 1).expand(*ids.shape[:-1], 1))
+    return torch.where(torch.arange(tokens, device=ids.device) < present, ids, last + 1)
+
+
 def runs_of(ids: Tensor) -> Runs:
     """The maximal runs of equal ids [..., tokens]."""
     begins = pad(ids[..., 1:] != ids[..., :-1], (1, 0), value=True)[..., : ids.shape[-1]]
@@ -109,12 +119,14 @@ def along(x: Tensor, own: InputDecl, dims: InputDecl, size: list[int]) -> Tensor
     return x.permute(*order, -1).expand(size).contiguous()
 
 
-def of_heads(ids: Tensor, decl: InputDecl, batch: int, kv_heads: int) -> Runs:
-    """The runs of an input int[b?, g?, k] for each batch entry and key head: [B, Hkv, tokens]."""
+def of_heads(ids: Tensor, decl: InputDecl, batch: int, kv_heads: int, present: Tensor | None = None) -> Runs:
+    """The runs of an input int[b?, g?, k] for each batch entry and key head: [B, Hkv, tokens]. present: int [B], how
+    many tokens are, where not all are."""
     for at, axis in enumerate((Axis.B, Axis.G)):
         if all(dim.axis is not axis for dim in decl.dims):
             ids = ids.unsqueeze(at)
-    return runs_of(ids.expand(batch, kv_heads, -1).contiguous())
+    ids = ids.expand(batch, kv_heads, -1)
+    return runs_of((ids if present is None else present_runs(ids, present)).contiguous())
 
 
 def entries_of_heads(ids: Tensor, pool: Pool, batch: int, kv_heads: int, present: Tensor | None) -> Runs:

@@ -17,6 +17,7 @@ from attndsl.keeping import KEYS, of_members, vectors_of
 from attndsl.members import Lags, extent
 from attndsl.plans import plan_heads
 from attndsl.program import CallShape, Inter, Program, Set, reads
+from attndsl.runtime.call import present_lengths
 from attndsl.runtime.derive import Deriver
 from attndsl.runtime.derive_ragged import RaggedDeriver
 from attndsl.runtime.groups import Groups
@@ -151,14 +152,6 @@ class Selector:
     def classes(self) -> int:
         return _classes(self.program, self.selection, self.shape)
 
-    def present(self, inputs: Sequence[Tensor]) -> Tensor | None:
-        """How many tokens of each batch entry are present, int64 [B, 1, 1, 1]; None where all are."""
-        if self.program.lengths is None:
-            return None
-        names = [decl.name for decl in self.program.inputs]
-        count = inputs[names.index(self.program.lengths)].clamp(0, self.shape.k_len).to(torch.int64)
-        return count.expand(self.shape.batch).view(-1, 1, 1, 1)
-
     def vectors(self, v: Vectors, k: Tensor, inputs: Sequence[Tensor], groups: Groups | None = None) -> Tensor:
         """[B, G or H or 1, members, D] of what the keys hold, float32 (float64 for float64 tensors).
 
@@ -174,7 +167,7 @@ class Selector:
         x = x.expand(-1, -1, self.shape.k_len, -1)
         if groups is not None:
             return groups.pooled(x.expand(self.shape.batch, -1, -1, -1).to(real), v.pool)
-        return pooled_members(x, self.selection.keys, v.pool, real, self.present(inputs))
+        return pooled_members(x, self.selection.keys, v.pool, real, present_lengths(self.program, self.shape, inputs))
 
     def _ranked(self, v: Vectors, ragged: Ragged, inputs: Sequence[Tensor]) -> Tensor:
         """The same of a decode for kernels, which take what is kept of keys, or the keys, as they are."""

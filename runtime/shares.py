@@ -23,6 +23,7 @@ from attndsl.branch_mass import BranchMass, mass_of
 from attndsl.diagnostics import error
 from attndsl.observing import Cells
 from attndsl.program import CallShape, Program
+from attndsl.runtime.call import present_lengths
 from attndsl.runtime.derive import Deriver
 from attndsl.runtime.derive_ragged import RaggedDeriver
 from attndsl.runtime.engine import MAX_PREPARED
@@ -107,7 +108,7 @@ class _Kind:
 class _Call:
     """A call, from whose rows strips are made; q, keys, lse and inputs may be leaves of a graph.
 
-    lengths: int64 [B, 1, 1, 1], where sequences have their own.
+    lengths: int64 [B, 1, 1, 1], where sequences have their own; present: the same, where not all tokens of a call are.
     """
 
     kind: _Kind
@@ -116,6 +117,7 @@ class _Call:
     scale: float | Tensor
     member: int
     lengths: Tensor | None = None
+    present: Tensor | None = None
 
     @classmethod
     def of(
@@ -127,7 +129,7 @@ class _Call:
         factor: float | Tensor = kind.shape.dim**-0.5 if scale is None else scale
         if scale is None and own is not None:
             factor = values.number(own)
-        return cls(kind, keys, values, factor, member, lengths)
+        return cls(kind, keys, values, factor, member, lengths, present_lengths(kind.program, kind.shape, inputs))
 
     def strips(self) -> Iterator[slice]:
         shape = self.kind.shape
@@ -164,7 +166,8 @@ class _Call:
             whole = pad(masses, (0, members * entries - masses.shape[3]))
             found: Tensor = whole.unflatten(3, (members, entries)).sum(4)
             return found
-        return given_to_members(masses, mass.size, mass.stride, self.member, shape.k_len, False, self.lengths)
+        there = self.present if self.lengths is None else self.lengths
+        return given_to_members(masses, mass.size, mass.stride, self.member, shape.k_len, False, there)
 
 
 def _kind(key: str, q: Tensor, keys: Tensor, inputs: Sequence[Tensor], k_len: int, ragged: bool = False) -> _Kind:

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from attndsl.capacity import lags_of
 from attndsl.derive import own_inputs
 from attndsl.members import Lags
+from attndsl.runtime.call import present_lengths
 from attndsl.runtime.competing import masses_around, normalised_together
 from attndsl.runtime.groups import Groups, lag_sums, tiled_rows
 from attndsl.runtime.masses import floor_share, leading, pooled, running_sums, shares, softmax
@@ -77,7 +78,7 @@ class Strips:
         # int64 [B, 1, 1, 1], where sequences have lengths of their own.
         self.lengths = None if ragged is None else ragged.lengths
         # The same of a call whose last tokens are not present.
-        self.present = of.present(inputs)
+        self.present = present_lengths(of.program, of.shape, inputs)
         assert of.among is not None
         self.real = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.candidates = of.among

@@ -152,6 +152,69 @@ def test_views(clauses: str, f: str, backend: str) -> None:
             assert not x[b, :, length:].any()
 
 
+IDS = torch.tensor([[0] * 5 + [1] * 3 + [0] * 4 + [2] * 25, [3] * 21 + [1] * 16])
+BESIDE = {
+    "queries": "attend { k // 4 != q // 4 } over pool(max, 3) from pool(mean, 4)",
+    "queries_of_tokens": "attend causal from pool(sum, 5)",
+    "two_levels": "x = attend all over pool(mean, 24, 12)\n y = attend causal within blocks(16) with probs(x) output y",
+    "segments": "input ids : int[b, k]\n attend causal & window(3), all over pool(max, segments(ids), counted)",
+    "own_segment": "input ids : int[b, k]\n attend { ids[q] == ids[k] } over pool(mean, segments(ids))",
+    "picked": "input picked : int[b, g, k/4]\n attend { k != q } over pick(picked, weight = Nk / 4)",
+}
+
+
+@pytest.mark.parametrize(("name", "backend"), [
+    *((name, "cpu") for name in BESIDE), ("queries", "triton"), ("segments", "triton"), ("picked", "triton"),
+])  # fmt: skip
+def test_beside_what_looks_at_all_tokens(name: str, backend: str) -> None:
+    """Classes of rows, members, segments and listed tokens are those of what is present."""
+    if backend == "triton" and not INTERPRETED:
+        pytest.skip("interprets kernels")
+    attn = attndsl.compile(f"attention a {{ input n : int[b]\n lengths n\n {BESIDE[name]} }}")
+    dtype = torch.float64 if backend == "cpu" else torch.float32
+    generator = torch.Generator().manual_seed(3)
+    picked = torch.randint(-1, 38, (2, 2, 10), generator=generator)
+    given = {key: x for key, x in (("ids", IDS), ("picked", picked)) if key in BESIDE[name]}
+    for rows in (37, 15) if backend == "cpu" else (29,):
+        shapes = ((4, rows), (2, 37), (2, 37))
+        leaves = [torch.randn(2, *size, 16, generator=generator, dtype=dtype).requires_grad_() for size in shapes]
+        right = [x.detach().double().requires_grad_() for x in leaves]
+        more: dict[str, Any] = {"n": torch.tensor([37, 26]), **given}
+        found, wanted = attn(*leaves, backend=backend, **more), attn.reference(*right, **more)
+        bound = 1e-9 if backend == "cpu" else 2e-4
+        torch.testing.assert_close(found.double(), wanted, atol=bound, rtol=bound)
+        weight = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view(found.shape)
+        gradients = (torch.autograd.grad((x * weight).sum(), y) for x, y in ((found, leaves), (wanted, right)))
+        for x, y in zip(*gradients, strict=True):
+            torch.testing.assert_close(x.double(), y, atol=10 * bound * max(1.0, float(y.abs().max())), rtol=bound)
+
+
+@pytest.mark.parametrize(
+    "view", ["over pool(mean, 8)", "over pool(mean, 8, 4)", "& window(9), causal over pool(max, 5)"]
+)
+@pytest.mark.parametrize("wanted", ["sum, head, tokens", "max, rows(16), blocks(16)", "sum, query, blocks(32)"])
+def test_what_is_observed_of_present_entries(view: str, wanted: str) -> None:
+    text = f"x = attend causal {view}\n observe m = probs(x, {wanted})\n output x"
+    attn = attndsl.compile(f"attention a {{ input n : int[b]\n lengths n\n {text} }}")
+    for rows in (48, 31):
+        q, k, v = doubles(rows, 48)
+        (_, found), (_, right) = (
+            f(q, k, v, n=torch.tensor([48, 29]), return_observed=True) for f in (attn, attn.reference)
+        )
+        torch.testing.assert_close(found["m"].double(), right["m"], atol=1e-9, rtol=1e-9)
+
+
+def test_what_is_skipped_of_present_tokens() -> None:
+    attn = attndsl.compile("attention a { input n : int[b]\n lengths n\n attend causal skip below 0.4 }")
+    whole = attndsl.compile("attention a { input n : int[b]\n lengths n\n attend causal }")
+    for rows in (200, 150):
+        q, k, v = (2 * x for x in doubles(rows, 200))
+        n = torch.tensor([200, 137])
+        out = attn(q, k, v, n=n)
+        torch.testing.assert_close(out, attn.reference(q, k, v, n=n), atol=1e-9, rtol=1e-9)
+        assert not torch.allclose(out, whole(q, k, v, n=n))
+
+
 # -------------------------------------------------------------------------------------- selections
 
 
@@ -205,10 +268,10 @@ def check_output(text: str, n_tokens: int, **inputs: Any) -> None:
 @pytest.mark.parametrize(("clauses", "code", "named"), [
     ("lengths n axes y, x[4] attend top(1, tiles(2, 2), among = all, per = head, by = dot(mean(Q), mean(K)))", "A908",
      "a selection of members that are no blocks"),
-    ("lengths n attend causal skip below 0.1", "A908", "`skip below`"),
-    ("lengths n x = attend causal y = attend causal within blocks(16) with probs(x) output y", "A908", "`within`"),
-    ("lengths n x = attend causal over pool(mean, 4) observe m = probs(x, sum, head, tokens) output x", "A908",
-     "`observe` of a view"),
+    ("packed doc attend causal skip below 0.1", "A907", "`skip below`"),
+    ("packed doc x = attend causal y = attend causal within blocks(16) with probs(x) output y", "A907", "`within`"),
+    ("packed doc attend causal over pool(mean, 4) from pool(mean, 4)", "A907", "pooled queries"),
+    ("packed doc attend causal over pool(mean, segments(doc))", "A907", "such a view"),
     ("packed doc x = attend causal observe m = probs(x, sum, head, tokens) output x", "A907", "`observe`"),
     ("packed doc x = attend causal y = attend all output q * x + y", "A907", "an output that reads `q`"),
 ])  # fmt: skip

@@ -127,11 +127,10 @@ def programs(draw: st.DrawFn) -> str:
     draft = Draft(draw)
     for name in ("first", "second", "third")[: draw(st.integers(1, 3))]:
         draft.branch(name)
-    # Padding is not yet supported beside two levels, pooled queries and what data tells (A908).
-    beside = not any(word in line for line in draft.lines for word in (" within ", " from ", *TOLD))
-    present = ["lengths n"] if beside and draw(st.integers(0, 2)) == 0 else []
-    # In a packed call members are those of documents, and no entries are handed in (A907).
-    apart = beside and not any(word in line for line in draft.lines for word in ("given(", "probs("))
+    present = ["lengths n"] if draw(st.integers(0, 2)) == 0 else []
+    # In a packed call members are those of documents, and all entries are its own (A907).
+    barred = (" within ", " from ", "given(", "probs(", *TOLD)
+    apart = not any(word in line for line in draft.lines for word in barred)
     present += ["packed own"] if apart and draw(st.booleans()) else []
     body = "\n".join([*present, *draft.lines, f"output {draft.output()}"])
     declared = "".join(f"input {name} : {kind}\n" for name, kind in INPUTS.items() if re.search(rf"\b{name}\b", body))
