@@ -24,6 +24,8 @@ from attndsl.simplify import fold
 from attndsl.view_plans import entries_of
 
 MAX_FORCED = 1 << 16
+# Entries that a list may have where there are fewer members: published budgets of single keys take half as many.
+MOST_SPARE = 1 << 12
 
 
 @remembered(1024)
@@ -131,7 +133,8 @@ def budgets(program: Program, count: Scalar, heads: tuple[int, int]) -> tuple[in
 
 
 def capacity(program: Program, selection: Selection, heads: tuple[int, int], members: int) -> int:
-    """Entries of a list: the budget, and what may be forced beside it.
+    """Entries of a list: the budget, and what may be forced beside it. So a list is as long whatever the length is, but
+    where its budget is more than any member there is, and out of all measure.
 
     Raises `PatternError` (A571) where each query may force any number.
     """
@@ -148,6 +151,7 @@ def capacity(program: Program, selection: Selection, heads: tuple[int, int], mem
             budget = members
         case _:
             assert_never(selection.rule)
+    budget = min(budget, max(members, MOST_SPARE))
     if not selection.bounded:
         return budget
     forced = forced_bound(program, heads, selection)

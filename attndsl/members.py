@@ -34,6 +34,11 @@ class Tiles:
         """Cells of a tile."""
         return prod(self.sizes)
 
+    def most(self, tokens: int) -> int:
+        """Cells of a tile that so many tokens can fill: an axis may be shorter than a tile."""
+        sizes = zip(self.grid.sizes, self.sizes, strict=True)
+        return min(tokens, prod(tile if size is None else min(tile, size) for size, tile in sizes))
+
     @property
     def counts(self) -> tuple[int, ...]:
         """Tiles along each axis but the first."""

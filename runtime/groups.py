@@ -16,7 +16,7 @@ from attndsl.member_numbers import has_member, number, read
 from attndsl.members import Members, Runs, Tiles
 from attndsl.runtime.masses import running_sums
 from attndsl.runtime.values import Values
-from attndsl.selection import Pool
+from attndsl.selection import Antidiagonal, Pool, Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,8 @@ def _of_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def tiled_rows(tiles: Tiles, count: int, q_len: int, device: torch.device, values: Values) -> Tensor:
-    """The positions of each tile's rows, int64 [count, tokens of a tile], in order and -1 after them."""
+    """The positions of each tile's rows, int64 [count, rows that a tile of this call may have], in order and -1 after
+    them."""
     position = torch.arange(q_len, device=device)
     here = values.at(q=position, k=position)
     of_row, inside = number(tiles, "q"), has_member(tiles)
@@ -143,11 +144,20 @@ def tiled_rows(tiles: Tiles, count: int, q_len: int, device: torch.device, value
     exists = (label >= 0) & (label < count)
     exists = exists if inside is None else exists & here.tensor(inside)
     groups = Groups.labelled(torch.where(exists, label, count).expand(q_len).view(1, 1, -1), count)
-    place = groups.ends[0, 0, :-1, None] + torch.arange(tiles.tokens, device=device)
+    place = groups.ends[0, 0, :-1, None] + torch.arange(tiles.most(q_len), device=device)
     if not q_len:
         return torch.full_like(place, -1)
     found = groups.order[0, 0, place.clamp(max=q_len - 1)]
     return torch.where(place < groups.ends[0, 0, 1:, None], found, -1)
+
+
+def class_rows(selection: Selection, q_len: int, tiles: Tensor | None) -> int | None:
+    """How many rows a class of a call with so many positions may have, tiles as `tiled_rows` has them; None: all."""
+    if tiles is not None:
+        return tiles.shape[1]
+    # The steps of an antidiagonal are counted in rows, whether there are such or not.
+    rows, counts = selection.rows, isinstance(selection.score, Antidiagonal)
+    return rows if rows is None or counts else min(rows, max(1, q_len))
 
 
 def lag_sums(x: Tensor, first: int, size: int, count: int, largest: bool) -> Tensor:

@@ -19,7 +19,7 @@ from attndsl.derive import own_inputs
 from attndsl.members import Lags
 from attndsl.runtime.call import present_lengths
 from attndsl.runtime.competing import masses_around, normalised_together
-from attndsl.runtime.groups import Groups, lag_sums, tiled_rows
+from attndsl.runtime.groups import Groups, class_rows, lag_sums, tiled_rows
 from attndsl.runtime.masses import floor_share, leading, pooled, running_sums, shares, softmax
 from attndsl.runtime.touched import Touched, as_rows, call_values
 from attndsl.runtime.values import Values
@@ -108,6 +108,7 @@ class Strips:
         if self.selection.row_tiles is not None:
             q_len = self.shape.q_len(of.program)
             self.tiles = tiled_rows(self.selection.row_tiles, of.classes, q_len, self.device, self.among)
+        self.rows = class_rows(self.selection, self.shape.q_len(of.program), self.tiles)
         score = self.selection.score
         if isinstance(score, Dot):
             self.keys = self._vectors(score.y, inputs)
@@ -217,7 +218,7 @@ class Strips:
     def _rows(self, x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
         """Vectors [B, H, rows, D] of the call's rows by class, [B, H, high - low, rows of a class, D], and which of
         them are there, [B or 1, high - low, rows of a class]."""
-        rows, have = self.selection.rows, self.shape.rows
+        rows, have = self.rows, self.shape.rows
         if rows is None:
             return x[:, :, None], self._there(self._positions(0, have, 1))[:, None]
         if rows == 1:
@@ -294,7 +295,7 @@ class Strips:
 
     def _probabilities(self, low: int, high: int, largest: bool) -> Tensor:
         """exp(logit - lse) of the branch's keys, given to members by their shares of tokens, over each class's rows."""
-        rows = self.selection.rows
+        rows = self.rows
         if rows is None:
             return self._of_all_rows(largest)
         assert self.state is not None
@@ -399,12 +400,11 @@ class Strips:
 
     def _scored(self, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of these row classes the scores of candidates, which these are, and which are forced."""
-        selection = self.selection
         shape = (self.shape.batch, self.shape.heads, high - low, self.of.members)
-        candidates = self._present(self.candidates, self.among, low, high, selection.rows).expand(shape)
+        candidates = self._present(self.candidates, self.among, low, high, self.rows).expand(shape)
         forced = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=self.device).expand(shape)
         if self.of.always is not None and self.always is not None:
-            forced = self._present(self.of.always, self.always, low, high, selection.rows).expand(shape) & candidates
+            forced = self._present(self.of.always, self.always, low, high, self.rows).expand(shape) & candidates
         raw = self._scores(low, high).expand(shape)
         return torch.where(candidates & ~raw.isnan(), raw, -torch.inf).clamp(max=_LARGEST), candidates, forced
 

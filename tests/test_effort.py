@@ -185,3 +185,20 @@ def test_planning_survives_any_bound(seed: int) -> None:
         [sys.executable, "-c", PLANNING, str(seed)], capture_output=True, text=True, cwd=ROOT, timeout=240
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+PER_TILES = "attention a {{ axes y, x[8]  attend top(2, {0}, per = {0}, among = all, by = dot(mean(Q), mean(K))) }}"
+CHOICES = {
+    "tiles": PER_TILES.format("tiles(158918, 158918)"),
+    "lines": PER_TILES.format("tiles(1, 158918)"),
+    "rows": "attention a { attend causal & top(2, blocks(16), per = rows(1073741824), by = dot(mean(Q), mean(K))) }",
+    "budget": "attention a { attend causal & top(1073741824, blocks(16), per = rows(16), by = dot(mean(Q), mean(K))) }",
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_choice_takes_what_its_call_holds(name: str) -> None:
+    """Whatever sizes are written: these asked for 8 to 200 GB."""
+    attn = load_attention(CHOICES[name])
+    q, k, v = (torch.randn(1, 2, 45, 16) for _ in range(3))
+    assert torch.allclose(attn(q, k, v).double(), attn.reference(q, k, v), atol=1e-5, rtol=0)
