@@ -31,6 +31,10 @@ def _guards() -> Any:
     return TensorGuards
 
 
+def _nested(x: object) -> bool:
+    return getattr(x, "is_nested", False)
+
+
 @dataclass(frozen=True, slots=True)
 class Again:
     """A kind of call without dropout, and its launch.
@@ -51,7 +55,9 @@ class Again:
     ) -> bool:
         """Whether a call that torch.compile does not trace is of this kind. inputs: as many as the program has."""
         return (
-            self.check(q, k, v, *inputs)
+            # Torch's check ends the process at nested tensors.
+            not (_nested(q) or _nested(k) or _nested(v))
+            and self.check(q, k, v, *inputs)
             and self.backend == backend
             and self.sign is (scale if scale is None else scale > 0)
             and not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & _UNALIGNED

@@ -45,7 +45,8 @@ def call_shape(q: Tensor, k: Tensor, v: Tensor) -> CallShape:
             "q is [B, Hq, Nq, D], k [B, Hkv, Nk, D] and v [B, Hkv, Nk, Dv]",
         )  # fmt: skip
     check_heads(heads, kv_heads, dim, v_dim)
-    return CallShape(batch, heads, kv_heads, rows, k_len, dim, v_dim)
+    # Where torch.compile knows none of the sizes, these are settled all the same: programs are made for them.
+    return CallShape(batch, int(heads), int(kv_heads), rows, k_len, int(dim), int(v_dim))
 
 
 def present_lengths(program: Program, shape: CallShape, inputs: Sequence[Tensor]) -> Tensor | None:
@@ -62,8 +63,9 @@ def check_call(scale: object, **tensors: object) -> None:
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise _wrong("A501", f"{name} is a tensor, not {repr(x)[:40]}")
-        if x.layout is not torch.strided:
-            raise _wrong("A501", f"{name} is a dense tensor, not one of {x.layout}", "pass x.to_dense()")
+        if x.layout is not torch.strided or x.is_nested:
+            kind = "that is nested" if x.is_nested else f"of {x.layout}"
+            raise _wrong("A501", f"{name} is a dense tensor, not one {kind}", "pass x.to_dense()")
     if scale is not None and not isinstance(scale, Real | torch.SymInt | torch.SymFloat):
         raise _wrong("A518", f"`scale` is a number, not {repr(scale)[:40]}", "multiply q by a tensor")
 

@@ -22,10 +22,11 @@ from attndsl.program import Axis, CallShape, Const, Program
 from attndsl.runtime.call import check_inputs, device_target, dtype_of
 from attndsl.runtime.engine import MAX_PREPARED
 from attndsl.runtime.launcher import Slot
-from attndsl.runtime.ops import check_learnable, traced, transformed, wants_gradients
+from attndsl.runtime.ops import check_learnable, traced, wants_gradients
 from attndsl.runtime.outputs import in_order_of
 from attndsl.runtime.registry import engine_of
 from attndsl.runtime.sums import Totals
+from attndsl.runtime.transforms import transformed
 from attndsl.runtime.triton_version import INTERPRETED
 
 _LIBRARY = Library("attndsl", "FRAGMENT")

@@ -13,8 +13,9 @@ from torch.library import Library
 
 from attndsl.observation import classes
 from attndsl.observing import Cells
-from attndsl.runtime.ops import one_by_one, traced
+from attndsl.runtime.ops import traced
 from attndsl.runtime.registry import engine_of
+from attndsl.runtime.transforms import mapped
 
 _LIBRARY = Library("attndsl", "FRAGMENT")
 # rows: those of a class, 0 for all; keys: those of a member.
@@ -56,4 +57,4 @@ def _observe_fake(
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("observe", _observe, _device)
 _LIBRARY.impl("observe", _observe_fake, "Meta")
-torch.library.register_vmap("attndsl::observe", one_by_one(torch.ops.attndsl.observe), lib=_LIBRARY)
+mapped(_LIBRARY, "observe")

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import Library
 from torch.nn import Parameter
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from attndsl.asking import not_an_int
 from attndsl.diagnostics import PatternError, error
@@ -20,6 +19,7 @@ from attndsl.runtime.call import check_call
 from attndsl.runtime.dropout import Dropout, check_rate, seed_tensor
 from attndsl.runtime.outputs import empty_gradient, empty_output, in_order_of
 from attndsl.runtime.registry import engine_of
+from attndsl.runtime.transforms import mapped, no_forward_mode, transformed
 from attndsl.widths import check_argument
 
 _LIBRARY = Library("attndsl", "DEF")
@@ -80,14 +80,11 @@ def attend(
     return found
 
 
-def transformed() -> bool:
-    """Whether torch.func transforms are at work: they take an autograd.Function, but not inside an operator."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def checked_values(key: str, inputs: Sequence[object], args: Sequence[object]) -> None:
     """Raises `PatternError` for an input that is no tensor, or an argument that is no int or too large for kernels."""
-    if not all(isinstance(x, Tensor) for x in inputs) or not all(isinstance(x, int | torch.SymInt) for x in args):
+    if not all(isinstance(x, Tensor) and not x.is_nested for x in inputs) or not all(
+        isinstance(x, int | torch.SymInt) for x in args
+    ):
         raise _misfit(engine_of(key).program, inputs, args)
     if args and not torch.compiler.is_compiling():
         _check_arguments(key, args)
@@ -102,10 +99,9 @@ def _check_arguments(key: str, args: Sequence[Any]) -> None:
 def _misfit(program: Program, inputs: Sequence[object], args: Sequence[object]) -> PatternError:
     """Names the first input that is no tensor, or argument that is no int. Plans may be left out, which stand last."""
     for decl, x in zip(program.inputs, inputs, strict=False):
-        if not isinstance(x, Tensor):
-            return error(
-                "A517", f"input `{decl.name}` is a tensor, not {repr(x)[:40]}", decl.span, help="pass torch.tensor(…)"
-            )
+        if not isinstance(x, Tensor) or x.is_nested:
+            said = "dense tensor, not one that is nested" if isinstance(x, Tensor) else f"tensor, not {repr(x)[:40]}"
+            return error("A517", f"input `{decl.name}` is a {said}", decl.span, help="pass torch.tensor(…)")
     name, value = next((n, x) for n, x in zip(program.args, args, strict=True) if not isinstance(x, int))
     return not_an_int(name, value)
 
@@ -274,6 +270,10 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
         return None, None, None, None, None, None, *_differentiated(ctx, dout, dlse)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise no_forward_mode()
 
 
 class _Recorded(torch.autograd.Function):
@@ -461,26 +461,6 @@ def _register_autocast(device: str) -> None:
     _LIBRARY.impl("backward", backward, name)
 
 
-# ------------------------------------------------------------------------------------------- vmap
-
-
-def one_by_one(operator: Any) -> Callable[..., Any]:
-    """Batched calls of an operator, one after another."""
-
-    def call(info: Any, in_dims: Any, *args: Any) -> Any:
-        values, structure = tree_flatten(args)
-        dims, _ = tree_flatten(in_dims)
-        found = []
-        for i in range(info.batch_size):
-            chosen = [x if dim is None else x.select(dim, i) for x, dim in zip(values, dims, strict=True)]
-            found.append(tree_flatten(operator(*tree_unflatten(chosen, structure))))
-        stacked = [torch.stack(entries) for entries in zip(*(leaves for leaves, _ in found), strict=True)]
-        structure = found[0][1]
-        return tree_unflatten(stacked, structure), tree_unflatten([0] * len(stacked), structure)
-
-    return call
-
-
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("forward", _forward, _device)
     _LIBRARY.impl("backward", _backward, _device)
@@ -490,5 +470,4 @@ _LIBRARY.impl("backward", _backward_autograd, "Autograd")
 # On "Meta", which fake tensors take too: `register_fake` looks up this module's source, 10 ms each.
 _LIBRARY.impl("forward", _forward_fake, "Meta")
 _LIBRARY.impl("backward", _backward_fake, "Meta")
-torch.library.register_vmap("attndsl::forward", one_by_one(torch.ops.attndsl.forward), lib=_LIBRARY)
-torch.library.register_vmap("attndsl::backward", one_by_one(torch.ops.attndsl.backward), lib=_LIBRARY)
+mapped(_LIBRARY, "forward", "backward")

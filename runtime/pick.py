@@ -18,6 +18,7 @@ from attndsl.program import Axis, InputDecl
 from attndsl.runtime.outputs import empty_gradient
 from attndsl.runtime.pool import POOLED, launch, wide
 from attndsl.runtime.runs import plan_of
+from attndsl.runtime.transforms import differentiable, mapped
 from attndsl.runtime.triton_version import INTERPRETED
 
 _LIBRARY = Library("attndsl", "FRAGMENT")
@@ -37,8 +38,7 @@ def picked(program: str, x: Tensor, listed: Tensor, backend: str = "auto") -> Te
     """The tokens of x [B, H, N, D] that are listed, int64 [B, H, entries]: [B, H, entries, D]; zeros where none is.
     program, backend: as in `pool.pooled`."""
     kernel = x.is_cuda or (backend == "triton" and INTERPRETED)
-    found: Tensor = torch.ops.attndsl.pick(program, x, listed, kernel)
-    return found
+    return _called(program, x, listed, kernel)
 
 
 def _pick(program: str, x: Tensor, listed: Tensor, kernel: bool) -> Tensor:
@@ -89,4 +89,5 @@ for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("pick_backward", _pick_backward, _device)
 _LIBRARY.impl("pick", _fake, "Meta")
 _LIBRARY.impl("pick_backward", _backward_fake, "Meta")
-torch.library.register_autograd("attndsl::pick", _differentiate, setup_context=_setup, lib=_LIBRARY)
+mapped(_LIBRARY, "pick", "pick_backward")
+_called = differentiable(_LIBRARY, "pick", _setup, _differentiate)

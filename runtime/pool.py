@@ -20,6 +20,7 @@ from attndsl.runtime.engine import MAX_PREPARED
 from attndsl.runtime.launcher import Slot
 from attndsl.runtime.outputs import empty_gradient
 from attndsl.runtime.registry import engine_of
+from attndsl.runtime.transforms import differentiable, mapped
 from attndsl.runtime.triton_version import INTERPRETED
 
 _LIBRARY = Library("attndsl", "FRAGMENT")
@@ -45,8 +46,7 @@ def pooled(program: str, x: Tensor, pool: Pool, backend: str = "auto", lengths: 
     least 0. An entry without such tokens is 0.
     """
     kernel = x.is_cuda or (backend == "triton" and INTERPRETED)
-    found: Tensor = torch.ops.attndsl.pool(program, x, pool.function.value, pool.size, pool.stride, kernel, lengths)
-    return found
+    return _called(program, x, pool.function.value, pool.size, pool.stride, kernel, lengths)
 
 
 def pooled_queries(
@@ -224,4 +224,5 @@ for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("pool_backward", _pool_backward, _device)
 _LIBRARY.impl("pool", _fake, "Meta")
 _LIBRARY.impl("pool_backward", _backward_fake, "Meta")
-torch.library.register_autograd("attndsl::pool", _differentiate, setup_context=_setup, lib=_LIBRARY)
+mapped(_LIBRARY, "pool", "pool_backward")
+_called = differentiable(_LIBRARY, "pool", _setup, _differentiate)

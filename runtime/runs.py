@@ -21,6 +21,7 @@ from attndsl.program import Axis, InputDecl
 from attndsl.runtime.call import device_target, dtype_of
 from attndsl.runtime.outputs import empty_gradient
 from attndsl.runtime.pool import POOLED, launch, wide
+from attndsl.runtime.transforms import differentiable, mapped
 from attndsl.runtime.triton_version import INTERPRETED
 
 _LIBRARY = Library("attndsl", "FRAGMENT")
@@ -143,8 +144,7 @@ def pooled_runs(program: str, x: Tensor, pool: Pool, runs: Runs, backend: str = 
     """The entries of x [B, H, N, D], one for each of its runs, or entries of documents, [B, H, N], in order:
     [B, H, N, D]; zeros where there are no more. program, backend: as in `pool.pooled`."""
     kernel = x.is_cuda or (backend == "triton" and INTERPRETED)
-    found: Tensor = torch.ops.attndsl.pool_runs(program, x, pool.function.value, told_covers(pool), kernel, *runs)
-    return found
+    return _called(program, x, pool.function.value, told_covers(pool), kernel, *runs)
 
 
 def plan_of(x: Tensor, function: str, covers: int) -> PoolPlan:
@@ -248,4 +248,5 @@ for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("pool_runs_backward", _pool_backward, _device)
 _LIBRARY.impl("pool_runs", _fake, "Meta")
 _LIBRARY.impl("pool_runs_backward", _backward_fake, "Meta")
-torch.library.register_autograd("attndsl::pool_runs", _differentiate, setup_context=_setup, lib=_LIBRARY)
+mapped(_LIBRARY, "pool_runs", "pool_runs_backward")
+_called = differentiable(_LIBRARY, "pool_runs", _setup, _differentiate)

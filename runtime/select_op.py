@@ -27,6 +27,7 @@ from attndsl.runtime.registry import engine_of
 from attndsl.runtime.select import Selector, checked_mass, empty_plan, members_of
 from attndsl.runtime.select_entries import EntrySelector
 from attndsl.runtime.strips import Ragged
+from attndsl.runtime.transforms import mapped
 from attndsl.selection import Levels, Probs, Selection, Share
 
 _LIBRARY = Library("attndsl", "FRAGMENT")
@@ -332,7 +333,7 @@ def _select_ragged(
 
 def _ragged_shape(q: Tensor, kv_heads: int, capacity: int) -> CallShape:
     batch, heads, rows, dim = q.shape
-    return CallShape(batch, heads, kv_heads, rows, capacity, dim, dim)
+    return CallShape(batch, int(heads), int(kv_heads), rows, capacity, int(dim), int(dim))
 
 
 def _select_ragged_fake(
@@ -356,3 +357,4 @@ for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("select_ragged", _select_ragged, _device)
 _LIBRARY.impl("select_ragged", _select_ragged_fake, "Meta")
 _LIBRARY.impl("select", _select_fake, "Meta")
+mapped(_LIBRARY, "select")

@@ -35,6 +35,7 @@ from attndsl.runtime.registry import engine_of
 from attndsl.runtime.select import MAX_PAIRS
 from attndsl.runtime.strips import STRIP
 from attndsl.runtime.touched import as_rows, call_values
+from attndsl.runtime.transforms import transformed
 from attndsl.runtime.values import Values
 
 _LIBRARY = Library("attndsl", "FRAGMENT")
@@ -61,6 +62,11 @@ def member_shares(
 
     key: the registered program of the branch. keys: [B, Hkv, n, D], tokens or entries. lse: [B, Hq, rows], its own.
     """
+    if transformed():
+        raise error(
+            "A921", "torch.func has no transforms of what weighs the members of two levels",
+            engine_of(key).program.span, help="call backward() instead, or loop over what vmap would map",
+        )  # fmt: skip
     found: Tensor = torch.ops.attndsl.shares(key, q, keys, lse, [*inputs], [*args], scale, member, k_len)
     return found
 

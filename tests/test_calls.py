@@ -195,11 +195,14 @@ def test_scale(scale: Any) -> None:
 
 def test_what_is_no_dense_tensor() -> None:
     q, k, v = qkv()
+    nested = torch.nested.nested_tensor([x[0] for x in q])
     for _ in range(3):  # as the last call was, and not
         CAUSAL(q, k, v)
         refused("A501", "q is a tensor, not None", lambda: CAUSAL(None, k, v))  # type: ignore[arg-type]
         refused("A501", "v is a tensor, not array", lambda: CAUSAL(q, k, v.numpy()))  # type: ignore[arg-type]
         refused("A501", "k is a dense tensor, not one of torch.sparse_coo", lambda: CAUSAL(q, k.to_sparse(), v))
+        refused("A501", "q is a dense tensor, not one that is nested", lambda: CAUSAL(nested, k, v))
+        refused("A517", "one that is nested", lambda: DOCUMENTS(q, k, v, doc=nested))
     doc = torch.zeros(2, 20, dtype=torch.int32).to_sparse()
     refused("A517", "input `doc` is a dense tensor", lambda: DOCUMENTS(q, k, v, doc=doc))
     refused("A501", "seq_lens is a tensor, not [20, 20]", lambda: CAUSAL.decode(q, k, v, [20, 20]))  # type: ignore[arg-type]
