@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,9 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 pytestmark = pytest.mark.filterwarnings("ignore::attndsl.PatternWarning")
 
 
-def kernels_of(path: Path) -> Iterator[Lowered | Portable]:
-    return hopper_kernels(path.read_text(encoding="utf-8"), **PARAMS.get(path.stem, {}))
+@functools.cache
+def kernels_of(path: Path) -> tuple[Lowered | Portable, ...]:
+    return tuple(hopper_kernels(path.read_text(encoding="utf-8"), **PARAMS.get(path.stem, {})))
 
 
 def test_what_has_no_kernel_for_hopper(update_golden: bool) -> None:
