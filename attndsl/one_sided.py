@@ -153,7 +153,7 @@ class _Folder:
                     rest[n] = with_it
                     break
             else:
-                rest = [*rest, *conditions]
+                rest = [*conditions, *rest]
         return _join(op, _merged(op, rest))
 
 
@@ -167,7 +167,17 @@ def _join(op: Op, parts: Sequence[_Node]) -> _Node:
         if all(rest):
             common.append(_join(op, [x[0] if len(x) == 1 else _Join(other, x) for x in rest]))
         return _join(other, common)
-    return parts[0] if len(parts) == 1 else _Join(op, tuple(parts))
+    kept = list(parts)
+    for x in parts:
+        # What stands beside a part need not be asked inside it.
+        beside = [y for y in kept if y is not x]
+        inside = [tuple(y for y in _parts(z, op) if y not in beside) for z in _parts(x, other)]
+        at = next(n for n, y in enumerate(kept) if y is x)
+        if len(inside) > 1 and all(inside):
+            kept[at] = _join(other, [y[0] if len(y) == 1 else _Join(op, y) for y in inside])
+        elif len(inside) > 1:
+            del kept[at]
+    return kept[0] if len(kept) == 1 else _Join(op, tuple(kept))
 
 
 def _parts(x: _Node, op: Op) -> tuple[_Node, ...]:
