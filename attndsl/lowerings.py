@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from attndsl.one_pass import prefers_two_passes
 from attndsl.piece_plans import backward_plans
 from attndsl.plan import Backend, Spec
 from attndsl.program import CallShape, Program
@@ -16,7 +17,6 @@ from attndsl.targets import (
     layout_refusal,
     pieces_refusal,
 )
-from attndsl.tiling import prefers_two_passes
 
 
 def forward_lowering(program: Program, spec: Spec, shape: CallShape) -> str:

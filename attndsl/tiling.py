@@ -5,6 +5,7 @@ And which programs take so long that they had better start first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from attndsl.listing import LEAST, Listable, fitting, listables, lists_tiles
 from attndsl.plan import Backend, BackwardPlan, ForwardPlan, Loads, Spec, Tiling, backward_plan, forward_plan
 from attndsl.program import Arg, CallShape, Compare, Program, Read, Scalar, Table, Type, reads, walk
 from attndsl.relation import lowered
-from attndsl.runs import TileRuns
+from attndsl.runs import Run, TileRuns
 from attndsl.tile_sizes import backward_tilings, default_tiling
 
 # Microseconds that 128 rows take on Hopper at D = 64, on an H100: apart from their tiles, and for each tile.
@@ -29,11 +30,6 @@ _DQ_128 = (
     (2, Tiling(64, 64, warps=4, stages=2), 0.013, 0.00535),
     (1, Tiling(128, 64, warps=8, stages=3), 0.053, 0.0094),
 )
-# Microseconds of an H100, of one multiprocessor, for gradients made in one pass and in two portable ones, by dimension:
-# for a tile of a query head's rows, for one of a key head's keys, and for one of their pairs; for one of these where
-# they are of one program that others have ended before.
-_ONE_PASS, _TWO_PASSES = {128: (5.2, 10.0, 2.2, 2.2)}, {128: (1.5, 3.2, 3.05, 1.5)}
-_MULTIPROCESSORS = 132
 # Tiles of rows that a key tile is visited by, from which on two stages of them are ahead of three on an H100.
 _MANY_TILES = 100
 # Comparisons of a mask that leave what goes on in registers.
@@ -191,32 +187,12 @@ def _choose_backward_tilings(program: Program, spec: Spec) -> tuple[Tiling, Tili
     return (large if large_own + large_tile * (narrow + 1) < programs * (own + per_tile * narrow) else small), of_keys
 
 
-def prefers_two_passes(plan: BackwardPlan, shape: CallShape) -> bool:
-    """Whether the portable kernels are predicted to be ahead of the plan of one pass for a call: where so few tiles are
-    visited that what goes before and after them, the sums of dq above all, counts for more.
-
-    Where data decides how many are, they are taken to be enough; heads of dimensions that were not timed are not.
-    """
-    dim, visits = plan.spec.dim, _key_visits(plan, shape, None)
-    if dim not in _ONE_PASS or visits is None:
-        return dim not in _ONE_PASS
-    rows = shape.batch * shape.heads * -(-shape.rows // plan.key_tiling.block_q)
-    keys = shape.batch * shape.kv_heads * -(-shape.k_len // plan.key_tiling.block_k)
-    tiles, of_group = shape.batch * float(visits.sum()), visits.reshape(shape.kv_heads, -1, visits.shape[1]).sum(1)
-    longest = _MULTIPROCESSORS * float(of_group.max(initial=0))
-    one, two = (
-        of_rows * rows + max(of_keys * keys + each * tiles, alone * longest)
-        for of_rows, of_keys, each, alone in (_ONE_PASS[dim], _TWO_PASSES[dim])
-    )
-    return two < one
-
-
 def _one_pass_tiling(program: Program, spec: Spec, of_q: Tiling, of_keys: Tiling) -> Tiling:
     """The tiling of all gradients in one pass: two stages of rows where key tiles are visited by many, or where masks
     take more registers than there are (what is put aside is cached, in memory that a third would take), else three.
     """
     plan = backward_plan(program, spec, of_q, of_keys)
-    visits = _key_visits(plan, CallShape(1, spec.heads, spec.kv_heads, _TOKENS, _TOKENS, spec.dim, spec.v_dim), None)
+    visits = key_visits(plan, CallShape(1, spec.heads, spec.kv_heads, _TOKENS, _TOKENS, spec.dim, spec.v_dim), None)
     few = visits is None or visits.mean() < _MANY_TILES
     compared = {} if plan.key_mask is None else {x for x in walk(plan.key_mask) if isinstance(x, Compare)}
     deep = spec.dim > 64 and few and len(compared) <= _LIGHT_MASK
@@ -231,7 +207,7 @@ def heavy_tiles(plan: BackwardPlan, shape: CallShape) -> int:
     """
     most = 0
     for truth in (False, True):
-        visits = _key_visits(plan, shape, truth)
+        visits = key_visits(plan, shape, truth)
         if visits is None or not visits.size:
             return 0
         of_tile = visits.sum(0)
@@ -240,12 +216,15 @@ def heavy_tiles(plan: BackwardPlan, shape: CallShape) -> int:
     return most
 
 
-def _key_visits(plan: BackwardPlan, shape: CallShape, truth: bool | None) -> np.ndarray | None:
+def key_visits(
+    plan: BackwardPlan, shape: CallShape, truth: bool | None, runs: Sequence[Run] | None = None
+) -> np.ndarray | None:
     """How many query tiles visit each key tile of a call, for each query head; None where data decides it, or in a
-    layout. truth: what is taken for truths of data that are the same for all key tiles (None: they are data)."""
+    layout. truth: what is taken for truths of data that are the same for all key tiles (None: they are data). runs:
+    those that are counted (None: all)."""
     stride = 1 if plan.view is None else plan.view.stride
     key_tiles = -(-shape.k_len // (stride * plan.key_tiling.block_k))
-    counts = [run.count for run in plan.key_runs.full + plan.key_runs.partial]
+    counts = [run.count for run in (plan.key_runs.full + plan.key_runs.partial if runs is None else runs)]
     if not plan.layout.plain:
         return None
     unknown = {x for e in counts for x in walk(e) if isinstance(x, Read | Table | Arg)}

@@ -16,6 +16,7 @@ from attndsl.keeping import KeepPlan
 from attndsl.listing import even_start
 from attndsl.mapping import maps_call
 from attndsl.mixing import mixes
+from attndsl.one_pass import prefers_two_passes
 from attndsl.piece_plans import backward_plans, forward_plans, whole
 from attndsl.plan import Backend, BackwardPlan, DType, ForwardPlan, Loads, Spec, Tiling
 from attndsl.pooling import PoolPlan
@@ -27,7 +28,6 @@ from attndsl.runtime.dropout import Dropout
 from attndsl.runtime.entries import all_entries, all_view_places, check_entries
 from attndsl.runtime.pieces import in_turn
 from attndsl.runtime.values import readable
-from attndsl.tiling import prefers_two_passes
 from attndsl.widths import check_tokens
 
 if TYPE_CHECKING:
