@@ -187,7 +187,13 @@ class _Deriver:
     def over(self, part: Part) -> Set:
         """The pattern of a part, over a view with data of its entries in the place of that of single keys."""
         view = part.view
-        if view is None or view.size > view.stride or view.visible is not Visible.EVERY or view.told:
+        if (
+            view is None
+            or view.size > view.stride
+            or view.size == view.stride == 1
+            or view.visible is not Visible.EVERY
+            or view.told
+        ):
             return part.pattern
 
         def declare(decl: InputDecl, largest: bool) -> str:

@@ -121,7 +121,9 @@ def _why_not_mass(program: Program, selection: Selection, heads: tuple[int, int]
         return "the branch's entries are not the members"
     if mass.logit is not None or not (mass.branch.scale is None or isinstance(mass.branch.scale, Const)):
         return "the branch's logits are not scaled products"
-    if any(isinstance(x, Read) and x.input != program.lengths for x in walk(mass.seen)):
+    # Of entries that are single keys, as those of documents are, the kernel reads what the program declares.
+    known = {decl.name for decl in program.inputs} if selection.keys == 1 and not ragged else {program.lengths}
+    if any(isinstance(x, Read) and x.input not in known for x in walk(mass.seen)):
         return "which entries the branch sees depends on data"
     if sharing(selection, heads) > 1 and reads(mass.seen, "h"):
         return "heads that share a choice see different entries of the branch"

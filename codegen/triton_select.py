@@ -145,13 +145,14 @@ class SelectWriter(KernelWriter):
             lines.add("scores = tl.where(of_head[None, :], scores, 0.0)")
         if plan.side > 1:
             lines.add(f"scores = tl.sum(tl.reshape(scores, [BLOCK_M, {plan.side}, BLOCK_Q]), 1)")
+        pairs: list[Scalar] = [e for e in (plan.mask, plan.forced) if e is not None]
+        if pairs or plan.seen is not None:
+            lines.add(f"k_pos = member[:, None] * {plan.selection.keys}")
         if plan.seen is not None:
             of_entries = self.printer.within(self.printer.names.inner())
             of_entries.names.known[Var("k")] = "member[:, None]"
             lines.add(f"scores = tl.where({of_entries.text(plan.seen)}, scores, 0.0)")
-        pairs: list[Scalar] = [e for e in (plan.mask, plan.forced) if e is not None]
         if pairs:
-            lines.add(f"k_pos = member[:, None] * {plan.selection.keys}")
             printer.share(lines, pairs, "pair_")
         self.printer.helpers.update(("ranked", "take_up"))
         lines.add(

@@ -127,6 +127,25 @@ def test_the_fused_kernel_chooses_as_strips_do(text: str) -> None:
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="interprets kernels")
+def test_the_fused_kernel_ranks_by_probabilities_of_entries() -> None:
+    attn = compiled("nsa")
+    (selection,) = attn.program.selections
+    program, shape = of_selection(attn.program, selection), CallShape(2, 4, 2, 29, 48, 16, 16)
+    entries = of_entries(program, selection, (4, 2))
+    assert not why_not_fused(entries.program, entries.selection, (4, 2))
+    q, k, v = (x.float() for x in tensors(29, 48, seed=1))
+    summary = attndsl.compile("attention a { input doc : int[b, k] packed doc attend causal over pool(mean, 4) }")
+    (keys, _), (_, lse) = summary.views(k, v, doc=DOC)["pool(mean, 4)"], summary(q, k, v, doc=DOC, return_lse=True)
+    found = [
+        EntrySelector(attn._key, program, selection, shape, q.device, [DOC], printer, q.dtype)(
+            q, k, [DOC], [], None, (keys, lse)
+        )
+        for printer in (select_source, None)
+    ]
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize(("clauses", "named"), [
     ("attend causal & top(1, blocks(4), per = rows(8), by = dot(mean(Q), mean(K)))", "such a selection"),
     ("attend causal & top(fraction(0.5), blocks(4), by = dot(Q, mean(K)))", "such a selection"),
