@@ -254,7 +254,10 @@ class Shown:
                 return gluon_backward.gradients_source(plan)
             if self.backend == "cpu":
                 return cpu_backward.backward_source(plan)
-            return triton_backward.backward_sources(plan)[0 if self.kernel.rpartition(".")[2].startswith("dq") else 1]
+            of_keys = self.kernel.rpartition(".")[2].startswith("dkdv")
+            if of_keys and plan.gathered is None:
+                return triton_backward.dkdv_source(plan)
+            return triton_backward.backward_sources(plan)[of_keys]
         return generated(plan)
 
 

@@ -36,15 +36,20 @@ DKDV = "attention_dkdv"
 
 def backward_sources(plan: BackwardPlan) -> tuple[str, str]:
     """Texts of two Python files: of `attention_dq`, and of `attention_dkdv`."""
-    if plan.gathered is not None:
-        from attndsl.codegen import triton_gathered
+    if plan.gathered is None:
+        return DqKernel(plan).source(), dkdv_source(plan)
+    from attndsl.codegen import triton_gathered
 
-        return triton_gathered.backward_sources(plan)
-    if plan.marked is not None:
-        from attndsl.codegen.triton_marked import MarkedDkDv
+    return triton_gathered.backward_sources(plan)
 
-        return DqKernel(plan).source(), MarkedDkDv(plan).source()
-    return DqKernel(plan).source(), DkDvKernel(plan).source()
+
+def dkdv_source(plan: BackwardPlan) -> str:
+    """Text of a Python file of `attention_dkdv` where rows are not gathered; the plan may be `of_keys`."""
+    if plan.marked is None:
+        return DkDvKernel(plan).source()
+    from attndsl.codegen.triton_marked import MarkedDkDv
+
+    return MarkedDkDv(plan).source()
 
 
 class BackwardKernel(KernelWriter, ABC):

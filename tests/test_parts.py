@@ -100,6 +100,21 @@ def test_what_is_explained() -> None:
     assert {f"{part}: {title}" for part in attn.parts for title in ("relation", "runs", "source")} <= set(titles)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "top(64, tokens, share = group, by = dot(Q, K))",
+        "top(4, blocks(64), per = rows(64), by = dot(mean(Q), mean(K)))",
+    ],
+)
+def test_gradients_of_chosen_keys_can_be_read(text: str) -> None:
+    """Of key tiles whose rows a list names, and which no runs tell."""
+    attn = attndsl.compile(f"attention a {{ attend causal & {text} }}")
+    for heads in ((8, 8), (8, 2)):
+        of_keys = attn.source("dkdv", heads=heads[0], kv_heads=heads[1])
+        assert "def attention_dkdv(" in of_keys and "def attention_dq(" not in of_keys
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_kernel_can_be_read(path: Path) -> None:
     try:
