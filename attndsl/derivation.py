@@ -302,6 +302,15 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Alike:
+    """bool [1]: whether the rows of a call share their sorted key (`own`) with many keys each, on average, of those in
+    `among`."""
+
+    own: str
+    among: str
+
+
+@dataclass(frozen=True, slots=True)
 class RowTiles:
     """int32 [b?, n]: how many query tiles of at most `rows` rows a call has, the first row of each, and from then on
     the number of rows.
@@ -317,7 +326,7 @@ class RowTiles:
 
 Derivation: TypeAlias = (
     Offsets | Extents | PresentRuns | RunEnds | RunCount | RunExtents | DocumentEnds | DocumentEntries | BlockMap | Draw
-    | Chosen | TileList | Cut | Gathering | TileMap | Order | Sorted | Place | RowTiles
+    | Chosen | TileList | Cut | Gathering | TileMap | Order | Sorted | Place | RowTiles | Alike
 )  # fmt: skip
 
 

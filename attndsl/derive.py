@@ -17,6 +17,7 @@ from typing import assert_never
 
 from attndsl.branches import Given, Part, Pick, Visible
 from attndsl.derivation import (
+    Alike,
     BlockMap,
     Chosen,
     Cut,
@@ -129,6 +130,8 @@ def _read_by(derivation: Derivation | None) -> set[str]:
             return {plan}
         case RowTiles(first=first):
             return {first}
+        case Alike(own=own, among=among):
+            return {own, among}
         case BlockMap(operand=operand, document=d):
             ends = () if d is None else (Where(d.first), Where(d.end))
             pattern: Set = Inter((operand, *ends))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from attndsl.derivation import (
+    Alike,
     BlockMap,
     Chosen,
     Cut,
@@ -68,6 +69,8 @@ def made_of(decl: InputDecl) -> str:
             return f"the {'rows' if side == 'q' else 'keys'} in the order of {scalar_text(key)}"
         case Sorted(key=key):
             return f"{scalar_text(key)} in that order"
+        case Alike():
+            return "whether rows share their value with many keys each, on average"
         case Place(side=side):
             return f"the places of {'rows' if side == 'q' else 'keys'}, by value and then by token"
         case RowTiles(long=long):

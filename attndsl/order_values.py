@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attndsl.derivation import Order, Place, Sorted
+from attndsl.derivation import Alike, Order, Place, Sorted
 from attndsl.oracle import Evaluator
 from attndsl.program import Axis, CallShape, InputDecl, Program, Scalar
 
 Array = NDArray[Any]
 # As `runtime.permute` has it.
-TOKEN_BITS = 32
+TOKEN_BITS, MANY_ALIKE = 32, 1536
 
 
 def order_values(
@@ -25,7 +25,7 @@ def order_values(
     found: dict[str, Array] = {}
     for decl in program.inputs:
         match decl.derivation:
-            case Order() | Sorted() | Place():
+            case Order() | Sorted() | Place() | Alike():
                 call = Evaluator.of_call(program, shape, {**inputs, **found}, args)
                 found[decl.name] = _made(decl, decl.derivation, found, call)
             case _:
@@ -33,18 +33,26 @@ def order_values(
     return found
 
 
-def _made(decl: InputDecl, d: Order | Sorted | Place, found: Mapping[str, Array], call: Evaluator) -> Array:
+def _made(decl: InputDecl, d: Order | Sorted | Place | Alike, found: Mapping[str, Array], call: Evaluator) -> Array:
     match d:
         case Order(key=key, side=side):
             return np.argsort(_along(decl, key, side, call), axis=-1, kind="stable")
         case Sorted(key=key, side=side, order=order):
             return np.take_along_axis(_along(decl, key, side, call), found[order], -1)
         case Place(own=own, among=among, position=position, side=side):
-            before = np.empty(found[own].shape, np.int64)
-            for at in np.ndindex(before.shape[:-1]):
-                ends = (np.searchsorted(found[among][at], found[own][at], side=x) for x in ("left", "right"))
-                before[at] = sum(ends)
-            return (before << TOKEN_BITS) + _along(decl, position, side, call)
+            low, high = _ends(found[own], found[among])
+            return (low + high << TOKEN_BITS) + _along(decl, position, side, call)
+        case Alike(own=own, among=among):
+            low, high = _ends(found[own], found[among])
+            return np.array([(high - low).sum() >= MANY_ALIKE * low.size])
+
+
+def _ends(own: Array, among: Array) -> tuple[Array, Array]:
+    """Where the keys of each one's value begin and end among the keys, which are sorted."""
+    low, high = np.empty(own.shape, np.int64), np.empty(own.shape, np.int64)
+    for at in np.ndindex(own.shape[:-1]):
+        low[at], high[at] = (np.searchsorted(among[at], own[at], side=x) for x in ("left", "right"))
+    return low, high
 
 
 def _along(decl: InputDecl, e: Scalar, side: str, call: Evaluator) -> Array:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from attndsl.cuts import Interval, interval
-from attndsl.derivation import DocumentEnds, Offsets, Order, Place, Sorted
+from attndsl.derivation import Alike, DocumentEnds, Offsets, Order, Place, Sorted
 from attndsl.layout import Permutation
 from attndsl.linear import terms
 from attndsl.program import (
@@ -53,10 +53,12 @@ _I, _J = Var("i"), Var("j")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PermutedPiece:
-    """A whole program in another order of its tokens: the program on places, and where their tokens lie."""
+    """A whole program in another order of its tokens: the program on places, and where their tokens lie. `alike`:
+    where pairs have equal data, the read that says whether a row has many such keys."""
 
     layout: Permutation
     program: Program
+    alike: Read | None = None
 
 
 def permuted(program: Program, heads: tuple[int, int]) -> PermutedPiece | None:
@@ -156,7 +158,9 @@ class _Permuting:
         if not all(_bounds(interval(self._in_places(e), known, "q") for e in conjuncts)):
             return None
         equates = [self._equates(e) for e in self.conjuncts]
+        alike = None
         if any(equates):
+            alike = self._declare_alike()
             self._declare_places()
             known, placed = self._known(), [self._by_place(e) for e in conjuncts]
             low, high = _bounds(interval(self._in_places(e), known, "q") for e in placed if self._near(e))
@@ -168,7 +172,7 @@ class _Permuting:
         scores = {name: None if e is None else self._in_places(self._by_value(e)) for name, e in named.items()}
         orders = (self._read(self.orders["q"], Var("q")), self._read(self.orders["k"], Var("k")))
         layout = Permutation(*orders, self.program.align_start)
-        return PermutedPiece(layout, known.with_branch(pattern=Where(moved, branch.span), **scores))
+        return PermutedPiece(layout, known.with_branch(pattern=Where(moved, branch.span), **scores), alike)
 
     def _known(self) -> Program:
         return replace(self.program, inputs=(*self.program.inputs, *self.declared), align_start=True)
@@ -192,14 +196,24 @@ class _Permuting:
 
     # --------------------------------------------------------------------------------- declarations
 
-    def _declare(self, name: str, side: str, derivation: Order | Sorted | Place) -> str:
+    def _free(self, name: str) -> str:
         taken = {decl.name for decl in (*self.program.inputs, *self.declared)}
         while name in taken:
             name += "_"
+        return name
+
+    def _declare(self, name: str, side: str, derivation: Order | Sorted | Place) -> str:
+        name = self._free(name)
         dims = (*(Dim(axis) for axis in self.lead), Dim(Axis.Q if side == "q" else Axis.K))
         ordered = not isinstance(derivation, Order)
         self.declared.append(InputDecl(name, Type.INT, dims, sorted=ordered, derivation=derivation))
         return name
+
+    def _declare_alike(self) -> Read:
+        name = self._free(f"shared_{self.sides['k'].input}")
+        derivation = Alike(self.values["q"], self.values["k"])
+        self.declared.append(InputDecl(name, Type.BOOL, (Dim(Axis.CONST, size=1),), derivation=derivation))
+        return Read(name, (Const(0),), Type.BOOL)
 
     def _declare_places(self) -> None:
         for s in "kq":

@@ -12,6 +12,7 @@ from attndsl.box_tiles import BoxRuns
 from attndsl.boxes import Boxes
 from attndsl.branches import Given
 from attndsl.cuts import with_cuts, without_cuts
+from attndsl.derivation import Alike
 from attndsl.derive import derive, with_needed
 from attndsl.effort import remembered
 from attndsl.layout import PLAIN, Layout, Permutation
@@ -27,6 +28,8 @@ from attndsl.program import (
     Scalar,
     Table,
     TableDecl,
+    Type,
+    Unary,
     Var,
     reads,
     walk,
@@ -140,6 +143,9 @@ class Spec:
     whole: bool = False
     # Tiles that data rules out are mapped (`mapping`).
     maps: bool = False
+    # Only of a program in the order of its data that two kernels attend to, of which the data chooses one (`copying`):
+    # that of rows with many keys of equal data, or the other.
+    many: bool | None = None
 
     @property
     def hoists(self) -> bool:
@@ -171,6 +177,7 @@ class Plan:
     `view`: its keys, whose indices runs, mask and score call k, are the entries of a view.
     `skip`: tiles whose scores lie all so far below what their rows have seen are dropped (`skipping.py`).
     `box_runs`: in the place of `runs` where the layout is one by boxes, whose indices a mask calls i_a and j_a.
+    `where`: a condition of the whole call under which its kernels do anything.
     `shares`: two levels: each tile of keys is a member, inside which is a softmax, and its row's read weighs it.
     """
 
@@ -191,6 +198,7 @@ class Plan:
     skip: float | None = field(default=None, kw_only=True)
     box_runs: BoxRuns = field(default=BoxRuns(), kw_only=True)
     shares: Read | None = field(default=None, kw_only=True)
+    where: Scalar | None = field(default=None, kw_only=True)
 
     @property
     def softmax(self) -> bool:
@@ -214,8 +222,8 @@ class Plan:
     def scalars(self) -> tuple[Scalar, ...]:
         """Every scalar the kernel computes."""
         body = (self.mask, self.scale, self.score, self.sink, self.weights)
-        lists = [] if self.gathered is None else [self.gathered.entry]
-        lists += [x for x in (self.marked, self.shares) if x is not None]
+        lists: list[Scalar] = [] if self.gathered is None else [self.gathered.entry]
+        lists += [x for x in (self.marked, self.shares, self.where) if x is not None]
         runs = (*run_scalars(self.runs), *self.box_runs.ends)
         orders = (self.layout.q, self.layout.k) if isinstance(self.layout, Permutation) else ()
         return (*runs, *(x for x in body if x is not None), *lists, *orders, *self._further())
@@ -370,7 +378,7 @@ def forward_plan(
     branch = branch_scalars(program, spec) | ({"sink": None} if follows else {})
     plan = ForwardPlan(
         program, spec, tiling, runs, mask, **branch, layout=layout, follows=follows, gathered=visits.gathered,
-        row_tiles=row_tiles,
+        row_tiles=row_tiles, where=_where(program, spec),
     )  # fmt: skip
     return replace(plan, program=with_needed(program, plan.inputs))
 
@@ -405,11 +413,20 @@ def backward_plan(
     plan = BackwardPlan(
         program, spec, tiling, runs, mask, **branch, key_tiling=key_tiling, key_runs=key_runs, key_mask=key_mask,
         **derivatives, uses_lse=uses_lse, layout=layout, follows=follows, gathered=of_keys.gathered,
-        marked=of_keys.marked,
+        marked=of_keys.marked, where=_where(program, spec),
     )  # fmt: skip
     # Kernels that go over the whole pattern once more read what these need not.
     whole = any(x.over in (Over.DIAGONALS, Over.PAIRS) for x in plan.learned)
     return plan if whole else replace(plan, program=with_needed(program, plan.inputs))
+
+
+def _where(program: Program, spec: Spec) -> Scalar | None:
+    """The condition under which the data chooses a kernel of two."""
+    if spec.many is None:
+        return None
+    (alike,) = (decl.name for decl in program.inputs if isinstance(decl.derivation, Alike))
+    read = Read(alike, (Const(0),), Type.BOOL)
+    return read if spec.many else Unary("not", read)
 
 
 def _loading(spec: Spec, tiling: Tiling) -> Spec:

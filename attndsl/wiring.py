@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from attndsl.chosen_entries import ranked
 from attndsl.combining import CombinePlan, combine_plan
 from attndsl.compose import compose, raw_first
+from attndsl.copying import copied, in_order
 from attndsl.decode import Cache, DecodePlan
 from attndsl.decode_pieces import decode_plans
 from attndsl.diagnostics import Diagnostic, Source, error
@@ -89,6 +90,7 @@ def engine(program: Program, keep_text: Callable[[], None] | None = None) -> Eng
         triton_combine=_printer("triton_combine", "combine_source"),
         triton_keep=_printer("triton_keep", "keep_source"),
         triton_values=_printer("triton_values", "values_source"),
+        triton_move=_printer("triton_move", "move_source"),
     )
     return Engine(program, printers, keep_text=keep_text)
 
@@ -164,6 +166,9 @@ class Shown:
         spec = replace(spec, even_start=lists_tiles(program), lists=reads_plans(program), all_rows=mixes(program))
         if self.backend == "cpu":
             spec = replace(spec, backend=Backend.CPU)
+        if self.backend == "gluon" and (moved := copied(program, spec)) is not None:
+            # As calls of many tokens have it.
+            program, spec = moved.program, in_order(spec)
         if self.backend == "gluon":
             refusals = {"forward": hopper_refusal, "gradients": gradients_refusal}
             spec = replace(spec, whole=name == "forward" and reads_remainders(program))

@@ -31,7 +31,7 @@ from attndsl.codegen.gluon import (
 )  # fmt: skip
 from attndsl.codegen.head_order import heavy_first
 from attndsl.codegen.header import header
-from attndsl.codegen.kernel import scalar_parameters, used_parameters
+from attndsl.codegen.kernel import leave_to_another, scalar_parameters, used_parameters
 from attndsl.codegen.kernel_loops import Visits
 from attndsl.codegen.leaves import Leaves
 from attndsl.codegen.lines import Lines
@@ -375,6 +375,7 @@ class _Gradients:
     def _kernel(self, takes: dict[str, list[str]]) -> str:
         lines, spec = Lines(indent=1), self.plan.spec
         half = "BLOCK_Q // 2, DIM" if self.of_rows else "BLOCK_Q, DIM // 2"
+        leave_to_another(lines, Printer(GLUON, Names(Leaves(self.plan)), self.helpers), self.plan)
         self._constants(lines)
         heavy_first(lines, "gl", "k_tiles = gl.cdiv(k_len, BLOCK_K)")
         lines.add(

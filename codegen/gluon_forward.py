@@ -12,7 +12,7 @@ from attndsl.codegen.gluon_attend import Attend, scale_where_grown
 from attndsl.codegen.gluon_tiles import Tiles
 from attndsl.codegen.head_order import last_beside
 from attndsl.codegen.header import header
-from attndsl.codegen.kernel import scalar_parameters, used_parameters
+from attndsl.codegen.kernel import leave_to_another, scalar_parameters, used_parameters
 from attndsl.plan import DType, ForwardPlan, Part, head_parts
 
 KERNEL = "attention_forward"
@@ -201,6 +201,7 @@ class _Kernel(Tiles):
 
     def text(self, takes: dict[str, list[str]]) -> str:
         lines = self.lines
+        leave_to_another(lines, self.printer(), self.plan)
         self.constants()
         if not self.several:
             lines.add(

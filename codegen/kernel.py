@@ -21,8 +21,9 @@ from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import TRITON, Names, Printer
 from attndsl.layout import PLAIN, Layout, Permutation
 from attndsl.plan import DType, Part, Plan, head_parts
-from attndsl.program import Axis, Binary, Const, Scalar, Var, reads
+from attndsl.program import Axis, Binary, Const, Scalar, Unary, Var, reads
 from attndsl.runs import Run, TileRuns
+from attndsl.simplify import fold
 
 FULL = "Full tiles: every pair is allowed."
 PARTIAL = "Partial tiles: pairs are masked."
@@ -77,7 +78,9 @@ class KernelWriter:
 
     def kernel(self) -> str:
         """The text of the kernel alone."""
-        body = self.lines.text()
+        guard = Lines(indent=1)
+        leave_to_another(guard, self.fresh(), self.plan)
+        body = guard.followed_by(self.lines).text()
         signature = Lines()
         with signature.block(f"def {self.function}("):
             signature.add(*(f"{name}," for name in used_parameters(self._candidates(), body)))
@@ -409,6 +412,13 @@ class KernelWriter:
     def dot(self, a: str, b: str, acc: str = "") -> str:
         precision = ', input_precision="ieee"' if self.plan.spec.dtype is DType.FLOAT32 else ""
         return f"tl.dot({a}, {b}{', ' + acc if acc else ''}{precision})"
+
+
+def leave_to_another(lines: Lines, printer: Printer, plan: Plan) -> None:
+    """Leave a call that the data gives to another kernel."""
+    if plan.where is not None:
+        with lines.block(f"if {printer.text(fold(Unary('not', plan.where)))}:"):
+            lines.add("return  # Another kernel attends to this call.")
 
 
 def scalar_parameters(plan: Plan) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attndsl.derivation import (
+    Alike,
     BlockMap,
     Chosen,
     Cut,
@@ -260,7 +261,7 @@ class Deriver:
             case Cut():
                 q_len, k_len = self._lengths(1)
                 return make_cut(decl, decl.derivation, values.at(Nq=q_len, Nk=k_len))
-            case Order() | Sorted() | Place():
+            case Order() | Sorted() | Place() | Alike():
                 q_len, k_len = self._lengths(1)
                 return of_order(decl, decl.derivation, values.at(Nq=q_len, Nk=k_len))
             case RowTiles(first=first):
@@ -465,7 +466,7 @@ def derived_dtype(decl: InputDecl) -> torch.dtype:
     match decl.derivation:
         case Offsets() | RunEnds() | RunCount() | DocumentEnds() | DocumentEntries() | Cut() | Order() | RowTiles():
             return torch.int32
-        case BlockMap() | Chosen():
+        case BlockMap() | Chosen() | Alike():
             return torch.bool
         case Extents() | RunExtents():
             return torch.bool if decl.type is Type.BOOL else torch.int64

@@ -68,6 +68,7 @@ class Generators:
     triton_combine: Callable[[CombinePlan], str]
     triton_keep: Callable[[KeepPlan], str]
     triton_values: Callable[[int, int], str]
+    triton_move: Callable[[int, int, bool], str]
 
 
 @dataclass(slots=True)
@@ -286,6 +287,7 @@ class Engine:
             plans = forward_plans(program, replace(spec, lists=False, backend=Backend.CPU), self.tiling)
             functions = [CpuForward(plan, self._text(self.generators.cpu_forward, plan)) for plan in plans]
             return self.deriving(plans[0].program, q, k, v, inputs).forward(in_turn(*functions))
+        from attndsl.runtime.moved import moved_forward
         from attndsl.runtime.printing import printed_forward
         from attndsl.runtime.triton_launch import (
             INTERPRETED,
@@ -299,6 +301,8 @@ class Engine:
         views = all_entries(program, k, v, inputs)
         spec = replace(spec, loads=loads_for(spec, aligned, k, v, *views))
         spec = replace(spec, whole=is_whole(program, call_shape(q, k, v)))
+        if (moved := moved_forward(self, program, spec, q, k, v, inputs, backend, aligned)) is not None:
+            return moved
         backends: tuple[Backend, ...] = (Backend.TRITON,)
         if backend in ("auto", "gluon"):
             reason = why_not_gluon(program, spec, aligned, q, k, v, *views)
@@ -343,11 +347,15 @@ class Engine:
             deriving = self.deriving(plans[0].program, q, k, v, inputs)
             return deriving.backward(cpu_backward.InTurn(functions))
         from attndsl.runtime import gluon_backward
+        from attndsl.runtime.moved import moved_backward
         from attndsl.runtime.printing import printed_backward, printed_gradients
         from attndsl.runtime.triton_backward import prepare_backward
         from attndsl.runtime.triton_launch import INTERPRETED, loads_for, shared_cache
 
         spec = replace(spec, loads=loads_for(spec, aligned, q, k, v, dout, *all_entries(program, k, v, inputs)))
+        moved = moved_backward(self, program, spec, dout, q, k, v, inputs, backend, aligned, uses_lse)
+        if moved is not None:
+            return moved
         shape, cache = call_shape(q, k, v), None if INTERPRETED else shared_cache()
         kernels = None
         if self.tiling is None and not gluon_backward.why_not(program, spec, q, backend):

@@ -5,16 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attndsl.derivation import Order, Place, Sorted
+from attndsl.derivation import Alike, Order, Place, Sorted
 from attndsl.program import Axis, InputDecl, Read, Scalar, Var
 from attndsl.runtime.values import Values
 
+# Keys of a row's own value, on average, from which on copies of a call's tokens are worth it (RESULTS.md).
+MANY_ALIKE = 1536
 # Of a place's bits those that say which token it is.
 TOKEN_BITS = 32
 
 
-def of_order(decl: InputDecl, d: Order | Sorted | Place, values: Values) -> Tensor:
+def of_order(decl: InputDecl, d: Order | Sorted | Place | Alike, values: Values) -> Tensor:
     """An order of tokens, or what is known of them in it, of the input's dimensions: see `attndsl.derivation`."""
+    if isinstance(d, Alike):
+        own, every = values.tensors[d.own], values.tensors[d.among]
+        shared = torch.searchsorted(every, own, right=True) - torch.searchsorted(every, own)
+        return (shared.sum() >= MANY_ALIKE * own.numel()).view(1)
     if d.same and values.shape.rows == values.shape.k_len:
         return values.tensors[d.same]
     match d:

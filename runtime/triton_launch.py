@@ -326,7 +326,7 @@ def kernel_source(
 
 _ALIGNED = (
     "q_ptr", "k_ptr", "v_ptr", "out_ptr", "part_ptr", "high_ptr", "low_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr",
-    "sums_ptr",
+    "sums_ptr", "given_ptr", "moved_ptr",
 )  # fmt: skip
 
 

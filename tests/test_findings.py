@@ -248,10 +248,3 @@ def test_findings_of_composed_programs_hold(case: Case) -> None:
                     assert not allowed[:, :, row - shape.first_position(whole)].any()
             case _:
                 pass
-
-
-def test_what_isl_refuses_is_left_open() -> None:
-    """An assertion of isl's own, where the least parameters of empty rows are asked for: no finding, and no error."""
-    text = "((document(ids) & same_block(7)) - neighborhood(4, 2, 3)) & causal"
-    found = load(f"attention a {{ input ids : int[b, g, k]\n attend {text} }}").program
-    assert [each.code for each in findings(found)] == ["W304"]
