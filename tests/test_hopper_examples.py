@@ -51,7 +51,7 @@ SHARED, STACK = 232448, 1024
 SPILLED = {"forward": 8, "gradients": 80}
 # More have those that read data for each pair or key of every tile, and of gradients scores with many operations.
 MORE = {
-    "hsa.votes.forward": 32, "hyper.rest.forward": 32, "power.forward": 48,
+    "hsa.votes.forward": 48, "hyper.rest.forward": 32, "power.forward": 48,
     "pyramid.2.forward": 16, "tidal_reuse.forward": 40, "vmoba_video.forward": 100,
     "power.gradients": 140, "softcap.gradients": 110,
 }  # fmt: skip
