@@ -271,7 +271,8 @@ def _of_one_head(program: Program, spec: Spec, tiling: Tiling) -> ForwardPlan:
     """The forward kernel's plan, from which that of a decode is made."""
     if program.plain:
         return forward_plan(with_cuts(program, ragged=True), spec, tiling, skip=False)
-    return view_forward(program, spec, tiling, follows=False)
+    # Each sequence has a length of its own: where a plan's choice lies in it is a condition, not a list.
+    return view_forward(program, spec, tiling, follows=False, lists=False)
 
 
 def _listed_plan(

@@ -34,11 +34,17 @@ from attndsl.simplify import fold, specialise
 from attndsl.visits import closed_runs
 
 
-def view_forward(program: Program, spec: Spec, tiling: Tiling, follows: bool) -> ForwardPlan:
-    """The forward kernel of a derived program of one part, which is over a view."""
+def view_forward(program: Program, spec: Spec, tiling: Tiling, follows: bool, lists: bool = True) -> ForwardPlan:
+    """The forward kernel of a derived program of one part, which is over a view.
+
+    lists: whether the tiles that a plan chooses may be listed. A list is made for one length, and for rows that stand
+    where a call's do.
+    """
     program = _with_cuts(program)
     relation, view = _entries(program, spec, "q")
-    found, (tiling,) = _listable(program, spec, relation, view, (tiling,))
+    found = None
+    if lists:
+        found, (tiling,) = _listable(program, spec, relation, view, (tiling,))
     if found is None:
         runs = closed_runs(relation, program, spec, tiling, Side.QUERY)
     else:

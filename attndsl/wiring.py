@@ -162,8 +162,9 @@ class Shown:
         if name in _AROUND:
             return self._around(program, owner, name, piece, replace(spec, loads=Loads.POINTER))
         program = program if program.plain else dict(compose(program).branches)[owner]
-        # Of calls that read plans, one whose plans are lists and whose first row stands where tiles begin.
-        spec = replace(spec, even_start=lists_tiles(program), lists=reads_plans(program), all_rows=mixes(program))
+        if name != "decode":
+            # Of calls that read plans, one whose plans are lists and whose first row stands where tiles begin.
+            spec = replace(spec, even_start=lists_tiles(program), lists=reads_plans(program), all_rows=mixes(program))
         if self.backend == "cpu":
             spec = replace(spec, backend=Backend.CPU)
         if self.backend == "gluon" and (moved := copied(program, spec)) is not None:

@@ -269,6 +269,20 @@ def test_a_prompt_in_chunks(name: str) -> None:
         torch.testing.assert_close(out, whole[:, :, rows], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize(("heads", "share"), [((2, 2), "none"), ((4, 2), "none"), ((4, 2), "heads")])
+def test_a_choice_for_all_rows_over_a_view(heads: tuple[int, int], share: str, backend: str) -> None:
+    """Its tiles are listed in calls; of sequences that have lengths of their own no list is made."""
+    attn = attndsl.compile(
+        f"attention a {{ plan near = top(1, blocks(32), per = head, among = causal, share = {share}, "
+        "by = dot(mean(Q), mean(K))) attend causal & near over pool(mean, 2) }"
+    )
+    dtype, tolerance = (torch.float64, 1e-11) if backend == "cpu" else (torch.float32, 2e-5)
+    of = Sequences(attn, (CAPACITY, 19, 1), 1, dtype, heads=heads)
+    for page in (None, 4):
+        of.check_both(attn.decode(of.q, *of.cache(page), backend=backend, return_lse=True), tolerance)
+
+
 # ----------------------------------------------------------------------------- untrusted tensors
 
 

@@ -11,6 +11,7 @@ import torch
 
 import attndsl
 from attndsl.blockgraph import TileCode
+from benchmarks.planning import TABLES
 
 pytestmark = pytest.mark.filterwarnings("ignore::attndsl.PatternWarning", "ignore:::triton.runtime.interpreter")
 
@@ -131,6 +132,18 @@ def test_every_kernel_can_be_read(path: Path) -> None:
     for name in (x for x in names if x.rpartition(".")[2] in ("forward", "dq")):
         ast.parse(attn.source(name, backend="cpu", heads=4, kv_heads=2, dim=64))
     assert attn.explain(256, heads=4, kv_heads=2, dim=64).sections
+
+
+def test_kernels_of_every_example_with_a_key_head_each_and_one_for_all() -> None:
+    for path in EXAMPLES:
+        attn = attndsl.api.load_attention(path, **TABLES.get(path.stem, {}))
+        for name in attn.kernels(8, 8):
+            assert "def " in attn.source(name, dim=64), f"{path.stem}: {name}"
+        for name in attn.kernels(8, 1):
+            if "decode" in name:
+                text = attn.source(name, heads=8, kv_heads=1, dim=80)
+                # A list is made for one length, and sequences have lengths of their own.
+                assert "def " in text and "k_tiles_" not in text, f"{path.stem}: {name}"
 
 
 def test_what_there_is_not() -> None:
