@@ -110,13 +110,13 @@ class Listing:
         return {
             "q_tiles": self.ends.shape[2], "k_tiles": self.k_tiles, "class_rows": self.rows or (1 << 31) - 1,
             "first_row": 0 if of_rows else self.first, "block_q": _block_q(self.d), "members": self.members,
-            "each": self.d.keys // self.block_k, "slots": self.slots,
+            "each": _tiles_of_member(self.d, self.shape), "slots": self.slots,
         }  # fmt: skip
 
     @property
     def by_kernels(self) -> bool:
         """Whether kernels make the list."""
-        entries = self.slots * (self.d.keys // self.block_k)
+        entries = self.slots * _tiles_of_member(self.d, self.shape)
         if _of_all(self.d, self.plan) or self.ends.shape[0] > 1 or not 0 < entries <= lists.MAX_WIDTH:
             return False
         if isinstance(self.d, TileList) and (self.d.marks or self.d.stride > 1):
@@ -147,6 +147,12 @@ def _of_all(d: TileList | Gathering, plan: Tensor) -> bool:
 def _keys(d: TileList | Gathering, shape: CallShape) -> int:
     """The keys that tiles are of: tokens, or the entries of a view."""
     return -(-shape.k_len // d.stride) if isinstance(d, TileList) else shape.k_len
+
+
+def _tiles_of_member(d: TileList | Gathering, shape: CallShape) -> int:
+    """How many tiles a list has room for of each member: of one longer than the call, those that there are."""
+    block_k = d.keys if isinstance(d, Gathering) else d.block_k
+    return min(d.keys // block_k, max(1, -(-_keys(d, shape) // block_k)))
 
 
 def run_ends(d: TileList | Gathering, values: Values) -> Tensor:
@@ -202,7 +208,7 @@ def list_size(
         largest = max(room, (shape.rows << slot_bits(slots)) - 1)
     else:
         q_tiles, k_tiles = -(-shape.rows // d.block_q), -(-_keys(d, shape) // (d.block_k * max(1, d.marks)))
-        entries = q_tiles * slots * (d.keys // d.block_k) * (2 if d.marks else 1)
+        entries = q_tiles * slots * _tiles_of_member(d, shape) * (2 if d.marks else 1)
         largest = room = LIST_HEAD * (k_tiles if d.of_keys else q_tiles) + entries
     if largest > LARGEST:
         raise error(

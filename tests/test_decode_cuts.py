@@ -84,6 +84,27 @@ def test_sorted_data(name: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+@pytest.mark.parametrize("name", ["documents", "near documents", "other documents", "from"])
+def test_the_largest_value_of_a_dtype(name: str, dtype: torch.dtype, backend: str) -> None:
+    """What lies past a sequence counts as the largest: tokens that hold it themselves are told from it by place."""
+    attn, lengths = attndsl.compile(f"attention a {{ {TEXTS[name]} }}"), [CAPACITY, 37, 2, 0]
+    for rows in (1, 3):
+        generator = torch.Generator().manual_seed(rows)
+        q, k, v = (torch.randn(BATCH, *size, 16, generator=generator) for size in ((4, rows), *[(2, CAPACITY)] * 2))
+        ids = torch.zeros(BATCH, CAPACITY, dtype=dtype)
+        for b, length in enumerate(lengths):
+            # After a sequence the least, or the largest too.
+            ids[b, length // 3 : length // 2] = torch.iinfo(dtype).max - 1
+            ids[b, length // 2 : length] = torch.iinfo(dtype).max
+            ids[b, length:] = torch.iinfo(dtype).max if b % 2 else torch.iinfo(dtype).min
+        given = {decl.name: ids for decl in attn.program.inputs}
+        call = tensors_of(q, k, v, lengths, None, torch.device("cpu"))
+        out, lse = made(attn, backend).decode(call, [*given.values()], [], None, backend)
+        check_decode(attn.program, q, k, v, lengths, given, {}, out, lse)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_other_documents_are_not_read(backend: str) -> None:
     """Their values are NaN, which a masked tile would spread."""
     attn = attndsl.compile(f"attention a {{ {TEXTS['documents']} }}")

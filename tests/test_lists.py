@@ -29,6 +29,7 @@ KINDS: dict[str, tuple[TileList | Gathering, CallShape, int]] = {
     "several_tiles": (TileList("p", 32, 32, 16, 8, False, NONE), CallShape(2, 2, 2, 75, 75, 8, 8), 3),
     "keys": (TileList("p", 32, 32, 16, 8, True, NONE), CallShape(2, 2, 2, 75, 75, 8, 8), 3),
     "one_class": (TileList("p", None, 32, 16, 16, True, NONE), CallShape(2, 2, 2, 40, 175, 8, 8), 1),
+    "long_members": (TileList("p", 16, 1 << 30, 16, 8, True, NONE), CallShape(2, 2, 2, 40, 44, 8, 8), 3),
     "rows": (Gathering("p", 16, 4, NONE), CallShape(2, 2, 2, 75, 90, 8, 8), 75),
 }
 
@@ -125,6 +126,19 @@ def random_map(name: str, batches: int, apart: int, seed: int) -> Listing:
         return replace(found, ends=ends)
     bytes_of = torch.randint(0, 3, (2, 2, classes, found.members), generator=generator).to(torch.uint8)
     return replace(found, plan=bytes_of, ends=ends)
+
+
+@pytest.mark.parametrize("of_keys", [False, True])
+def test_members_longer_than_a_call_list_its_tiles(of_keys: bool) -> None:
+    """Of 2^30 keys a list had room for 2^26 tiles of 16, and took gigabytes."""
+    shape, dims = CallShape(2, 2, 2, 40, 40, 8, 8), (Dim(Axis.B), Dim(Axis.H), Dim(Axis.Q), Dim(Axis.LIST))
+    made = []
+    for keys in (1 << 30, 48):
+        d = TileList("p", 16, keys, 16, 16, of_keys, NONE)
+        found = random_listing("long", 2, 1, 5, {"long": (d, shape, 3)})
+        made.append(listed(found, DECL))
+        assert list(made[-1].shape) == list_size(d, DECL, found.plan, dims, shape)
+    assert torch.equal(*made) and made[0].numel() < 200
 
 
 def test_widths() -> None:
