@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,22 @@ from attndsl.runtime.lasting import table_tensor
 from attndsl.runtime.load import load_source
 from attndsl.runtime.outputs import empty_output
 
+_CPU = torch.device("cpu")
+
+
+def cpu_function(source: str, kind: str, name: str) -> Callable[..., None]:
+    """A generated function. It does not say where it makes tensors: on the CPU, whatever torch's default device is."""
+    function = getattr(load_source(source, kind), name)
+
+    def call(*given: Any, **named: Any) -> None:
+        if torch.get_default_device() == _CPU:
+            function(*given, **named)
+            return
+        with _CPU:
+            function(*given, **named)
+
+    return call
+
 
 @dataclass(slots=True)
 class CpuForward:
@@ -30,8 +46,8 @@ class CpuForward:
     _tables: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._function = load_source(self.source, "cpu_forward").attention_forward
-        self._tables = {f"{t.name}_table": table_tensor(t, torch.device("cpu")) for t in self.plan.tables}
+        self._function = cpu_function(self.source, "cpu_forward", "attention_forward")
+        self._tables = {f"{t.name}_table": table_tensor(t, _CPU) for t in self.plan.tables}
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,

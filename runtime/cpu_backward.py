@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from attndsl.plan import BackwardPlan
-from attndsl.runtime.cpu import call_values
+from attndsl.runtime.cpu import call_values, cpu_function
 from attndsl.runtime.dropout import Dropout
 from attndsl.runtime.engine import Gradients, default_scale
 from attndsl.runtime.entries import keys_of
 from attndsl.runtime.lasting import table_tensor
-from attndsl.runtime.load import load_source
 from attndsl.runtime.outputs import empty_gradient
 
 
@@ -29,7 +28,7 @@ class CpuBackward:
     _tables: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._function = load_source(self.source, "cpu_backward").attention_backward
+        self._function = cpu_function(self.source, "cpu_backward", "attention_backward")
         self._tables = {f"{t.name}_table": table_tensor(t, torch.device("cpu")) for t in self.plan.tables}
 
     def __call__(
@@ -85,7 +84,7 @@ class InTurn:
         declared = self.pieces[0].plan.program.inputs
         names = {decl.name for piece in self.pieces for decl in piece.plan.learnable_inputs}
         learned = {
-            decl.name: torch.zeros(x.shape, dtype=torch.float64)
+            decl.name: torch.zeros(x.shape, dtype=torch.float64, device=q.device)
             for decl, x in zip(declared, inputs, strict=True)
             if decl.name in names
         }
@@ -93,8 +92,8 @@ class InTurn:
             if piece.plan.view is not None:
                 # Of whole entries: what a broadcast dimension gets is summed at the end.
                 keys, values = keys_of(piece.plan, k, v, inputs)
-                learned |= {piece.plan.view.keys: torch.zeros(keys.shape, dtype=high)}
-                learned |= {piece.plan.view.values: torch.zeros(values.shape, dtype=high)}
+                learned |= {piece.plan.view.keys: torch.zeros(keys.shape, dtype=high, device=q.device)}
+                learned |= {piece.plan.view.values: torch.zeros(values.shape, dtype=high, device=q.device)}
         tensors = {"q": q, "dout": dout, "out": out, "lse": lse, "d_lse": dlse}
         gradients = {"dq": dq, "dk": dk, "dv": dv}
         scale = default_scale(q.shape[3]) if scale is None else scale

@@ -15,11 +15,11 @@ from attndsl.decode import DecodePlan, decode_plan
 from attndsl.plan import Spec, Tiling
 from attndsl.program import Axis, InputDecl, Program
 from attndsl.runtime.combine import merged
+from attndsl.runtime.cpu import cpu_function
 from attndsl.runtime.decode import DecodeTensors, Listed
 from attndsl.runtime.derive_ragged import ragged_deriver
 from attndsl.runtime.engine import default_scale
 from attndsl.runtime.lasting import table_tensor
-from attndsl.runtime.load import load_source
 from attndsl.runtime.outputs import empty_output
 
 
@@ -69,7 +69,7 @@ class CpuDecode:
 
     def __post_init__(self) -> None:
         self.listed = Listed.of(self.plan)
-        self._function = load_source(self.source, "cpu_decode").attention_decode
+        self._function = cpu_function(self.source, "cpu_decode", "attention_decode")
         self._tables = {f"{t.name}_table": table_tensor(t, torch.device("cpu")) for t in self.plan.tables}
         read, args = set(self.plan.inputs), set(self.plan.args)
         self._read = tuple((i, decl) for i, decl in enumerate(self.plan.program.inputs) if decl in read)
@@ -93,7 +93,9 @@ class CpuDecode:
         if call.v_scale is not None:
             result = torch.empty_like(result, dtype=high)
         # A contiguous cache is one of a page a sequence.
-        table = torch.arange(shape.batch)[:, None] if call.page_table is None else call.page_table
+        table = call.page_table
+        if table is None:
+            table = torch.arange(shape.batch, device=call.q.device)[:, None]
         lengths = call.seq_lens.clamp(0, call.capacity).tolist()
         if (deriver := ragged_deriver(self.plan.program, shape, call.q.device, inputs)) is not None:
             inputs = [*inputs, *deriver.of(inputs, args, call.seq_lens)]
@@ -118,7 +120,7 @@ class CpuDecode:
         assert self.listed is not None
         plan = plan[min(b, len(plan) - 1)]
         members = -(-k_len // self.listed.listing.keys)
-        found = torch.zeros(*plan.shape[:2], members + 1, dtype=torch.bool)
+        found = torch.zeros(*plan.shape[:2], members + 1, dtype=torch.bool, device=plan.device)
         # What is no member of this sequence falls beside.
         found.scatter_(-1, torch.where((plan < 0) | (plan >= members), members, plan).long(), True)
         heads = {1: (1, 1), grouped[0]: (grouped[0], 1)}.get(len(plan), grouped)

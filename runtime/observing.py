@@ -16,11 +16,10 @@ from attndsl.observing import Cells, ObservePlan, cells_of, observe_plans
 from attndsl.plan import Backend
 from attndsl.program import CallShape, Program
 from attndsl.runtime.call import call_shape, present_lengths
-from attndsl.runtime.cpu import call_values
+from attndsl.runtime.cpu import call_values, cpu_function
 from attndsl.runtime.engine import Engine, default_scale
 from attndsl.runtime.entries import keys_of
 from attndsl.runtime.lasting import table_tensor
-from attndsl.runtime.load import load_source
 from attndsl.runtime.masses import shares
 
 FUNCTION = "attention_observe"
@@ -107,7 +106,7 @@ class CpuObserve:
 
     def __init__(self, plan: ObservePlan, source: str) -> None:
         self.plan = plan
-        self.function = getattr(load_source(source, "cpu_observe"), FUNCTION)
+        self.function = cpu_function(source, "cpu_observe", FUNCTION)
         self.tables = {f"{t.name}_table": table_tensor(t, torch.device("cpu")) for t in plan.tables}
 
     def __call__(

@@ -154,7 +154,7 @@ def check_bounds(k: Tensor, k_min: Tensor, k_max: Tensor, seq_lens: Tensor, page
 def _update(
     k: Tensor, k_min: Tensor, k_max: Tensor, seq_lens: Tensor, page_table: Tensor, new: int
 ) -> None:  # fmt: skip
-    page, offsets = k.shape[2], torch.arange(k.shape[2])
+    page, offsets = k.shape[2], torch.arange(k.shape[2], device=k.device)
     for b, length in enumerate(seq_lens.clamp(0, page_table.shape[1] * page).tolist()):
         for place in range(max(length - new, 0) // page, -(-length // page)):
             at = int(page_table[b, place])

@@ -256,7 +256,7 @@ class _Call:
         allowed = torch.from_numpy(self.evaluator.seen(part, branch.queries)).to(self.q.device)
         more: Tensor | None = None
         if part.view is not None and part.view.counted and part.view.runs is not None:
-            more = torch.zeros(*dots.shape[:2], 1, dots.shape[3]).to(dots)
+            more = dots.new_zeros(*dots.shape[:2], 1, dots.shape[3])
             for b, h in np.ndindex(*dots.shape[:2]):
                 for j, (begin, end) in enumerate(self.evaluator.extents(part.view.runs, b, h)):
                     more[b, h, 0, j] = math.log(end - begin)
