@@ -29,7 +29,7 @@ class TensorLeaves:
 
     plan: Plan
 
-    def any_integers(self, name: str) -> bool:
+    def any_integers(self, e: Read | Table) -> bool:
         """As in a kernel for GPUs: here integers have 64 bits."""
         return False
 
@@ -85,7 +85,7 @@ class NumberLeaves:
 
     plan: Plan
 
-    def any_integers(self, name: str) -> bool:
+    def any_integers(self, e: Read | Table) -> bool:
         """As in a kernel for GPUs: here integers have 64 bits."""
         return False
 

@@ -9,6 +9,7 @@ from attndsl.derivation import Gathering, RowTiles, TileList
 from attndsl.grid import AXIS_NAMES
 from attndsl.plan import Plan
 from attndsl.program import Arg, Axis, Const, Dim, Read, Scalar, Table, TableDecl, Type, Var
+from attndsl.widths import LARGEST
 
 _VARIABLES = {
     "q": "q_pos", "k": "k_pos", "b": "b", "h": "h", "g": "g", "Nk": "k_len", "start": "start",
@@ -43,9 +44,12 @@ class Leaves:
             case _:
                 raise AssertionError(f"not a leaf: {e}")
 
-    def any_integers(self, name: str) -> bool:
-        """Whether an input holds integers that a call gives: any that its memory has, however long the call is."""
-        return self.plan.program.input(name).holds_integers
+    def any_integers(self, e: Read | Table) -> bool:
+        """Whether an input holds integers that a call gives: any that its memory has, however long the call is. Or a
+        table the largest of 32 bits."""
+        if isinstance(e, Read):
+            return self.plan.program.input(e.input).holds_integers
+        return e.type is Type.INT and any(abs(x) >= LARGEST for x in self.plan.program.table(e.name).values)
 
     def _table(self, table: TableDecl, index: tuple[Scalar, ...], printer: Printer) -> str:
         terms, stride = [], 1

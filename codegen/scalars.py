@@ -32,6 +32,7 @@ from attndsl.program import (
     children,
     reads,
 )  # fmt: skip
+from attndsl.widths import LARGEST
 
 
 class Level(IntEnum):
@@ -111,13 +112,14 @@ class LeafText(Protocol):
 
     def __call__(self, e: Scalar, printer: Printer) -> str: ...
 
-    def any_integers(self, name: str) -> bool:
-        """Whether an input holds integers that a call gives: any that its memory has, however long the call is."""
+    def any_integers(self, e: Read | Table) -> bool:
+        """Whether an input holds integers that a call gives: any that its memory has, however long the call is. Or a
+        table the largest of 32 bits."""
 
 
 class Width(IntEnum):
-    """What is known of the bits of an integer: it fits 32 (`attndsl/widths.py`), it is any that an input holds, or it
-    is computed from such and has 64."""
+    """What is known of the bits of an integer: it is smaller than the largest of 32 (`attndsl/widths.py`), it is any
+    of 32 as an input holds them, or it is computed from such and has 64."""
 
     FITS = 0
     ANY = 1
@@ -144,8 +146,10 @@ class Names:
 
     def _width(self, e: Scalar) -> Width:
         match e:
-            case Read(input=name):
-                return Width.ANY if self.leaf.any_integers(name) else Width.FITS
+            case Read() | Table():
+                return Width.ANY if self.leaf.any_integers(e) else Width.FITS
+            case Const(value=value) if e.type is Type.INT and abs(value) >= LARGEST:
+                return Width.ANY
             case Call(function="bit_length"):
                 return Width.FITS
             case Binary(op="%", left=x, right=Const()) if self.width(x) is Width.ANY:
@@ -231,7 +235,8 @@ class Printer:
                 return f"{self._operand(a, Level.TERM)} {op} {self._operand(b, Level.UNARY)}", Level.TERM
 
     def _compared(self, e: Scalar, other: Scalar) -> str:
-        """The text of one side of a comparison. Between one of 64 bits and one that fits 32 these decide."""
+        """The text of one side of a comparison. Between one of 64 bits and one smaller than the largest of 32 these
+        decide."""
         types = e.type is other.type is Type.INT
         if self.dialect.wide is None or not types or self.names.width(e) is not Width.WIDE:
             return self.text(e, Level.BIT_OR)
@@ -242,7 +247,8 @@ class Printer:
 
     def _operand(self, e: Scalar, level: Level) -> str:
         """The text of an operand of what may be larger than it: any integer of an input in 64 bits."""
-        if self.dialect.wide is None or e.type is not Type.INT or self.names.width(e) is not Width.ANY:
+        number = e.type is not Type.INT or isinstance(e, Const)
+        if self.dialect.wide is None or number or self.names.width(e) is not Width.ANY:
             return self.text(e, level)
         self.helpers.add(self.dialect.wide)
         return f"{self.dialect.wide}({self.text(e)})"

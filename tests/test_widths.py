@@ -100,6 +100,8 @@ OF_INPUTS = [
     "input p : int[b, k]  attend { (p[k] - p[q]) % 7 < 3 or p[k] % 7 == 1 }",
     "input p : int[b, k]  attend { abs(p[k]) > 30 and -p[q] > -30 }",
     "input p : int[b, k]  attend { min(p[k], q) + 2 * p[q] // 3 < k }",
+    "input p : int[b, k]  attend causal & { p[k] + 1 <= 2147483647 }",
+    "input p : int[b, k]  attend causal & { p[k] - 5 >= -2147483647 }",
     "input p : int[b, k]  score s + 0.000000001 * (p[k] - p[q])  attend causal",
 ]
 
@@ -115,6 +117,14 @@ def test_integers_of_inputs_do_not_wrap(text: str, backend: str) -> None:
     p = torch.tensor(EXTREMES, dtype=torch.int32)[torch.randint(0, len(EXTREMES), size)]
     found = attn(q, k, v, backend=backend, p=p)
     assert torch.allclose(found.double(), attn.reference(q, k, v, p=p), atol=1e-5, rtol=0)
+
+
+def test_integers_of_inputs_beside_tables_do_not_wrap() -> None:
+    text = "attention a(t : int[h]) { input p : int[b, k]  attend causal & { p[k] + 1 <= t[h] } }"
+    attn, (q, k, v) = attndsl.compile(text, t=[(1 << 31) - 1, 20]), qkv(37, 37)
+    p = torch.tensor(EXTREMES, dtype=torch.int32)[torch.arange(37) % len(EXTREMES)][None]
+    found, exact = attn(q, k, v, backend="triton", p=p), attn.reference(q, k, v, p=p)
+    assert torch.allclose(found.double(), exact, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
