@@ -60,7 +60,7 @@ def counts_apart(
     found = list[Tensor]()
     begin, present = sequences.row_block(position, rows)
     existing = present * (sequences.count - keys * _range(values, -(-columns // keys))).clamp(0, keys)
-    for low in range(0, tokens, step := max(1, strip // columns)):
+    for low in range(0, tokens, step := max(1, strip // max(1, columns))):
         at = slice(low, min(low + step, tokens))
         count = _of_rows(sequences, condition, keys, values, position[at], at, columns)
         if each:

@@ -56,7 +56,7 @@ class EntrySelector:
         state: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         """The plan, int32 [B, H', rows, C], of the blocks of each row's document."""
-        if not self.shape.k_len:
+        if not self.shape.batch * self.shape.rows * self.shape.k_len:
             return empty_plan(self.program, self.selection, self.shape, self.device).fill_(-1)
         entries, document, present = self._entries(inputs)
         vectors = [self._vectors(v, k, inputs, entries, present) for v in self.made.vectors]

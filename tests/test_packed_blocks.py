@@ -75,11 +75,20 @@ def test_gradients_in_triton(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["all", "of_data", "fraction_of_blocks", "random", "random_blocks", "segment"])
-@pytest.mark.parametrize(("rows", "k_len"), [(1, 1), (1, 50), (29, 29)])
+@pytest.mark.parametrize(("rows", "k_len"), [(1, 1), (1, 50), (29, 29), (0, 5)])
 def test_other_sizes(name: str, rows: int, k_len: int) -> None:
     chosen = CASES[name]
     inputs = {key: np.minimum(x, k_len - 1) if key == "n" else x[..., :k_len] for key, x in chosen.inputs.items()}
     judge(cpu(), replace(chosen, inputs=inputs, shape=replace(chosen.shape, rows=rows, k_len=k_len)), torch.float64)
+
+
+@pytest.mark.parametrize("pattern", ["random(2, blocks(4), rows(4), 3)", "coarsen({ doc[k] == 1 }, 4, any)"])
+def test_calls_without_tokens(pattern: str) -> None:
+    attn = attndsl.compile(f"attention a {{ input doc : int[b, k] packed doc attend causal & {pattern} }}")
+    q, k, v = (torch.empty(2, heads, 0, 8).requires_grad_() for heads in (4, 2, 2))
+    out = attn(q, k, v, doc=torch.empty(2, 0, dtype=torch.int32))
+    out.sum().backward()
+    assert out.shape == q.shape and all(x.grad is not None for x in (q, k, v))
 
 
 # ------------------------------------------------------------------------------- random programs

@@ -56,6 +56,12 @@ def test_what_is_chosen_in_documents(selection: str, pattern: str, k_len: int, s
     check(text, *tensors(rows, k_len, seed=seed), doc=begins.cumsum(1) % 3, n=n)
 
 
+@pytest.mark.parametrize(("rows", "k_len"), [(0, 5), (1, 1)])
+def test_calls_of_few_rows(rows: int, k_len: int) -> None:
+    text = f"attention a {{ {HEAD} attend causal & top(2, blocks(4), by = dot(Q, mean(K))) }}"
+    check(text, *tensors(rows, k_len), doc=torch.zeros(2, k_len, dtype=torch.int32), n=torch.tensor([k_len, 0]))
+
+
 TEXTS = {
     "moba": "attend causal & top(2, blocks(8), by = dot(Q, mean(K)), always = same_block(8))",
     "nsa": """summary = attend causal over pool(mean, 4)
