@@ -35,10 +35,18 @@ def one_by_one(operator: Any) -> Callable[..., Any]:
         values, structure = tree_flatten(args)
         dims, _ = tree_flatten(in_dims)
         found = []
-        for i in range(info.batch_size):
+        if not info.batch_size:
+            # Of no entries, what one would have come to says the sizes.
+            values = [
+                x if dim is None else x.new_zeros([1 if n == dim else size for n, size in enumerate(x.shape)])
+                for x, dim in zip(values, dims, strict=True)
+            ]
+        for i in range(max(1, info.batch_size)):
             chosen = [x if dim is None else x.select(dim, i) for x, dim in zip(values, dims, strict=True)]
             found.append(tree_flatten(operator(*tree_unflatten(chosen, structure))))
-        stacked = [torch.stack(entries) for entries in zip(*(leaves for leaves, _ in found), strict=True)]
+        stacked = [
+            torch.stack(entries)[: info.batch_size] for entries in zip(*(leaves for leaves, _ in found), strict=True)
+        ]
         structure = found[0][1]
         return tree_unflatten(stacked, structure), tree_unflatten([0] * len(stacked), structure)
 

@@ -97,3 +97,10 @@ def test_one_graph_of_choices_serves_all_lengths(name: str) -> None:
         given = {"gate": torch.rand(2, 4, tokens, 3)} if name == "nsa" else {}
         assert torch.equal(compiled(q, k, v, given), call(q, k, v, given))
     assert len(graphs) == 1
+
+
+def test_a_map_over_nothing() -> None:
+    attn, q = attndsl.compile("causal & window(4)"), torch.randn(0, 1, 2, 9, 8, requires_grad=True)
+    out = torch.vmap(lambda x: attn(x, x, x))(q)
+    (gradient,) = torch.autograd.grad(out.sum(), q)
+    assert out.shape == gradient.shape == q.shape
