@@ -175,7 +175,6 @@ def test_what_was_understood() -> None:
         ("input idx : int[64]\n attend causal over pick(idx, weight = q)", "A035"),
         ("input idx : int[64]\n attend causal over pick(idx, 2)", "A013"),
         ("input idx : int[64]\n attend causal over pick(idx, weight = 2) { weights sigmoid(s) }", "A047"),
-        ("input idx : int[64]\n input n : int[b]\n lengths n\n attend causal over pick(idx)", "A908"),
     ],
 )
 def test_mistakes(text: str, code: str) -> None:

@@ -278,7 +278,6 @@ def test_what_is_not_supported() -> None:
         ("input c : int[b, h, k]\n attend causal over pool(mean, segments(c))", "A048"),
         ("input c : int[b, k]\n attend causal over pool(mean, segments(c), 4)", "A013"),
         ("input c : int[b, k]\n attend causal over pool(mean, segments(c), visible = any)", "A013"),
-        ("input c : int[b, k]\n input n : int[b]\n lengths n\n attend causal over pool(mean, segments(c))", "A908"),
         ("input c : int[b, k]\n attend causal over pool(mean, 4) from pool(mean, segments(c))", "A078"),
     ],
 )
