@@ -92,11 +92,12 @@ def _tiles(plan: BackwardPlan, shape: CallShape) -> _Tiles:
         partial = np.minimum(visits, _PARTIAL_ROWS // plan.key_tiling.block_q)
         full = visits - partial
     # A program goes over the rows of all heads that share its keys.
-    full, partial = (x.reshape(shape.kv_heads, -1, of_keys).sum(1) for x in (full, partial))
+    group = shape.heads // shape.kv_heads
+    full, partial = (x.reshape(shape.kv_heads, group, of_keys).sum(1) for x in (full, partial))
     place = int((full + partial).argmax()) if full.size else None
     longest = (0.0, 0.0) if place is None else (float(full.flat[place]), float(partial.flat[place]))
     batch = shape.batch
     return _Tiles(
         batch * shape.heads * of_rows, batch * shape.kv_heads * of_keys, batch * float(full.sum()),
-        batch * float(partial.sum()), longest, shape.heads // shape.kv_heads,
+        batch * float(partial.sum()), longest, group,
     )  # fmt: skip

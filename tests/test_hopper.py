@@ -143,6 +143,13 @@ def test_predictions_choose_what_was_ahead(
     assert prefers_two_passes(plan, CallShape(batch, *heads, tokens, tokens, dim, dim)) == (two < one)
 
 
+@pytest.mark.parametrize(("rows", "k_len"), [(0, 0), (3, 0), (0, 3)])
+def test_calls_without_rows_or_keys_are_predicted(rows: int, k_len: int) -> None:
+    spec = replace(make_spec("sm_90", "triton", 8, 2, 128), backend=Backend.GLUON)
+    (plan,) = backward_plans(attndsl.compile("causal").program, spec)
+    assert isinstance(prefers_two_passes(plan, CallShape(1, 8, 2, rows, k_len, 128, 128)), bool)
+
+
 @pytest.mark.filterwarnings("ignore::attndsl.PatternWarning")
 def test_gradients_have_as_many_stages_as_were_ahead() -> None:
     """Two where many tiles of rows visit a key tile or a mask compares much, three elsewhere, where these fit into
