@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-MOVE = "move_rows"
-
 _TEXT = """\
 import triton
 import triton.language as tl

@@ -39,10 +39,9 @@ def _ready(
     long: int,
 ) -> Callable[..., None]:  # fmt: skip
     batch, rows, k_len, size = sizes
-    text = kernel_text().replace(
-        "SIZE: tl.constexpr = 128\n    LONG: tl.constexpr = 256",
-        f"SIZE: tl.constexpr = {block}\n    LONG: tl.constexpr = {long}",
-    )
+    written = "SIZE: tl.constexpr = {}\n    LONG: tl.constexpr = {}\n"
+    assert kernel_text().count(written.format(128, 256)) == 1
+    text = kernel_text().replace(written.format(128, 256), written.format(block, long))
     given = {
         "first_ptr": dtype, "stride_first_b": strides[0], "stride_first_n": strides[1], "out_ptr": torch.int32,
         "out_batch": size, "rows": rows, "start": k_len - rows, "k_len": k_len, "most": size - 2,
