@@ -16,6 +16,8 @@ from benchmarks.dense import judge
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 for_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+# Where there is one, kernels are compiled for it and take no tensors of the CPU.
+interprets = pytest.mark.skipif(torch.cuda.is_available(), reason="interprets kernels")
 PATTERN = "causal & (window(100) | sink(4))"
 
 

@@ -14,7 +14,7 @@ from attndsl.lowerings import forward_lowering, gradients_lowering
 from attndsl.mapping import maps_call
 from attndsl.parts import parts_of
 from attndsl.piece_plans import backward_plans, forward_plans
-from attndsl.plan import Backend, Plan, Spec
+from attndsl.plan import Backend, BackwardPlan, ForwardPlan, Spec
 from attndsl.program import CallShape, Program
 from attndsl.properties import is_whole
 from attndsl.runtime.assembly import offline_source
@@ -74,7 +74,7 @@ def _gradients(part: str, program: Program, spec: Spec, shape: CallShape) -> Ite
         yield _lowered(name, plan.of_keys(), gradients_source(plan.of_keys()))
 
 
-def _lowered(name: str, plan: Plan, text: str) -> Lowered:
+def _lowered(name: str, plan: ForwardPlan | BackwardPlan, text: str) -> Lowered:
     """Without its comments, which quote the program: kernels of several programs are one."""
     lines = (line for line in text.splitlines(keepends=True) if not line.lstrip().startswith("#"))
-    return Lowered(name, offline_source(plan, "".join(lines)))  # type: ignore[arg-type]
+    return Lowered(name, offline_source(plan, "".join(lines)))

@@ -25,23 +25,15 @@ from attndsl.program import Axis, CallShape, Dim, InputDecl, Program, Type
 from attndsl.relation import build_relation
 from attndsl.runs import Side
 from attndsl.runtime.row_tiles import row_tiles
-from attndsl.runtime.triton_launch import INTERPRETED
 from attndsl.targets import make_spec
 from attndsl.tiles import tile_runs
+from tests.gpu import interprets
 from tests.tiling import call
 
 RNG = np.random.default_rng(11)
 FIRST = InputDecl("first", Type.INT, (Dim(Axis.B), Dim(Axis.K)))
-interpreted = [
-    pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter"),
-    pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter"),
-]
 
-
-def with_marks(test: Any) -> Any:
-    for mark in interpreted:
-        test = mark(test)
-    return test
+pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter")
 
 
 def table(first: Tensor, rows: int, made: RowTiles) -> list[list[int]]:
@@ -67,7 +59,7 @@ def expected(first: list[int], rows: int, made: RowTiles) -> list[int]:
     return tiles
 
 
-@with_marks
+@interprets
 @pytest.mark.parametrize("n", range(8))
 def test_tables_of_tiles(n: int) -> None:
     made = RowTiles("first", *((16, 32), (8, 64), (128, 256), (32, 32))[n % 4])
@@ -81,7 +73,7 @@ def test_tables_of_tiles(n: int) -> None:
     assert table(first, rows, made) == [expected(x, rows, made) for x in first.tolist()]
 
 
-@with_marks
+@interprets
 def test_tiles_follow_one_another_whatever_a_table_is_made_of() -> None:
     made = RowTiles("first", 16, 32)
     for low, high in ((0, 300), (-(2**31), 2**31), (299, 300)):

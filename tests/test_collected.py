@@ -12,12 +12,11 @@ import attndsl
 from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.plan import DType, Loads, Spec
 from attndsl.program import CallShape, Program
-from attndsl.runtime.triton_launch import INTERPRETED
 from attndsl.tiling import choose_tiling
+from tests.gpu import interprets
 from tests.test_plans import attend, random_plan, sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "ignore::attndsl.PatternWarning")
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
 
 
 def planned(keys: int, dims: str, clauses: str) -> str:
@@ -62,19 +61,19 @@ CASES = {
 }
 
 
-@interpreted
+@interprets
 @pytest.mark.parametrize("name", CASES)
 def test_against_the_oracle(name: str) -> None:
     check(*CASES[name])
 
 
-@interpreted
+@interprets
 @pytest.mark.parametrize("form", ["list", "map"])
 def test_plans_of_rows_that_nobody_checked(form: str) -> None:
     check(4, "b, g, q/16", "attend causal & p", (40, 40), form=form, dim=80)
 
 
-@interpreted
+@interprets
 def test_learned_inputs() -> None:
     """Their sums are of one head, so tiles that heads share are for the forward kernel alone."""
     learned = "input sinks : float[h] learnable\n softmax with sink sinks[h]\n score s * sinks[h]\n"
@@ -82,7 +81,7 @@ def test_learned_inputs() -> None:
     check(1, "b, h, q/16", f"{learned} attend causal & p", (40, 40), (2, 1))
 
 
-@interpreted
+@interprets
 @settings(max_examples=6)
 @given(
     st.sampled_from(("b, g, q", "b, q", "b, g, q/16", "b, h, q/32", "g, q/8", "b, g", "h")),

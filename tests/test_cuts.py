@@ -21,8 +21,8 @@ from attndsl.program import CallShape, Compare, Program, Scalar, Var, Where, sca
 from attndsl.runs import Side
 from attndsl.runtime.cuts import searched
 from attndsl.runtime.derive import Deriver
-from attndsl.runtime.triton_launch import INTERPRETED
 from attndsl.targets import make_spec
+from tests.gpu import interprets
 from tests.tiling import call, check_tiles, side_runs, visits
 
 CPU = torch.device("cpu")
@@ -263,7 +263,7 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter")
-@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+@interprets
 @pytest.mark.parametrize("n", range(len(INTEGERS)))
 def test_the_kernel_finds_what_a_sorted_search_finds(n: int) -> None:
     (rows, keys), inclusive = ((1, 1), (5, 2), (129, 20), (20, 129), (7, 0))[n], bool(n % 2)
@@ -275,7 +275,7 @@ def test_the_kernel_finds_what_a_sorted_search_finds(n: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter")
-@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+@interprets
 def test_the_kernel_stays_among_the_keys_whatever_they_hold() -> None:
     ids = torch.as_tensor(RNG.integers(-(2**62), 2**62, (1, 1, 140)))
     for inclusive in (False, True):

@@ -17,15 +17,15 @@ from attndsl.diagnostics import PatternError
 from attndsl.grammar import load
 from attndsl.program import CallShape
 from attndsl.runtime.select import Selector
-from attndsl.runtime.triton_launch import INTERPRETED
 from attndsl.select_plan import why_not_fused
 from tests.accuracy import examples
 from tests.cases import case, floats, ints
+from tests.gpu import interprets
 from tests.gradients import judge
 from tests.strategies import Case
 from tests.test_backward_cpu import runner as cpu
 from tests.test_backward_triton import runner as triton
-from tests.test_routed import PATTERN_SELECTIONS, check
+from tests.test_routed import FUSED, PATTERN_SELECTIONS, check
 from tests.test_routed import tensors as doubles
 from tests.test_select import CPU, tensors
 
@@ -129,8 +129,6 @@ VIEWS = (
 ])  # fmt: skip
 def test_views(clauses: str, f: str, backend: str) -> None:
     """Entries are of the tokens that are present alone, their gradients too, and what is not there reaches nothing."""
-    if backend == "triton" and not INTERPRETED:
-        pytest.skip("interprets kernels")
     text = clauses.format(f=f, counted=", counted")
     attn = attndsl.compile(f"attention a {{ input n : int[b]\n lengths n\n {text} }}")
     alone = attndsl.compile(f"attention a {{ {text} }}")
@@ -168,8 +166,6 @@ BESIDE = {
 ])  # fmt: skip
 def test_beside_what_looks_at_all_tokens(name: str, backend: str) -> None:
     """Classes of rows, members, segments and listed tokens are those of what is present."""
-    if backend == "triton" and not INTERPRETED:
-        pytest.skip("interprets kernels")
     attn = attndsl.compile(f"attention a {{ input n : int[b]\n lengths n\n {BESIDE[name]} }}")
     dtype = torch.float64 if backend == "cpu" else torch.float32
     generator = torch.Generator().manual_seed(3)
@@ -228,12 +224,8 @@ def test_what_is_chosen_of_present_tokens(selection: str, k_len: int, seed: int)
     check(text, *doubles(rows, k_len, seed=seed), n=n)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="interprets kernels")
-@pytest.mark.parametrize("text", [
-    "top(3, blocks(8), among = causal, by = dot(Q, mean(K)), always = same_block(8), share = group)",
-    "top(2, blocks(4), among = all, by = dot(Q, max(K)), always = { k >= Nk - 3 }, forced = extra)",
-    "top(5, tokens, share = group, among = causal & { k < Nk - 2 }, by = dot(Q, K))",
-])  # fmt: skip
+@interprets
+@pytest.mark.parametrize("text", FUSED)
 def test_the_fused_kernel_chooses_as_strips_do(text: str) -> None:
     program = load(f"attention a {{ input n : int[b]\n lengths n\n attend {text} }}").program
     program = replace(program, inputs=tuple(decl for decl in program.inputs if decl.members is None))

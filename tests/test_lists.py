@@ -16,11 +16,11 @@ from attndsl.program import Axis, CallShape, Dim, InputDecl, Type
 from attndsl.runs import LIST_HEAD, TileRuns
 from attndsl.runtime import lists
 from attndsl.runtime.plans import Listing, gathered_tiles, list_size, listed
-from attndsl.runtime.triton_launch import INTERPRETED
+from tests.gpu import interprets
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter"),
-    pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter"),
+    interprets,
 ]
 DECL = InputDecl("x", Type.INT, (Dim(Axis.B), Dim(Axis.H), Dim(Axis.LIST)))
 NONE = TileRuns((), ())

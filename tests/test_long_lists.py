@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +15,12 @@ from torch import Tensor
 from attndsl.program import CallShape
 from attndsl.runtime import lists
 from attndsl.runtime.long_lists import LongLists
-from attndsl.runtime.triton_launch import INTERPRETED
+from tests.gpu import interprets
 from tests.test_plans import attend, sizes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "ignore::attndsl.PatternWarning"),
-    pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter"),
+    interprets,
 ]
 
 
@@ -89,8 +90,8 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[LongLists]:
     """How the lists of the calls that follow are cut."""
     made, own = [], LongLists.of
 
-    def of(*given: object) -> LongLists:
-        made.append(own(*given))  # type: ignore[arg-type]
+    def of(*given: Any) -> LongLists:
+        made.append(own(*given))
         return made[-1]
 
     monkeypatch.setattr(LongLists, "of", of)

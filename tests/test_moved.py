@@ -23,10 +23,10 @@ from attndsl.runtime.moved import backward_of_both, forward_of_both
 from attndsl.runtime.printing import printed_backward, printed_forward
 from attndsl.targets import make_spec
 from attndsl.wiring import engine as make_engine
+from tests.gpu import interprets
 from tests.gradients import Run, judge
 from tests.permuted import PERMUTED
 
-INTERPRETS = pytest.mark.skipif(torch.cuda.is_available(), reason="interprets kernels")
 SMALL = Tiling(32, 32)
 DOCUMENTS = "attention a { input doc : int[b, k]\n attend causal & document(doc) }"
 
@@ -69,11 +69,11 @@ def least(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda n: monkeypatch.setattr(permute, "MANY_ALIKE", n)
 
 
-@INTERPRETS
+@interprets
 @pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter")
 @pytest.mark.parametrize(
     ("name", "many"),
-    [("chunk", True), ("key heads", True), ("cross and near", False)],
+    [("chunk", True), ("key heads", True), ("cross and near", True), ("cross and near", False), ("one token", True)],
 )
 def test_outputs_and_gradients(name: str, many: bool, least: Callable[[int], None]) -> None:
     """Of both kernels one leaves the outputs as they are."""
@@ -81,7 +81,7 @@ def test_outputs_and_gradients(name: str, many: bool, least: Callable[[int], Non
     judge(runner(), PERMUTED[name], torch.float32)
 
 
-@INTERPRETS
+@interprets
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("dim", [1, 24, 80])
 def test_rows_are_moved(dim: int, back: bool) -> None:

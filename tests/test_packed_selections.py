@@ -16,10 +16,10 @@ from attndsl.grammar import load
 from attndsl.plans import of_selection
 from attndsl.program import CallShape
 from attndsl.runtime.select_entries import EntrySelector
-from attndsl.runtime.triton_launch import INTERPRETED
 from attndsl.select_plan import why_not_fused
 from tests.accuracy import examples
-from tests.test_routed import PATTERNS, check, tensors
+from tests.gpu import interprets
+from tests.test_routed import FUSED, PATTERNS, check, tensors
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::attndsl.PatternWarning"),
@@ -85,8 +85,6 @@ def compiled(name: str) -> attndsl.Attention:
 @pytest.mark.parametrize("name", TEXTS)
 def test_plans_count_in_their_document(name: str, backend: str) -> None:
     """What a call chooses is what it is handed, in it and for the oracle; gradients are the oracle's."""
-    if backend == "triton" and not INTERPRETED:
-        pytest.skip("interprets kernels")
     attn, dtype = compiled(name), torch.float64 if backend == "cpu" else torch.float32
     leaves = [x.to(dtype).requires_grad_() for x in tensors(48, 48, seed=3)]
     plans = attn.plan(*leaves[:2], doc=DOC)
@@ -111,12 +109,8 @@ def test_plans_count_in_their_document(name: str, backend: str) -> None:
         assert (found[..., plan.shape[3] :] == -1).all()
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="interprets kernels")
-@pytest.mark.parametrize("text", [
-    "top(3, blocks(8), among = causal, by = dot(Q, mean(K)), always = same_block(8), share = group)",
-    "top(2, blocks(4), among = all, by = dot(Q, max(K)), always = { k >= Nk - 3 }, forced = extra)",
-    "top(5, tokens, share = group, among = causal & { k < Nk - 2 }, by = dot(Q, K))",
-])  # fmt: skip
+@interprets
+@pytest.mark.parametrize("text", FUSED)
 def test_the_fused_kernel_chooses_as_strips_do(text: str) -> None:
     """It goes over the entries of its rows' documents alone."""
     attn = attndsl.compile(f"attention a {{ input doc : int[b, k] packed doc attend {text} }}")
@@ -133,7 +127,7 @@ def test_the_fused_kernel_chooses_as_strips_do(text: str) -> None:
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="interprets kernels")
+@interprets
 def test_the_fused_kernel_ranks_by_probabilities_of_entries() -> None:
     attn = compiled("nsa")
     (selection,) = attn.program.selections

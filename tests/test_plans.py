@@ -25,6 +25,7 @@ from attndsl.runtime.cache import KernelCache
 from attndsl.runtime.printing import printed_forward
 from attndsl.runtime.triton_launch import INTERPRETED
 from attndsl.wiring import engine as _engine
+from tests.gpu import interprets
 from tests.gradients import TOLERANCE, expected_gradients, upstream
 
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "ignore::attndsl.PatternWarning")
@@ -143,7 +144,7 @@ FIXED = {
 }
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+@interprets
 @pytest.mark.parametrize("name", FIXED)
 def test_triton(name: str) -> None:
     dims, pattern, keys, lengths, form = FIXED[name]
@@ -174,7 +175,7 @@ GATHERED = {
 }
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+@interprets
 @pytest.mark.parametrize("name", GATHERED)
 def test_gathered_rows(name: str) -> None:
     """What is merged from slots: sinks enter once, weights add up, and what is learned is summed in order."""
@@ -187,7 +188,7 @@ def test_gathered_rows(name: str) -> None:
     attend(text, shape, plan, "triton", given)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+@interprets
 @pytest.mark.parametrize("name", ["score", "weights"])
 def test_heads_take_turns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the slots of all heads are too many, those of a few are there at once."""
@@ -205,7 +206,7 @@ def test_slots_are_bounded() -> None:
     assert triton_gathered.heads_at_once(CallShape(1, 4, 4, 0, 8, 16, 16), 3, 16, 2) == 0
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+@interprets
 def test_parts_after_gathered_rows() -> None:
     """What rows did not choose, approximated, in one softmax with what they chose."""
     text = """attention a { input p : blocks(16)[b, DIM, q]
@@ -224,7 +225,7 @@ def test_parts_after_gathered_rows() -> None:
             torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+@interprets
 def test_gathered_dropout() -> None:
     attn = attndsl.compile("attention planned { input p : blocks(16)[b, h, q]\n attend causal & p }")
     plan = random_plan(np.random.default_rng(2), (1, 2, 40), 3, "sorted")

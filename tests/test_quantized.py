@@ -14,8 +14,9 @@ import attndsl
 from attndsl.codegen.triton_values import values_source
 from attndsl.runtime.launcher import Slot
 from attndsl.runtime.quantized import _BLOCK, FP8, VALUES, shape_in_order
-from attndsl.runtime.triton_launch import INTERPRETED, prepare_small
+from attndsl.runtime.triton_launch import prepare_small
 from attndsl.targets import hopper_refusal, make_spec
+from tests.gpu import interprets
 from tests.offline import Job, compile_all
 from tests.test_hopper import good, offline
 
@@ -112,7 +113,7 @@ def test_what_is_multiplied_as_float8() -> None:
         attndsl.compile("causal").source("gradients", backend="gluon", dtype="float8_e4m3fn")
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="interprets the kernel")
+@interprets
 @pytest.mark.parametrize(("keys", "dim"), [(77, 40), (128, 64), (1, 8), (300, 96)])
 def test_values_stand_in_the_order_of_weights(keys: int, dim: int) -> None:
     """Of 16 weights in a row, thread c of four is left with 2c, 2c + 1, 8 + 2c and 8 + 2c + 1 by a product, and gives

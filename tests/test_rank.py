@@ -15,14 +15,14 @@ from attndsl.runtime.compose_decode import ComposedDecode
 from attndsl.runtime.decode_op import in_order
 from attndsl.runtime.select import Selector
 from attndsl.runtime.strips import Ragged
-from attndsl.runtime.triton_launch import INTERPRETED
 from attndsl.selection import Probs
 from tests.decoding import paged
+from tests.gpu import interprets
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter"),
     pytest.mark.filterwarnings("ignore::attndsl.PatternWarning"),
-    pytest.mark.skipif(not INTERPRETED, reason="interprets kernels"),
+    interprets,
 ]
 CPU = torch.device("cpu")
 OWN = "always = same_block(8)"

@@ -51,11 +51,17 @@ PATTERNS = (
 
 # `levels` makes views.
 PATTERN_SELECTIONS = selections().filter(lambda text: not text.startswith("levels"))
+# Choices that one kernel makes.
+FUSED = (
+    "top(3, blocks(8), among = causal, by = dot(Q, mean(K)), always = same_block(8), share = group)",
+    "top(2, blocks(4), among = all, by = dot(Q, max(K)), always = { k >= Nk - 3 }, forced = extra)",
+    "top(5, tokens, share = group, among = causal & { k < Nk - 2 }, by = dot(Q, K))",
+)
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    selections().filter(lambda text: not text.startswith("levels")),
+    PATTERN_SELECTIONS,
     st.sampled_from(PATTERNS),
     st.integers(1, 26),
     st.integers(0, 99),

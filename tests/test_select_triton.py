@@ -13,6 +13,7 @@ from attndsl.program import CallShape
 from attndsl.runtime.select import Selector
 from attndsl.runtime.triton_launch import INTERPRETED
 from attndsl.select_plan import select_plan, why_not_fused
+from tests.gpu import interprets
 from tests.test_select import CPU, program_of, tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter")
@@ -32,7 +33,7 @@ def both(
     assert (fused == Selector(program, selection, shape, CPU, values)(q, k, values, [])).all()
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="interprets kernels")
+@interprets
 @pytest.mark.parametrize(
     ("text", "shape"),
     [
@@ -55,7 +56,7 @@ def test_chooses_what_the_strips_choose(text: str, shape: tuple[int, int, int, i
     both(text, CallShape(batch, heads, kv_heads, rows, k_len, dim, dim))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="interprets kernels")
+@interprets
 def test_with_inputs() -> None:
     shape = CallShape(2, 4, 2, 20, 20, 16, 16)
     doc = torch.arange(20).expand(2, 20) // 7
@@ -71,7 +72,7 @@ def test_with_inputs() -> None:
     both("top(2, blocks(4), among = causal, by = dot(Q, mean(kh)))", shape, "input kh : float[h, k, D]", kh=of_heads)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="interprets kernels")
+@interprets
 def test_float16_vectors_in_two_parts_are_those_of_float32() -> None:
     both(f"top(2, blocks(8), among = causal, {OWN})", CallShape(1, 2, 1, 40, 40, 32, 32), dtype=torch.float16)
 
@@ -110,7 +111,7 @@ attention nsa(block = 8, n = 3) {
 """
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="interprets kernels")
+@interprets
 @pytest.mark.parametrize("shape", [(1, 4, 2, 40, 40), (2, 3, 1, 9, 37)])
 def test_ranks_by_the_probabilities_of_a_branch(shape: tuple[int, int, int, int, int]) -> None:
     batch, heads, kv_heads, rows, k_len = shape

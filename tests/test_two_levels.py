@@ -14,8 +14,9 @@ import attndsl
 from attndsl.observing import Cells
 from attndsl.runtime import shares
 from attndsl.runtime.engine import Engine
-from attndsl.runtime.triton_launch import INTERPRETED, without_memory
+from attndsl.runtime.triton_launch import without_memory
 from tests.covered import covers
+from tests.gpu import interprets
 from tests.routing_rules import HEADS, KV_HEADS, best, call, check, noise, pooled, softmax
 from tests.test_view_calls import judge
 
@@ -83,7 +84,7 @@ def test_small_calls_in_triton(name: str) -> None:
         judge(program(BODIES[name]), shape, torch.float32, "triton")
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+@interprets
 @pytest.mark.parametrize("name", ["all", "scored votes", "raw votes", "votes with a sink", "chosen by each"])
 def test_shares_by_a_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of observations, whose cells are members: of calls, and of the last rows of more tokens."""
