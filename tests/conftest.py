@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Iterator
+from zlib import crc32
 
 import pytest
 import torch
 from hypothesis import settings
+from torch.overrides import _get_current_function_mode_stack
 
 # Without a GPU the kernels are interpreted. Triton decides that when it is imported, so before any test is.
 if not torch.cuda.is_available():
@@ -27,6 +29,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def update_golden(request: pytest.FixtureRequest) -> bool:
     """Whether golden files are to be written."""
     return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture(autouse=True)
+def _own_state_of_torch(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test draws the same numbers, whichever ran before it, and leaves no mode that the next one would meet."""
+    torch.manual_seed(crc32(request.node.nodeid.encode()))
+    yield
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    assert not modes, "a mode of torch (a default device, say) is left behind"
 
 
 @pytest.hookimpl(wrapper=True)

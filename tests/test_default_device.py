@@ -27,12 +27,11 @@ PROGRAMS = {
 
 @contextmanager
 def default_device(device: str) -> Iterator[None]:
-    before = torch.get_default_device()
     torch.set_default_device(device)
     try:
         yield
     finally:
-        torch.set_default_device(before)
+        torch.set_default_device(None)  # a device, the CPU too, would stay as a mode that torch.compile cannot trace
 
 
 def results(text: str, device: str, dropout: float) -> list[Tensor]:
