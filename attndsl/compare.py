@@ -12,6 +12,7 @@ import islpy as isl
 from attndsl.alone import together
 from attndsl.derive import derive
 from attndsl.effort import EFFORT, TooHard, bounded
+from attndsl.isl_sets import involves_param
 from attndsl.program import Compare, Const, Program, Scalar, Set, Table, Type, Union, Var, rebuild, substitute
 from attndsl.relation import MAX_CASES, POSITION_BITS, Lowering
 from attndsl.simplify import fold
@@ -175,7 +176,9 @@ class Existing:
 
     def __init__(self, lowering: Lowering, *patterns: Set) -> None:
         self.lowering = lowering
+        # Lowered first: their conditions on data, and other parameters, are what something is known of.
         self._lowered: dict[Set, isl.Set] = {p: lowering.lower(p, lowering.here) for p in patterns}
+        self._existing: dict[Set, isl.Set] = {}
         same = "" if lowering.program.align_start else " and Nq = Nk"
         longest = 1 << POSITION_BITS
         ends = f"Nq <= {longest} and Nk <= {longest}{same}"
@@ -186,9 +189,10 @@ class Existing:
 
     def of(self, pattern: Set) -> isl.Set:
         """The existing pairs of one of the sets, or of a part of one."""
-        if pattern not in self._lowered:
+        if pattern not in self._existing:
             self._lowered[pattern] = self.lowering.lower(pattern, self.lowering.here)
-        return self._lowered[pattern].intersect(self.domain)
+            self._existing[pattern] = self._lowered[pattern].intersect(self.domain)
+        return self._existing[pattern]
 
     def witness(self, pairs: isl.Set, check: Callable[[World, Witness], bool], longer: int = 0) -> Witness | None:
         """A pair of a set for which `check` holds in some call; None where the set is empty.
@@ -219,7 +223,7 @@ class Existing:
                     isl.dim_type.param, position, isl.Val.int_from_si(self.lowering.ctx, values[name])
                 )
         q, k = _coordinates(pairs.lexmin())
-        used = {name: values[name] for name in values if any(involves(p, name) for p in self._lowered.values())}
+        used = {name: values[name] for name in values if any(involves_param(p, name) for p in self._lowered.values())}
         numbers, truths = [], []
         for name, e in (*self.lowering.uniform.items(), *self.lowering.atoms.items()):
             if name in used and e.type is Type.BOOL:
@@ -238,12 +242,6 @@ class Existing:
             if e in known:
                 pairs = pairs.intersect_params(self.lowering.set(f"[{name}] -> {{ : {name} = {known[e]} }}").params())
         return pairs
-
-
-def involves(pairs: isl.Set, name: str) -> bool:
-    """Whether a set depends on a parameter."""
-    position = pairs.find_dim_by_name(isl.dim_type.param, name)
-    return position >= 0 and bool(pairs.involves_dims(isl.dim_type.param, position, 1))
 
 
 def _only_param(params: isl.Set, name: str) -> isl.Set:

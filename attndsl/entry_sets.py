@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attndsl.effort import TooHard, bounded
+from attndsl.isl_sets import involves_param
 from attndsl.program import Binary, Const, Program, Scalar, Set, Var, reads, rebuild
 from attndsl.quasi_affine import condition
 from attndsl.relation import Lowering
@@ -18,7 +19,7 @@ def seen_whole(program: Program, pattern: Set, first: Scalar, last: Scalar) -> S
     extent = lowering.map("[first, last] -> { [q, k] -> [q, j] : first <= k <= last }")
     try:
         written = lowering.lower(pattern, lowering.here)
-        if any(reads(x, "k") and lowering.involves(written, name) for name, x in lowering.atoms.items()):
+        if any(reads(x, "k") and involves_param(written, name) for name, x in lowering.atoms.items()):
             return None
         seen = bounded(lowering.ctx, lambda: written.complement().apply(extent).complement().coalesce())
         names = {**lowering.uniform, **lowering.atoms, "first": first, "last": last}
@@ -40,7 +41,7 @@ def seen_from(program: Program, pattern: Set, size: int | None, unit: int) -> Sc
         written = lowering.lower(pattern, lowering.here)
         atoms = dict(lowering.atoms)
         for name, x in lowering.atoms.items():
-            if reads(x, "k") and lowering.involves(written, name):
+            if reads(x, "k") and involves_param(written, name):
                 known = _of_blocks(x, unit)
                 if known is None:
                     return None

@@ -44,7 +44,7 @@ from attndsl.program import (
     reads,
     scalars,
 )  # fmt: skip
-from attndsl.relation import Lowering
+from attndsl.relation import POSITION_BITS, Lowering
 from attndsl.witness import Witness, World, canonical, has_coarsen
 
 # Elementary isl operations allowed to one question.
@@ -92,7 +92,7 @@ class _Analysis:
         # Derived inputs are taken for any values: what then holds, holds for theirs.
         derived = derive(program.with_branch(pattern=self.written))
         self.pattern = derived.branch.pattern
-        self.lowering = Lowering(derived)
+        self.lowering = Lowering(derived, effort=2 * QUESTION_EFFORT)
         self.existing = Existing(self.lowering, self.pattern)
         self.gridded = None if program.grid is None else canonical(Where(on_grid(program.grid)))
         self.terms = self.failures = 0
@@ -180,7 +180,11 @@ class _Analysis:
 
         def changed(now: bool) -> isl.Set:
             later = self._one_longer(pairs)
-            return pairs.subtract(later) if now else later.subtract(pairs).intersect(self.existing.domain)
+            if not now:
+                return later.subtract(pairs).intersect(self.existing.domain)
+            # The longest call has none that is longer.
+            shorter = self.lowering.set(f"[Nk] -> {{ [q, k] : Nk < {1 << POSITION_BITS} }}")
+            return pairs.intersect(shorter).subtract(later)
 
         for now in (True, False):
             difference = self._ask(lambda now=now: changed(now))  # type: ignore[misc]

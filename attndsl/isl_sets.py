@@ -92,6 +92,12 @@ def project_param(pairs: isl.Set, name: str) -> isl.Set:
     return pairs.project_out(isl.dim_type.param, position, 1) if position >= 0 else pairs
 
 
+def involves_param(pairs: isl.Set, name: str) -> bool:
+    """Whether a set depends on a parameter."""
+    position = pairs.find_dim_by_name(isl.dim_type.param, name)
+    return position >= 0 and bool(pairs.involves_dims(isl.dim_type.param, position, 1))
+
+
 def rename_param(pairs: isl.Set, old: str, new: str) -> isl.Set:
     position = pairs.find_dim_by_name(isl.dim_type.param, old)
     return pairs.set_dim_name(isl.dim_type.param, position, new) if position >= 0 else pairs

@@ -37,10 +37,12 @@ def part_findings(program: Program) -> tuple[Diagnostic, ...]:
     """
     if program.plain or program.align_start:
         return ()
-    found = [x for branch in program.branches for x in _Branch(program, branch).findings()]
-    futures = [(branch, _future(program, branch)) for branch in program.branches]
-    if any(witness == "" for _, witness in futures):
-        for branch, witness in futures:
+    branches = [_Branch(program, branch) for branch in program.branches]
+    found = [x for branch in branches for x in branch.findings()]
+    # Beside no other, a branch may see what it likes.
+    futures = [branch.future() for branch in branches] if len(branches) > 1 else []
+    if "" in futures:
+        for branch, witness in zip(program.branches, futures, strict=True):
             if witness:
                 found.append(_warning(
                     "W308", "a branch sees later tokens, and others do not", branch.span, "sees the future", witness,
@@ -62,6 +64,7 @@ class _Branch:
         self.parts = self.program.only.parts
         self.lowering = Lowering(self.program)
         self.existing = self.lowering.set("[Nk] -> { [q, k] : 0 <= q < Nk and 0 <= k < Nk }")
+        self._reached: dict[Part, isl.Set | None] = {}
 
     def findings(self) -> Iterator[Diagnostic]:
         for part in self.parts:
@@ -83,7 +86,8 @@ class _Branch:
         known = [x for x in reached if x is not None]
         if len(known) < len(reached):
             return
-        for part in self.parts:
+        # Of raw tokens a part reaches those that it allows.
+        for part in (part for part in self.parts if part.view is not None):
             allowed = self.allowed(part)
             if allowed is not None and (witness := self.least(allowed, self.all(known), isl.Set.subtract)):
                 yield _warning(
@@ -107,6 +111,11 @@ class _Branch:
 
     def reached(self, part: Part) -> isl.Set | None:
         """The pairs of a row and a token that a part reaches, None where data decides or it is too hard to say."""
+        if part not in self._reached:
+            self._reached[part] = self._reach(part)
+        return self._reached[part]
+
+    def _reach(self, part: Part) -> isl.Set | None:
         if part.view is None:
             return self.allowed(part)
         if part.view.told:
@@ -120,6 +129,16 @@ class _Branch:
             return None
         extent = self.lowering.map(f"{{ [q, j] -> [q, k] : {stride} j <= k < {stride} j + {size} }}")
         return relation.pairs.apply(extent).intersect(self.existing).coalesce()
+
+    def future(self) -> str | None:
+        """A row that sees a later token, empty where none does, None where that is not known."""
+        later = self.lowering.set("{ [q, k] : k > q }")
+        for part in self.parts:
+            if (pairs := self.reached(part)) is None:
+                return None
+            if witness := self.least(pairs, later, isl.Set.intersect):
+                return witness
+        return ""
 
     def all(self, sets: list[isl.Set]) -> isl.Set:
         found = sets[0]
@@ -143,16 +162,3 @@ def _least(pairs: isl.Set) -> str:
     point = pairs.move_dims(isl.dim_type.set, 0, isl.dim_type.param, at, 1).lexmin().sample_point()
     k_len, q, k = (int(point.get_coordinate_val(isl.dim_type.set, i).to_python()) for i in range(3))
     return f"row q = {q} at Nk = {k_len} reaches k = {k}"
-
-
-def _future(program: Program, branch: Branch) -> str | None:
-    """A row that sees a later token, empty where none does, None where that is not known."""
-    own = _Branch(program, branch)
-    later = own.lowering.set("{ [q, k] : k > q }")
-    for part in own.parts:
-        pairs = own.reached(part)
-        if pairs is None:
-            return None
-        if witness := own.least(pairs, later, isl.Set.intersect):
-            return witness
-    return ""

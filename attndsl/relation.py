@@ -25,7 +25,7 @@ from attndsl.apart import coarse_apart
 from attndsl.derivation import Random
 from attndsl.derive import derive
 from attndsl.effort import EFFORT, Budget, TooHard, bounded, remembered
-from attndsl.isl_sets import choose, divided, fold, parts_that_meet, project_param
+from attndsl.isl_sets import choose, divided, fold, involves_param, parts_that_meet, project_param
 from attndsl.parameters import bounds
 from attndsl.placing import Coordinates, placed
 from attndsl.program import (
@@ -144,11 +144,15 @@ def _lowered(program: Program, heads: tuple[int, int] | None, anchor: str) -> tu
 
 
 class Lowering:
-    """Lowers the sets of one derived program. One isl context, one table of uniform scalars and data atoms."""
+    """Lowers the sets of one derived program. One isl context, one table of uniform scalars and data atoms.
+
+    effort: allowed in the place of RELATION_EFFORT, half of it to one step.
+    """
 
     def __init__(
-        self, program: Program, heads: tuple[int, int] | None = None, anchor: str = "q", length: int | None = None
-    ) -> None:
+        self, program: Program, heads: tuple[int, int] | None = None, anchor: str = "q", length: int | None = None,
+        effort: int = 0,
+    ) -> None:  # fmt: skip
         self.program, self.heads, self.anchor = program, heads, anchor
         self.ctx = isl.Context()
         self.uniform: dict[str, Scalar] = {}
@@ -156,11 +160,12 @@ class Lowering:
         self.notes: list[str] = []
         self._names: dict[Scalar, str] = {}
         self._too_hard: set[Coarsen] = set()
-        self._inners: dict[Coarsen, isl.Set] = {}
+        self._lowered: dict[Set, isl.Set] = {}
         self._held: dict[Scalar, isl.Set] = {}
         self._parameters: dict[str, isl.PwAff] = {}
         self._contexts: dict[int, isl.Set] = {}
-        self._budget = Budget(RELATION_EFFORT)
+        self._budget = Budget(effort or RELATION_EFFORT)
+        self._step_effort = self._budget.left // 2
         self.space = self.set("{ [q, k] }").get_space()
         self.here = Coordinates(
             q=self.aff("{ [q, k] -> [q] }"),
@@ -198,18 +203,14 @@ class Lowering:
         return parts_that_meet(pairs, longest).gist_params(context).coalesce()
 
     def of_pairs(self, pairs: isl.Set, stride: int) -> Relation:
-        uniform = {name: e for name, e in self.uniform.items() if self.involves(pairs, name)}
-        atoms = {name: e for name, e in self.atoms.items() if self.involves(pairs, name)}
+        uniform = {name: e for name, e in self.uniform.items() if involves_param(pairs, name)}
+        atoms = {name: e for name, e in self.atoms.items() if involves_param(pairs, name)}
         return Relation(pairs, uniform, atoms, self._lengths(), tuple(self.notes), stride)
 
     def _lengths(self) -> isl.Set:
         """What is known of the parameters. Without `align start` there is one length: queries end where keys do."""
         one = self.set("[Nq, Nk] -> { : Nq = Nk }")
         return self.context() if self.program.align_start else self.context().intersect(one)
-
-    def involves(self, pairs: isl.Set, name: str) -> bool:
-        position = pairs.find_dim_by_name(isl.dim_type.param, name)
-        return position >= 0 and bool(pairs.involves_dims(isl.dim_type.param, position, 1))
 
     def context(self) -> isl.Set:
         """What is known of the parameters: lengths are positive, others as `parameters.bounds` says.
@@ -228,7 +229,14 @@ class Lowering:
     # ------------------------------------------------------------------------------------- sets
 
     def lower(self, pattern: Set, place: Coordinates) -> isl.Set:
-        """The pairs of a set read at a place; a part that is too hard becomes a data atom."""
+        """The pairs of a set read at a place (at q and k once); a part that is too hard becomes a data atom."""
+        if place is not self.here:
+            return self._lower(pattern, place)
+        if pattern not in self._lowered:
+            self._lowered[pattern] = self._lower(pattern, place)
+        return self._lowered[pattern]
+
+    def _lower(self, pattern: Set, place: Coordinates) -> isl.Set:
         step: Callable[[], isl.Set]
         match pattern:
             case Where(cond=cond):
@@ -254,25 +262,19 @@ class Lowering:
                     return self.lower(operand, inner)
                 return self._atom(self.predicate(operand, inner), self.here)
             case Coarsen():
-                inner = self._inner(pattern)
+                inner = self.lower(pattern.operand, self.here)
                 step = lambda: self._coarsen(pattern, inner, place)  # noqa: E731
             case Random() | Selected():
                 raise AssertionError("the program is derived before it is lowered")
             case _:
                 assert_never(pattern)
         try:
-            return self._budget.bounded(self.ctx, lambda: step().coalesce())
+            return self._budget.bounded(self.ctx, lambda: step().coalesce(), self._step_effort)
         except TooHard:
             self.notes.append(_TOO_HARD)
             if isinstance(pattern, Coarsen):
                 self._too_hard.add(pattern)
             return self._atom(self.predicate(pattern, place), self.here)
-
-    def _inner(self, pattern: Coarsen) -> isl.Set:
-        """The operand of a coarsened set, once for the relation and its mask."""
-        if pattern not in self._inners:
-            self._inners[pattern] = self.lower(pattern.operand, self.here)
-        return self._inners[pattern]
 
     def _coarsen(self, pattern: Coarsen, inner: isl.Set, place: Coordinates) -> isl.Set:
         """The pairs of a coarsened set, `inner` being its operand's.
@@ -297,7 +299,7 @@ class Lowering:
     def _is_data(self, pattern: Coarsen, inner: isl.Set) -> bool:
         """Whether only the runtime's map says which block pairs are in a coarsened set."""
         known = pattern.mode is not Coarse.FRACTION and pattern not in self._too_hard
-        return not known or any(self.involves(inner, name) for name in self.atoms)
+        return not known or any(involves_param(inner, name) for name in self.atoms)
 
     # ------------------------------------------------------------------------------- conditions
 
@@ -472,7 +474,7 @@ class Lowering:
             case On(operand=operand, place=inner_place):
                 return self.predicate(operand, placed(place, inner_place, self.affine))
             case Coarsen():
-                inner = self._inner(pattern)
+                inner = self.lower(pattern.operand, self.here)
                 coarse = _map(pattern) if self._is_data(pattern, inner) else None
                 if coarse is None:
                     try:

@@ -14,6 +14,7 @@ from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.diagnostics import error
 from attndsl.effort import TooHard, bounded, remembered
+from attndsl.isl_sets import involves_param
 from attndsl.linear import normalise
 from attndsl.listing import Listable, fitting, listables
 from attndsl.mask import shaped
@@ -150,7 +151,7 @@ def seen_entries(lowering: Lowering, part: Part, queries: Queries | None = None)
         return lowering.relation(part.pattern)
     written = lowering.lower(part.pattern, lowering.here)
     for name, scalar in lowering.atoms.items():
-        if not reads(scalar, "k") or not lowering.involves(written, name):
+        if not reads(scalar, "k") or not involves_param(written, name):
             continue
         # Data of blocks that hold whole extents is one truth for each of these; a truth of each key is not.
         if view.size == view.stride == 1:
@@ -163,7 +164,7 @@ def seen_entries(lowering: Lowering, part: Part, queries: Queries | None = None)
             )  # fmt: skip
         lowering.atoms[name] = found
     for name, scalar in lowering.atoms.items():
-        if queries is not None and lowering.involves(written, name) and not _of_classes(scalar, queries.size):
+        if queries is not None and involves_param(written, name) and not _of_classes(scalar, queries.size):
             raise error(
                 "A912", "a pattern of pooled queries that reads data at single rows is not yet supported", part.span,
                 help="read data of blocks that hold whole classes of queries",

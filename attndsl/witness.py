@@ -50,6 +50,7 @@ from attndsl.program import (
     scalars,
     walk,
 )  # fmt: skip
+from attndsl.simplify import fold
 
 Array = NDArray[Any]
 
@@ -118,9 +119,15 @@ def _inner(e: Scalar) -> str:
 def canonical(pattern: Set) -> Set:
     """The same set, its integer comparisons written with `==` and `<` alone, constants on the right.
 
-    So conditions on data that mean the same, or the opposite, become one scalar.
+    So conditions on data that mean the same, or the opposite, become one scalar. Constants are folded first, which
+    parameters leave many of; a condition that is one only then stays what its author wrote.
     """
-    return map_scalars(pattern, lambda e: rebuild(e, _canonical))
+    return map_scalars(pattern, _put_canonically)
+
+
+def _put_canonically(e: Scalar) -> Scalar:
+    folded = fold(e)
+    return rebuild(e if isinstance(folded, Const) else folded, _canonical)
 
 
 def _canonical(e: Scalar) -> Scalar:

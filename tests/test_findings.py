@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -198,6 +200,17 @@ def test_dependence_on_length(text: str) -> None:
 )
 def test_reading_a_length_alone_is_no_finding(text: str) -> None:
     assert "W304" not in codes(text)
+
+
+@pytest.mark.parametrize("text", ["causal_neighborhood(5)", "coarsen(causal & window(9), 4, any) & causal"])
+def test_nothing_is_tried_where_length_decides_nothing(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the longest call there is none a token longer, which is no dependence."""
+
+    def tried(*given: object) -> bool:
+        raise AssertionError(f"a call was looked for: {given[1]}")
+
+    monkeypatch.setattr(importlib.import_module("attndsl.compare"), "realise", tried)
+    assert codes(text) == []
 
 
 def test_the_witness_of_a_dependence_is_one() -> None:
