@@ -11,9 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from attndsl.branches import Attended, Factor, Handed, Merged, Output, Product, Sum, combined, factors, rewritten
-from attndsl.compose import output_inputs
+from attndsl.compose import reading
 from attndsl.plan import Plan, Spec, Tiling
-from attndsl.plans import own_program
 from attndsl.program import Axis, Const, Program, Read, Scalar, Type, Var, reads
 from attndsl.runs import TileRuns
 from attndsl.simplify import fold, specialise
@@ -83,9 +82,10 @@ class CombinePlan(Plan):
 @functools.lru_cache(maxsize=256)
 def combine_plan(program: Program, spec: Spec, gradients: bool = False) -> CombinePlan:
     """A kernel of a program's output, which combines branches; the plan's inputs are those that it reads."""
+    program = reading(program)
     assert program.output is not None and combined(program.output)
     output = rewritten(program.output, lambda e: fold(specialise(e, spec.sizes)))
-    own = replace(reading(program), output=output)
+    own = replace(program, output=output)
     slopes: tuple[tuple[Scalar, tuple[tuple[Read, Scalar], ...]], ...] = ()
     if gradients:
         slopes = tuple((e, pairs) for e in dict.fromkeys(factors(output)) if (pairs := _slopes(e, own)))
@@ -95,13 +95,6 @@ def combine_plan(program: Program, spec: Spec, gradients: bool = False) -> Combi
     tiling = Tiling(max(1, _ELEMENTS // width), 1, warps=4, stages=1)
     nothing = TileRuns((), ())
     return CombinePlan(own, spec, tiling, nothing, None, None, None, None, None, output, gradients, learned, slopes)
-
-
-def reading(program: Program) -> Program:
-    """The program with the inputs that its output reads."""
-    assert program.output is not None
-    read = output_inputs(program.output)
-    return replace(program, inputs=tuple(decl for decl in own_program(program).inputs if decl.name in read))
 
 
 def merges(output: Output) -> frozenset[str]:

@@ -13,8 +13,9 @@ from attndsl.branches import Attended, Branch, Given, Merged, Output, Part, Pick
 from attndsl.diagnostics import error
 from attndsl.pairs import nodes
 from attndsl.plans import own_program
-from attndsl.program import Axis, Dim, InputDecl, Program, Read, Scalar, Selected, Type, walk
+from attndsl.program import Axis, Dim, InputDecl, Program, Read, Selected, Type, walk
 from attndsl.selection import Probs
+from attndsl.unpack import of_output
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +51,15 @@ class Pooling:
 class Composition:
     """What a program consists of: entries to make, programs of one branch by name, and how their outputs combine.
 
-    own: the program with the inputs that a call gives alone.
+    own: the program with the inputs that a call gives alone. reading: with those that its output reads, which stands in
+    positions of a call (None: there is no output).
     """
 
     pools: tuple[Pooling, ...]
     branches: tuple[tuple[str, Program], ...]
     output: Output
     own: Program
+    reading: Program | None
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -92,7 +95,8 @@ def compose(program: Program) -> Composition:
     made = tuple(decl for pooling in pools for decl in _declared(pooling))
     made += tuple(_shares(x.within) for _, x in branches if x.within is not None)
     programs = tuple((name, _program(program, branch, made)) for name, branch in branches)
-    return Composition(pools, programs, output, own_program(program))
+    read_by_output = None if program.output is None else reading(program)
+    return Composition(pools, programs, output, own_program(program), read_by_output)
 
 
 def _handed_in(part: Part, program: Program, found: dict[Pool | Pick, Pooling], branch: str) -> Part:
@@ -165,10 +169,12 @@ def _may_read(decl: InputDecl, branch: Branch, read: set[str]) -> bool:
     return decl.type is not Type.FLOAT or decl.name in read
 
 
-def output_inputs(output: Output) -> frozenset[str]:
-    """The inputs that an output reads."""
-    found: tuple[Scalar, ...] = factors(output)
-    return frozenset(x.input for e in found for x in walk(e) if isinstance(x, Read))
+def reading(program: Program) -> Program:
+    """The program, its output in positions of the call, with the inputs that this reads."""
+    program = of_output(program)
+    assert program.output is not None
+    read = {x.input for x in walk(*factors(program.output)) if isinstance(x, Read)}
+    return replace(program, inputs=tuple(decl for decl in own_program(program).inputs if decl.name in read))
 
 
 def of_one_level(program: Program) -> Program:

@@ -14,9 +14,24 @@ loses `first` again. The oracle does not know these sets: see `alone.py`.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field, replace
+from typing import assert_never
 
-from attndsl.branches import Given, Part, Pick, Visible
+from attndsl.branches import (
+    Attended,
+    Factor,
+    Given,
+    Handed,
+    Merged,
+    Output,
+    Part,
+    Pick,
+    Product,
+    Sum,
+    Visible,
+    rewritten,
+)
 from attndsl.coordinates import coordinate, length
 from attndsl.derivation import Chosen, Document, DocumentEnds, PresentRuns, Random, Segment
 from attndsl.grid import Along
@@ -34,6 +49,7 @@ from attndsl.program import (
     Complement,
     Const,
     Dim,
+    If,
     InputDecl,
     Inter,
     Logic,
@@ -66,15 +82,10 @@ def unpacked(program: Program) -> Program:
     if program.lengths is not None:
         count = _count(program)
         conditions += [Compare("<", Var(x), count) for x in ("k" if program.align_start else "kq")]
-    place = _of_lengths(program)
-    if program.packed is not None:
-        decl = program.input(program.packed)
-        lead = tuple(Var("b") for _ in decl.dims[:-1])
-        (of_row, of_key), (end, _) = (
-            [Read(place.run_ends(decl.name, last), (*lead, Var(x)), Type.INT) for x in "qk"] for last in (False, True)
-        )
-        conditions.append(Compare("==", of_row, of_key))
-        place = replace(place, document=(of_row, Call("min", (end, place.k_len))))
+    place = _of_rows(program)
+    if place.document is not None:
+        first, _ = place.document
+        conditions.append(Compare("==", first, substitute(first, {"q": Var("k")})))
     branch = program.only
     scores = {
         name: None if e is None else place.scalar(e, place.names())
@@ -96,6 +107,42 @@ def unpacked(program: Program) -> Program:
     grid = program.grid if program.packed is None else None
     inputs = (*program.inputs, *place.declared.values())
     return replace(changed, inputs=inputs, packed=None, lengths=None, grid=grid)
+
+
+def of_output(program: Program) -> Program:
+    """A program of branches without the clauses, its output saying what they say of it; its inputs with the ends of
+    documents that are read. Rows of no document, and of tokens that are not present, have no output."""
+    assert program.output is not None
+    if program.packed is None and program.lengths is None:
+        return program
+    place = _of_rows(program)
+    output = rewritten(program.output, lambda e: place.scalar(e, place.names()))
+    if not program.align_start:
+        there: list[Scalar] = [Compare("<=", Const(0), Var("q"))]
+        if program.lengths is not None:
+            there.append(Compare("<", Var("q"), _count(program)))
+        output = _of_present_rows(output, there[0] if len(there) == 1 else Logic("and", tuple(there)))
+    inputs = (*program.inputs, *place.declared.values())
+    return replace(program, output=output, inputs=inputs, packed=None, lengths=None)
+
+
+def _of_present_rows(output: Output, present: Scalar) -> Output:
+    match output:
+        case Factor(value=value):
+            return Factor(If(present, value, Const(0.0)))
+        case Handed(out=out, lse=lse):
+            return Handed(out, If(present, lse, Const(-math.inf)))
+        case Merged(operands=operands):
+            changed = (_of_present_rows(x, present) for x in operands)
+            return Merged(tuple(x for x in changed if isinstance(x, Attended | Handed | Merged)))
+        case Sum(left=left, right=right):
+            return Sum(_of_present_rows(left, present), _of_present_rows(right, present))
+        case Product(factor=factor, operand=operand):
+            return Product(factor, _of_present_rows(operand, present))
+        case Attended():
+            return output
+        case _:
+            assert_never(output)
 
 
 def of_present(e: Scalar, program: Program) -> Scalar:
@@ -136,6 +183,17 @@ def _count(program: Program) -> Scalar:
 def _of_lengths(program: Program) -> _Place:
     """Where sets stand for all that `lengths` says."""
     return _Place(program, Var("Nk") if program.lengths is None else _count(program))
+
+
+def _of_rows(program: Program) -> _Place:
+    """Where the sets and scalars of rows stand: within all that `lengths` says, and in each row's document."""
+    place = _of_lengths(program)
+    if program.packed is None:
+        return place
+    decl = program.input(program.packed)
+    lead = tuple(Var("b") for _ in decl.dims[:-1])
+    first, end = (Read(place.run_ends(decl.name, ends), (*lead, Var("q")), Type.INT) for ends in (False, True))
+    return replace(place, document=(first, Call("min", (end, place.k_len))))
 
 
 def _part(part: Part, place: _Place, conditions: list[Scalar], count: Scalar | None) -> Part:
@@ -313,6 +371,8 @@ class _Place:
                     return names[name]
                 case Read() if self.document is not None:
                     return self._read(x, *self.document)
+                case Read() if self.count != Var("Nk"):
+                    return self._read_present(x)
                 case _:
                     return x
 
@@ -327,6 +387,16 @@ class _Place:
         for i, (dim, x) in enumerate(zip(dims, read.index, strict=True)):
             if dim.axis in (Axis.Q, Axis.K) and not (of_members and dim.axis is Axis.K):
                 index[i] = self._within(x, first, end)
+        return replace(read, index=tuple(index))
+
+    def _read_present(self, read: Read) -> Read:
+        """An entry of an input over tokens, its index held within those that are present."""
+        index = list(read.index)
+        for i, (dim, x) in enumerate(zip(self.program.input(read.input).dims, read.index, strict=True)):
+            own = Var("q"), Var("k"), *(_block(Var(name), dim.block, False) for name in "qk")
+            if (dim.axis is Axis.K or dim == Dim(Axis.Q)) and x not in own:
+                last = Binary("-", _block(self.count, dim.block, True), Const(1))
+                index[i] = Call("clamp", (x, Const(0), last))
         return replace(read, index=tuple(index))
 
     def _within(self, x: Scalar, first: Scalar, end: Scalar) -> Scalar:

@@ -23,14 +23,11 @@ from attndsl.program import (
     On,
     Program,
     Read,
-    Scalar,
     Selected,
     Set,
     Type,
     Union,
-    Var,
     Where,
-    children,
     scalars,
     walk,
 )  # fmt: skip
@@ -157,19 +154,11 @@ def _not_of_documents(chosen: Selection, program: Program) -> str:
 def _of_blocks(program: Program, sets: list[Set]) -> Iterator[_Barred]:
     """What reads blocks or rows of a batch entry where those of a document are meant."""
     read = [e for x in program.branches for e in (x.scale, x.score, x.sink, x.weights) if e is not None]
+    read += [] if program.output is None else factors(program.output)
     names = {x.input for e in (*(e for p in sets for e in scalars(p)), *read) for x in walk(e) if isinstance(x, Read)}
     for name in sorted(names):
         if any(dim.block > 1 for dim in program.input(name).dims):
             yield _Barred(f"`{name}`, an input over blocks", "which of its blocks are a document's is not said")
-    if program.output is not None and any(_reads_position(e) for e in factors(program.output)):
-        yield _Barred("an output that reads `q`", "an output is of rows of the call")
-
-
-def _reads_position(e: Scalar) -> bool:
-    """Whether a factor of an output reads where a row stands, but to read what a call gives for that row."""
-    if isinstance(e, Read):
-        return any(x != Var("q") and _reads_position(x) for x in e.index)
-    return e == Var("q") or any(map(_reads_position, children(e)))
 
 
 def _barred_sets(pattern: Set, program: Program, packed: bool) -> Iterator[_Barred]:

@@ -55,7 +55,10 @@ _PLACE = {Axis.B: 0, Axis.H: 1, Axis.G: 1, Axis.Q: 2, Axis.DV: 3}
 
 @dataclass(frozen=True, slots=True)
 class Combiner:
-    """One call's output from its branches' outputs and lse: float [B, Hq, rows, Dv] and [B, Hq, rows]."""
+    """One call's output from its branches' outputs and lse: float [B, Hq, rows, Dv] and [B, Hq, rows].
+
+    program: its output stands in positions of the call (`unpack.of_output`).
+    """
 
     program: Program
     shape: CallShape
@@ -66,6 +69,11 @@ class Combiner:
     # Of a decode, int64 [batch, 1, 1, 1]: the length of each sequence, where the shape's is the most that one may have.
     lengths: Tensor | None = None
     memo: dict[int, Tensor] = field(default_factory=dict)
+
+    def result(self) -> State:
+        """What `state` is of the program's output."""
+        assert self.program.output is not None
+        return self.state(self.program.output)
 
     def state(self, output: Output) -> State:
         """The value of an output, and its lse where it is that of one softmax."""

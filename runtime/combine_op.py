@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.library import Library
 
 from attndsl.branches import Merged
-from attndsl.combining import CombinePlan, Learning, combine_plan, merges, reading
+from attndsl.combining import CombinePlan, Learning, combine_plan, merges
+from attndsl.compose import reading
 from attndsl.plan import Spec
 from attndsl.program import Axis, CallShape, Const, Program
 from attndsl.runtime.call import check_inputs, device_target, dtype_of

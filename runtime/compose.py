@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from attndsl.branches import Attended, Given, Pick, Queries, Within, combined
-from attndsl.compose import Composition, Pooling, output_inputs
+from attndsl.compose import Composition, Pooling
+from attndsl.derivation import DocumentEnds
 from attndsl.diagnostics import error
 from attndsl.observation import Observation
 from attndsl.observing import Cells
@@ -17,6 +18,7 @@ from attndsl.program import InputDecl, Program
 from attndsl.runtime.call import call_shape, check_call, check_inputs, without_values
 from attndsl.runtime.combine import Combiner, State
 from attndsl.runtime.combine_op import by_kernel, combined_by_kernel
+from attndsl.runtime.cuts import document_ends
 from attndsl.runtime.dropout import seed_tensor
 from attndsl.runtime.observe import observe
 from attndsl.runtime.ops import attend, checked_values
@@ -192,14 +194,24 @@ def attend_composed(
     if isinstance(composition.output, Attended):
         return *call.attended(composition.output.branch), observed
     attended = {name: call.attended(name) for name in combined(composition.output)}
-    read = output_inputs(composition.output)
-    gates = {name: x for name, x in call.inputs.items() if name in read}
-    shape = call_shape(q, k, v)
+    assert composition.reading is not None
+    gates, shape = read_by_output(composition.reading, call.inputs), call_shape(q, k, v)
     if attended and by_kernel(q, backend):
-        return *combined_by_kernel(key, program, shape, attended, gates, args), observed
+        return *combined_by_kernel(key, composition.reading, shape, attended, gates, args), observed
     numbers = dict(zip(program.args, args, strict=True))
-    found = Combiner(program, shape, q.device, gates, numbers, attended).state(composition.output)
+    found = Combiner(composition.reading, shape, q.device, gates, numbers, attended).result()
     return found[0].to(q.dtype).expand(shape.batch, shape.heads, shape.rows, shape.v_dim), found[1], observed
+
+
+def read_by_output(reading: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an output reads, by name: inputs of a call, and where its documents begin and end."""
+    found: dict[str, Tensor] = {}
+    for decl in reading.inputs:
+        if isinstance(decl.derivation, DocumentEnds):
+            found[decl.name] = document_ends(inputs[decl.derivation.input], decl.derivation.ends)
+        else:
+            found[decl.name] = inputs[decl.name]
+    return found
 
 
 def make_plans(

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from attndsl.branches import Attended, Given, Within, combined
-from attndsl.compose import Composition, output_inputs
+from attndsl.compose import Composition
 from attndsl.diagnostics import error
 from attndsl.keeping import Kept, kept, kept_by
 from attndsl.program import InputDecl, Program
 from attndsl.runtime.call import check_call, check_inputs
 from attndsl.runtime.combine import Combiner, State
+from attndsl.runtime.compose import read_by_output
 from attndsl.runtime.decode import FP8, DecodeTensors, check_tensors
 from attndsl.runtime.decode_op import decode, in_order
 from attndsl.runtime.in_order import keys_in_order
@@ -160,12 +161,11 @@ def decode_composed(
     if isinstance(composition.output, Attended):
         return of.attended(composition.output.branch)
     attended = {name: of.attended(name) for name in combined(composition.output)}
-    read = output_inputs(composition.output)
-    gates = {name: x for name, x in of.inputs.items() if name in read}
+    assert composition.reading is not None
+    gates = read_by_output(composition.reading, of.inputs)
     shape, numbers = call.shape, dict(zip(program.args, args, strict=True))
     lengths = call.seq_lens.clamp(0, call.capacity).to(torch.int64).view(-1, 1, 1, 1)
-    combiner = Combiner(program, shape, call.q.device, gates, numbers, attended, lengths)
-    out, lse = combiner.state(composition.output)
+    out, lse = Combiner(composition.reading, shape, call.q.device, gates, numbers, attended, lengths).result()
     # Rows before the first token are empty, whatever an output makes of them.
     empty = torch.arange(shape.rows, device=call.q.device).view(1, 1, -1, 1) < shape.rows - lengths
     out = torch.where(empty, 0, out).to(call.q.dtype)

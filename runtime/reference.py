@@ -123,12 +123,16 @@ def reference(
 
 
 def _apart(call: _Call) -> tuple[Tensor, Tensor | None]:
-    """Output and lse of a call whose sequences stand alone; rows of tokens that are not present see nothing."""
+    """Output and lse of a call whose sequences stand alone; rows of no sequence have no output."""
     program, shape, evaluator = call.program, call.shape, call.evaluator
     out = call.q.new_zeros(*call.q.shape[:3], shape.v_dim)
     lse: Tensor | None = call.q.new_full(call.q.shape[:3], -torch.inf)
     for x in sequences(program, shape, evaluator.inputs):
         found, own_lse = call.alone(x).result()
+        if x.keys.start == x.keys.stop and not program.align_start:
+            nowhere = torch.zeros((), dtype=torch.bool, device=out.device)
+            found = torch.where(nowhere, found, 0.0)
+            own_lse = None if own_lse is None else torch.where(nowhere, own_lse, -torch.inf)
         place = torch.zeros(out.shape[:3], dtype=torch.bool, device=out.device)
         place[x.entry, :, x.rows] = True
         out = out.masked_scatter(place[..., None], found)

@@ -59,6 +59,12 @@ CASES: dict[str, Case] = {
         attend { abs(q - k) < 20 or k >= Nk - 3 } }""",
         inputs={"n": np.array([57, 0])},
     ),
+    "lengths_of_entries": case(
+        """attention a { input n : int[b]  input flag : bool[b, k]  lengths n
+        score s * (if flag[q + 1] then 2.0 else 0.5)
+        attend causal & { flag[q + 2] or flag[k + 3] } }""",
+        inputs={"n": np.array([63, 41]), "flag": np.random.default_rng(5).random((2, 70)) < 0.4},
+    ),
     "lengths_past_the_end": case(
         "attention a { input n : int  lengths n  attend all & { q + Nk > 3 } }", rows=20, inputs={"n": np.array(99)},
     ),
