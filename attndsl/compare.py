@@ -301,10 +301,13 @@ def _table_axioms(lowering: Lowering) -> Iterator[str]:
 
 
 def _data_axioms(lowering: Lowering) -> Iterator[str]:
-    """What is true of canonical comparisons: of a token with itself, and of those with one left side."""
+    """What is true of canonical comparisons: of a number or a token with itself, and of those with one left side."""
     atoms = [(name, e) for name, e in (*lowering.atoms.items(), *lowering.uniform.items()) if isinstance(e, Compare)]
     by_sides = {(e.op, e.left, e.right): name for name, e in atoms}
     for name, e in atoms:
+        if e.left == e.right:
+            yield f"[{name}] -> {{ [q, k] : {name} = {int(e.op == '==')} }}"
+            continue
         left, right = (fold(substitute(x, {"k": Var("q")})) for x in (e.left, e.right))
         if left == right:
             yield f"[{name}] -> {{ [q, k] : q != k or {name} = {int(e.op == '==')} }}"

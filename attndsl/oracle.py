@@ -80,7 +80,8 @@ def mask(
         args: the runtime ints.
 
     Returns:
-        bool [batch, heads, rows, k_len], over a view with entries last. Rows at negative positions are empty.
+        bool [batch, heads, rows, k_len], over a view with entries last. Rows at negative positions are rows like any:
+        a call may have them where the pattern gives them nothing, or asks of no row where it stands.
 
     Raises:
         ValueError: an input that the pattern reads is missing, or one has another shape than declared.
@@ -262,13 +263,12 @@ class Evaluator:
         full = (shape.batch, shape.heads, shape.rows, entries(view, shape.k_len))
         if 0 in full:
             return np.zeros(full, np.bool_)
-        exists = self.variables["q"] >= 0
         if view is None:
-            return np.array(np.broadcast_to(self.members(part.pattern) & exists, full))
+            return np.array(np.broadcast_to(self.members(part.pattern), full))
         if view.runs is not None:
-            return self._seen_runs(part.pattern, view.runs, full) & exists
+            return self._seen_runs(part.pattern, view.runs, full)
         if (picked := view if isinstance(view, Pick) else view.picked if isinstance(view, Given) else None) is not None:
-            return self._seen_listed(part.pattern, picked, full) & exists
+            return self._seen_listed(part.pattern, picked, full)
         # The nominal extents reach past the last token: the pattern is asked there too.
         reach = (full[-1] - 1) * view.stride + view.size
         tokens = self.at(self.variables["q"], np.arange(reach).reshape(1, 1, 1, -1), *self._lengths)
@@ -280,7 +280,7 @@ class Evaluator:
                 found[..., j] = inside[..., first : first + view.size].all(-1)
             else:
                 found[..., j] = inside[..., first : min(first + view.size, shape.k_len)].any(-1)
-        return np.array(found & exists)
+        return found
 
     def _seen_runs(self, pattern: Set, runs: Runs, full: tuple[int, ...]) -> npt.NDArray[np.bool_]:
         """Which runs of an input each row sees, those of the batch entry's and head's own in order."""

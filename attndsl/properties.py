@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from attndsl.compose import compose
 from attndsl.derive import derive
 from attndsl.effort import TooHard, bounded
 from attndsl.listing import EVEN
@@ -15,6 +16,8 @@ from attndsl.relation import Lowering
 def reads_positions(program: Program) -> bool:
     """Whether the meaning of a pair depends on where its query stands."""
     branch = derive(program).only
+    if branch.queries is not None or any(part.within is not None for part in branch.parts):
+        return True  # Queries are pooled by their positions, members weighed as those of positions are.
     said = (branch.scale, branch.score, branch.sink, branch.weights)
     written = (e for part in branch.parts for e in scalars(part.pattern))
     return any(reads(e, "q", "Nq") for e in (*written, *(e for e in said if e is not None)))
@@ -65,3 +68,10 @@ def within_causal(program: Program) -> bool:
 def takes_more_rows_than_keys(program: Program) -> bool:
     """Whether a call may have more rows than keys: their positions do not matter, or see nothing below 0."""
     return program.align_start or not reads_positions(program) or within_causal(program)
+
+
+@functools.lru_cache(maxsize=256)
+def classes_rows_before(program: Program) -> bool:
+    """Whether a call in which rows are chosen for or observed by their classes may have more rows than keys. Classes
+    are of positions: every branch has to see nothing below 0."""
+    return program.align_start or all(within_causal(part) for part in compose(program).programs)

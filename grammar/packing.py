@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from attndsl import syntax as ast
 from attndsl.branches import Given, factors
-from attndsl.derivation import Random
+from attndsl.derivation import Random, Segment
 from attndsl.diagnostics import Span
 from attndsl.grammar.scope import Context, InputRef, Poison
 from attndsl.grammar.unsupported import Feature, unsupported
@@ -21,6 +21,7 @@ from attndsl.program import (
     Inter,
     Minus,
     On,
+    Permuted,
     Program,
     Read,
     Selected,
@@ -161,19 +162,27 @@ def _of_blocks(program: Program, sets: list[Set]) -> Iterator[_Barred]:
             yield _Barred(f"`{name}`, an input over blocks", "which of its blocks are a document's is not said")
 
 
-def _barred_sets(pattern: Set, program: Program, packed: bool) -> Iterator[_Barred]:
-    """What of a set means nothing, for each sequence of a call, that the compiler can say for all of them."""
+def _barred_sets(pattern: Set, program: Program, packed: bool, placed: bool = False) -> Iterator[_Barred]:
+    """What of a set means nothing, for each sequence of a call, that the compiler can say for all of them.
+
+    placed: whether it stands where data places tokens.
+    """
     match pattern:
         case Where():
             pass
         case Union(parts=parts) | Inter(parts=parts):
             for x in parts:
-                yield from _barred_sets(x, program, packed)
+                yield from _barred_sets(x, program, packed, placed)
         case Minus(left=a, right=b) | Choose(then=a, other=b):
-            yield from _barred_sets(a, program, packed)
-            yield from _barred_sets(b, program, packed)
-        case Complement(operand=x) | On(operand=x) | Coarsen(operand=x) | Random(among=x):
-            yield from _barred_sets(x, program, packed)
+            yield from _barred_sets(a, program, packed, placed)
+            yield from _barred_sets(b, program, packed, placed)
+        case Coarsen() | Random() if packed and placed:
+            word = "coarsen" if isinstance(pattern, Coarsen) else "random"
+            yield _Barred(f"a placed `{word}`", "a document's blocks lie in no order here", pattern.span)
+        case Complement(operand=x) | Coarsen(operand=x) | Random(among=x):
+            yield from _barred_sets(x, program, packed, placed)
+        case On(operand=x, place=place):
+            yield from _barred_sets(x, program, packed, placed or isinstance(place, Permuted | Segment))
         case Selected(plan=plan, span=span):
             if packed and Dim(Axis.Q) not in program.input(plan).dims:
                 yield _Barred("such a plan", "which rows choose together is not said: choose for each query", span)

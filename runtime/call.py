@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -47,6 +47,13 @@ def call_shape(q: Tensor, k: Tensor, v: Tensor) -> CallShape:
     check_heads(heads, kv_heads, dim, v_dim)
     # Where torch.compile knows none of the sizes, these are settled all the same: programs are made for them.
     return CallShape(batch, int(heads), int(kv_heads), rows, k_len, int(dim), int(v_dim))
+
+
+def check_rows(program: Program, shape: CallShape, takes_more: Callable[[Program], bool]) -> None:
+    """Raise `PatternError` for a call of more rows than keys, unless the program takes such ones (`takes_more`)."""
+    if shape.rows > shape.k_len and not takes_more(program):
+        what = f"{shape.rows} query rows for {shape.k_len} keys: the first rows would stand before the first token"
+        raise error("A507", what, program.span, help="write `align start` if row i stands at position i")
 
 
 def present_lengths(program: Program, shape: CallShape, inputs: Sequence[Tensor]) -> Tensor | None:

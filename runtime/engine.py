@@ -23,7 +23,7 @@ from attndsl.pooling import PoolPlan
 from attndsl.program import Program
 from attndsl.properties import is_whole, takes_more_rows_than_keys
 from attndsl.runtime.again import Again, AgainBackward, again, again_backward
-from attndsl.runtime.call import call_shape, check_inputs, check_tables, device_target, dtype_of
+from attndsl.runtime.call import call_shape, check_inputs, check_rows, check_tables, device_target, dtype_of
 from attndsl.runtime.dropout import Dropout
 from attndsl.runtime.entries import all_entries, all_view_places, check_entries
 from attndsl.runtime.pieces import in_turn
@@ -392,13 +392,7 @@ class Engine:
         check_tables(self.program, shape)
         check_inputs(self.program, shape, inputs, q.device)
         check_entries(self.program, q, inputs)
-        if shape.rows > shape.k_len and not takes_more_rows_than_keys(self.program):
-            raise error(
-                "A507",
-                f"{shape.rows} query rows for {shape.k_len} keys: the first rows would stand before the first token",
-                self.program.span,
-                help="write `align start` if row i stands at position i",
-            )
+        check_rows(self.program, shape, takes_more_rows_than_keys)
         return Spec(
             shape.heads, shape.kv_heads, shape.dim, shape.v_dim, dtype_of(q), device_target(q.device),
             scale_sign=1 if scale is None or scale > 0 else -1, even_start=even_start(self.program, shape),

@@ -15,7 +15,8 @@ from attndsl.observation import classes
 from attndsl.observing import Cells, ObservePlan, cells_of, observe_plans
 from attndsl.plan import Backend
 from attndsl.program import CallShape, Program
-from attndsl.runtime.call import call_shape, present_lengths
+from attndsl.properties import classes_rows_before
+from attndsl.runtime.call import call_shape, check_rows, present_lengths
 from attndsl.runtime.cpu import call_values, cpu_function
 from attndsl.runtime.engine import Engine, default_scale
 from attndsl.runtime.entries import keys_of
@@ -82,6 +83,7 @@ def prepare_observer(
 ) -> Observer:  # fmt: skip
     program = engine.program_of(scale)
     spec = engine.spec_of(q, k, v, inputs, scale)
+    check_rows(program, call_shape(q, k, v), classes_rows_before)
     # Hopper's own kernels do not observe: the portable one does.
     chosen = engine.choose("auto" if backend == "gluon" else backend, spec, max(q.shape[2], k.shape[2]))
     on_cpu = chosen == "cpu"

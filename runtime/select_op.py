@@ -19,7 +19,8 @@ from attndsl.keeping import KEYS, kept_by
 from attndsl.members import Lags, Placed, Runs, Tiles
 from attndsl.plans import of_selection, own_program, plan_heads, plan_input, plans_read
 from attndsl.program import CallShape, InputDecl, Program
-from attndsl.runtime.call import broadcasts, call_shape, check_inputs, check_tables, without_values
+from attndsl.properties import classes_rows_before
+from attndsl.runtime.call import broadcasts, call_shape, check_inputs, check_rows, check_tables, without_values
 from attndsl.runtime.decode import DecodeTensors
 from attndsl.runtime.ops import traced
 from attndsl.runtime.plans import listed_members
@@ -287,6 +288,8 @@ def _select(
         shape = without_values(seen, q, k, inputs)
         check_tables(seen, shape)
         check_inputs(seen, shape, inputs, q.device)
+        if selection.rows != 1:
+            check_rows(program, shape, classes_rows_before)
         if len(_KEPT) >= MAX_KEPT:
             _KEPT.clear()
         given = [torch.empty_like(x, device="meta") for x in inputs]

@@ -308,8 +308,8 @@ def _differentiate(ctx: Any, gradient: Tensor) -> Any:
         gradient, ctx.key, q, keys, lse, given, args, *how
     )  # fmt: skip
     of_inputs = [g if x.is_floating_point() else None for g, x in zip(learned, given, strict=True)]
-    # One for each that the operator takes, lists of their own lengths.
-    return None, dq, d_keys, d_lse, of_inputs, [None] * len(args), None, None, None
+    # One for each that the operator takes; to torch a list without entries is one of tensors.
+    return None, dq, d_keys, d_lse, of_inputs, None if args else [], None, None, None
 
 
 for _device in ("CPU", "CUDA"):

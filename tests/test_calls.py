@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import attndsl
+from attndsl.api import load_attention
 from attndsl.diagnostics import PatternError
 
 
@@ -107,9 +108,32 @@ def test_more_rows_than_keys() -> None:
     error = refused("A507", "9 query rows for 5 keys", lambda: window(*qkv(rows=9, k_len=5)))
     assert error.diagnostics[0].span is not None
     assert "align start" in error.diagnostics[0].help
-    # Rows before the first token see nothing under `causal`; `all` does not ask where a row stands.
-    assert CAUSAL(*qkv(rows=9, k_len=5)).shape == (2, 4, 9, 16)
-    assert attndsl.compile("all")(*qkv(rows=9, k_len=5)).shape == (2, 4, 9, 16)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("text", [
+    # Rows before the first token see nothing under `causal`; the others do not ask where a row stands.
+    "causal", "all", "attention a { x = attend all over pool(mean, 2)\n y = attend causal\n output x - y }",
+    "attention a { input near : blocks(2)[b, h]\n softmax with sink 1\n attend near }",
+    "attention a { attend causal & top(1, blocks(2), per = rows(2), by = dot(mean(Q), mean(K))) }",
+])  # fmt: skip
+def test_what_takes_more_rows_than_keys(text: str, backend: str) -> None:
+    attn, (q, k, v) = load_attention(text), (torch.randn_like(x) for x in qkv(rows=9, k_len=5))
+    inputs: dict[str, Any] = {"near": torch.randint(0, 3, (2, 4, 1))} if "near" in text else {}
+    found = attn(q, k, v, backend=backend, **inputs)
+    torch.testing.assert_close(found.double(), attn.reference(q, k, v, **inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("clauses", [
+    "attend all from pool(max, 3)", "attend all & top(1, blocks(2), per = head, by = dot(mean(Q), mean(K)))",
+    "x = attend all\n y = attend causal\n output y\n observe n = probs(x, sum, head, tokens)",
+    "x = attend all\n y = attend all within blocks(2) with probs(x)\n output y",
+])  # fmt: skip
+def test_classes_of_rows_before_the_first_token(clauses: str) -> None:
+    """What is chosen, pooled or observed for classes of rows is so by their positions."""
+    attn = load_attention(f"attention a {{ {clauses} }}")
+    observed = "observe" in clauses
+    refused("A507", "9 query rows for 5 keys", lambda: attn(*qkv(rows=9, k_len=5), return_observed=observed))
 
 
 # ------------------------------------------------------------------------------------- backends

@@ -43,6 +43,13 @@ def marked(text: str, code: str) -> list[str]:
     return [text[d.span.start : d.span.end] for d in found(text) if d.code == code and d.span is not None]
 
 
+def test_a_number_beside_itself() -> None:
+    """What is compared with itself is known, whatever the data."""
+    assert codes(DATA % "{ doc[k // 3] > doc[k // 3] }") == ["W302"]
+    assert codes(DATA % "causal & { flag[k] != flag[k] }") == ["W302"]
+    assert codes(DATA % "causal - { doc[k] < doc[k] }") == ["W301"]
+
+
 # ------------------------------------------------------------------------------------------- silence
 
 

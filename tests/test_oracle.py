@@ -301,10 +301,11 @@ def test_coarsen_on_blocks_ranges_over_coordinates() -> None:
 # --------------------------------------------------------------------------------------- calls
 
 
-def test_rows_at_negative_positions_are_empty() -> None:
+def test_rows_at_negative_positions_are_rows_like_any() -> None:
     everything = Where(Const(True))
     shape = CallShape(1, 1, 1, 5, 3, 8, 8)
-    assert mask_of(everything, shape)[0, 0].sum(-1).tolist() == [0, 0, 3, 3, 3]
+    assert mask_of(CAUSAL, shape)[0, 0].sum(-1).tolist() == [0, 0, 1, 2, 3]
+    assert mask_of(everything, shape).all()
     assert mask_of(everything, shape, align_start=True).all()
     assert mask_of(CAUSAL, shape, align_start=True)[0, 0].sum(-1).tolist() == [1, 2, 3, 3, 3]
 

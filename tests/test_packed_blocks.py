@@ -183,6 +183,14 @@ def test_a_decode_says_what_it_takes(name: str, named: str) -> None:
         attn.decode(q, k, k, torch.tensor([61, 75], dtype=torch.int32), **inputs)
 
 
+@pytest.mark.parametrize("place", ["ids", "segment(ids)"])
+@pytest.mark.parametrize("inner", ["coarsen(power_of_two, 6, any)", "random(2, blocks(4), head, 1, among = all)"])
+def test_what_looks_at_all_pairs_where_data_places_tokens(inner: str, place: str) -> None:
+    declared = "input doc : int[b, k]  input ids : int[b, k]  packed doc"
+    with pytest.raises(PatternError, match="`packed` around a placed"):
+        attndsl.compile(f"attention a {{ {declared}  attend causal & ({inner} on blocks(2) on {place}) }}")
+
+
 @pytest.mark.parametrize(
     "pattern", ["random(1, blocks(2), rows(3), 3, among = band(2, 2))", "coarsen(band(1, 2), 3, fraction(0.4))"]
 )

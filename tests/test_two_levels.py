@@ -111,6 +111,15 @@ def test_dropout(backend: str) -> None:
     judge(program(BODIES["members of seven"]), (2, 4, 2, 21, 37, 16, 16), dtype, backend, dropout=0.4)
 
 
+def test_runtime_arguments() -> None:
+    """In what members weigh, too."""
+    body = "votes = attend causal & window(n) over pool(mean, 4) far = attend causal within blocks(4) with probs(votes)"
+    attn = attndsl.compile(f"attention a(n : runtime int) {{ {body}\n output far }}")
+    leaves = [torch.randn(1, 2, 19, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    found, expected = (torch.autograd.grad(f(*leaves, n=7).square().sum(), leaves) for f in (attn, attn.reference))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("tokens", [1, 75])
 def test_the_rule(tokens: int) -> None:
     """Token by token: a block gives the softmax of its own tokens, as often as its entry is voted for."""
