@@ -184,12 +184,16 @@ class Within:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A pattern over a view; without one, over the raw tokens. One of two levels is the only part of its branch."""
+    """A pattern over a view; without one, over the raw tokens. One of two levels is the only part of its branch.
+
+    entries: in a derived program, in what rows and entries k must be beside, where the pattern of tokens cannot say.
+    """
 
     pattern: Set
     view: View | None = None
     span: Span | None = field(default=None, compare=False, repr=False)
     within: Within | None = field(default=None, kw_only=True)
+    entries: Set | None = field(default=None, kw_only=True)
 
     @property
     def plain(self) -> bool:

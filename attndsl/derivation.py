@@ -84,6 +84,20 @@ class Extents:
 
 
 @dataclass(frozen=True, slots=True)
+class EntryMap:
+    """bool [b?, h?, rows or classes, entries]: whether `operand` holds for every token of an entry's nominal extent
+    [stride j, stride j + size), or unless `every` for one of it that is present; at a row of the call, or with
+    `rows` > 1 at each query of the nominal extent of a class q // rows. present: how many tokens are (None: all)."""
+
+    operand: Set
+    size: int
+    stride: int
+    every: bool
+    rows: int
+    present: Scalar | None
+
+
+@dataclass(frozen=True, slots=True)
 class PresentRuns:
     """int64 of the input's own dimensions and the batch: what it holds of tokens that are present, as many as another
     input says, and past them one number that no run of theirs goes on with."""
@@ -325,8 +339,8 @@ class RowTiles:
 
 
 Derivation: TypeAlias = (
-    Offsets | Extents | PresentRuns | RunEnds | RunCount | RunExtents | DocumentEnds | DocumentEntries | BlockMap | Draw
-    | Chosen | TileList | Cut | Gathering | TileMap | Order | Sorted | Place | RowTiles | Alike
+    Offsets | Extents | EntryMap | PresentRuns | RunEnds | RunCount | RunExtents | DocumentEnds | DocumentEntries
+    | BlockMap | Draw | Chosen | TileList | Cut | Gathering | TileMap | Order | Sorted | Place | RowTiles | Alike
 )  # fmt: skip
 
 
@@ -342,7 +356,7 @@ def document_of(derivation: Derivation | None) -> Document | None:
 def counted(derivation: Derivation | None) -> Set | None:
     """The set whose pairs are counted for a derived input."""
     match derivation:
-        case BlockMap(operand=operand):
+        case BlockMap(operand=operand) | EntryMap(operand=operand):
             return operand
         case Draw(drawn=drawn):
             return drawn.among

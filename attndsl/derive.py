@@ -26,6 +26,7 @@ from attndsl.derivation import (
     DocumentEnds,
     DocumentEntries,
     Draw,
+    EntryMap,
     Extents,
     Gathering,
     Offsets,
@@ -44,6 +45,7 @@ from attndsl.derivation import (
 )
 from attndsl.documents import over_documents
 from attndsl.entry_ends import Ends, first_of, token_read
+from attndsl.entry_maps import decided
 from attndsl.extents import extent_dims, of_extents
 from attndsl.linear import normalise
 from attndsl.member_numbers import has_member, number, read
@@ -79,7 +81,7 @@ from attndsl.program import (
     walk,
 )  # fmt: skip
 from attndsl.simplify import fold
-from attndsl.unpack import unpacked
+from attndsl.unpack import present_tokens, unpacked
 
 _ONE = Dim(Axis.CONST, size=1)
 
@@ -90,14 +92,16 @@ def derive(program: Program, ragged: bool = False) -> Program:
 
     ragged: the batch entries of a call have lengths of their own, so what follows from lengths differs among them.
     """
-    apart = program.packed is not None or program.lengths is not None
+    apart, present = program.packed is not None or program.lengths is not None, present_tokens(program)
     program = unpacked(program)
-    deriver = _Deriver(program, ragged)
+    deriver = _Deriver(program, ragged, present)
     parts = program.only.parts
     if not ragged and not apart:
         # Where sequences have ends of their own, so have their last extents.
         parts = tuple(replace(part, pattern=deriver.over(part)) for part in parts)
-    parts = tuple(deriver.of_told(replace(part, pattern=deriver.set(part.pattern, _Context()))) for part in parts)
+    many = program.only.queries is not None
+    parts = tuple(replace(part, pattern=deriver.set(part.pattern, _Context(everywhere=many))) for part in parts)
+    parts = tuple(deriver.of_told(deriver.mapped(part, not ragged and not apart)) for part in parts)
     if not deriver.found and not any(part.view is not None and part.view.told for part in program.only.parts):
         return program
     inputs = (*program.inputs, *deriver.found.values())
@@ -132,9 +136,11 @@ def _read_by(derivation: Derivation | None) -> set[str]:
             return {first}
         case Alike(own=own, among=among):
             return {own, among}
+        case EntryMap(operand=operand, present=count):
+            pattern: Set = Inter((operand, *(() if count is None else (Where(count),))))
         case BlockMap(operand=operand, document=d):
             ends = () if d is None else (Where(d.first), Where(d.end))
-            pattern: Set = Inter((operand, *ends))
+            pattern = Inter((operand, *ends))
         case Draw(drawn=drawn):
             pattern = drawn
         case Cut(own=own, other=other):
@@ -185,6 +191,8 @@ class _Context:
 class _Deriver:
     program: Program
     ragged: bool
+    # How many tokens are present, where `lengths` says so.
+    present: Scalar | None
     found: dict[Derivation, InputDecl] = field(default_factory=dict)
 
     def over(self, part: Part) -> Set:
@@ -200,11 +208,35 @@ class _Deriver:
             return part.pattern
 
         def declare(decl: InputDecl, largest: bool) -> str:
-            name = f"{'largest' if largest else 'least'}_{decl.name}"
-            made = Extents(decl.name, view.size, view.stride, largest)
-            return self._input(made, name, decl.type, extent_dims(decl, view.stride)).name
+            return self._extents(decl, view.size, view.stride, largest)
 
         return of_extents(part.pattern, self.program, view.size, view.stride, declare)
+
+    def mapped(self, part: Part, alike: bool) -> Part:
+        """A part over a view with what only a map tells of its entries. alike: extents are those of all sequences."""
+        view, queries = part.view, self.program.only.queries
+        if view is None or view.told:
+            return part
+        every, rows = view.visible is Visible.EVERY, 1 if queries is None else queries.size
+
+        def declare(decl: InputDecl, largest: bool) -> str:
+            return self._extents(decl, view.size, view.stride, largest)
+
+        def read(operand: Set) -> Read:
+            count = () if self.present is None else (Where(self.present),)
+            dims, lead = _lead(Inter((operand, *count)), self.ragged)
+            row = Dim(Axis.Q) if queries is None else self._absolute(rows)
+            made = EntryMap(operand, view.size, view.stride, every, rows, self.present)
+            decl = self._input(made, "seen", Type.BOOL, (*dims, row, Dim(Axis.K, view.stride)))
+            return Read(decl.name, (*lead, _quotient(Var("q"), rows), Var("k")), Type.BOOL)
+
+        here = replace(self.program, inputs=(*self.program.inputs, *self.found.values()))
+        return decided(here, part, queries, declare if alike else None, read)
+
+    def _extents(self, decl: InputDecl, size: int, stride: int, largest: bool) -> str:
+        """The name of the least, or the largest, of what an input holds of extents."""
+        name = f"{'largest' if largest else 'least'}_{decl.name}"
+        return self._input(Extents(decl.name, size, stride, largest), name, decl.type, extent_dims(decl, stride)).name
 
     def of_told(self, part: Part) -> Part:
         """A part over a view that data tells, as one over entries of which each is a token of its own."""

@@ -12,6 +12,7 @@ from attndsl.derivation import (
     DocumentEnds,
     DocumentEntries,
     Draw,
+    EntryMap,
     EntryPlace,
     Extents,
     Gathering,
@@ -42,6 +43,9 @@ def made_of(decl: InputDecl) -> str:
             return f"{'one past the last' if ends else 'the first'} token of each document of `{name}`"
         case Extents(input=name, largest=largest):
             return f"the {'largest' if largest else 'least'} `{name}` of each entry's tokens"
+        case EntryMap(operand=operand, every=whole, rows=rows):
+            which = "all tokens of each entry are" if whole else "a token of each entry is"
+            return f"at which {'rows' if rows == 1 else 'classes of queries'} {which} in {set_text(operand)}"
         case RunEnds(input=name, last=last):
             return f"the {'last' if last else 'first'} token of each segment of `{name}`"
         case RunCount(input=name):

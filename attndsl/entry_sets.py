@@ -1,10 +1,14 @@
-"""Which rows see an extent that data tells, in closed form of its ends: for patterns that read no data of tokens."""
+"""What integer sets say of patterns over extents: which rows see one that data tells, in closed form of its ends, where
+no data of tokens is read; and whether what data says is one truth for all of an extent."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from attndsl.branches import Queries, View
 from attndsl.effort import TooHard, bounded
 from attndsl.isl_sets import involves_param
-from attndsl.program import Binary, Const, Program, Scalar, Set, Var, reads, rebuild
+from attndsl.program import Binary, Const, Program, Scalar, Set, Var, reads, rebuild, substitute
 from attndsl.quasi_affine import condition
 from attndsl.relation import Lowering
 
@@ -55,6 +59,69 @@ def seen_from(program: Program, pattern: Set, size: int | None, unit: int) -> Sc
         return bounded(lowering.ctx, lambda: condition(seen, context, names))
     except TooHard:
         return None
+
+
+def undecided(program: Program, pattern: Set, view: View, queries: Queries | None) -> bool:
+    """Whether data whose truth is not one for all tokens of an entry, or for all queries of a class, decides which
+    entries see a pattern of a derived program."""
+    lowering = Lowering(program)
+    try:
+        written = lowering.lower(pattern, lowering.here)
+    except TooHard:
+        return True
+    return of_extents(lowering, written, view, queries) is None
+
+
+def of_extents(lowering: Lowering, written: Any, view: View, queries: Queries | None) -> dict[str, Scalar] | None:
+    """The data atoms of a set that read keys, each as one truth for all of an entry k; None where one is not, or not
+    one for all queries of a class."""
+    found = dict[str, Scalar]()
+    for name, scalar in lowering.atoms.items():
+        if not involves_param(written, name):
+            continue
+        if queries is not None and not of_classes(scalar, queries.size):
+            return None
+        # A key that is an entry: what is read is of that.
+        if not reads(scalar, "k") or view.size == view.stride == 1:
+            continue
+        # Data of blocks that hold whole extents is one truth for each of these; a truth of each key is not.
+        known = at_entries(scalar, view.stride) if view.size <= view.stride else None
+        if known is None:
+            return None
+        found[name] = known
+    return found
+
+
+def at_entries(e: Scalar, stride: int) -> Scalar | None:
+    """A scalar that reads k as k // m only, m a multiple of the stride, in terms of the entry k; None for another.
+
+    >>> from attndsl.notation import scalar_text
+    >>> scalar_text(at_entries(Binary("//", Var("k"), Const(64)), 16))
+    'k // 4'
+    """
+
+    def step(x: Scalar) -> Scalar:
+        match x:
+            case Binary(op="//", left=Var(name="k"), right=Const(value=int(m))) if m % stride == 0:
+                return Var("j") if m == stride else Binary("//", Var("j"), Const(m // stride))
+            case _:
+                return x
+
+    found = rebuild(e, step)
+    return None if reads(found, "k") else substitute(found, {"j": Var("k")})
+
+
+def of_classes(e: Scalar, size: int) -> bool:
+    """Whether a scalar reads q as q // m only, m a multiple of the size, so that it is one for each class."""
+
+    def step(x: Scalar) -> Scalar:
+        match x:
+            case Binary(op="//", left=Var(name="q"), right=Const(value=int(m))) if m % size == 0:
+                return Const(0)
+            case _:
+                return x
+
+    return not reads(rebuild(e, step), "q")
 
 
 def _of_blocks(e: Scalar, unit: int) -> Scalar | None:

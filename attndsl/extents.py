@@ -3,6 +3,7 @@
 Every token of an extent has x[k] == y where the least and the largest x of it are both y, x[k] <= y where the largest
 is at most y, and b[k] where the least b is true. So a document, a limit or a mark at keys decides of entries as closed
 forms of blocks do; what an extent's least and largest do not tell (`x[k] != y`, two keys' data in one condition) stays.
+Of entries without overlap they are data of a token's entry, so that a pattern stays one of tokens.
 """
 
 from __future__ import annotations
@@ -48,14 +49,25 @@ def of_extents(pattern: Set, program: Program, size: int, stride: int, declare: 
             return pattern
 
 
+def of_entries(cond: Scalar, program: Program, size: int, stride: int, declare: Declare) -> Scalar | None:
+    """A condition on the data of a single key as one on that of an entry k, which may overlap others; None for what the
+    least and the largest of an extent do not tell."""
+    if isinstance(cond, Logic):
+        return None
+    found = _Extents(program, size, stride, declare, Var("k")).condition(cond)
+    return None if found is cond else found
+
+
 def extent_dims(decl: InputDecl, stride: int) -> tuple[Dim, ...]:
     """The dimensions of an input over tokens, with one entry every `stride` of them."""
     return (*decl.dims[:-1], Dim(Axis.K, stride))
 
 
 class _Extents:
-    def __init__(self, program: Program, size: int, stride: int, declare: Declare) -> None:
+    def __init__(self, program: Program, size: int, stride: int, declare: Declare, index: Scalar | None = None) -> None:
+        """index: the entry in question, if it is not the one that a token k lies in."""
         self.program, self.size, self.stride, self.declare = program, size, stride, declare
+        self._index = index or (Binary("//", Var("k"), Const(stride)) if stride > 1 else Var("k"))
 
     def condition(self, e: Scalar) -> Scalar:
         match e:
@@ -99,8 +111,3 @@ class _Extents:
     def _entry(self, read: Read, *, largest: bool) -> Read:
         name = self.declare(self.program.input(read.input), largest)
         return Read(name, (*read.index[:-1], self._index), read.type)
-
-    @property
-    def _index(self) -> Scalar:
-        """The entry that a token lies in."""
-        return Binary("//", Var("k"), Const(self.stride)) if self.stride > 1 else Var("k")

@@ -19,7 +19,8 @@ def reads_positions(program: Program) -> bool:
     if branch.queries is not None or any(part.within is not None for part in branch.parts):
         return True  # Queries are pooled by their positions, members weighed as those of positions are.
     said = (branch.scale, branch.score, branch.sink, branch.weights)
-    written = (e for part in branch.parts for e in scalars(part.pattern))
+    sets = (x for part in branch.parts for x in (part.pattern, part.entries) if x is not None)
+    written = (e for x in sets for e in scalars(x))
     return any(reads(e, "q", "Nq") for e in (*written, *(e for e in said if e is not None)))
 
 

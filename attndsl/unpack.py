@@ -174,6 +174,11 @@ def _in_documents(program: Program, decl: InputDecl, count: Scalar) -> _Place:
     return replace(place, document=(first, Call("min", (end, place.k_len))))
 
 
+def present_tokens(program: Program) -> Scalar | None:
+    """How many tokens `lengths` says are present, None where all are."""
+    return None if program.lengths is None else _count(program)
+
+
 def _count(program: Program) -> Scalar:
     assert program.lengths is not None
     decl = program.input(program.lengths)
@@ -290,8 +295,12 @@ class _Place:
                     return replace(pattern, operand=Inter((there, found)))
                 return replace(pattern, operand=Union((Complement(there), found)))
             case Random(among=among, seed=seed) if self.document is None:
-                candidates = Inter((self._exist(names), self.set(among, names)))
-                return replace(pattern, among=candidates, seed=self.scalar(seed, names))
+                # Only candidates have to exist: what rows see of extents and classes that end later is not asked that.
+                among = self.set(among, names)
+                drawn = replace(
+                    pattern, among=Inter((self._exist(names), among)), seed=self.scalar(seed, names), written=False
+                )
+                return Inter((among, drawn), pattern.span) if pattern.written else drawn
             case Random(among=among, seed=seed):
                 seed = self.scalar(seed, names)
                 return replace(pattern, among=self.set(among, names), seed=seed, document=self._document())

@@ -14,7 +14,7 @@ from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.diagnostics import error
 from attndsl.effort import TooHard, bounded, remembered
-from attndsl.isl_sets import involves_param
+from attndsl.entry_sets import of_extents
 from attndsl.linear import normalise
 from attndsl.listing import Listable, fitting, listables
 from attndsl.mask import shaped
@@ -27,7 +27,7 @@ from attndsl.plan import (
     branch_scalars,
     slopes,
 )  # fmt: skip
-from attndsl.program import Binary, Call, Compare, Const, If, Program, Scalar, Var, Where, reads, rebuild, substitute
+from attndsl.program import Binary, Call, Compare, Const, If, Program, Scalar, Var, Where
 from attndsl.quasi_affine import condition
 from attndsl.relation import Lowering, Relation, build_relation
 from attndsl.runs import Side, TileRuns
@@ -150,25 +150,13 @@ def seen_entries(lowering: Lowering, part: Part, queries: Queries | None = None)
         # An entry is a token's place, and its pattern that of tokens.
         return lowering.relation(part.pattern)
     written = lowering.lower(part.pattern, lowering.here)
-    for name, scalar in lowering.atoms.items():
-        if not reads(scalar, "k") or not involves_param(written, name):
-            continue
-        # Data of blocks that hold whole extents is one truth for each of these; a truth of each key is not.
-        if view.size == view.stride == 1:
-            continue  # A key is an entry, and what it reads is of that.
-        found = at_entries(scalar, view.stride) if view.size <= view.stride else None
-        if found is None:
-            raise error(
-                "A912", "a pattern over a view that reads data at single keys is not yet supported", part.span,
-                help="read it at q, or of blocks that hold whole entries",
-            )  # fmt: skip
-        lowering.atoms[name] = found
-    for name, scalar in lowering.atoms.items():
-        if queries is not None and involves_param(written, name) and not _of_classes(scalar, queries.size):
-            raise error(
-                "A912", "a pattern of pooled queries that reads data at single rows is not yet supported", part.span,
-                help="read data of blocks that hold whole classes of queries",
-            )  # fmt: skip
+    found = of_extents(lowering, written, view, queries)
+    if found is None:
+        raise error(
+            "A912", "a pattern over a view that reads data at single keys or rows is not yet supported here", part.span,
+            help="read it at q, or of blocks that hold whole entries",
+        )  # fmt: skip
+    lowering.atoms |= found
     room = view.room if isinstance(view, Given) else None
     extent = lowering.map(f"{{ [q, k] -> [q, j] : {view.stride} j <= k < {view.stride} j + {view.size} }}")
 
@@ -185,6 +173,8 @@ def seen_entries(lowering: Lowering, part: Part, queries: Queries | None = None)
             if queries.present is not None:
                 there = Where(Compare("<", Var("q"), queries.present))
                 pairs = pairs.intersect(lowering.lower(there, lowering.here))
+        if part.entries is not None:
+            pairs = pairs.intersect(lowering.lower(part.entries, lowering.here))
         # What its own dimension bounds is not bounded by tokens.
         return lowering.existing(pairs.coalesce(), view.stride if room is None else 0)
 
@@ -202,38 +192,6 @@ def heads_apart(plan: BackwardPlan) -> bool:
     """Whether each query head has gradients of keys of its own, in float32, that are summed afterwards: entries are
     few, and a program that went over the rows of all heads that share them would be one of few."""
     return plan.view is not None and plan.spec.heads > plan.spec.kv_heads
-
-
-def at_entries(e: Scalar, stride: int) -> Scalar | None:
-    """A scalar that reads k as k // m only, m a multiple of the stride, in terms of the entry k; None for another.
-
-    >>> from attndsl.notation import scalar_text
-    >>> scalar_text(at_entries(Binary("//", Var("k"), Const(64)), 16))
-    'k // 4'
-    """
-
-    def step(x: Scalar) -> Scalar:
-        match x:
-            case Binary(op="//", left=Var(name="k"), right=Const(value=int(m))) if m % stride == 0:
-                return Var("j") if m == stride else Binary("//", Var("j"), Const(m // stride))
-            case _:
-                return x
-
-    found = rebuild(e, step)
-    return None if reads(found, "k") else substitute(found, {"j": Var("k")})
-
-
-def _of_classes(e: Scalar, size: int) -> bool:
-    """Whether a scalar reads q as q // m only, m a multiple of the size, so that it is one for each class."""
-
-    def step(x: Scalar) -> Scalar:
-        match x:
-            case Binary(op="//", left=Var(name="q"), right=Const(value=int(m))) if m % size == 0:
-                return Const(0)
-            case _:
-                return x
-
-    return not reads(rebuild(e, step), "q")
 
 
 def _entries(program: Program, spec: Spec, anchor: str) -> tuple[Relation, Given]:

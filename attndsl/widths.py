@@ -109,6 +109,7 @@ def _written(program: Program) -> Iterator[Scalar]:
     for branch in program.branches:
         for part in branch.parts:
             yield from scalars(part.pattern)
+            yield from () if part.entries is None else scalars(part.entries)
         yield from (e for e in (branch.scale, branch.score, branch.sink, branch.weights) if e is not None)
     for selection in program.selections:
         yield from scalars(selection.among)

@@ -27,6 +27,7 @@ from attndsl.derivation import (
     DocumentEnds,
     DocumentEntries,
     Draw,
+    EntryMap,
     Extents,
     Gathering,
     Offsets,
@@ -46,6 +47,7 @@ from attndsl.derivation import (
 )
 from attndsl.derive import class_hash, coordinates_of, own_inputs
 from attndsl.diagnostics import error
+from attndsl.entry_maps import inside
 from attndsl.program import (
     Arg,
     Axis,
@@ -68,6 +70,8 @@ from attndsl.relation import Lowering
 from attndsl.runtime.apart import counts_apart
 from attndsl.runtime.call import dim_size
 from attndsl.runtime.cuts import document_ends, make_cut
+from attndsl.runtime.draws import last_drawn, members_drawn
+from attndsl.runtime.entry_maps import entry_map
 from attndsl.runtime.extents import of_extents
 from attndsl.runtime.lasting import capturing, hold, lasting, stream_of, table_tensor
 from attndsl.runtime.list_makers import ListMakers
@@ -77,7 +81,7 @@ from attndsl.runtime.row_tiles import row_tiles, table_size
 from attndsl.runtime.runs import along, entry_input, present_runs, run_input
 from attndsl.runtime.strip_blocks import block_sums, gathered, pieces
 from attndsl.runtime.tile_map import tile_map
-from attndsl.runtime.values import Values, mix64, ordered, readable
+from attndsl.runtime.values import Values, readable
 from attndsl.simplify import fold
 
 # Pairs that a call may look at for one derived input, and entries that this may have.
@@ -88,7 +92,6 @@ STRIP = {"cpu": 1 << 20, "cuda": 1 << 24}
 # Calls of which derived inputs are kept, and the entries of one that is.
 MAX_KEPT = 32
 MAX_KEPT_ENTRIES = 1 << 26
-_GREATEST = (1 << 63) - 1
 
 Kept = dict[Any, dict[str, Tensor]]
 
@@ -98,7 +101,8 @@ def _condition(program: Program, heads: tuple[int, int], derivation: Derivation)
     """What is counted for a derived input, as one condition on q and k."""
     pattern = counted(derivation)
     assert pattern is not None
-    return fold(Lowering(program, heads).predicate(pattern))
+    found = fold(Lowering(program, heads).predicate(pattern))
+    return inside(found, program, derivation.present) if isinstance(derivation, EntryMap) else found
 
 
 @dataclass(slots=True)
@@ -147,7 +151,7 @@ class Deriver:
         """How many entries a derived input has."""
         unit = decl.derivation.unit if isinstance(decl.derivation, BlockMap | Draw) else 1
         q_len, k_len = self._lengths(unit)
-        rows = q_len - self._first_row(decl)
+        rows = self.shape.rows if isinstance(decl.derivation, EntryMap) else q_len - self._first_row(decl)
         heads = self.shape.heads if any(reads(e, "h", "g") for e in scalars(pattern)) else 1
         batch = self.shape.batch if any(reads(e, "b") for e in scalars(pattern)) else 1
         pairs, entries = batch * heads * rows * k_len, prod(self._size(decl))
@@ -160,7 +164,9 @@ class Deriver:
                 # Of each position its class's candidates.
                 entries = max(entries, self._lead(decl) * k_len * members)
         if pairs > MAX_PAIRS or entries > MAX_ENTRIES:
-            what = "`random`" if isinstance(decl.derivation, Draw) else "`coarsen` of a pattern that depends on data"
+            what = {BlockMap: "`coarsen` of a pattern that depends on data", Draw: "`random`"}.get(
+                type(decl.derivation), "a pattern over a view that reads data at single keys"
+            )
             raise error(
                 "A519",
                 f"{what} looks at {pairs:,} pairs of this call, and makes {entries:,} entries",
@@ -252,6 +258,8 @@ class Deriver:
                 return entry_input(decl.derivation, values.tensors[name].expand(self._size(decl)).contiguous())
             case BlockMap():
                 return self._map(decl, decl.derivation, values)
+            case EntryMap():
+                return self._entry_map(decl, decl.derivation, values)
             case Draw():
                 return self._draw(decl, decl.derivation, values)
             case Chosen(plan=plan, keys=keys, level=level, each=each):
@@ -303,6 +311,19 @@ class Deriver:
             found[..., blocks, :] = leading(chosen, decl)
         return found
 
+    def _entry_map(self, decl: InputDecl, d: EntryMap, values: Values) -> Tensor:
+        q_len, k_len = self._lengths(1)
+        values = values.at(Nq=q_len, Nk=k_len)
+        return self._entries_seen(decl, d, values, self.shape.first_position(self.program) if d.rows == 1 else 0)
+
+    def _entries_seen(self, decl: InputDecl, d: EntryMap, values: Values, first: Any) -> Tensor:
+        """A map of rows from `first` on, or of classes, as `entry_map` has it."""
+        found = torch.zeros(self._size(decl), dtype=torch.bool, device=self.device)
+        condition, strip = self._conditions[decl.name], STRIP[self.device.type] // self._lead(decl)
+        for rows, entries, seen in entry_map(d, condition, values, first, (found.shape[-2], found.shape[-1]), strip):
+            found[..., rows, entries] = leading(seen, decl)
+        return found
+
     def _needed(self, d: BlockMap, blocks: slice, columns: int) -> Tensor:
         """How many pairs a block pair must have, int64 [row blocks, key blocks]: the last ones hold fewer."""
         share = Fraction(repr(d.fraction)) if d.mode is Coarse.FRACTION else Fraction(1)
@@ -330,9 +351,9 @@ class Deriver:
             at = self._range(classes.start, classes.stop).view(1, 1, -1, 1)
             of_rows = values.at(q=at).tensor(of_class)
             where = slice(classes.start - first, classes.stop - first)
-            last = self.last_drawn(of_rows, count > 0, d.drawn.count)
+            last = last_drawn(of_rows, count > 0, d.drawn.count)
             if d.members:
-                last = self._members_drawn(of_rows, count > 0, last, d.drawn.count)
+                last = members_drawn(of_rows, count > 0, last, d.drawn.count)
             classes_of[..., where, : last.shape[-1]] = leading(last, decl)
         return found
 
@@ -345,35 +366,11 @@ class Deriver:
         first = self.shape.first_position(self.program) if of_call else 0
         for at, count, _ in self._counts_apart(decl, document, drawn.rows, drawn.keys, values):
             rows = values.at(q=self._range(at.start, at.stop).view(1, 1, -1, 1)).tensor(of_class)
-            last = self.last_drawn(rows, count > 0, drawn.count)
+            last = last_drawn(rows, count > 0, drawn.count)
             begin = max(at.start, first)
             if begin < at.stop:
                 found[..., begin - first : at.stop - first, :] = leading(last[..., begin - at.start :, :], decl)
         return found
-
-    def _members_drawn(self, of_class: Tensor, candidate: Tensor, last: Tensor, count: int) -> Tensor:
-        """The members drawn up to the `last`, in increasing order and -1 after them: [..., count or fewer]."""
-        members = candidate.shape[-1]
-        every, hashed = self._range(0, members), ordered(mix64(of_class, self._range(0, members)))
-        last_hash, last_member = ordered(last[..., :1]), last[..., 1:]
-        drawn = candidate & ((hashed < last_hash) | ((hashed == last_hash) & (every <= last_member)))
-        found = torch.where(drawn, every, members).sort(-1).values[..., : min(count, members)]
-        return torch.where(found < members, found, -1)
-
-    def last_drawn(self, of_class: Tensor, candidate: Tensor, count: int) -> Tensor:
-        """Hash and index [..., 2] of the last of `count` members drawn from bool [..., members], for the hashes of row
-        classes [..., 1]."""
-        members = candidate.shape[-1]
-        hashed = ordered(mix64(of_class, self._range(0, members)))
-        hashed, candidate = torch.broadcast_tensors(hashed, candidate)
-        hashed = torch.where(candidate, hashed, _GREATEST)
-        last_hash = hashed.topk(min(count, members), largest=False).values.amax(-1, keepdim=True)
-        # Of several members with that hash the first ones, as many as there is room for.
-        room = count - (hashed < last_hash).sum(-1, keepdim=True)
-        nth = ((hashed == last_hash) & candidate).cumsum(-1)
-        enough = (nth >= room).to(torch.int8).argmax(-1, keepdim=True)
-        last = torch.where(nth[..., -1:] >= room, enough, members)
-        return torch.cat((ordered(last_hash), last), -1)
 
     # ---------------------------------------------------------------------------------------- strips
 
@@ -466,7 +463,7 @@ def derived_dtype(decl: InputDecl) -> torch.dtype:
     match decl.derivation:
         case Offsets() | RunEnds() | RunCount() | DocumentEnds() | DocumentEntries() | Cut() | Order() | RowTiles():
             return torch.int32
-        case BlockMap() | Chosen() | Alike():
+        case BlockMap() | EntryMap() | Chosen() | Alike():
             return torch.bool
         case Extents() | RunExtents():
             return torch.bool if decl.type is Type.BOOL else torch.int64

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from attndsl.cuts import reflexive
-from attndsl.derivation import BlockMap, Cut, Draw, document_of
+from attndsl.derivation import BlockMap, Cut, Draw, EntryMap, document_of
 from attndsl.derive import class_hash, own_inputs
 from attndsl.diagnostics import error
 from attndsl.program import Axis, CallShape, Coarse, Coarsen, InputDecl, Program, Read, Scalar, Type, Var, reads, walk
 from attndsl.relation import Lowering
 from attndsl.runtime.call import dim_size
 from attndsl.runtime.derive import STRIP, Deriver
+from attndsl.runtime.draws import last_drawn
 from attndsl.runtime.strip_blocks import block_sums, gathered, pieces
 from attndsl.runtime.values import Values
 from attndsl.simplify import fold
@@ -110,6 +111,11 @@ class RaggedDeriver(Deriver):
             found = torch.maximum(found, position + 1) if cut.inclusive else torch.minimum(found, position)
         return found.to(torch.int32).reshape(self._size(decl))
 
+    def _entry_map(self, decl: InputDecl, d: EntryMap, values: Values) -> Tensor:
+        assert values.lengths is not None
+        lengths = values.lengths
+        return self._entries_seen(decl, d, values.at(Nq=lengths, Nk=lengths), lengths - self.shape.rows)
+
     def _map(self, decl: InputDecl, d: BlockMap, values: Values) -> Tensor:
         found = torch.zeros(self._size(decl), dtype=torch.bool, device=self.device)
         for at, count, existing in self._ragged_counts(decl, d.block_q, d.block_k, values):
@@ -127,7 +133,7 @@ class RaggedDeriver(Deriver):
         # Rows of the call are counted from its first; those before it go to a place of their own, which is dropped.
         found = torch.zeros(*size[:-2], size[-2] + of_call, 2, dtype=torch.int64, device=self.device)
         for at, candidate in self._candidates(decl, d, block_q, values):
-            last = self.last_drawn(values.at(q=at).tensor(of_class), candidate, d.drawn.count)
+            last = last_drawn(values.at(q=at).tensor(of_class), candidate, d.drawn.count)
             if of_call:
                 at = at - (values.lengths - self.shape.rows)
                 at = torch.where((at >= 0) & (at < self.shape.rows), at, self.shape.rows)

@@ -98,31 +98,5 @@ def test_the_rule() -> None:
         np.testing.assert_allclose(found[0, h, t].numpy(), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        "attend causal & document(doc) over pool(mean, 4, 2)",
-        "attend causal & document(doc) over pool(mean, 4, visible = any)",
-        "attend causal - document(doc) over pool(mean, 4)",
-        "attend causal & { doc[k] != doc[q] } over pool(mean, 4)",
-        "attend causal & { doc[k] == doc[q] or k < 4 } over pool(mean, 4)",
-        "attend causal & { doc[k] + k <= doc[q] } over pool(mean, 4)",
-        "attend causal & { doc[k // 2] <= doc[q] } over pool(mean, 4)",
-    ],
-)
-def test_what_two_numbers_do_not_tell(body: str) -> None:
-    q, k, v = call(20)
-    with pytest.raises(attndsl.PatternError, match="A912"):
-        program(body)(q, k, v, doc=torch.zeros(1, 20, dtype=torch.int64))
-
-
-def test_decode_says_that_it_does_not() -> None:
-    q, k, v = call(20)
-    with pytest.raises(attndsl.PatternError, match="A912"):
-        program(BODIES[0]).decode(
-            q[:, :, -1:], k, v, torch.tensor([20], dtype=torch.int32), doc=torch.zeros(1, 20, dtype=torch.int64)
-        )  # fmt: skip
-
-
 def test_it_is_explained() -> None:
     assert "the least `doc` of each entry's tokens" in str(program(BODIES[0]).explain(64))

@@ -105,11 +105,6 @@ def test_what_is_not_supported() -> None:
     attn = attndsl.compile(text_of(BODIES[0]))
     with pytest.raises(attndsl.PatternError, match="A911"):
         attn.decode(q[:, :, -1:], k, v, torch.tensor([40]))
-    doc = (
-        "input doc : int[b, k]\n coarse = attend { doc[q] == 1 } over pool(mean, 4) from pool(mean, 8)\n output coarse"
-    )
-    with pytest.raises(attndsl.PatternError, match="A912"):
-        attndsl.compile(f"attention a {{ {doc} }}")(q, k, v, doc=torch.ones(1, 40, dtype=torch.int64))
 
 
 def test_what_was_understood() -> None:
