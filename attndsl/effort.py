@@ -178,6 +178,12 @@ def spent(ctx: isl.Context) -> int:
     return high
 
 
+def left_of(ctx: isl.Context) -> int | None:
+    """The operations that the bounded step around may still take, None outside of one."""
+    most = ctx.get_max_operations()
+    return most - spent(ctx) if most else None
+
+
 def _goes_on(ctx: isl.Context, most: int) -> bool:
     ctx.set_max_operations(most)
     try:

@@ -10,7 +10,15 @@ from typing import TypeVar
 
 import islpy as isl
 
+from attndsl.effort import TooHard, left_of
+
 _Result = TypeVar("_Result")
+_COMPARED: dict[str, Callable[[isl.PwAff, isl.PwAff], isl.Set]] = {
+    "==": isl.PwAff.eq_set, "!=": isl.PwAff.ne_set, "<": isl.PwAff.lt_set, "<=": isl.PwAff.le_set,
+    ">": isl.PwAff.gt_set, ">=": isl.PwAff.ge_set,
+}  # fmt: skip
+# Pieces of a function, a table's entries, from which on some are compared first.
+MANY_PIECES = 16
 
 
 def fold(items: list[_Result], combine: Callable[[_Result, _Result], _Result]) -> _Result:
@@ -31,6 +39,23 @@ def common_multiple(items: isl.Set) -> int:
             with suppress(isl.Error):  # One that is no quotient, but any number.
                 found = math.lcm(found, int(basic.get_div(i).get_denominator_val().to_python()))
     return found
+
+
+def compared(op: str, left: isl.PwAff, right: isl.PwAff) -> isl.Set:
+    """Where two functions compare so. Raises TooHard early where a quarter of many pieces tell that all would.
+
+    What comparisons take grows with the number of pieces or faster: at least so much as each of some took is certain.
+    """
+    ctx, on_left = left.get_ctx(), left.n_piece() > right.n_piece()
+    many, other = (left, right) if on_left else (right, left)
+    if many.n_piece() >= MANY_PIECES and (rest := left_of(ctx)) is not None:
+        pieces = many.get_pieces()
+        some = pieces[: len(pieces) // 4]
+        sample = fold([isl.PwAff.alloc(*piece) for piece in some], isl.PwAff.union_add)
+        _COMPARED[op](*((sample, other) if on_left else (other, sample)))
+        if (rest - (left_of(ctx) or 0)) * len(pieces) > len(some) * rest:
+            raise TooHard
+    return _COMPARED[op](left, right)
 
 
 def divided(x: isl.PwAff, divisor: isl.PwAff, rest: bool) -> isl.PwAff:

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from attndsl.cuts import by_cuts
 from attndsl.derivation import Cut
-from attndsl.effort import TooHard, bounded
+from attndsl.effort import TooHard, bounded, remembered
 from attndsl.isl_sets import implied
 from attndsl.mask_cost import PAIR, both_cost, pair_cost
 from attndsl.one_sided import folded
@@ -24,13 +24,19 @@ IN_RANGE = Compare("<", Var("k"), Var("Nk"))
 def written_condition(lowering: Lowering, sizes: dict[str, int]) -> Scalar:
     """The pattern as its author wrote it, as a condition that no key past the last one meets, less what is redundant,
     with the sizes of a call put in."""
+    return _written_condition(lowering, tuple(sizes.items()))
+
+
+@remembered(64)
+def _written_condition(lowering: Lowering, sizes: tuple[tuple[str, int], ...]) -> Scalar:
+    """Once for the kernels of a program."""
     program = lowering.program
     written = fold(lowering.predicate(program.branch.pattern))
     try:
         written = bounded(lowering.ctx, lambda: without_redundant(lowering, written))
     except TooHard:
         written = fold(Logic("and", (written, IN_RANGE)))
-    return specialise(written, sizes)
+    return specialise(written, dict(sizes))
 
 
 def without_redundant(lowering: Lowering, cond: Scalar) -> Scalar:

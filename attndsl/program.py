@@ -278,5 +278,13 @@ def scalars(pattern: Set) -> Iterator[Scalar]:
 
 def compares_quotients(pattern: Set) -> bool:
     """Whether quotients are asked to be equal: integer sets then keep either, which side's is a choice."""
-    found = (x for e in scalars(pattern) for x in walk(e) if isinstance(x, Compare) and x.op == "==")
-    return any(isinstance(y, Binary) and y.op == "//" for x in found for y in (x.left, x.right))
+    return any(isinstance(x, Compare) and equal_quotients(x) for e in scalars(pattern) for x in walk(e))
+
+
+def equal_quotients(e: Compare) -> bool:
+    """Whether a comparison asks for equal quotients by one number."""
+    match e:
+        case Compare(op="==", left=Binary(op="//", right=Const() as m), right=Binary(op="//", right=Const() as n)):
+            return m == n
+        case _:
+            return False

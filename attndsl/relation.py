@@ -25,7 +25,7 @@ from attndsl.apart import coarse_apart
 from attndsl.derivation import Random
 from attndsl.derive import derive
 from attndsl.effort import EFFORT, Budget, TooHard, bounded, remembered
-from attndsl.isl_sets import choose, divided, fold, involves_param, parts_that_meet, project_param
+from attndsl.isl_sets import choose, compared, divided, fold, involves_param, parts_that_meet, project_param
 from attndsl.parameters import bounds
 from attndsl.placing import Coordinates, placed
 from attndsl.program import (
@@ -54,6 +54,7 @@ from attndsl.program import (
     Union,
     Var,
     Where,
+    equal_quotients,
     reads,
     substitute,
 )  # fmt: skip
@@ -65,10 +66,6 @@ MAX_CASES = 256
 POSITION_BITS = 31
 # Elementary isl operations allowed to all steps of a lowering; what is lowered after that is masked pair by pair.
 RELATION_EFFORT = 2 * EFFORT
-_COMPARED: dict[str, Callable[[isl.PwAff, isl.PwAff], isl.Set]] = {
-    "==": isl.PwAff.eq_set, "!=": isl.PwAff.ne_set, "<": isl.PwAff.lt_set, "<=": isl.PwAff.le_set,
-    ">": isl.PwAff.gt_set, ">=": isl.PwAff.ge_set,
-}  # fmt: skip
 _TOO_HARD = "too hard for exact sets within the effort bound: masked pair by pair"
 
 
@@ -162,6 +159,7 @@ class Lowering:
         self._too_hard: set[Coarsen] = set()
         self._lowered: dict[Set, isl.Set] = {}
         self._held: dict[Scalar, isl.Set] = {}
+        self._affines: dict[Scalar, isl.PwAff] = {}
         self._parameters: dict[str, isl.PwAff] = {}
         self._contexts: dict[int, isl.Set] = {}
         self._budget = Budget(effort or RELATION_EFFORT)
@@ -327,9 +325,9 @@ class Lowering:
             case Compare(op="==" | "!=" as op, left=left, right=right) if left.type is right.type is Type.BOOL:
                 a, b = self.holds(left, place), self.holds(right, place)
                 return choose(a, b, b.complement()) if op == "==" else choose(a, b.complement(), b)
-            case Compare(op=op, left=left, right=right):
+            case Compare():
                 try:
-                    return self._compare(op, left, right, place)
+                    return self._compare(cond, place)
                 except NotAffine:
                     return self._atom(cond, place)
             case Call(function="is_power_of_two", args=(x,)):
@@ -345,28 +343,30 @@ class Lowering:
             case _:
                 assert_never(cond)
 
-    def _compare(self, op: str, left: Scalar, right: Scalar, place: Coordinates) -> isl.Set:
-        if op == "==":
+    def _compare(self, cond: Compare, place: Coordinates) -> isl.Set:
+        left, right = cond.left, cond.right
+        if equal_quotients(cond):
             # x // m == y // m as m * (x // m) <= y < m * (x // m) + m, with the quotient of the anchor's side, so
             # that the other position's values are an interval whose ends isl writes in terms of the anchor.
-            match left, right:
-                case Binary(op="//", left=x, right=Const(value=int(m))), Binary(
-                    op="//", left=y, right=Const(value=int(n))
-                ) if m == n:
-                    quotient, other = (left, y) if reads(left, self.anchor) else (right, x)
-                    base = self.affine(quotient, place).scale_val(isl.Val.int_from_si(self.ctx, m))
-                    value = self.affine(other, place)
-                    return base.le_set(value).intersect(
-                        value.lt_set(base.add_constant_val(isl.Val.int_from_si(self.ctx, m)))
-                    )
-                case _:
-                    pass
-        return _COMPARED[op](self.affine(left, place), self.affine(right, place))
+            quotient, other = (left, right) if reads(left, self.anchor) else (right, left)
+            assert isinstance(quotient, Binary) and isinstance(other, Binary) and isinstance(quotient.right, Const)
+            divisor = isl.Val.int_from_si(self.ctx, quotient.right.value)
+            base, value = self.affine(quotient, place).scale_val(divisor), self.affine(other.left, place)
+            return base.le_set(value).intersect(value.lt_set(base.add_constant_val(divisor)))
+        return compared(cond.op, self.affine(left, place), self.affine(right, place))
 
     # ---------------------------------------------------------------------------------- numbers
 
     def affine(self, e: Scalar, place: Coordinates) -> isl.PwAff:
-        """The integer scalar as a piecewise quasi-affine function of q, k and the parameters."""
+        """The integer scalar as a piecewise quasi-affine function of q, k and the parameters: at q and k themselves,
+        once."""
+        if place is not self.here:
+            return self._affine_or_parameter(e, place)
+        if e not in self._affines:
+            self._affines[e] = self._affine_or_parameter(e, place)
+        return self._affines[e]
+
+    def _affine_or_parameter(self, e: Scalar, place: Coordinates) -> isl.PwAff:
         try:
             return self._affine(e, place)
         except NotAffine:

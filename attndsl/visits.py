@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 class Visits:
     """The runs of one side's tiles, and what decides the pairs in them.
 
+    `owner`: the position, q or k, in whose terms `relation` and the mask are, where there is a choice.
     `selection`: what their lists are made of, which the program then declares; `relation` is that where it holds.
     `collected`: tiles are of several listed ones, of which the last may be missing; `exact`: of those each is full.
     """
@@ -35,6 +36,7 @@ class Visits:
     runs: TileRuns
     lowering: Lowering
     relation: Relation
+    owner: str = "q"
     selection: Listable | None = None
     gathered: Gathered | None = None
     marked: Read | None = None
@@ -46,7 +48,7 @@ class Visits:
         """The condition on pairs. folds: as in `pair_mask`."""
         if self.exact:
             return IN_RANGE if self.collected else None
-        found = _pair_mask(self.program, self.spec, self.lowering, self.relation, self.selection, folds)
+        found = _pair_mask(self.program, self.spec, self.lowering, self.relation, self.owner, self.selection, folds)
         if self.shifted:
             return from_first_key(found, self.program)
         if not self.collected:
@@ -90,30 +92,30 @@ def _visits(
                 whole = replace(tiling, block_q=1, block_k=found.keys)
                 runs = closed_runs(relation_there, static, spec, whole, Side.QUERY)
                 program, gathered = found.gathered(program, runs, tiling.block_q)
-                return Visits(program, spec, TileRuns((), ()), lowering, relation_there, found, gathered)
+                return Visits(
+                    program, spec, TileRuns((), ()), lowering, relation_there, selection=found, gathered=gathered
+                )
             if all(found.fits(t.block_q, t.block_k, spec.even_start) for t in (tiling, others)):
                 # Lists of both sides are made from the key tiles of query tiles.
                 runs = closed_runs(relation_there, static, spec, tiling, Side.QUERY)
                 program, runs = found.listed(program, runs, tiling.block_q, tiling.block_k, side)
-                return Visits(program, spec, runs, lowering, relation_there, found)
+                return Visits(program, spec, runs, lowering, relation_there, selection=found)
     assert tiling.pack == 1 and not tiling.collects, "only rows that follow a plan's lists share a tile with others"
     lists = spec.maps and mapped(program)
-    own = "k" if side is Side.KEY and not lists else "q"
-    lowering, relation = lowered(static, heads, own if _anchored(program) else "q")
+    lowering, relation = lowered(static, heads)
     if lists:
         runs = closed_runs(relation, static, spec, tiling, Side.QUERY)
         cond = written_condition(lowering, spec.sizes)
         program, runs = mapped_runs(program, cond, runs, tiling.block_q, tiling.block_k, side)
         return Visits(program, spec, runs, lowering, relation)
+    compares = compares_quotients(static.branch.pattern)
+    # Sorted data is tested by cuts of each side.
+    anchored = compares or any(isinstance(decl.derivation, Cut) for decl in program.inputs)
+    owner = "k" if anchored and side is Side.KEY else "q"
+    if compares and owner == "k":
+        _, relation = lowered(static, heads, owner)
     runs = closed_runs(relation, program, spec, tiling, side, shifted=shifted)
-    return Visits(program, spec, runs, lowering, relation, shifted=shifted)
-
-
-def _anchored(program: Program) -> bool:
-    """Whether what is lowered for the tiles of one side is not that of the other: quotients are compared, of which
-    either may be kept (`Lowering.anchor`), or sorted data, that each side tests by cuts of its own."""
-    cuts = any(isinstance(decl.derivation, Cut) for decl in program.inputs)
-    return cuts or compares_quotients(program.branch.pattern)
+    return Visits(program, spec, runs, lowering, relation, owner, shifted=shifted)
 
 
 def _collected(
@@ -127,8 +129,8 @@ def _collected(
     program, listed = found.listed(program, runs, whole.block_q, whole.block_k, side, marks)
     if of_keys:
         runs = TileRuns((), ())
-        return Visits(program, spec, runs, lowering, relation, found, marked=listed.full[0].list, exact=exact)
-    return Visits(program, spec, joined(listed), lowering, relation, found, collected=True, exact=exact)
+        return Visits(program, spec, runs, lowering, relation, selection=found, marked=listed.full[0].list, exact=exact)
+    return Visits(program, spec, joined(listed), lowering, relation, selection=found, collected=True, exact=exact)
 
 
 def closed_runs(
@@ -152,9 +154,10 @@ def _closed(
 
 @remembered(128)
 def _pair_mask(
-    program: Program, spec: Spec, lowering: Lowering, relation: Relation, selection: Listable | None, folds: bool
-) -> Scalar | None:
+    program: Program, spec: Spec, lowering: Lowering, relation: Relation, owner: str, selection: Listable | None,
+    folds: bool,
+) -> Scalar | None:  # fmt: skip
     written = written_condition(lowering, spec.sizes)
     written = written if selection is None else selection.assumed(written)
-    written = mask_by_cuts(written, program, lowering.anchor, relation)
+    written = mask_by_cuts(written, program, owner, relation)
     return pair_mask(relation, written, spec.hoists, program if folds else None)
