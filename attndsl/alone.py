@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from attndsl.program import Axis, CallShape, Program
 
-Array = NDArray[Any]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,8 @@ def sequences(program: Program, shape: CallShape, inputs: Mapping[str, Array]) -
 
 def _extents(program: Program, shape: CallShape, inputs: Mapping[str, Array], entry: int) -> Iterator[tuple[int, int]]:
     """First key and one past the last of each sequence of a batch entry."""
+    import numpy as np
+
     end = shape.k_len
     if program.lengths is not None:
         lengths = np.broadcast_to(_given(program.lengths, inputs), (shape.batch,))
@@ -99,4 +101,4 @@ def _extents(program: Program, shape: CallShape, inputs: Mapping[str, Array], en
 def _given(name: str, inputs: Mapping[str, Array]) -> Array:
     if name not in inputs:
         raise ValueError(f"input `{name}` is missing")
-    return np.asarray(inputs[name])
+    return inputs[name]

@@ -9,19 +9,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from attndsl.asking import arguments, asked, batch_of, check_names, check_plain, checked, known
-
-# Imported here and not when first used: importing a submodule sets the package's attribute of its name, and
-# `attndsl.compare` is the function below.
-from attndsl.compare import Comparison, Undecided
-from attndsl.compare import compare as compare_programs
 from attndsl.compose import check_lse, compose
 from attndsl.diagnostics import Diagnostic, PatternWarning, Source, error
-from attndsl.grammar import format_source, read_source
 from attndsl.parts import part_of, parts_of
 from attndsl.plans import own_program
 from attndsl.program import CallShape, Program
 from attndsl.runtime.registry import attend_operator
-from attndsl.wiring import decode_kept, kernel_cache, measure, read_program, registered
+from attndsl.source_files import read_source
+from attndsl.wiring import decode_kept, format_source, kernel_cache, measure, read_program, registered
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from attndsl.blockgraph import BlockGraph
+    from attndsl.comparison import Comparison
     from attndsl.eviction import Retention
     from attndsl.explain import Explanation
     from attndsl.piece_tiles import PieceTiles
@@ -74,10 +70,12 @@ def compare(a: Attention | str | os.PathLike[str], b: Attention | str | os.PathL
     a, b: attentions, or what `compile` takes. Scores play no part; inputs of one name are the same in both.
     Raises `PatternError` when the answer is not found within the effort bound, or the two have other positions.
     """
+    from attndsl.comparison import Undecided, compare
+
     first, second = (x.program if isinstance(x, Attention) else load_attention(x).program for x in (a, b))
     check_plain(first, second)
     try:
-        return compare_programs(first, second)
+        return compare(first, second)
     except Undecided as given_up:
         raise error("A540", str(given_up), help="compare simpler patterns, or their masks at some length") from None
     except ValueError as problem:
@@ -413,7 +411,7 @@ class Attention:
         A branch has one for each piece and each part; those of a named branch begin with its name. Before them stand
         those that pool views and choose (where torch operators choose there is none), and last those that combine.
         """
-        from attndsl.parts import kernel_names
+        from attndsl.kernel_names import kernel_names
 
         return kernel_names(self.program, heads, heads if kv_heads is None else kv_heads)
 
@@ -430,7 +428,7 @@ class Attention:
         target: sm_80, sm_86, sm_89, sm_90, sm_100, gfx90a or gfx942; the CPU backend ignores it.
         backend: "triton", "gluon" (Hopper) or "cpu".
         """
-        from attndsl.wiring import Shown
+        from attndsl.shown import Shown
 
         shown = Shown(kernel, target, backend, heads, kv_heads, dim, v_dim, dtype, rows, page)
         return shown.text(shown.plan(self.program))
@@ -444,7 +442,7 @@ class Attention:
         NVIDIA's, "amdgcn" for AMD's. Other parameters as in `source`.
         """
         from attndsl.runtime.assembly import assembly
-        from attndsl.wiring import Shown
+        from attndsl.shown import Shown
 
         shown = Shown(kernel, target, backend, heads, kv_heads, dim, v_dim, dtype, rows, page)
         plan = shown.plan(self.program)
@@ -462,8 +460,8 @@ class Attention:
         inputs: those that are known; what depends on the others is said to.
         """
         from attndsl import explain
+        from attndsl.shown import generated, syntax_text
         from attndsl.targets import make_spec
-        from attndsl.wiring import generated, syntax_text
 
         spec = make_spec(target, backend, heads, heads if kv_heads is None else kv_heads, dim, None, dtype)
         arrays, args = known(self.program, inputs)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from attndsl.branches import Pool
 from attndsl.chosen_entries import ranked
 from attndsl.compose import compose
-from attndsl.parts import combines
+from attndsl.kernel_names import combines
 from attndsl.plan import Spec
 from attndsl.program import CallShape, Program
 from attndsl.select_plan import why_not_fused

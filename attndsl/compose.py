@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 
 from attndsl.branches import Attended, Branch, Given, Merged, Output, Part, Pick, Pool, Within, combined, factors
 from attndsl.diagnostics import error
-from attndsl.pairs import nodes
 from attndsl.plans import own_program
-from attndsl.program import Axis, Dim, InputDecl, Program, Read, Selected, Type, walk
+from attndsl.program import Axis, Dim, InputDecl, Program, Read, Selected, Type, nodes, walk
 from attndsl.selection import Probs
 from attndsl.unpack import of_output
 

@@ -17,13 +17,14 @@ from attndsl.boxes import Boxes
 from attndsl.derived_text import made_of
 from attndsl.diagnostics import Diagnostic
 from attndsl.effort import one_at_a_time
+from attndsl.kernel_names import kernel_names
 from attndsl.layout import PLAIN, Layout
 from attndsl.listing import lists_tiles, reads_plans
 from attndsl.lowerings import forward_lowering, gradients_lowering
 from attndsl.mixing import mixes
 from attndsl.notation import Level, input_text, program_text, scalar_text, set_text
-from attndsl.pairs import count_pairs, nodes, seen, spans, spans_text, too_dense
-from attndsl.parts import kernel_names, parts_of
+from attndsl.pairs import count_pairs, seen, spans, spans_text, too_dense
+from attndsl.parts import parts_of
 from attndsl.piece_plans import forward_plans
 from attndsl.piece_tiles import piece_tiles
 from attndsl.pieces import BLOCK_K, BLOCK_Q, TOKENS, choose_pieces
@@ -38,6 +39,7 @@ from attndsl.program import (
     Read,
     Scalar,
     Selected,
+    nodes,
     substitute,
     walk,
 )

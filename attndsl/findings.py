@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, assert_never
+from typing import TYPE_CHECKING, Any, assert_never
 
 import islpy as isl
 
 from attndsl.alone import together
-from attndsl.compare import Existing, Undecided
+from attndsl.canonical import canonical, has_coarsen
+from attndsl.comparison import Existing, Undecided
 from attndsl.coordinates import on_grid
 from attndsl.derivation import Random
 from attndsl.derive import derive
@@ -45,7 +46,10 @@ from attndsl.program import (
     scalars,
 )  # fmt: skip
 from attndsl.relation import POSITION_BITS, Lowering
-from attndsl.witness import Witness, World, canonical, has_coarsen
+from attndsl.witness import Witness
+
+if TYPE_CHECKING:
+    from attndsl.worlds import World
 
 # Elementary isl operations allowed to one question.
 QUESTION_EFFORT = EFFORT // 4

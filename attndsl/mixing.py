@@ -16,9 +16,8 @@ from dataclasses import replace
 
 from attndsl.derive import derive
 from attndsl.layout import PLAIN, Layout, Permutation
-from attndsl.pairs import nodes
 from attndsl.permuting import eligible, permuted_by
-from attndsl.program import Choose, Logic, Program, Scalar, Union, Where, scalars, walk
+from attndsl.program import Choose, Logic, Program, Scalar, Union, Where, nodes, scalars, walk
 from attndsl.relation import Lowering
 from attndsl.simplify import fold, negated
 from attndsl.splitting import SplitPiece

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attndsl.compare import Undecided, Verdict, compare
+from attndsl.comparison import Undecided, Verdict, compare
 from attndsl.plan import DType, Spec
 from attndsl.program import Binary, Compare, Const, Inter, Program, Set, Var, Where
 from attndsl.selection import Bound, Forced, Normalise, Pool, Selection, Share, Top, Vectors

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,18 +16,12 @@ from attndsl.oracle import Evaluator, check_inputs, entries, mask
 from attndsl.program import (
     Blocks,
     CallShape,
-    Choose,
     Coarsen,
-    Complement,
-    Inter,
-    Minus,
     On,
     Program,
     Read,
     Selected,
-    Set,
-    Union,
-    Where,
+    nodes,
     reads,
     scalars,
     walk,
@@ -98,24 +92,6 @@ def seen(
         inside[..., tokens >= shape.k_len] = False
     extents = np.lib.stride_tricks.sliding_window_view(inside, view.size, -1)[..., :: view.stride, :]
     return np.asarray(extents.all(-1) if every else extents.any(-1))
-
-
-def nodes(pattern: Set) -> Iterator[Set]:
-    """Every set expression in a pattern, the pattern itself first."""
-    yield pattern
-    match pattern:
-        case Where() | Selected():
-            parts: tuple[Set, ...] = ()
-        case Union(parts=parts) | Inter(parts=parts):
-            pass
-        case Minus(left=a, right=b) | Choose(then=a, other=b):
-            parts = (a, b)
-        case Complement(operand=p) | Coarsen(operand=p) | On(operand=p) | Random(among=p):
-            parts = (p,)
-        case _:
-            assert_never(pattern)
-    for part in parts:
-        yield from nodes(part)
 
 
 def too_dense(program: Program, shape: CallShape) -> bool:

@@ -8,8 +8,21 @@ from attndsl.derivation import Random
 from attndsl.diagnostics import Span
 from attndsl.member_numbers import number
 from attndsl.members import Placed, Runs, extent
-from attndsl.pairs import nodes
-from attndsl.program import Axis, Binary, Const, Dim, InputDecl, Program, Scalar, Selected, Type, Var, reads, scalars
+from attndsl.program import (
+    Axis,
+    Binary,
+    Const,
+    Dim,
+    InputDecl,
+    Program,
+    Scalar,
+    Selected,
+    Type,
+    Var,
+    nodes,
+    reads,
+    scalars,
+)
 from attndsl.selection import Probs, Selection, Share, Top
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, assert_never
 
 from attndsl.branches import Branch as Branch
 from attndsl.branches import Output, Part
@@ -240,6 +240,24 @@ def _named(among: tuple[_Named, ...], name: str) -> _Named:
         if each.name == name:
             return each
     raise KeyError(name)
+
+
+def nodes(pattern: Set) -> Iterator[Set]:
+    """Every set expression in a pattern, the pattern itself first."""
+    yield pattern
+    match pattern:
+        case Where() | Selected():
+            parts: tuple[Set, ...] = ()
+        case Union(parts=parts) | Inter(parts=parts):
+            pass
+        case Minus(left=a, right=b) | Choose(then=a, other=b):
+            parts = (a, b)
+        case Complement(operand=p) | Coarsen(operand=p) | On(operand=p) | Random(among=p):
+            parts = (p,)
+        case _:
+            assert_never(pattern)
+    for part in parts:
+        yield from nodes(part)
 
 
 def scalars(pattern: Set) -> Iterator[Scalar]:

@@ -8,6 +8,5 @@ if not __name__.startswith("attndsl."):
 from attndsl.grammar.format import format_source
 from attndsl.grammar.lower import Loaded, load
 from attndsl.grammar.parse import parse
-from attndsl.grammar.source import read_source
 
-__all__ = ["Loaded", "format_source", "load", "parse", "read_source"]
+__all__ = ["Loaded", "format_source", "load", "parse"]

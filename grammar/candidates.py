@@ -9,7 +9,6 @@ from typing import assert_never
 from attndsl.derivation import Random
 from attndsl.grammar.draws import rows_are_known
 from attndsl.grammar.scope import Context
-from attndsl.pairs import nodes
 from attndsl.plans import plan_input, selected
 from attndsl.program import (
     Choose,
@@ -24,6 +23,7 @@ from attndsl.program import (
     Set,
     Union,
     Where,
+    nodes,
 )
 from attndsl.selection import Selection
 

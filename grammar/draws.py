@@ -12,7 +12,6 @@ from attndsl.grammar.arguments import match_arguments
 from attndsl.grammar.places import not_along
 from attndsl.grammar.scalars import integer, static_int
 from attndsl.grammar.scope import Context, Use
-from attndsl.pairs import nodes
 from attndsl.program import (
     Axis,
     Const,
@@ -22,6 +21,7 @@ from attndsl.program import (
     Selected,
     Set,
     Where,
+    nodes,
     reads,
     scalars,
     walk,

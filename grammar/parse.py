@@ -13,7 +13,7 @@ from attndsl.diagnostics import Source, Span
 from attndsl.grammar.build import build
 from attndsl.grammar.parser_tables import lex, parser
 from attndsl.grammar.report import Report, TooLarge, nearest
-from attndsl.grammar.source import MAX_BYTES, too_long
+from attndsl.source_files import MAX_BYTES, too_long
 
 MAX_TOKENS = 20_000
 MAX_NESTING = 64

@@ -29,7 +29,6 @@ from attndsl.grammar.scope import (
     Value,
 )
 from attndsl.grid import Along
-from attndsl.pairs import nodes
 from attndsl.plans import plan_input, selected
 from attndsl.program import (
     Axis,
@@ -47,6 +46,7 @@ from attndsl.program import (
     Set,
     Union,
     Where,
+    nodes,
     scalars,
     walk,
 )

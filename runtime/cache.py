@@ -23,10 +23,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
-from typing import ClassVar
-
-import filelock
-import platformdirs
+from typing import TYPE_CHECKING, ClassVar
 
 _ENTRY_SUFFIX = ".kernel"
 _LOCK_SUFFIX = ".lock"
@@ -39,6 +36,9 @@ _LOCK_TIMEOUT_S = 900.0
 _STALE_AFTER_S = 3600.0
 # Absent outside POSIX. O_NONBLOCK: opening a named pipe must not wait for its writer.
 _OPEN_SAFELY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+if TYPE_CHECKING:
+    import filelock
 
 
 class CacheWarning(UserWarning):
@@ -187,7 +187,11 @@ class KernelCache:
     _warned: ClassVar[threading.Event] = threading.Event()
 
     def __init__(self, directory: Path | None = None, *, limit: int = _DEFAULT_LIMIT) -> None:
-        chosen = directory or os.environ.get("ATTNDSL_CACHE_DIR") or platformdirs.user_cache_dir("attndsl")
+        chosen = directory or os.environ.get("ATTNDSL_CACHE_DIR")
+        if not chosen:
+            from platformdirs import user_cache_dir
+
+            chosen = user_cache_dir("attndsl")
         self._directory = Path(chosen).expanduser().absolute()
         self._limit = limit
         self._start()
@@ -262,6 +266,9 @@ class KernelCache:
         try:
             if (members := self._read(key)) is not None:
                 return members
+            # A start that builds nothing locks nothing, and is spared the import.
+            import filelock
+
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             _refuse_unless_private(self._directory, os.lstat(self._directory), stat.S_ISDIR)
             lock = filelock.FileLock(self._lock_path(key), timeout=_LOCK_TIMEOUT_S, mode=0o600)
@@ -346,6 +353,8 @@ class KernelCache:
 
     def _sweep(self) -> None:
         """Remove what killed processes left: temporary files, and locks that nobody holds."""
+        import filelock
+
         for used, _, path in self._files(_TEMP_SUFFIX, _LOCK_SUFFIX):
             if time.time() - used <= _STALE_AFTER_S:
                 continue
@@ -410,9 +419,11 @@ def _refuse_unless_private(path: Path, status: os.stat_result, is_kind: Callable
 
 
 def _acquired(lock: filelock.BaseFileLock) -> bool:
+    from filelock import Timeout
+
     try:
         lock.acquire()
-    except filelock.Timeout:
+    except Timeout:
         return False
     return True
 

@@ -16,10 +16,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from attndsl.blockgraph import block_graph
 from attndsl.diagnostics import error
 from attndsl.members import Placed
-from attndsl.pairs import allowed, count_pairs, nodes, too_dense
+from attndsl.pairs import allowed, count_pairs, too_dense
 from attndsl.parts import parts_of
 from attndsl.plans import own_program
-from attndsl.program import Axis, CallShape, Dim, InputDecl, On, Permuted, Program, Type
+from attndsl.program import Axis, CallShape, Dim, InputDecl, On, Permuted, Program, Type, nodes
 from attndsl.runtime.call import device_target, dim_size
 from attndsl.runtime.engine import BACKENDS
 from attndsl.runtime.reference import reference

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from attndsl.diagnostics import Diagnostic, PatternError
-from attndsl.grammar import load, read_source
+from attndsl.grammar import load
+from attndsl.source_files import read_source
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "tests" / "diagnostics"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-
 import numpy as np
 import pytest
 from hypothesis import given
 
+from attndsl import worlds
 from attndsl.diagnostics import Diagnostic, Severity
 from attndsl.effort import EFFORT, compilation
 from attndsl.findings import findings
@@ -216,7 +215,7 @@ def test_nothing_is_tried_where_length_decides_nothing(text: str, monkeypatch: p
     def tried(*given: object) -> bool:
         raise AssertionError(f"a call was looked for: {given[1]}")
 
-    monkeypatch.setattr(importlib.import_module("attndsl.compare"), "realise", tried)
+    monkeypatch.setattr(worlds, "realise", tried)
     assert codes(text) == []
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from attndsl.diagnostics import PatternError
-from attndsl.grammar import load, read_source
+from attndsl.grammar import load
+from attndsl.source_files import read_source
 
 SECONDS = 2.0
 MEGABYTES = 120

@@ -39,7 +39,7 @@ def spans(value: Any) -> str:
     return records.write(value, whole=True)
 
 
-def test_every_example_is_read_as_it_was_written(cache: KernelCache) -> None:
+def test_every_example_is_read_as_it_was_written(cache: KernelCache, tmp_path: Path) -> None:
     seen = 0
     for path in PATTERNS:
         try:
@@ -56,12 +56,27 @@ def test_every_example_is_read_as_it_was_written(cache: KernelCache) -> None:
         assert [x.render() for x in warnings] == [x.render() for x in attn.warnings]
         seen += 1
     assert seen > 60
+    # Records are of classes that a process has which reads no text.
+    done = python(
+        """
+        import sys, attndsl
+        from pathlib import Path
+        from attndsl.diagnostics import Source
+        from attndsl.runtime import texts
+
+        paths = sorted(Path("examples/patterns").glob("*.attn"))
+        print(sum(texts.find(Source(str(path), path.read_text()), None, {}) is not None for path in paths))
+        print(*{"attndsl.grammar", "attndsl.relation", "islpy", "lark", "numpy", "torch"} & set(sys.modules))
+        """,
+        ATTNDSL_CACHE_DIR=str(tmp_path),
+    )
+    assert done.stdout == f"{seen}\n\n"
 
 
 def test_warnings_are_given_again(cache: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
     first = kept(WARNS)
     assert first.warnings
-    monkeypatch.setattr("attndsl.wiring.load", lambda *given, **options: pytest.fail("the text was read again"))
+    monkeypatch.setattr("attndsl.grammar.load", lambda *given, **options: pytest.fail("the text was read again"))
     with pytest.warns(attndsl.PatternWarning) as given:
         again = attndsl.compile(WARNS)
     assert [str(x.message) for x in given] == [x.render() for x in first.warnings]

@@ -6,17 +6,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import combinations, permutations
+from typing import TYPE_CHECKING
 
 import islpy as isl
 
 from attndsl.alone import together
+from attndsl.canonical import canonical, map_scalars
 from attndsl.derive import derive
 from attndsl.effort import EFFORT, TooHard, bounded
 from attndsl.isl_sets import involves_param
 from attndsl.program import Compare, Const, Program, Scalar, Set, Table, Type, Union, Var, rebuild, substitute
 from attndsl.relation import MAX_CASES, POSITION_BITS, Lowering
 from attndsl.simplify import fold
-from attndsl.witness import Witness, World, canonical, map_scalars, realise
+from attndsl.witness import Witness
+
+if TYPE_CHECKING:
+    from attndsl.worlds import World
 
 # Elementary isl operations allowed to each of the three questions that a comparison asks.
 COMPARE_EFFORT = 5 * EFFORT
@@ -202,6 +207,9 @@ class Existing:
         """
         if pairs.is_empty():
             return None
+        # Most questions have no witness, and the oracle's arrays take long to import.
+        from attndsl.worlds import realise
+
         for _ in range(MAX_GUESSES):
             found = self.smallest(pairs)
             place = replace(found, q_len=found.q_len + longer, k_len=found.k_len + longer)
