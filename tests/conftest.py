@@ -12,6 +12,9 @@ from torch.overrides import _get_current_function_mode_stack
 # Without a GPU the kernels are interpreted. Triton decides that when it is imported, so before any test is.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    from tests.interpreter import make_faster
+
+    make_faster()
 
 NEEDS_A_GPU = "error[A510]: Triton kernels run on a GPU"
 
