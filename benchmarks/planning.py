@@ -7,6 +7,7 @@ one other program. A program of several branches is planned branch by branch, as
 from __future__ import annotations
 
 import gc
+import importlib
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -46,6 +47,8 @@ def run_planning(names: list[str] | None = None) -> Iterator[list[str]]:
 def apart(path: Path) -> list[float]:
     """The stages of one file in a forked process, and their sum the second time."""
     # What was imported and built once is there already, and not looked at by the child's garbage collector.
+    for module in ("codegen.triton_gathered", "part_findings", "runtime.ops", "stability", "worlds"):
+        importlib.import_module(f"attndsl.{module}")
     warm_up()
     gc.freeze()
     context = multiprocessing.get_context("fork")
@@ -69,7 +72,8 @@ def apart(path: Path) -> list[float]:
 
 
 def warm_up(window: int = 9) -> None:
-    """Imports, and the tables that the front end builds once."""
+    """Imports, and what the front end, warnings and printers build once."""
+    load_attention("causal & (window(4) | sink(1))")
     text = f"attention a {{ input bias : float[h] learnable  score s + bias[h]  attend window({window}) }}"
     program = load(text).program
     forward_source(forward_plans(program, spec_of(program))[0])

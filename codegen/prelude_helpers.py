@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import ast
-import threading
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
+
+# What is no name: texts, comments, and what stands behind a dot.
+_NO_NAME = re.compile(r'"""(?:.|\n)*?"""|"[^"\n]*"|#.*|\.\w+')
+_FUNCTION = re.compile(r"^def (\w+)", re.MULTILINE)
+_NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,28 +22,18 @@ class Helper:
     names: frozenset[str]
 
 
-_READ: dict[str, dict[str, Helper]] = {}
-# Two threads that parse at once disturb each other in CPython 3.11 ("AST constructor recursion depth mismatch").
-_READING = threading.Lock()
-
-
+@cache
 def _functions(module: str) -> dict[str, Helper]:
-    """Each function of a prelude module, in the order of the file."""
-    with _READING:
-        if module not in _READ:
-            text = files("attndsl.codegen").joinpath(module).read_text(encoding="utf-8")
-            lines = text.splitlines()
-            _READ[module] = {
-                node.name: Helper(
-                    "\n".join(
-                        lines[min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1 : node.end_lineno]
-                    ),
-                    frozenset(x.id for x in ast.walk(node) if isinstance(x, ast.Name)),
-                )
-                for node in ast.parse(text).body
-                if isinstance(node, ast.FunctionDef)
-            }
-        return _READ[module]
+    """Each function of a prelude module, in the order of the file.
+
+    Two empty lines stand between them. Python's parser would take ten times as long, and every first call waits; a test
+    holds what is read here against it.
+    """
+    found = {}
+    for block in files("attndsl.codegen").joinpath(module).read_text(encoding="utf-8").split("\n\n\n"):
+        if block.startswith(("@", "def ")) and (function := _FUNCTION.search(block)) is not None:
+            found[function[1]] = Helper(block.rstrip(), frozenset(_NAME.findall(_NO_NAME.sub("", block))))
+    return found
 
 
 def prelude(module: str, needed: Iterable[str]) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 import attndsl
 from attndsl.codegen.gluon_forward import forward_source as gluon_source
+from attndsl.codegen.prelude_helpers import _functions
 from attndsl.codegen.triton_forward import forward_source as triton_source
 from attndsl.piece_plans import forward_plans
 from attndsl.plan import Backend, BackwardPlan, ForwardPlan, Printed, Spec, Tiling
@@ -159,6 +162,20 @@ def test_parameters_are_those_of_the_printed_function(tmp_path: Path) -> None:
     names = parameters(printed(tmp_path).text, "attention_forward")
     assert {"q_ptr", "k_desc", "lse_ptr", "scale", "rows", "k_len"} <= set(names)
     assert all(name.isidentifier() for name in names)
+
+
+@pytest.mark.parametrize("module", ["prelude.py", "torch_prelude.py"])
+def test_prelude_functions_are_those_that_python_reads(module: str) -> None:
+    text = files("attndsl.codegen").joinpath(module).read_text()
+    lines = text.splitlines()
+    found = _functions(module)
+    functions = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    assert list(found) == [node.name for node in functions]
+    for node in functions:
+        first = min([node.lineno, *(x.lineno for x in node.decorator_list)])
+        assert found[node.name].text == "\n".join(lines[first - 1 : node.end_lineno])
+        names = {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
+        assert (found[node.name].names & set(found)) - {node.name} == (names & set(found)) - {node.name}
 
 
 def test_digest_covers_the_compiler() -> None:
