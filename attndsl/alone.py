@@ -32,6 +32,12 @@ class Alone:
     def shape(self, whole: CallShape) -> CallShape:
         return replace(whole, batch=1, rows=self.rows.stop - self.rows.start, k_len=self.keys.stop - self.keys.start)
 
+    def blocks(self, size: int) -> slice:
+        """Its blocks among those of all sequences of its batch entry, one sequence after the other; of a sequence
+        without tokens one that nothing reads."""
+        first = sum(-(-n // size) for n in self.before)
+        return slice(first, first + max(1, -(-(self.keys.stop - self.keys.start) // size)))
+
     def inputs(self, program: Program, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of its call, numpy arrays or tensors, cut from those of the whole."""
         found = {}
@@ -43,6 +49,8 @@ class Alone:
                 cut = slice(None)
                 if size > 1 and dim.axis is Axis.B:
                     cut = slice(self.entry, self.entry + 1)
+                elif size > 1 and dim.apart:
+                    cut = self.blocks(dim.block)
                 elif size > 1 and dim.axis is Axis.K:
                     cut = slice(self.keys.start // dim.block, -(-self.keys.stop // dim.block))
                 elif size > 1 and dim.axis is Axis.Q and dim.block == 1:
@@ -59,7 +67,8 @@ def separate(program: Program) -> bool:
 
 def together(program: Program) -> Program:
     """The program of one of the sequences."""
-    return replace(program, packed=None, lengths=None)
+    inputs = tuple(decl.of_documents(False) for decl in program.inputs)
+    return replace(program, inputs=inputs, packed=None, lengths=None)
 
 
 def sequences(program: Program, shape: CallShape, inputs: Mapping[str, Array]) -> Iterator[Alone]:

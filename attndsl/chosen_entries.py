@@ -1,4 +1,4 @@
-"""Selections of packed calls: each query chooses among the entries that its own document has.
+"""Selections of packed calls that a kernel ranks: each query chooses among the entries that its own document has.
 
 Of `blocks(B)` these are the entries of B tokens, of `tokens` the tokens (`documents.py`). Entries are as many as tokens
 at most, so what chooses blocks of a document chooses single keys of a call whose keys are entries: which of them are
@@ -12,14 +12,12 @@ from dataclasses import dataclass, replace
 
 from attndsl.branches import Branch, Part, Pool, PoolFunction, Visible
 from attndsl.capacity import forced_bound
-from attndsl.derivation import DocumentEntries, EntryPlace
 from attndsl.derive import derive, own_inputs
+from attndsl.diagnostics import PatternError
 from attndsl.effort import remembered
-from attndsl.entry_sets import FIRST
 from attndsl.plans import of_selection
-from attndsl.program import Axis, Dim, InputDecl, Inter, Program, Read, Scalar, Type, Var, substitute
-from attndsl.selection import Bound, Dot, Given, Probs, Score, Selection, Vectors
-from attndsl.unpack import standing
+from attndsl.program import Axis, Dim, InputDecl, Inter, Program, Type
+from attndsl.selection import Dot, Probs, Selection, Vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +49,14 @@ def of_entries(program: Program, selection: Selection, heads: tuple[int, int]) -
     derived = derive(replace(program, branches=(replace(branch, parts=tuple(parts)),), output=None, selections=()))
     among, *rest = (part.pattern for part in derived.only.parts)
     seen = derived.only.parts[-1:] if isinstance(selection.score, Probs) else ()
-    score, vectors = _scored(selection.score, derived)
-    own = own_inputs(derived)
+    score, own = selection.score, own_inputs(derived)
+    vectors = (score.y,) if isinstance(score, Dot) else ()
     made = tuple(_declared(v, own) for v in vectors)
+    if isinstance(score, Dot):
+        score = Dot(score.x, Vectors(made[0].name))
     whole = replace(
         derived, branches=(replace(derived.only, parts=seen),), inputs=(*own, *made, *derived.inputs[len(own) :])
     )
-    if isinstance(score, Given):
-        whole, value = _placed(score.value, whole, program, selection.keys)
-        score = Given(value)
     chosen = replace(
         selection, keys=1, among=among, always=rest[0] if selection.always is not None else None, score=score,
         most_forced=forced_bound(program, heads, selection),
@@ -67,29 +64,33 @@ def of_entries(program: Program, selection: Selection, heads: tuple[int, int]) -
     return OfEntries(whole, chosen, vectors, program.packed)
 
 
+def why_not_entries(program: Program, selection: Selection) -> str:
+    """Why what a packed program's queries choose is no choice among entries by products, empty where it is."""
+    match selection.score:
+        case _ if selection.rows != 1:
+            return "it chooses for classes of rows"
+        case Dot():
+            return ""
+        case Probs(branch=name):
+            (part, *others) = program.named(name).parts
+            view = part.view
+            whole = not others and view is not None and view.size == view.stride == selection.keys
+            return "" if whole else "the branch's entries are not the members"
+        case _:
+            return "only `dot(Q, …)` and `probs(branch)` are ranked in tiles"
+
+
 def ranked(program: Program, selection: Selection, heads: tuple[int, int]) -> tuple[Program, Selection]:
     """A selection of a program as what ranks its members has it, and the program that it is one of."""
     seen = of_selection(program, selection)
-    if seen.packed is None:
+    if seen.packed is None or why_not_entries(seen, selection):
         return seen, selection
-    found = of_entries(seen, selection, heads)
+    try:
+        found = of_entries(seen, selection, heads)
+    except PatternError:
+        # Data of single keys says which entries rows may choose.
+        return seen, selection
     return found.program, found.selection
-
-
-def _scored(score: Score, program: Program) -> tuple[Score, tuple[Vectors, ...]]:
-    """A score with vectors of entries for inputs, and which vectors these hold."""
-    own = own_inputs(program)
-
-    def handed_in(v: Vectors) -> Vectors:
-        return Vectors(_declared(v, own).name)
-
-    match score:
-        case Dot(x=x, y=y):
-            return Dot(x, handed_in(y)), (y,)
-        case Bound(x=x, low=low, high=high):
-            return Bound(x, handed_in(low), handed_in(high)), (low, high)
-        case _:
-            return score, ()
 
 
 def _declared(v: Vectors, own: tuple[InputDecl, ...]) -> InputDecl:
@@ -99,24 +100,4 @@ def _declared(v: Vectors, own: tuple[InputDecl, ...]) -> InputDecl:
     return InputDecl(name, Type.FLOAT, (Dim(Axis.B), Dim(Axis.G), Dim(Axis.K), Dim(Axis.D)))
 
 
-def _placed(value: Scalar, derived: Program, program: Program, keys: int) -> tuple[Program, Scalar]:
-    """A scalar of a document at a member's first token as one of an entry, and the program with what it reads."""
-    assert program.packed is not None
-    ids, first = program.input(program.packed), DocumentEntries(program.packed, keys, keys, EntryPlace.FIRST)
-    decl = next((x for x in derived.inputs if x.derivation == first), None)
-    if decl is None:
-        name = f"entry_first_{ids.name}"
-        while any(x.name == name for x in derived.inputs):
-            name += "_"
-        decl = InputDecl(name, Type.INT, ids.dims, sorted=True, derivation=first)
-        derived = replace(derived, inputs=(*derived.inputs, decl))
-    token = Read(decl.name, (*(Var("b") for _ in ids.dims[:-1]), Var("k")), Type.INT)
-    count: Scalar = Var("Nk")
-    if program.lengths is not None:
-        lengths = program.input(program.lengths)
-        count = Read(lengths.name, tuple(Var("b") for _ in lengths.dims), Type.INT)
-    placed = standing(substitute(value, {"k": FIRST}), derived, program.packed, count, {FIRST.name: token})
-    return derived, placed
-
-
-__all__ = ["OfEntries", "of_entries", "ranked"]
+__all__ = ["OfEntries", "of_entries", "ranked", "why_not_entries"]

@@ -141,6 +141,15 @@ class DocumentEnds:
     ends: bool
 
 
+@dataclass(frozen=True, slots=True)
+class DocumentBlocks:
+    """int32 of the input's own dimensions: the number of the first block of each token's document, blocks of `size`
+    tokens of all documents being counted one document after the other."""
+
+    input: str
+    size: int
+
+
 class EntryPlace(Enum):
     """A token that an entry of a document has: its first one, the one past its last, the first one of its document."""
 
@@ -339,7 +348,8 @@ class RowTiles:
 
 
 Derivation: TypeAlias = (
-    Offsets | Extents | EntryMap | PresentRuns | RunEnds | RunCount | RunExtents | DocumentEnds | DocumentEntries
+    Offsets | Extents | EntryMap | PresentRuns | RunEnds | RunCount | RunExtents | DocumentEnds | DocumentBlocks
+    | DocumentEntries
     | BlockMap | Draw | Chosen | TileList | Cut | Gathering | TileMap | Order | Sorted | Place | RowTiles | Alike
 )  # fmt: skip
 

@@ -23,6 +23,7 @@ from attndsl.derivation import (
     Cut,
     Derivation,
     Document,
+    DocumentBlocks,
     DocumentEnds,
     DocumentEntries,
     Draw,
@@ -126,7 +127,9 @@ def own_inputs(program: Program) -> tuple[InputDecl, ...]:
 
 def _read_by(derivation: Derivation | None) -> set[str]:
     match derivation:
-        case None | Offsets() | Extents() | PresentRuns() | DocumentEnds() | DocumentEntries() | Chosen():
+        case None | Offsets() | Extents() | PresentRuns() | DocumentEnds() | DocumentBlocks() | DocumentEntries():
+            return set()
+        case Chosen():
             return set()
         case RunEnds(input=ids) | RunCount(input=ids) | RunExtents(ids=ids):
             return {ids}

@@ -9,6 +9,7 @@ from attndsl.derivation import (
     BlockMap,
     Chosen,
     Cut,
+    DocumentBlocks,
     DocumentEnds,
     DocumentEntries,
     Draw,
@@ -30,6 +31,7 @@ from attndsl.derivation import (
 )
 from attndsl.notation import scalar_text, set_text
 from attndsl.program import InputDecl
+from attndsl.selection import WHOLE
 
 _PLACES = {
     EntryPlace.FIRST: "first token", EntryPlace.END: "end", EntryPlace.DOCUMENT: "document's first token",
@@ -41,6 +43,9 @@ def made_of(decl: InputDecl) -> str:
     match decl.derivation:
         case DocumentEnds(input=name, ends=ends):
             return f"{'one past the last' if ends else 'the first'} token of each document of `{name}`"
+        case DocumentBlocks(input=name, size=size):
+            of = "the documents" if size >= WHOLE else f"the blocks of {size} tokens of documents"
+            return f"how many of {of} of `{name}` lie before each token's"
         case Extents(input=name, largest=largest):
             return f"the {'largest' if largest else 'least'} `{name}` of each entry's tokens"
         case EntryMap(operand=operand, every=whole, rows=rows):

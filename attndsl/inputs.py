@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -31,12 +31,14 @@ class Axis(Enum):
 class Dim:
     """A dimension of an input: `q/64` is Dim(Axis.Q, block=64), `3` is Dim(Axis.CONST, size=3).
 
-    A `size` beside a block is what each has of it: row classes or members that are tiles.
+    A `size` beside a block is what each has of it: row classes or members that are tiles. `apart`: of a packed call,
+    the blocks of each document, one document after the other, with room for as many as there are tokens.
     """
 
     axis: Axis
     block: int = 1
     size: int = 0
+    apart: bool = False
 
 
 # Tensors that kernels have whatever the program, beside q, k and v.
@@ -68,6 +70,13 @@ class InputDecl:
     members: int | None = None
     each: int = 1
     span: Span | None = field(default=None, compare=False, repr=False)
+
+    def of_documents(self, packed: bool) -> InputDecl:
+        """The same of a packed call, or of a document alone: whose blocks its dimensions have."""
+        dims = tuple(
+            replace(dim, apart=packed and dim.block > 1) if dim.axis in (Axis.Q, Axis.K) else dim for dim in self.dims
+        )
+        return self if dims == self.dims else replace(self, dims=dims)
 
     @property
     def parameter(self) -> str:

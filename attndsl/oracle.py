@@ -134,6 +134,8 @@ def dim_size(dim: Dim, program: Program, shape: CallShape) -> int:
             return shape.heads
         case Axis.G:
             return shape.kv_heads
+        case Axis.Q | Axis.K if dim.apart:
+            return shape.k_len  # Every token may be a document.
         case Axis.Q if dim.block == 1:
             return shape.rows
         case Axis.Q:

@@ -76,6 +76,7 @@ def of_selection(program: Program, selection: Selection) -> Program:
     """The program as a selection sees it: with the inputs of a call, and the plans that it chooses among."""
     own, read = own_program(program), plans_read(selection, program)
     plans = (plan_input(each) for each in program.selections if each.name in read)
+    plans = (decl.of_documents(program.packed is not None) for decl in plans)
     return replace(own, inputs=(*own.inputs, *plans))
 
 

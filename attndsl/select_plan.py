@@ -81,6 +81,8 @@ def why_not_fused(program: Program, selection: Selection, heads: tuple[int, int]
         return reason
     if isinstance(selection.score, Bound):
         return _RANKED
+    if program.packed is not None:
+        return "its members are no entries of documents"
     if capacity(program, selection, heads, MAX_WIDTH + 1) > MAX_WIDTH:
         return f"lists have more than {MAX_WIDTH} entries"
     return ""

@@ -6,9 +6,9 @@
     vectors   ::= Vectors source pool
 
 `of` and `per` are as in a `Random`: member m of k is k // keys, row class r of q is q // rows (None: all rows are one
-class), unless `members` or `row_tiles` say otherwise. A selection decides once for every (r, m), in this order:
-represent, score, withdraw, normalise, sum over the heads that share, choose. `attndsl.choice` is its oracle; a *plan*
-is the tensor that says what was chosen.
+class; of a packed call that is `WHOLE`, since each document has a class of its own), unless `members` or `row_tiles`
+say otherwise. A selection decides once for every (r, m), in this order: represent, score, withdraw, normalise, sum over
+the heads that share, choose. `attndsl.choice` is its oracle; a *plan* is the tensor that says what was chosen.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from attndsl.members import Members, Tiles, extent
 if TYPE_CHECKING:
     from attndsl.diagnostics import Span
     from attndsl.program import Scalar, Set
+
+
+# Rows of a class that holds all of a document: no call has so many.
+WHOLE = 1 << 30
 
 
 # ----------------------------------------------------------------------------------------- scores

@@ -7,6 +7,7 @@ from typing import assert_never
 from attndsl.members import Lags, Members, Placed, Runs, Tiles
 from attndsl.notation import scalar_text, set_text
 from attndsl.selection import (
+    WHOLE,
     Above,
     Antidiagonal,
     Bound,
@@ -29,7 +30,7 @@ from attndsl.selection import (
 def selection_text(selection: Selection) -> str:
     """A selection as a call of its function."""
     of = _members(selection.keys, selection.members)
-    per = {1: "query", None: "head"}.get(selection.rows, f"rows({selection.rows})")
+    per = {1: "query", None: "head", WHOLE: "head"}.get(selection.rows, f"rows({selection.rows})")
     per = per if selection.row_tiles is None else _members(1, selection.row_tiles)
     name, first, more = _rule(selection.rule)
     options = [of, f"per = {per}", f"by = {_score(selection.score)}", f"among = {set_text(selection.among)}"]

@@ -33,7 +33,7 @@ from attndsl.branches import (
     rewritten,
 )
 from attndsl.coordinates import coordinate, length
-from attndsl.derivation import Chosen, Document, DocumentEnds, PresentRuns, Random, Segment
+from attndsl.derivation import Chosen, Document, DocumentBlocks, DocumentEnds, PresentRuns, Random, Segment
 from attndsl.grid import Along
 from attndsl.linear import normalise
 from attndsl.members import Runs
@@ -171,7 +171,7 @@ def document_of(program: Program, doc: str, ends: bool, position: str) -> Scalar
 def _in_documents(program: Program, decl: InputDecl, count: Scalar) -> _Place:
     first, end = (document_of(program, decl.name, ends, "q") for ends in (False, True))
     place = _Place(program, count)
-    return replace(place, document=(first, Call("min", (end, place.k_len))))
+    return replace(place, document=(first, Call("min", (end, place.k_len))), ids=decl.name)
 
 
 def present_tokens(program: Program) -> Scalar | None:
@@ -187,7 +187,7 @@ def _count(program: Program) -> Scalar:
 
 def _of_lengths(program: Program) -> _Place:
     """Where sets stand for all that `lengths` says."""
-    return _Place(program, Var("Nk") if program.lengths is None else _count(program))
+    return _Place(program, present_tokens(program) or Var("Nk"))
 
 
 def _of_rows(program: Program) -> _Place:
@@ -198,7 +198,10 @@ def _of_rows(program: Program) -> _Place:
     decl = program.input(program.packed)
     lead = tuple(Var("b") for _ in decl.dims[:-1])
     first, end = (Read(place.run_ends(decl.name, ends), (*lead, Var("q")), Type.INT) for ends in (False, True))
-    return replace(place, document=(first, Call("min", (end, place.k_len))))
+    place = replace(place, document=(first, Call("min", (end, place.k_len))), ids=decl.name)
+    for size in sorted({dim.block for x in program.inputs for dim in x.dims if dim.apart}):
+        place.blocks_before(size)
+    return place
 
 
 def _part(part: Part, place: _Place, conditions: list[Scalar], count: Scalar | None) -> Part:
@@ -226,14 +229,16 @@ Names = dict[str, Scalar]
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where sets and scalars stand. `count`: how many tokens, or blocks or cells of them, are present, which Nk bounds.
-    `document`: its first token and one past its last. `unit`: coordinates are so many of its tokens each; 0 where they
-    do not count these in order. `declared`: the ends of runs that are read, the call's documents first."""
+    `document`: its first token and one past its last, of the input `ids`. `unit`: coordinates are so many of its tokens
+    each; 0 where they do not count these in order. `declared`: the ends of runs that are read, and how many blocks lie
+    before them, the call's documents first."""
 
     program: Program
     count: Scalar
     document: tuple[Scalar, Scalar] | None = None
+    ids: str = ""
     unit: int = 1
-    declared: dict[DocumentEnds | PresentRuns, InputDecl] = field(default_factory=dict, compare=False)
+    declared: dict[DocumentBlocks | DocumentEnds | PresentRuns, InputDecl] = field(default_factory=dict, compare=False)
 
     @property
     def k_len(self) -> Scalar:
@@ -306,11 +311,14 @@ class _Place:
                 return replace(pattern, among=self.set(among, names), seed=seed, document=self._document())
             case Selected() if self.document is None:
                 return pattern
-            case Selected(keys=keys):
-                # Its rows are those of the call, its members those of the document.
+            case Selected(plan=plan, keys=keys):
+                # Its members are those of the document.
                 assert self.document is not None
                 first = substitute(self.document[0], {"q": Var("k")})
-                return replace(pattern, member=_block(Binary("-", Var("k"), first), keys, False))
+                member = _block(Binary("-", Var("k"), first), keys, False)
+                index = tuple(self.scalar(e, names) if reads(e, "q") else e for e in pattern.index)
+                row = self._read(Read(plan, (*index, Const(0)), Type.BOOL), *self.document)
+                return replace(pattern, index=row.index[:-1], member=member)
             case _:
                 raise AssertionError(f"the front end lets no {type(pattern).__name__} stand here")
 
@@ -354,8 +362,14 @@ class _Place:
         own = f"{'end' if ends else 'first'}_{name}"
         return self._input(DocumentEnds(name, ends), own, self.program.input(name).dims, sorted=True).name
 
+    def blocks_before(self, size: int) -> InputDecl:
+        """The input that holds how many blocks documents before each token's have."""
+        d, dims = DocumentBlocks(self.ids, size), self.program.input(self.ids).dims
+        known = next((x for x in self.program.inputs if x.derivation == d), None)
+        return known or self._input(d, f"blocks_{self.ids}_{size}", dims, sorted=True)
+
     def _input(
-        self, d: DocumentEnds | PresentRuns, name: str, dims: tuple[Dim, ...], sorted: bool = False
+        self, d: DocumentBlocks | DocumentEnds | PresentRuns, name: str, dims: tuple[Dim, ...], sorted: bool = False
     ) -> InputDecl:
         if d not in self.declared:
             taken = {decl.name for decl in (*self.program.inputs, *self.declared.values())}
@@ -388,13 +402,15 @@ class _Place:
         found = rebuild(e, step)
         return rebuild(found, _settled) if self.document is not None else found
 
-    def _read(self, read: Read, first: Scalar, end: Scalar) -> Scalar:
+    def _read(self, read: Read, first: Scalar, end: Scalar) -> Read:
         """An entry of an input over tokens: the document's own, its index held within the document."""
         dims = self.program.input(read.input).dims
         index = list(read.index)
         of_members = isinstance(self.program.input(read.input).derivation, Chosen)
         for i, (dim, x) in enumerate(zip(dims, read.index, strict=True)):
-            if dim.axis in (Axis.Q, Axis.K) and not (of_members and dim.axis is Axis.K):
+            if dim.apart:
+                index[i] = self._numbered(x, dim.block, first, end)
+            elif dim.axis in (Axis.Q, Axis.K) and not (of_members and dim.axis is Axis.K):
                 index[i] = self._within(x, first, end)
         return replace(read, index=tuple(index))
 
@@ -407,6 +423,15 @@ class _Place:
                 last = Binary("-", _block(self.count, dim.block, True), Const(1))
                 index[i] = Call("clamp", (x, Const(0), last))
         return replace(read, index=tuple(index))
+
+    def _numbered(self, x: Scalar, size: int, first: Scalar, end: Scalar) -> Scalar:
+        """The number among those of the call of a document's block x, held within the document."""
+        made = self.blocks_before(size)
+        before = Read(made.name, (*(Var("b") for _ in made.dims[:-1]), Var("q")), Type.INT)
+        if x not in [_block(Binary("-", Var(token), first), size, False) for token in "qk"]:
+            last = _block(Binary("-", Binary("-", end, first), Const(1)), size, False)
+            x = Call("clamp", (x, Const(0), last))
+        return Binary("+", before, x)
 
     def _within(self, x: Scalar, first: Scalar, end: Scalar) -> Scalar:
         """The token of the call at a document's position x, held within the document."""

@@ -75,7 +75,7 @@ def lower_attention(
     args, tables = declare_params(node.params, values, ctx, node.name_span, assume=assume)
     _once(node.clauses, (ast.Axes, ast.Align, ast.Packed, ast.Lengths, ast.Output), ctx)
     aligned = _align(node, ctx)
-    ctx = replace(ctx, align_start=aligned)
+    ctx = replace(ctx, align_start=aligned, packed=any(isinstance(clause, ast.Packed) for clause in node.clauses))
     # Inputs, patterns and axes may be used before they are written.
     grid: Grid | None = None
     for clause in node.clauses:
@@ -114,6 +114,7 @@ def lower_attention(
     chosen = tuple(replace(selection, scale=outer.scale) for selection in ctx.maker.selections.values())
     patterns = (part.pattern for branch in found for part in branch.parts)
     inputs = planned(ctx.maker.inputs.values(), chosen, patterns)
+    inputs = tuple(decl.of_documents(ctx.packed) for decl in inputs)
     combined = None if only else output
     packed, lengths = packing
     observed = tuple(ctx.maker.observations)

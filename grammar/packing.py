@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from attndsl import syntax as ast
-from attndsl.branches import Given, factors
+from attndsl.branches import Given
 from attndsl.derivation import Random, Segment
 from attndsl.diagnostics import Span
 from attndsl.grammar.scope import Context, InputRef, Poison
@@ -16,23 +16,18 @@ from attndsl.program import (
     Choose,
     Coarsen,
     Complement,
-    Dim,
     InputDecl,
     Inter,
     Minus,
     On,
     Permuted,
     Program,
-    Read,
     Selected,
     Set,
     Type,
     Union,
     Where,
-    scalars,
-    walk,
 )  # fmt: skip
-from attndsl.selection import Bound, Dot, Probs, Selection, Top
 
 _DIMS = {"packed": (Axis.B, Axis.K), "lengths": (Axis.B,)}
 _EXAMPLES = {"packed": "input doc : int[b, k]", "lengths": "input n : int[b]"}
@@ -117,72 +112,30 @@ def _barred(program: Program, packed: bool) -> Iterator[_Barred]:
     for chosen in program.selections:
         if chosen.members is not None or chosen.row_tiles is not None:
             yield _Barred("a selection of members that are no blocks", _TOGETHER, chosen.span)
-        if packed and (reason := _not_of_documents(chosen, program)):
-            yield _Barred("such a selection", reason, chosen.span)
-    sets = [part.pattern for branch in program.branches for part in branch.parts]
-    for chosen in program.selections:
-        sets += [x for x in (chosen.among, chosen.always) if x is not None]
-    for pattern in sets:
-        yield from _barred_sets(pattern, program, packed)
+        if packed and chosen.together:
+            yield _Barred("such a selection", "members of all rows of several documents would compete", chosen.span)
     if packed:
-        yield from _of_blocks(program, sets)
+        sets = [part.pattern for branch in program.branches for part in branch.parts]
+        sets += [x for each in program.selections for x in (each.among, each.always) if x is not None]
+        for pattern in sets:
+            yield from _placed(pattern)
 
 
-def _not_of_documents(chosen: Selection, program: Program) -> str:
-    """Why a selection has none in each document, empty where it has."""
-    if chosen.rows != 1:
-        return "which rows choose together would follow from data: choose for each query"
-    if isinstance(chosen.rule, Top) and chosen.rule.count is None:
-        return "how many members a document has would follow from data"
-    match chosen.score:
-        case Dot(y=y):
-            vectors = [y]
-        case Bound(low=low, high=high):
-            vectors = [low, high]
-        case Probs(branch=name):
-            (part, *others) = program.named(name).parts
-            view = part.view
-            size = (1, 1) if view is None else (view.size, view.stride)
-            whole = not others and size == (chosen.keys, chosen.keys)
-            return "" if whole else "its members are not the entries of that branch"
-        case _:
-            vectors = []
-    if any(v.source != "K" and v.pool is None and chosen.keys > 1 for v in vectors):
-        return "which vectors are a document's is not said"
-    return ""
-
-
-def _of_blocks(program: Program, sets: list[Set]) -> Iterator[_Barred]:
-    """What reads blocks or rows of a batch entry where those of a document are meant."""
-    read = [e for x in program.branches for e in (x.scale, x.score, x.sink, x.weights) if e is not None]
-    read += [] if program.output is None else factors(program.output)
-    names = {x.input for e in (*(e for p in sets for e in scalars(p)), *read) for x in walk(e) if isinstance(x, Read)}
-    for name in sorted(names):
-        if any(dim.block > 1 for dim in program.input(name).dims):
-            yield _Barred(f"`{name}`, an input over blocks", "which of its blocks are a document's is not said")
-
-
-def _barred_sets(pattern: Set, program: Program, packed: bool, placed: bool = False) -> Iterator[_Barred]:
-    """What of a set means nothing, for each sequence of a call, that the compiler can say for all of them.
-
-    placed: whether it stands where data places tokens.
-    """
+def _placed(pattern: Set, placed: bool = False) -> Iterator[_Barred]:
+    """What looks at all pairs of a document in another order than its tokens'. placed: whether data places tokens."""
     match pattern:
-        case Where():
+        case Where() | Selected():
             pass
         case Union(parts=parts) | Inter(parts=parts):
             for x in parts:
-                yield from _barred_sets(x, program, packed, placed)
+                yield from _placed(x, placed)
         case Minus(left=a, right=b) | Choose(then=a, other=b):
-            yield from _barred_sets(a, program, packed, placed)
-            yield from _barred_sets(b, program, packed, placed)
-        case Coarsen() | Random() if packed and placed:
+            yield from _placed(a, placed)
+            yield from _placed(b, placed)
+        case Coarsen() | Random() if placed:
             word = "coarsen" if isinstance(pattern, Coarsen) else "random"
             yield _Barred(f"a placed `{word}`", "a document's blocks lie in no order here", pattern.span)
         case Complement(operand=x) | Coarsen(operand=x) | Random(among=x):
-            yield from _barred_sets(x, program, packed, placed)
+            yield from _placed(x, placed)
         case On(operand=x, place=place):
-            yield from _barred_sets(x, program, packed, placed or isinstance(place, Permuted | Segment))
-        case Selected(plan=plan, span=span):
-            if packed and Dim(Axis.Q) not in program.input(plan).dims:
-                yield _Barred("such a plan", "which rows choose together is not said: choose for each query", span)
+            yield from _placed(x, placed or isinstance(place, Permuted | Segment))

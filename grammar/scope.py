@@ -162,6 +162,7 @@ class Context:
     places: int = 0
     inside: str = ""
     align_start: bool = False
+    packed: bool = False  # documents stand for themselves
     # patterns being expanded (declaration and name), outermost first
     calls: tuple[tuple[int, str], ...] = ()
     level: int = 0

@@ -15,6 +15,7 @@ from attndsl.grammar.unsupported import Feature, unsupported
 from attndsl.members import Lags, Members, Tiles
 from attndsl.program import Arg, Const, Inter, Read, Set, Where, reads, walk
 from attndsl.selection import (
+    WHOLE,
     Above,
     Antidiagonal,
     Bound,
@@ -133,8 +134,9 @@ class _Options:
         if _of_tiles(self.given.get("of")) or _of_tiles(self.given.get("per")):
             on_grid = sets.gridded(among, self.ctx)
             among = on_grid.parts[-1] if "among" not in self.given and isinstance(on_grid, Inter) else on_grid
+        whole = WHOLE if self.ctx.packed and row_tiles is None else None
         made = Selection(
-            name, rule, keys, rows or None, share, among, always, forced, score, normalise, members=members,
+            name, rule, keys, rows or whole, share, among, always, forced, score, normalise, members=members,
             row_tiles=row_tiles, span=node.span,
         )  # fmt: skip
         return made if self._fits(made, node) else None

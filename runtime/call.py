@@ -162,6 +162,8 @@ def dim_size(dim: Dim, program: Program, shape: CallShape) -> int:
             return shape.heads
         case Axis.G:
             return shape.kv_heads
+        case Axis.Q | Axis.K if dim.apart:
+            return shape.k_len
         case Axis.Q:
             return shape.rows if dim.block == 1 else -(-shape.q_len(program) // dim.block) * max(1, dim.size)
         case Axis.K:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attndsl.branches import Attended, Given, Pick, Queries, Within, combined
 from attndsl.compose import Composition, Pooling
-from attndsl.derivation import DocumentEnds
+from attndsl.derivation import DocumentBlocks, DocumentEnds
 from attndsl.diagnostics import error
 from attndsl.observation import Observation
 from attndsl.observing import Cells
@@ -24,7 +24,7 @@ from attndsl.runtime.observe import observe
 from attndsl.runtime.ops import attend, checked_values
 from attndsl.runtime.pick import listed_of_heads, picked
 from attndsl.runtime.pool import pooled, pooled_queries
-from attndsl.runtime.runs import entries_of_heads, pooled_runs
+from attndsl.runtime.runs import document_blocks, entries_of_heads, pooled_runs
 from attndsl.runtime.runs import of_heads as runs_of_heads
 from attndsl.runtime.select_op import Planner
 from attndsl.runtime.shares import member_shares
@@ -204,13 +204,16 @@ def attend_composed(
 
 
 def read_by_output(reading: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What an output reads, by name: inputs of a call, and where its documents begin and end."""
+    """What an output reads, by name: inputs of a call, and where its documents and their blocks lie."""
     found: dict[str, Tensor] = {}
     for decl in reading.inputs:
-        if isinstance(decl.derivation, DocumentEnds):
-            found[decl.name] = document_ends(inputs[decl.derivation.input], decl.derivation.ends)
-        else:
-            found[decl.name] = inputs[decl.name]
+        match decl.derivation:
+            case DocumentEnds(input=ids, ends=ends):
+                found[decl.name] = document_ends(inputs[ids], ends)
+            case DocumentBlocks(input=ids, size=size):
+                found[decl.name] = document_blocks(inputs[ids].contiguous(), size)
+            case _:
+                found[decl.name] = inputs[decl.name]
     return found
 
 

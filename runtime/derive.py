@@ -24,6 +24,7 @@ from attndsl.derivation import (
     Cut,
     Derivation,
     Document,
+    DocumentBlocks,
     DocumentEnds,
     DocumentEntries,
     Draw,
@@ -78,7 +79,7 @@ from attndsl.runtime.list_makers import ListMakers
 from attndsl.runtime.permute import of_order
 from attndsl.runtime.plans import chosen_members, list_size
 from attndsl.runtime.row_tiles import row_tiles, table_size
-from attndsl.runtime.runs import along, entry_input, present_runs, run_input
+from attndsl.runtime.runs import along, document_blocks, entry_input, present_runs, run_input
 from attndsl.runtime.strip_blocks import block_sums, gathered, pieces
 from attndsl.runtime.tile_map import tile_map
 from attndsl.runtime.values import Values, readable
@@ -254,6 +255,8 @@ class Deriver:
                 return self._of_runs(decl, decl.derivation, name, values)
             case DocumentEnds(input=name, ends=ends):
                 return document_ends(values.tensors[name].expand(self._size(decl)), ends)
+            case DocumentBlocks(input=name, size=size):
+                return document_blocks(values.tensors[name].expand(self._size(decl)).contiguous(), size)
             case DocumentEntries(input=name):
                 return entry_input(decl.derivation, values.tensors[name].expand(self._size(decl)).contiguous())
             case BlockMap():
@@ -461,7 +464,9 @@ class Deriver:
 def derived_dtype(decl: InputDecl) -> torch.dtype:
     """The dtype of a derived input."""
     match decl.derivation:
-        case Offsets() | RunEnds() | RunCount() | DocumentEnds() | DocumentEntries() | Cut() | Order() | RowTiles():
+        case Offsets() | RunEnds() | RunCount() | Cut() | Order() | RowTiles():
+            return torch.int32
+        case DocumentEnds() | DocumentBlocks() | DocumentEntries():
             return torch.int32
         case BlockMap() | EntryMap() | Chosen() | Alike():
             return torch.bool

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attndsl.alone import separate, sequences, together
+from attndsl.alone import Alone, separate, sequences, together
 from attndsl.choice import Data, Mass, choose
 from attndsl.choice_values import real
 from attndsl.oracle import Evaluator, dim_size
@@ -69,21 +69,22 @@ def _apart(
     program: Program, shape: CallShape, q: Tensor, k: Tensor, inputs: Mapping[str, Tensor], args: Mapping[str, int],
     scale: float | None, given: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:  # fmt: skip
-    """What the sequences of a call choose alone. All begin with the first token, so their blocks are the call's."""
+    """What the sequences of a call choose alone. Padded ones begin with the first token, so their blocks are those of
+    the call; blocks of documents lie one document after the other."""
     exact = {name: x.detach().cpu().numpy() for name, x in inputs.items() if not x.is_floating_point()}
     found = {each.name: _nothing(program, each, shape, q, given) for each in program.selections}
     for x in sequences(program, shape, exact):
         if x.keys.start == x.keys.stop:
             continue
         own, batch = together(program), slice(x.entry, x.entry + 1)
-        plans = {name: _cut(plan, program.selection(name), batch, x.rows) for name, plan in given.items()}
+        plans = {name: _cut(plan, program, program.selection(name), x) for name, plan in given.items()}
         call = q[batch, :, x.rows], k[batch, :, x.keys], x.inputs(program, inputs)
         for name, plan in oracle_plans(own, *call, args, scale, plans).items():
             place = [slice(0, size) for size in plan.shape]
             place[0] = batch
             for i, dim in enumerate(plan_input(program.selection(name)).dims):
-                if dim.axis is Axis.Q and dim.block == 1:
-                    place[i] = x.rows
+                if dim.axis is Axis.Q and (dim.block == 1 or program.packed is not None):
+                    place[i] = x.rows if dim.block == 1 else x.blocks(dim.block)
             found[name][tuple(place)] = plan
     return found
 
@@ -92,7 +93,8 @@ def _nothing(
     program: Program, selection: Selection, shape: CallShape, q: Tensor, given: Mapping[str, Tensor]
 ) -> Tensor:
     """A plan, as the input that it is, in which nothing is chosen."""
-    sizes = [dim_size(dim, program, shape) for dim in plan_input(selection).dims[:-1]]
+    decl = plan_input(selection).of_documents(program.packed is not None)
+    sizes = [dim_size(dim, program, shape) for dim in decl.dims[:-1]]
     plan = given.get(selection.name)
     if plan is not None and plan.dtype != torch.uint8:
         return plan.new_full((*sizes, plan.shape[-1]), -1)
@@ -100,10 +102,12 @@ def _nothing(
     return torch.zeros(*sizes, -(-shape.k_len // tokens) * each, dtype=torch.uint8, device=q.device)
 
 
-def _cut(plan: Tensor, selection: Selection, batch: slice, rows: slice) -> Tensor:
+def _cut(plan: Tensor, program: Program, selection: Selection, x: Alone) -> Tensor:
     """The part of a plan that is handed in, [B, H', R, C or M], that is a sequence's."""
-    plan = plan[batch] if plan.shape[0] > 1 else plan
-    return plan[:, :, rows] if selection.rows == 1 and plan.shape[2] > 1 else plan
+    plan = plan[x.entry : x.entry + 1] if plan.shape[0] > 1 else plan
+    if plan.shape[2] == 1 or (selection.rows != 1 and program.packed is None):
+        return plan
+    return plan[:, :, x.rows if selection.rows == 1 else x.blocks(selection.rows or 1)]
 
 
 def scaled(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor | None, ...] | None) -> tuple[Tensor, ...]:

@@ -65,6 +65,15 @@ def document_entries(ids: Tensor, size: int, stride: int, present: Tensor | None
     return Runs(number, first, torch.where(exists, end, past)), torch.where(exists, begin.gather(-1, at), past)
 
 
+def document_blocks(ids: Tensor, size: int) -> Tensor:
+    """As `derivation.DocumentBlocks` has it, of documents of ids [..., tokens]."""
+    entries, begin = document_entries(ids, size, size)
+    if not ids.shape[-1]:
+        return begin
+    begin = begin.gather(-1, entries.number.to(torch.int64))
+    return entries.number.gather(-1, begin.to(torch.int64))
+
+
 def present_runs(ids: Tensor, present: Tensor) -> Tensor:
     """Ids [B, ..., tokens] of tokens that are present, int [B], as `derivation.PresentRuns` has them."""
     ids, tokens = ids.to(torch.int64), ids.shape[-1]

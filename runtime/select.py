@@ -303,12 +303,14 @@ def empty_plan(program: Program, selection: Selection, shape: CallShape, device:
 
 
 def _classes(program: Program, selection: Selection, shape: CallShape) -> int:
-    """Row classes of a plan: the call's rows, blocks of all positions, or one."""
+    """Row classes of a plan: the call's rows, blocks of all positions (of documents there is room for), or one."""
     match selection.rows:
         case 1:
             return shape.rows
         case None:
             return 1
+        case _ if program.packed is not None:
+            return shape.k_len  # Every token may be a document.
         case rows:
             tokens, each = (rows, 1) if selection.row_tiles is None else extent(selection.row_tiles)
             return -(-shape.q_len(program) // tokens) * each

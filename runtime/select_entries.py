@@ -1,4 +1,4 @@
-"""Makes the plan of a selection of a packed call: its documents' entries are ranked as single keys are (`Selector`)."""
+"""Makes the plan of a selection of a packed call in a fused kernel, which ranks documents' entries as single keys."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class EntrySelector:
     shape: CallShape
     device: torch.device
     given: Sequence[Tensor]
-    printer: Callable[[SelectPlan], str] | None
+    printer: Callable[[SelectPlan], str]
     dtype: torch.dtype
     made: OfEntries = field(init=False)
     capacity: int = field(init=False)

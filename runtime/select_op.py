@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from attndsl.chosen_entries import ranked
 from attndsl.diagnostics import error
 from attndsl.keeping import KEYS, kept_by
 from attndsl.members import Lags, Placed, Runs, Tiles
@@ -22,6 +23,7 @@ from attndsl.program import CallShape, InputDecl, Program
 from attndsl.properties import classes_rows_before
 from attndsl.runtime.call import broadcasts, call_shape, check_inputs, check_rows, check_tables, without_values
 from attndsl.runtime.decode import DecodeTensors
+from attndsl.runtime.document_strips import DocumentSelector
 from attndsl.runtime.ops import traced
 from attndsl.runtime.plans import listed_members
 from attndsl.runtime.registry import engine_of
@@ -29,6 +31,7 @@ from attndsl.runtime.select import Selector, checked_mass, empty_plan, members_o
 from attndsl.runtime.select_entries import EntrySelector
 from attndsl.runtime.strips import Ragged
 from attndsl.runtime.transforms import mapped
+from attndsl.select_plan import why_not_fused
 from attndsl.selection import Levels, Probs, Selection, Share
 
 _LIBRARY = Library("attndsl", "FRAGMENT")
@@ -45,7 +48,7 @@ _LIBRARY.define(
 State: TypeAlias = tuple[Tensor, Tensor]
 # Kinds of calls whose selectors are kept.
 MAX_KEPT = 256
-_KEPT: dict[Any, Selector | EntrySelector] = {}
+_KEPT: dict[Any, Selector | EntrySelector | DocumentSelector] = {}
 _KEPT_RAGGED: dict[Any, Selector] = {}
 
 
@@ -295,10 +298,13 @@ def _select(
         given = [torch.empty_like(x, device="meta") for x in inputs]
         fuses = q.is_cuda and q.dtype != torch.float64
         printer = engine_of(key).generators.triton_select if fuses else None
+        heads = (shape.heads, shape.kv_heads)
         if seen.packed is None:
             selector = Selector(seen, selection, shape, q.device, given, printer)
-        else:
+        elif printer is not None and not why_not_fused(*ranked(program, selection, heads), heads):
             selector = EntrySelector(key, seen, selection, shape, q.device, given, printer, q.dtype)
+        else:
+            selector = DocumentSelector(key, seen, selection, shape, q.device, given)
         _KEPT[kind] = selector
     with torch.no_grad():
         return selector(q, k, inputs, args, scale, None if keys is None or lse is None else (keys, lse))

@@ -1,4 +1,4 @@
-"""Makes the plan of a selection in torch operators: score, normalise, sum over heads, choose, strip by strip.
+"""Makes the plan of a selection in torch operators: score, and choose (`ranking.py`), strip by strip.
 
 Strips are of row classes, so that no array of rows by members is ever whole. Scores are float32 (float64 for float64
 tensors), and ties go to the lower index. Nothing waits for the device.
@@ -18,25 +18,17 @@ from attndsl.capacity import lags_of
 from attndsl.derive import own_inputs
 from attndsl.members import Lags
 from attndsl.runtime.call import present_lengths
-from attndsl.runtime.competing import masses_around, normalised_together
 from attndsl.runtime.groups import Groups, class_rows, lag_sums, tiled_rows
-from attndsl.runtime.masses import floor_share, leading, pooled, running_sums, shares, softmax
+from attndsl.runtime.masses import leading, pooled, shares, softmax
+from attndsl.runtime.ranking import Ranking
 from attndsl.runtime.touched import Touched, as_rows, call_values
 from attndsl.runtime.values import Values
 from attndsl.selection import (
-    Above,
     Antidiagonal,
     Bound,
-    Compete,
-    Cover,
     Dot,
-    Forced,
     Given,
-    Levels,
-    Normalise,
     Probs,
-    Share,
-    Top,
     Vectors,
 )
 from attndsl.unpack import of_present
@@ -47,7 +39,7 @@ if TYPE_CHECKING:
 # Scores of one strip.
 STRIP = {"cpu": 1 << 20, "cuda": 1 << 24}
 # The largest number that a score may be: infinity would make a softmax of NaN.
-_LARGEST = 3.0e38
+LARGEST = 3.0e38
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +79,7 @@ class Strips:
         self.scale: float | Tensor = self.shape.dim**-0.5 if scale is None else scale
         if scale is None and self.selection.scale is not None:
             self.scale = self.among.tensor(of_present(self.selection.scale, of.program))
+        self.ranking = Ranking(self.selection, (self.shape.heads, self.shape.kv_heads), of.budgets)
         self.first = self.shape.first_position(of.program)
         # Of a decode the position of the first row, and of the first row class that holds rows: int64 [B, 1].
         self.first_row: Tensor | None = None
@@ -396,7 +389,7 @@ class Strips:
             return torch.zeros(shape, dtype=torch.uint8, device=self.device)
         strips = [self._scored(at, min(at + step, high)) for at in range(low, high, step)]
         whole = strips[0] if len(strips) == 1 else (torch.cat(x, 2) for x in zip(*strips, strict=True))
-        return self._decided(*whole)
+        return self.ranking.decided(*whole)
 
     def _scored(self, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of these row classes the scores of candidates, which these are, and which are forced."""
@@ -406,88 +399,7 @@ class Strips:
         if self.of.always is not None and self.always is not None:
             forced = self._present(self.of.always, self.always, low, high, self.rows).expand(shape) & candidates
         raw = self._scores(low, high).expand(shape)
-        return torch.where(candidates & ~raw.isnan(), raw, -torch.inf).clamp(max=_LARGEST), candidates, forced
-
-    def _decided(self, raw: Tensor, candidates: Tensor, forced: Tensor) -> Tensor:
-        selection = self.selection
-        extra = selection.forced is Forced.EXTRA
-        withdrawn = candidates & ~forced & (raw == -torch.inf)
-        competing = candidates & ~withdrawn
-        if extra:
-            competing = competing & ~forced
-        normal = normalised_together(raw, competing, selection.normalise, self._compete)
-        score, withdrawn = self._summed(normal, competing, withdrawn)
-        competing = candidates & ~withdrawn
-        if extra:
-            competing = competing & ~forced
-        score = torch.where(competing, score, -torch.inf)
-        # Two stable sorts: by score, and then what is forced and counted first, what is no candidate last.
-        first = forced if selection.forced is Forced.COUNTED else torch.zeros_like(forced)
-        place = torch.where(competing, torch.where(first, 0, 1), 2).to(torch.int8)
-        order = score.sort(dim=-1, descending=True, stable=True).indices
-        order = order.gather(-1, place.gather(-1, order).sort(dim=-1, stable=True).indices)
-        level = self._ranked(score, competing, order, place) * competing
-        top = selection.rule.factors[0] if isinstance(selection.rule, Levels) else 1
-        return torch.where(forced, top, level).to(torch.uint8)
-
-    @property
-    def _compete(self) -> Compete:
-        rule = self.selection.rule
-        return rule.compete if isinstance(rule, Cover) else Compete.ROW
-
-    @property
-    def _sharing(self) -> int:
-        """Heads that decide together."""
-        return {Share.NONE: 1, Share.GROUP: self.group, Share.HEADS: self.shape.heads}[self.selection.share]
-
-    def _summed(self, score: Tensor, competing: Tensor, withdrawn: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores, and which members are withdrawn, after the heads that share have added theirs up."""
-        selection = self.selection
-        size = self._sharing
-        if size == 1:
-            return score, withdrawn
-        masses = selection.normalise is not Normalise.NONE or isinstance(selection.score, Antidiagonal | Probs)
-        added = torch.where(competing, score, 0).unflatten(1, (-1, size)).sum(2)
-        gone = withdrawn.unflatten(1, (-1, size)).any(2)
-        if masses:
-            gone = gone & ~competing.unflatten(1, (-1, size)).any(2)
-        return added.repeat_interleave(size, 1), gone.repeat_interleave(size, 1)
-
-    def _ranked(self, score: Tensor, competing: Tensor, order: Tensor, place: Tensor) -> Tensor:
-        """What each member gets by its rank, int64."""
-        rule = self.selection.rule
-        index = torch.arange(self.of.members, device=self.device).expand(order.shape)
-        rank = torch.empty_like(order).scatter_(-1, order, index)
-        count = competing.sum(-1, keepdim=True)
-        if isinstance(rule, Top):
-            if self.of.budgets is None:
-                assert rule.fraction is not None
-                return (rank < floor_share(rule.fraction, count).clamp(min=1)).to(torch.int64)
-            return (rank < self.of.budgets).to(torch.int64)
-        inside = torch.where(competing, score.clamp(min=0), 0)
-        # Rounded sums may fall by a last bit where nothing is added: a cover is of the first ranks all the same.
-        sums = running_sums(inside.gather(-1, order), -1)
-        until = pad(sums.cummax(-1).values if sums.shape[-1] else sums, (1, 0))
-        total = inside.sum(-1, keepdim=True)
-        before, after = until.gather(-1, rank), until.gather(-1, rank + 1)
-        match rule:
-            case Cover(share=share, exclusive=exclusive, at_least=least, at_most=most, compete=compete):
-                if compete is not Compete.ROW:
-                    before, after, total = masses_around(inside, place, score, compete, self._sharing)
-                within = after <= share * total if exclusive else before < share * total
-                found = (within & (inside > 0)) | (rank < least)
-                return (found if most is None else found & (rank < most)).to(torch.int64)
-            case Above(share=share, relative=relative, at_most=most):
-                found = score >= (share * score.amax(-1, keepdim=True) if relative else share)
-                return (found if most is None else found & (rank < most)).to(torch.int64)
-            case Levels(factors=factors, bounds=bounds, masses=masses):
-                level = torch.zeros_like(rank)
-                for factor, bound in reversed(list(zip(factors, bounds, strict=True))):
-                    below = before < bound * total if masses else rank < floor_share(bound, count)
-                    level = torch.where(below, factor, level)
-                return level
-            case _:
-                assert_never(rule)
+        return torch.where(candidates & ~raw.isnan(), raw, -torch.inf).clamp(max=LARGEST), candidates, forced
 
 
 def _of_batch(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attndsl.branches import Branch, Part
+from attndsl.derivation import DocumentBlocks, DocumentEnds
 from attndsl.derive import derive, with_needed
 from attndsl.program import CallShape, Coarse, Coarsen, Program, Read, Scalar, Set, walk
 from attndsl.relation import Lowering
@@ -44,8 +45,10 @@ class Touched:
         condition = fold(Lowering(derived, heads).predicate(derived.branch.pattern))
         # Of a set that has a closed form no map of blocks is made: at each step of a decode it would be as large as the
         # cache.
+        # Where documents lie is asked for beside it.
         read = {x.input for x in walk(condition, *more) if isinstance(x, Read)}
-        derived = with_needed(derived, (decl for decl in derived.inputs if decl.name in read))
+        ends = {d.name for d in derived.inputs if isinstance(d.derivation, DocumentEnds | DocumentBlocks)}
+        derived = with_needed(derived, (decl for decl in derived.inputs if decl.name in read | ends))
         make = RaggedDeriver if ragged else Deriver
         return cls(derived, shape, device, rows, keys, condition, make(derived, shape, device, given=given))
 

@@ -265,8 +265,6 @@ def check_output(text: str, n_tokens: int, **inputs: Any) -> None:
     ("packed doc attend causal over pool(mean, 4) from pool(mean, 4)", "A907", "pooled queries"),
     ("packed doc attend causal over pool(mean, segments(doc))", "A907", "such a view"),
     ("packed doc x = attend causal observe m = probs(x, sum, head, tokens) output x", "A907", "`observe`"),
-    ("input gate : float[b, h, q/8] packed doc x = attend causal output gate[q // 8] * x", "A907",
-     "`gate`, an input over blocks"),
 ])  # fmt: skip
 def test_what_is_refused(clauses: str, code: str, named: str) -> None:
     """By its name, and with a reason."""

@@ -3,6 +3,9 @@ document alone."""
 
 from __future__ import annotations
 
+import itertools
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -15,11 +18,13 @@ from attndsl.diagnostics import PatternError
 from attndsl.grammar import load
 from attndsl.plans import of_selection
 from attndsl.program import CallShape
+from attndsl.runtime.document_strips import DocumentSelector
+from attndsl.runtime.document_vectors import to_members
 from attndsl.runtime.select_entries import EntrySelector
 from attndsl.select_plan import why_not_fused
 from tests.accuracy import examples
 from tests.gpu import interprets
-from tests.test_routed import FUSED, PATTERNS, check, tensors
+from tests.test_routed import FUSED, PATTERN_SELECTIONS, PATTERNS, check, tensors
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::attndsl.PatternWarning"),
@@ -29,27 +34,30 @@ DOC = torch.tensor([[4] * 20 + [1] * 3 + [4] * 9 + [7, 8] + [0] * 14, [5] * 48])
 HEAD = "input doc : int[b, k] input n : int[b] packed doc lengths n"
 
 
+PROBES = (
+    "attend causal over pool(mean, 4)",
+    "attend { q // 4 >= k // 4 and k < Nk - 1 } over pool(max, 2, visible = any) { softmax with sink 0.5 }",
+    "attend causal",
+)
+
+
 @st.composite
-def selections(draw: st.DrawFn) -> str:
-    size = draw(st.integers(2, 9))
-    pool = draw(st.sampled_from(("mean", "max", "min", "sum", "first", "last")))
-    by = draw(st.sampled_from((f"dot(Q, {pool}(K))", "bound(Q, min(K), max(K))")))
-    always = draw(st.sampled_from(("", f"same_block({size})", "{ k >= Nk - 3 }", "sink(2)")))
-    forced = draw(st.sampled_from(("counted", "extra", "overlay")))
-    share = draw(st.sampled_from(("none", "group", "heads")))
-    among = draw(st.sampled_from(("causal", "all", "causal - window(4)", "{ (q + k) % 3 != 1 }")))
-    rule = draw(st.sampled_from(("top(1", "top(3", "cover(0.6", "above(0.2")))
-    more = "" if rule.startswith("top") else ", at_most = 3"
-    more += f", always = {always}, forced = {forced}" if always else ""
-    if rule.startswith("top") and draw(st.integers(0, 3)) == 0:
-        return f"{rule}, tokens, by = dot(Q, K), share = group, among = {among})"
-    return f"{rule}, blocks({size}), by = {by}, share = {share}, among = {among}{more})"
+def branches(draw: st.DrawFn) -> tuple[str, str]:
+    """A branch to probe, or nothing, and a selection. Entries lie in members: those that shared one would tie, and
+    which of them is above a threshold would be left to rounding."""
+    selection, score = draw(PATTERN_SELECTIONS), re.compile(r"by = (dot|bound)\((\w+(\(\w+\))?(, )?)+\)")
+    if not score.search(selection) or draw(st.booleans()):
+        return "", selection
+    by = draw(st.sampled_from(("by = probs(x)", "by = probs(x, max)")))
+    of_entries = re.search(r"blocks\((4|8)\), per", selection)
+    return f"x = {draw(st.sampled_from(PROBES if of_entries else PROBES[2:]))}", score.sub(by, selection)
 
 
 @examples(25)
-@given(selections(), st.sampled_from(PATTERNS), st.integers(1, 26), st.integers(0, 99))
-def test_what_is_chosen_in_documents(selection: str, pattern: str, k_len: int, seed: int) -> None:
-    text = f"attention a {{ {HEAD} attend {pattern.format(selection)} }}"
+@given(branches(), st.sampled_from(PATTERNS), st.integers(1, 26), st.integers(0, 99))
+def test_what_is_chosen_in_documents(branch: tuple[str, str], pattern: str, k_len: int, seed: int) -> None:
+    probe, selection = branch
+    text = f"attention a {{ {HEAD} {probe} y = attend {pattern.format(selection)} output y }}"
     rows = k_len if seed % 2 else seed % k_len + 1
     begins = torch.rand(2, k_len, generator=torch.Generator().manual_seed(seed)) < 0.15
     n = torch.tensor([max(0, k_len - seed % 7), (seed * 5) % (k_len + 2)])
@@ -58,8 +66,9 @@ def test_what_is_chosen_in_documents(selection: str, pattern: str, k_len: int, s
 
 @pytest.mark.parametrize(("rows", "k_len"), [(0, 5), (1, 1)])
 def test_calls_of_few_rows(rows: int, k_len: int) -> None:
-    text = f"attention a {{ {HEAD} attend causal & top(2, blocks(4), by = dot(Q, mean(K))) }}"
-    check(text, *tensors(rows, k_len), doc=torch.zeros(2, k_len, dtype=torch.int32), n=torch.tensor([k_len, 0]))
+    for choice in ("by = dot(Q, mean(K))", "per = rows(4), by = dot(mean(Q), mean(K))", "per = head, by = q - k"):
+        text = f"attention a {{ {HEAD} attend causal & top(2, blocks(4), {choice}) }}"
+        check(text, *tensors(rows, k_len), doc=torch.zeros(2, k_len, dtype=torch.int32), n=torch.tensor([k_len, 0]))
 
 
 TEXTS = {
@@ -72,6 +81,16 @@ TEXTS = {
         attend causal & sel, causal - sel over pool(mean, 4, counted)""",
     "indexer": "attend causal & top(5, tokens, share = heads, by = dot(Q, K))",
     "distance": "attend causal & top(1, blocks(8), by = (q - k) * Nk)",
+    "rows": "attend causal & top(2, blocks(4), per = rows(8), by = dot(mean(Q), mean(K)), always = same_block(4))",
+    "shared": """summary = attend causal over pool(mean, 4)
+        picked = attend causal & top(2, blocks(4), per = rows(4), by = probs(summary), share = group)
+        output summary + picked""",
+    "head": "attend causal & top(2, blocks(4), per = head, by = dot(mean(Q), mean(K)), share = heads)",
+    "xattention": """attend causal & cover(0.7, blocks(8), per = rows(8), by = antidiagonal(Q, K, 4),
+        always = sink(1) | same_block(8))""",
+    "fraction": "attend causal & top(fraction(0.4), blocks(4), by = dot(Q, mean(K)))",
+    "levels": """attend causal over levels((1, 2, 4), blocks(4), per = rows(4), among = causal,
+        quantiles = (0.3, 0.6, 1.0), by = dot(mean(Q), mean(K)))""",
     "twice": """plan wide = top(3, blocks(4), among = causal, by = dot(Q, mean(K)))
         attend causal & top(1, blocks(4), among = causal & wide, by = dot(Q, max(K)))""",
 }
@@ -81,8 +100,12 @@ def compiled(name: str) -> attndsl.Attention:
     return attndsl.compile(f"attention a {{ input doc : int[b, k] packed doc {TEXTS[name]} }}")
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-@pytest.mark.parametrize("name", TEXTS)
+IN_KERNELS = ("moba", "rest", "rows")
+
+
+@pytest.mark.parametrize(("name", "backend"), [
+    *((name, "cpu") for name in TEXTS), *((name, "triton") for name in IN_KERNELS),
+])  # fmt: skip
 def test_plans_count_in_their_document(name: str, backend: str) -> None:
     """What a call chooses is what it is handed, in it and for the oracle; gradients are the oracle's."""
     attn, dtype = compiled(name), torch.float64 if backend == "cpu" else torch.float32
@@ -104,9 +127,64 @@ def test_plans_count_in_their_document(name: str, backend: str) -> None:
     alone, at = attndsl.compile(f"attention a {{ {TEXTS[name]} }}"), slice(23, 32)
     own = alone.plan(*(x[:1, :, at] for x in leaves[:2]))
     for key, plan in own.items():
-        found = plans[key][:1, :, at]
+        rows = attn.program.selection(key).rows
+        assert rows is not None
+        # 20 and 3 tokens lie before it.
+        before = 23 if rows == 1 else -(-20 // rows) + -(-3 // rows)
+        found = plans[key][:1, :, before : before + plan.shape[2]]
         torch.testing.assert_close(found[..., : plan.shape[3]], plan)
-        assert (found[..., plan.shape[3] :] == -1).all()
+        assert (found[..., plan.shape[3] :] == (0 if plan.dtype == torch.uint8 else -1)).all()
+
+
+@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize(("entry", "keys"), [((3, 2), 4), ((2, 3), 4), ((8, 8), 3), ((4, 4), 8), ((5, 5), 1)])
+def test_entries_give_members_their_shares(entry: tuple[int, int], keys: int, largest: bool) -> None:
+    (size, stride), length = entry, torch.tensor([11, 3, 1, 0])
+    count, entries = -(-11 // keys), -(-11 // stride)
+    masses = torch.rand(1, 2, 4, entries, dtype=torch.float64)
+    wanted = masses.new_zeros(1, 2, 4, count)
+    for r, m, j in itertools.product(range(4), range(count), range(entries)):
+        tokens = range(j * stride, min(j * stride + size, int(length[r])))
+        inside = sum(t // keys == m for t in tokens)
+        if inside:
+            share = masses[:, :, r, j] * inside / len(tokens)
+            so_far = wanted[:, :, r, m]
+            wanted[:, :, r, m] = torch.maximum(so_far, share) if largest else so_far + share
+        if not tokens:
+            masses[:, :, r, j] = 0
+    found = to_members(masses, entry, (keys, count), length.view(1, 1, 4, 1), largest)
+    torch.testing.assert_close(found, wanted)
+
+
+# Inputs over blocks hold those of each document, one document after the other.
+OF_BLOCKS = {
+    "x : float[b, h, q/4, k/8] learnable": "attend causal { score s + x[q // 4, k // 8] }",
+    "x : float[b, k/8] learnable": "attend { k // 8 < q // 8 or k == q } { score s + x[q // 8 - 1] }",
+    "x : bool[b, q/8, k/4]": "attend causal & { x[q // 8, k // 4] or q == k }",
+    "x : float[b, h, q/8, k/4]": "attend causal & top(2, blocks(4), per = rows(8), by = x)",
+    "x : float[b, g, k/4, D]": "attend causal & top(2, blocks(4), share = group, by = dot(Q, x))",
+    "x : float[b, h, q/8, D]": "attend causal & top(2, blocks(4), per = rows(8), by = dot(x, mean(K)))",
+    "x : blocks(4)[b, h, q/8]": "attend causal & x",
+    "x : float[b, q/4] learnable": "far = attend causal near = attend causal & window(3) output x[q // 4] * far + near",
+}
+
+
+@pytest.mark.parametrize("declared", OF_BLOCKS)
+def test_inputs_over_blocks(declared: str) -> None:
+    attn = attndsl.compile(f"attention a {{ input doc : int[b, k] input {declared} packed doc {OF_BLOCKS[declared]} }}")
+    decl, sizes = attn.program.input("x"), {"b": 2, "h": 4, "g": 2, "q": 48, "k": 48, "D": 16, "const": 3}
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn([sizes.get(dim.axis.value, 3) for dim in decl.dims], generator=generator, dtype=torch.float64)
+    if decl.members:
+        x = torch.arange(3).expand(x.shape)
+    x = x > 0 if decl.type.value == "bool" else x.requires_grad_(decl.learnable)
+    for rows in (48, 29):
+        leaves = [y.requires_grad_() for y in tensors(rows, 48, seed=3)] + ([x] if decl.learnable else [])
+        out, wanted = attn(*leaves[:3], doc=DOC, x=x), attn.reference(*leaves[:3], doc=DOC, x=x)
+        torch.testing.assert_close(out, wanted, atol=1e-10, rtol=1e-10)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+        found, right = (torch.autograd.grad((y * weight).sum(), leaves) for y in (out, wanted))
+        torch.testing.assert_close(found, right, atol=1e-9, rtol=1e-9)
 
 
 @interprets
@@ -121,8 +199,8 @@ def test_the_fused_kernel_chooses_as_strips_do(text: str) -> None:
     assert ranked(attn.program, selection, (4, 2)) == (entries.program, entries.selection)
     q, k, _ = (x.float() for x in tensors(29, 48, seed=1))
     found = [
-        EntrySelector(attn._key, program, selection, shape, q.device, [DOC], printer, q.dtype)(q, k, [DOC], [])
-        for printer in (select_source, None)
+        EntrySelector(attn._key, program, selection, shape, q.device, [DOC], select_source, q.dtype)(q, k, [DOC], []),
+        DocumentSelector(attn._key, program, selection, shape, q.device, [DOC])(q, k, [DOC], []),
     ]
     torch.testing.assert_close(*found)
 
@@ -138,26 +216,26 @@ def test_the_fused_kernel_ranks_by_probabilities_of_entries() -> None:
     summary = attndsl.compile("attention a { input doc : int[b, k] packed doc attend causal over pool(mean, 4) }")
     (keys, _), (_, lse) = summary.views(k, v, doc=DOC)["pool(mean, 4)"], summary(q, k, v, doc=DOC, return_lse=True)
     found = [
-        EntrySelector(attn._key, program, selection, shape, q.device, [DOC], printer, q.dtype)(
-            q, k, [DOC], [], None, (keys, lse)
+        made(q, k, [DOC], [], None, (keys, lse))
+        for made in (
+            EntrySelector(attn._key, program, selection, shape, q.device, [DOC], select_source, q.dtype),
+            DocumentSelector(attn._key, program, selection, shape, q.device, [DOC]),
         )
-        for printer in (select_source, None)
     ]
     torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize(("clauses", "named"), [
-    ("attend causal & top(1, blocks(4), per = rows(8), by = dot(mean(Q), mean(K)))", "such a selection"),
-    ("attend causal & top(fraction(0.5), blocks(4), by = dot(Q, mean(K)))", "such a selection"),
-    ("x = attend causal y = attend causal & top(1, blocks(4), by = probs(x)) output y", "such a selection"),
-    ("input p : blocks(4)[b, h, q/8] attend causal & p", "such a plan"),
+    ("attend causal & cover(0.5, blocks(4), per = rows(8), compete = head, by = dot(mean(Q), mean(K)))",
+     "such a selection"),
+    ("input seg : int[b, k] attend causal & top(1, segments(seg), by = dot(Q, mean(K)))", "a selection of members"),
 ])  # fmt: skip
 def test_what_is_refused(clauses: str, named: str) -> None:
     with pytest.raises(PatternError) as caught:
         load(f"attention a {{ input doc : int[b, k] packed doc {clauses} }}")
     (found,) = (d for d in caught.value.diagnostics if d.code.startswith("A9"))
     assert found.code == "A907"
-    assert f"around {named} is" in found.message
+    assert f"around {named}" in found.message
 
 
 def test_a_plan_that_is_handed_in() -> None:
