@@ -272,7 +272,7 @@ def _of_one_head(program: Program, spec: Spec, tiling: Tiling) -> ForwardPlan:
     if program.plain:
         return forward_plan(with_cuts(program, ragged=True), spec, tiling, skip=False)
     # Each sequence has a length of its own: where a plan's choice lies in it is a condition, not a list.
-    return view_forward(program, spec, tiling, follows=False, lists=False)
+    return view_forward(program, spec, tiling, follows=False, ragged=True)
 
 
 def _listed_plan(

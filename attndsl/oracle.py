@@ -96,7 +96,8 @@ def mask(
     found = np.zeros(full, np.bool_)
     for x in sequences(program, shape, inputs):
         own = Evaluator.of_call(together(program), x.shape(shape), x.inputs(program, inputs), args, x.entry)
-        found[x.entry : x.entry + 1, :, x.rows, x.keys] = own.seen(part)  # No view, so no pooled queries.
+        inside = own.seen(part, program.only.queries)
+        found[x.entry : x.entry + 1, :, x.rows, x.keys.start : x.keys.start + inside.shape[-1]] = inside
     return found
 
 

@@ -66,7 +66,7 @@ def allowed(
         return mask(program, shape, inputs, args)[:, :, rows][..., k_pos]
     call = Evaluator.of_call(program, shape, inputs, args)
     place = call.at(q_pos.reshape(1, 1, -1, 1), k_pos.reshape(1, 1, 1, -1), call.variables["Nq"], call.variables["Nk"])
-    inside = place.members(program.only.pattern) & (place.variables["q"] >= 0)
+    inside = place.members(program.only.pattern)
     return np.array(np.broadcast_to(inside, (shape.batch, shape.heads, q_pos.size, k_pos.size)))
 
 
@@ -81,7 +81,7 @@ def seen(
     view, count = part.view, entries(part.view, shape.k_len)
     if view is None or not count:
         return allowed(program, shape, q_pos, np.arange(count), inputs, args)
-    if view.told:
+    if view.told or separate(program):
         rows = q_pos - shape.first_position(program)
         return mask(program, shape, inputs, args)[:, :, rows]
     # Nominal extents reach past the last token.
@@ -192,7 +192,7 @@ def _count(
         variables = dict(call.variables) | {name: np.full((1, 1, 1, 1), value) for name, value in fixed.items()}
         variables |= {"q": q_pos.reshape(1, 1, -1, 1), "k": k_pos.reshape(1, 1, 1, -1)}
         inside = Evaluator(program, shape, inputs, args, variables).members(program.branch.pattern)
-        inside = np.broadcast_to(inside & (variables["q"] >= 0), (1, 1, rows, k_pos.size))
+        inside = np.broadcast_to(inside, (1, 1, rows, k_pos.size))
         found += int(inside.sum())
         asked += rows * len(tiles)
     everything = sum(rows * len(tiles) for rows, tiles in partial.values())

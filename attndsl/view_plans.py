@@ -35,16 +35,16 @@ from attndsl.simplify import fold, specialise
 from attndsl.visits import closed_runs
 
 
-def view_forward(program: Program, spec: Spec, tiling: Tiling, follows: bool, lists: bool = True) -> ForwardPlan:
+def view_forward(program: Program, spec: Spec, tiling: Tiling, follows: bool, ragged: bool = False) -> ForwardPlan:
     """The forward kernel of a derived program of one part, which is over a view.
 
-    lists: whether the tiles that a plan chooses may be listed. A list is made for one length, and for rows that stand
-    where a call's do.
+    ragged: as in `derive`. Then no tiles that a plan chooses are listed: a list is made for one length, and for rows
+    that stand where a call's do.
     """
-    program = _with_cuts(program)
+    program = _with_cuts(program, ragged)
     relation, view = _entries(program, spec, "q")
     found = None
-    if lists:
+    if not ragged:
         found, (tiling,) = _listable(program, spec, relation, view, (tiling,))
     if found is None:
         runs = closed_runs(relation, program, spec, tiling, Side.QUERY)
@@ -91,10 +91,10 @@ def listed_tilings(program: Program, spec: Spec, tilings: tuple[Tiling, ...]) ->
     return _listable(program, spec, *_entries(program, spec, "q"), tilings)[1]
 
 
-def _with_cuts(program: Program) -> Program:
+def _with_cuts(program: Program, ragged: bool = False) -> Program:
     """The program with the ends of intervals that sorted data allows, where entries are as many as tokens."""
     (part,) = program.only.parts
-    return with_cuts(program) if isinstance(part.view, Given) and part.view.as_tokens else program
+    return with_cuts(program, ragged) if isinstance(part.view, Given) and part.view.as_tokens else program
 
 
 def _listable(

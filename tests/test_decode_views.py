@@ -212,6 +212,16 @@ def test_systems_in_triton(name: str) -> None:
     assert torch.equal(found, again)
 
 
+@pytest.mark.parametrize("pattern", ["document(doc)", "document(doc) & causal, causal & document(doc)"])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_entries_of_one_token_by_sorted_data(pattern: str, backend: str) -> None:
+    """Tiles of them are skipped as those of tokens are, by where the rows of a call cut them."""
+    declared = "input doc : int[b, k] sorted"
+    attn = attndsl.compile(f"attention a {{ {declared}  u = attend {pattern} over pool(max, 1)\n output u }}")
+    of = Sequences(attn, [41, 2, 48], rows=3, dtype=torch.float32)
+    of.check_both(attn.decode(of.q, *of.cache(8), backend=backend, **of.inputs), 2e-5)
+
+
 def test_the_last_rows_of_a_prefill() -> None:
     """A row is what it was in a call on the whole sequence, whatever came after it."""
     for name in ("nsa", "moba", "pyramid", "combiner"):

@@ -74,6 +74,12 @@ def test_pairs_are_counted_exactly(text: str, rows: int) -> None:
     assert line.startswith(f"pairs: {int(attn.mask(rows, 200, heads=2).sum()):,} of {2 * rows * 200:,} allowed")
 
 
+def test_more_rows_than_keys() -> None:
+    """Those before the first token are rows like any of a pattern that asks of none where it stands."""
+    assert "pairs: 28 of 28 allowed" in str(attndsl.compile("all").explain(7, 4))
+    assert "pairs: 10 of 28 allowed" in str(attndsl.compile("causal").explain(7, 4))
+
+
 def test_stages_show_themselves() -> None:
     found = attndsl.compile("causal & window(8)").explain(64, dim=16, heads=2, stages=True)
     titles = [section.title for section in found.sections]

@@ -72,6 +72,13 @@ def test_tiles_of_views_are_those_of_the_mask(text: str) -> None:
                     assert tile.all() if code == TileCode.FULL else code == TileCode.PARTIAL or not tile.any()
 
 
+def test_rows_of_padded_views() -> None:
+    attn = attndsl.compile("attention a { input n : int[b] lengths n attend causal over pool(mean, 4, visible = any) }")
+    found = attn.explain(30, n=torch.tensor([19])).section("rows").lines
+    assert found[0] == "row 0: entries 0  [1 of 8]"
+    assert found[-1] == "row 29: entries none  [0 of 8]"
+
+
 def test_what_is_explained() -> None:
     attn = attndsl.compile(NSA)
     found = attn.explain(64, heads=2, kv_heads=1)
