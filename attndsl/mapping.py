@@ -7,7 +7,8 @@ from lists made of the map, and mask those in which the bounds do not say that e
 
 A table of truths that is looked up by a number of the query and one of the key, as the map of what a plan chooses is,
 holds somewhere in a tile if it does for some number of its rows and some of its keys; one looked up by a number of
-both, as diagonals are, if it does between the least and the greatest of these.
+both, as diagonals are, if it does between the least and the greatest of these. So are members of documents, which
+count from the first token of the row's, beside a number of the row.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ from attndsl.program import (
     Set,
     Type,
     Union,
-    Var,
     Where,
     reads,
     scalars,
@@ -113,26 +113,27 @@ def _of_tokens(pattern: Set) -> bool:
 
 def tabled(e: Read, program: Program) -> bool:
     """Whether a truth of both positions is a table for tiles: looked up by a number of each, or by one of both."""
-    mixed = [i for i in e.index if _reads_both(i)]
-    if mixed:
-        alone = not any(reads(i, "q", "k") for i in e.index if i not in mixed)
-        return len(mixed) == 1 and alone and all(_of_lag(x) for x in walk(mixed[0]))
-    of_q, of_k = ([n for n, i in enumerate(e.index) if reads(i, name)] for name in "qk")
-    if len(of_q) != 1 or len(of_k) != 1:
+    mixed = [n for n, i in enumerate(e.index) if _reads_both(i)]
+    of_q, of_k = ([n for n, i in enumerate(e.index) if reads(i, name) and n not in mixed] for name in "qk")
+    if len(of_q) > 1 or len(of_k) + len(mixed) != 1 or (mixed and not _of_lag(e.index[mixed[0]])):
         return False
+    if not of_q:
+        return bool(mixed)
     dim = program.input(e.input).dims[of_q[0]]
     return dim.axis is Axis.CONST or dim.block // max(1, dim.size) >= LEAST_ROWS
 
 
 def _of_lag(e: Scalar) -> bool:
-    """Whether the number of a diagonal may be made of this."""
+    """Whether a number of both positions is bounded by bounds of what it is made of."""
     match e:
-        case Binary(op="//", right=Const(value=int(size))):
-            return size > 0
-        case Binary(op=op):
-            return op in ("+", "-")
+        case _ if not _reads_both(e):
+            return True
+        case Binary(op="//", left=a, right=Const(value=int(size))):
+            return size > 0 and _of_lag(a)
+        case Binary(op="+" | "-", left=a, right=b):
+            return _of_lag(a) and _of_lag(b)
         case _:
-            return isinstance(e, Var | Const)
+            return False
 
 
 def _reads_both(e: Scalar) -> bool:

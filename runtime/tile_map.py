@@ -76,7 +76,8 @@ class _Tiles:
                 if not mixed:
                     return self._by_both(e)
                 if (bounds := self.number(e.index[mixed[0]])) is not None:
-                    return self._by_lag(e, mixed[0], bounds)
+                    of_q = [n for n, i in enumerate(e.index) if reads(i, "q") and n not in mixed]
+                    return self._by_row(e, of_q[0], mixed[0], bounds) if of_q else self._by_lag(e, mixed[0], bounds)
             case _:
                 pass
         unknown = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.values.device)
@@ -114,6 +115,26 @@ class _Tiles:
         low, high = (x.clamp(0, last) for x in bounds)
         count = until[b, h, high + 1] - until[b, h, low]
         return count > 0, count == high - low + 1
+
+    def _by_row(self, e: Read, of_q: int, which: int, bounds: Bounds) -> Bounds:
+        """Of a table that a number of the query looks up, and one of both, between bounds: by how many hold up to each
+        entry, for some row of a tile and for all."""
+        places, table = self._places(e), self.values.tensors[e.input]
+        last = table.shape[which] - 1
+        places[which] = torch.arange(last + 1, device=table.device).view(1, 1, 1, -1)
+        lead = torch.broadcast_shapes(*(place.shape[:2] for place in places))
+        step = self.rows * max(1, STRIP // (lead.numel() * self.rows * (last + 1)))
+        found: list[Bounds] = []
+        for rows in places[of_q].split(step, 2):
+            places[of_q] = rows
+            each = table[tuple(places)].unflatten(2, (-1, self.rows))
+            found.append((each.any(3), each.all(3)))
+        some, every = (pad(torch.cat(x, 2).cumsum(3, dtype=torch.int32), (1, 0)) for x in zip(*found, strict=True))
+        low, high = (x.clamp(0, last) for x in bounds)
+        size = torch.broadcast_shapes(low.shape, (*some.shape[:3], 1))
+        low, high, some, every = (x.expand(*size[:3], -1) for x in (low, high, some, every))
+        may, must = (x.gather(3, (high + 1).to(torch.int64)) - x.gather(3, low.to(torch.int64)) for x in (some, every))
+        return may > 0, must == high - low + 1
 
     def _places(self, e: Read) -> list[Tensor]:
         """The places that the indices of a read stand for, of all but those that read both positions."""
