@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import reduce
 from typing import TypeVar, assert_never
 
 import islpy as isl
 
-from attndsl.effort import EFFORT, Budget, TooHard, bounded, eased
-from attndsl.isl_sets import common_multiple, where_param
+from attndsl.effort import EFFORT, TooHard, bounded
 from attndsl.layout import PLAIN, Layout
 from attndsl.program import (
     Binary,
@@ -42,24 +40,14 @@ from attndsl.run_ends import (
 from attndsl.runs import Run, Side, TileKind, TileRuns, plain_runs
 from attndsl.tile_cuts import Grid, Owner, TileCuts, tile_cuts
 from attndsl.tile_loops import loop_runs
+from attndsl.tile_sets import PIECE_EFFORT, Tiles, split_tiles, tile_sets
 
-# Elementary isl operations allowed to the tiles of one side of one pattern, whatever is tried, and to one attempt.
-TILES_EFFORT = 4 * EFFORT
+# Elementary isl operations allowed to one attempt at runs.
 SCAN_EFFORT = 2 * EFFORT
-# … and to telling full tiles from partial ones, whose operations are the slowest.
-SPLIT_EFFORT = 120_000
-# … half of it for patterns of more parts, whose complements either are found soon or pass any bound.
-MANY_PARTS = 16
-# … and to writing one piece of it as an interval.
-PIECE_EFFORT = EFFORT // 10
 # After so many pieces past it the rest is not tried.
 MAX_HARD = 2
 # Nodes of the ends of runs, written out: what they share counts each time, as it does for whoever compares them.
 MAX_WRITTEN = 20_000
-# Conditions on sorted data up to which full tiles are told from partial ones: with more, that takes too long.
-MAX_KNOWN = 2
-# Quotients in the tiles that are touched past which it pays to simplify these first: of many most may go.
-FEW_QUOTIENTS = 4
 # Up to so many pieces are tried for being parts of one interval.
 MAX_JOINED = 6
 
@@ -102,7 +90,7 @@ def touched_runs(
 
 def touched_tiles(relation: Relation, block_q: int, block_k: int, align_start: bool, layout: Layout = PLAIN) -> isl.Set:
     """The tiles { [x, y] } of queries and of keys that `touched_runs` visits, those that do not exist left out."""
-    return _Tiler(relation, block_q, block_k, Side.QUERY, align_start, layout).touched_tiles()
+    return tile_sets(Tiles(relation, block_q, block_k, align_start, layout), TileCuts()).some_touched()
 
 
 def ordered_runs(
@@ -127,35 +115,12 @@ class _Tiler:
         self.relation, self.side, self.layout = relation, side, layout
         self.block_q, self.block_k = block_q, block_k
         self.align_start, self.shifted = align_start, shifted
-        self.hard, self.budget = 0, Budget(eased(TILES_EFFORT, common_multiple(relation.pairs)))
         self.ctx = relation.pairs.get_ctx()
-        # `start` is the position of row 0, or in a layout its index; of shifted tiles that of the first row and key.
-        # Rows are always below Nq.
-        start, length = ("0", "Nq") if align_start else ("start", "Nk")
-        k_start = start if shifted else "0"
-        self.tiles = self._map(
-            f"[start] -> {{ [q, k] -> [x, y] : {block_q} x <= q - {start} < {block_q} x + {block_q} and "
-            f"{block_k} y <= k - {k_start} < {block_k} y + {block_k} }}"
-        )
-        self.existing = self._set(
-            f"[Nq, Nk, start, residue] -> {{ [x, y] : x >= 0 and {layout.q.text(f'{block_q} x + {start}')} < {length} "
-            f"and y >= 0 and {relation.stride} * ({layout.k.text(f'{block_k} y + {k_start}')}) < Nk "
-            f"and Nk >= 1 and Nq >= 1 }}"
-        ).intersect_params(relation.context)
-        if shifted:
-            between = isl.Set.read_from_str(self.ctx, f"[start] -> {{ : {-block_q} < start <= 0 }}")
-            self.existing = self.existing.intersect_params(between)
+        of = Tiles(relation, block_q, block_k, align_start, layout, shifted)
         self.cuts = TileCuts() if program is None else tile_cuts(program, relation.atoms, self._owner(), self._grids())
-        self.known = {name: tuple(map(self._set, texts)) for name, texts in self.cuts.pairs.items()}
-        parameters = ", ".join(["start", *self.cuts.scalars])
-        for fact in self.cuts.tiles:
-            self.existing = self.existing.intersect(self._set(f"[{parameters}] -> {{ [x, y] : {fact} }}"))
-
-    @functools.cached_property
-    def reach(self) -> isl.Set:
-        """What a full tile has to hold: a key tile all its keys below Nk; a query tile (transposed) has no such duty,
-        since the rows that do not exist are zero where the kernel reads them."""
-        return self._set("{ [q, k] }" if self.shifted else "{ [q, k] : k >= 0 }")
+        self.sets = tile_sets(of, self.cuts)
+        self.existing = self.sets.existing
+        self.hard, self.budget = 0, of.budget()
 
     @functools.cached_property
     def above(self) -> isl.Map:
@@ -196,36 +161,22 @@ class _Tiler:
         exists = self.align_start or self.side is Side.KEY
         return Owner(variable, comb.position(first), last, end, text, size, exists)
 
-    def _some(self, pairs: isl.Set) -> isl.Set:
-        """The pairs that are in a set for some truth of the data that a tile does not rule out."""
-        for name, (may_hold, may_fail) in self.known.items():
-            if pairs.find_dim_by_name(isl.dim_type.param, name) < 0:
-                continue
-            holds, fails = where_param(pairs, name, 1), where_param(pairs, name, 0)
-            # Where it only adds pairs, what is there without it needs no bound.
-            pairs = (fails if fails.is_subset(holds) else fails.intersect(may_fail)).union(
-                holds if holds.is_subset(fails) else holds.intersect(may_hold)
-            ).coalesce()  # fmt: skip
-        return self.relation.project_atoms(pairs)
-
-    def _set(self, text: str) -> isl.Set:
-        return isl.Set.read_from_str(self.ctx, text)
-
     def _map(self, text: str) -> isl.Map:
         return isl.Map.read_from_str(self.ctx, text)
 
     def runs(self) -> TileRuns:
-        touched = self._touched()
+        split = split_tiles(self.sets)
+        # Both sides are charged with what was done once.
+        self.budget.left -= sum(split.taken)
         # Past the effort bound every visited tile is partial: slower, never different.
-        attempts = [lambda: self._partial(touched)]
-        if len(self.known) <= MAX_KNOWN:
-            split = self._split if len(self.known) < MAX_KNOWN else self._split_by_parts
-            effort = SPLIT_EFFORT if self.relation.pairs.n_basic_set() <= MANY_PARTS else SPLIT_EFFORT // 2
-            attempts.insert(0, lambda: self._scan(*bounded(self.ctx, lambda: split(touched), effort)))
-        for attempt in attempts:
+        attempts = [(lambda: self._partial(split.touched), SCAN_EFFORT)]
+        if (kinds := split.kinds) is not None:
+            lines = (lambda: self._scan(*map(self._own_tile, kinds)), SCAN_EFFORT - split.taken[1])
+            attempts.insert(0, lines)
+        for attempt, effort in attempts:
             self.hard = 0
             try:
-                found = self.budget.bounded(self.ctx, attempt, SCAN_EFFORT)
+                found = self.budget.bounded(self.ctx, attempt, effort)
             except TooHard:
                 continue
             if _written_out(found) <= MAX_WRITTEN:
@@ -233,24 +184,15 @@ class _Tiler:
         return self._partial(self.existing, gives_up=False)
 
     def touched_runs(self) -> TileRuns:
-        touched = self._touched()
+        touched = self.sets.touched(self.budget)
         return bounded(self.ctx, lambda: self._partial(touched), SCAN_EFFORT)
-
-    def touched_tiles(self) -> isl.Set:
-        def touched() -> isl.Set:
-            return self._some(self.relation.pairs).apply(self.tiles).intersect(self.existing)
-
-        try:
-            return self.budget.bounded(self.ctx, touched, EFFORT // 2)
-        except TooHard:
-            return self.existing
 
     def _partial(self, tiles: isl.Set, gives_up: bool = True) -> TileRuns:
         line = self._own_tile(tiles)
         return self._scan(isl.Set.empty(line.get_space()), line, gives_up)
 
     def ordered_runs(self) -> tuple[Run, ...]:
-        touched = self._touched()
+        touched = self.sets.touched(self.budget)
         context = self._own_tile(self.existing).params()
 
         def scanned(tiles: isl.Set) -> tuple[Run, ...]:
@@ -261,56 +203,6 @@ class _Tiler:
         except TooHard:
             return scanned(self.existing)
         return found if _written_out(TileRuns((), found)) <= MAX_WRITTEN else scanned(self.existing)
-
-    def _split(self, touched: isl.Set) -> tuple[isl.Set, isl.Set]:
-        """The lines of full tiles, and of partial ones."""
-        missing = self.reach.subtract(self.relation.pairs)
-        holes = self._some(missing).apply(self.tiles).coalesce()
-        full = self._existing(touched.subtract(holes))
-        return self._own_tile(full), self._own_tile(touched.subtract(full).coalesce())
-
-    def _split_by_parts(self, touched: isl.Set) -> tuple[isl.Set, isl.Set]:
-        """The same, but tiles that only several parts of the pattern fill together are partial."""
-        full = isl.Set.empty(touched.get_space())
-        for part in self._certain().get_basic_sets():
-            holes = self.reach.subtract(isl.Set.from_basic_set(part)).apply(self.tiles).coalesce()
-            full = full.union(self._existing(touched.subtract(holes)))
-        full = self._existing(full)
-        return self._own_tile(full), self._own_tile(touched.subtract(full).coalesce())
-
-    def _certain(self) -> isl.Set:
-        """The pairs of the relation, whatever the truth of the data, as far as a tile knows it."""
-        pairs = self.relation.pairs
-        for name in self.relation.atoms:
-            holds, fails = where_param(pairs, name, 1), where_param(pairs, name, 0)
-            pairs = holds.intersect(fails)
-            if name in self.known:
-                may_hold, may_fail = self.known[name]
-                pairs = pairs.union(holds.subtract(may_fail)).union(fails.subtract(may_hold))
-            pairs = pairs.coalesce()
-        return pairs
-
-    def _in_quotients(self, tiles: isl.Set) -> isl.Set:
-        # Quotients come out in fewer pieces by themselves than while tiles are simplified; hard ones take longer.
-        with suppress(TooHard):
-            tiles = bounded(self.ctx, tiles.compute_divs, PIECE_EFFORT)
-        return tiles.coalesce()
-
-    def _existing(self, tiles: isl.Set) -> isl.Set:
-        """The tiles that exist, written as plainly as that allows."""
-        return self._in_quotients(tiles).gist(self.existing).intersect(self.existing).coalesce()
-
-    def _touched(self) -> isl.Set:
-        def touched() -> isl.Set:
-            found = self._in_quotients(self._some(self.relation.pairs).apply(self.tiles))
-            quotients = sum(part.dim(isl.dim_type.div) for part in found.get_basic_sets())
-            plain = found if quotients <= FEW_QUOTIENTS else found.gist(self.existing)
-            return plain.intersect(self.existing).coalesce()
-
-        try:
-            return self.budget.bounded(self.ctx, touched, EFFORT // 2)
-        except TooHard:
-            return self.existing
 
     # -------------------------------------------------------------------------------------- runs
 
@@ -344,7 +236,7 @@ class _Tiler:
                 return None
             pieces.append(piece)
         # Where data decides which pieces meet, each may have tiles or none: in a row they are no easier to visit.
-        together = [[piece] for piece in pieces] if self.known else self._joined(pieces)
+        together = [[piece] for piece in pieces] if self.cuts.pairs else self._joined(pieces)
         return self._runs_of(together, kind, context)
 
     def _runs_of(self, joined: list[list[isl.Set]], kind: TileKind, context: isl.Set) -> list[Run]:

@@ -32,6 +32,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "attndsl.quasi_affine",
         "attndsl.tiles",
         "attndsl.tile_loops",
+        "attndsl.tile_sets",
         "attndsl.pieces",
         "attndsl.reindex",
         "attndsl.grid_pieces",
