@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from attndsl.program import Binary, Call, Compare, Const, If, Logic, Scalar, Type, Unary, Var
-from attndsl.simplify import fold, negated, specialise
+from attndsl.simplify import folded_once, negated, specialise
 
 
 @dataclass(slots=True)
@@ -23,9 +23,14 @@ class _Sum:
     def add(self, other: _Sum, factor: int = 1) -> None:
         self.constant += factor * other.constant
         for term, coefficient in other.terms.items():
-            self.terms[term] = self.terms.get(term, 0) + factor * coefficient
-            if self.terms[term] == 0:
-                del self.terms[term]
+            self.add_term(term, factor * coefficient)
+
+    def add_term(self, term: Scalar, factor: int) -> None:
+        factor += self.terms.get(term, 0)
+        if factor:
+            self.terms[term] = factor
+        else:
+            self.terms.pop(term, None)
 
 
 def normalise(e: Scalar) -> Scalar:
@@ -35,11 +40,9 @@ def normalise(e: Scalar) -> Scalar:
 
 def plainly(found: Iterable[Scalar], sizes: Mapping[str, int] = {}) -> list[Scalar]:
     """Scalars with H, G, D, Dv (those in `sizes`) put in, in normal form and folded: what they share, once."""
-    put_in, normaliser, folded = dict[int, Scalar](), _Normaliser(), dict[int, Scalar]()
-    # All of them stay while memos know them by identity.
-    known = [specialise(e, sizes, put_in) for e in found]
-    normal = [normaliser.scalar(e) for e in known]
-    return [fold(e, folded) for e in normal]
+    # All of them stay while a memo knows them by identity.
+    known, plain = list(found), _Plain(sizes)
+    return [plain.scalar(e) for e in known]
 
 
 def terms(e: Scalar) -> tuple[int, dict[Scalar, int]]:
@@ -66,49 +69,59 @@ class _Normaliser:
         return found
 
     def sum(self, e: Scalar) -> _Sum:
+        found = _Sum()
+        self.add(e, 1, found)
+        return found
+
+    def add(self, e: Scalar, factor: int, into: _Sum) -> None:
+        """Adds a multiple of an integer to a sum."""
         match e:
             case Const(value=int(value)):
-                return _Sum(value)
+                into.constant += factor * value
             case Var():
-                return _Sum(0, {e: 1})
-            case Unary(op="-", operand=x):
-                found = _Sum()
-                found.add(self.sum(x), -1)
-                return found
+                into.add_term(e, factor)
             case Binary(op="+" | "-" as op, left=a, right=b):
-                found = self.sum(a)
-                found.add(self.sum(b), 1 if op == "+" else -1)
-                return found
+                self.add(a, factor, into)
+                self.add(b, factor if op == "+" else -factor, into)
+            case Binary(op="*", left=Const(value=int(n)), right=x) | Binary(op="*", left=x, right=Const(value=int(n))):
+                self.add(x, factor * n, into)
             case Binary(op="*", left=a, right=b):
                 left, right = self.sum(a), self.sum(b)
                 if left.terms and right.terms:
-                    return _Sum(0, {Binary("*", _write(left), _write(right)): 1})
-                if left.terms:
-                    left, right = right, left
-                found = _Sum()
-                found.add(right, left.constant)
-                return found
+                    into.add_term(Binary("*", _write(left), _write(right)), factor)
+                elif left.terms:
+                    into.add(left, factor * right.constant)
+                else:
+                    into.add(right, factor * left.constant)
             case Binary(op="//", left=a, right=Const(value=int(n))):
-                return _quotient(self.sum(a), n)
+                into.add(_quotient(self.sum(a), n), factor)
             case Binary(op="%", left=a, right=Const(value=int(n))):
                 # Multiples of n do not matter.
                 left = self.sum(a)
                 rest = _Sum(left.constant % n, {t: r for t, c in left.terms.items() if (r := _residue(c, n))})
-                return _Sum(rest.constant % n) if not rest.terms else _Sum(0, {Binary("%", _write(rest), Const(n)): 1})
+                if rest.terms:
+                    into.add_term(Binary("%", _write(rest), Const(n)), factor)
+                else:
+                    into.constant += factor * (rest.constant % n)
+            case Unary(op="-", operand=x):
+                self.add(x, -factor, into)
             case If(cond=c, then=a, other=b):
                 cond, then, otherwise = self.scalar(c), self.scalar(a), self.scalar(b)
-                return self.sum(then) if then == otherwise else _Sum(0, {If(cond, then, otherwise): 1})
+                if then == otherwise:
+                    self.add(then, factor, into)
+                else:
+                    into.add_term(If(cond, then, otherwise), factor)
             case Call(function=f, args=args) if e.type is Type.INT:
-                return _Sum(0, {Call(f, tuple(self.scalar(x) for x in args)): 1})
+                into.add_term(Call(f, tuple(self.scalar(x) for x in args)), factor)
             case _:
-                return _Sum(0, {e: 1})
+                into.add_term(e, factor)
 
     def condition(self, e: Scalar) -> Scalar:
         match e:
             case Compare(op=op, left=a, right=b) if a.type is b.type is Type.INT:
                 # All terms on the side where they are positive, the constant on the right.
                 difference = self.sum(a)
-                difference.add(self.sum(b), -1)
+                self.add(b, -1, difference)
                 positive = _Sum(0, {t: c for t, c in difference.terms.items() if c > 0})
                 negative = _Sum(-difference.constant, {t: -c for t, c in difference.terms.items() if c < 0})
                 return Compare(op, _write(positive), _write(negative))
@@ -118,6 +131,62 @@ class _Normaliser:
                 return negated(self.condition(x))
             case _:
                 return e
+
+
+class _Plain(_Normaliser):
+    """The same, with sizes put in, and everything folded on the way."""
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self._put_in: dict[int, Scalar] = {}
+
+    def scalar(self, e: Scalar) -> Scalar:
+        if id(e) not in self.memo and isinstance(e, Call | If) and e.type is Type.INT:
+            self.memo[id(e)] = self._folded(e)
+        return super().scalar(e)
+
+    def add(self, e: Scalar, factor: int, into: _Sum) -> None:
+        match e:
+            case Var(name=name) if name in self.sizes:
+                into.constant += factor * self.sizes[name]
+            case Const() | Var():
+                super().add(e, factor, into)
+            case Binary(op=op, left=a, right=b) if op != "/":
+                if op in ("//", "%") and not isinstance(b, Const):
+                    e = Binary(op, a, specialise(b, self.sizes, self._put_in))
+                super().add(e, factor, into)
+            case Call(function="min" | "max", args=(x,)):
+                self.add(x, factor, into)
+            case Call() | If() if e.type is Type.INT:
+                found = self._folded(e)
+                if isinstance(found, Call | If):
+                    into.add_term(found, factor)
+                else:
+                    super().add(found, factor, into)
+            case Unary():
+                super().add(e, factor, into)
+            case _:
+                into.add_term(specialise(e, self.sizes, self._put_in), factor)
+
+    def _folded(self, e: Call | If) -> Scalar:
+        """A choice or a function of integers, in normal form."""
+        if isinstance(e, If):
+            return folded_once(If(self.scalar(e.cond), self.scalar(e.then), self.scalar(e.other)))
+        return folded_once(Call(e.function, tuple(map(self.scalar, e.args))))
+
+    def condition(self, e: Scalar) -> Scalar:
+        match e:
+            case If():
+                return self.condition(specialise(e, self.sizes, self._put_in))
+            case Compare(left=a, right=b) if a.type is b.type is Type.INT:
+                return folded_once(super().condition(e))
+            case Logic(op=op, operands=xs):
+                return folded_once(Logic(op, tuple(self.condition(x) for x in xs)))
+            case Unary(op="not", operand=x):
+                return negated(self.condition(x))
+            case _:
+                return specialise(e, self.sizes, self._put_in)
 
 
 def _quotient(x: _Sum, n: int) -> _Sum:

@@ -227,21 +227,27 @@ class Call(HashedOnce):
 Scalar: TypeAlias = Const | Var | Arg | Table | Read | Unary | Binary | Compare | Logic | If | Call
 
 
+_NONE: tuple[Scalar, ...] = ()
+_BOTH = operator.attrgetter("left", "right")
+# By class: this is asked of every node of every expression, many times.
+_CHILDREN: dict[type, Callable[[Any], tuple[Scalar, ...]]] = {
+    Const: lambda e: _NONE,
+    Var: lambda e: _NONE,
+    Arg: lambda e: _NONE,
+    Table: operator.attrgetter("index"),
+    Read: operator.attrgetter("index"),
+    Unary: lambda e: (e.operand,),
+    Binary: _BOTH,
+    Compare: _BOTH,
+    Logic: operator.attrgetter("operands"),
+    Call: operator.attrgetter("args"),
+    If: operator.attrgetter("cond", "then", "other"),
+}
+
+
 def children(e: Scalar) -> tuple[Scalar, ...]:
     """The direct operands of a scalar."""
-    match e:
-        case Const() | Var() | Arg():
-            return ()
-        case Table(index=index) | Read(index=index):
-            return index
-        case Unary(operand=x):
-            return (x,)
-        case Binary(left=a, right=b) | Compare(left=a, right=b):
-            return (a, b)
-        case Logic(operands=xs) | Call(args=xs):
-            return xs
-        case If(cond=c, then=a, other=b):
-            return (c, a, b)
+    return _CHILDREN[type(e)](e)
 
 
 def walk(*roots: Scalar) -> Iterator[Scalar]:

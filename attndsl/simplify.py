@@ -35,7 +35,7 @@ def specialise(e: Scalar, sizes: Mapping[str, int], memo: dict[int, Scalar] | No
     """The scalar with H, G, D, Dv (those in `sizes`) replaced by their values, then folded. memo: as in `rebuild`."""
 
     def step(x: Scalar) -> Scalar:
-        return Const(sizes[x.name]) if isinstance(x, Var) and x.name in sizes else _fold(x)
+        return Const(sizes[x.name]) if isinstance(x, Var) and x.name in sizes else folded_once(x)
 
     return rebuild(e, step, memo)
 
@@ -43,7 +43,7 @@ def specialise(e: Scalar, sizes: Mapping[str, int], memo: dict[int, Scalar] | No
 def fold(e: Scalar, memo: dict[int, Scalar] | None = None) -> Scalar:
     """The scalar with constants folded; its value is the same for every value of its variables. memo: as in
     `rebuild`."""
-    return rebuild(e, _fold, memo)
+    return rebuild(e, folded_once, memo)
 
 
 def negated(e: Scalar) -> Scalar:
@@ -61,7 +61,8 @@ def negated(e: Scalar) -> Scalar:
             return Unary("not", e)
 
 
-def _fold(e: Scalar) -> Scalar:
+def folded_once(e: Scalar) -> Scalar:
+    """The scalar folded, whose operands are."""
     # By class first: this is asked of every node of every expression.
     match e:
         case Const() | Var():
