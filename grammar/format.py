@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from lark import Token
-
 from attndsl import syntax as ast
 from attndsl.diagnostics import Source
+from attndsl.grammar.automaton import Token
 from attndsl.grammar.parse import KEYWORDS, parse_source
 from attndsl.grammar.report import Report
 
@@ -88,7 +87,6 @@ def _pieces(text: str, tokens: Sequence[Token]) -> tuple[list[_Piece], list[_Com
     pieces: list[_Piece] = []
     end = 0
     for token in tokens:
-        assert token.start_pos is not None and token.end_pos is not None
         comments, blank = _comments(text[end : token.start_pos], at_start=end == 0)
         pieces.append(_Piece(token, comments, blank))
         end = token.end_pos

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lark import Token, Tree
-from lark.exceptions import UnexpectedCharacters, UnexpectedInput
-from lark.parsers.lalr_interactive_parser import InteractiveParser
-
 from attndsl import syntax as ast
 from attndsl.diagnostics import Source, Span
-from attndsl.grammar.build import build
-from attndsl.grammar.parser_tables import lex, parser
+from attndsl.grammar.automaton import END, WRONG, Automaton, Token, lex
+from attndsl.grammar.build import Builder
+from attndsl.grammar.parser_tables import tables
 from attndsl.grammar.report import Report, TooLarge, nearest
 from attndsl.source_files import MAX_BYTES, too_long
 
@@ -29,10 +26,6 @@ KEYWORDS = CLAUSE_WORDS | frozenset(
 # The parser takes one of these exactly where a clause or item may begin.
 _STARTS = frozenset({"ATTEND", "ATTENTION"})
 _OPEN = {"(": ")", "[": "]", "{": "}"}
-_SYMBOLS = {
-    "LPAR": "(", "RPAR": ")", "LSQB": "[", "RSQB": "]", "LBRACE": "{", "RBRACE": "}", "COMMA": ",", "COLON": ":",
-    "DOT": ".", "EQUAL": "=", "TILDE": "~", "VBAR": "|", "__ANON_0": "&", "AMPERSAND": "&", "PLUS": "+", "MINUS": "-",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +73,8 @@ def _parse(source: Source, report: Report) -> Parsed:
     remaining, lost = list(tokens), set[str]()
     broken = bool(report.errors)
     for _ in range(MAX_SYNTAX_ERRORS):
-        tree, failed = _attempt(remaining)
-        if tree is not None:
+        document, failed = _attempt(remaining, source, report)
+        if document is not None:
             break
         assert failed is not None
         broken = True
@@ -89,13 +82,11 @@ def _parse(source: Source, report: Report) -> Parsed:
         _syntax_error(remaining, index, expected, source, report)
         start, stop = _clause_around(remaining, index, complete=bool(expected & _STARTS))
         if (start, stop) == (0, len(remaining)):
-            tree = None
             break
         lost.update(str(t) for t in remaining[start:stop] if t.type == "NAME")
         del remaining[start:stop]
-    if tree is None:
+    if document is None:
         return Parsed(ast.Document((), None, Span(source, 0, 0)), tokens, frozenset(lost), broken=True)
-    document = build(tree, source, report)
     levels, deepest = ast.depth(document)
     # A clause of an attention stands four levels under its document.
     if levels > MAX_NESTING + 8:
@@ -112,29 +103,19 @@ def _span(node: ast.Node) -> Span:
 
 def _tokens(source: Source, report: Report) -> tuple[Token, ...]:
     """The tokens; characters outside the language are reported and left out."""
-    text, offset, found = source.text, 0, list[Token]()
-    while True:
-        try:
-            for token in lex(text[offset:] if offset else text):
-                if len(found) == MAX_TOKENS:
-                    at = _shifted(token, offset)
-                    raise report.fatal(
-                        "A003",
-                        f"the text has more than {MAX_TOKENS:,} tokens",
-                        _token_span(at, source),
-                        help="split it",
-                    )
-                found.append(_shifted(token, offset) if offset else token)
-            return tuple(found)
-        except UnexpectedCharacters as bad:
-            position = offset + bad.pos_in_stream  # type: ignore[operator]
-            span = Span(source, position, position + 1)
-            shown = text[position]
-            report.error("A005", f"unexpected character {shown!r}", span, help=_CHARACTER_HELP.get(shown, "remove it"))
+    found = list[Token]()
+    for token in lex(source.text):
+        if token.type == WRONG:
+            help = _CHARACTER_HELP.get(token, "remove it")
+            report.error("A005", f"unexpected character {str(token)!r}", token.span(source), help=help)
             if len(report.errors) >= MAX_SYNTAX_ERRORS:
-                raise TooLarge from bad
-            offset = position + 1
-            found = [t for t in found if (t.end_pos or 0) <= position]
+                raise TooLarge
+            continue
+        if len(found) == MAX_TOKENS:
+            what = f"the text has more than {MAX_TOKENS:,} tokens"
+            raise report.fatal("A003", what, token.span(source), help="split it")
+        found.append(token)
+    return tuple(found)
 
 
 _CHARACTER_HELP = {
@@ -151,16 +132,6 @@ _CHARACTER_HELP = {
 }
 
 
-def _shifted(token: Token, offset: int) -> Token:
-    assert token.start_pos is not None and token.end_pos is not None
-    return Token(token.type, str(token), token.start_pos + offset, end_pos=token.end_pos + offset)
-
-
-def _token_span(token: Token, source: Source) -> Span:
-    assert token.start_pos is not None and token.end_pos is not None
-    return Span(source, token.start_pos, token.end_pos)
-
-
 def _check_nesting(tokens: tuple[Token, ...], source: Source, report: Report) -> None:
     level = 0
     for token in tokens:
@@ -168,46 +139,41 @@ def _check_nesting(tokens: tuple[Token, ...], source: Source, report: Report) ->
             level += 1
             if level > MAX_NESTING:
                 raise report.fatal(
-                    "A004", f"brackets nest more than {MAX_NESTING} levels", _token_span(token, source), help=_FLATTER
+                    "A004", f"brackets nest more than {MAX_NESTING} levels", token.span(source), help=_FLATTER
                 )
         elif token in _OPEN.values():
             level = max(0, level - 1)
 
 
-def _attempt(tokens: list[Token]) -> tuple[Tree[Token] | None, tuple[int, set[str]] | None]:
-    """The tree, or the index of the first token that does not fit and what would."""
-    interactive = parser().parse_interactive()
-    for index, token in enumerate(tokens):
-        try:
-            interactive.feed_token(token)
-        except UnexpectedInput:
-            return None, (index, _accepts(interactive))
-    last = tokens[-1] if tokens else None
-    try:
-        tree = interactive.feed_eof(last)  # type: ignore[no-untyped-call]
-    except UnexpectedInput:
-        return None, (len(tokens), _accepts(interactive))
-    assert isinstance(tree, Tree)
-    return tree, None
-
-
-def _accepts(parser: InteractiveParser) -> set[str]:
-    return set(parser.accepts())  # type: ignore[no-untyped-call]
+def _attempt(
+    tokens: list[Token], source: Source, report: Report
+) -> tuple[ast.Document | None, tuple[int, set[str]] | None]:
+    """The document, or the index of the first token that does not fit and what would."""
+    builder = Builder(source)
+    automaton = Automaton(source, builder)
+    for index, token in enumerate([*tokens, Token("", END, len(source.text))]):
+        if not automaton.feed(token):
+            return None, (index, automaton.accepts())
+    for code, message, span, help in builder.problems:
+        report.error(code, message, span, help=help)
+    document = automaton.result
+    assert isinstance(document, ast.Document)
+    return document, None
 
 
 def _syntax_error(tokens: list[Token], index: int, expected: set[str], source: Source, report: Report) -> None:
-    words = sorted(_spelled(name) for name in expected if name != "$END")
+    words = sorted(_spelled(name) for name in expected if name != END)
     wanted = f"expected {' or '.join(words)}" if 0 < len(words) <= 6 else ""
     if index == len(tokens):
         end = len(source.text.rstrip())
         span = Span(source, max(0, end - 1), max(end, 1))
-        help = _unclosed(tokens) or wanted or "finish the expression"
+        help = _unclosed(tokens, source) or wanted or "finish the expression"
         report.error("A002", "the text ends too early", span, label="something is missing after this", help=help)
         return
     token = tokens[index]
     before = tokens[index - 1] if index else None
     help = _hint(token, before, expected) or wanted or "an expression belongs here"
-    report.error("A002", f"unexpected `{token}`", _token_span(token, source), label="does not fit here", help=help)
+    report.error("A002", f"unexpected `{token}`", token.span(source), label="does not fit here", help=help)
 
 
 def _hint(token: Token, before: Token | None, expected: set[str]) -> str:
@@ -224,22 +190,22 @@ def _hint(token: Token, before: Token | None, expected: set[str]) -> str:
     return ""
 
 
-def _unclosed(tokens: list[Token]) -> str:
+def _unclosed(tokens: list[Token], source: Source) -> str:
     stack: list[Token] = []
     for token in tokens:
         if token in _OPEN:
             stack.append(token)
         elif token in _OPEN.values() and stack:
             stack.pop()
-    return f"close the `{stack[-1]}` of line {stack[-1].line} with `{_OPEN[stack[-1]]}`" if stack else ""
+    if not stack:
+        return ""
+    line, _ = source.position(stack[-1].start_pos)
+    return f"close the `{stack[-1]}` of line {line} with `{_OPEN[stack[-1]]}`"
 
 
 def _spelled(terminal: str) -> str:
     names = {"NAME": "a name", "INT": "a number", "FLOAT": "a number", "CMP": "a comparison", "MULOP": "`*`"}
-    if terminal in names or terminal in _SYMBOLS:
-        return names.get(terminal) or f"`{_SYMBOLS[terminal]}`"
-    found = next((t for t in parser().terminals if t.name == terminal), None)
-    return f"`{found.pattern.value}`" if found else terminal.lower()
+    return names.get(terminal) or f"`{tables().texts[terminal]}`"
 
 
 def _is_clause_start(tokens: list[Token], index: int) -> bool:

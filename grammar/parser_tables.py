@@ -1,26 +1,23 @@
-"""The parser's tables, made once from `attn.lark` and kept beside it: making them takes 0.1 s, reading them a tenth.
+"""The parser's tables, made once from `attn.lark` and kept beside it: lark is asked when the grammar changes, and not
+when texts are read, for which its import and its own tables take five times as long as the texts.
 
-After a change of the grammar `python -m attndsl.grammar.parser_tables` writes them anew; a test holds the two
-together. Another release of lark than made them makes its own.
+After a change of the grammar `python -m attndsl.grammar.parser_tables` writes them anew; a test holds the two together.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import lark
-from lark import Lark, Token
-from lark.grammar import Rule
-from lark.lexer import LexerThread, TerminalDef
-from lark.parsers.lalr_analysis import Reduce, Shift
-
 GRAMMAR = "attn.lark"
 TABLES = "attn.tables.json"
+# The type of what stands after the last token.
+END = "$END"
 
 
 def _beside(name: str) -> Path:
@@ -33,75 +30,145 @@ def grammar() -> str:
 
 
 def digest() -> str:
-    """What tables must have been made from: the grammar's text and the release of lark."""
-    return hashlib.sha256(f"{lark.__version__}\n{grammar()}".encode()).hexdigest()
+    """What tables must have been made from."""
+    return hashlib.sha256(grammar().encode()).hexdigest()
 
 
-def make_parser() -> Lark:
-    """The parser, made from the grammar."""
-    return Lark(grammar(), parser="lalr", lexer="basic", propagate_positions=True, maybe_placeholders=True)
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How symbols on the stack become one.
 
-
-def make_tables() -> str:
-    """The text of the tables of the grammar as it stands.
-
-    Most of them are what a state of the parser does on each token. A pattern comes to a few of the states, so each is a
-    string of its own, that is read when the parser first comes to it.
+    origin: the symbol. length: how many it takes. callback: the builder's method that makes it, empty for what only
+    gathers items for the rule around it. single: whether an only item stands for itself. items: what is handed to the
+    method, of the symbols taken the i-th (i), all that the i-th gathered (~i), or what an option left out (None).
     """
-    data, memo = make_parser().memo_serialize([TerminalDef, Rule])
-    table = data["parser"]["parser"]
-    table["states"] = {state: _written(actions) for state, actions in table["states"].items()}
-    return json.dumps({"digest": digest(), "data": data, "memo": memo}, separators=(",", ":")) + "\n"
+
+    origin: str
+    length: int
+    callback: str
+    single: bool
+    items: tuple[int | None, ...]
 
 
-def _written(actions: dict[int, Any]) -> str:
-    """`3r56 4s18`: on token 3 reduce by rule 56, on token 4 go to state 18."""
-    return " ".join(f"{token}r{to['@']}" if reduces else f"{token}s{to}" for token, (reduces, to) in actions.items())
+class Tables:
+    """An LALR(1) automaton and its lexer.
 
+    lexer: matches one token anywhere, its group the type: a terminal, `WORD` for one of `words` (keywords and symbols,
+    with their types), `IGNORED`, or `WRONG`.
+    """
 
-class _States(dict[int, dict[str, Any]]):
-    """What each state of the parser does on each token, read when it is first asked for."""
+    def __init__(self, made: dict[str, Any]) -> None:
+        self.lexer = re.compile(made["lexer"])
+        self.words: dict[str, str] = made["words"]
+        self.texts = {name: text for text, name in self.words.items()}
+        self.rules = [
+            Rule(origin, length, callback, single, tuple(items))
+            for origin, length, callback, single, items in made["rules"]
+        ]
+        self.start: int = made["start"]
+        self.end: int = made["end"]
+        self._symbols: list[str] = made["symbols"]
+        self._written: list[str] = made["states"]
+        self._states: dict[int, dict[str, int | Rule]] = {}
 
-    def __init__(self, written: dict[str, str], tokens: dict[str, str], rules: dict[int, Rule]) -> None:
-        self._written, self._tokens, self._rules = written, tokens, rules
+    def actions(self, state: int) -> dict[str, int | Rule]:
+        """What a state does on each symbol: go to another state, or reduce by a rule.
 
-    def __missing__(self, state: int) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for action in self._written[str(state)].split():
-            token, reduces, rule = action.partition("r")
-            if reduces:
-                found[self._tokens[token]] = Reduce, self._rules[int(rule)]
-            else:
-                token, _, to = action.partition("s")
-                found[self._tokens[token]] = Shift, int(to)
-        self[state] = found
+        A text comes to a few of the states, so each is read when the automaton first comes to it.
+        """
+        found = self._states.get(state)
+        if found is None:
+            found = {}
+            for action in self._written[state].split():
+                symbol, reduces, rule = action.partition("r")
+                if reduces:
+                    found[self._symbols[int(symbol)]] = self.rules[int(rule)]
+                else:
+                    symbol, _, to = action.partition("s")
+                    found[self._symbols[int(symbol)]] = int(to)
+            self._states[state] = found
         return found
 
 
 @cache
-def parser() -> Lark:
-    """The parser, from its tables."""
-    tables = json.loads(_beside(TABLES).read_text("utf-8"))
-    if tables["digest"] != digest():
-        return make_parser()
-    # JSON has strings for keys.
-    data, memo = tables["data"], {int(key): value for key, value in tables["memo"].items()}
-    table = data["parser"]["parser"]
-    written, table["states"] = table["states"], {}
-    loaded: Lark = Lark._load_from_dict(data, memo)  # type: ignore[no-untyped-call]
-    rules = {entry["@"]: rule for entry, rule in zip(data["rules"], loaded.rules, strict=True)}
-    loaded.parser.parser._parse_table.states = _States(written, table["tokens"], rules)
-    return loaded
+def tables() -> Tables:
+    """The tables of the grammar as it stands."""
+    made = json.loads(_beside(TABLES).read_text("utf-8"))
+    return Tables(made if made["digest"] == digest() else make_tables())
 
 
-def lex(text: str) -> Iterator[Token]:
-    """The tokens of a text, by the parser's own lexer: `Lark.lex` makes one anew each time.
+# ------------------------------------------------------------------------------------------- making
 
-    Raises lark's `UnexpectedCharacters`.
-    """
-    tokens: Iterator[Token] = LexerThread.from_text(parser().parser.lexer, text).lex(None)  # type: ignore[no-untyped-call]
-    return tokens
+
+def make_tables() -> dict[str, Any]:
+    """The tables, from the grammar, by lark."""
+    from lark import Lark
+    from lark.lexer import PatternStr
+    from lark.parsers.lalr_analysis import Reduce
+
+    made: Any = Lark(grammar(), parser="lalr", lexer="basic", propagate_positions=True, maybe_placeholders=True)
+    table = made.parser.parser._parse_table
+    words = {t.pattern.value: t.name for t in made.terminals if isinstance(t.pattern, PatternStr)}
+    rules = {id(rule): i for i, rule in enumerate(made.rules)}
+    symbols = sorted({symbol for actions in table.states.values() for symbol in actions})
+    # lark numbers states otherwise in every process: here in the order in which sorted symbols come to them.
+    order = [table.start_states["start"]]
+    numbers = {order[0]: 0}
+    for state in order:
+        for _, (action, to) in sorted(table.states[state].items()):
+            if action is not Reduce and to not in numbers:
+                numbers[to] = len(order)
+                order.append(to)
+    states = [
+        " ".join(
+            f"{symbols.index(symbol)}r{rules[id(to)]}" if action is Reduce else f"{symbols.index(symbol)}s{numbers[to]}"
+            for symbol, (action, to) in sorted(table.states[state].items())
+        )
+        for state in order
+    ]
+    return {
+        "digest": digest(),
+        "lexer": _lexer(made, words),
+        "words": dict(sorted(words.items())),
+        "rules": [_rule(rule) for rule in made.rules],
+        "symbols": symbols,
+        "start": 0,
+        "end": numbers[table.end_states["start"]],
+        "states": states,
+    }
+
+
+def _lexer(made: Any, words: dict[str, str]) -> str:
+    """One pattern for all terminals: what is not a word in lark's order, then the words that are symbols."""
+    patterns = [(t.name, t.pattern.to_regexp()) for t in made.parser.lexer.terminals if t.pattern.value not in words]
+    ignored = "|".join(pattern for name, pattern in patterns if name in made.ignore_tokens)
+    kept = [f"(?P<{name}>{pattern})" for name, pattern in patterns if name not in made.ignore_tokens]
+    symbols = "|".join(re.escape(x) for x in sorted(sorted(words), key=len, reverse=True) if not x.isalpha())
+    # Keywords are names that `words` has: a name ends where no letter follows.
+    return "|".join([*kept, f"(?P<WORD>{symbols})", f"(?P<IGNORED>{ignored})", "(?P<WRONG>(?s:.))"])
+
+
+def _rule(rule: Any) -> list[Any]:
+    name = rule.origin.name
+    left_out = list(rule.options.empty_indices) or [False] * len(rule.expansion)
+    symbols = iter(enumerate(rule.expansion))
+    items: list[int | None] = []
+    for nothing in left_out:
+        if nothing:
+            items.append(None)
+            continue
+        i, symbol = next(symbols)
+        if symbol.is_term and symbol.filter_out:
+            continue
+        items.append(~i if not symbol.is_term and symbol.name.startswith("_") else i)
+    callback = "" if name.startswith("_") else rule.alias or name
+    return [name, len(rule.expansion), callback, bool(rule.options.expand1 and not rule.alias), items]
+
+
+def written() -> str:
+    """The text of the tables of the grammar as it stands."""
+    return json.dumps(make_tables(), separators=(",", ":")) + "\n"
 
 
 if __name__ == "__main__":
-    _beside(TABLES).write_text(make_tables(), encoding="utf-8")
+    _beside(TABLES).write_text(written(), encoding="utf-8")
