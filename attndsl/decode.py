@@ -217,7 +217,7 @@ def _skipping_plan(program: Program, spec: Spec, rows: int, cache: Cache) -> Dec
             break
     return DecodePlan(
         base.program, spec, base.tiling, base.runs, base.mask, base.scale, base.score, base.sink, base.weights,
-        cache=cache, pack=pack, split=False, skip=base.skip,
+        cache=cache, pack=pack, split=False, skip=base.skip, view=base.view,
     )  # fmt: skip
 
 

@@ -50,10 +50,10 @@ def _before(program: Program, heads: int, kv_heads: int) -> Iterator[str]:
 
 
 def _of_branch(program: Program, heads: int, kv_heads: int) -> list[str]:
-    if program.only.skip is not None:
-        return ["forward", "decode"]  # It has no gradient.
     pieces = _pieces(program, heads, kv_heads)
     counts = {("forward",): pieces, ("dq", "dkdv"): pieces, ("decode",): _decoded(program, heads, kv_heads)}
+    if program.only.skip is not None:
+        del counts["dq", "dkdv"]  # It has no gradient.
     return [
         f"{name}_{n}" if n > 1 else name
         for names, count in counts.items()

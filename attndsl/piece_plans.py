@@ -100,6 +100,8 @@ def _of_parts(program: Program, make: Callable[[Program, bool], tuple[P, ...]]) 
 def _forward_part(program: Program, spec: Spec, tiling: Tiling | None, first: bool) -> tuple[ForwardPlan, ...]:
     if spec.backend is Backend.GLUON and (part_refusal(program, spec) or pieces_refusal(program, spec)):
         spec = replace(spec, backend=Backend.TRITON)
+    if program.only.skip is not None:
+        return (skipping_plan(program, spec, not first),)
     if program.only.within is not None:
         return (within_forward(program, spec),)
     if program.plain:

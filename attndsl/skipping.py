@@ -3,9 +3,11 @@
 A tile holds TILE rows of the call (row i is of tile i // TILE) and TILE keys. A block of rows goes over its tiles in
 the order of the keys, and drops one iff for each of its rows the largest logit in the tile lies below the largest in
 the tiles before it by more than -ln t. So no dropped pair weighs t times the heaviest of its row. What is dropped
-depends on order and size of the tiles, which are the same in every lowering, and on which rows the call holds. A plan
-has one loop over masked tiles, tokens in order: no layouts, no lists. So has one of decode: each head drops for itself,
-and keys are not dealt out in slices, since what is dropped of one depends on those before.
+depends on order and size of the tiles, which are the same in every lowering, and on which rows the call holds. Of parts
+that share a softmax each drops by what its own tiles have shown, entries of a view as keys are; so parts may run in any
+order, and a decode attends to each alone. A plan has one loop over masked tiles, tokens in order: no layouts, no lists.
+So has one of decode: each head drops for itself, and keys are not dealt out in slices, since what is dropped of one
+depends on those before.
 """
 
 from __future__ import annotations
@@ -19,40 +21,67 @@ from attndsl.linear import normalise
 from attndsl.mask import mask_by_cuts, pair_mask, written_condition
 from attndsl.plan import DType, ForwardPlan, Loads, Spec, Tiling, branch_scalars
 from attndsl.program import Program, Scalar
-from attndsl.relation import Lowering
+from attndsl.relation import Lowering, Relation
 from attndsl.runs import Side, TileRuns
 from attndsl.simplify import fold, specialise
 from attndsl.tiles import ordered_runs
+from attndsl.view_plans import view_pairs
 
 TILE = 64
 
 
 @remembered(256)
-def skipping_plan(program: Program, spec: Spec) -> ForwardPlan:
-    """The forward kernel of a program that skips; the plan's program is the derived one."""
-    return _plan(with_cuts(derive(program)), spec, _tiling(spec))
+def skipping_plan(program: Program, spec: Spec, follows: bool = False) -> ForwardPlan:
+    """The forward kernel of a program of one part that skips; the plan's program is the derived one."""
+    program = derive(program)
+    if program.plain:
+        return _plan(with_cuts(program), spec, _tiling(spec))
+    return _view_plan(program, spec, _tiling(spec), follows)
 
 
 def ragged_skipping_plan(program: Program, spec: Spec, rows: int) -> ForwardPlan:
     """As `skipping_plan`, of a derived program whose sequences have lengths of their own, in tiles of so many rows: all
     of a call, or TILE."""
-    return _plan(with_cuts(program, ragged=True), spec, replace(_tiling(spec), block_q=rows))
+    tiling = replace(_tiling(spec), block_q=rows)
+    if program.plain:
+        return _plan(with_cuts(program, ragged=True), spec, tiling)
+    return _view_plan(program, spec, tiling, False)
 
 
 def _plan(program: Program, spec: Spec, tiling: Tiling) -> ForwardPlan:
-    spec = replace(spec, loads=Loads.POINTER, even_start=False, lists=False, maps=False)
+    spec = _as_written(spec)
     lowering = Lowering(program, (spec.heads, spec.kv_heads))
     relation = lowering.relation(program.branch.pattern)
+    visited = _visited(relation, program, spec, tiling)
+    mask = pair_mask(relation, mask_by_cuts(written_condition(lowering, spec.sizes), program, "q", relation))
+    scalars = branch_scalars(program, spec)
+    plan = ForwardPlan(program, spec, tiling, visited, mask, **scalars, skip=program.branch.skip)
+    return replace(plan, program=with_needed(program, plan.inputs))
+
+
+def _view_plan(program: Program, spec: Spec, tiling: Tiling, follows: bool) -> ForwardPlan:
+    """Of a derived program over a view: tiles are of entries."""
+    spec = _as_written(spec)
+    relation, mask, scalars, view = view_pairs(program, spec, "q", follows)
+    visited = _visited(relation, program, spec, tiling)
+    plan = ForwardPlan(
+        program, spec, tiling, visited, mask, **scalars, follows=follows, view=view, skip=program.only.skip
+    )
+    return replace(plan, program=with_needed(program, plan.inputs))
+
+
+def _as_written(spec: Spec) -> Spec:
+    """Of kernels that load tiles in the order of the tokens."""
+    return replace(spec, loads=Loads.POINTER, even_start=False, lists=False, maps=False)
+
+
+def _visited(relation: Relation, program: Program, spec: Spec, tiling: Tiling) -> TileRuns:
     runs = ordered_runs(relation, tiling.block_q, TILE, Side.QUERY, program.align_start, program)
 
     def known(e: Scalar) -> Scalar:
         return fold(normalise(specialise(e, spec.sizes)))
 
-    visited = TileRuns((), tuple(replace(run, first=known(run.first), count=known(run.count)) for run in runs))
-    mask = pair_mask(relation, mask_by_cuts(written_condition(lowering, spec.sizes), program, "q", relation))
-    scalars = branch_scalars(program, spec)
-    plan = ForwardPlan(program, spec, tiling, visited, mask, **scalars, skip=program.branch.skip)
-    return replace(plan, program=with_needed(program, plan.inputs))
+    return TileRuns((), tuple(replace(run, first=known(run.first), count=known(run.count)) for run in runs))
 
 
 def _tiling(spec: Spec) -> Tiling:

@@ -181,11 +181,13 @@ def seen_entries(lowering: Lowering, part: Part, queries: Queries | None = None)
     return lowering.of_pairs(bounded(lowering.ctx, seen), view.stride)
 
 
-def view_pairs(program: Program, spec: Spec, anchor: str) -> tuple[Relation, Scalar | None, dict[str, Any], Given]:
+def view_pairs(
+    program: Program, spec: Spec, anchor: str, follows: bool = False
+) -> tuple[Relation, Scalar | None, dict[str, Any], Given]:
     """Which entries rows see, in a derived program of one part over a view: the relation, the mask, what the branch
     says of scores, and the view."""
     relation, view = _entries(program, spec, anchor)
-    return relation, _mask(relation, spec), _scalars(program, spec, view, False), view
+    return relation, _mask(relation, spec), _scalars(program, spec, view, follows), view
 
 
 def heads_apart(plan: BackwardPlan) -> bool:

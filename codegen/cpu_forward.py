@@ -44,6 +44,11 @@ def attend(loop: TileLoop) -> None:
                     "row_max = found.clamp(min=-torch.finfo(compute).max)",
                     "row_sum = (found > -math.inf).to(compute)",
                 )
+            if plan.skip is not None:
+                lines.add(
+                    "# Tiles are skipped by what those of this part have shown.",
+                    "part_max = torch.full(queries.shape[:-1], -torch.finfo(compute).max, dtype=compute)",
+                )
         else:
             lines.add("acc = torch.zeros(*queries.shape[:-1], v.shape[-1], dtype=compute)")
         if softmax and not plan.follows:
@@ -63,13 +68,16 @@ def attend(loop: TileLoop) -> None:
                     lines.add(f"scores = spread({printer.text(plan.score)}, scores)")
                 loop.mask("scores", "-math.inf")
                 if plan.skip is not None:
+                    so_far = "part_max" if plan.follows else "row_max"
                     lines.add(
                         f"# skip below {plan.skip}: no row has a score near its largest so far.",
-                        f"quiet = ({loop.absent}(scores.amax(-1) - row_max < {math.log(plan.skip)!r})).all(-1)",
+                        f"quiet = ({loop.absent}(scores.amax(-1) - {so_far} < {math.log(plan.skip)!r})).all(-1)",
                     )
                     with lines.block("if quiet.all():"):
                         lines.add("continue")
                     lines.add("scores.masked_fill_(quiet[..., None, None], -math.inf)")
+                    if plan.follows:
+                        lines.add("part_max = torch.maximum(part_max, scores.amax(-1))")
                 if plan.shares is not None:
                     loop.members()
                     lines.add("weights = inner * share")

@@ -90,6 +90,11 @@ class ForwardWriter(KernelWriter):
             lines.add(
                 f"row_max = tl.maximum({found} * LOG2_E, -1.0e38)", "row_sum = tl.where(row_max == -1.0e38, 0.0, 1.0)"
             )
+        if plan.skip is not None:
+            lines.add(
+                "# Tiles are skipped by what those of this part have shown.",
+                "part_max = tl.full([BLOCK_Q], -1.0e38, tl.float32)",
+            )
 
     # ------------------------------------------------------------------------------------- loops
 
@@ -139,11 +144,13 @@ class ForwardWriter(KernelWriter):
 
     def _skip(self, below: float, masked: bool) -> None:
         """Add the tile unless no row has a score near its largest so far."""
-        scaled = " * factor" if self.folded else ""
+        scaled, so_far = " * factor" if self.folded else "", "part_max" if self.plan.follows else "row_max"
         self.lines.add(
-            f"gain = tl.where(q_rows < rows, tl.max(scores, 1){scaled} - row_max, float('-inf'))".replace("'", '"')
+            f"gain = tl.where(q_rows < rows, tl.max(scores, 1){scaled} - {so_far}, float('-inf'))".replace("'", '"')
         )
         with self.lines.block(f"if {self._most('gain')} >= {math.log2(below)!r}:  # skip below {below}"):
+            if self.plan.follows:
+                self.lines.add(f"part_max = tl.maximum(part_max, tl.max(scores, 1){scaled})")
             self._softmax_step()
             self._add_values(masked)
 

@@ -20,7 +20,6 @@ from attndsl.grammar.scope import SELECTIONS, BranchRef, Context, LevelsRef, Pat
 from attndsl.grammar.selections import selection
 from attndsl.grammar.sets import pattern_set
 from attndsl.grammar.two_levels import check_two_levels
-from attndsl.grammar.unsupported import Feature, unsupported
 from attndsl.grid import Grid
 from attndsl.program import Program, Scalar, reads
 
@@ -197,9 +196,6 @@ def _branch(node: ast.Branch, outer: _Modifiers | None, ctx: Context) -> Branch 
     branch = Branch(lowered, *_effective(own, outer), node.name, node.span, queries=queries)
     if branch.weights is None:
         branch = replace(branch, skip=outer.skip if own.skip is None else own.skip)
-    if branch.skip is not None and (len(branch.parts) > 1 or branch.parts[0].view is not None):
-        unsupported(Feature.SKIP, node.span, ctx)
-        return None
     return branch if _one_raw(branch, len(raw), ctx) and _fits_views(branch, ctx) else None
 
 

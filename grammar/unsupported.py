@@ -25,7 +25,6 @@ class Feature(Enum):
         "`lengths` around {}",
         "write `{ q < n[b] and k < n[b] }`",
     )
-    SKIP = ("A909", "`skip below` over views and several parts", "skip in a branch over raw tokens")
 
     @property
     def code(self) -> str:

@@ -197,6 +197,9 @@ class _Call:
         if branch.within is not None:
             return self._two_levels(branch, branch.within)
         parts = [self._scores(branch, part) for part in branch.parts]
+        if branch.skip is not None:
+            # Each part by what its own tiles have shown.
+            parts = [(seen & left_by_skipping(s, seen, branch.skip), s, v) for seen, s, v in parts]
         present, dense, values = (
             torch.cat(x, dim) for x, dim in zip(zip(*parts, strict=True), (-1, -1, -2), strict=True)
         )
@@ -206,8 +209,6 @@ class _Call:
         sink: Tensor | None = None
         if branch.sink is not None:
             sink = self._over(branch.sink, 1)[..., 0]
-        if branch.skip is not None:
-            present = present & left_by_skipping(dense, present, branch.skip)
         return _softmax(dense[present], present, values, sink, left)
 
     def _left(self, parts: tuple[Part, ...]) -> Tensor | None:

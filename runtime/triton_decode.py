@@ -59,7 +59,8 @@ def prepare_decode(
             number, plan = 1, replace(plan, split=False)
             if whole is not None:
                 plan = decode_plan(whole, spec, shape.rows, plan.cache, False, tiling, shared)
-        plans.append(replace(plan, joined=joined))
+        # What is merged is a slice, one that goes over all keys too.
+        plans.append(replace(plan, joined=joined, split=plan.split or joined))
         slices.append(number)
 
     for program, of_program in zip(programs, pieces, strict=True):
