@@ -223,12 +223,42 @@ class Cut:
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """bool of the plan's dimensions, its list replaced by all members, `each` of `keys` tokens: which of them it
-    chooses, or gives this `level`."""
+    chooses, or gives this `level`. `of_runs`: members are segments, which go by their first tokens."""
 
     plan: str
     keys: int
     level: int | None = None
     each: int = 1
+    of_runs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """int32 of the plan's dimensions: the members that it lists, each once and in increasing order, and after them the
+    number of tokens. It stands for a `Chosen` (`listing.listed`): a kernel that reads it at a member looks that up."""
+
+    plan: str
+
+
+@dataclass(frozen=True, slots=True)
+class SpanList:
+    """int32 [b?, h or g?, n]: which tokens the segments have that a plan lists, for tiles of `block_q` queries.
+
+    `listed`: the `Listed` input of the plan, `offsets`: each token's distance from the first of its segment, `rows` as
+    in `TileList`. The tokens of a tile's segments are counted one after another. A list begins with `SPAN_HEAD` numbers
+    for each query tile: the place of its ends, that of its shifts, and how many tokens there are. There is an end for
+    each entry of the plan, how many tokens there are up to it, and a shift, how much further those of the segment stand
+    than they are counted.
+
+    With `marks` it is a list of key tiles of so many tokens, at most 32, as `TileList` has it with `marks`. A tile that
+    lies in a segment has its list in common with all such tiles of it.
+    """
+
+    listed: str
+    offsets: str
+    rows: int | None
+    block_q: int
+    marks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,8 +379,8 @@ class RowTiles:
 
 Derivation: TypeAlias = (
     Offsets | Extents | EntryMap | PresentRuns | RunEnds | RunCount | RunExtents | DocumentEnds | DocumentBlocks
-    | DocumentEntries
-    | BlockMap | Draw | Chosen | TileList | Cut | Gathering | TileMap | Order | Sorted | Place | RowTiles | Alike
+    | DocumentEntries | BlockMap | Draw | Chosen | Listed | SpanList | TileList | Cut | Gathering | TileMap | Order
+    | Sorted | Place | RowTiles | Alike
 )  # fmt: skip
 
 

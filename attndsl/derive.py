@@ -30,6 +30,7 @@ from attndsl.derivation import (
     EntryMap,
     Extents,
     Gathering,
+    Listed,
     Offsets,
     Order,
     Place,
@@ -41,6 +42,7 @@ from attndsl.derivation import (
     RunExtents,
     Segment,
     Sorted,
+    SpanList,
     TileList,
     TileMap,
 )
@@ -116,7 +118,7 @@ def with_needed(program: Program, used: Iterable[InputDecl]) -> Program:
         decl = pending.pop()
         if decl.name not in names:
             names.add(decl.name)
-            pending += [program.input(name) for name in _read_by(decl.derivation)]
+            pending += [program.input(name) for name in read_by(decl.derivation)]
     return replace(program, inputs=tuple(d for d in program.inputs if d.derivation is None or d.name in names))
 
 
@@ -125,16 +127,19 @@ def own_inputs(program: Program) -> tuple[InputDecl, ...]:
     return tuple(decl for decl in program.inputs if decl.derivation is None)
 
 
-def _read_by(derivation: Derivation | None) -> set[str]:
+def read_by(derivation: Derivation | None) -> set[str]:
+    """The inputs that a derived one is made of."""
     match derivation:
         case None | Offsets() | Extents() | PresentRuns() | DocumentEnds() | DocumentBlocks() | DocumentEntries():
             return set()
-        case Chosen():
+        case Chosen() | Listed():
             return set()
         case RunEnds(input=ids) | RunCount(input=ids) | RunExtents(ids=ids):
             return {ids}
         case TileList(plan=plan) | Gathering(plan=plan):
             return {plan}
+        case SpanList(listed=listed, offsets=offsets):
+            return {listed, offsets}
         case RowTiles(first=first):
             return {first}
         case Alike(own=own, among=among):
@@ -328,7 +333,7 @@ class _Deriver:
         of = pattern.members
         keys, each = (pattern.keys, 1) if of is None else extent(of)
         dims = (*self.program.input(pattern.plan).dims[:-1], Dim(Axis.K, keys, 0 if each == 1 else each))
-        derivation = Chosen(pattern.plan, keys, pattern.level, each)
+        derivation = Chosen(pattern.plan, keys, pattern.level, each, isinstance(of, Runs))
         decl = self._input(derivation, f"chosen_{pattern.plan}", Type.BOOL, dims)
         match of:
             case None:

@@ -17,6 +17,7 @@ from attndsl.derivation import (
     EntryPlace,
     Extents,
     Gathering,
+    Listed,
     Offsets,
     Order,
     Place,
@@ -26,6 +27,7 @@ from attndsl.derivation import (
     RunEnds,
     RunExtents,
     Sorted,
+    SpanList,
     TileList,
     TileMap,
 )
@@ -88,6 +90,10 @@ def made_of(decl: InputDecl) -> str:
             return "in which tiles the pattern can hold or must, by the least and greatest of what it compares"
         case Chosen(plan=plan, level=level):
             return f"which members `{plan}` {'chooses' if level is None else f'gives the factor {level}'}"
+        case Listed(plan=plan):
+            return f"the members that `{plan}` lists, in order"
+        case SpanList(listed=listed, marks=marks):
+            return f"the {'query tiles of each key tile' if marks else 'tokens of the segments'} in `{listed}`"
         case Gathering(plan=plan):
             return f"the rows that chose each member in `{plan}`"
         case TileList(plan=plan, of_keys=of_keys):

@@ -338,6 +338,8 @@ def _run_text(run: Run, known: Mapping[str, Scalar]) -> str:
     def text(e: Scalar, level: Level = Level.SUM) -> str:
         return scalar_text(fold(substitute(e, known)), level)
 
+    if run.spans:
+        return f"tokens of listed segments, one after another, {text(run.count)} of them"
     where, count = "", run.count
     if isinstance(count, If) and count.other == Const(0):
         where, count = f", where {text(count.cond, Level.COND)}", count.then

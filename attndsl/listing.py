@@ -10,11 +10,11 @@ and the results of a row's members are merged (`Gathered`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from attndsl.derivation import Chosen, Draw, Gathering, TileList, TileMap
-from attndsl.derive import derive
+from attndsl.derivation import Chosen, Draw, Gathering, Listed, Offsets, SpanList, TileList, TileMap
+from attndsl.derive import derive, read_by
 from attndsl.isl_sets import where_param
 from attndsl.program import (
     Axis,
@@ -31,9 +31,10 @@ from attndsl.program import (
     Var,
     reads,
     rebuild,
+    walk,
 )  # fmt: skip
 from attndsl.relation import Relation
-from attndsl.runs import PLACE, Side, TileRuns, listed_runs
+from attndsl.runs import PLACE, Side, TileRuns, listed_runs, span_runs
 from attndsl.simplify import fold
 
 # The largest tile, and the multiple of positions at which row classes and tiles begin together.
@@ -60,7 +61,8 @@ class Listable:
     units.
 
     `keys`: those of a member, its entries over a view, which has one every `stride` tokens. `complement`: the pattern
-    lies outside of it.
+    lies outside of it. `offsets`: of segments the read that tells how far a token is from the first of its own; they
+    have any number of tokens, so that no tile lies inside.
     """
 
     atom: str
@@ -71,16 +73,20 @@ class Listable:
     level: int | None
     stride: int = 1
     complement: bool = False
+    offsets: Read | None = None
 
     def fits(self, block_q: int, block_k: int, even_start: bool) -> bool:
         """Whether tiles of these sizes lie in one row class and one member each."""
+        return self.fits_rows(block_q, even_start) and self.offsets is None and self.keys % block_k == 0
+
+    def fits_rows(self, block_q: int, even_start: bool) -> bool:
+        """Whether query tiles of this size lie in one row class each."""
         single = self.rows == block_q == 1
-        of_rows = self.rows is None or single or (even_start and self.rows % block_q == 0 and EVEN % block_q == 0)
-        return of_rows and self.keys % block_k == 0
+        return self.rows is None or single or (even_start and self.rows % block_q == 0 and EVEN % block_q == 0)
 
     def gathers(self, *blocks_k: int) -> bool:
         """Whether rows that choose for themselves are gathered, with key tiles of these sizes."""
-        lists = self.level is None and not self.complement
+        lists = self.level is None and not self.complement and self.offsets is None
         return self.rows == self.stride == 1 and lists and all(self.keys % block == 0 for block in blocks_k)
 
     @property
@@ -126,6 +132,25 @@ class Listable:
         decl = self._declared(program, f"{'q' if found.of_keys else 'k'}_tiles_{self.plan.name}", found)
         return replace(program, inputs=(*program.inputs, decl)), listed_runs(decl.name, _lead(decl), Var(side.value))
 
+    def spanned(self, program: Program, block_q: int) -> tuple[Program, TileRuns]:
+        """The runs of the tokens that the listed segments have; the program declares what lists them."""
+        program, decl = self._spans(program, "spans", block_q, 0)
+        return program, span_runs(decl.name, _lead(decl))
+
+    def spanned_keys(self, program: Program, block_q: int, marks: int) -> tuple[Program, Read]:
+        """What tells, at PLACE, which query tiles list segments of key tiles of `marks` tokens, and which of these."""
+        program, decl = self._spans(program, "q_tiles", block_q, marks)
+        return program, Read(decl.name, (*_lead(decl), PLACE), Type.INT)
+
+    def _spans(self, program: Program, name: str, block_q: int, marks: int) -> tuple[Program, InputDecl]:
+        assert isinstance(self.read, Read) and self.offsets is not None
+        found = SpanList(self.read.input, self.offsets.input, self.rows, block_q, marks)
+        of = (*self.plan.dims, *program.input(found.offsets).dims)
+        axes = [x for x in (Axis.B, Axis.H, Axis.G) if any(d.axis is x for d in of)]
+        dims = [Dim(x) for x in axes if not (x is Axis.G and Axis.H in axes)]
+        decl = _new(program, f"{name}_{self.plan.name}", dims, found)
+        return replace(program, inputs=(*program.inputs, decl)), decl
+
     def gathered(self, program: Program, runs: TileRuns, block_q: int) -> tuple[Program, Gathered]:
         """What tells a kernel which rows to gather. runs: which members a row sees whole, or in part, if it chooses."""
         decl = self._declared(program, f"chose_{self.plan.name}", Gathering(self.plan.name, self.keys, block_q, runs))
@@ -139,11 +164,50 @@ class Listable:
         if any(reads(e, "h", "g") for e in ends):
             heads = [Dim(Axis.H)]
         batch = any(d.axis is Axis.B for d in self.plan.dims) or any(reads(e, "b") for e in ends)
-        dims = (*([Dim(Axis.B)] if batch else []), *heads)
-        taken = {decl.name for decl in program.inputs}
-        while name in taken:
-            name += "_"
-        return InputDecl(name, Type.INT, (*dims, Dim(Axis.LIST)), derivation=found)
+        return _new(program, name, [*([Dim(Axis.B)] if batch else []), *heads], found)
+
+
+def _new(program: Program, name: str, dims: list[Dim], found: TileList | Gathering | SpanList) -> InputDecl:
+    taken = {decl.name for decl in program.inputs}
+    while name in taken:
+        name += "_"
+    return InputDecl(name, Type.INT, (*dims, Dim(Axis.LIST)), derivation=found)
+
+
+def listed(program: Program, lists: bool) -> Program:
+    """A derived program with the lists of segments in the place of maps of them, where plans are lists (`lists`). Of
+    segments there may be as many as tokens, so that a map is as large as all row classes and tokens."""
+    if not lists:
+        return program
+    # What is derived of maps is made of them.
+    others = (decl.derivation for decl in program.inputs if not isinstance(decl.derivation, SpanList))
+    mapped = {name for derivation in others for name in read_by(derivation)}
+
+    def of(decl: InputDecl) -> InputDecl:
+        match decl.derivation:
+            case Chosen(plan=plan, of_runs=True, level=None) if decl.name not in mapped:
+                dims = (*decl.dims[:-1], Dim(Axis.LIST))
+                return replace(decl, type=Type.INT, dims=dims, derivation=Listed(plan))
+            case _:
+                return decl
+
+    return replace(program, inputs=tuple(dict.fromkeys(map(of, program.inputs))))
+
+
+def whole_classes(program: Program, scalars: Iterable[Scalar], block_q: int, even_start: bool) -> dict[Scalar, int]:
+    """The row classes that members are looked up by in these scalars, and their rows, where tiles of queries lie in one
+    class each: what a tile looks up is then one list."""
+    found: dict[Scalar, int] = {}
+    for x in walk(*scalars):
+        if isinstance(x, Read) and isinstance(program.input(x.input).derivation, Listed):
+            for e in x.index[:-1]:
+                match e:
+                    case Binary(op="//", left=Var(name="q"), right=Const(value=int(rows))):
+                        if even_start and rows % block_q == 0 and EVEN % block_q == 0:
+                            found[e] = rows
+                    case _:
+                        pass
+    return found
 
 
 def _lead(decl: InputDecl) -> tuple[Scalar, ...]:
@@ -160,7 +224,7 @@ def listables(program: Program, relation: Relation, stride: int = 1) -> Iterator
         found = _of_plan(program, name, e, stride) or (_of_draw(program, name, e) if stride == 1 else None)
         if found is not None and where_param(relation.pairs, name, 0).is_empty():
             yield found
-        elif found is not None and found.plan.members and found.rows != 1 and stride == 1:
+        elif found is not None and found.plan.members and found.rows != 1 and stride == 1 and found.offsets is None:
             outside.append(replace(found, complement=True))
     yield from (found for found in outside if where_param(relation.pairs, found.atom, 1).is_empty())
 
@@ -173,14 +237,30 @@ def draws_of(program: Program, relation: Relation) -> Iterator[Listable]:
 
 
 def _of_plan(program: Program, name: str, e: Scalar, stride: int) -> Listable | None:
-    if not isinstance(e, Read) or not isinstance(found := program.input(e.input).derivation, Chosen):
+    if not isinstance(e, Read) or not isinstance(found := program.input(e.input).derivation, Chosen | Listed):
         return None
     plan = program.input(found.plan)
     rows = [d.block for d in plan.dims if d.axis is Axis.Q]
+    if isinstance(found, Listed):
+        return _of_segments(program, name, e, plan, rows[0] if rows else None) if stride == 1 else None
     keys, rest = divmod(found.keys, stride)
     if rest or e.index[-1] != _quotient("k", keys):
         return None
     return Listable(name, e, plan, rows[0] if rows else None, keys, found.level, stride)
+
+
+def _of_segments(program: Program, name: str, e: Read, plan: InputDecl, rows: int | None) -> Listable | None:
+    """Segments that a plan lists for rows in a row."""
+    match e.index[-1]:
+        case Binary(op="-", left=Var(name="k"), right=Read() as offsets):
+            decl = program.input(offsets.input)
+        case _:
+            return None
+    if not isinstance(decl.derivation, Offsets) or offsets.index != (*_lead(decl), Var("k")):
+        return None
+    if rows is not None and _quotient("q", rows) not in e.index:
+        return None
+    return Listable(name, e, plan, rows, 1, None, offsets=offsets)
 
 
 def _of_draw(program: Program, name: str, e: Scalar) -> Listable | None:

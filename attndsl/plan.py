@@ -17,7 +17,7 @@ from attndsl.derive import derive, with_needed
 from attndsl.effort import remembered
 from attndsl.layout import PLAIN, Layout, Permutation
 from attndsl.learned import Learned, Over
-from attndsl.listing import Gathered
+from attndsl.listing import Gathered, listed
 from attndsl.mask import pair_mask, written_condition
 from attndsl.program import (
     Arg,
@@ -367,7 +367,8 @@ def forward_plan(
     follows: it adds to what another piece has found, with which all that enters once came in.
     """
     spec = _loading(spec, tiling)
-    program = with_cuts(derive(program)) if skip else derive(program)
+    program = listed(derive(program), spec.lists)
+    program = with_cuts(program) if skip else program
     handed = tiling.several and layout == PLAIN and not follows and spec.dtype is not DType.FLOAT8
     begun = with_row_tiles(program, spec, tiling) if handed else None
     row_tiles, program = (None, program) if begun is None else (begun.inputs[-1], begun)
@@ -392,7 +393,8 @@ def backward_plan(
 
     layout, follows: as in `forward_plan`.
     """
-    key_tiling, program, spec = key_tiling or tiling, with_cuts(derive(program)), _loading(spec, tiling)
+    key_tiling, spec = key_tiling or tiling, _loading(spec, tiling)
+    program = with_cuts(listed(derive(program), spec.lists))
     branch = branch_scalars(program, spec) | ({"sink": None} if follows else {})
     derivatives = slopes(program, branch)
     # Sums of learnable inputs are made tile by tile, in order.

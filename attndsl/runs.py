@@ -13,6 +13,8 @@ from attndsl.simplify import fold
 # The place of an entry in a list of tiles, and how many places stand before the tiles, for each own tile.
 PLACE = Var("place")
 LIST_HEAD = 3
+# The numbers before what is listed of spans, for each query tile (`derivation.SpanList`).
+SPAN_HEAD = 3
 
 
 class TileKind(Enum):
@@ -24,7 +26,8 @@ class TileKind(Enum):
 class Run:
     """The tiles first, first + step, …, `count` of them (none where `count` is not positive).
 
-    A *list run* has a `list`: the tiles are the entries of a list, at the places first, first + step, ….
+    A *list run* has a `list`: the tiles are the entries of a list, at the places first, first + step, …. With `spans`
+    it is of `count` tokens, those of the spans in a list, whose numbers for the own tile stand from `first` on.
     """
 
     first: Scalar
@@ -32,6 +35,7 @@ class Run:
     step: int
     kind: TileKind
     list: Read | None = None
+    spans: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,14 @@ def listed_runs(name: str, lead: tuple[Scalar, ...], own: Var) -> TileRuns:
         (Run(full, Binary("-", partial, full), 1, TileKind.FULL, entry(PLACE)),),
         (Run(partial, Binary("-", end, partial), 1, TileKind.PARTIAL, entry(PLACE)),),
     )
+
+
+def span_runs(name: str, lead: tuple[Scalar, ...]) -> TileRuns:
+    """The tokens of the spans that a derived input lists for the own tile `q_tile`, as one run. Parameters as those of
+    `listed_runs`; whoever makes the input owes the kernels spans of tokens that exist."""
+    head = Binary("*", Const(SPAN_HEAD), Var("q_tile"))
+    tokens = Read(name, (*lead, Binary("+", head, Const(2))), Type.INT)
+    return TileRuns((), (Run(head, tokens, 1, TileKind.PARTIAL, Read(name, (*lead, PLACE), Type.INT), spans=True),))
 
 
 def joined(listed: TileRuns) -> TileRuns:

@@ -113,7 +113,7 @@ def _view_refusal(program: Program, spec: Spec) -> str:
 def _lists_refusal(program: Program, spec: Spec) -> str:
     """Why tiles that plans or draws list do not suit the Hopper lowering, as `hopper_refusal` says it: it takes lists
     of its own tiles, of 128 rows and of at least 64 keys."""
-    listed = [found for found, _ in all_listables(program, (spec.heads, spec.kv_heads))]
+    listed = [found for found, _ in all_listables(program, (spec.heads, spec.kv_heads), spec.lists)]
     if not listed or (not spec.even_start and not reads_plans(program)):
         return ""
     if spec.lists and any(found.gathers(LEAST) for found in listed):
@@ -161,7 +161,7 @@ def gradients_refusal(program: Program, spec: Spec) -> str:
         return "q, k and v do not lie in memory as hardware tensor copies need"
     if any(decl.learnable for decl in program.inputs):
         return "gradients of learnable inputs have no Hopper lowering yet"
-    if all_listables(program, (spec.heads, spec.kv_heads)):
+    if all_listables(program, (spec.heads, spec.kv_heads), spec.lists):
         hopper = replace(spec, backend=Backend.GLUON)
         (_, usual), (_, own) = backward_tilings(hopper), choose_backward_tilings(program, hopper)
         if own.block_k < usual.block_k:

@@ -14,7 +14,7 @@ from attndsl.decode import Cache, decode_tiling
 from attndsl.derive import derive
 from attndsl.effort import remembered
 from attndsl.evaluate import evaluate
-from attndsl.listing import LEAST, Listable, fitting, listables, lists_tiles
+from attndsl.listing import LEAST, Listable, fitting, listables, listed, lists_tiles
 from attndsl.plan import Backend, BackwardPlan, ForwardPlan, Loads, Spec, Tiling, backward_plan, forward_plan
 from attndsl.program import Arg, CallShape, Compare, Program, Read, Scalar, Table, Type, reads, walk
 from attndsl.relation import lowered
@@ -76,9 +76,11 @@ def usual_tiling(program: Program, spec: Spec) -> Tiling:
 
 def _fitted(tiling: Tiling, program: Program, spec: Spec, of_rows: bool = True) -> Tiling:
     """The tiling with tiles that fit what a plan lists. of_rows: it is of a kernel that owns query tiles."""
-    for found, shared in all_listables(program, (spec.heads, spec.kv_heads)):
+    for found, shared in all_listables(program, (spec.heads, spec.kv_heads), spec.lists):
         if of_rows and (collected := collected_tiling(found, shared, tiling, spec)) is not None:
             return collected
+        if found.offsets is not None:
+            continue
         block_q, block_k = fitting(tiling.block_q, found.rows), fitting(tiling.block_k, found.keys)
         if spec.lists and found.gathers(block_k):
             # With addresses of single rows, more of them at once spill (D = 128).
@@ -99,6 +101,10 @@ def collected_tiling(found: Listable, shared: bool, tiling: Tiling, spec: Spec) 
     for themselves are gathered, and where a list has too few rows for a tile.
     """
     single = found.rows == 1
+    if spec.backend is Backend.CPU and found.offsets is not None and not single:
+        # Tokens of segments are gathered as they lie.
+        rows = min(tiling.block_q, found.rows & -found.rows if found.rows else tiling.block_q)
+        return replace(tiling, block_q=rows, block_k=1, unit_k=1) if found.fits_rows(rows, spec.even_start) else None
     if spec.backend is not Backend.TRITON or spec.dropout or not (spec.even_start or single or found.rows is None):
         return None
     group, unit = spec.heads // spec.kv_heads, min(found.unit, tiling.block_k)
@@ -131,11 +137,11 @@ def marked_tiling(tiling: Tiling, of_q: Tiling) -> Tiling:
 
 
 @remembered(256)
-def all_listables(program: Program, heads: tuple[int, int]) -> tuple[tuple[Listable, bool], ...]:
-    """What a pattern lies in, and whether the heads of a key head have one list of it."""
+def all_listables(program: Program, heads: tuple[int, int], lists: bool = False) -> tuple[tuple[Listable, bool], ...]:
+    """What a pattern lies in, and whether the heads of a key head have one list of it. lists: plans are lists."""
     if not lists_tiles(program):
         return ()
-    program = derive(program)
+    program = listed(derive(program), lists)
     _, relation = lowered(program, heads)
     return tuple((found, found.shared(relation)) for found in listables(program, relation))
 
@@ -165,10 +171,11 @@ def choose_backward_tilings(program: Program, spec: Spec) -> tuple[Tiling, Tilin
         # Sums of learnable inputs are made for one head after the other.
         of_q = _fitted(usual, program, spec, of_rows=False)
     own = _fitted(of_keys, program, spec, of_rows=False)
-    if of_q.collects and not any(
+    whole = any(
         found.gathers(own.block_k) or found.fits(own.block_q, own.block_k, spec.even_start)
-        for found, _ in all_listables(program, (spec.heads, spec.kv_heads))
-    ):
+        for found, _ in all_listables(program, (spec.heads, spec.kv_heads), spec.lists)
+    )
+    if of_q.collects and spec.backend is not Backend.CPU and not whole:
         return of_q, marked_tiling(of_keys, of_q)
     return of_q, own
 

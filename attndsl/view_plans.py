@@ -16,7 +16,7 @@ from attndsl.diagnostics import error
 from attndsl.effort import TooHard, bounded, remembered
 from attndsl.entry_sets import of_extents
 from attndsl.linear import normalise
-from attndsl.listing import Listable, fitting, listables
+from attndsl.listing import Listable, fitting, listables, listed
 from attndsl.mask import shaped
 from attndsl.plan import (
     Backend,
@@ -41,7 +41,7 @@ def view_forward(program: Program, spec: Spec, tiling: Tiling, follows: bool, ra
     ragged: as in `derive`. Then no tiles that a plan chooses are listed: a list is made for one length, and for rows
     that stand where a call's do.
     """
-    program = _with_cuts(program, ragged)
+    program = _with_cuts(listed(program, spec.lists and not ragged), ragged)
     relation, view = _entries(program, spec, "q")
     found = None
     if not ragged:
@@ -62,7 +62,7 @@ def view_backward(
     program: Program, spec: Spec, tilings: tuple[Tiling, Tiling], uses_lse: bool, follows: bool
 ) -> BackwardPlan:
     """The backward kernels of such a program."""
-    program = _with_cuts(program)
+    program = _with_cuts(listed(program, spec.lists))
     relation, view = _entries(program, spec, "q")
     found, (tiling, key_tiling) = _listable(program, spec, relation, view, tilings)
     key_runs = TileRuns((), ())

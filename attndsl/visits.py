@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from attndsl.cuts import without_cuts
-from attndsl.derivation import Chosen, Cut, Draw
+from attndsl.derivation import Chosen, Cut, Draw, Listed
 from attndsl.effort import remembered
 from attndsl.layout import PLAIN, Layout
 from attndsl.listing import Gathered, Listable, listables
@@ -79,11 +79,16 @@ def _visits(
     program: Program, spec: Spec, tiling: Tiling, side: Side, other: Tiling | None, gathers: bool, shifted: bool
 ) -> Visits:
     heads, static = (spec.heads, spec.kv_heads), without_cuts(program)
-    if any(isinstance(decl.derivation, Chosen | Draw) for decl in program.inputs):
+    if any(isinstance(decl.derivation, Chosen | Draw | Listed) for decl in program.inputs):
         lowering, relation = lowered(static, heads)
         for found in listables(program, relation):
             relation_there = found.within(relation)
             alike = tiling.pack == 1 or spec.heads == spec.kv_heads or found.shared(relation)
+            if found.offsets is not None:
+                rows = tiling.unit_q or tiling.block_q
+                if tiling.unit_k == 1 and alike and found.fits_rows(rows, spec.even_start):
+                    return _spanned(program, spec, tiling, side, found, lowering, relation_there)
+                continue
             fits = tiling.collects and found.fits(tiling.unit_q or tiling.block_q, tiling.unit_k, spec.even_start)
             if fits and alike:
                 return _collected(program, spec, tiling, side, found, lowering, relation_there)
@@ -131,6 +136,22 @@ def _collected(
         runs = TileRuns((), ())
         return Visits(program, spec, runs, lowering, relation, selection=found, marked=listed.full[0].list, exact=exact)
     return Visits(program, spec, joined(listed), lowering, relation, selection=found, collected=True, exact=exact)
+
+
+def _spanned(
+    program: Program, spec: Spec, tiling: Tiling, side: Side, found: Listable, lowering: Lowering, relation: Relation
+) -> Visits:
+    """The tokens of the segments that a plan lists, one after another in tiles; or of a key tile the query tiles that
+    list segments of it, and which of its tokens."""
+    # What is asked of pairs beside the choice: nothing, where its tokens may be any that exist.
+    exact = _pair_mask(program, spec, lowering, relation, "q", found, False) in (None, IN_RANGE)
+    if side is Side.KEY:
+        program, marked = found.spanned_keys(program, tiling.unit_q, tiling.block_k)
+        nothing = TileRuns((), ())
+        return Visits(program, spec, nothing, lowering, relation, selection=found, marked=marked, exact=exact)
+    program, runs = found.spanned(program, tiling.block_q)
+    several = tiling.block_k > tiling.unit_k
+    return Visits(program, spec, runs, lowering, relation, selection=found, collected=several, exact=exact)
 
 
 def closed_runs(

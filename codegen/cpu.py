@@ -14,7 +14,9 @@ from attndsl.codegen.header import header
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import PYTHON, TORCH, Level, Names, Printer
+from attndsl.derivation import Listed
 from attndsl.layout import PLAIN, Comb, Layout, Permutation
+from attndsl.listing import whole_classes
 from attndsl.plan import Plan, run_scalars
 from attndsl.program import Arg, Axis, Dim, Read, Scalar, Table, Type, Var, reads
 from attndsl.runs import Run
@@ -57,6 +59,10 @@ class TensorLeaves:
             case Read(input=name, index=index):
                 decl = self.plan.program.input(name)
                 tensor = f"{name}_input"
+                if isinstance(decl.derivation, Listed):
+                    printer.helpers.add("looked_up")
+                    at = self.indices(index[:-1], decl.dims[:-1], tensor, printer)
+                    return f"looked_up({tensor}[{at}], {printer.text(index[-1])})"
                 if not index:
                     text = tensor
                 else:
@@ -219,6 +225,11 @@ class TileLoop:
                     f"at = (at_b, at_g, at_r, {rows})",
                     "q_pos = torch.arange(start + low, start + high).view(-1, 1)",
                 )
+                plan = self.plan
+                classes = whole_classes(plan.program, plan.scalars, plan.tiling.block_q, plan.spec.even_start)
+                for e, size in classes.items():
+                    self.tensors.names.known[e] = f"class_{size}"
+                    lines.add(f"class_{size} = (start + low) // {size}")
                 yield
             return
         end = "Nq" if self.plan.program.align_start else "Nk"
@@ -284,11 +295,14 @@ class TileLoop:
         first, count = self._number(run.first), self._number(run.count)
         if run.list is None:
             return f"({first}, {count}, {run.step})"
-        self.helpers.add("listed")
         *index, _ = run.list.index
         tensor = f"{run.list.input}_input"
         at = [f"min(max({self._number(e)}, 0), {tensor}.shape[{i}] - 1)" for i, e in enumerate(index)]
         row = f"{tensor}[{', '.join(at)}]" if at else tensor
+        if run.spans:
+            self.helpers.add("spans_listed")
+            return f"*spans_listed({row}, {first})"
+        self.helpers.add("listed")
         return f"*listed({row}, {first}, {count}, {run.step})"
 
     def _number(self, e: Scalar) -> str:

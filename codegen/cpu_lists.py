@@ -32,7 +32,7 @@ def goes_by_lists(plan: Plan) -> bool:
 
 def _is_list(run: Run) -> bool:
     """Whether a run is a part of its list, of which each query tile has its own."""
-    if run.list is None or run.step != 1 or any(reads(e, "q_tile") for e in run.list.index[:-1]):
+    if run.list is None or run.spans or run.step != 1 or any(reads(e, "q_tile") for e in run.list.index[:-1]):
         return False
     return reads(run.first, "q_tile") and reads(run.count, "q_tile")
 

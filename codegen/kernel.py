@@ -15,11 +15,12 @@ from attndsl.codegen.kernel_loops import run_loop
 from attndsl.codegen.layer_text import tile_at
 from attndsl.codegen.leaves import Leaves
 from attndsl.codegen.lines import Lines
-from attndsl.codegen.packed import collected_loop, packed_tile
+from attndsl.codegen.packed import collected_loop, packed_tile, spanned_loop
 from attndsl.codegen.permuted import permuted_tokens
 from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import TRITON, Names, Printer
 from attndsl.layout import PLAIN, Layout, Permutation
+from attndsl.listing import whole_classes
 from attndsl.plan import DType, Part, Plan, head_parts
 from attndsl.program import Axis, Binary, Const, Scalar, Unary, Var, reads
 from attndsl.runs import Run, TileRuns
@@ -159,6 +160,7 @@ class KernelWriter:
             lines.add("i_pos = q_nth[:, None]")
         self.row_index("[:, None]")
         self.know_tile_start()
+        self.know_classes(self.printer)
 
     def _heads(self) -> None:
         """The batch entry, the query head and its key head."""
@@ -305,10 +307,11 @@ class KernelWriter:
         if self.plan.tiling.collects:
             self.name_ends(runs.partial)
             self.lines.add(f"# {COLLECTED}{self.origin}")
-            for _ in collected_loop(
-                self.lines, self.printer, runs.partial[0], self.plan.tiling.block_k, self.plan.tiling.unit_k
-            ):
-                yield True
+            (listed,), tiling = runs.partial, self.plan.tiling
+            if listed.spans:
+                yield from spanned_loop(self.lines, self.printer, listed)
+            else:
+                yield from collected_loop(self.lines, self.printer, listed, tiling.block_k, tiling.unit_k)
             return
         kinds = ((runs.full, box_runs.full, FULL, "full"), (runs.partial, box_runs.partial, PARTIAL, "partial"))
         for found, boxes, comment, label in kinds:
@@ -334,6 +337,15 @@ class KernelWriter:
         if not self.aligned:
             first = Binary("+", Var("start" if plain else "i_start"), first)
         self.printer.names.known[first] = "q_first" if plain else "i_first"
+
+    def know_classes(self, printer: Printer) -> None:
+        """Give the row class of a tile's queries, by which members are looked up, one number for all of them."""
+        plan = self.plan
+        if plan.layout.plain and self.in_order("q"):
+            classes = whole_classes(plan.program, plan.scalars, plan.tiling.block_q, plan.spec.even_start)
+            for e, rows in classes.items():
+                self.lines.add(f"class_{rows} = (start + q_tile * BLOCK_Q) // {rows}")
+                printer.names.known[e] = f"class_{rows}"
 
     @property
     def aligned(self) -> bool:

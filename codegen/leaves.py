@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attndsl.codegen.scalars import Level, Printer
-from attndsl.derivation import Gathering, RowTiles, TileList
+from attndsl.derivation import Gathering, Listed, RowTiles, SpanList, TileList
 from attndsl.grid import AXIS_NAMES
 from attndsl.plan import Plan
 from attndsl.program import Arg, Axis, Const, Dim, Read, Scalar, Table, TableDecl, Type, Var
@@ -61,14 +61,20 @@ class Leaves:
 
     def _read(self, name: str, index: tuple[Scalar, ...], printer: Printer) -> str:
         decl = self.plan.program.input(name)
-        terms, language = [], printer.dialect.language
+        terms: list[str] = []
+        language = printer.dialect.language
+        looked_up = isinstance(decl.derivation, Listed)
         for i, (e, dim) in enumerate(zip(index, decl.dims, strict=True)):
+            if looked_up and dim.axis is Axis.LIST:
+                printer.helpers.add("listed")
+                row = " + ".join(terms) or "0"
+                return f"listed({decl.parameter}_ptr, {row}, {decl.parameter}_size_{i}, {printer.text(e)})"
             text = self._index(e, dim, f"{decl.parameter}_size_{i}", printer)
             # All but the last dimension may carry an offset past 2**31.
             if i < len(index) - 1 and not text.isdecimal():
                 text = f"{text}.to({language}.int64)" if text.isidentifier() else f"({text}).to({language}.int64)"
             # Entries of a derived list lie side by side: a stride would be a product of 64 bits for each.
-            beside = dim.axis is Axis.LIST and isinstance(decl.derivation, TileList | Gathering | RowTiles)
+            beside = dim.axis is Axis.LIST and isinstance(decl.derivation, TileList | SpanList | Gathering | RowTiles)
             terms.append(text if beside else f"{text} * {decl.parameter}_stride_{i}")
         load = f"{language}.load({' + '.join([f'{decl.parameter}_ptr', *terms])})"
         if decl.holds_integers:

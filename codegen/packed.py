@@ -46,9 +46,9 @@ def packed_tile(lines: Lines, plan: Plan, start: str) -> None:
     lines.add("q_pos = start + q_rows[:, None]")
 
 
-def collected_loop(lines: Lines, printer: Printer, run: Run, block_k: int, unit: int) -> Iterator[None]:
+def collected_loop(lines: Lines, printer: Printer, run: Run, block_k: int, unit: int) -> Iterator[bool]:
     """A loop over the tiles of keys that a list fills: `k_rows` are the keys of one, the number of keys in the place of
-    one that is missing."""
+    one that is missing. Yields that pairs are masked."""
     several = block_k // unit
     assert run.list is not None
     lines.add(f"listed_first = {printer.text(run.first)}", f"listed_count = {printer.text(run.count)}")
@@ -69,7 +69,47 @@ def collected_loop(lines: Lines, printer: Printer, run: Run, block_k: int, unit:
                 f"listed = {_entry(printer, run.list, 'listed_first + places')}",
                 f"k_rows = tl.where(places < listed_count, {key}, k_len)",
             )
-        yield
+        yield True
+    lines.add("")
+
+
+def spanned_loop(lines: Lines, printer: Printer, run: Run) -> Iterator[bool]:
+    """The same of tiles that the tokens of listed spans fill, counted one after another.
+
+    Each span has a token at least, so those that a tile has tokens of are among as many as it has keys: of these the
+    ends that lie before a token say which is its own. The next tile's keys are found after a tile, as in lists.
+    """
+    listed = run.list
+    assert listed is not None
+
+    def entry(place: str) -> str:
+        return _entry(printer, listed, place)
+
+    first = printer.text(run.first)
+    lines.add(
+        f"ends_at = {entry(first)}",
+        f"shifts_at = {entry(f'{first} + 1')}",
+        f"listed_count = {printer.text(run.count)}",
+        "to_shift = shifts_at - ends_at",
+    )
+
+    def find(place: str) -> None:
+        """Which keys the tokens from a place on are."""
+        lines.add(
+            f"place = {place}",
+            f"ends = tl.where(ends_at + k_offset < shifts_at, {entry('ends_at + k_offset')}, listed_count)",
+            "inside = (ends >= place) & (ends < place + BLOCK_K)",
+            "span_at = ends_at + tl.cumsum(tl.histogram(ends - place, BLOCK_K, mask=inside), 0)",
+            f"key = place + k_offset + {entry('span_at + to_shift')}",
+            "found = tl.where(place + k_offset < listed_count, key, k_len)",
+            "ends_at += tl.sum((ends <= place + BLOCK_K).to(tl.int32), 0)",
+        )
+
+    find("0")
+    with lines.block("for i in range(tl.cdiv(listed_count, BLOCK_K)):"):
+        lines.add("k_rows = found")
+        yield True
+        find("(i + 1) * BLOCK_K")
     lines.add("")
 
 

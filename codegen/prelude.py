@@ -82,6 +82,22 @@ def drawn(hash, member, last_hash, last):
 
 
 @triton.jit
+def listed(lists_ptr, row, entries, member):
+    """Whether the list of increasing numbers that begins at a place has a member. row, member: they broadcast."""
+    # The number of entries that are no greater, by its bits.
+    count = (row * 0 + member * 0).to(tl.int32)
+    step = 1 << 30
+    while step > entries:
+        step = step // 2
+    while step > 0:
+        ahead = count + step
+        entry = tl.load(lists_ptr + row + ahead - 1, mask=ahead <= entries, other=2147483647)
+        count = tl.where(entry <= member, ahead, count)
+        step = step // 2
+    return tl.load(lists_ptr + row + count - 1, mask=count > 0, other=-1) == member
+
+
+@triton.jit
 def sigmoid(x):
     """As Triton's own, which Gluon has not."""
     return 1.0 / (1.0 + tl.exp(-x))

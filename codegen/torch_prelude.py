@@ -131,6 +131,25 @@ def listed(entries, first, count, step):
     return [(tile, 1, 1) for tile in entries[first : first + count * step : step].tolist()]
 
 
+def spans_listed(entries, head):
+    """The spans that a list has for a tile, whose numbers begin at a place, as runs of tokens."""
+    at, end, _ = entries[head : head + 3].tolist()
+    ends, shifts = entries[at:end].tolist(), entries[end : 2 * end - at].tolist()
+    return [(low + shift, high - low, 1) for low, high, shift in zip([0, *ends[:-1]], ends, shifts, strict=True)]
+
+
+def looked_up(lists, member):
+    """Whether lists of increasing numbers, [..., rows, 1, entries], have members, [..., rows, keys]."""
+    member = torch.as_tensor(member)
+    size = torch.broadcast_shapes(lists.shape[:-1], member.shape)
+    lists = lists.squeeze(-2).expand(*size[:-1], -1).to(torch.int64).contiguous()
+    member = member.to(torch.int64).expand(size).contiguous()
+    if not lists.shape[-1]:
+        return torch.zeros(size, dtype=torch.bool)
+    at = torch.searchsorted(lists, member).clamp(max=lists.shape[-1] - 1)
+    return lists.gather(-1, at) == member
+
+
 def listed_by_tile(entries, first, count):
     """The entries of a list at the `count` places from `first`, of each own tile."""
     entries, places = entries.tolist(), zip(first.tolist(), count.tolist(), strict=True)

@@ -465,6 +465,7 @@ class DkDvKernel(BackwardKernel):
         self.load("q", self.q_parts, spec.dim, "q", "h", bounded=True)
         self.load("dout", self.v_parts, spec.v_dim, "q", "h", bounded=True)
         if (pairs := self.pairs(masked)) or self.plan.shares is not None:
+            self.know_classes(printer)
             lines.add(f"q_pos = start + {self.q_place}[None, :]")
             if any(reads(e, "i") for e in pairs):
                 lines.add("i_pos = q_nth[None, :]")

@@ -24,7 +24,7 @@ from attndsl.runtime.build import KernelSource, compile_kernel, parameters
 from attndsl.runtime.call import call_shape, dim_size
 from attndsl.runtime.combine_op import combine_sources, function_of
 from attndsl.runtime.decode import FP8, DecodeTensors
-from attndsl.runtime.derive import derived_dtype
+from attndsl.runtime.derived_types import derived_dtype
 from attndsl.runtime.gluon_backward import GRADIENTS, gradients_parameters
 from attndsl.runtime.observing import FUNCTION as OBSERVE
 from attndsl.runtime.observing import observe_sources

@@ -31,6 +31,7 @@ from attndsl.derivation import (
     EntryMap,
     Extents,
     Gathering,
+    Listed,
     Offsets,
     Order,
     Place,
@@ -41,6 +42,7 @@ from attndsl.derivation import (
     RunEnds,
     RunExtents,
     Sorted,
+    SpanList,
     TileList,
     TileMap,
     counted,
@@ -61,7 +63,6 @@ from attndsl.program import (
     Read,
     Scalar,
     Set,
-    Type,
     Var,
     reads,
     scalars,
@@ -71,6 +72,7 @@ from attndsl.relation import Lowering
 from attndsl.runtime.apart import counts_apart
 from attndsl.runtime.call import dim_size
 from attndsl.runtime.cuts import document_ends, make_cut
+from attndsl.runtime.derived_types import derived_dtype
 from attndsl.runtime.draws import last_drawn, members_drawn
 from attndsl.runtime.entry_maps import entry_map
 from attndsl.runtime.extents import of_extents
@@ -80,6 +82,7 @@ from attndsl.runtime.permute import of_order
 from attndsl.runtime.plans import chosen_members, list_size
 from attndsl.runtime.row_tiles import row_tiles, table_size
 from attndsl.runtime.runs import along, document_blocks, entry_input, present_runs, run_input
+from attndsl.runtime.spans import listed_in_order, span_list, span_room
 from attndsl.runtime.strip_blocks import block_sums, gathered, pieces
 from attndsl.runtime.tile_map import tile_map
 from attndsl.runtime.values import Values, readable
@@ -267,6 +270,11 @@ class Deriver:
                 return self._draw(decl, decl.derivation, values)
             case Chosen(plan=plan, keys=keys, level=level, each=each):
                 return chosen_members(values.tensors[plan], self._members(keys) * each, level)
+            case Listed(plan=plan):
+                return listed_in_order(values.tensors[plan], self.shape.k_len)
+            case SpanList(listed=listed, offsets=offsets):
+                tensors = values.tensors[listed], values.tensors[offsets]
+                return span_list(decl, decl.derivation, *tensors, self.shape, self.program)
             case TileList() | Gathering():
                 raise AssertionError("a list needs no values of its own")
             case Cut():
@@ -452,6 +460,12 @@ class Deriver:
             case TileList(plan=plan) | Gathering(plan=plan):
                 dims = self.program.input(plan).dims
                 return list_size(decl.derivation, decl, self._plan(plan), dims, self.shape)
+            case Listed(plan=plan):
+                return [*self._plan(plan).shape]
+            case SpanList(listed=listed):
+                slots = self._size(self.program.input(listed))[-1]
+                lead = [dim_size(dim, self.program, self.shape) for dim in decl.dims[:-1]]
+                return [*lead, span_room(decl.derivation, decl, slots, self.shape)]
             case TileMap(rows=rows, keys=keys):
                 lead = [dim_size(dim, self.program, self.shape) for dim in decl.dims[:-2]]
                 return [*lead, -(-self.shape.rows // rows), -(-self.shape.k_len // keys)]
@@ -459,31 +473,6 @@ class Deriver:
                 return table_size(decl.derivation, self.program.input(first), self.shape)
             case _:
                 return [dim_size(dim, self.program, self.shape) for dim in decl.dims]
-
-
-def derived_dtype(decl: InputDecl) -> torch.dtype:
-    """The dtype of a derived input."""
-    match decl.derivation:
-        case Offsets() | RunEnds() | RunCount() | Cut() | Order() | RowTiles():
-            return torch.int32
-        case DocumentEnds() | DocumentBlocks() | DocumentEntries():
-            return torch.int32
-        case BlockMap() | EntryMap() | Chosen() | Alike():
-            return torch.bool
-        case Extents() | RunExtents():
-            return torch.bool if decl.type is Type.BOOL else torch.int64
-        case Draw(members=members):
-            return torch.int32 if members else torch.int64
-        case Sorted() | Place() | PresentRuns():
-            return torch.int64
-        case TileMap():
-            return torch.uint8
-        case TileList() | Gathering():
-            return torch.int32
-        case None:
-            raise AssertionError(f"`{decl.name}` is given")
-        case _:
-            assert_never(decl.derivation)
 
 
 def leading(x: Tensor, decl: InputDecl) -> Tensor:

@@ -284,7 +284,7 @@ class Engine:
         if self.choose(backend, spec, max(q.shape[2], k.shape[2])) == "cpu":
             from attndsl.runtime.cpu import CpuForward
 
-            plans = forward_plans(program, replace(spec, lists=False, backend=Backend.CPU), self.tiling)
+            plans = forward_plans(program, replace(spec, backend=Backend.CPU), self.tiling)
             functions = [CpuForward(plan, self._text(self.generators.cpu_forward, plan)) for plan in plans]
             return self.deriving(plans[0].program, q, k, v, inputs).forward(in_turn(*functions))
         from attndsl.runtime.moved import moved_forward

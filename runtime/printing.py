@@ -21,7 +21,18 @@ from attndsl import program as programs
 from attndsl import scalar as scalars
 from attndsl.compose import raw_first
 from attndsl.cuts import with_cuts
-from attndsl.derivation import Cut, Derivation, Draw, Gathering, Order, RowTiles, TileList, TileMap
+from attndsl.derivation import (
+    Cut,
+    Derivation,
+    Draw,
+    Gathering,
+    Listed,
+    Order,
+    RowTiles,
+    SpanList,
+    TileList,
+    TileMap,
+)
 from attndsl.derive import derive
 from attndsl.diagnostics import error
 from attndsl.learned import Over
@@ -186,7 +197,7 @@ def _choices(program: Program, made: Program, said: Any) -> dict[str, bytes]:
 def _is_list(derivation: Derivation | None) -> bool:
     if isinstance(derivation, Draw):
         return derivation.members
-    return isinstance(derivation, TileList | Gathering | TileMap | RowTiles)
+    return isinstance(derivation, TileList | SpanList | Listed | Gathering | TileMap | RowTiles)
 
 
 def _chosen(files: Mapping[str, bytes], program: Program) -> tuple[Program, Any]:
