@@ -18,6 +18,9 @@ NUMPY  := numpy<2.4
 # Named after the versions: a change of them makes a new environment.
 BASE   := $(VENV)/base-$(TORCH)-$(TRITON)
 
+# Tests start some hundred processes: each would compile this package again where its bytecode is not kept.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run test test-suite test-hopper test-newest check lint bench clean
 .DELETE_ON_ERROR:
 
@@ -37,7 +40,7 @@ test-hopper: $(VENV)/installed-dev
 # The tests marked triton_newest once more, against the newest triton that the index has.
 test-newest: $(VENV)/installed-dev $(NEWEST)/installed
 	@PYTHONPATH=$(NEWEST) $(PY) -c "import triton; print('triton', triton.__version__, triton.__file__)"
-	PYTHONPATH=$(NEWEST) $(PY) -m pytest -m triton_newest
+	PYTHONPATH=$(NEWEST) $(PY) -m pytest -n 2 -m triton_newest
 
 check: lint test
 

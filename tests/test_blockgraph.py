@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import time
 import tracemalloc
@@ -174,10 +175,13 @@ def test_a_million_tokens_are_small_and_quick() -> None:
     block_graph(load("causal").program, call(256, 256))
     for text, tiles in (("causal & window(512)", 40_950), ("causal & (window(4096) | sink(4))", 277_967)):
         program = load(text).program
+        gc.disable()  # a collection of what all tests before this one keep takes as long as they please
         start = time.process_time()
         graph = block_graph(program, shape)
+        taken = time.process_time() - start
+        gc.enable()
         # 5 to 10 ms the first time, on a busy core too, most of it spent on the closed forms.
-        assert time.process_time() - start < 0.25
+        assert taken < 0.25
         assert graph.tiles == tiles
         assert graph.nbytes < 1_000_000
     tracemalloc.start()
