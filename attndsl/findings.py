@@ -118,10 +118,10 @@ class _Analysis:
         except _GaveUp:
             return
 
-    def _ask(self, question: Callable[[], Any]) -> Any:
-        """The answer of isl, None past the effort bound."""
+    def _ask(self, question: Callable[[], Any], share: int = 1) -> Any:
+        """The answer of isl, None past the effort bound, or its `share`-th part."""
         try:
-            return bounded(self.lowering.ctx, question, self.effort)
+            return bounded(self.lowering.ctx, question, self.effort // share)
         except TooHard:
             self.failures += 1
             if self.failures > MAX_FAILURES:
@@ -185,13 +185,14 @@ class _Analysis:
         def changed(now: bool) -> isl.Set:
             later = self._one_longer(pairs)
             if not now:
-                return later.subtract(pairs).intersect(self.existing.domain)
+                return later.intersect(self.existing.domain).subtract(pairs)
             # The longest call has none that is longer.
             shorter = self.lowering.set(f"[Nk] -> {{ [q, k] : Nk < {1 << POSITION_BITS} }}")
             return pairs.intersect(shorter).subtract(later)
 
         for now in (True, False):
-            difference = self._ask(lambda now=now: changed(now))  # type: ignore[misc]
+            # Each is half of a question.
+            difference = self._ask(lambda now=now: changed(now), 2)  # type: ignore[misc]
             if isinstance(difference, isl.Set) and (witness := self._possible(difference, now)) is not None:
                 n = witness.k_len
                 has, has_not = (n, n + 1) if now else (n + 1, n)
@@ -230,7 +231,7 @@ class _Analysis:
             return shorter.member(self.written, w.q, w.k) == now != world.member(self.written, w.q, w.k)
 
         try:
-            found = self._ask(lambda: self.existing.witness(difference, check, longer=1))
+            found = self._ask(lambda: self.existing.witness(difference, check, longer=1), 2)
         except Undecided:
             return None
         return found if isinstance(found, Witness) else None

@@ -35,11 +35,11 @@ def read_program(
     from attndsl.grammar import load
 
     program = (loaded := load(source.text, name=source.name, select=select, params=params)).program
-    warnings = (*loaded.warnings, *_warnings(program))
+    warnings = (*loaded.warnings, *asked_warnings(program))
     return program, warnings, lambda: texts.keep(source, select, params, (program, warnings))
 
 
-def _warnings(program: Program) -> Iterator[Diagnostic]:
+def asked_warnings(program: Program) -> Iterator[Diagnostic]:
     """What integer sets tell of a program."""
     if program.plain:
         from attndsl.findings import findings

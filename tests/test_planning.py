@@ -13,6 +13,7 @@ from attndsl.compose import compose
 from attndsl.grammar import load
 from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.relation import Lowering
+from attndsl.wiring import asked_warnings
 from benchmarks import planning
 
 # Of one file's plans, all branches and kernels. A published pattern takes up to 0.4 s on one idle core.
@@ -23,6 +24,9 @@ MOST = 500_000
 LARGER = {"block_diffusion": 590_000, "moa": 650_000, "power": 1_080_000, "radial": 1_050_000}
 # Patterns that were slow, and of which no step passes its bound of effort now.
 WITHIN = {"block_attention", "block_diffusion", "duo", "longlora", "moa", "packed", "sliding_tile", "star", "video"}
+# … and of what warnings ask about a program.
+MOST_ASKED = 45_000
+MORE_ASKED = {"longformer": 56_000, "moa": 85_000, "power": 71_000, "radial": 74_000}
 FILES = sorted(planning.PATTERNS.glob("*.attn"))
 
 
@@ -48,6 +52,15 @@ def test_every_example_is_planned_soon(path: Path, monkeypatch: pytest.MonkeyPat
         assert taking.taken < LARGER.get(path.stem, MOST), "planning takes more than it did: see `benchmarks planning`"
     assert time.process_time() - begun < SECONDS
     assert not passed or path.stem not in WITHIN
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_warnings_ask_is_little(path: Path) -> None:
+    """Every `compile` waits for it."""
+    program = load(path.read_text(), name=path.name, params=planning.TABLES.get(path.stem, {})).program
+    with effort.compilation() as taking:
+        list(asked_warnings(program))
+    assert taking.taken < MORE_ASKED.get(path.stem, MOST_ASKED), "warnings take more: see `benchmarks planning`"
 
 
 @pytest.mark.parametrize(
