@@ -83,6 +83,8 @@ def arguments(program: Program, given: Mapping[str, Any]) -> dict[str, int]:
                 found[name] = operator.index(given[name])
             except TypeError:
                 raise not_an_int(name, given[name]) from None
+            if isinstance(given[name], bool):
+                raise not_an_int(name, given[name])
             check_argument(program, name, found[name])
     return found
 

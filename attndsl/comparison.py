@@ -230,7 +230,9 @@ class Existing:
                 pairs = pairs.fix_val(
                     isl.dim_type.param, position, isl.Val.int_from_si(self.lowering.ctx, values[name])
                 )
-        q, k = _coordinates(pairs.lexmin())
+        # isl fails at some sets of equalities that it has not found yet ("affine expression involves some of the domain
+        # dimensions").
+        q, k = _coordinates(pairs.detect_equalities().lexmin())
         used = {name: values[name] for name in values if any(involves_param(p, name) for p in self._lowered.values())}
         numbers, truths = [], []
         for name, e in (*self.lowering.uniform.items(), *self.lowering.atoms.items()):

@@ -136,6 +136,7 @@ class Scope:
             report.error(
                 "A011", f"`{name}` is a built-in name", span, label="cannot be redeclared", help=f"call it `{name}_`"
             )
+            self._names[name] = (Poison(), span)
             return
         if name in self._names:
             first = self._names[name][1]

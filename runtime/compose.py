@@ -28,6 +28,7 @@ from attndsl.runtime.runs import document_blocks, entries_of_heads, pooled_runs
 from attndsl.runtime.runs import of_heads as runs_of_heads
 from attndsl.runtime.select_op import Planner
 from attndsl.runtime.shares import member_shares
+from attndsl.widths import LARGEST
 
 Views = Mapping[str, tuple[Tensor, ...]]
 
@@ -72,7 +73,7 @@ def present_tokens(program: Program, inputs: Mapping[str, Tensor], batch: int) -
     """How many tokens of each batch entry are present, int32 [B] and at least 0; None where all are."""
     if program.lengths is None:
         return None
-    return inputs[program.lengths].clamp(min=0).to(torch.int32).expand(batch)
+    return inputs[program.lengths].clamp(0, LARGEST).to(torch.int32).expand(batch)
 
 
 class Composed:

@@ -82,12 +82,14 @@ def attend(
 
 def checked_values(key: str, inputs: Sequence[object], args: Sequence[object]) -> None:
     """Raises `PatternError` for an input that is no tensor, or an argument that is no int or too large for kernels."""
-    if not all(isinstance(x, Tensor) and not x.is_nested for x in inputs) or not all(
-        isinstance(x, int | torch.SymInt) for x in args
-    ):
+    if not all(isinstance(x, Tensor) and not x.is_nested for x in inputs) or not all(map(_is_int, args)):
         raise _misfit(engine_of(key).program, inputs, args)
     if args and not torch.compiler.is_compiling():
         _check_arguments(key, args)
+
+
+def _is_int(x: object) -> bool:
+    return isinstance(x, int | torch.SymInt) and not isinstance(x, bool)
 
 
 def _check_arguments(key: str, args: Sequence[Any]) -> None:
@@ -102,7 +104,7 @@ def _misfit(program: Program, inputs: Sequence[object], args: Sequence[object]) 
         if not isinstance(x, Tensor) or x.is_nested:
             said = "dense tensor, not one that is nested" if isinstance(x, Tensor) else f"tensor, not {repr(x)[:40]}"
             return error("A517", f"input `{decl.name}` is a {said}", decl.span, help="pass torch.tensor(…)")
-    name, value = next((n, x) for n, x in zip(program.args, args, strict=True) if not isinstance(x, int))
+    name, value = next((n, x) for n, x in zip(program.args, args, strict=True) if not _is_int(x))
     return not_an_int(name, value)
 
 

@@ -216,7 +216,9 @@ class _Interpreted:
         def value(x: Any) -> Any:
             if isinstance(x, Descriptor):
                 return TensorDescriptor(call[x.index], list(x.shape), list(x.strides), list(x.block))
-            return call[x.index] if isinstance(x, Slot) else x
+            found = call[x.index] if isinstance(x, Slot) else x
+            # What is not there has address 0.
+            return torch.empty(0) if found is None else found
 
         self.launch(*map(value, self.template))
 

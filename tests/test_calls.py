@@ -200,7 +200,9 @@ def test_lse_of_weights() -> None:
 
 
 def test_argument_type() -> None:
-    refused("A516", "`span` is a runtime int, not 2.5", lambda: LOCAL(*qkv(), span=2.5))
+    for span in (2.5, True):
+        refused("A516", f"`span` is a runtime int, not {span}", partial(LOCAL, *qkv(), span=span))
+        refused("A516", f"`span` is a runtime int, not {span}", partial(LOCAL.mask, 4, 4, span=span))
     refused("A517", "input `doc` is a tensor, not [[0, 0", lambda: DOCUMENTS(*qkv(), doc=[[0] * 20] * 2))
 
 

@@ -49,6 +49,13 @@ def test_a_number_beside_itself() -> None:
     assert codes(DATA % "causal - { doc[k] < doc[k] }") == ["W301"]
 
 
+def test_a_set_whose_least_pair_isl_does_not_find_at_once() -> None:
+    here = "strided(4, 1) & ~neighborhood(3, 3, 4)"
+    there = "(dilated(2) - band(reach[b], 3)) on segment(ids)"
+    declared = "input reach : int[b]\n input dense : bool[g]\n input ids : int[b, k]"
+    assert codes(f"attention a {{ {declared}\n attend (if dense[g] then {here} else {there}) }}") == []
+
+
 # ------------------------------------------------------------------------------------------- silence
 
 

@@ -204,3 +204,10 @@ def test_inputs_named_like_tensors_of_the_kernels(name: str) -> None:
     expected = torch.autograd.grad(attn.reference(q, k, v, **given).sum(), leaves)
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+
+
+def test_a_call_like_the_one_before() -> None:
+    """It has no memory for the lse that nobody asks for."""
+    attn = attndsl.compile("causal & window(9)")
+    q, k, v = (torch.randn(1, 2, 20, 16, device=DEVICE) for _ in range(3))
+    torch.testing.assert_close(attn(q, k, v, backend="triton"), attn(q, k, v, backend="triton"), atol=0, rtol=0)

@@ -123,6 +123,15 @@ VIEWS = (
 )
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_lengths_past_32_bits(backend: str) -> None:
+    attn = attndsl.compile(f"attention a {{ input n : int[b]\n lengths n\n {VIEWS[3].format(f='mean')} }}")
+    q, k, v = (torch.randn(2, 2, 13, 8) for _ in range(3))
+    n = torch.tensor([2**40, -(2**40)])
+    found = attn(q, k, v, n=n, backend=backend)
+    torch.testing.assert_close(found.double(), attn.reference(q, k, v, n=n), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("clauses", "f", "backend"), [
     *((clauses, f, "cpu") for clauses in VIEWS for f in ("mean", "max", "min", "sum")),
     (VIEWS[0], "max", "triton"), (VIEWS[1], "min", "triton"), (VIEWS[2], "mean", "triton"), (VIEWS[3], "sum", "triton"),
