@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from attndsl.branches import Branch, View
+from attndsl.branches import Branch, Given, View
 from attndsl.derive import derive
 from attndsl.diagnostics import error
 from attndsl.effort import remembered
@@ -69,6 +69,6 @@ def mass_of(program: Program, branch: Branch, heads: tuple[int, int], ragged: bo
         return BranchMass(alone, branch, seen, logit, 1, 1)
     relation = entries_of(alone, heads)
     seen = fold(normalise(condition(relation.pairs, relation.context, relation.uniform | relation.atoms)))
-    if view.counted:
+    if view.counted or (isinstance(view, Given) and view.mass is not None):
         logit = counted(logit, view)
     return BranchMass(alone, branch, seen, logit, view.size, view.stride)

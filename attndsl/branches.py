@@ -174,12 +174,14 @@ class Within:
     """Two levels: a softmax inside each member, a block of `keys` tokens in a row, and the members' outputs summed with
     the probabilities of an earlier branch.
 
-    `weights`: in a program of one branch, the input float[b, h, q, k/keys] that holds these.
+    `weights`: in a program of one branch, the input float[b, h, q, k/keys] that holds these. `packed`: there, the input
+    whose documents the members are of, each row's counted from the first of its own.
     """
 
     keys: int
     branch: str
     weights: str = ""
+    packed: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

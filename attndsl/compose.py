@@ -102,7 +102,7 @@ def _handed_in(part: Part, program: Program, found: dict[Pool | Pick, Pooling], 
     if part.within is not None:
         taken = {decl.name for decl in program.inputs}
         name = next(x for x in (f"shares_{branch}{'_' * i}" for i in range(len(taken) + 1)) if x not in taken)
-        return replace(part, within=replace(part.within, weights=name))
+        return replace(part, within=replace(part.within, weights=name, packed=program.packed))
     view = part.view
     if view is None or isinstance(view, Given):
         return part

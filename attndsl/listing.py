@@ -44,6 +44,21 @@ LEAST = 16
 
 
 @dataclass(frozen=True, slots=True)
+class EntryTiles:
+    """Tiles of keys that are entries of documents: reads of the first token of tile `k_tile`, of one past its last, and
+    of these two of its document."""
+
+    first: Read
+    end: Read
+    document: Read
+    stop: Read
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        return self.first, self.end, self.document, self.stop
+
+
+@dataclass(frozen=True, slots=True)
 class Gathered:
     """Query tiles of rows that chose the same member of the keys, of `keys` tokens, in `plan`.
 

@@ -60,6 +60,8 @@ def forward_plans(
     tiling: None lets the cost model choose, and in a layout the default for how it loads. alone: other parts of the
     same softmax do not share the program.
     """
+    if program.only.within is not None:
+        return (within_forward(program, spec),)
     if not program.plain:
         return _of_parts(program, lambda part, first: _forward_part(part, spec, tiling, first))
     if program.branch.skip is not None:
@@ -102,8 +104,6 @@ def _forward_part(program: Program, spec: Spec, tiling: Tiling | None, first: bo
         spec = replace(spec, backend=Backend.TRITON)
     if program.only.skip is not None:
         return (skipping_plan(program, spec, not first),)
-    if program.only.within is not None:
-        return (within_forward(program, spec),)
     if program.plain:
         return forward_plans(program, spec, tiling, alone=False)
     chosen = tiling or default_tiling(spec)
@@ -116,8 +116,6 @@ def _forward_part(program: Program, spec: Spec, tiling: Tiling | None, first: bo
 def _backward_part(
     program: Program, spec: Spec, tilings: tuple[Tiling, Tiling] | None, uses_lse: bool, first: bool
 ) -> tuple[BackwardPlan, ...]:
-    if program.only.within is not None:
-        return (within_backward(program, spec, uses_lse),)
     if not program.plain:
         return (view_backward(program, spec, tilings or backward_tilings(spec), uses_lse, not first),)
     return backward_plans(program, spec, tilings, uses_lse, alone=False)
@@ -306,6 +304,8 @@ def backward_plans(
 
     tilings: of dq, and of dk and dv; None as in `forward_plans`. alone: as there.
     """
+    if program.only.within is not None:
+        return (within_backward(program, spec, uses_lse),)
     if not program.plain:
         return _of_parts(program, lambda part, first: _backward_part(part, spec, tilings, uses_lse, first))
     pieces = _pieces(program, spec, alone)

@@ -17,10 +17,11 @@ from attndsl.derive import derive, with_needed
 from attndsl.effort import remembered
 from attndsl.layout import PLAIN, Layout, Permutation
 from attndsl.learned import Learned, Over
-from attndsl.listing import Gathered, listed
+from attndsl.listing import EntryTiles, Gathered, listed
 from attndsl.mask import pair_mask, written_condition
 from attndsl.program import (
     Arg,
+    Binary,
     Const,
     InputDecl,
     Program,
@@ -179,6 +180,7 @@ class Plan:
     `box_runs`: in the place of `runs` where the layout is one by boxes, whose indices a mask calls i_a and j_a.
     `where`: a condition of the whole call under which its kernels do anything.
     `shares`: two levels: each tile of keys is a member, inside which is a softmax, and its row's read weighs it.
+    `tiles_of`: members are of documents: where a tile lies is data.
     """
 
     program: Program
@@ -198,12 +200,18 @@ class Plan:
     skip: float | None = field(default=None, kw_only=True)
     box_runs: BoxRuns = field(default=BoxRuns(), kw_only=True)
     shares: Read | None = field(default=None, kw_only=True)
+    tiles_of: EntryTiles | None = field(default=None, kw_only=True)
     where: Scalar | None = field(default=None, kw_only=True)
 
     @property
     def softmax(self) -> bool:
         """Whether rows are normalised."""
         return self.weights is None and self.shares is None
+
+    @property
+    def tiled_members(self) -> bool:
+        """Of two levels, whether each member is a tile of keys."""
+        return self.shares is not None and self.shares.index[-1] == Binary("//", Var("k"), Const(self.tiling.block_k))
 
     @property
     def masks(self) -> bool:
@@ -224,6 +232,7 @@ class Plan:
         body = (self.mask, self.scale, self.score, self.sink, self.weights)
         lists: list[Scalar] = [] if self.gathered is None else [self.gathered.entry]
         lists += [x for x in (self.marked, self.shares, self.where) if x is not None]
+        lists += () if self.tiles_of is None else self.tiles_of.reads
         runs = (*run_scalars(self.runs), *self.box_runs.ends)
         orders = (self.layout.q, self.layout.k) if isinstance(self.layout, Permutation) else ()
         return (*runs, *(x for x in body if x is not None), *lists, *orders, *self._further())

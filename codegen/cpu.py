@@ -140,6 +140,8 @@ class TileLoop:
         self.numbers = Printer(PYTHON, Names(NumberLeaves(plan)), self.helpers)
         self.tensors = Printer(TORCH, Names(TensorLeaves(plan)), self.helpers)
         decided = run_scalars(plan.runs)
+        if plan.shares is not None:
+            decided += plan.shares.index[-1:]
         if self.permutation is not None:
             decided += (self.permutation.q, self.permutation.k)
         self.per_batch = any(reads(x, "b") for x in decided)
@@ -315,8 +317,11 @@ class TileLoop:
         Yields a printer for expressions in the loop.
         """
         lines = self.lines
-        # Where tiles are skipped, a portion is a tile.
-        size = CHUNK if self.plan.skip is None else self.plan.tiling.block_k
+        # Where tiles are skipped, a portion is a tile; members are whole in one.
+        size: int | str = CHUNK if self.plan.skip is None else self.plan.tiling.block_k
+        if self.plan.shares is not None:
+            member = self.plan.tiling.block_k
+            size = max(1, CHUNK // member) * member if self.plan.tiled_members else "k_len"
         with lines.block(f"for full, partial in chunks(full_spans, partial_spans, {size}):"):
             printer = self.tensors.within(self.tensors.names.inner())
             lines.add("spans = full + partial")
@@ -368,11 +373,14 @@ class TileLoop:
         shares = self.plan.shares
         assert shares is not None
         self.helpers |= {"within_members", "exponential"}
+        printer = self.tensors.within(Names(TensorLeaves(self.plan)))
+        # Keys of another document may have the same number: no row sees both.
+        number = printer.text(shares.index[-1])
         self.lines.add(
             "k_pos = positions(spans)",
-            f"member = torch.unique_consecutive(k_pos // {self.plan.tiling.block_k}, return_inverse=True)[1]",
+            f"member = torch.unique({number}, return_inverse=True)[1].flatten()",
             "inner = within_members(scores, member)",
-            f"share = {self.tensors.within(Names(TensorLeaves(self.plan))).text(shares)}",
+            f"share = {printer.text(shares)}",
         )
 
     def rows_of(self, x: str) -> str:

@@ -19,6 +19,7 @@ from attndsl.codegen.packed import collected_loop, packed_tile, spanned_loop
 from attndsl.codegen.permuted import permuted_tokens
 from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import TRITON, Names, Printer
+from attndsl.codegen.two_levels import entry_tokens
 from attndsl.layout import PLAIN, Layout, Permutation
 from attndsl.listing import whole_classes
 from attndsl.plan import DType, Part, Plan, head_parts
@@ -233,6 +234,9 @@ class KernelWriter:
         if self.boxes is not None:
             self.boxes.tokens(self.lines, self.fresh(), side, bounded)
             return
+        if side == "k" and self.plan.tiles_of is not None:
+            entry_tokens(self, self.plan.tiles_of)
+            return
         if self.permutation is not None:
             permuted_tokens(self.lines, self.plan, self.permutation, side, first, bounded)
             return
@@ -254,14 +258,15 @@ class KernelWriter:
             self.boxes.indices(self.lines, "k", axis, pairs)
 
     def tile_number(self) -> str:
-        """The name of the number of a tile of keys among all of them."""
-        return "k_tile"
+        """The name of the number of a tile of keys among all of them, or of those of its document."""
+        return "k_tile" if self.plan.tiles_of is None else "k_member"
 
     def in_order(self, side: str) -> bool:
         """Whether a tile of queries or keys is of tokens in a row."""
         plan, tiling = self.plan, self.plan.tiling
         rows = plan.gathered is not None or tiling.pack > 1 or tiling.unit_q > 0
         apart = rows if side == "q" else tiling.collects and not tiling.unit_q
+        apart = apart or (side == "k" and self.plan.tiles_of is not None)
         return self.boxes is None and self.permutation is None and self.combs[side].every and not apart
 
     def _token(self, side: str, index: str) -> str:
@@ -296,7 +301,7 @@ class KernelWriter:
         """`keep`: which pairs of a tile dropout keeps. First in a tile, where fewest registers are in use."""
         if self.plan.spec.dropout:
             in_row, of_entries = self.in_order("k") and not self.spare, self.plan.view is not None
-            if self.spare:
+            if self.spare and self.plan.tiles_of is None:
                 self.lines.add("k_rows = k_tile * BLOCK_K + k_offset")
             kept = kept_pairs(self.printer.helpers, in_row, self.permutation, transposed, of_entries)
             self.lines.add(f"keep = {kept}")

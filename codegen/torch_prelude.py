@@ -92,7 +92,7 @@ def exponential(x):
 
 def within_members(scores, member):
     """A softmax of scores [..., keys] inside each member, whose numbers [keys] count from 0; 0 of what is not seen."""
-    top = scores.new_full((*scores.shape[:-1], int(member[-1]) + 1), -torch.finfo(scores.dtype).max)
+    top = scores.new_full((*scores.shape[:-1], int(member.max()) + 1), -torch.finfo(scores.dtype).max)
     top.scatter_reduce_(-1, member.expand_as(scores), scores, "amax")
     inner = exponential(scores - top[..., member])
     total = torch.zeros_like(top).index_add_(-1, member, inner)
@@ -101,7 +101,7 @@ def within_members(scores, member):
 
 def of_members(values, member):
     """The sum over its member in the place of each of the values [..., keys]."""
-    count = int(member[-1]) + 1
+    count = int(member.max()) + 1
     return values.new_zeros(*values.shape[:-1], count).index_add_(-1, member, values)[..., member]
 
 

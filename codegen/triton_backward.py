@@ -23,7 +23,7 @@ from attndsl.codegen.kernel import KernelWriter
 from attndsl.codegen.layer_text import copies_rows, kept_at, tile_at
 from attndsl.codegen.leaves import Leaves
 from attndsl.codegen.scalars import Level, Printer
-from attndsl.codegen.two_levels import member_softmax
+from attndsl.codegen.two_levels import keep_share, leave_without_entry, member_softmax
 from attndsl.learned import Learned, Over
 from attndsl.mask_cost import KEY, ROW
 from attndsl.plan import BackwardPlan, Part
@@ -278,10 +278,7 @@ class DqKernel(BackwardKernel):
         self.logit_gradient(printer, masked, existing)
         self.learn(printer)
         if self.plan.shares is not None:
-            lines.add(
-                "share_at = (head.to(tl.int64) * rows + q_rows) * tl.cdiv(k_len, BLOCK_K) + k_tile",
-                "tl.store(d_shares_ptr + share_at, d_share, mask=q_rows < rows)",
-            )
+            keep_share(self)
         if self.flows:
             lines.add(f"d_scores = {self.passed_on(self.plan.d_score, printer)}")
             for part in self.q_parts:
@@ -361,7 +358,8 @@ class DkDvKernel(BackwardKernel):
         if self.boxes is not None:
             self._key_box(self.boxes)
             return
-        tiles = f"k_tiles = tl.cdiv({self.most('k', self.k_end)}, BLOCK_K)"
+        count = "k_len" if self.plan.tiles_of is not None else f"tl.cdiv({self.most('k', self.k_end)}, BLOCK_K)"
+        tiles = f"k_tiles = {count}"
         if layout.plain:
             self.plain_tile(tiles)
         elif layout.classes == 1:
@@ -385,7 +383,9 @@ class DkDvKernel(BackwardKernel):
             lines.add(f"b = head // {spec.heads}", f"h = head % {spec.heads}", f"g = h // {self.group}", self.start)
         else:
             lines.add(f"b = head // {spec.kv_heads}", f"g = head % {spec.kv_heads}", self.start)
-        if not self.in_order("k") and self.permutation is None:
+        if self.plan.tiles_of is not None:
+            leave_without_entry(self, self.plan.tiles_of)
+        elif not self.in_order("k") and self.permutation is None:
             self.skip_missing("k", "k_tile * BLOCK_K")
         if not self.combs["q"].every:
             self.first_row()
@@ -393,8 +393,8 @@ class DkDvKernel(BackwardKernel):
         self.tokens("k")
         if self.in_order("k"):
             lines.add("k_pos = k_tile * BLOCK_K + k_offset[:, None]")
-        elif self.permutation is not None:
-            lines.add("k_pos = k_nth[:, None]")
+        elif self.permutation is not None or self.plan.tiles_of is not None:
+            lines.add(f"k_pos = {'k_rows' if self.permutation is None else 'k_nth'}[:, None]")
         else:
             lines.add("k_pos, j_pos = k_rows[:, None], k_nth[:, None]")
 

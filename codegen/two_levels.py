@@ -7,9 +7,13 @@ logit's is share p (dp - that sum): what delta is to a row, it is to a row and a
 
 from __future__ import annotations
 
-from attndsl.codegen.kernel import KernelWriter
+from typing import TYPE_CHECKING
+
 from attndsl.codegen.scalars import Names
-from attndsl.program import Binary, Const, Var
+from attndsl.listing import EntryTiles
+
+if TYPE_CHECKING:
+    from attndsl.codegen.kernel import KernelWriter
 
 
 def member_softmax(kernel: KernelWriter, logits: str, keys_axis: int, along: str) -> None:
@@ -20,10 +24,9 @@ def member_softmax(kernel: KernelWriter, logits: str, keys_axis: int, along: str
     """
     read = kernel.plan.shares
     assert read is not None
-    member = Binary("//", Var("k"), Const(kernel.plan.tiling.block_k))
-    assert read.index[-1] == member, "a tile of keys is a member"
-    share = kernel.printer.within(Names(kernel.leaves, {member: kernel.tile_number()})).text(read)
-    if kernel.spare:
+    assert kernel.plan.tiled_members or kernel.plan.tiles_of is not None, "a tile of keys is a member"
+    share = kernel.printer.within(Names(kernel.leaves, {read.index[-1]: kernel.tile_number()})).text(read)
+    if kernel.spare or kernel.plan.tiles_of is not None:
         in_tile = "in_member[None, :]" if keys_axis == 1 else "in_member[:, None]"
         kernel.lines.add(f'{logits} = tl.where({in_tile}, {logits}, float("-inf"))')
     kernel.lines.add(
@@ -32,4 +35,36 @@ def member_softmax(kernel: KernelWriter, logits: str, keys_axis: int, along: str
         f"total = tl.sum(inner, {keys_axis})",
         f"inner = inner / tl.where(total == 0.0, 1.0, total){along}",
         f"weights = inner * {share}",
+    )
+
+
+def entry_tokens(kernel: KernelWriter, tiles: EntryTiles) -> None:
+    """`k_rows`: the tokens of a tile that is an entry of a document; those past its last lie past any length."""
+    text = kernel.fresh().text
+    kernel.lines.add(
+        f"k_first = {text(tiles.first)}",
+        f"k_document = {text(tiles.document)}",
+        "k_member = (k_first - k_document) // BLOCK_K",
+        "k_rows = k_first + k_offset",
+        f"in_member = k_rows < {text(tiles.end)}",
+        "k_rows = tl.where(in_member, k_rows, 1 << 30)",
+    )
+
+
+def leave_without_entry(kernel: KernelWriter, tiles: EntryTiles) -> None:
+    """Leave a program whose tile is none: there is room for as many as there are tokens."""
+    with kernel.lines.block(f"if {kernel.fresh().text(tiles.first)} >= k_len:"):
+        kernel.lines.add("return  # There are fewer entries.")
+
+
+def keep_share(kernel: KernelWriter) -> None:
+    """Write the gradient of what rows give the tile's member. Rows of other documents have a member of that number,
+    too."""
+    tiles, written = kernel.plan.tiles_of, "q_rows < rows"
+    if tiles is not None:
+        stop = kernel.printer.within(Names(kernel.leaves, {tiles.first: "k_first"})).text(tiles.stop)
+        written = f"({written}) & (start + q_rows >= k_document) & (start + q_rows < {stop})"
+    kernel.lines.add(
+        f"share_at = (head.to(tl.int64) * rows + q_rows) * tl.cdiv(k_len, BLOCK_K) + {kernel.tile_number()}",
+        f"tl.store(d_shares_ptr + share_at, d_share, mask={written})",
     )

@@ -100,8 +100,6 @@ def _barred(program: Program, packed: bool) -> Iterator[_Barred]:
     for branch in program.branches:
         if branch.skip is not None and packed:
             yield _Barred("`skip below`", _TOGETHER)
-        if branch.within is not None and packed:
-            yield _Barred("`within`", "shares of members are of all of a call's tokens")
         if branch.queries is not None and packed:
             yield _Barred("pooled queries", _TOGETHER)
     for part in (part for branch in program.branches for part in branch.parts):

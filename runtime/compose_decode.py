@@ -151,8 +151,9 @@ def decode_composed(
     documents.
     """
     over_views = any(part.view is not None for branch in program.branches for part in branch.parts)
-    if program.packed is not None and (program.selections or over_views):
-        what = f"decode within `packed {program.packed}` is not yet supported for views and selections"
+    levels = any(branch.within is not None for branch in program.branches)
+    if program.packed is not None and (program.selections or over_views or levels):
+        what = f"decode within `packed {program.packed}` is not yet supported for views, selections and two levels"
         raise error("A911", what, program.span, help="leave the clause out: a sequence of a cache is one document")
     if program.lengths is not None and (program.selections or over_views):
         what = f"decode within `lengths {program.lengths}` is not yet supported for views and selections"

@@ -141,6 +141,29 @@ def _pooled(x: Tensor, pool: Pool, real: torch.dtype) -> Tensor:
             assert_never(pool)
 
 
+def shares_of_documents(
+    x: Tensor, begins: Tensor, tokens: Tensor, size: int, stride: int, keys: int, members: int, largest: bool
+) -> Tensor:
+    """As `shares`, of entries that begin anew with each document and of blocks that its first token begins: of each row
+    those of its own document, whose first entry is `begins` and which has so many tokens, int64 [B or 1, rows]."""
+    found = x.new_zeros(*x.shape[:3], members)
+    if not x.shape[3]:
+        return found
+    start = torch.arange(members, device=x.device) * keys
+    # Entries that lie in a member are few and in a row: the i-th of each, one after another.
+    order = torch.div(start - size, stride, rounding_mode="floor").add(1).clamp(min=0)
+    tokens, begins = tokens[:, None, :, None], begins[:, None, :, None]
+    for i in range(-(-(keys + size - 1) // stride)):
+        first = (order + i) * stride
+        end = torch.minimum(first + size, tokens)
+        inside = (torch.minimum(end, start + keys) - torch.maximum(first, start)).clamp(min=0)
+        share = inside.to(x.dtype) / (end - first).clamp(min=1)
+        at = (begins + order + i).clamp(max=x.shape[3] - 1).expand(found.shape)
+        given = x.gather(3, at) * share
+        found = torch.maximum(found, given) if largest else found + given
+    return found
+
+
 def shares(
     x: Tensor, size: int, stride: int, keys: int, k_len: int, largest: bool, lengths: Tensor | None = None
 ) -> Tensor:

@@ -24,6 +24,8 @@ from attndsl.cuts import with_cuts
 from attndsl.derivation import (
     Cut,
     Derivation,
+    DocumentEnds,
+    DocumentEntries,
     Draw,
     Gathering,
     Listed,
@@ -182,9 +184,12 @@ def _kept(
 def _choices(program: Program, made: Program, said: Any) -> dict[str, bytes]:
     """What an entry of a program holds beside texts. made: the derived one, that the plans have."""
     derived = [decl for decl in made.inputs if decl.derivation is not None]
-    # Lists of tiles follow from the plan, of several parts cuts do too, and in another order of tokens everything.
+    # Lists of tiles follow from the plan, of several parts cuts do too, of tiles that are members of documents where
+    # these lie, and in another order of tokens everything.
     permuted = any(isinstance(decl.derivation, Order) for decl in derived)
-    cuts = () if program.plain else (Cut,)
+    cuts: tuple[type, ...] = () if program.plain else (Cut,)
+    if program.only.within is not None:
+        cuts += (DocumentEntries, DocumentEnds)
     lists = tuple(d for d in derived if permuted or _is_list(d.derivation) or isinstance(d.derivation, cuts))
     names = [decl.name for decl in derived if decl not in lists]
     choices = {

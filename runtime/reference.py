@@ -132,7 +132,8 @@ def _apart(call: _Call) -> tuple[Tensor, Tensor | None]:
         if x.keys.start == x.keys.stop and not program.align_start:
             nowhere = torch.zeros((), dtype=torch.bool, device=out.device)
             found = torch.where(nowhere, found, 0.0)
-            own_lse = None if own_lse is None else torch.where(nowhere, own_lse, -torch.inf)
+            if own_lse is not None and isinstance(program.output, Merged):
+                own_lse = torch.where(nowhere, own_lse, -torch.inf)
         place = torch.zeros(out.shape[:3], dtype=torch.bool, device=out.device)
         place[x.entry, :, x.rows] = True
         out = out.masked_scatter(place[..., None], found)

@@ -26,6 +26,7 @@ from attndsl.program import CallShape, Program
 from attndsl.runtime.call import present_lengths
 from attndsl.runtime.derive import Deriver
 from attndsl.runtime.derive_ragged import RaggedDeriver
+from attndsl.runtime.documents import Documents, documents_of
 from attndsl.runtime.engine import MAX_PREPARED
 from attndsl.runtime.lasting import table_tensor
 from attndsl.runtime.masses import shares as given_to_members
@@ -115,6 +116,7 @@ class _Call:
     """A call, from whose rows strips are made; q, keys, lse and inputs may be leaves of a graph.
 
     lengths: int64 [B, 1, 1, 1], where sequences have their own; present: the same, where not all tokens of a call are.
+    documents: of a packed call.
     """
 
     kind: _Kind
@@ -124,6 +126,7 @@ class _Call:
     member: int
     lengths: Tensor | None = None
     present: Tensor | None = None
+    documents: Documents | None = None
 
     @classmethod
     def of(
@@ -135,7 +138,9 @@ class _Call:
         factor: float | Tensor = kind.shape.dim**-0.5 if scale is None else scale
         if scale is None and own is not None:
             factor = values.number(own)
-        return cls(kind, keys, values, factor, member, lengths, present_lengths(kind.program, kind.shape, inputs))
+        present = present_lengths(kind.program, kind.shape, inputs)
+        documents = documents_of(kind.program, kind.shape, inputs, present)
+        return cls(kind, keys, values, factor, member, lengths, present, documents)
 
     def strips(self) -> Iterator[slice]:
         shape = self.kind.shape
@@ -166,6 +171,8 @@ class _Call:
         # What is not seen is taken out before it could make a gradient that is no number.
         below = torch.where(lse == -torch.inf, 0, lse).unsqueeze(-1).to(real)
         masses = torch.where(seen, torch.where(seen, logits, 0) - below, -torch.inf).exp()
+        if self.documents is not None:
+            return self.documents.shares(masses, position, self.member, largest=False)
         if mass.size == mass.stride and self.member % mass.size == 0:
             members = -(-shape.k_len // self.member)
             entries = self.member // mass.size

@@ -64,6 +64,8 @@ class TritonBackward:
         grid = self.q_tiles * shape.batch * (shape.heads if plan.tiling.pack == 1 else shape.kv_heads)
         keys = keys_of(plan, k, v, inputs)[0].shape[2]
         key_tiles = layout.programs("k", plan.key_tiling.block_k, replace(shape, k_len=keys), plan.program)
+        if plan.tiles_of is not None:
+            key_tiles = keys  # How many entries there are only the device knows.
         key_grid = key_tiles * shape.batch * (shape.heads if heads_apart(plan) else shape.kv_heads)
         sources = backward_parameters(plan, q, k, v, inputs, dout)
         self._learned = plan.learned

@@ -270,7 +270,6 @@ def check_output(text: str, n_tokens: int, **inputs: Any) -> None:
     ("lengths n axes y, x[4] attend top(1, tiles(2, 2), among = all, per = head, by = dot(mean(Q), mean(K)))", "A908",
      "a selection of members that are no blocks"),
     ("packed doc attend causal skip below 0.1", "A907", "`skip below`"),
-    ("packed doc x = attend causal y = attend causal within blocks(16) with probs(x) output y", "A907", "`within`"),
     ("packed doc attend causal over pool(mean, 4) from pool(mean, 4)", "A907", "pooled queries"),
     ("packed doc attend causal over pool(mean, segments(doc))", "A907", "such a view"),
     ("packed doc x = attend causal observe m = probs(x, sum, head, tokens) output x", "A907", "`observe`"),
