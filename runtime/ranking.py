@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from attndsl.members import Runs
 from attndsl.runtime.competing import masses_around, normalised_together
 from attndsl.runtime.masses import floor_share, running_sums
 from attndsl.selection import (
@@ -25,6 +26,10 @@ from attndsl.selection import (
     Top,
 )
 
+# A score and a member in one number: below the first bits of a score are those of a member, of which there are fewer
+# than 2**28 (`widths.py`).
+_INDEX_BITS, _FORCED, _NONE = 30, 1 << 62, -(1 << 63)
+
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
@@ -39,6 +44,48 @@ class Ranking:
 
         raw: scores, -inf of what is no candidate. candidates, forced: bool of that size.
         """
+        score, competing = self._scores(raw, candidates, forced)
+        # Two stable sorts: by score, and then what is forced and counted first, what is no candidate last.
+        first = forced if self.selection.forced is Forced.COUNTED else torch.zeros_like(forced)
+        place = torch.where(competing, torch.where(first, 0, 1), 2).to(torch.int8)
+        order = score.sort(dim=-1, descending=True, stable=True).indices
+        order = order.gather(-1, place.gather(-1, order).sort(dim=-1, stable=True).indices)
+        level = self._ranked(score, competing, order, place) * competing
+        top = self.selection.rule.factors[0] if isinstance(self.selection.rule, Levels) else 1
+        return torch.where(forced, top, level).to(torch.uint8)
+
+    def finds_best(self, dtype: torch.dtype) -> bool:
+        """Whether the best are found without ranking all others: of segments, which have as many numbers as there are
+        tokens, by scores of which one fits a number beside that of a member."""
+        selection = self.selection
+        # Of heads that share one may withdraw what another is forced to take.
+        counted = selection.always is None or (selection.forced is Forced.COUNTED and selection.share is Share.NONE)
+        return isinstance(selection.members, Runs) and self.budgets is not None and counted and dtype == torch.float32
+
+    def best(self, raw: Tensor, candidates: Tensor, forced: Tensor, room: int) -> Tensor:
+        """The members that `decided` chooses, in increasing order and -1 after them, int32 [B, Hq, classes, room]."""
+        assert self.budgets is not None
+        if self.selection.always is None and self._sharing == 1 and self.selection.normalise is Normalise.NONE:
+            score, competing = raw, raw > -torch.inf
+        else:
+            score, competing = self._scores(raw, candidates, forced)
+        members = score.shape[-1]
+        bits = (score + 0.0).view(torch.int32)
+        order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64) << _INDEX_BITS
+        # Scores in order, equal ones by the lower member; what is forced before all others.
+        key = order | torch.arange(members - 1, -1, -1, device=score.device)
+        if self.selection.always is not None:
+            key = torch.where(forced, key + _FORCED, key)
+        key = torch.where(competing, key, _NONE)
+        found, index = key.topk(min(room, members), dim=-1)
+        inside = torch.arange(found.shape[-1], device=score.device) < self.budgets
+        inside = (inside & (found != _NONE)) | (found >= _FORCED // 2)
+        made = torch.where(inside, index, members).sort(-1).values
+        made = torch.where(made < members, made, -1).to(torch.int32)
+        return pad(made, (0, room - made.shape[-1]), value=-1)
+
+    def _scores(self, raw: Tensor, candidates: Tensor, forced: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores by which members are ranked, and which of them compete."""
         selection = self.selection
         extra = selection.forced is Forced.EXTRA
         withdrawn = candidates & ~forced & (raw == -torch.inf)
@@ -50,15 +97,7 @@ class Ranking:
         competing = candidates & ~withdrawn
         if extra:
             competing = competing & ~forced
-        score = torch.where(competing, score, -torch.inf)
-        # Two stable sorts: by score, and then what is forced and counted first, what is no candidate last.
-        first = forced if selection.forced is Forced.COUNTED else torch.zeros_like(forced)
-        place = torch.where(competing, torch.where(first, 0, 1), 2).to(torch.int8)
-        order = score.sort(dim=-1, descending=True, stable=True).indices
-        order = order.gather(-1, place.gather(-1, order).sort(dim=-1, stable=True).indices)
-        level = self._ranked(score, competing, order, place) * competing
-        top = selection.rule.factors[0] if isinstance(selection.rule, Levels) else 1
-        return torch.where(forced, top, level).to(torch.uint8)
+        return torch.where(competing, score, -torch.inf), competing
 
     @property
     def _compete(self) -> Compete:

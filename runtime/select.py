@@ -230,8 +230,12 @@ class Selector:
         if ragged is not None and (self.selection.rows or 1) > 1:
             self._of_row_blocks(plan, strips, step)
             return plan
+        best = strips.ranking.finds_best(strips.real) and 0 not in (*plan.shape, self.members)
         for low in range(0, self.classes, step):
             high = min(low + step, self.classes)
+            if best:
+                plan[:, :, low:high] = strips.best(low, high)[:, :: self.shape.heads // heads]
+                continue
             level = strips.levels(low, high, high - low)[:, :: self.shape.heads // heads]
             plan[:, :, low:high] = self._listed(level) if self.selection.bounded else level
         return plan

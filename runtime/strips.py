@@ -391,6 +391,10 @@ class Strips:
         whole = strips[0] if len(strips) == 1 else (torch.cat(x, 2) for x in zip(*strips, strict=True))
         return self.ranking.decided(*whole)
 
+    def best(self, low: int, high: int) -> Tensor:
+        """The plan of these row classes, int32 [B, Hq, high - low, C], where the best alone are found."""
+        return self.ranking.best(*self._scored(low, high), self.of.capacity)
+
     def _scored(self, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of these row classes the scores of candidates, which these are, and which are forced."""
         shape = (self.shape.batch, self.shape.heads, high - low, self.of.members)

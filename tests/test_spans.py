@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
 import attndsl
+from attndsl.grammar import load
 from attndsl.program import CallShape
 from attndsl.runtime.call import dim_size
+from attndsl.runtime.ranking import Ranking
 from tests.accuracy import examples
 from tests.gpu import interprets
 from tests.gradients import TOLERANCE
 from tests.test_plans import random_plan
+from tests.test_select import levels_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "ignore::attndsl.PatternWarning")
 
@@ -119,6 +122,25 @@ def test_random_plans(pattern: str, per: str, dims: str, share: str, form: str, 
         dims = "b, g, k"  # Entries are those of key heads.
     rows = tokens if seed % 3 else seed % tokens + 1
     check(choosing(pattern, per, dims, share), (rows, tokens), form=form, mean=1 + seed % 12, seed=seed, backend="cpu")
+
+
+@pytest.mark.parametrize("options", ["", ", always = sink(2)", ", share = group", ", share = heads"])
+def test_the_best_are_found_without_ranking_the_others(options: str) -> None:
+    """Ties go to the lower member, what is forced comes first, and what has no score is left out."""
+    text = f"top(3, segments(c), per = rows(4), among = all, by = dot(mean(Q), mean(K)){options})"
+    (selection,) = load(f"attention a {{ input c : int[b, k] plan p = {text} attend all }}").program.selections
+    ranking = Ranking(selection, (4, 2), torch.tensor([3] * 4 if "share" in options else [2, 3, 1, 0]).view(1, 4, 1, 1))
+    assert ranking.finds_best(torch.float32) and not ranking.finds_best(torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    for members in (1, 2, 7, 40, 41):
+        size = (2, 4, 30, members)
+        chance = torch.rand(3, *size, generator=generator)
+        candidates = chance[0] < 0.7
+        forced = candidates & (chance[1] < 0.2) if "always" in options else torch.zeros(size, dtype=torch.bool)
+        raw = torch.randint(-3, 4, size, generator=generator) * torch.tensor(0.37)
+        raw = torch.where(candidates & (chance[2] < 0.9), raw, -torch.inf)
+        plan, wanted = ranking.best(raw, candidates, forced, 5 + members), ranking.decided(raw, candidates, forced)
+        np.testing.assert_array_equal(levels_of(plan, members, 4), wanted)
 
 
 class Largest(TorchFunctionMode):
