@@ -142,11 +142,14 @@ class Given:
         """Whether, of a derived program, entries are as many as tokens and each is one of its own."""
         return self.size == self.stride == 1 and self.room is None
 
+    @property
+    def space(self) -> Dim:
+        """The dimension of entries."""
+        return Dim(Axis.K, 1 if self.packed is not None else self.stride) if self.room is None else self.room
+
     def entries(self, tokens: int) -> int:
         """How many entries there is room for in a call of so many tokens."""
-        if self.packed is not None:
-            return tokens
-        return _entries(Dim(Axis.K, self.stride) if self.room is None else self.room, tokens)
+        return _entries(self.space, tokens)
 
 
 View: TypeAlias = Pool | Pick | Given

@@ -15,6 +15,7 @@ import islpy as isl
 import numpy as np
 from numpy.typing import NDArray
 
+from attndsl.branches import Given
 from attndsl.compose import Composition, of_one_level, part_programs
 from attndsl.derive import derive
 from attndsl.diagnostics import error
@@ -172,9 +173,15 @@ def _at_keys(program: Program, names: Container[str]) -> tuple[Program, tuple[tu
 
 
 def _raw(program: Program, composition: Composition) -> Iterator[Program]:
-    """The parts over raw tokens, as programs, and the candidates that are ranked by single keys."""
+    """The parts over raw tokens, as programs, and the candidates that are ranked by single keys. Of listed tokens any
+    that the pattern allows may be read: lists change."""
     for branch in (program,) if program.plain else composition.programs:
-        yield from (part for part in map(of_one_level, part_programs(branch)) if part.plain)
+        for own in map(of_one_level, part_programs(branch)):
+            (part,) = own.only.parts
+            if own.plain:
+                yield own
+            elif isinstance(part.view, Given) and part.view.picked is not None:
+                yield own.with_branch(parts=(replace(part, view=None),))
     for selection in program.selections:
         if None in kept_by(selection):
             yield Program.of(

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
+from attndsl.branches import Pool as PooledView
 from attndsl.compose import Composition
 from attndsl.diagnostics import error
 from attndsl.plan import DType
@@ -47,7 +48,9 @@ def kept_beside(program: Program, composition: Composition, chosen: Container[st
 
     Raises `PatternError` (A911) for views whose extents data tells.
     """
-    if told := [pooling.name for pooling in composition.pools if pooling.pool.told]:
+    if told := [
+        pooling.name for pooling in composition.pools if isinstance(pooling.pool, PooledView) and pooling.pool.told
+    ]:
         what = f"what decode needs of `{told[0]}` is not yet kept: data tells what its entries are of"
         raise error("A911", what, program.span, help="call it on the last rows")
     if program.packed is not None and program.selections:
@@ -55,7 +58,9 @@ def kept_beside(program: Program, composition: Composition, chosen: Container[st
         raise error("A911", what, program.span, help="call it on the last rows")
     views = (
         Kept(pooling.name, Pool(pool.function.value), pool.size, pool.stride, True, False)
-        for pool, pooling in zip(composition.pooled, composition.pools, strict=True)
+        for pooling in composition.pools
+        # Of listed tokens nothing is kept: they are few, and each step gathers them.
+        if isinstance(pool := pooling.pool, PooledView)
     )
     members = (of_members(x, v) for x in program.selections if x.name not in chosen for v in vectors_of(x))
     return tuple(dict.fromkeys((*views, *(x for x in members if x is not None))))

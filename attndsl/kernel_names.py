@@ -72,7 +72,8 @@ def _pieces(program: Program, heads: int, kv_heads: int) -> int:
 def _decoded(program: Program, heads: int, kv_heads: int) -> int:
     """How many kernels a decode of one row has."""
     parts = program.only.parts
-    if any(part.view is not None and part.view.told for part in parts):
+    views = [part.view for part in parts if part.view is not None]
+    if any(view.runs is not None or view.packed is not None for view in views):
         return 0
     alone = (program.with_branch(parts=(part,)) for part in parts)
     return sum(max(1, len(decode_pieces(part, (heads, kv_heads), 1))) for part in alone)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from attndsl.codegen.cpu import TileLoop
 from attndsl.codegen.cpu_forward import attend
 from attndsl.decode import DecodePlan
+from attndsl.program import Axis
 
 
 class _SequenceLoop(TileLoop):
@@ -21,11 +22,12 @@ class _SequenceLoop(TileLoop):
         return [name for name in super().parameters() if name != "tokens"]
 
     def prologue(self) -> None:
-        tiling, view = self.plan.tiling, self.plan.view
+        tiling, room = self.plan.tiling, None if self.plan.view is None else self.plan.view.space
+        entries = None if room is None else room.size if room.axis is Axis.CONST else f"-(-k_len // {room.block})"
         self.lines.add(
             f"block_q, block_k = {tiling.block_q}, {tiling.block_k}",
             "_, kv_heads, group, rows, _ = q.shape",
-            *([] if view is None else [f"entries = -(-k_len // {view.stride})"]),
+            *([] if entries is None else [f"entries = {entries}"]),
             "start = k_len - rows",
             "compute = torch.float64 if q.dtype == torch.float64 else torch.float32",
             "all_b = torch.full((1, 1, 1, 1, 1), b)",

@@ -120,7 +120,8 @@ class _Decode(ForwardWriter):
             "q_first = start" + (f" + q_tile * {rows}" if rows > 1 else " + q_tile"),
         )
         if plan.view is not None:
-            lines.add(f"entries = tl.cdiv(k_len, {plan.view.stride})")
+            room = plan.view.space
+            lines.add(f"entries = {room.size if room.axis is Axis.CONST else f'tl.cdiv(k_len, {room.block})'}")
         if any(dim.axis is Axis.K or (dim.axis is Axis.Q and dim.block > 1) for x in plan.inputs for dim in x.dims):
             lines.add("last_key = tl.maximum(k_len - 1, 0)")
         if not self.combs["q"].every:

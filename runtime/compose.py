@@ -55,7 +55,7 @@ def _made(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if isinstance(pooling.pool, Pick):
         name = pooling.pool.input
-        listed = listed_of_heads(inputs[name], composition.own.input(name), pooling.pool, k)
+        listed = listed_of_heads(inputs[name], composition.own.input(name), pooling.pool, k.shape)
         return picked(key, k, listed, backend), picked(key, v, listed, backend)
     if pooling.pool.packed is not None:
         batch, kv_heads = k.shape[:2]

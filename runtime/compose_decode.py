@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from attndsl.branches import Attended, Given, Within, combined
+from attndsl.branches import Attended, Given, Pick, Within, combined
 from attndsl.compose import Composition
 from attndsl.diagnostics import error
 from attndsl.keeping import Kept, kept, kept_by
@@ -21,9 +21,10 @@ from attndsl.runtime.combine import Combiner, State
 from attndsl.runtime.compose import read_by_output
 from attndsl.runtime.decode import FP8, DecodeTensors, check_tensors
 from attndsl.runtime.decode_op import decode, in_order
-from attndsl.runtime.in_order import keys_in_order
+from attndsl.runtime.in_order import keys_in_order, tokens_of_cache
 from attndsl.runtime.keep import Entries, check_entries, make_entries, update_entries
 from attndsl.runtime.ops import checked_values
+from attndsl.runtime.pick import listed_of_heads
 from attndsl.runtime.select_op import RaggedPlanner
 from attndsl.runtime.shares import ragged_shares
 
@@ -64,6 +65,7 @@ class ComposedDecode:
             self._programs = dict(zip(names, zip(keys, composition.programs, strict=True), strict=True))
         self._pools = {pooling.keys: pooling.name for pooling in composition.pools}
         self._pools |= {pooling.values: pooling.name for pooling in composition.pools}
+        self._picks = {x.name: x.pool for x in composition.pools if isinstance(x.pool, Pick)}
         self._attended: dict[str, State] = {}
 
     def attended(self, name: str) -> State:
@@ -118,8 +120,17 @@ class ComposedDecode:
             return self.planner.input(decl.name, self)
         if decl.name not in self._pools:
             return self.inputs[decl.name]
-        keys, values = self._entry(self._pools[decl.name])
+        name = self._pools[decl.name]
+        keys, values = self._picked(name, self._picks[name]) if name in self._picks else self._entry(name)
         return keys if any(decl.name == pooling.keys for pooling in self.composition.pools) else values
+
+    def _picked(self, name: str, pick: Pick) -> tuple[Tensor, ...]:
+        """The tokens that an input lists, of the cache."""
+        if name not in self._entries:
+            call, decl = self.call, self.composition.own.input(pick.input)
+            sizes = (call.shape.batch, call.shape.kv_heads, call.capacity)
+            self._entries[name] = tokens_of_cache(call, listed_of_heads(self.inputs[pick.input], decl, pick, sizes))
+        return self._entries[name]
 
     def _entry(self, name: str) -> tuple[Tensor, ...]:
         """What is kept under a name, made of the whole cache where it was not handed in."""

@@ -80,7 +80,7 @@ class DecodeTensors:
             return self
         assert isinstance(part.view, Given), "pools are made before a part is decoded"
         at_k, at_v = view_places(program, part.view)
-        sizes = (self.q.shape[0], self.k.shape[1], -(-self.capacity // part.view.stride))
+        sizes = (self.q.shape[0], self.k.shape[1], part.view.entries(self.capacity))
         k, v = (inputs[i].expand(*sizes, x.shape[3]) for i, x in ((at_k, self.k), (at_v, self.v)))
         return DecodeTensors(self.q, k, v, self.seq_lens, None, None, None, self.capacity)
 

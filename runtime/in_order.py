@@ -1,4 +1,4 @@
-"""The keys of a cache in pages or of 8 bits, in their order: for what looks at every one of them."""
+"""The keys of a cache in pages or of 8 bits, in their order: for what looks at every one of them, or at some."""
 
 from __future__ import annotations
 
@@ -27,3 +27,35 @@ def keys_in_order(call: DecodeTensors) -> Tensor:
         return k
     k = k.to(torch.promote_types(call.q.dtype, torch.float32))
     return k if call.k_scale is None else k * call.k_scale.to(k.dtype).view(-1, 1, 1)
+
+
+def tokens_of_cache(call: DecodeTensors, listed: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys and values that a cache has of listed tokens, int64 [B, Hkv, entries], in the dtype of the queries;
+    zeros of a number that is no token's, or past a sequence's last."""
+    lengths = call.seq_lens.clamp(0, call.capacity).view(-1, 1, 1)
+    there, at = (listed >= 0) & (listed < lengths), listed.clamp(0, max(call.capacity - 1, 0))
+    head = torch.arange(listed.shape[1], device=listed.device).view(-1, 1)
+    pages = torch.arange(len(listed), device=listed.device).view(-1, 1, 1)
+    if call.page_table is not None:
+        page = call.k.shape[2]
+        pages = call.page_table.to(torch.int64).gather(1, (at // page).flatten(1)).view(at.shape)
+        there &= (pages >= 0) & (pages < len(call.k))
+        pages, at = torch.where(there, pages, 0), at % page
+    keys, values = (
+        _numbers(call, x, scale, (pages, head, at), there)
+        for x, scale in ((call.k, call.k_scale), (call.v, call.v_scale))
+    )
+    return keys, values
+
+
+def _numbers(
+    call: DecodeTensors, x: Tensor, scale: Tensor | None, at: tuple[Tensor, Tensor, Tensor], there: Tensor
+) -> Tensor:
+    """What some places of a cache [pages or B, Hkv, tokens, D] stand for; zeros where `there` says that none is."""
+    if not x.numel():
+        return x.new_zeros(*there.shape, x.shape[3], dtype=call.q.dtype)
+    if x.dtype != FP8:
+        return x[at].masked_fill_(~there[..., None], 0)
+    found = x.view(torch.uint8)[at].masked_fill_(~there[..., None], 0).view(FP8)
+    wide = found.to(torch.promote_types(call.q.dtype, torch.float32))
+    return (wide if scale is None else wide * scale.to(wide.dtype).view(-1, 1, 1)).to(call.q.dtype)

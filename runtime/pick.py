@@ -6,6 +6,7 @@ token gets, in the order of the list.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,12 +27,13 @@ _LIBRARY.define("pick(str program, Tensor x, Tensor listed, bool kernel) -> Tens
 _LIBRARY.define("pick_backward(str program, Tensor gradient, Tensor x, Tensor listed, bool kernel) -> Tensor")
 
 
-def listed_of_heads(listed: Tensor, decl: InputDecl, pick: Pick, x: Tensor) -> Tensor:
-    """A list int[b?, g?, entries] for each batch entry and key head of x: int64 [B, Hkv, entries]."""
+def listed_of_heads(listed: Tensor, decl: InputDecl, pick: Pick, sizes: Sequence[int]) -> Tensor:
+    """A list int[b?, g?, entries] for each batch entry and key head, whose numbers `sizes` begin with, then that of
+    the tokens: int64 [B, Hkv, entries]."""
     for at, axis in enumerate((Axis.B, Axis.G)):
         if all(dim.axis is not axis for dim in decl.dims[:-1]):
             listed = listed.unsqueeze(at)
-    return listed.to(torch.int64).expand(*x.shape[:2], pick.entries(x.shape[2])).contiguous()
+    return listed.to(torch.int64).expand(*sizes[:2], pick.entries(sizes[2])).contiguous()
 
 
 def picked(program: str, x: Tensor, listed: Tensor, backend: str = "auto") -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 import attndsl
+from attndsl.program import Axis
+from tests.decoding import paged
 from tests.gradients import TOLERANCE
 
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "ignore::attndsl.PatternWarning")
@@ -158,9 +160,10 @@ def test_what_was_understood() -> None:
     text = str(attn.explain(4096, heads=2, kv_heads=2, **inputs))
     assert "over pick(many, weight = heavy[b, k])" in text
     assert "pick(many): 64 entries by torch" in text
-    assert attn.kernels() == ("forward", "forward_2", "dq", "dkdv", "dq_2", "dkdv_2")
-    with pytest.raises(attndsl.PatternError, match="A911"):
-        attn.evictable(64, 16)
+    assert attn.kernels() == ("forward", "forward_2", "dq", "dkdv", "dq_2", "dkdv_2", "decode", "decode_2")
+    assert not attn.evictable(64, 16), "any token may be listed later"
+    near = compiled("attend causal & window(20) over pick(few)")
+    assert near.evictable(64, 16) == [0, 1]
     with pytest.raises(attndsl.PatternError, match="A565"):
         attn.views(*torch.zeros(2, 1, 1, 4, 8))
 
@@ -181,3 +184,53 @@ def test_mistakes(text: str, code: str) -> None:
     with pytest.raises(attndsl.PatternError) as caught:
         attndsl.compile(f"attention a {{\n{text}\n}}")
     assert [d.code for d in caught.value.diagnostics] == [code]
+
+
+# ------------------------------------------------------------------------------------------ decode
+
+
+def sequence(attn: attndsl.Attention, inputs: dict[str, Tensor], b: int, tokens: int) -> dict[str, Any]:
+    """Inputs of one sequence of a cache, of so many tokens."""
+    found: dict[str, Any] = {}
+    for name, x in inputs.items():
+        for axis, dim in enumerate(attn.program.input(name).dims):
+            if dim.axis is Axis.B:
+                x = x.narrow(axis, b, 1)
+            if dim.axis is Axis.K:
+                x = x.narrow(axis, 0, -(-tokens // dim.block))
+        found[name] = x.double() if x.is_floating_point() else x
+    return found
+
+
+DECODED = [*BODIES[:5], "far = attend causal over pick(few)\nnear = attend window(6)\noutput merge(far, near)"]
+
+
+@pytest.mark.parametrize(("body", "backend"), [*((x, "cpu") for x in DECODED), (BODIES[1], "triton")])
+def test_decode(body: str, backend: str) -> None:
+    """Each step gathers what is listed of a sequence's own tokens, in pages or not; what lies past them is NaN."""
+    attn = compiled(body)
+    leaves, inputs = call(attn, (2, 4, 2, 3, 40, 16, 24), torch.float64 if backend == "cpu" else torch.float32)
+    q, k, v = (x.detach() for x in leaves)
+    inputs = {name: x.detach() for name, x in inputs.items()}
+    lengths = torch.tensor([40, 23], dtype=torch.int32)
+    k[1, :, 23:] = v[1, :, 23:] = float("nan")
+    tolerance = 10 * TOLERANCE[q.dtype]
+    for keys, values, table in ((k, v, None), paged(k, v, 8)):
+        found = attn.decode(q, keys, values, lengths, table, backend=backend, **inputs)
+        for b, n in enumerate(lengths.tolist()):
+            own = (x[b : b + 1, :, :m].double() for x, m in ((q, 3), (k, n), (v, n)))
+            exact = attn.reference(*own, **sequence(attn, inputs, b, n))
+            torch.testing.assert_close(found[b : b + 1].double(), exact, atol=tolerance, rtol=tolerance)
+    assert "pick" not in str(attn.views(k, v, lengths)), "nothing is kept"
+
+
+def test_decode_of_8_bits() -> None:
+    attn = compiled(BODIES[0])
+    leaves, inputs = call(attn, (2, 4, 2, 1, 40, 16, 16), torch.float32)
+    q, k, v = (x.detach() for x in leaves)
+    inputs["sinks"] = inputs["sinks"].detach()
+    lengths, scale = torch.tensor([40, 23], dtype=torch.int32), torch.tensor([0.5, 2.0])
+    k, v = (x.to(torch.float8_e4m3fn) for x in (k, v))
+    found = attn.decode(q, k, v, lengths, k_scale=scale, v_scale=scale, **inputs)
+    k, v = (x.float() * scale.view(-1, 1, 1) for x in (k, v))
+    torch.testing.assert_close(found, attn.decode(q, k, v, lengths, **inputs), atol=1e-5, rtol=1e-5)
