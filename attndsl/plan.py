@@ -473,10 +473,12 @@ def learning_plan(plan: BackwardPlan, tiling: Tiling, side: Side) -> BackwardPla
 
 def slopes(program: Program, branch: dict[str, Any]) -> dict[str, Any]:
     """The derivatives that a backward plan holds."""
-    # Here, since sympy takes a while to import and no other plan needs it.
+    logit = branch["score"] if branch["weights"] is None else branch["weights"]
+    if logit is None and not any(decl.learnable for decl in program.inputs):
+        return {"d_score": None, "learnable": (), "sink_learnable": ()}
+    # Here, since sympy takes half a second to import, and the scores of most programs are the dot products themselves.
     from attndsl.score import derivative, derivatives
 
-    logit = branch["score"] if branch["weights"] is None else branch["weights"]
     slope = Const(1.0) if logit is None else derivative(logit, Var("s"))
     return {
         "d_score": None if slope == Const(1.0) else slope,

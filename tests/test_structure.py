@@ -269,7 +269,9 @@ def test_environment_reads_are_seen() -> None:
     [
         ("", "torch triton numpy lark islpy filelock attndsl.grammar attndsl.relation attndsl.plan", 32),
         # What reads a text and asks integer sets about it: no plans, no printers, no oracle.
-        ("attndsl.compile('causal & window(9)')", "torch triton numpy filelock attndsl.plan attndsl.oracle", 90),
+        ("attndsl.compile('causal & window(9)')", "torch triton numpy lark filelock attndsl.plan attndsl.oracle", 90),
+        # Scores that are the dot products themselves need no derivatives.
+        ("attndsl.compile('causal & window(9)').source('dq')", "torch triton sympy networkx lark filelock", 175),
     ],
 )
 def test_an_import_is_light(program: str, without: str, most: int, tmp_path: Path) -> None:
