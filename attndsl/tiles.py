@@ -217,16 +217,19 @@ class _Tiler:
             kind: self._intervals(line).gist(whole)
             for kind, line in ((TileKind.FULL, full), (TileKind.PARTIAL, partial))
         }
-        full_runs, partial_runs = (self._interval_runs(line, kind, context) for kind, line in lines.items())
-        if full_runs is None or partial_runs is None:
+        full_pieces, partial_pieces = (self._interval_pieces(line, context) for line in lines.values())
+        if full_pieces is None or partial_pieces is None:
             if gives_up and self.hard >= MAX_HARD:
                 # Loops over these pieces take longer still.
                 raise TooHard
             return self._loops(lines, context)
-        return TileRuns(tuple(full_runs), tuple(partial_runs))
+        return TileRuns(
+            self._interval_runs(full_pieces, TileKind.FULL, context),
+            self._interval_runs(partial_pieces, TileKind.PARTIAL, context),
+        )
 
-    def _interval_runs(self, line: isl.Set, kind: TileKind, context: isl.Set) -> list[Run] | None:
-        """A run for each disjoint interval of a line of tiles, or None if some piece is no interval."""
+    def _interval_pieces(self, line: isl.Set, context: isl.Set) -> list[isl.Set] | None:
+        """The disjoint intervals of a line of tiles, or None if some piece is none."""
         pieces = []
         for basic in line.make_disjoint().get_basic_sets():
             piece = isl.Set.from_basic_set(basic)
@@ -235,16 +238,17 @@ class _Tiler:
             if not plain_interval(basic) and not self._gapless(piece):
                 return None
             pieces.append(piece)
+        return pieces
+
+    def _interval_runs(self, pieces: list[isl.Set], kind: TileKind, context: isl.Set) -> tuple[Run, ...]:
+        """A run for each of some intervals, or for several that never have tiles together."""
         # Where data decides which pieces meet, each may have tiles or none: in a row they are no easier to visit.
         together = [[piece] for piece in pieces] if self.cuts.pairs else self._joined(pieces)
-        return self._runs_of(together, kind, context)
-
-    def _runs_of(self, joined: list[list[isl.Set]], kind: TileKind, context: isl.Set) -> list[Run]:
         build = isl.AstBuild.from_context(context)
-        ends = [in_a_row([interval_ends(build, x, context, self.names) for x in pieces]) for pieces in joined]
-        params = [reduce(isl.Set.union, [x.params() for x in pieces]) for pieces in joined]
+        ends = [in_a_row([interval_ends(build, x, context, self.names) for x in joined]) for joined in together]
+        params = [reduce(isl.Set.union, [x.params() for x in joined]) for joined in together]
         groups = exclusive([x.intersect(context) for x in params])
-        return [Run(*either([ends[i] for i in group]), 1, kind) for group in groups]
+        return tuple(Run(*either([ends[i] for i in group]), 1, kind) for group in groups)
 
     def _joined(self, pieces: list[isl.Set]) -> list[list[isl.Set]]:
         """The pieces, those that always meet together, in order: fewer runs, and kernels need not choose among them."""
@@ -313,12 +317,8 @@ class _Tiler:
 
     def _interval(self, piece: isl.Set) -> isl.Set | None:
         """The piece written as everything from its first to its last tile, None where it is no interval."""
-
-        def compute() -> isl.Set | None:
-            hull = self._hull(piece)
-            return hull if hull.is_subset(piece) else None
-
-        return self._tried(compute)
+        # Whether it is one is soon known, its ends are not.
+        return self._tried(lambda: self._hull(piece)) if self._gapless(piece) else None
 
     def _tried(self, step: Callable[[], T]) -> T | None:
         """What a step gives within the bound of one piece, None where it passes that."""
