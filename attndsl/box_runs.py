@@ -64,16 +64,17 @@ def _ends_anywhere(grid: Grid) -> bool:
 
 @remembered(1024)
 def _axis_runs(part: AxisPart, q: int, k: int, side: Side, align_start: bool, ends: bool, split: bool) -> TileRuns:
-    relation = part.relation if side is Side.QUERY else part.transposed()
     if not split:
         with suppress(TooHard):
-            return touched_runs(relation, q, k, side, align_start, part.layout)
-    relation = _unfinished(relation, part) if ends else relation
+            return touched_runs(part.relation, q, k, side, align_start, part.layout)
+    relation = _unfinished(part) if ends else part.relation
     return tile_runs(relation, q, k, side, align_start, part.layout, sizes=None)
 
 
-def _unfinished(relation: Relation, part: AxisPart) -> Relation:
+@remembered(256)
+def _unfinished(part: AxisPart) -> Relation:
     """Tokens end anywhere: from a coordinate of the first axis on, `whole`, some cells may have none, and are data."""
+    relation = part.relation
     exists = isl.Set.read_from_str(
         relation.pairs.get_ctx(),
         f"[there, whole, residue] -> {{ [q, k] : {part.layout.k.text('k')} < whole or there = 1 }}",

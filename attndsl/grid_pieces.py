@@ -35,7 +35,6 @@ from attndsl.program import (
     Table,
     Var,
     Where,
-    compares_quotients,
     walk,
 )  # fmt: skip
 from attndsl.reindex import in_layout
@@ -56,14 +55,10 @@ APART_EFFORT = 400_000
 class AxisPart:
     """A product's set along one axis. `layout`: the residues in which it is dense, `relation` in its indices.
 
-    program: its own, of one dimension, for (H, G) heads; size: that of the axis, where it is known. divisors: the
-    constants by which it divides. cond: the set as a condition on coordinates q and k, of an axis of Nq and Nk; local:
-    the same less what reads neither q nor k.
+    divisors: the constants by which it divides. cond: the set as a condition on coordinates q and k, of an axis of Nq
+    and Nk; local: the same less what reads neither q nor k.
     """
 
-    program: Program
-    heads: tuple[int, int]
-    size: int | None
     divisors: frozenset[int]
     cond: Scalar
     local: Scalar
@@ -73,13 +68,6 @@ class AxisPart:
     @property
     def period(self) -> int:
         return self.layout.classes
-
-    def transposed(self) -> Relation:
-        """The relation with its quotients in terms of the key."""
-        if not compares_quotients(self.program.branch.pattern):
-            return self.relation
-        relation = _relation(Lowering(self.program, self.heads, "k", self.size), self.size)
-        return in_layout(relation, relation.pairs, self.layout)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -183,7 +171,7 @@ def _axis_part(
     sizes = {"H": heads[0], "G": heads[1]}
     cond, of_pairs = (specialise(fold(lowering.predicate(p)), sizes) for p in (program.branch.pattern, local))
     relation = in_layout(relation, relation.pairs, layout)
-    return AxisPart(program, heads, size, divisors, cond, of_pairs, layout, relation)
+    return AxisPart(divisors, cond, of_pairs, layout, relation)
 
 
 def _relation(lowering: Lowering, size: int | None) -> Relation:

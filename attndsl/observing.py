@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from math import gcd
 
 from attndsl.branches import View
-from attndsl.cuts import with_cuts
+from attndsl.cuts import with_cuts, without_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.effort import remembered
 from attndsl.mask import mask_by_cuts, pair_mask, written_condition
 from attndsl.plan import Backend, DType, Loads, Plan, Spec, Tiling, branch_scalars
 from attndsl.program import Program, Scalar
-from attndsl.relation import Lowering
+from attndsl.relation import lowered
 from attndsl.runs import Side
 from attndsl.tile_sizes import backward_tilings, default_tiling
 from attndsl.view_plans import view_pairs
@@ -68,17 +68,16 @@ def observe_plan(program: Program, spec: Spec, cells: Cells) -> ObservePlan:
     spec = replace(spec, loads=Loads.POINTER, dropout=False, even_start=False, lists=False, maps=False)
     on_cpu = spec.backend is Backend.CPU
     tiling = default_tiling(spec) if on_cpu else _tiling(spec)
-    side, anchor = (Side.QUERY, "q") if on_cpu else (Side.KEY, "k")
+    side, owner = (Side.QUERY, "q") if on_cpu else (Side.KEY, "k")
     view = None
     if program.plain:
         program = with_cuts(derive(program))
-        lowering = Lowering(program, (spec.heads, spec.kv_heads), anchor)
-        relation = lowering.relation(program.branch.pattern)
-        written = mask_by_cuts(written_condition(lowering, spec.sizes), program, anchor, relation)
+        lowering, relation = lowered(without_cuts(program), (spec.heads, spec.kv_heads))
+        written = mask_by_cuts(written_condition(lowering, spec.sizes), program, owner, relation)
         mask: Scalar | None = pair_mask(relation, written)
         scalars = branch_scalars(program, spec)
     else:
-        relation, mask, scalars, view = view_pairs(program, spec, anchor)
+        relation, mask, scalars, view = view_pairs(program, spec)
     if on_cpu:
         runs = closed_runs(relation, program, spec, tiling, side)
     else:

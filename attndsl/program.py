@@ -294,11 +294,6 @@ def scalars(pattern: Set) -> Iterator[Scalar]:
             yield from place.lead if isinstance(place, Permuted | Segment) else ()
 
 
-def compares_quotients(pattern: Set) -> bool:
-    """Whether quotients are asked to be equal: integer sets then keep either, which side's is a choice."""
-    return any(isinstance(x, Compare) and equal_quotients(x) for e in scalars(pattern) for x in walk(e))
-
-
 def equal_quotients(e: Compare) -> bool:
     """Whether a comparison asks for equal quotients by one number."""
     match e:

@@ -120,23 +120,20 @@ class Relation:
         return pairs
 
 
-def build_relation(program: Program, heads: tuple[int, int] | None = None, anchor: str = "q") -> Relation:
-    """The relation of a program's pattern; `heads` = (H, G) where they are known, else they stay symbolic.
-
-    `anchor`, q or k, is the position in whose terms quotients are written where there is a choice.
-    """
-    return lowered(derive(program), heads, anchor)[1]
+def build_relation(program: Program, heads: tuple[int, int] | None = None) -> Relation:
+    """The relation of a program's pattern; `heads` = (H, G) where they are known, else they stay symbolic."""
+    return lowered(derive(program), heads)[1]
 
 
-def lowered(program: Program, heads: tuple[int, int] | None = None, anchor: str = "q") -> tuple[Lowering, Relation]:
+def lowered(program: Program, heads: tuple[int, int] | None = None) -> tuple[Lowering, Relation]:
     """The relation of a derived program's pattern, as `build_relation` has it, and the lowering that made it: one for
     all tilings and kernels that ask."""
-    return _lowered(program, heads, anchor)
+    return _lowered(program, heads)
 
 
 @remembered(64)
-def _lowered(program: Program, heads: tuple[int, int] | None, anchor: str) -> tuple[Lowering, Relation]:
-    lowering = Lowering(program, heads, anchor)
+def _lowered(program: Program, heads: tuple[int, int] | None) -> tuple[Lowering, Relation]:
+    lowering = Lowering(program, heads)
     return lowering, lowering.relation(program.branch.pattern)
 
 
@@ -147,10 +144,9 @@ class Lowering:
     """
 
     def __init__(
-        self, program: Program, heads: tuple[int, int] | None = None, anchor: str = "q", length: int | None = None,
-        effort: int = 0,
-    ) -> None:  # fmt: skip
-        self.program, self.heads, self.anchor = program, heads, anchor
+        self, program: Program, heads: tuple[int, int] | None = None, length: int | None = None, effort: int = 0
+    ) -> None:
+        self.program, self.heads = program, heads
         self.ctx = isl.Context()
         self.uniform: dict[str, Scalar] = {}
         self.atoms: dict[str, Scalar] = {}
@@ -346,9 +342,9 @@ class Lowering:
     def _compare(self, cond: Compare, place: Coordinates) -> isl.Set:
         left, right = cond.left, cond.right
         if equal_quotients(cond):
-            # x // m == y // m as m * (x // m) <= y < m * (x // m) + m, with the quotient of the anchor's side, so
-            # that the other position's values are an interval whose ends isl writes in terms of the anchor.
-            quotient, other = (left, right) if reads(left, self.anchor) else (right, left)
+            # x // m == y // m as m * (x // m) <= y < m * (x // m) + m, so that the other position's values are an
+            # interval. Whichever quotient stands there, isl keeps the same one.
+            quotient, other = (left, right) if reads(left, "q") else (right, left)
             assert isinstance(quotient, Binary) and isinstance(other, Binary) and isinstance(quotient.right, Const)
             divisor = isl.Val.int_from_si(self.ctx, quotient.right.value)
             base, value = self.affine(quotient, place).scale_val(divisor), self.affine(other.left, place)

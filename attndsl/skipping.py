@@ -62,7 +62,7 @@ def _plan(program: Program, spec: Spec, tiling: Tiling) -> ForwardPlan:
 def _view_plan(program: Program, spec: Spec, tiling: Tiling, follows: bool) -> ForwardPlan:
     """Of a derived program over a view: tiles are of entries."""
     spec = _as_written(spec)
-    relation, mask, scalars, view = view_pairs(program, spec, "q", follows)
+    relation, mask, scalars, view = view_pairs(program, spec, follows)
     visited = _visited(relation, program, spec, tiling)
     plan = ForwardPlan(
         program, spec, tiling, visited, mask, **scalars, follows=follows, view=view, skip=program.only.skip

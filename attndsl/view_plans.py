@@ -42,7 +42,7 @@ def view_forward(program: Program, spec: Spec, tiling: Tiling, follows: bool, ra
     that stand where a call's do.
     """
     program = _with_cuts(listed(program, spec.lists and not ragged), ragged)
-    relation, view = _entries(program, spec, "q")
+    relation, view = _entries(program, spec)
     found = None
     if not ragged:
         found, (tiling,) = _listable(program, spec, relation, view, (tiling,))
@@ -63,7 +63,7 @@ def view_backward(
 ) -> BackwardPlan:
     """The backward kernels of such a program."""
     program = _with_cuts(listed(program, spec.lists))
-    relation, view = _entries(program, spec, "q")
+    relation, view = _entries(program, spec)
     found, (tiling, key_tiling) = _listable(program, spec, relation, view, tilings)
     key_runs = TileRuns((), ())
     if found is not None:
@@ -74,7 +74,7 @@ def view_backward(
     else:
         runs = closed_runs(relation, program, spec, tiling, Side.QUERY)
         if spec.backend is not Backend.CPU:
-            key_runs = closed_runs(_entries(program, spec, "k")[0], program, spec, key_tiling, Side.KEY)
+            key_runs = closed_runs(relation, program, spec, key_tiling, Side.KEY)
     mask = _mask(relation, spec) if runs.partial or key_runs.partial else None
     scalars = _scalars(program, spec, view, follows)
     plan = BackwardPlan(
@@ -88,7 +88,7 @@ def listed_tilings(program: Program, spec: Spec, tilings: tuple[Tiling, ...]) ->
     """Tilings of a program of one part, over a view, as the lists of a plan have them: as they are where there is
     none."""
     program = derive(program)
-    return _listable(program, spec, *_entries(program, spec, "q"), tilings)[1]
+    return _listable(program, spec, *_entries(program, spec), tilings)[1]
 
 
 def _with_cuts(program: Program, ragged: bool = False) -> Program:
@@ -125,10 +125,10 @@ def part_relation(program: Program, heads: tuple[int, int] | None = None) -> Rel
 
 
 @remembered(64)
-def entries_of(program: Program, heads: tuple[int, int] | None = None, anchor: str = "q") -> Relation:
+def entries_of(program: Program, heads: tuple[int, int] | None = None) -> Relation:
     """Which entries rows see, of a derived program of one part. Raises `PatternError` (A912) past the effort bound."""
     (part,) = program.only.parts
-    lowering = Lowering(program, heads, anchor)
+    lowering = Lowering(program, heads)
     try:
         return seen_entries(lowering, part, program.only.queries)
     except TooHard:
@@ -182,11 +182,11 @@ def seen_entries(lowering: Lowering, part: Part, queries: Queries | None = None)
 
 
 def view_pairs(
-    program: Program, spec: Spec, anchor: str, follows: bool = False
+    program: Program, spec: Spec, follows: bool = False
 ) -> tuple[Relation, Scalar | None, dict[str, Any], Given]:
     """Which entries rows see, in a derived program of one part over a view: the relation, the mask, what the branch
     says of scores, and the view."""
-    relation, view = _entries(program, spec, anchor)
+    relation, view = _entries(program, spec)
     return relation, _mask(relation, spec), _scalars(program, spec, view, follows), view
 
 
@@ -196,10 +196,10 @@ def heads_apart(plan: BackwardPlan) -> bool:
     return plan.view is not None and plan.spec.heads > plan.spec.kv_heads
 
 
-def _entries(program: Program, spec: Spec, anchor: str) -> tuple[Relation, Given]:
+def _entries(program: Program, spec: Spec) -> tuple[Relation, Given]:
     (part,) = program.only.parts
     assert isinstance(part.view, Given), "pools are made before a plan is"
-    return entries_of(program, (spec.heads, spec.kv_heads), anchor), part.view
+    return entries_of(program, (spec.heads, spec.kv_heads)), part.view
 
 
 def _mask(relation: Relation, spec: Spec) -> Scalar | None:

@@ -12,7 +12,7 @@ from attndsl.layout import PLAIN, Layout
 from attndsl.listing import Gathered, Listable, listables
 from attndsl.mapping import mapped, mapped_runs
 from attndsl.mask import IN_RANGE, from_first_key, mask_by_cuts, pair_mask, written_condition
-from attndsl.program import Logic, Program, Read, Scalar, compares_quotients
+from attndsl.program import Logic, Program, Read, Scalar
 from attndsl.relation import Lowering, Relation, lowered
 from attndsl.runs import Side, TileRuns, joined
 from attndsl.simplify import fold
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Visits:
     """The runs of one side's tiles, and what decides the pairs in them.
 
-    `owner`: the position, q or k, in whose terms `relation` and the mask are, where there is a choice.
+    `owner`: the position, q or k, whose cuts the mask reads.
     `selection`: what their lists are made of, which the program then declares; `relation` is that where it holds.
     `collected`: tiles are of several listed ones, of which the last may be missing; `exact`: of those each is full.
     """
@@ -113,12 +113,8 @@ def _visits(
         cond = written_condition(lowering, spec.sizes)
         program, runs = mapped_runs(program, cond, runs, tiling.block_q, tiling.block_k, side)
         return Visits(program, spec, runs, lowering, relation)
-    compares = compares_quotients(static.branch.pattern)
     # Sorted data is tested by cuts of each side.
-    anchored = compares or any(isinstance(decl.derivation, Cut) for decl in program.inputs)
-    owner = "k" if anchored and side is Side.KEY else "q"
-    if compares and owner == "k":
-        _, relation = lowered(static, heads, owner)
+    owner = "k" if side is Side.KEY and any(isinstance(decl.derivation, Cut) for decl in program.inputs) else "q"
     runs = closed_runs(relation, program, spec, tiling, side, shifted=shifted)
     return Visits(program, spec, runs, lowering, relation, owner, shifted=shifted)
 

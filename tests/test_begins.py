@@ -104,7 +104,7 @@ def program_of(pattern: str) -> Program:
 def test_tiles_that_begin_anywhere_visit_what_their_rows_see(name: str, block_k: int) -> None:
     block_q, program = 16, program_of(TEXTS[name])
     cut = with_cuts(derive(program))
-    runs = tile_runs(build_relation(program, (1, 1), "q"), block_q, block_k, Side.QUERY, program=cut, shifted=True)
+    runs = tile_runs(build_relation(program, (1, 1)), block_q, block_k, Side.QUERY, program=cut, shifted=True)
     anything_full = False
     for rows, k_len, doc in (
         (57, 57, np.repeat([3, 5, 7], [9, 43, 5])[None]), (40, 61, np.sort(RNG.integers(0, 6, (1, 61)), axis=-1))

@@ -29,7 +29,7 @@ def call(rows: int, k_len: int, heads: int = 1, kv_heads: int = 1, batch: int = 
 
 def side_runs(program: Program, shape: CallShape, block_q: int, block_k: int, side: Side) -> tuple[Relation, TileRuns]:
     """The runs of one side, as a plan makes them."""
-    relation = build_relation(program, (shape.heads, shape.kv_heads), "q" if side is Side.QUERY else "k")
+    relation = build_relation(program, (shape.heads, shape.kv_heads))
     cut = with_cuts(derive(program))
     return relation, tile_runs(relation, block_q, block_k, side, program.align_start, program=cut)
 
