@@ -119,6 +119,21 @@ class Groups:
             found += of_keys.unsqueeze(-1) == members
         return found
 
+    def largest_share(self, x: Tensor, first: Tensor, size: int) -> Tensor:
+        """What is at least 0, [B, H, rows, n], of extents of `size` keys from `first` [n, 1] on: for each member the
+        largest of what they give it, each the share of its keys that the member has: [B, H, rows, members]."""
+        members, keys = self.ends.shape[-1] - 1, self.label.shape[-1]
+        present = (keys - first).clamp(1, size)
+        shares = pad(self.counts(first, size).to(x.dtype) / present, (0, 1))
+        outside = pad(self.label, (0, 1), value=members)
+        found = x.new_zeros(*x.shape[:-1], members + 1)
+        for i in range(size):
+            # Of a member that has several keys of an extent the same comes several times.
+            label = outside[..., (first.view(-1) + i).clamp(max=keys)]
+            given = x * shares.gather(-1, label.unsqueeze(-1)).squeeze(-1).unsqueeze(2)
+            found = found.scatter_reduce(-1, label.unsqueeze(2).expand(x.shape), given, "amax")
+        return found[..., :-1]
+
     def _summed(self, x: Tensor) -> Tensor:
         lead = torch.broadcast_shapes(x.shape[:2], self.order.shape[:2])
         x = x.expand(*lead, x.shape[2], self.order.shape[-1])

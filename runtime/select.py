@@ -339,9 +339,9 @@ def checked_mass(program: Program, selection: Selection, shape: CallShape, ragge
             help=f"at most {MAX_PAIRS:,} pairs: take fewer rows, or `per = rows(64)`",
         )  # fmt: skip
     largest = isinstance(selection.score, Probs) and selection.score.largest
-    if largest and selection.members is not None and mass.view is not None:
+    if largest and isinstance(selection.members, Lags) and mass.view is not None:
         raise error(
-            "A575", f"the largest probabilities of `{mass.branch.name}`'s entries rank no such members yet",
+            "A575", f"the largest probabilities of `{mass.branch.name}`'s entries rank no diagonals yet",
             selection.span, help="write `probs(branch)`, or probe the raw tokens",
         )  # fmt: skip
     return mass

@@ -309,6 +309,9 @@ class Strips:
             at, position = slice(start - self.first, end - self.first), torch.arange(start, end, device=self.device)
             masses = self._masses(self.q[:, :, at], self.state[1][:, :, at, None], position, position >= 0)
             if diagonals:
+                if mass.view is not None:
+                    # An entry's tokens lie on several: each has its share.
+                    masses = shares(masses, mass.size, mass.stride, 1, shape.k_len, largest=False)
                 part = lag_sums(masses, start, self.selection.keys, self.of.members, largest)
             else:
                 part = self._given_to_members(masses, largest)
@@ -346,6 +349,8 @@ class Strips:
             return whole.amax(4) if largest else whole.sum(4)
         if self.members is not None:
             first = torch.arange(masses.shape[3], device=self.device)[:, None] * mass.stride
+            if largest:
+                return self.members.largest_share(masses, first, mass.size)
             end = (first + mass.size).clamp(max=self.shape.k_len)
             given: Tensor = masses @ (self.members.counts(first, mass.size).to(self.real) / (end - first))
             return given

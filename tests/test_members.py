@@ -140,6 +140,14 @@ BY_PROBS = (
     "y = attend causal & cover(0.7, segments(c), per = head, by = probs(x)) output x + y",
     "input pi : int[b, h, k] x = attend causal over pool(mean, 8, counted) "
     "y = attend causal & top(2, blocks(4) on permuted(pi), per = rows(4), by = probs(x)) output x + y",
+    "input c : int[b, k] x = attend causal over pool(mean, 4, 2) "
+    "y = attend causal & top(2, segments(c), per = rows(4), by = probs(x, max)) output x + y",
+    "input po : int[k] x = attend causal over pool(mean, 4, visible = any) "
+    "y = attend causal & top(3, tokens on permuted(po), per = rows(8), by = probs(x, max)) output x + y",
+    "axes t, x[6] p = attend causal over pool(mean, 5) "
+    "y = attend causal & cover(0.6, tiles(2, 3), per = tiles(2, 2), by = probs(p, max)) output y",
+    "x = attend causal over pool(mean, 4) "
+    "y = attend causal & top(3, diagonals(3), per = head, among = causal, by = probs(x)) output x + y",
 )
 
 
@@ -151,6 +159,12 @@ def test_by_the_probabilities_of_a_branch(body: str) -> None:
         inputs = data(body, CallShape(2, 4, 2, rows, k_len, 16, 16), k_len)
         expected = attn.reference(q, k, v, **inputs)
         torch.testing.assert_close(attn(q, k, v, **inputs), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_the_largest_of_entries_rank_no_diagonals() -> None:
+    attn = attndsl.compile(f"attention a {{ {BY_PROBS[-1].replace('probs(x)', 'probs(x, max)')} }}")
+    with pytest.raises(attndsl.PatternError, match="A575"):
+        attn(*tensors(30, 30))
 
 
 @pytest.mark.parametrize(("rows", "k_len"), [(40, 40), (11, 40), (1, 1), (3, 9)])
