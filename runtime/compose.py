@@ -27,7 +27,7 @@ from attndsl.runtime.pool import pooled, pooled_queries
 from attndsl.runtime.runs import document_blocks, entries_of_heads, pooled_runs
 from attndsl.runtime.runs import of_heads as runs_of_heads
 from attndsl.runtime.select_op import Planner
-from attndsl.runtime.shares import member_shares
+from attndsl.runtime.shares import member_shares, observed_shares
 from attndsl.widths import LARGEST
 
 Views = Mapping[str, tuple[Tensor, ...]]
@@ -139,6 +139,10 @@ class Composed:
         assert lse is not None, "what is observed has an lse"
         key, part = self._part(each.branch)
         own = [self._input(decl) for decl in part.inputs]
+        if self._program.packed is not None and each.rows == 1:
+            keys, lse = self.state(each.branch)
+            call = (self.queries(each.branch), keys, lse, own, self.args, self.scale)
+            return observed_shares(key, *call, each.keys, self.k.shape[2], each.largest)
         wanted = Cells(each.rows, each.keys, each.largest)
         return observe(
             key, self.queries(each.branch), self.k, self.v, lse, own, self.args, self.scale, self.backend, wanted

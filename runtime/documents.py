@@ -1,4 +1,8 @@
-"""Members of the documents of a packed call: each row's are those of its own document, counted from its first token."""
+"""Members of the documents of a packed call, and what the entries of a view of it give them.
+
+Of a row they are those of its own document, counted from its first token; of all rows those of all documents, one after
+the other, with room for as many as there are tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attndsl.branches import View
 from attndsl.program import CallShape, Program
 from attndsl.runtime.masses import shares_of_documents
 from attndsl.runtime.runs import document_entries, runs_of
 
 
 @dataclass(frozen=True, slots=True)
-class Documents:
+class Members:
     """Where the documents of a call begin and end, int64 [batch or 1, tokens]: of each token the first of its own, one
     past its last that is present, and its document's first entry, of `size` tokens every `stride`.
-    k_len: the call's tokens."""
+    ids: what divides tokens, of the same size; k_len: the call's tokens."""
 
+    ids: Tensor
     first: Tensor
     end: Tensor
     entry: Tensor
@@ -26,31 +32,42 @@ class Documents:
     stride: int
     k_len: int
 
-    def shares(self, masses: Tensor, position: Tensor, member: int, largest: bool) -> Tensor:
+    def of_rows(self, masses: Tensor, position: Tensor, member: int, largest: bool) -> Tensor:
         """Masses [B, H, rows, entries] of rows at these positions as those of their documents' members: float
         [B, H, rows, members], 0 past a document's last."""
         at = position.clamp(0, max(0, self.k_len - 1))
-        begins, first, end = (x[:, at] if self.k_len else x for x in (self.entry, self.first, self.end))
-        members = -(-self.k_len // member)
-        return shares_of_documents(masses, begins, end - first, self.size, self.stride, member, members, largest)
+        begins, first, end = (
+            (x[:, at] if self.k_len else x)[:, None, :, None] for x in (self.entry, self.first, self.end)
+        )
+        start = torch.arange(-(-self.k_len // member), device=masses.device).view(1, 1, 1, -1) * member
+        return shares_of_documents(masses, begins, end - first, start, self.size, self.stride, member, largest)
+
+    def of_all(self, masses: Tensor, member: int, largest: bool) -> Tensor:
+        """Masses [B, H, 1, entries] as those of the members of all documents: float [B, H, 1, tokens]."""
+        if not self.k_len:
+            return masses
+        found, document = document_entries(self.ids, member, member)
+        exists = found.first < self.k_len
+        at = document.clamp(max=self.k_len - 1).to(torch.int64)
+        begins, first, end = (x.gather(-1, at) for x in (self.entry, self.first, self.end))
+        tokens, start = torch.where(exists, end - first, 0), torch.where(exists, found.first - first, 0)
+        begins, tokens, start = (x[:, None, None] for x in (begins, tokens, start))
+        return shares_of_documents(masses, begins, tokens, start, self.size, self.stride, member, largest)
 
 
-def documents_of(
-    program: Program, shape: CallShape, inputs: Sequence[Tensor], present: Tensor | None
-) -> Documents | None:
-    """Those of a branch of one part, whose entries they have; None where a call is not packed. inputs: a call's own.
+def members_of(
+    program: Program, view: View | None, shape: CallShape, inputs: Sequence[Tensor], present: Tensor | None
+) -> Members | None:
+    """Those of a branch's part, whose entries they have; None where a call is not packed. inputs: a call's own.
     present: int64 [B, 1, 1, 1], how many tokens are, where not all are."""
     if program.packed is None:
         return None
-    (part,) = program.only.parts
-    size, stride = (1, 1) if part.view is None else (part.view.size, part.view.stride)
+    size, stride = (1, 1) if view is None else (view.size, view.stride)
     ids = inputs[[decl.name for decl in program.inputs].index(program.packed)]
-    ids = ids.expand(ids.shape[0] if ids.dim() == 2 else 1, shape.k_len).contiguous()
+    ids = ids.expand(shape.batch if present is not None or ids.dim() == 2 else 1, shape.k_len).contiguous()
     of, (entries, _) = runs_of(ids), document_entries(ids, size, stride)
     number = of.number.to(torch.int64)
     first, end = (x.to(torch.int64).gather(-1, number) for x in (of.first, of.end))
     if present is not None:
         end = torch.minimum(end, present.view(-1, 1))
-        first = first.expand(end.shape)
-    entry = entries.number.to(torch.int64).gather(-1, first[: ids.shape[0]])
-    return Documents(first, end, entry.expand(first.shape), size, stride, shape.k_len)
+    return Members(ids, first, end, entries.number.to(torch.int64).gather(-1, first), size, stride, shape.k_len)

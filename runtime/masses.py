@@ -142,17 +142,16 @@ def _pooled(x: Tensor, pool: Pool, real: torch.dtype) -> Tensor:
 
 
 def shares_of_documents(
-    x: Tensor, begins: Tensor, tokens: Tensor, size: int, stride: int, keys: int, members: int, largest: bool
+    x: Tensor, begins: Tensor, tokens: Tensor, start: Tensor, size: int, stride: int, keys: int, largest: bool
 ) -> Tensor:
-    """As `shares`, of entries that begin anew with each document and of blocks that its first token begins: of each row
-    those of its own document, whose first entry is `begins` and which has so many tokens, int64 [B or 1, rows]."""
-    found = x.new_zeros(*x.shape[:3], members)
+    """As `shares`, of entries that begin anew with each document and of blocks that its first token begins. Of a block
+    int64, where it begins in its document, how many tokens this has and its first entry; these broadcast together."""
+    begins, tokens, start = torch.broadcast_tensors(begins, tokens, start)
+    found = x.new_zeros(*x.shape[:2], *start.shape[2:])
     if not x.shape[3]:
         return found
-    start = torch.arange(members, device=x.device) * keys
     # Entries that lie in a member are few and in a row: the i-th of each, one after another.
     order = torch.div(start - size, stride, rounding_mode="floor").add(1).clamp(min=0)
-    tokens, begins = tokens[:, None, :, None], begins[:, None, :, None]
     for i in range(-(-(keys + size - 1) // stride)):
         first = (order + i) * stride
         end = torch.minimum(first + size, tokens)

@@ -50,7 +50,9 @@ def _observe_fake(
     scale: float | None, backend: str, rows: int, keys: int, largest: bool,
 ) -> Tensor:  # fmt: skip
     q_len = q.shape[2] if engine_of(key).program.align_start else k.shape[2]
-    row_classes, members = classes(rows or None, q.shape[2], q_len), -(-k.shape[2] // keys)
+    # Members of documents lie one document after the other, with room for as many as there are tokens.
+    members = k.shape[2] if engine_of(key).program.packed is not None else -(-k.shape[2] // keys)
+    row_classes = classes(rows or None, q.shape[2], q_len)
     return lse.new_empty(q.shape[0], q.shape[1], row_classes, members)
 
 

@@ -18,6 +18,7 @@ from attndsl.program import CallShape, Program
 from attndsl.properties import classes_rows_before
 from attndsl.runtime.call import call_shape, check_rows, present_lengths
 from attndsl.runtime.cpu import call_values, cpu_function
+from attndsl.runtime.documents import members_of
 from attndsl.runtime.engine import Engine, default_scale
 from attndsl.runtime.entries import keys_of
 from attndsl.runtime.lasting import table_tensor
@@ -43,7 +44,11 @@ class Observer:
         present = present_lengths(self.program, self.shape, inputs)
         for view, cells, step in self.steps:
             part = step(q, k, v, lse, inputs, args, scale, None)
-            part = _of_members(part, view, cells, self.wanted, self.shape, present)
+            members = members_of(self.program, view, self.shape, inputs, present)
+            if members is not None:
+                part = members.of_all(part, self.wanted.keys, self.wanted.largest)
+            else:
+                part = _of_members(part, view, cells, self.wanted, self.shape, present)
             if found is None:
                 found = part
             else:
@@ -88,7 +93,8 @@ def prepare_observer(
     chosen = engine.choose("auto" if backend == "gluon" else backend, spec, max(q.shape[2], k.shape[2]))
     on_cpu = chosen == "cpu"
     views = [part.view for part in program.only.parts]
-    cells = tuple(cells_of(view, wanted) for view in views)
+    # Where blocks of documents lie is data: of single tokens and entries they are put together.
+    cells = tuple(cells_of(view, wanted) if program.packed is None else replace(wanted, keys=1) for view in views)
     plans = observe_plans(program, replace(spec, backend=Backend.CPU if on_cpu else Backend.TRITON), cells)
     steps = []
     for view, plan in zip(views, plans, strict=True):

@@ -32,14 +32,22 @@ def observed(
             parts = probabilities(program, branch, q, k, inputs, args, scale, v.shape[3])
             found[each.name] = by_class(parts, views, each, program, k.shape[2])
             continue
-        # Sequences begin where the call does, so members of one are those of the call.
-        whole = q.new_zeros(*q.shape[:3], -(-k.shape[2] // each.keys), dtype=torch.float64)
+        # Of one document after the other; of padded sequences those of the call, where they begin.
+        packed, at_member = program.packed is not None and each.rows is None, 0
+        members = k.shape[2] if packed else -(-k.shape[2] // each.keys)
+        whole = q.new_zeros(*q.shape[:2], 1 if packed else q.shape[2], members, dtype=torch.float64)
         for x in sequences(program, shape, exact):
             at, own = slice(x.entry, x.entry + 1), x.inputs(program, inputs)
             call = q[at, :, x.rows], k[at, :, x.keys], own, args, scale, v.shape[3]
-            part = _of_parts(probabilities(together(program), branch, *call), views, each, x.keys.stop)
-            whole[at, :, x.rows, : part.shape[3]] = part
-        found[each.name] = _by_row(whole, each, program, k.shape[2])
+            part = _of_parts(probabilities(together(program), branch, *call), views, each, x.keys.stop - x.keys.start)
+            if not packed:
+                whole[at, :, x.rows, : part.shape[3]] = part
+                continue
+            at_member = 0 if not x.before else at_member
+            of_rows = part.amax(2) if each.largest and part.shape[2] else part.sum(2)
+            whole[at, :, 0, at_member : at_member + part.shape[3]] = of_rows
+            at_member += part.shape[3]
+        found[each.name] = whole if packed else _by_row(whole, each, program, k.shape[2])
     return found
 
 

@@ -26,7 +26,7 @@ from attndsl.program import CallShape, Program
 from attndsl.runtime.call import present_lengths
 from attndsl.runtime.derive import Deriver
 from attndsl.runtime.derive_ragged import RaggedDeriver
-from attndsl.runtime.documents import Documents, documents_of
+from attndsl.runtime.documents import Members, members_of
 from attndsl.runtime.engine import MAX_PREPARED
 from attndsl.runtime.lasting import table_tensor
 from attndsl.runtime.masses import shares as given_to_members
@@ -46,6 +46,7 @@ _CALL = (
 )
 _LIBRARY.define(f"shares({_CALL}) -> Tensor")
 _LIBRARY.define(f"shares_ragged({_CALL}, Tensor seq_lens) -> Tensor")
+_LIBRARY.define(f"shares_observed({_CALL}, bool largest) -> Tensor")
 _LIBRARY.define(f"shares_backward(Tensor gradient, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor[])")
 _KEPT: dict[Any, _Kind] = {}
 # Where kernels run.
@@ -80,6 +81,17 @@ def ragged_shares(
     tokens; 0 for members past a sequence's end."""
     make = torch.ops.attndsl.shares_ragged if traced((q, keys, *inputs)) else _shares_ragged
     found: Tensor = make(key, q, keys, lse, [*inputs], [*args], scale, member, capacity, seq_lens)
+    return found
+
+
+def observed_shares(
+    key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
+    scale: float | None, member: int, k_len: int, largest: bool,
+) -> Tensor:  # fmt: skip
+    """As `member_shares` of a packed call, or the largest probability of each member; without a gradient."""
+    q, keys, lse, *inputs = (x.detach() for x in (q, keys, lse, *inputs))
+    make = torch.ops.attndsl.shares_observed if traced((q, keys, *inputs)) else _shares_observed
+    found: Tensor = make(key, q, keys, lse, inputs, [*args], scale, member, k_len, largest)
     return found
 
 
@@ -126,7 +138,7 @@ class _Call:
     member: int
     lengths: Tensor | None = None
     present: Tensor | None = None
-    documents: Documents | None = None
+    documents: Members | None = None
 
     @classmethod
     def of(
@@ -139,7 +151,8 @@ class _Call:
         if scale is None and own is not None:
             factor = values.number(own)
         present = present_lengths(kind.program, kind.shape, inputs)
-        documents = documents_of(kind.program, kind.shape, inputs, present)
+        (part,) = kind.program.only.parts
+        documents = members_of(kind.program, part.view, kind.shape, inputs, present)
         return cls(kind, keys, values, factor, member, lengths, present, documents)
 
     def strips(self) -> Iterator[slice]:
@@ -148,8 +161,8 @@ class _Call:
         step = max(1, STRIP[self.kind.device.type] // max(1, width))
         return (slice(low, min(low + step, shape.rows)) for low in range(0, shape.rows, step))
 
-    def shares(self, q: Tensor, lse: Tensor, rows: slice) -> Tensor:
-        """Of q [B, Hq, rows of the strip, D] with their lse."""
+    def shares(self, q: Tensor, lse: Tensor, rows: slice, largest: bool = False) -> Tensor:
+        """Of q [B, Hq, rows of the strip, D] with their lse. largest: of documents' members, not the sums."""
         kind, mass = self.kind, self.kind.mass
         shape, real = kind.shape, self.keys.dtype
         position = torch.arange(rows.start, rows.stop, device=q.device)
@@ -172,7 +185,7 @@ class _Call:
         below = torch.where(lse == -torch.inf, 0, lse).unsqueeze(-1).to(real)
         masses = torch.where(seen, torch.where(seen, logits, 0) - below, -torch.inf).exp()
         if self.documents is not None:
-            return self.documents.shares(masses, position, self.member, largest=False)
+            return self.documents.of_rows(masses, position, self.member, largest)
         if mass.size == mass.stride and self.member % mass.size == 0:
             members = -(-shape.k_len // self.member)
             entries = self.member // mass.size
@@ -214,6 +227,18 @@ def _shares(
     call = _Call.of(kind, keys.to(_real(q)), inputs, args, scale, member)
     for rows in call.strips():
         found[:, :, rows] = call.shares(q[:, :, rows], lse[:, :, rows], rows)
+    return found
+
+
+def _shares_observed(
+    key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
+    scale: float | None, member: int, k_len: int, largest: bool,
+) -> Tensor:  # fmt: skip
+    found = _fake(key, q, keys, lse, inputs, args, scale, member, k_len)
+    with torch.no_grad():
+        call = _Call.of(_kind(key, q, keys, inputs, k_len), keys.to(_real(q)), inputs, args, scale, member)
+        for rows in call.strips():
+            found[:, :, rows] = call.shares(q[:, :, rows], lse[:, :, rows], rows, largest)
     return found
 
 
@@ -294,6 +319,13 @@ def _ragged_fake(
     return _fake(key, q, keys, lse, inputs, args, scale, member, capacity)
 
 
+def _observed_fake(
+    key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
+    scale: float | None, member: int, k_len: int, largest: bool,
+) -> Tensor:  # fmt: skip
+    return _fake(key, q, keys, lse, inputs, args, scale, member, k_len)
+
+
 def _backward_fake(
     gradient: Tensor, key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
     scale: float | None, member: int, k_len: int,
@@ -322,8 +354,10 @@ def _differentiate(ctx: Any, gradient: Tensor) -> Any:
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("shares", _shares, _device)
     _LIBRARY.impl("shares_ragged", _shares_ragged, _device)
+    _LIBRARY.impl("shares_observed", _shares_observed, _device)
     _LIBRARY.impl("shares_backward", _shares_backward, _device)
 _LIBRARY.impl("shares", _fake, "Meta")
 _LIBRARY.impl("shares_ragged", _ragged_fake, "Meta")
+_LIBRARY.impl("shares_observed", _observed_fake, "Meta")
 _LIBRARY.impl("shares_backward", _backward_fake, "Meta")
 torch.library.register_autograd("attndsl::shares", _differentiate, setup_context=_setup, lib=_LIBRARY)
