@@ -285,7 +285,7 @@ def _listed_plan(
     lowering, relation = lowered(program, (spec.heads, spec.kv_heads))
     of_row = {Dim(Axis.B), Dim(Axis.H), Dim(Axis.G), Dim(Axis.Q)}
     # Of a map of factors one is a condition like any other.
-    lists = (x for x in listables(program, relation) if x.level is None and not x.complement)
+    lists = (x for x in listables(program, relation) if x.level is None and not x.complement and not x.part)
     lists = (x for x in lists if not member or x.keys % member == 0)
     found = next((x for x in lists if {*x.plan.dims[:-1]} <= of_row), None)
     if found is None:

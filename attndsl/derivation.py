@@ -262,6 +262,17 @@ class SpanList:
 
 
 @dataclass(frozen=True, slots=True)
+class CallMembers:
+    """int32 [b, h or g?, rows, 2 * C]: the blocks of `keys` tokens of a call that hold a part of those of its document
+    that a row chooses, which a plan lists, C a row; `ids` tells documents apart. A block of a document lies in at most
+    two. Blocks do not decrease, but one may stand twice, and -1 anywhere, which counts for nothing in a plan."""
+
+    plan: str
+    ids: str
+    keys: int
+
+
+@dataclass(frozen=True, slots=True)
 class TileList:
     """int32 [b?, h or g?, n]: the tiles that a plan chooses, in lists as `tiles.listed_runs` reads them.
 
@@ -379,8 +390,8 @@ class RowTiles:
 
 Derivation: TypeAlias = (
     Offsets | Extents | EntryMap | PresentRuns | RunEnds | RunCount | RunExtents | DocumentEnds | DocumentBlocks
-    | DocumentEntries | BlockMap | Draw | Chosen | Listed | SpanList | TileList | Cut | Gathering | TileMap | Order
-    | Sorted | Place | RowTiles | Alike
+    | DocumentEntries | BlockMap | Draw | Chosen | CallMembers | Listed | SpanList | TileList | Cut | Gathering
+    | TileMap | Order | Sorted | Place | RowTiles | Alike
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from attndsl.branches import Given, Part, Pick, Visible
 from attndsl.derivation import (
     Alike,
     BlockMap,
+    CallMembers,
     Chosen,
     Cut,
     Derivation,
@@ -140,6 +141,8 @@ def read_by(derivation: Derivation | None) -> set[str]:
             return {plan}
         case SpanList(listed=listed, offsets=offsets):
             return {listed, offsets}
+        case CallMembers(plan=plan, ids=ids):
+            return {plan, ids}
         case RowTiles(first=first):
             return {first}
         case Alike(own=own, among=among):

@@ -7,6 +7,7 @@ from typing import assert_never
 from attndsl.derivation import (
     Alike,
     BlockMap,
+    CallMembers,
     Chosen,
     Cut,
     DocumentBlocks,
@@ -48,6 +49,8 @@ def made_of(decl: InputDecl) -> str:
         case DocumentBlocks(input=name, size=size):
             of = "the documents" if size >= WHOLE else f"the blocks of {size} tokens of documents"
             return f"how many of {of} of `{name}` lie before each token's"
+        case CallMembers(plan=plan, keys=keys):
+            return f"the blocks of {keys} tokens of the call that hold a part of those in `{plan}`"
         case Extents(input=name, largest=largest):
             return f"the {'largest' if largest else 'least'} `{name}` of each entry's tokens"
         case EntryMap(operand=operand, every=whole, rows=rows):

@@ -6,6 +6,9 @@ holds: which of them are full, and the mask of the rest, are those of the patter
 
 Where each row chooses for itself, rows that chose the same member are gathered into tiles: the keys are then in order,
 and the results of a row's members are merged (`Gathered`).
+
+What is chosen of a document is listed as the blocks of the call that hold a part of it (`derivation.CallMembers`), and
+each pair is asked all the same.
 """
 
 from __future__ import annotations
@@ -13,7 +16,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from attndsl.derivation import Chosen, Draw, Gathering, Listed, Offsets, SpanList, TileList, TileMap
+from attndsl.derivation import (
+    CallMembers,
+    Chosen,
+    DocumentEnds,
+    Draw,
+    Gathering,
+    Listed,
+    Offsets,
+    SpanList,
+    TileList,
+    TileMap,
+)
 from attndsl.derive import derive, read_by
 from attndsl.isl_sets import where_param
 from attndsl.program import (
@@ -77,7 +91,8 @@ class Listable:
 
     `keys`: those of a member, its entries over a view, which has one every `stride` tokens. `complement`: the pattern
     lies outside of it. `offsets`: of segments the read that tells how far a token is from the first of its own; they
-    have any number of tokens, so that no tile lies inside.
+    have any number of tokens, so that no tile lies inside. `part`:
+    members are blocks of the call that hold a part of what is chosen.
     """
 
     atom: str
@@ -89,6 +104,7 @@ class Listable:
     stride: int = 1
     complement: bool = False
     offsets: Read | None = None
+    part: bool = False
 
     def fits(self, block_q: int, block_k: int, even_start: bool) -> bool:
         """Whether tiles of these sizes lie in one row class and one member each."""
@@ -116,19 +132,22 @@ class Listable:
 
     def within(self, relation: Relation) -> Relation:
         """The relation where the selection holds, or of a complement does not."""
+        if self.part:
+            return relation
         atoms = {name: e for name, e in relation.atoms.items() if name != self.atom}
         return replace(relation, pairs=where_param(relation.pairs, self.atom, int(not self.complement)), atoms=atoms)
 
     def assumed(self, written: Scalar) -> Scalar:
         """A condition where the selection holds, or of a complement does not."""
+        if self.part:
+            return written
         return fold(rebuild(written, lambda e: Const(not self.complement) if e == self.read else e))
 
     def listed(
         self, program: Program, runs: TileRuns, block_q: int, block_k: int, side: Side, marks: int = 0
     ) -> tuple[Program, TileRuns]:
         """The runs of the tiles that the plan chooses, of those in `runs`; the program declares their lists."""
-        if self.plan not in program.inputs:
-            program = replace(program, inputs=(*program.inputs, self.plan))
+        program = self._with_plan(program)
         mapped, of_keys = isinstance(self.plan.derivation, TileMap), side is Side.KEY
         found = TileList(
             self.plan.name,
@@ -168,9 +187,13 @@ class Listable:
 
     def gathered(self, program: Program, runs: TileRuns, block_q: int) -> tuple[Program, Gathered]:
         """What tells a kernel which rows to gather. runs: which members a row sees whole, or in part, if it chooses."""
+        program = self._with_plan(program)
         decl = self._declared(program, f"chose_{self.plan.name}", Gathering(self.plan.name, self.keys, block_q, runs))
         entry = Read(decl.name, (*_lead(decl), PLACE), Type.INT)
         return replace(program, inputs=(*program.inputs, decl)), Gathered(entry, self.plan.name, self.keys)
+
+    def _with_plan(self, program: Program) -> Program:
+        return program if self.plan in program.inputs else replace(program, inputs=(*program.inputs, self.plan))
 
     def _declared(self, program: Program, name: str, found: TileList | Gathering) -> InputDecl:
         """A derived input with the dimensions in which the plan, or the runs of its tiles, differ."""
@@ -258,6 +281,8 @@ def _of_plan(program: Program, name: str, e: Scalar, stride: int) -> Listable | 
     rows = [d.block for d in plan.dims if d.axis is Axis.Q]
     if isinstance(found, Listed):
         return _of_segments(program, name, e, plan, rows[0] if rows else None) if stride == 1 else None
+    if stride == 1 and (part := _of_documents(program, name, e, found, plan)) is not None:
+        return part
     keys, rest = divmod(found.keys, stride)
     if rest or e.index[-1] != _quotient("k", keys):
         return None
@@ -276,6 +301,28 @@ def _of_segments(program: Program, name: str, e: Read, plan: InputDecl, rows: in
     if rows is not None and _quotient("q", rows) not in e.index:
         return None
     return Listable(name, e, plan, rows, 1, None, offsets=offsets)
+
+
+def _of_documents(program: Program, name: str, e: Read, found: Chosen, plan: InputDecl) -> Listable | None:
+    """What single queries choose of their documents."""
+    match e.index[-1]:
+        case Binary(op="//", left=Binary(op="-", left=Var(name="k"), right=Read(input=first)), right=Const(value=size)):
+            ends = program.input(first).derivation
+        case _:
+            return None
+    if (
+        not isinstance(ends, DocumentEnds)
+        or size != found.keys
+        or found.level is not None
+        or Dim(Axis.Q) not in plan.dims
+    ):
+        return None
+    heads = (dim for dim in plan.dims if dim.axis in (Axis.H, Axis.G))
+    listed = InputDecl(
+        f"blocks_{plan.name}", Type.INT, (Dim(Axis.B), *heads, Dim(Axis.Q), Dim(Axis.LIST)),
+        derivation=CallMembers(plan.name, ends.input, found.keys),
+    )  # fmt: skip
+    return Listable(name, e, listed, 1, found.keys, None, part=True)
 
 
 def _of_draw(program: Program, name: str, e: Scalar) -> Listable | None:

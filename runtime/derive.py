@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from attndsl.derivation import (
     Alike,
     BlockMap,
+    CallMembers,
     Chosen,
     Cut,
     Derivation,
@@ -79,7 +80,7 @@ from attndsl.runtime.extents import of_extents
 from attndsl.runtime.lasting import capturing, hold, lasting, stream_of, table_tensor
 from attndsl.runtime.list_makers import ListMakers
 from attndsl.runtime.permute import of_order
-from attndsl.runtime.plans import chosen_members, list_size
+from attndsl.runtime.plans import as_four, call_members, chosen_members, list_size
 from attndsl.runtime.row_tiles import row_tiles, table_size
 from attndsl.runtime.runs import along, document_blocks, entry_input, present_runs, run_input
 from attndsl.runtime.spans import listed_in_order, span_list, span_room
@@ -275,6 +276,11 @@ class Deriver:
             case SpanList(listed=listed, offsets=offsets):
                 tensors = values.tensors[listed], values.tensors[offsets]
                 return span_list(decl, decl.derivation, *tensors, self.shape, self.program)
+            case CallMembers(plan=name, ids=ids):
+                own = as_four(values.tensors[name], self.program.input(name).dims)
+                first = self.shape.first_position(self.program)
+                made = call_members(own, values.tensors[ids], decl.derivation.keys, self.shape, first)
+                return made.reshape(self._size(decl))
             case TileList() | Gathering():
                 raise AssertionError("a list needs no values of its own")
             case Cut():
@@ -457,6 +463,10 @@ class Deriver:
         match decl.derivation:
             case Chosen(plan=plan, keys=keys, each=each):
                 return [*self._plan(plan).shape[:-1], self._members(keys) * each]
+            case CallMembers(plan=plan):
+                own = as_four(self._plan(plan), self.program.input(plan).dims)
+                heads = [own.shape[1]] if len(decl.dims) == 4 else []
+                return [self.shape.batch, *heads, self.shape.rows, 2 * own.shape[3]]
             case TileList(plan=plan) | Gathering(plan=plan):
                 dims = self.program.input(plan).dims
                 return list_size(decl.derivation, decl, self._plan(plan), dims, self.shape)

@@ -9,6 +9,7 @@ import torch
 from attndsl.derivation import (
     Alike,
     BlockMap,
+    CallMembers,
     Chosen,
     Cut,
     DocumentBlocks,
@@ -52,7 +53,7 @@ def derived_dtype(decl: InputDecl) -> torch.dtype:
             return torch.int64
         case TileMap():
             return torch.uint8
-        case TileList() | Gathering() | Listed() | SpanList():
+        case CallMembers() | TileList() | Gathering() | Listed() | SpanList():
             return torch.int32
         case None:
             raise AssertionError(f"`{decl.name}` is given")

@@ -19,6 +19,7 @@ from attndsl.diagnostics import error
 from attndsl.program import Axis, CallShape, Dim, InputDecl, reads
 from attndsl.runs import LIST_HEAD, TileKind
 from attndsl.runtime import lists
+from attndsl.runtime.cuts import document_ends
 from attndsl.runtime.values import Values
 from attndsl.widths import LARGEST
 
@@ -60,6 +61,22 @@ def chosen_entries(plan: Tensor, members: int, level: int | None = None) -> tupl
         every = torch.arange(members, device=plan.device).expand(*plan.shape[:-1], members)
         return every, chosen_members(plan, members, level)
     return plan, listed_members(plan, members)
+
+
+def call_members(plan: Tensor, ids: Tensor, keys: int, shape: CallShape, first_row: int) -> Tensor:
+    """As `derivation.CallMembers` has them, of a plan [B or 1, heads, rows or 1, C] of documents of ids [B or 1?,
+    tokens]: int32 [B, heads, rows, 2 * C]. first_row: the position of the call's first row."""
+    size = (shape.batch, plan.shape[1], shape.rows, 2 * plan.shape[3])
+    if not shape.k_len or 0 in size:
+        return torch.full(size, -1, dtype=torch.int32, device=plan.device)
+    ids = ids.expand(shape.batch, shape.k_len)
+    row = torch.arange(first_row, first_row + shape.rows, device=plan.device)
+    first, end = (document_ends(ids, ends)[:, None, row.clamp(min=0), None] for ends in (False, True))
+    counts = listed_members(plan, -(-shape.k_len // keys))
+    token = first + torch.where(counts, plan, 0).to(torch.int32) * keys
+    counts = counts & (token < end)
+    each = torch.stack((token // keys, (torch.minimum(token + keys, end) - 1) // keys), -1)
+    return torch.where(counts[..., None], each, -1).expand(*size[:3], -1, -1).flatten(3).to(torch.int32).contiguous()
 
 
 # ------------------------------------------------------------------------------------------ lists

@@ -22,6 +22,7 @@ from attndsl import scalar as scalars
 from attndsl.compose import raw_first
 from attndsl.cuts import with_cuts
 from attndsl.derivation import (
+    CallMembers,
     Cut,
     Derivation,
     DocumentEnds,
@@ -202,7 +203,7 @@ def _choices(program: Program, made: Program, said: Any) -> dict[str, bytes]:
 def _is_list(derivation: Derivation | None) -> bool:
     if isinstance(derivation, Draw):
         return derivation.members
-    return isinstance(derivation, TileList | SpanList | Listed | Gathering | TileMap | RowTiles)
+    return isinstance(derivation, CallMembers | TileList | SpanList | Listed | Gathering | TileMap | RowTiles)
 
 
 def _chosen(files: Mapping[str, bytes], program: Program) -> tuple[Program, Any]:

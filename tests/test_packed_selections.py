@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,14 +16,18 @@ from hypothesis import strategies as st
 import attndsl
 from attndsl.chosen_entries import of_entries, ranked
 from attndsl.codegen.triton_select import select_source
+from attndsl.derivation import CallMembers
 from attndsl.diagnostics import PatternError
 from attndsl.grammar import load
+from attndsl.piece_plans import forward_plans
 from attndsl.plans import of_selection
 from attndsl.program import CallShape
 from attndsl.runtime.document_strips import DocumentSelector
 from attndsl.runtime.document_vectors import to_members
+from attndsl.runtime.plans import call_members
 from attndsl.runtime.select_entries import EntrySelector
 from attndsl.select_plan import why_not_fused
+from attndsl.targets import make_spec
 from tests.accuracy import examples
 from tests.gpu import interprets
 from tests.test_routed import FUSED, PATTERN_SELECTIONS, PATTERNS, check, tensors
@@ -247,6 +253,63 @@ def test_a_plan_that_is_handed_in() -> None:
     p = torch.tensor([0, 2, -1]).expand(2, 48, 3)
     out = attn(q, k, v, doc=DOC, p=p)
     torch.testing.assert_close(out, attn.reference(q, k, v, doc=DOC, p=p), atol=1e-10, rtol=1e-10)
+
+
+# Rows that are gathered by what they chose, and the heads of a group over one list.
+LISTED = {
+    "gathered": ("attend causal & top(2, blocks(16), by = dot(Q, mean(K)), always = same_block(16))", 4, 2),
+    "of a group": ("attend causal & top(1, blocks(16), share = group, by = dot(Q, mean(K)))", 8, 1),
+    "handed in": ("input p : blocks(16)[b, h, q] attend causal & p", 2, 2),
+}
+
+
+@interprets
+@pytest.mark.parametrize("name", LISTED)
+def test_blocks_that_are_chosen_are_listed(name: str) -> None:
+    """As the blocks of the call that hold a part of them, wherever documents begin; wild entries are skipped."""
+    text, heads, kv_heads = LISTED[name]
+    attn = attndsl.compile(f"attention a {{ input doc : int[b, k] packed doc {text} }}")
+    spec = replace(make_spec("sm_90", "triton", heads, kv_heads, 16), lists=True)
+    (plan,) = forward_plans(attn.program, spec)
+    assert any(isinstance(d.derivation, CallMembers) for d in plan.program.inputs)
+    leaves = [x.float().requires_grad_() for x in tensors(29, 48, heads, kv_heads, seed=3)]
+    given: dict[str, Any] = {}
+    if name != "handed in":
+        given = {"plans": attn.plan(*leaves[:2], doc=DOC)}
+    else:
+        made = torch.randint(-2, 5, (2, 2, 29, 4), generator=torch.Generator().manual_seed(2)).sort(-1).values
+        given = {"p": made.index_fill(3, torch.tensor([1]), 1 << 29)}
+    right = [x.detach().double().requires_grad_() for x in leaves]
+    out, wanted = attn(*leaves, doc=DOC, backend="triton", **given), attn.reference(*right, doc=DOC, **given)
+    torch.testing.assert_close(out.double(), wanted, atol=2e-4, rtol=2e-4)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+    found, sure = (torch.autograd.grad((x * weight).sum(), y) for x, y in ((out, leaves), (wanted, right)))
+    for x, y in zip(found, sure, strict=True):
+        torch.testing.assert_close(x.double(), y, atol=2e-3, rtol=2e-4)
+
+
+@interprets
+@pytest.mark.parametrize("name", ["gathered", "of a group"])
+def test_other_blocks_are_not_looked_at(name: str) -> None:
+    """Values there may be anything: a tile that is masked would spread them."""
+    text, heads, kv_heads = LISTED[name]
+    attn = attndsl.compile(f"attention a {{ input doc : int[b, k] packed doc {text} }}")
+    doc = (torch.arange(96) >= 48).to(torch.int32).expand(2, 96)
+    q, k, v = (x.float() for x in tensors(96, 96, heads, kv_heads))
+    v[:, :, 16:48] = v[:, :, 64:] = torch.nan
+    shape = next(iter(attn.plan(q, k, doc=doc).values())).shape
+    plan = torch.zeros(*shape[:3], 1, dtype=torch.int32)
+    out = attn(q, k, v, doc=doc, backend="triton", plans={attn.program.selections[0].name: plan})
+    assert out.isfinite().all()
+
+
+def test_which_blocks_of_a_call_hold_what_is_chosen() -> None:
+    ids, shape = torch.tensor([[0] * 5 + [1] * 11]), CallShape(1, 1, 1, 16, 16, 8, 8)
+    plan = torch.tensor([0, 2, 2, 9, 1]).expand(1, 1, 16, 5)
+    found = call_members(plan, ids, 4, shape, 0)
+    # Of the first document, of 5 tokens, and of the second, whose blocks of 4 begin with tokens 5, 9 and 13.
+    assert found[0, 0, 0].tolist() == [0, 0] + [-1] * 8
+    assert found[0, 0, 15].tolist() == [1, 2, 3, 3] + [-1] * 6
 
 
 def test_decode_says_what_it_has_not() -> None:
