@@ -18,16 +18,17 @@ from attndsl.derived_text import made_of
 from attndsl.diagnostics import Diagnostic
 from attndsl.effort import one_at_a_time
 from attndsl.kernel_names import kernel_names
-from attndsl.layout import PLAIN, Layout
+from attndsl.layout import Layout
 from attndsl.listing import lists_tiles, reads_plans
 from attndsl.lowerings import forward_lowering, gradients_lowering
 from attndsl.mixing import mixes
 from attndsl.notation import Level, input_text, program_text, scalar_text, set_text
 from attndsl.pairs import count_pairs, seen, spans, spans_text, too_dense
 from attndsl.parts import parts_of
+from attndsl.permuting import PermutedPiece
 from attndsl.piece_plans import forward_plans
 from attndsl.piece_tiles import piece_tiles
-from attndsl.pieces import BLOCK_K, BLOCK_Q, TOKENS, choose_pieces
+from attndsl.pieces import choose_pieces, sorted_by_data
 from attndsl.plan import ForwardPlan, Loads, Spec
 from attndsl.program import (
     Binary,
@@ -248,24 +249,17 @@ def _warnings(warnings: tuple[Diagnostic, ...]) -> list[str]:
 
 
 def _pieces(question: Question) -> list[str]:
-    """The layouts that were considered, and the pieces chosen."""
+    """What was compared, kind of layout by kind, and what came of it."""
     spec = question.spec
     if not question.program.plain:
         return []
-    choice = choose_pieces(question.program, (spec.heads, spec.kv_heads))
-    if choice.note:
-        return [choice.note]
-    if len(choice.considered) < 2:
-        return []
-    chosen = (PLAIN,) if choice.plain else tuple(piece.layout for piece in choice.pieces)
-    lines = [f"considered, each with its cost at {TOKENS:,} tokens in tiles of {BLOCK_Q} x {BLOCK_K}:"]
-    for division in sorted(choice.considered, key=lambda division: division.cost):
-        mark = "chosen: " if set(division.layouts) == set(chosen) else ""
-        cost = f"{division.cost:,.0f}{'' if division.whole else ' or more'}"
-        lines.append(f"  {cost}  {mark}{'; then '.join(map(str, division.layouts))}")
-        if mark:
-            chosen = ()
-    return lines
+    heads = (spec.heads, spec.kv_heads)
+    choice = choose_pieces(question.program, heads)
+    considered = choice.considered
+    if any(isinstance(piece, PermutedPiece) for piece in choice.pieces):
+        by_data = sorted_by_data(question.program, heads)
+        considered += () if by_data is None else (by_data,)
+    return [*([choice.note] if choice.note else []), *(line for found in considered for line in found.lines())]
 
 
 # ---------------------------------------------------------------------------------------- planned
@@ -290,7 +284,9 @@ def _planned(question: Question, plans: tuple[ForwardPlan, ...], start: Scalar |
     for number, piece in enumerate(plans, 1):
         if len(plans) > 1 or not piece.layout.plain:
             tiles = "" if piece.tiling == plan.tiling else f", in {_tiles_text(piece)}"
-            lines.append(f"piece {number} of {len(plans)}: {piece.layout}{tiles}")
+            copied = "by tensor copies" if piece.spec.loads is Loads.DESCRIPTOR else "through pointers"
+            loads = "" if piece.spec.loads is spec.loads else f", k and v {copied}"
+            lines.append(f"piece {number} of {len(plans)}: {piece.layout}{tiles}{loads}")
         lines += _run_lines(piece, start)
         if piece.masks:
             mask = "none: nothing but the ends of the keys" if piece.mask is None else scalar_text(piece.mask)

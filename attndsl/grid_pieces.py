@@ -7,7 +7,7 @@ the visited ones are a product of counts, so that all shapes are compared at the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attndsl.boxes import Boxes
+from attndsl.compared import WORTH_IT, Way
 from attndsl.effort import TooHard, bounded, remembered
 from attndsl.evaluate import evaluate
 from attndsl.grid import Grid
@@ -45,8 +46,6 @@ from attndsl.simplify import fold, specialise
 TOKENS, COORDINATES = 16384, 512
 # What masks cost of a tile, and what a program costs apart from its tiles, in tiles.
 MASKED, PROGRAM = 0.25, 2.5
-# Boxes are kept where they visit less than this share of what tokens in order do.
-WORTH_IT = 0.75
 # Elementary isl operations allowed to taking terms apart.
 APART_EFFORT = 400_000
 
@@ -93,17 +92,36 @@ class BoxPiece:
         along = zip(_tables(self), boxes.q_box, boxes.k_box, strict=True)
         return not self.tokens and all(table.count(q, k)[1] for table, q, k in along)
 
-    def cost(self, block_q: int, block_k: int) -> float:
-        """What they cost, in tiles."""
-        return _best_boxes(self, block_q, block_k)[0]
+    def cost(self, block_q: int, block_k: int) -> tuple[float, float]:
+        """What they cost, in tiles: the visited ones, and the programs besides."""
+        cost, q_box, _ = _best_boxes(self, block_q, block_k)
+        cells = (-(-table.cells // size) for table, size in zip(_tables(self), q_box, strict=True))
+        programs = PROGRAM * prod(part.period for part in self.axes) * prod(cells)
+        return cost - programs, programs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OnGrid:
+    """A pattern of products. boxes: its pieces on the grid; ways: tokens in order, and these; rest: the pairs off the
+    grid, None where there can be none or boxes gain nothing."""
+
+    boxes: tuple[BoxPiece, ...]
+    ways: tuple[Way, Way]
+    rest: Relation | None = None
+
+    @property
+    def gain(self) -> bool:
+        """Whether boxes are worth it."""
+        return self.ways[1].cost < WORTH_IT * self.ways[0].cost
+
+    def __str__(self) -> str:
+        sizes = (str(table.cells * table.part.period) for table in _tables(self.boxes[0]))
+        return f"on a grid of {' x '.join(sizes)} cells"
 
 
 @remembered(256)
-def grid_pieces(program: Program, heads: tuple[int, int]) -> tuple[Relation | None, tuple[BoxPiece, ...]] | None:
-    """The pairs of a program off its grid, None where there can be none, and those on it as pieces by boxes.
-
-    None where the pattern is not made of products, or where boxes would gain nothing.
-    """
+def grid_pieces(program: Program, heads: tuple[int, int]) -> OnGrid | None:
+    """The pairs of a program on its grid as pieces by boxes; None where the pattern is not made of products."""
     grid = program.grid
     if grid is None:
         return None
@@ -115,13 +133,22 @@ def grid_pieces(program: Program, heads: tuple[int, int]) -> tuple[Relation | No
         pieces = tuple(_box_piece(program, grid, term, heads) for term in terms)
     except (NoProduct, TooHard):
         return None
-    cost = sum(piece.cost(128, 64) for piece in pieces)
-    if not pieces or cost >= WORTH_IT * sum(map(_cost_in_order, pieces)):
+    if not pieces:
         return None
+    in_order = _added((PLAIN,), map(_cost_in_order, pieces))
+    found = OnGrid(pieces, (in_order, _added(tuple(x.layout for x in pieces), (x.cost(128, 64) for x in pieces))))
+    if not found.gain:
+        return found
     rest = off_grid_part(pattern, grid)
     if grid.everywhere or (rest == Where(Const(False)) and program.branch.sink is None):
-        return None, pieces
-    return Lowering(program, heads).relation(rest), pieces
+        return found
+    return replace(found, rest=Lowering(program, heads).relation(rest))
+
+
+def _added(layouts: tuple[Layout | Boxes, ...], costs: Iterable[tuple[float, float]]) -> Way:
+    """What pieces cost together."""
+    tiles, programs = map(sum, zip(*costs, strict=True))
+    return Way(layouts, tiles, programs)
 
 
 class _Empty:
@@ -298,8 +325,9 @@ def _pairs(cond: Scalar, at: NDArray[Any], extent: int) -> NDArray[np.bool_]:
     return np.asarray(evaluate(cond, {"q": at[:, None], "k": at[None, :], "Nq": size, "Nk": size}, {}))
 
 
-def _cost_in_order(piece: BoxPiece) -> float:
-    """What tokens in order visit: whole rows of the tiles that the first axis touches, in tiles of 128 x 64."""
+def _cost_in_order(piece: BoxPiece) -> tuple[float, float]:
+    """What tokens in order cost: whole rows of the tiles that the first axis touches, in tiles of 128 x 64, and the
+    programs besides."""
     grid, part = piece.grid, piece.axes[0]
     extent = _extent(grid, 0)
     at = np.arange(extent)
@@ -308,5 +336,5 @@ def _cost_in_order(piece: BoxPiece) -> float:
     padded = np.pad(allowed, ((0, -extent % q), (0, -extent % k)))
     touched = np.count_nonzero(padded.reshape(padded.shape[0] // q, q, padded.shape[1] // k, k).any(axis=(1, 3)))
     rows: float = max(1.0, grid.stride / 128)
-    cost: float = touched * rows * max(1.0, grid.stride / 64) + PROGRAM * (padded.shape[0] // q) * rows
-    return cost
+    tiles: float = touched * rows * max(1.0, grid.stride / 64)
+    return tiles, PROGRAM * (padded.shape[0] // q) * rows

@@ -16,6 +16,7 @@ from itertools import permutations
 import islpy as isl
 import numpy as np
 
+from attndsl.compared import WORTH_IT, Comparison, Way
 from attndsl.derivation import Draw
 from attndsl.derive import derive
 from attndsl.effort import EFFORT, TooHard, bounded, remembered
@@ -42,8 +43,8 @@ MAX_SHIFTS = 4
 BLOCK_Q, BLOCK_K, TOKENS = 128, 64, 16384
 # What a program costs apart from its tiles, and more of it where it takes up the results of earlier pieces, in tiles.
 PROGRAM, TAKEN_UP = 2.5, 2.5
-# Tokens in order are kept unless the pieces cost less than this share.
-WORTH_IT = 0.75
+# Tiles of rows at that length, and how `explain` names it.
+ROWS, AT = TOKENS // BLOCK_Q, f"at {TOKENS:,} tokens"
 # Elementary isl operations allowed to the whole search.
 SEARCH_EFFORT = 2 * EFFORT
 
@@ -58,29 +59,25 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Division:
-    """A way to divide a pattern: layouts, the parts that each holds, and their cost, in tiles of 128 x 64.
-
-    `whole`: that is all they cost; else what is known of it, and already too much.
-    """
+    """A way to divide a pattern: layouts, the parts that each holds, and their cost."""
 
     groups: tuple[tuple[Layout, frozenset[int]], ...]
-    cost: float
-    whole: bool = True
+    way: Way
 
     @property
-    def layouts(self) -> tuple[Layout, ...]:
-        return tuple(layout for layout, _ in self.groups)
+    def cost(self) -> float:
+        return self.way.cost
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choice:
     """The pieces of a pattern, in the order in which they run, none where it stays whole, its tokens in order.
 
-    `considered`: every division, tokens in order first, where there was something to compare.
+    `considered`: what was compared to tokens in order, kind of layout by kind.
     """
 
     pieces: tuple[Piece | BoxPiece | PermutedPiece | SplitPiece, ...] = ()
-    considered: tuple[Division, ...] = ()
+    considered: tuple[Comparison, ...] = ()
     note: str = ""
 
     @property
@@ -92,16 +89,21 @@ class Choice:
 @remembered(256)
 def choose_pieces(program: Program, heads: tuple[int, int]) -> Choice:
     """The pieces of a program's pattern for (H, G) heads."""
-    program = derive(program)
+    compared: list[Comparison] = []
+    return replace(_choose(derive(program), heads, compared), considered=tuple(compared))
+
+
+def _choose(program: Program, heads: tuple[int, int], compared: list[Comparison]) -> Choice:
+    """compared: where comparisons are put down."""
     if program.branch.skip is not None:
         return Choice(note="tokens in order: which tiles are skipped depends on it")
-    if (found := _by_boxes(program, heads)) is not None:
+    if (found := _by_boxes(program, heads, compared)) is not None:
         return found
     if (in_order := permuted(program, heads)) is not None:
         return Choice((in_order,), note=f"{in_order.layout}: sorted, the data bounds the keys of a row")
-    if (apart := _apart(program, heads)) is not None:
+    if (apart := _apart(program, heads, compared)) is not None:
         return apart
-    if (mixed := _mixed(program, heads)) is not None:
+    if (mixed := _mixed(program, heads, compared)) is not None:
         return mixed
     candidates = _candidates(program, heads)
     if not candidates:
@@ -110,36 +112,55 @@ def choose_pieces(program: Program, heads: tuple[int, int]) -> Choice:
     if _reads_derived(program, relation):
         return Choice(note="tokens in order: the pattern holds parts that are computed before the kernel")
     try:
-        return bounded(lowering.ctx, lambda: _Search(program, relation, candidates).choice(), SEARCH_EFFORT)
+        return bounded(lowering.ctx, lambda: _Search(program, relation, candidates).choice(compared), SEARCH_EFFORT)
     except TooHard:
         return Choice(note="layouts were not compared: too hard within the effort bound")
 
 
-def _by_boxes(program: Program, heads: tuple[int, int]) -> Choice | None:
+def sorted_by_data(program: Program, heads: tuple[int, int]) -> Comparison | None:
+    """The order of data that a pattern is visited in, beside tokens in order: what the search need not count, since of
+    the first only the data tells. None where no data orders the pattern, or counting is too hard."""
+    program = derive(program)
+    found = permuted(program, heads)
+    if found is None:
+        return None
+    lowering, relation = lowered(program, heads)
+    try:
+        tiles = bounded(lowering.ctx, lambda: _touched(relation, program), SEARCH_EFFORT)
+    except TooHard:
+        return None
+    by_data = Way((found.layout,), 0.0, _programs_of(1), known=False)
+    return Comparison(AT, (by_data, Way((PLAIN,), tiles, _programs_of(1))), by_data)
+
+
+def _by_boxes(program: Program, heads: tuple[int, int], compared: list[Comparison]) -> Choice | None:
     """The pieces of a pattern on a grid, after what stands off it; None where boxes do not help."""
     if any(decl.derivation is not None for decl in program.inputs):
         return None
     found = grid_pieces(program, heads)
     if found is None:
         return None
-    rest, boxes = found
-    first = () if rest is None else (Piece(PLAIN, rest),)
-    return Choice((*first, *boxes), note=f"products of sets along the axes: pieces by boxes, {len(boxes)} of them")
+    compared.append(Comparison(str(found), found.ways, found.ways[1] if found.gain else None))
+    if not found.gain:
+        return None
+    first = () if found.rest is None else (Piece(PLAIN, found.rest),)
+    note = f"products of sets along the axes: pieces by boxes, {len(found.boxes)} of them"
+    return Choice((*first, *found.boxes), note=note)
 
 
-def _apart(program: Program, heads: tuple[int, int]) -> Choice | None:
+def _apart(program: Program, heads: tuple[int, int], compared: list[Comparison]) -> Choice | None:
     """What a draw adds to a pattern apart from the rest, where that spares tiles."""
     if not any(isinstance(decl.derivation, Draw) for decl in program.inputs):
         return None
 
-    def compared() -> tuple[Split, float, float] | None:
+    def counted() -> tuple[Split, float, float] | None:
         found = split(program, heads)
         if found is None:
             return None
         return found, _touched(found.without, program), _touched(found.whole, program)
 
     try:
-        compared_to = bounded(lowered(program, heads)[0].ctx, compared, SEARCH_EFFORT)
+        compared_to = bounded(lowered(program, heads)[0].ctx, counted, SEARCH_EFFORT)
     except TooHard:
         return None
     if compared_to is None:
@@ -149,29 +170,43 @@ def _apart(program: Program, heads: tuple[int, int]) -> Choice | None:
     assert isinstance(drawn.plan.derivation, Draw)
     # Rows of smaller classes have smaller tiles, each with a list of its own.
     lists = max(1, BLOCK_Q // 2 // (drawn.rows or BLOCK_Q)) * drawn.plan.derivation.drawn.count * drawn.keys / BLOCK_K
-    programs = TOKENS // BLOCK_Q
-    if rest + programs * (lists + PROGRAM + TAKEN_UP) >= WORTH_IT * (whole + programs * PROGRAM):
+    apart = Way((PLAIN, "what `random` lists"), rest + ROWS * lists, _programs_of(2))
+    if not _worth_it(apart, Way((PLAIN,), whole, _programs_of(1)), compared):
         return None
     return Choice(found.pieces, note="what `random` adds to the rest is a piece of its own, its tiles listed")
 
 
-def _mixed(program: Program, heads: tuple[int, int]) -> Choice | None:
+def _mixed(program: Program, heads: tuple[int, int], compared: list[Comparison]) -> Choice | None:
     """What lies in the order of unsorted data apart from the rest, where that rest is so much the less."""
     found = mixture(program, heads)
     if not found:
         return None
 
-    def compared() -> tuple[float, float]:
+    def counted() -> tuple[float, float]:
         in_order = sum(_touched(lowered(x.program, heads)[1], x.program) for x in found if x.layout.plain)
         return in_order, _touched(lowered(program, heads)[1], program)
 
     try:
-        less, all_of_it = bounded(lowered(program, heads)[0].ctx, compared, SEARCH_EFFORT)
+        less, all_of_it = bounded(lowered(program, heads)[0].ctx, counted, SEARCH_EFFORT)
     except TooHard:
         return None
-    if less + TOKENS // BLOCK_Q * (len(found) - 1) * (PROGRAM + TAKEN_UP) >= WORTH_IT * all_of_it:
+    # What is visited in the order of data, the data says.
+    apart = Way(tuple(x.layout for x in found), less, _programs_of(len(found)), known=False)
+    if not _worth_it(apart, Way((PLAIN,), all_of_it, _programs_of(1)), compared):
         return None
     return Choice(found, note="alternatives in the orders of their data, each a piece beside the rest")
+
+
+def _programs_of(pieces: int) -> float:
+    """What the programs of so many pieces of all rows cost besides their tiles."""
+    return ROWS * (PROGRAM * pieces + TAKEN_UP * (pieces - 1))
+
+
+def _worth_it(apart: Way, whole: Way, compared: list[Comparison]) -> bool:
+    """Whether pieces are so much less than the whole in order; the comparison is put down."""
+    gain = apart.cost < WORTH_IT * whole.cost
+    compared.append(Comparison(AT, (whole, apart), apart if gain else None))
+    return gain
 
 
 def _touched(relation: Relation, program: Program) -> float:
@@ -225,7 +260,7 @@ class _Search:
         self.limit = math.inf
         self.known = _at_one_length(relation)
 
-    def choice(self) -> Choice:
+    def choice(self, compared: list[Comparison]) -> Choice:
         families = dict(self._families())
         if not families:
             return Choice()
@@ -237,9 +272,10 @@ class _Search:
         together = [self._divide(chosen, families) for chosen in permutations(gaining, 2)]
         considered = tuple({division.groups: division for division in (plain, *alone.values(), *together)}.values())
         best = min(considered, key=lambda division: division.cost)
-        if best.cost >= WORTH_IT * plain.cost:
-            return Choice(considered=considered)
-        return Choice(self._pieces(dict(best.groups)), considered)
+        taken = best if best.cost < WORTH_IT * plain.cost else plain
+        if len(considered) > 1:
+            compared.append(Comparison(AT, tuple(division.way for division in considered), taken.way))
+        return Choice() if taken is plain else Choice(self._pieces(dict(best.groups)))
 
     def _divide(
         self, chosen: tuple[tuple[Layout, ...], ...], families: dict[tuple[Layout, ...], frozenset[int]]
@@ -252,7 +288,7 @@ class _Search:
             groups |= {layout: fits for layout in family if fits}
             left -= fits
         groups = ({PLAIN: left} if left else {}) | groups
-        return Division(tuple(groups.items()), *self._cost(groups))
+        return Division(tuple(groups.items()), self._way(groups))
 
     def _families(self) -> Iterator[tuple[tuple[Layout, ...], frozenset[int]]]:
         """Layouts that together hold some parts, and those parts."""
@@ -305,16 +341,16 @@ class _Search:
 
     # ------------------------------------------------------------------------------------- costs
 
-    def _cost(self, groups: dict[Layout, frozenset[int]]) -> tuple[float, bool]:
-        """What a division costs, or where that is no less than the limit, at least; and whether it is the whole."""
-        programs = [_programs(layout) for layout in groups]
+    def _way(self, groups: dict[Layout, frozenset[int]]) -> Way:
+        """What a division costs, or where that is no less than the limit, at least."""
+        count = [_programs(layout) for layout in groups]
         # What all of them cost apart from their tiles is known before any are counted.
-        cost = PROGRAM * sum(programs) + TAKEN_UP * sum(programs[1:])
+        programs, tiles = PROGRAM * sum(count) + TAKEN_UP * sum(count[1:]), 0.0
         for counted, (layout, parts) in enumerate(groups.items()):
-            if cost >= self.limit and counted:
-                return cost, False
-            cost += self._tiles_of(layout, parts)
-        return cost, True
+            if programs + tiles >= self.limit and counted:
+                return Way(tuple(groups), tiles, programs, known=False)
+            tiles += self._tiles_of(layout, parts)
+        return Way(tuple(groups), tiles, programs)
 
     def _tiles_of(self, layout: Layout, parts: frozenset[int]) -> float:
         key = (layout, parts)

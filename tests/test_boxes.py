@@ -242,7 +242,7 @@ def test_tiles_are_counted() -> None:
 def test_explained() -> None:
     attn = attndsl.compile("attention a { axes y[32], x[32]\n attend neighborhood(5) on (y, x) }")
     found = attn.explain(1024)
-    assert found.section("pieces").lines == ("products of sets along the axes: pieces by boxes, 1 of them",)
+    assert found.section("pieces").lines[0] == "products of sets along the axes: pieces by boxes, 1 of them"
     planned = "\n".join(found.section("planned").lines)
     assert "boxes of y, x: queries" in planned
     assert "along y: partial key tiles" in planned and "along x: partial key tiles" in planned
