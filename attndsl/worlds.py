@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -77,7 +78,8 @@ def realise(program: Program, witness: Witness, check: Callable[[World, Witness]
     dense = has_coarsen(program.branch.pattern) or any(decl.derivation is not None for decl in program.inputs)
     if length > (MAX_COARSE if dense else MAX_LENGTH):
         return False
-    search = _Search(program, witness, np.random.default_rng(0))
+    # Made when first asked: importing numpy's generators takes longer than most searches, and not all of them draw.
+    search = _Search(program, witness, functools.cache(lambda: np.random.default_rng(0)))
     return any(check(world, witness) for world in search.worlds())
 
 
@@ -91,7 +93,7 @@ class _Search:
 
     program: Program
     witness: Witness
-    rng: np.random.Generator
+    rng: Callable[[], np.random.Generator]
     pool: list[int] = field(default_factory=list)
 
     def worlds(self) -> Iterator[World]:
@@ -132,7 +134,7 @@ class _Search:
             dim=known.get(Var("D"), 64), v_dim=known.get(Var("Dv"), 64),
         )  # fmt: skip
         inputs = {decl.name: self._values(decl, shape) for decl in self.program.inputs if decl.type is not Type.FLOAT}
-        args = {name: known.get(Arg(name), int(self.rng.choice(self.pool))) for name in self.program.args}
+        args = {name: known.get(Arg(name), int(self.rng().choice(self.pool))) for name in self.program.args}
         at = Evaluator.of_call(self.program, shape, inputs, args)
         group = h // (heads // groups)
         place = {name: np.full((1, 1, 1, 1), x, np.int64) for name, x in (("b", b), ("h", h), ("g", group))}
@@ -150,10 +152,10 @@ class _Search:
         sizes = [dim_size(dim, self.program, shape) for dim in decl.dims]
         if decl.members is not None:
             sizes[-1] = -(-shape.k_len // decl.members) * decl.each
-            return (self.rng.random(sizes) < 0.5).astype(np.uint8)
+            return (self.rng().random(sizes) < 0.5).astype(np.uint8)
         if decl.type is Type.BOOL:
-            return self.rng.random(sizes) < 0.5
+            return self.rng().random(sizes) < 0.5
         # A few values at a time, so that entries are equal often.
-        few = self.rng.choice(self.pool, size=int(self.rng.integers(1, 5)))
-        values = self.rng.choice(few, size=sizes)
+        few = self.rng().choice(self.pool, size=int(self.rng().integers(1, 5)))
+        values = self.rng().choice(few, size=sizes)
         return np.sort(values, axis=-1) if decl.sorted else values
