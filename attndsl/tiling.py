@@ -125,6 +125,9 @@ def collected_tiling(found: Listable, shared: bool, tiling: Tiling, spec: Spec) 
     # Places of several members take a stage of the pipeline; tiles of more rows leave no room for one.
     deep = unit < sizes.block_k and rows * pack < _SHARED_ROWS
     stages = sizes.stages if deep else min(sizes.stages, _SHALLOW)
+    if found.offsets is not None:
+        # Which keys a tile has is known before it: a third stage would leave room for one program.
+        stages = min(sizes.stages, 2)
     return replace(sizes, block_q=rows, pack=pack, unit_k=unit, stages=stages)
 
 

@@ -135,7 +135,9 @@ def spans_listed(entries, head):
     """The spans that a list has for a tile, whose numbers begin at a place, as runs of tokens."""
     at, end, _ = entries[head : head + 3].tolist()
     ends, shifts = entries[at:end].tolist(), entries[end : 2 * end - at].tolist()
-    return [(low + shift, high - low, 1) for low, high, shift in zip([0, *ends[:-1]], ends, shifts, strict=True)]
+    return [
+        (low + shift, high - low, 1) for low, high, shift in zip([0, *ends][: len(ends)], ends, shifts, strict=True)
+    ]
 
 
 def looked_up(lists, member):

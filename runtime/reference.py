@@ -341,7 +341,7 @@ class _Call:
             each = [_of_tokens(function, of_head[:, :, first:end]) for first, end in extents]
             each += [x.new_zeros(1, 1, x.shape[3])] * (x.shape[2] - len(each))
             found.append(torch.stack(each, 2) if each else of_head)
-        return torch.cat(found).reshape(x.shape)
+        return torch.cat(found).reshape(x.shape) if found else x
 
     def _pooled_queries(self, queries: Queries) -> Tensor:
         """In the place of each row the function of all of the call's rows of its class: float64 [B, Hq, rows, D]."""

@@ -105,6 +105,10 @@ def test_compiles_and_uses_the_hardware() -> None:
 PLANNED = "attention planned {{ input p : {}[{}]\n attend causal & p }}"
 BLOCKS, SMALL, TOKENS = (PLANNED.format(x, "b, g, q") for x in ("blocks(64)", "blocks(16)", "tokens"))
 ROUTED, SHORT = PLANNED.format("blocks(128)", "b, h, q"), PLANNED.format("blocks(16)", "b, h, q/64")
+CLUSTERS = (
+    "attention clusters { input c : int[b, g, k]\n"
+    "attend causal & top(64, segments(c), per = rows(128), among = all, by = dot(mean(Q), mean(K))) }"
+)
 LISTED = [
     Job(BLOCKS, "cuda:90", 128, "descriptor", (64, 4), listed="forward"),
     Job(TOKENS, "cuda:80", 128, "pointer", (64, 4), listed="forward"),
@@ -112,6 +116,8 @@ LISTED = [
     Job(TOKENS, "cuda:90", 128, "descriptor", (64, 4), listed="dkdv"),
     Job(ROUTED, "cuda:90", 128, "descriptor", (16, 16), listed="dkdv"),
     Job(SHORT, "cuda:90", 128, "descriptor", (8, 8), listed="forward"),
+    Job(CLUSTERS, "cuda:90", 128, "descriptor", (8, 8), listed="forward"),
+    Job(CLUSTERS, "cuda:90", 128, "descriptor", (8, 8), listed="dq"),
 ]
 
 
