@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from attndsl.branches import Attended, Given, Pick, Within, combined
+from attndsl.branches import Attended, Given, Pick, Queries, Within, combined
 from attndsl.compose import Composition
 from attndsl.diagnostics import error
 from attndsl.keeping import Kept, kept, kept_by
@@ -25,6 +25,7 @@ from attndsl.runtime.in_order import keys_in_order, tokens_of_cache
 from attndsl.runtime.keep import Entries, check_entries, make_entries, update_entries
 from attndsl.runtime.ops import checked_values
 from attndsl.runtime.pick import listed_of_heads
+from attndsl.runtime.pool import queries_of_decode
 from attndsl.runtime.select_op import RaggedPlanner
 from attndsl.runtime.shares import ragged_shares
 
@@ -41,12 +42,6 @@ class ComposedDecode:
         views: Mapping[str, tuple[Tensor, ...]] | None,
     ) -> None:  # fmt: skip
         own = composition.own
-        for branch in program.branches:
-            if branch.queries is not None:
-                raise error(
-                    "A911", "a decode has no queries to pool: those of earlier rows are not in its cache", branch.span,
-                    help="call it on the last rows, from where a class of queries begins",
-                )  # fmt: skip
         checked_values(key, given, args)
         check_call(scale)
         check_tensors(program, call)
@@ -67,6 +62,7 @@ class ComposedDecode:
         self._pools |= {pooling.values: pooling.name for pooling in composition.pools}
         self._picks = {x.name: x.pool for x in composition.pools if isinstance(x.pool, Pick)}
         self._attended: dict[str, State] = {}
+        self._pooled: dict[Queries, Tensor] = {}
 
     def attended(self, name: str) -> State:
         """Output and lse of a branch."""
@@ -77,7 +73,8 @@ class ComposedDecode:
                 self._shares(within) if within is not None and decl.name == within.weights else self._input(decl)
                 for decl in program.inputs
             ]
-            tensors = (call.q, call.k, call.v, call.seq_lens, call.page_table, call.k_scale, call.v_scale)
+            q = self.queries(name)
+            tensors = (q, call.k, call.v, call.seq_lens, call.page_table, call.k_scale, call.v_scale)
             out, lse = decode(key, *tensors, own, self.args, self.scale, "hnd", self.backend)
             found = out, None if program.branches[0].weights is not None else lse
             # Two levels are normalised by what their members' weights are.
@@ -90,8 +87,27 @@ class ComposedDecode:
         own = [self._input(decl) for decl in program.inputs]
         keys, lse = self.state(within.branch)
         return ragged_shares(
-            key, call.q, keys, lse, own, self.args, self.scale, within.keys, call.capacity, call.seq_lens
+            key,
+            self.queries(within.branch),
+            keys,
+            lse,
+            own,
+            self.args,
+            self.scale,
+            within.keys,
+            call.capacity,
+            call.seq_lens,
         )
+
+    def queries(self, name: str) -> Tensor:
+        """The queries of a branch: the call's, or what it pools of them."""
+        asked = self._programs[name][1].only.queries
+        if asked is None:
+            return self.call.q
+        if asked not in self._pooled:
+            lengths = self.call.seq_lens.clamp(0, self.call.capacity)
+            self._pooled[asked] = queries_of_decode(self.call.q, asked, lengths)
+        return self._pooled[asked]
 
     def state(self, name: str) -> tuple[Tensor, Tensor]:
         """The keys that a branch of one part attended to, and its lse."""

@@ -114,7 +114,8 @@ class RaggedDeriver(Deriver):
     def _entry_map(self, decl: InputDecl, d: EntryMap, values: Values) -> Tensor:
         assert values.lengths is not None
         lengths = values.lengths
-        return self._entries_seen(decl, d, values.at(Nq=lengths, Nk=lengths), lengths - self.shape.rows)
+        first = lengths - self.shape.rows if d.rows == 1 else 0
+        return self._entries_seen(decl, d, values.at(Nq=lengths, Nk=lengths), first)
 
     def _map(self, decl: InputDecl, d: BlockMap, values: Values) -> Tensor:
         found = torch.zeros(self._size(decl), dtype=torch.bool, device=self.device)

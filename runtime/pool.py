@@ -65,6 +65,35 @@ def pooled_queries(
     return torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0] if pieces else q
 
 
+def queries_of_decode(q: Tensor, queries: Queries, lengths: Tensor) -> Tensor:
+    """As `pooled_queries`, of the last rows of sequences of these lengths, int [B]: where a class begins in a call
+    differs among them, and only the device knows."""
+    rows, wanted = q.shape[2], queries.function
+    if not rows:
+        return q
+    at = torch.arange(rows, device=q.device)
+    begin = at - (lengths.to(torch.int64).view(-1, 1) - rows + at) % queries.size
+    x = q.to(wide(q))
+    outside = {PoolFunction.MAX: -torch.inf, PoolFunction.MIN: torch.inf}.get(wanted, 0.0)
+    found, count = torch.full_like(x, outside), torch.zeros_like(begin)
+    for i in range(queries.size):
+        row = begin + i
+        there = (row >= 0) & (row < rows)
+        of_row = x.gather(2, row.clamp(0, rows - 1)[:, None, :, None].expand(x.shape))
+        of_row = torch.where(there[:, None, :, None], of_row, outside)
+        count += there
+        match wanted:
+            case PoolFunction.MAX:
+                found = torch.maximum(found, of_row)
+            case PoolFunction.MIN:
+                found = torch.minimum(found, of_row)
+            case _:
+                found = found + of_row
+    if wanted is PoolFunction.MEAN:
+        found = found / count[:, None, :, None]
+    return found.to(q.dtype)
+
+
 # ---------------------------------------------------------------------------------------- kernels
 
 

@@ -116,11 +116,13 @@ class Planner:
 
 class CacheBranches(Protocol):
     """What a decode has: of a cache what is kept for the vectors of a selection's members, and of a branch that `probs`
-    reads the keys and the lse."""
+    reads the keys, the lse and the queries."""
 
     def members(self, name: str) -> Sequence[Tensor]: ...
 
     def state(self, name: str) -> State: ...
+
+    def queries(self, name: str) -> Tensor: ...
 
 
 class RaggedPlanner:
@@ -165,14 +167,16 @@ class RaggedPlanner:
         call, read = self.call, [self.input(name, of) for name in _reads(selection, self.program)]
         keys: Tensor | None = None
         lse: Tensor | None = None
+        q = call.q
         if isinstance(selection.score, Probs):
             keys, lse = of.state(selection.score.branch)
+            q = of.queries(selection.score.branch)
         inputs = [*self.inputs, *read]
         # Single keys are ranked where they lie, those of 8 bits in a copy.
         in_pages = None in kept_by(selection) and not call.cache.fp8
         make = torch.ops.attndsl.select_ragged if traced((call.q, *inputs)) else _select_ragged
         made: Tensor = make(
-            self.key, selection.name, call.q, call.seq_lens, call.k.shape[1], call.capacity,
+            self.key, selection.name, q, call.seq_lens, call.k.shape[1], call.capacity,
             of.members(selection.name), call.page_table if in_pages else None, inputs, self.args, self.scale, keys,
             lse,
         )  # fmt: skip

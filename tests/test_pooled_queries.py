@@ -100,11 +100,27 @@ def test_rows_of_a_class_are_one() -> None:
     assert not (out[:, :, 0] == out[:, :, 8]).any()
 
 
-def test_what_is_not_supported() -> None:
-    q, k, v = call(40)
-    attn = attndsl.compile(text_of(BODIES[0]))
-    with pytest.raises(attndsl.PatternError, match="A911"):
-        attn.decode(q[:, :, -1:], k, v, torch.tensor([40]))
+@pytest.mark.parametrize(
+    ("body", "backend"), [*((x, "cpu") for x in (*BODIES[:2], *BODIES[4:9])), (BODIES[8], "triton")]
+)
+def test_decode(body: str, backend: str) -> None:
+    """Rows of a call that are of one class are pooled, wherever in a sequence they stand."""
+    attn, dtype = attndsl.compile(text_of(body)), torch.float64 if backend == "cpu" else torch.float32
+    generator = torch.Generator().manual_seed(2)
+    sizes = ((3, 4, 5, 16), (3, 2, 40, 16), (3, 2, 40, 16))
+    q, k, v = (torch.randn(size, generator=generator).to(dtype) for size in sizes)
+    made = {"sinks": torch.randn(4, generator=generator), "channels": torch.randn(3, 4, 5, 16, generator=generator)}
+    given: dict[str, Any] = {decl.name: made[decl.name].to(dtype) for decl in attn.program.inputs if decl.name in made}
+    lengths = torch.tensor([38, 21, 3], dtype=torch.int32)
+    found = attn.decode(q, k, v, lengths, backend=backend, **given)
+    tolerance = 1e-10 if backend == "cpu" else 2e-5
+    for b, n in enumerate(lengths.tolist()):
+        rows = min(5, n)
+        own = {name: (x[b : b + 1, :, -rows:] if name == "channels" else x).double() for name, x in given.items()}
+        qkv = (x[b : b + 1, :, at].double() for x, at in ((q, slice(5 - rows, 5)), (k, slice(n)), (v, slice(n))))
+        exact = attn.reference(*qkv, **own)
+        torch.testing.assert_close(found[b : b + 1, :, 5 - rows :].double(), exact, atol=tolerance, rtol=tolerance)
+        assert not found[b, :, : 5 - rows].any()
 
 
 def test_what_was_understood() -> None:
