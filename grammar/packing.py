@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import NoneType
 
 from attndsl import syntax as ast
 from attndsl.branches import Given
@@ -11,6 +12,7 @@ from attndsl.derivation import Random, Segment
 from attndsl.diagnostics import Span
 from attndsl.grammar.scope import Context, InputRef, Poison
 from attndsl.grammar.unsupported import Feature, unsupported
+from attndsl.members import Lags, Placed
 from attndsl.program import (
     Axis,
     Choose,
@@ -28,6 +30,7 @@ from attndsl.program import (
     Union,
     Where,
 )  # fmt: skip
+from attndsl.selection import Probs
 
 _DIMS = {"packed": (Axis.B, Axis.K), "lengths": (Axis.B,)}
 _EXAMPLES = {"packed": "input doc : int[b, k]", "lengths": "input n : int[b]"}
@@ -111,8 +114,15 @@ def _barred(program: Program, packed: bool) -> Iterator[_Barred]:
         if packed and part.view is not None and part.view.told:
             yield _Barred("such a view", "data says which tokens its entries are of", part.span)
     for chosen in program.selections:
-        if chosen.members is not None or chosen.row_tiles is not None:
+        if packed and (chosen.members is not None or chosen.row_tiles is not None):
             yield _Barred("a selection of members that are no blocks", _TOGETHER, chosen.span)
+        if not packed and isinstance(chosen.members, Placed):
+            why = "which of them the tokens that are present would have is not said"
+            yield _Barred("a selection of placed blocks", why, chosen.span)
+        if not packed and not isinstance(chosen.members, Lags | NoneType) and isinstance(chosen.score, Probs):
+            why = "which part of an entry is present is asked of blocks alone"
+            if any(part.view is not None for part in program.named(chosen.score.branch).parts):
+                yield _Barred("such a selection", why, chosen.span)
         if packed and chosen.together:
             yield _Barred("such a selection", "members of all rows of several documents would compete", chosen.span)
     if packed:

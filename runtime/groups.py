@@ -32,8 +32,9 @@ class Groups:
     ends: Tensor
 
     @classmethod
-    def of(cls, members: Members, count: int, values: Values) -> Groups:
-        """values: the scalars of a call, which holds `count` members."""
+    def of(cls, members: Members, count: int, values: Values, present: Tensor | None = None) -> Groups:
+        """values: the scalars of a call, which holds `count` members. present: int64 [B, 1, 1, 1], how many tokens are,
+        where not all are: others are of no member."""
         keys = torch.arange(values.shape.k_len, device=values.device)
         here = values.at(q=0, k=keys.view(1, 1, 1, -1), Nk=values.shape.k_len)
         if isinstance(members, Runs):
@@ -47,6 +48,8 @@ class Groups:
             label = here.tensor(of_key)
             exists = (label >= 0) & (label < count)
             label = torch.where(exists if inside is None else exists & here.tensor(inside), label, count)
+        if present is not None:
+            label = torch.where(keys < present, label, count)
         return cls.labelled(label.expand(*label.shape[:-1], keys.numel()).squeeze(2), count)
 
     @classmethod

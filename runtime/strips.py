@@ -95,7 +95,7 @@ class Strips:
         self.members: Groups | None = None
         of_members = self.selection.members
         if of_members is not None and not isinstance(of_members, Lags):
-            self.members = Groups.of(of_members, of.members, self.among)
+            self.members = Groups.of(of_members, of.members, self.among, self.present)
             self.width = max(of.members, self.shape.k_len)
         self.tiles: Tensor | None = None
         if self.selection.row_tiles is not None:
