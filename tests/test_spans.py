@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,17 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
 import attndsl
+from attndsl.compose import compose
+from attndsl.derivation import Listed
 from attndsl.grammar import load
+from attndsl.plan import Backend
 from attndsl.program import CallShape
+from attndsl.runtime.cache import KernelCache
 from attndsl.runtime.call import dim_size
+from attndsl.runtime.printing import printed_backward, printed_forward
 from attndsl.runtime.ranking import Ranking
+from attndsl.targets import make_spec
+from attndsl.wiring import engine
 from tests.accuracy import examples
 from tests.gpu import interprets
 from tests.gradients import TOLERANCE
@@ -165,6 +174,24 @@ def test_the_best_are_found_without_ranking_the_others(options: str) -> None:
         raw = torch.where(candidates & (chance[2] < 0.9), raw, -torch.inf)
         plan, wanted = ranking.best(raw, candidates, forced, 5 + members), ranking.decided(raw, candidates, forced)
         np.testing.assert_array_equal(levels_of(plan, members, 4), wanted)
+
+
+@pytest.mark.parametrize("pattern", ["causal & p", "causal - p", "p, all - p over pool(mean, segments(c), counted)"])
+def test_kernels_are_kept(pattern: str, tmp_path: Path) -> None:
+    """What lists segments is declared again of a kernel that the cache held."""
+    ((_, program),) = compose(load(choosing(pattern)).program).branches
+    spec = replace(make_spec("sm_90", "triton", 4, 2, 64), even_start=True, lists=True)
+    printers = engine(program).generators
+    of_backend = {Backend.TRITON: printers.triton_forward}
+    first, again = (
+        printed_forward(program, spec, (Backend.TRITON,), None, of_backend, KernelCache(tmp_path / "kernels"))
+        for _ in range(2)
+    )
+    assert first == again and any(isinstance(d.derivation, Listed) for d in again[0].program.inputs)
+    back, kept = (
+        printed_backward(program, spec, False, None, printers, KernelCache(tmp_path / "kernels")) for _ in range(2)
+    )
+    assert back == kept
 
 
 class Largest(TorchFunctionMode):
