@@ -142,14 +142,14 @@ def test_a_cache_that_cannot_be_looked_at_has_nothing(monkeypatch: pytest.Monkey
 
 
 START = """
+import sys
 import torch
 import attndsl
 from attndsl.runtime import call, engine, triton_launch
 call.device_target = engine.device_target = lambda device: "cuda:90"
 triton_launch.launcher = lambda kernel, grid, device, template: lambda call: None
 attn = attndsl.compile("causal & window(100)")
-from attndsl.grammar.parser_tables import parser
-print("read" if parser.cache_info().currsize else "found")
+print("read" if "attndsl.grammar" in sys.modules else "found")
 q, k, v = (torch.zeros(1, 2, 300, 64, dtype=torch.bfloat16) for _ in range(3))
 attn(q, k, v, backend="triton")
 """
