@@ -203,6 +203,7 @@ def update_in_torch(
 ) -> None:  # fmt: skip
     device, page = x.device, x.shape[2]
     capacity = reach(page, page_table)
+    size = max(1, min(size, capacity))  # An entry has no more tokens than the cache.
     lengths = seq_lens.clamp(0, capacity).to(torch.int64).view(-1, 1)
     before = (lengths - new).clamp(min=0) - size
     first = torch.where(before < 0, 0, before // stride + 1)

@@ -162,8 +162,12 @@ def _backward_by_kernel(program: str, gradient: Tensor, x: Tensor, plan: PoolPla
 
 
 def _windows(x: Tensor, size: int, stride: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The tokens of each entry [B, H, entries, size, D], and which are present [B or 1, 1, entries, size, 1]."""
+    """The tokens of each entry [B, H, entries, size, D], and which are present [B or 1, 1, entries, size, 1].
+
+    Of entries that are longer than the call as many as this has.
+    """
     tokens = x.shape[2]
+    size = max(1, min(size, tokens))
     at = torch.arange(entries(tokens, stride), device=x.device)[:, None] * stride + torch.arange(size, device=x.device)
     present = (at < tokens)[None, None, ..., None]
     if lengths is not None:
@@ -215,7 +219,7 @@ def _pool_backward(
     found = torch.zeros(x.shape, dtype=high.dtype, device=x.device)
     tokens, count = x.shape[2], windows.shape[2]
     # Entry by entry's place in its extent, so that what overlaps is added in one order.
-    for i in range(size):
+    for i in range(windows.shape[3]):
         reached = min(count, entries(max(tokens - i, 0), stride))
         found[:, :, i : i + reached * stride : stride] += share[:, :, :reached, i]
     return found.to(x.dtype)

@@ -51,6 +51,19 @@ def test_calls_of_nothing(name: str, backend: str) -> None:
         assert all(x.grad is not None and x.grad.isfinite().all() for x in leaves)
 
 
+@pytest.mark.parametrize("f", ["mean", "min"])
+def test_entries_longer_than_a_call(f: str) -> None:
+    """They have the call's tokens, and take no more memory than these."""
+    found = []
+    for size in (13, 2**31 - 1):
+        attn = attndsl.compile(f"attention a {{ attend causal over pool({f}, {size}, 3, visible = any) }}")
+        leaves = [torch.linspace(-2, 2, 208).sin().view(1, 2, 13, 8).requires_grad_() for _ in range(3)]
+        out, (q, k, v) = attn(*leaves), (x.detach() for x in leaves)
+        last = attn.decode(q[:, :, -1:], k, v, torch.tensor([13], dtype=torch.int32))
+        found.append((out, last, *torch.autograd.grad(out.square().sum(), leaves)))
+    torch.testing.assert_close(*found, atol=0, rtol=0)
+
+
 def test_no_heads() -> None:
     x = torch.randn(1, 0, 4, 8), torch.randn(1, 1, 4, 8), torch.randn(1, 1, 4, 8)
     for name in PROGRAMS:
