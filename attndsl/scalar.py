@@ -228,20 +228,19 @@ Scalar: TypeAlias = Const | Var | Arg | Table | Read | Unary | Binary | Compare 
 
 
 _NONE: tuple[Scalar, ...] = ()
-_BOTH = operator.attrgetter("left", "right")
-# By class: this is asked of every node of every expression, many times.
+# By class: this is asked of every node of every expression, many times. Plain functions, which torch.compile can trace.
 _CHILDREN: dict[type, Callable[[Any], tuple[Scalar, ...]]] = {
     Const: lambda e: _NONE,
     Var: lambda e: _NONE,
     Arg: lambda e: _NONE,
-    Table: operator.attrgetter("index"),
-    Read: operator.attrgetter("index"),
+    Table: lambda e: e.index,
+    Read: lambda e: e.index,
     Unary: lambda e: (e.operand,),
-    Binary: _BOTH,
-    Compare: _BOTH,
-    Logic: operator.attrgetter("operands"),
-    Call: operator.attrgetter("args"),
-    If: operator.attrgetter("cond", "then", "other"),
+    Binary: lambda e: (e.left, e.right),
+    Compare: lambda e: (e.left, e.right),
+    Logic: lambda e: e.operands,
+    Call: lambda e: e.args,
+    If: lambda e: (e.cond, e.then, e.other),
 }
 
 
