@@ -101,7 +101,7 @@ class Leaves:
             return f"within({printer.text(e, Level.SUM)} - start, rows - 1)"
         last = f"{dim.size - 1}" if dim.axis is Axis.CONST else f"{size} - 1"
         if self.ragged and dim.axis in (Axis.K, Axis.Q):
-            last = "last_key" if dim.block == 1 else f"last_key // {dim.block}"
+            last = "last_key" if dim.block == 1 or dim.apart else f"last_key // {dim.block}"
         elif dim.axis is Axis.K and dim.block == 1:
             last = "k_len - 1"
         return self._clamped(e, dim, last, printer)

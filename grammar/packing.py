@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from types import NoneType
 
 from attndsl import syntax as ast
-from attndsl.branches import Given
 from attndsl.derivation import Random, Segment
 from attndsl.diagnostics import Span
 from attndsl.grammar.scope import Context, InputRef, Poison
@@ -109,8 +108,6 @@ def _barred(program: Program, packed: bool) -> Iterator[_Barred]:
         if branch.queries is not None and packed:
             yield _Barred("pooled queries", _TOGETHER)
     for part in (part for branch in program.branches for part in branch.parts):
-        if isinstance(part.view, Given) and packed:
-            yield _Barred("entries handed in", "which of them are a document's is not said", part.span)
         if packed and part.view is not None and part.view.told:
             yield _Barred("such a view", "data says which tokens its entries are of", part.span)
     for chosen in program.selections:

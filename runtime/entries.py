@@ -25,7 +25,8 @@ def all_entries(program: Program, k: Tensor, v: Tensor, inputs: Sequence[Tensor]
 
 def _entries_of(program: Program, view: Given, k: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     at_k, at_v = view_places(program, view)
-    entries = view.entries(k.shape[2])
+    # Of a packed call there is room for as many as there are tokens.
+    entries = k.shape[2] if program.input(view.keys).dims[-2].apart else view.entries(k.shape[2])
     return (
         inputs[at_k].expand(*k.shape[:2], entries, k.shape[3]), inputs[at_v].expand(*v.shape[:2], entries, v.shape[3]),
     )  # fmt: skip

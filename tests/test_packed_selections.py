@@ -171,6 +171,7 @@ OF_BLOCKS = {
     "x : float[b, g, k/4, D]": "attend causal & top(2, blocks(4), share = group, by = dot(Q, x))",
     "x : float[b, h, q/8, D]": "attend causal & top(2, blocks(4), per = rows(8), by = dot(x, mean(K)))",
     "x : blocks(4)[b, h, q/8]": "attend causal & x",
+    "x : float[b, g, k/4, D] learnable": "attend causal & window(3), causal - window(3) over given(x, x, 4, 4)",
     "x : float[b, q/4] learnable": "far = attend causal near = attend causal & window(3) output x[q // 4] * far + near",
 }
 
@@ -310,6 +311,21 @@ def test_which_blocks_of_a_call_hold_what_is_chosen() -> None:
     # Of the first document, of 5 tokens, and of the second, whose blocks of 4 begin with tokens 5, 9 and 13.
     assert found[0, 0, 0].tolist() == [0, 0] + [-1] * 8
     assert found[0, 0, 15].tolist() == [1, 2, 3, 3] + [-1] * 6
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_decode_reads_blocks_of_documents(backend: str) -> None:
+    """Of several short documents more blocks lie before a row than its position has."""
+    attn = attndsl.compile("""attention a { input doc : int[b, k] input m : bool[b, q/4, k/8]
+        packed doc attend causal & { m[q // 4, k // 8] or k == q } }""")
+    doc = torch.tensor([[0] * 3 + [1] * 5 + [2] * 9 + [3] * 31, [2] * 10 + [3] * 3 + [4] * 35])
+    q, k, v = (x.float() for x in tensors(1, 48))
+    m = torch.rand(2, 48, 48, generator=torch.Generator().manual_seed(1)) < 0.5
+    out = attn.decode(q, k, v, torch.tensor([48, 40], dtype=torch.int32), doc=doc, m=m, backend=backend)
+    for b, n in enumerate((48, 40)):
+        own = slice(b, b + 1)
+        wanted = attn.reference(q[own], k[own, :, :n], v[own, :, :n], doc=doc[own, :n], m=m[own, :n, :n])
+        torch.testing.assert_close(out[own].double(), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_decode_says_what_it_has_not() -> None:
