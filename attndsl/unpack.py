@@ -273,7 +273,10 @@ class _Place:
                     pattern, cond=self.scalar(cond, names), then=self.set(then, names), other=self.set(other, names)
                 )
             case On(operand=operand, place=Blocks(size=size)) if self.document is None:
-                return replace(pattern, operand=self._counting(_block(self.count, size, True)).inside(operand))
+                # Under a place Nk is what it counts already.
+                known = self.count == Var("Nk")
+                count = self.count if known else _block(self.count, size, True)
+                return replace(pattern, operand=self._counting(count).inside(operand))
             case On(operand=operand, place=Blocks(size=size)):
                 blocks = {x: _block(e, size, x in ("Nq", "Nk")) for x, e in _whole(names).items()}
                 return replace(self, unit=self.unit * size).set(operand, blocks)

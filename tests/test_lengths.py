@@ -57,6 +57,9 @@ CASES: dict[str, Case] = {
     ),
     "grid_of_known_size": padded("axes y[8], x[8] from 5 attend neighborhood(5) on (y, x) | off_grid"),
     "coarsened": padded("attend causal & coarsen({ abs(Nk - 5 - k - q) < 6 }, (5, 7), any)", 50),
+    "grid_of_blocks": padded(
+        "axes t, y[4], x[3] attend neighborhood(3) on blocks(2) on x & causal | neighborhood(3) on blocks(2) on t"
+    ),
     "coarsened_all": padded("attend coarsen({ k <= q + 9 }, (5, 7), all)", 50),
     "coarsened_blocks": padded("attend coarsen({ k <= q + 2 }, (2, 3), all) on blocks(4)", 50, np.array([74, -1])),
     "random": padded(
