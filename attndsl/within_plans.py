@@ -194,5 +194,8 @@ def _loading(program: Program, spec: Spec) -> Spec:
     within = _within(program)
     if spec.backend is Backend.GLUON:
         spec = replace(spec, backend=Backend.TRITON)
+    if within.packed is not None:
+        # Where its tiles lie is data already: no tiles of the call are listed.
+        spec = replace(spec, even_start=False, lists=False, maps=False)
     whole = Tiling(_ROWS, within.keys).columns == within.keys and within.packed is None
     return spec if whole else replace(spec, loads=Loads.POINTER)
