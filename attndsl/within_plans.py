@@ -59,7 +59,8 @@ _ROWS = 16
 def within_forward(program: Program, spec: Spec) -> ForwardPlan:
     """The forward kernel of a program of one part, which has two levels."""
     tokens, entries = _derived(program, spec)
-    spec = _loading(program, spec)
+    # Of tiles that are members of documents no plan tells.
+    spec = replace(_loading(program, spec), lists=spec.lists and entries is None)
     tiling = _fitted(default_tiling(spec), program, spec)
     plan = replace(forward_plan(of_one_level(tokens), spec, tiling), shares=shares_read(tokens))
     if entries is None:
@@ -73,7 +74,8 @@ def within_forward(program: Program, spec: Spec) -> ForwardPlan:
 def within_backward(program: Program, spec: Spec, uses_lse: bool) -> BackwardPlan:
     """The backward kernels of such a program."""
     tokens, entries = _derived(program, spec)
-    spec = _loading(program, spec)
+    # Of tiles that are members of documents no plan tells.
+    spec = replace(_loading(program, spec), lists=spec.lists and entries is None)
     of_q, of_keys = (_fitted(tiling, program, spec) for tiling in backward_tilings(spec))
     # Beside its accumulators it holds a tile's probabilities twice: of as many rows they spill.
     of_keys = replace(of_keys, block_q=max(_ROWS, of_keys.block_q // 2))
