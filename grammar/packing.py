@@ -11,7 +11,7 @@ from attndsl.derivation import Random, Segment
 from attndsl.diagnostics import Span
 from attndsl.grammar.scope import Context, InputRef, Poison
 from attndsl.grammar.unsupported import Feature, unsupported
-from attndsl.members import Lags, Placed
+from attndsl.members import Lags, Placed, Tiles
 from attndsl.program import (
     Axis,
     Choose,
@@ -120,6 +120,14 @@ def _barred(program: Program, packed: bool) -> Iterator[_Barred]:
             why = "which part of an entry is present is asked of blocks alone"
             if any(part.view is not None for part in program.named(chosen.score.branch).parts):
                 yield _Barred("such a selection", why, chosen.span)
+        if (
+            not packed
+            and isinstance(chosen.members, Tiles)
+            and any(
+                part.view is not None and not part.view.told for branch in program.branches for part in branch.parts
+            )
+        ):
+            yield _Barred("a selection of tiles beside pooled views", "what of an entry is no tile's", chosen.span)
         if packed and chosen.together:
             yield _Barred("such a selection", "members of all rows of several documents would compete", chosen.span)
     if packed:

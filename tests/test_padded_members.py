@@ -71,3 +71,10 @@ def test_what_is_refused(clauses: str, named: str) -> None:
     with pytest.raises(PatternError, match="A908") as caught:
         load(f"attention a {{ input n : int[b]\n input ids : int[b, k]\n lengths n\n {clauses} }}")
     assert f"around {named} is" in str(caught.value)
+
+
+def test_what_tiles_leave_out_over_entries() -> None:
+    """Past the last token an extent is of no tile: a call would see other entries than its sequence alone."""
+    rest = "plan sel = top(2, tiles(2, 3), among = all, by = dot(Q, mean(K)))\n attend all - sel over pool(mean, 4)"
+    with pytest.raises(PatternError, match="A908"):
+        attndsl.compile(f"attention a {{ input n : int[b]\n axes y, x[4]\n lengths n\n {rest} }}")
