@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import reduce
 from typing import TypeVar
@@ -23,6 +23,35 @@ MANY_PIECES = 16
 
 def fold(items: list[_Result], combine: Callable[[_Result, _Result], _Result]) -> _Result:
     return reduce(combine, items)
+
+
+def named_space(ctx: isl.Context, params: Sequence[str], dims: Sequence[str], out: Sequence[str] = ()) -> isl.Space:
+    """The space of sets { [dims] }, or with `out` of maps { [dims] -> [out] }."""
+    of_map = isl.Space.alloc(ctx, len(params), len(dims), len(out))
+    space = of_map if out else isl.Space.set_alloc(ctx, len(params), len(dims))
+    inner = isl.dim_type.in_ if out else isl.dim_type.set
+    for kind, names in ((isl.dim_type.param, params), (inner, dims), (isl.dim_type.out, out)):
+        for position, name in enumerate(names):
+            space = space.set_dim_name(kind, position, name)
+    return space
+
+
+def where_all(space: isl.Space, *sums: Mapping[str, int]) -> list[isl.Constraint]:
+    """That sums of a space's dimensions are not negative, each its factors by name and a constant at "1": isl takes
+    many times longer to read them."""
+    found, local, number = list[isl.Constraint](), isl.LocalSpace.from_space(space), isl.Val.int_from_si
+    kinds = (isl.dim_type.param, isl.dim_type.set if space.is_set() else isl.dim_type.in_, isl.dim_type.out)
+    for factors in sums:
+        constraint = isl.Constraint.alloc_inequality(local)
+        for name, factor in factors.items():
+            value = number(space.get_ctx(), factor)
+            if name == "1":
+                constraint = constraint.set_constant_val(value)
+            else:
+                kind = next(kind for kind in kinds if space.find_dim_by_name(kind, name) >= 0)
+                constraint = constraint.set_coefficient_val(kind, space.find_dim_by_name(kind, name), value)
+        found.append(constraint)
+    return found
 
 
 def integer(value: isl.Val) -> int:

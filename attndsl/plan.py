@@ -244,21 +244,21 @@ class Plan:
     @property
     def inputs(self) -> tuple[InputDecl, ...]:
         """The inputs the kernel reads, in the order they were declared."""
-        used = {x.input for x in self._nodes() if isinstance(x, Read)}
+        used = {x.input for x in self._naming(self.program.inputs) if isinstance(x, Read)}
         return tuple(decl for decl in self.program.inputs if decl.name in used)
 
     @property
     def tables(self) -> tuple[TableDecl, ...]:
-        used = {x.name for x in self._nodes() if isinstance(x, Table)}
+        used = {x.name for x in self._naming(self.program.tables) if isinstance(x, Table)}
         return tuple(table for table in self.program.tables if table.name in used)
 
     @property
     def args(self) -> tuple[str, ...]:
-        used = {x.name for x in self._nodes() if isinstance(x, Arg)}
+        used = {x.name for x in self._naming(self.program.args) if isinstance(x, Arg)}
         return tuple(name for name in self.program.args if name in used)
 
-    def _nodes(self) -> Iterable[Scalar]:
-        return walk(*self.scalars)
+    def _naming(self, declared: tuple[object, ...]) -> Iterable[Scalar]:
+        return walk(*self.scalars) if declared else ()
 
 
 @dataclass(frozen=True, slots=True)

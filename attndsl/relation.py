@@ -160,13 +160,10 @@ class Lowering:
         self._contexts: dict[int, isl.Set] = {}
         self._budget = Budget(effort or RELATION_EFFORT)
         self._step_effort = self._budget.left // 2
-        self.space = self.set("{ [q, k] }").get_space()
-        self.here = Coordinates(
-            q=self.aff("{ [q, k] -> [q] }"),
-            k=self.aff("{ [q, k] -> [k] }"),
-            q_len=self.aff("[Nq] -> { [q, k] -> [Nq] }" if length is None else f"{{ [q, k] -> [{length}] }}"),
-            k_len=self.aff("[Nk] -> { [q, k] -> [Nk] }" if length is None else f"{{ [q, k] -> [{length}] }}"),
-        )
+        self.space = isl_sets.named_space(self.ctx, (), ("q", "k"))
+        q, k = (isl.PwAff.var_on_domain(isl.LocalSpace.from_space(self.space), isl.dim_type.set, i) for i in (0, 1))
+        q_len, k_len = (self.number(length) if length is not None else self.parameter(name) for name in ("Nq", "Nk"))
+        self.here = Coordinates(q, k, q_len, k_len)
 
     def set(self, text: str) -> isl.Set:
         return isl.Set.read_from_str(self.ctx, text)
@@ -174,8 +171,14 @@ class Lowering:
     def map(self, text: str) -> isl.Map:
         return isl.Map.read_from_str(self.ctx, text)
 
-    def aff(self, text: str) -> isl.PwAff:
-        return isl.PwAff.read_from_str(self.ctx, text)
+    def number(self, value: int) -> isl.PwAff:
+        """A number as a function of the pairs."""
+        return isl.PwAff.val_on_domain(isl.Set.universe(self.space), isl.Val.int_from_si(self.ctx, value))
+
+    def parameter(self, name: str) -> isl.PwAff:
+        """A parameter as such a function."""
+        space = isl.LocalSpace.from_space(isl_sets.named_space(self.ctx, (name,), ("q", "k")))
+        return isl.PwAff.var_on_domain(space, isl.dim_type.param, 0)
 
     def relation(self, pattern: Set) -> Relation:
         written = self.lower(pattern, self.here)
@@ -376,7 +379,7 @@ class Lowering:
             case Const(value=bool()):
                 raise AssertionError("a boolean is no number")
             case Const(value=int(value)):
-                return isl.PwAff.val_on_domain(isl.Set.universe(self.space), isl.Val.int_from_si(self.ctx, value))
+                return self.number(value)
             case Var(name="q" | "k") if isinstance(place.name(e.name), Read):
                 raise NotAffine("a position read from an input")
             case Var(name="q"):
@@ -438,7 +441,7 @@ class Lowering:
     def _parameter(self, scalar: Scalar) -> isl.PwAff:
         name = self._name(scalar, self.uniform, "u")
         if name not in self._parameters:
-            self._parameters[name] = self.aff(f"[{name}] -> {{ [q, k] -> [{name}] }}")
+            self._parameters[name] = self.parameter(name)
         return self._parameters[name]
 
     # ------------------------------------------------------------------------------------ atoms

@@ -258,7 +258,7 @@ def walk(*roots: Scalar) -> Iterator[Scalar]:
         if id(node) not in seen:
             seen.add(id(node))
             yield node
-            stack.extend(children(node))
+            stack += _CHILDREN[type(node)](node)
 
 
 def reads(e: Scalar, *names: str) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import islpy as isl
 
 from attndsl.effort import EFFORT, Budget, TooHard, bounded, eased, remembered
-from attndsl.isl_sets import common_multiple, where_param
+from attndsl.isl_sets import common_multiple, named_space, where_all, where_param
 from attndsl.layout import Layout
 from attndsl.relation import Relation
 from attndsl.tile_cuts import TileCuts
@@ -82,23 +82,9 @@ class TileSets:
 
     def __init__(self, of: Tiles, cuts: TileCuts) -> None:
         self.of, self.relation, self.ctx = of, of.relation, of.relation.pairs.get_ctx()
-        block_q, block_k, layout = of.block_q, of.block_k, of.layout
-        # `start` is the position of row 0, or in a layout its index; of shifted tiles that of the first row and key.
-        # Rows are always below Nq.
-        start, length = ("0", "Nq") if of.align_start else ("start", "Nk")
-        k_start = start if of.shifted else "0"
-        self.tiles = isl.Map.read_from_str(
-            self.ctx,
-            f"[start] -> {{ [q, k] -> [x, y] : {block_q} x <= q - {start} < {block_q} x + {block_q} and "
-            f"{block_k} y <= k - {k_start} < {block_k} y + {block_k} }}",
-        )
-        self.existing = self._set(
-            f"[Nq, Nk, start, residue] -> {{ [x, y] : x >= 0 and {layout.q.text(f'{block_q} x + {start}')} < {length} "
-            f"and y >= 0 and {self.relation.stride} * ({layout.k.text(f'{block_k} y + {k_start}')}) < Nk "
-            f"and Nk >= 1 and Nq >= 1 }}"
-        ).intersect_params(self.relation.context)
+        self.tiles, self.existing = self._tiles(), self._exist().intersect_params(self.relation.context)
         if of.shifted:
-            self.existing = self.existing.intersect_params(self._set(f"[start] -> {{ : {-block_q} < start <= 0 }}"))
+            self.existing = self.existing.intersect_params(self._set(f"[start] -> {{ : {-of.block_q} < start <= 0 }}"))
         self.known = {name: tuple(map(self._set, texts)) for name, texts in cuts.pairs.items()}
         parameters = ", ".join(["start", *cuts.scalars])
         for fact in cuts.tiles:
@@ -106,6 +92,37 @@ class TileSets:
 
     def _set(self, text: str) -> isl.Set:
         return isl.Set.read_from_str(self.ctx, text)
+
+    def _tiles(self) -> isl.Map:
+        space, bounds = named_space(self.ctx, ("start",), ("q", "k"), ("x", "y")), list[dict[str, int]]()
+        for token, tile, block, start in zip("qk", "xy", (self.of.block_q, self.of.block_k), self._starts, strict=True):
+            bounds.append({token: 1, "start": -start, tile: -block})
+            bounds.append({token: -1, "start": start, tile: block, "1": block - 1})
+        return isl.Map.from_basic_map(isl.BasicMap.universe(space).add_constraints(where_all(space, *bounds)))
+
+    def _exist(self) -> isl.Set:
+        """The tiles of tokens that exist. Rows are always below Nq."""
+        length, stride = "Nq" if self.of.align_start else "Nk", self.relation.stride
+        block_q, block_k, layout, (start, k_start) = self.of.block_q, self.of.block_k, self.of.layout, self._starts
+        if not layout.plain:
+            return self._set(
+                f"[Nq, Nk, start, residue] -> {{ [x, y] : x >= 0 and y >= 0 and Nk >= 1 and Nq >= 1 and "
+                f"{layout.q.text(f'{block_q} x + {start} start')} < {length} and "
+                f"{stride} * ({layout.k.text(f'{block_k} y + {k_start} start')}) < Nk }}"
+            )
+        space = named_space(self.ctx, ("Nq", "Nk", "start", "residue"), ("x", "y"))
+        bounds = where_all(
+            space, {"x": 1}, {length: 1, "x": -block_q, "start": -start, "1": -1},
+            {"y": 1}, {"Nk": 1, "y": -stride * block_k, "start": -stride * k_start, "1": -1},
+            {"Nk": 1, "1": -1}, {"Nq": 1, "1": -1},
+        )  # fmt: skip
+        return isl.Set.from_basic_set(isl.BasicSet.universe(space).add_constraints(bounds))
+
+    @property
+    def _starts(self) -> tuple[int, int]:
+        """Whether tiles of queries and of keys count from `start`: the position of row 0, or in a layout its index; of
+        shifted tiles that of the first row and key."""
+        return int(not self.of.align_start), int(self.of.shifted)
 
     @functools.cached_property
     def reach(self) -> isl.Set:

@@ -124,11 +124,11 @@ class _Tiler:
 
     @functools.cached_property
     def above(self) -> isl.Map:
-        return self._map("{ [t] -> [u] : u > t }")
+        return isl.Map.lex_lt(isl.Space.set_alloc(self.ctx, 0, 1))
 
     @functools.cached_property
     def below(self) -> isl.Map:
-        return self._map("{ [t] -> [u] : u < t }")
+        return isl.Map.lex_gt(isl.Space.set_alloc(self.ctx, 0, 1))
 
     def _grids(self) -> dict[str, Grid]:
         """The tiles of both sides."""
@@ -270,11 +270,16 @@ class _Tiler:
         both = earlier.union(piece).coalesce()
         if both.n_basic_set() == 1 and plain_interval(both.get_basic_sets()[0]):
             return [both]
-        if not self._gapless(both):
-            return None
-        if earlier.apply(self.below).is_disjoint(piece):
-            return [*others, piece]
-        return [piece, *others] if earlier.apply(self.above).is_disjoint(piece) else None
+        return self._tried(lambda: self._in_order(earlier, others, piece, both))
+
+    def _in_order(self, earlier: isl.Set, others: list[isl.Set], piece: isl.Set, both: isl.Set) -> list[isl.Set] | None:
+        """The same of two intervals: where one comes after the other, only what lies between them can be missing."""
+        if (after := earlier.apply(self.below)).is_disjoint(piece):
+            between = earlier.apply(self.above).intersect(piece.apply(self.below))
+            return [*others, piece] if between.is_subset(both) else None
+        if earlier.apply(self.above).is_disjoint(piece):
+            return [piece, *others] if after.intersect(piece.apply(self.above)).is_subset(both) else None
+        return None
 
     def _gapless(self, line: isl.Set) -> bool:
         """Whether a set { [t] } is an interval, whatever its parameters."""

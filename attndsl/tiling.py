@@ -16,7 +16,21 @@ from attndsl.effort import remembered
 from attndsl.evaluate import evaluate
 from attndsl.listing import LEAST, Listable, fitting, listables, listed, lists_tiles
 from attndsl.plan import Backend, BackwardPlan, ForwardPlan, Loads, Spec, Tiling, backward_plan, forward_plan
-from attndsl.program import Arg, CallShape, Compare, Program, Read, Scalar, Table, Type, reads, walk
+from attndsl.program import (
+    Arg,
+    Binary,
+    Call,
+    CallShape,
+    Compare,
+    Const,
+    Program,
+    Read,
+    Scalar,
+    Table,
+    Type,
+    reads,
+    walk,
+)  # fmt: skip
 from attndsl.relation import lowered
 from attndsl.runs import Run, TileRuns
 from attndsl.tile_sizes import backward_tilings, default_tiling
@@ -262,7 +276,7 @@ def _visited(runs: TileRuns, tiling: Tiling, spec: Spec) -> float | None:
 def _counts(runs: TileRuns, tiling: Tiling, spec: Spec, tokens: int = _TOKENS) -> np.ndarray | None:
     """How many tiles the query tiles of each head, of so many tokens, visit; None where that depends on data."""
     counts = [run.count for run in runs.full + runs.partial]
-    if any(isinstance(x, Read | Table | Arg) for e in counts for x in walk(e)):
+    if any(isinstance(x, Read | Table | Arg) for x in walk(*counts)):
         return None
     tiles = max(1, tokens // tiling.block_q)
     variables = {
@@ -271,5 +285,8 @@ def _counts(runs: TileRuns, tiling: Tiling, spec: Spec, tokens: int = _TOKENS) -
         "q_last": np.asarray(_TOKENS),
         "h": np.arange(spec.heads)[:, None], "g": np.arange(spec.heads)[:, None] // (spec.heads // spec.kv_heads),
     }  # fmt: skip
-    whole = np.zeros((spec.heads, tiles))
-    return whole + sum(np.maximum(evaluate(e, variables, {}), 0) for e in counts)
+    # What their ends share is evaluated once.
+    visited: Scalar = Const(0)
+    for e in counts:
+        visited = Binary("+", visited, Call("max", (e, Const(0))))
+    return np.zeros((spec.heads, tiles)) + evaluate(visited, variables, {})
