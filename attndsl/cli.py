@@ -100,8 +100,10 @@ def run(
 def check(pattern: Pattern, param: Params = None, name: Chosen = None) -> None:
     """Report every mistake and warning of a pattern."""
     attn = _loaded(pattern, name, param)
-    inputs = [decl.name for decl in attn.program.inputs]
-    show(_console(), f"{attn.program.name}: ok" + (f", with inputs {', '.join(inputs)}" if inputs else ""), "green")
+    chosen = [selection.name for selection in attn.program.selections]
+    inputs = [decl.name for decl in attn.program.inputs if decl.name not in chosen]
+    said = (f"with inputs {', '.join(inputs)}" if inputs else "", f"choosing {', '.join(chosen)}" if chosen else "")
+    show(_console(), ", ".join([f"{attn.program.name}: ok", *filter(None, said)]), "green")
 
 
 @app.command()

@@ -107,7 +107,9 @@ def _keeps_apart(selection: Selection) -> bool:
 
 
 def _lowered(program: Program, pattern: Set) -> tuple[Lowering, isl.Set]:
-    derived = derive(replace(program, branches=(Branch((Part(pattern),)),), output=None, selections=()))
+    # What a document alone leaks, a packed call leaks: whose members are its documents'.
+    alone = replace(program, branches=(Branch((Part(pattern),)),), output=None, selections=(), packed=None)
+    derived = derive(alone)
     lowering = Lowering(derived)
     return lowering, lowering.lower(derived.branch.pattern, lowering.here)
 

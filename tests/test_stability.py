@@ -54,6 +54,13 @@ def test_unstable(text: str) -> None:
     assert leaks(text)
 
 
+@pytest.mark.parametrize("around", ["input doc : int[b, k] sorted\n packed doc", "input n : int[b]\n lengths n"])
+def test_documents_are_judged_as_if_alone(around: str) -> None:
+    for text, leak in ((STABLE[0], False), (STABLE[6], False), (UNSTABLE[0], True), (UNSTABLE[3], True)):
+        found = load_attention(f"attention a {{\n {around}\n attend {text}\n}}").warnings
+        assert [w.code for w in found if w.code == "W305"] == ["W305"] * leak, text
+
+
 def test_what_is_not_causal_or_not_for_queries_is_not_judged() -> None:
     for text in (
         "top(2, blocks(4), by = dot(Q, mean(K)))",
