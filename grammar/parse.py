@@ -171,23 +171,37 @@ def _syntax_error(tokens: list[Token], index: int, expected: set[str], source: S
         report.error("A002", "the text ends too early", span, label="something is missing after this", help=help)
         return
     token = tokens[index]
-    before = tokens[index - 1] if index else None
-    help = _hint(token, before, expected) or wanted or "an expression belongs here"
+    help = _hint(tokens, index, expected) or wanted or "an expression belongs here"
     report.error("A002", f"unexpected `{token}`", token.span(source), label="does not fit here", help=help)
 
 
-def _hint(token: Token, before: Token | None, expected: set[str]) -> str:
+def _hint(tokens: list[Token], index: int, expected: set[str]) -> str:
+    token, before = tokens[index], tokens[index - 1] if index else None
+    if token == "attend" and before is None:
+        return "clauses stand in an attention: write `attention name { attend ... }`, or the pattern alone"
     if token in KEYWORDS and "NAME" in expected and "LPAR" not in expected:
         return f"`{token}` is a reserved word: choose another name"
     if token in CLAUSE_WORDS and not expected & _STARTS:
         return f"finish what stands before `{token}`"
     if token == "=" and before is not None:
-        return "equality is `==`"
+        return f"leave out the `=` after `{before}`" if before in CLAUSE_WORDS else "equality is `==`"
+    if token in ("&", "|") and before == token:
+        return f"write `{token}` between sets, `{'and' if token == '&' else 'or'}` between booleans"
+    if before == "=" and token.type in ("INT", "FLOAT") and expected == {"ATTEND"}:
+        name = tokens[index - 2]
+        return f"numbers are parameters: write `attention ...({name} = {token}) {{`"
+    if token == "[" and index > 1 and tokens[index - 2] == "]" and _clause_of(tokens, index) == "axes":
+        return "write `,` between axes"
     if before is not None and before.type == "NAME" and token.type == "NAME":
         return nearest(before, KEYWORDS) or nearest(token, KEYWORDS) or "an operator is missing between these names"
     if token in ("*", "/") and before == token:
         return "there are no powers: write `exp2(x)` in a score"
     return ""
+
+
+def _clause_of(tokens: list[Token], index: int) -> str:
+    """The word that begins the clause of a token."""
+    return next((str(tokens[at]) for at in range(index, -1, -1) if _is_clause_start(tokens, at)), "")
 
 
 def _unclosed(tokens: list[Token], source: Source) -> str:

@@ -15,6 +15,8 @@ from attndsl.grid import Grid
 from attndsl.program import BUILTINS, InputDecl, Scalar, Set, TableDecl
 
 RESERVED = BUILTINS | {"Q", "K", "V"}
+# What other tools and papers call positions.
+_ELSEWHERE = {"i": "q", "q_idx": "q", "j": "k", "kv_idx": "k", "k_idx": "k"}
 SELECTIONS = frozenset({"top", "cover", "above", "levels"})
 
 
@@ -127,6 +129,13 @@ class Scope:
             return self._names[name][0]
         return None if self._outer is None else self._outer.find(name)
 
+    def hides(self, name: str) -> bool:
+        """Whether what the name means here hides a pattern of a level around."""
+        outer = self._outer
+        if name not in self._names:
+            return outer is not None and outer.hides(name)
+        return outer is not None and isinstance(outer.find(name), PatternRef)
+
     def set(self, name: str, bound: Bound, span: Span | None = None) -> None:
         self._names[name] = (bound, span)
 
@@ -188,5 +197,6 @@ class Context:
         if name in self.lost:
             return
         known = {*self.scope.names(), *BUILTINS, *also}
-        help = nearest(name, known) or "declare it as an input, a parameter or a pattern"
+        other = _ELSEWHERE.get(name)
+        help = f"write `{other}`" if other else nearest(name, known) or "declare it as an input, a parameter or a pattern"
         self.report.error("A010", f"unknown name `{name}`", span, label="not declared", help=help)

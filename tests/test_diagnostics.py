@@ -97,3 +97,25 @@ def test_names_of_a_broken_clause_are_not_unknown() -> None:
     with pytest.raises(PatternError) as caught:
         load("attention a {\n input doc : int[b, k\n attend causal & document(doc)\n}")
     assert [d.code for d in caught.value.diagnostics] == ["A002"]
+
+
+@pytest.mark.parametrize(
+    ("text", "help"),
+    [
+        ("attend causal", "clauses stand in an attention: write `attention name { attend ... }`, or the pattern alone"),
+        ("causal && window(5)", "write `&` between sets, `and` between booleans"),
+        ("{ q == k || k == 0 }", "write `|` between sets, `or` between booleans"),
+        ("{ q = k }", "equality is `==`"),
+        ("{ j <= k }", "write `k`"),
+        ("{ k <= q_idx }", "write `q`"),
+        ("attention a {\n score = s\n attend causal\n}", "leave out the `=` after `score`"),
+        ("attention a {\n span = 5\n attend window(span)\n}", "numbers are parameters: write `attention ...(span = 5) {`"),
+        ("attention a {\n axes y[4] x[4] from 0\n attend causal\n}", "write `,` between axes"),
+        ("attention a {\n input sink : float[h]\n attend sink(4)\n}", "call it otherwise: it hides the pattern `sink`"),
+        ("attention a {\n input mine : float[h]\n attend mine(4)\n}", "leave out the brackets"),
+    ],
+)  # fmt: skip
+def test_habits_of_other_languages_are_answered(text: str, help: str) -> None:
+    with pytest.raises(PatternError) as caught:
+        load(text)
+    assert help in {d.help for d in caught.value.diagnostics}
