@@ -198,5 +198,7 @@ class Context:
             return
         known = {*self.scope.names(), *BUILTINS, *also}
         other = _ELSEWHERE.get(name)
-        help = f"write `{other}`" if other else nearest(name, known) or "declare it as an input, a parameter or a pattern"
+        help = (
+            f"write `{other}`" if other else nearest(name, known) or "declare it as an input, a parameter or a pattern"
+        )
         self.report.error("A010", f"unknown name `{name}`", span, label="not declared", help=help)

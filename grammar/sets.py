@@ -299,7 +299,9 @@ def _apply(node: ast.Apply, ctx: Context) -> Set | None:
     if isinstance(bound, Poison):
         return None
     if bound is not None:
-        help = f"call it otherwise: it hides the pattern `{name}`" if ctx.scope.hides(name) else "leave out the brackets"
+        help = (
+            f"call it otherwise: it hides the pattern `{name}`" if ctx.scope.hides(name) else "leave out the brackets"
+        )
         ctx.report.error("A023", f"`{name}` is not a pattern", node.name_span, "called here", help)
         return None
     match name:

@@ -108,9 +108,13 @@ class PagePool:
 
         Before that, pages that no row from here on can read are given back. Raises `PatternError` (A557) where the pool
         has no page left, or a sequence would pass `max_len`; nothing has changed then but what was given back. Where
-        the device keeps the books nothing is raised: such a sequence takes no more tokens, and `full` says so.
+        the device keeps the books nothing is raised: such a sequence takes no more tokens, and `full` says so. Tensors
+        of other sizes (A504) and sequences that are none of the cache's, or come twice (A557), change nothing.
         """
-        rows = slice(None) if sequences is None else torch.tensor(list(sequences), device=self.k.device)
+        sequences = None if sequences is None else self._known(sequences)
+        self._check(k, v, len(self.seq_lens) if sequences is None else len(sequences))
+        device = self.k.device
+        rows = slice(None) if sequences is None else torch.tensor(sequences, dtype=torch.long, device=device)
         new, first = k.shape[2], self.seq_lens[rows].clone()
         self._tokens.check(inputs, len(first), new)
         self._write(k, v, rows, first, self._books.take(sequences, rows, new), inputs)
@@ -120,6 +124,25 @@ class PagePool:
         if self._keeper is not None:
             call = DecodeTensors(self.k, self.k, self.v, lengths, table, None, None)
             self._keeper.update(call, new, None if isinstance(rows, slice) else rows)
+
+    def _known(self, sequences: Sequence[int]) -> list[int]:
+        """Raises `PatternError` (A557) where these are not sequences of the cache, each once."""
+        found, batch = [int(b) for b in sequences], len(self.seq_lens)
+        if len(set(found)) < len(found) or not all(0 <= b < batch for b in found):
+            what = f"{found} are not sequences of this cache, which has {batch}"
+            raise error("A557", what, help="name them by numbers from 0 on, each once")
+        return found
+
+    def _check(self, k: Tensor, v: Tensor, sequences: int) -> None:
+        """Raises `PatternError` (A504) where these are not new tokens of so many sequences: they would be broadcast, or
+        refused by torch after the books have counted them."""
+        for x, pool in ((k, self.k), (v, self.v)):
+            if x.dim() != 4 or x.shape != (sequences, pool.shape[1], k.shape[2], pool.shape[3]):
+                raise error(
+                    "A504", f"k {list(k.shape)} and v {list(v.shape)} do not go together with {sequences} sequences "
+                    f"and pools {list(self.k.shape)} and {list(self.v.shape)}",
+                    help="k is [sequences, Hkv, n, D] and v [sequences, Hkv, n, Dv]",
+                )  # fmt: skip
 
     def _write(
         self, k: Tensor, v: Tensor, rows: slice | Tensor, first: Tensor, fits: Tensor | None,
@@ -179,7 +202,7 @@ class PagePool:
 
     def release(self, b: int) -> None:
         """Give back all pages of a sequence, which is then empty."""
-        self._books.release(b)
+        self._books.release(*self._known([b]))
 
     def _check_size(self, pages: int) -> None:
         """Raises `PatternError` (A562) where one sequence of `max_len` tokens would not fit: a pattern that comes back

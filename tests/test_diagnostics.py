@@ -109,7 +109,7 @@ def test_names_of_a_broken_clause_are_not_unknown() -> None:
         ("{ j <= k }", "write `k`"),
         ("{ k <= q_idx }", "write `q`"),
         ("attention a {\n score = s\n attend causal\n}", "leave out the `=` after `score`"),
-        ("attention a {\n span = 5\n attend window(span)\n}", "numbers are parameters: write `attention ...(span = 5) {`"),
+        ("attention a {\n r = 5\n attend window(r)\n}", "numbers are parameters: write `attention ...(r = 5) {`"),
         ("attention a {\n axes y[4] x[4] from 0\n attend causal\n}", "write `,` between axes"),
         ("attention a {\n input sink : float[h]\n attend sink(4)\n}", "call it otherwise: it hides the pattern `sink`"),
         ("attention a {\n input mine : float[h]\n attend mine(4)\n}", "leave out the brackets"),

@@ -165,6 +165,35 @@ def test_columns_that_come_back_are_refused(text: str, needed: int | None) -> No
         make()
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_refused_append_changes_nothing(on_device: bool) -> None:
+    """Sizes that would broadcast, or that torch would refuse too late, and sequences that are not there."""
+    attn = attndsl.compile("causal")
+    cache = attndsl.serving.PagedCache(
+        attn, batch=2, kv_heads=2, head_dim=8, v_dim=16, pages=9, page=4, max_len=16, on_device=on_device
+    )
+    cache.append(draw(2, 2, 3, 8), draw(2, 2, 3, 16))
+    before, held = (
+        (cache.k.clone(), cache.v.clone(), cache.page_table.clone(), cache.seq_lens.clone()),
+        cache.pages_held,
+    )
+    wrong = [(1, 2, 3, 8), (2, 1, 3, 8), (2, 3, 3, 8), (2, 2, 4, 8), (2, 2, 3, 1), (2, 3, 8)]
+    for size in wrong:
+        with pytest.raises(attndsl.PatternError, match="A504"):
+            cache.append(draw(*size), draw(2, 2, 3, 16))
+    for size in ((1, 2, 3, 16), (2, 2, 1, 16), (2, 2, 3, 8), (3, 16)):
+        with pytest.raises(attndsl.PatternError, match="A504"):
+            cache.append(draw(2, 2, 3, 8), draw(*size))
+    for sequences in ([0, 0], [0, 2], [-1, 0]):
+        with pytest.raises(attndsl.PatternError, match="A557"):
+            cache.append(draw(2, 2, 3, 8), draw(2, 2, 3, 16), sequences=sequences)
+    with pytest.raises(attndsl.PatternError, match="A557"):
+        cache.release(2)
+    cache.append(draw(0, 2, 3, 8), draw(0, 2, 3, 16), sequences=[])
+    after = cache.k, cache.v, cache.page_table, cache.seq_lens
+    assert cache.pages_held == held and all(map(torch.equal, before, after)) and cache.lengths == [3, 3]
+
+
 def test_sequences_come_and_go() -> None:
     attn = attndsl.compile("causal")
     cache = attndsl.serving.PagedCache(attn, batch=3, kv_heads=1, head_dim=8, pages=6, page=4, max_len=16)
