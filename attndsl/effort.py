@@ -55,8 +55,8 @@ class Compilation:
 
 # The compilation that this thread is in.
 _COMPILATION: ContextVar[Compilation | None] = ContextVar("compilation", default=None)
-# Operations that the context asked last is known to have taken, from which the next search goes on.
-_AT_LEAST: ContextVar[int] = ContextVar("at_least", default=0)
+# The context asked last, and operations that it is known to have taken, from which the next search goes on.
+_AT_LEAST: ContextVar[tuple[isl.Context | None, int]] = ContextVar("at_least", default=(None, 0))
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def bounded(ctx: isl.Context, step: Callable[[], _Result], effort: int = EFFORT)
         effort, whole = min(outer, spent(ctx) + effort), None
     else:
         ctx.reset_operations()
-        _AT_LEAST.set(0)
+        _AT_LEAST.set((None, 0))
     allowed = effort if whole is None else min(effort, whole.left)
     ctx.set_max_operations(max(allowed, 1))
     try:
@@ -162,10 +162,9 @@ def spent(ctx: isl.Context) -> int:
 
     isl counts them and does not say: it is asked under which bound it would go on.
     """
-    outer, low = ctx.get_max_operations(), _AT_LEAST.get()
-    # Another context's number may be in the way.
-    if low and _goes_on(ctx, low):
-        low = 0
+    outer, (asked, low) = ctx.get_max_operations(), _AT_LEAST.get()
+    # Another context's number says nothing, and to ask about this one's again is slow: isl answers with an error.
+    low = low if asked == ctx else 0
     step = max(GRAIN, low // 8)
     while not _goes_on(ctx, low + step):
         low, step = low + step, 4 * step
@@ -173,7 +172,7 @@ def spent(ctx: isl.Context) -> int:
     while high - low > max(GRAIN, low // 8):
         middle = (low + high) // 2
         low, high = (low, middle) if _goes_on(ctx, middle) else (middle, high)
-    _AT_LEAST.set(low)
+    _AT_LEAST.set((ctx, low))
     ctx.set_max_operations(outer)
     return high
 

@@ -247,7 +247,7 @@ class _Tiler:
         build = isl.AstBuild.from_context(context)
         ends = [in_a_row([interval_ends(build, x, context, self.names) for x in joined]) for joined in together]
         params = [reduce(isl.Set.union, [x.params() for x in joined]) for joined in together]
-        groups = exclusive([x.intersect(context) for x in params])
+        groups = exclusive([x.intersect(context) for x in params] if len(params) > 1 else params)
         return tuple(Run(*either([ends[i] for i in group]), 1, kind) for group in groups)
 
     def _joined(self, pieces: list[isl.Set]) -> list[list[isl.Set]]:
