@@ -79,6 +79,10 @@ class AttentionModule(nn.Module):
         Returns [batch, rows, embed_dim].
         """
         context = x if context is None else context
+        for name, tokens in (("x", x), ("context", context)):
+            if tokens.dim() != 3:
+                what = f"{name} must have 3 dimensions [batch, tokens, embed_dim], not {list(tokens.shape)}"
+                raise error("A501", what, help="a batch of one is x[None]")
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         k = self.k_proj(context).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(context).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)

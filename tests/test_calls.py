@@ -239,5 +239,8 @@ def test_questions_of_calls_that_are_none() -> None:
         refused("A524", "there is no call with", partial(CAUSAL.mask, *sizes))
         refused("A524", "there is no call with", partial(CAUSAL.blocks, *sizes))
     refused("A558", "pages of 0 tokens", lambda: CAUSAL.evictable(5, page=0))
+    layer = attndsl.nn.Attention("causal", 16, 2)
+    refused("A501", "x must have 3 dimensions", partial(layer, torch.ones(4, 16)))
+    refused("A501", "context must have 3 dimensions", partial(layer, torch.ones(1, 4, 16), torch.ones(4, 16)))
     refused("A527", "0 heads are no multiple", lambda: attndsl.nn.Attention("causal", 16, 0))
     refused("A527", "2 heads are no multiple of 3 key heads", lambda: attndsl.nn.Attention("causal", 16, 2, 3))
