@@ -9,11 +9,12 @@ from attndsl.program import Program
 def header(plan: Plan, title: str) -> str:
     spec, tiling = plan.spec, plan.tiling
     runs, of = (plan.box_runs, " of boxes") if plan.box_runs.ends else (plan.runs, "")
+    found = f"{len(runs.full)} full and {len(runs.partial)} partial"
     lines = [
         f"heads {spec.heads}, key heads {spec.kv_heads}, head dimension {spec.dim} (values {spec.v_dim}), "
         f"{spec.dtype.value}, {spec.target}",
         f"query tiles {tiling.block_q}, key tiles {tiling.block_k}, {tiling.warps} warps, {tiling.stages} stages, "
-        f"{len(runs.full)} full and {len(runs.partial)} partial runs{of}",
+        + ("the tiles of chosen members" if plan.gathered else f"{found} runs{of}"),
     ]
     if plan.view is not None:
         lines.append(f"keys are the entries of a view: one of {plan.view.size} tokens every {plan.view.stride}")

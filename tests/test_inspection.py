@@ -170,3 +170,11 @@ def test_the_header_counts_the_runs_of_boxes() -> None:
     (said,) = re.findall(r"^# query tiles .*, (\d+) full and (\d+) partial runs of boxes$", source, re.MULTILINE)
     loops = (re.findall(rf"^    for i in range\({kind}", source, re.MULTILINE) for kind in ("full", "partial"))
     assert [int(x) for x in said] == [len(x) for x in loops]
+
+
+@pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
+def test_the_header_of_gathered_rows_counts_no_runs(kernel: str) -> None:
+    """Their loops go over the tiles of a member, whatever runs the pattern beside it has."""
+    text = "causal & top(4, blocks(64), by = dot(Q, mean(K)), share = group, always = same_block(64))"
+    (said,) = re.findall(r"^# query tiles .*$", attndsl.compile(text).source(kernel), re.MULTILINE)
+    assert said.endswith(", the tiles of chosen members")
