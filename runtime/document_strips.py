@@ -220,7 +220,9 @@ class _OfKind:
     @property
     def _width(self) -> int:
         """What is held of each row class."""
-        return self.members if self.few else max(self.members, self._blocks.room)
+        width = self.members if self.few else max(self.members, self._blocks.room)
+        of_rows = self.classes is None and isinstance(self.selection.score, Probs)
+        return max(width, self._mass_width) if of_rows else width
 
     def _listed(self, level: Tensor, width: int) -> Tensor:
         """Members in increasing order, -1 after them."""
@@ -372,7 +374,8 @@ class _OfKind:
     def _mass_width(self) -> int:
         """What is held of each row to find its masses."""
         _, stride = self._entries
-        return self.tokens if self.few else self.kind.blocks(stride).room
+        # Where a document has few, each row is given the vectors of its own.
+        return self._count(stride) * self.shape.dim if self.few else self.kind.blocks(stride).room
 
     @property
     def _entries(self) -> tuple[int, int]:
@@ -426,7 +429,7 @@ class _OfKind:
         inside = self._of_classes(self.of.groups, call.groups, stride, number, groups)
         y = BlockVectors(groups, lambda token: self._concatenated(call.k, token, stride, flip=True), self.few)
         found = BlockSums(self.classes.room, self.classes.size // stride, largest=False)
-        width = max(self._count(stride) * (stride if self.few else 1), groups.room)
+        width = self._count(stride) * stride * self.shape.dim if self.few else groups.room
         step = max(1, STRIP[call.device.type] // (self.shape.batch * self.shape.heads * width))
         for low in range(0, groups.room, step):
             part = slice(low, min(low + step, groups.room))

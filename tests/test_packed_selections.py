@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attndsl
 from attndsl.chosen_entries import of_entries, ranked
@@ -26,6 +27,7 @@ from attndsl.runtime.document_strips import DocumentSelector
 from attndsl.runtime.document_vectors import to_members
 from attndsl.runtime.plans import call_members
 from attndsl.runtime.select_entries import EntrySelector
+from attndsl.runtime.strips import STRIP
 from attndsl.select_plan import why_not_fused
 from attndsl.targets import make_spec
 from tests.accuracy import examples
@@ -243,6 +245,34 @@ def test_what_is_refused(clauses: str, named: str) -> None:
     (found,) = (d for d in caught.value.diagnostics if d.code.startswith("A9"))
     assert found.code == "A907"
     assert f"around {named}" in found.message
+
+
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """How many numbers the largest tensor has that is made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            self.most = max(self.most, found.numel())
+        return found
+
+
+@pytest.mark.parametrize("view", ["", "over pool(mean, 4)"])
+def test_memory_of_masses_is_that_of_strips(view: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of a short document is given the vectors of all its document's tokens: so many rows at once."""
+    monkeypatch.setitem(STRIP, "cpu", 1 << 14)
+    text = f"x = attend causal {view} y = attend causal & top(2, blocks(32), by = probs(x)) output x + y"
+    attn = attndsl.compile(f"attention a {{ input doc : int[b, k] packed doc {text} }}")
+    (selection,) = attn.program.selections
+    program, shape = of_selection(attn.program, selection), CallShape(2, 4, 2, 128, 128, 16, 16)
+    q, k, _ = tensors(128, 128)
+    doc, state = torch.arange(128).expand(2, -1) // 40, (k, torch.ones(2, 4, 128, dtype=torch.float64))
+    selector = DocumentSelector(attn._key, program, selection, shape, q.device, [doc])
+    with Largest() as made:  # type: ignore[no-untyped-call]
+        selector(q, k, [doc], [], None, state)
+    assert made.most <= max(1 << 14, q.numel())
 
 
 def test_a_plan_that_is_handed_in() -> None:
