@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from attndsl.cuts import reflexive
-from attndsl.derivation import Chosen, Cut, Draw, RowTiles
+from attndsl.derivation import Chosen, Cut, Draw, Listed, RowTiles
 from attndsl.inputs import Axis, Dim, InputDecl
 from attndsl.mapping import mapped
 from attndsl.program import Const, Program, Read, Scalar, Type, Var
@@ -30,7 +30,7 @@ def with_row_tiles(program: Program, spec: Spec, tiling: Tiling) -> Program | No
 
     The program declares its cuts, and its tiles are neither listed nor mapped.
     """
-    listed = any(isinstance(decl.derivation, Chosen | Draw) for decl in program.inputs)
+    listed = any(isinstance(decl.derivation, Chosen | Draw | Listed) for decl in program.inputs)
     if program.align_start or listed or (spec.maps and mapped(program)) or tiling.block_q % tiling.block_k:
         return None
     first = next((decl for decl in program.inputs if _begins(decl, program)), None)

@@ -17,7 +17,7 @@ import functools
 from dataclasses import replace
 
 from attndsl.cuts import interval
-from attndsl.derivation import BlockMap, Chosen, TileMap
+from attndsl.derivation import BlockMap, Chosen, Listed, TileMap
 from attndsl.derive import derive
 from attndsl.linear import terms
 from attndsl.listing import Listable
@@ -112,7 +112,12 @@ def _of_tokens(pattern: Set) -> bool:
 
 
 def tabled(e: Read, program: Program) -> bool:
-    """Whether a truth of both positions is a table for tiles: looked up by a number of each, or by one of both."""
+    """Whether a truth of both positions is a table for tiles: looked up by a number of each, or by one of both.
+
+    A list of segments (`Listed`) is looked up otherwise: what it tells of a tile is not asked.
+    """
+    if isinstance(program.input(e.input).derivation, Listed):
+        return False
     mixed = [n for n, i in enumerate(e.index) if _reads_both(i)]
     of_q, of_k = ([n for n, i in enumerate(e.index) if reads(i, name) and n not in mixed] for name in "qk")
     if len(of_q) > 1 or len(of_k) + len(mixed) != 1 or (mixed and not _of_lag(e.index[mixed[0]])):

@@ -137,6 +137,21 @@ def test_odd_plans(name: str, backend: str) -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+@interprets
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize(("rows", "tokens", "chosen"), [(20, 45, [0]), (20, 45, []), (70, 100, [99])])
+def test_maps_of_data_say_nothing_of_lists(rows: int, tokens: int, chosen: list[int], backend: str) -> None:
+    """Where tiles hold rows of several classes nothing is listed for them, and the data beside a plan has maps."""
+    attn = attndsl.compile(choosing("p & { c[k] >= 0 }", "rows(64)"))
+    dtype = torch.float64 if backend == "cpu" else torch.float32
+    generator, c = torch.Generator().manual_seed(0), torch.zeros(1, tokens, dtype=torch.int32)
+    q, k, v = (torch.randn(1, 2, n, 16, generator=generator, dtype=dtype) for n in (rows, tokens, tokens))
+    plan = torch.tensor(chosen, dtype=torch.int32).expand(1, 2, -(-tokens // 64), len(chosen))
+    found = attn(q, k, v, c=c, plans={"p": plan}, backend=backend)
+    wanted = attn.reference(q, k, v, c=c, plans={"p": plan})
+    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-4)
+
+
 PATTERNS = (
     "p", "causal & p", "causal & (p | sink(2))", "causal - p", "causal & p & window(20)", "p & { h == 0 or q - k < 9 }",
     "if h == 0 then causal & p else window(9)", "causal & p, causal - p over pool(mean, segments(c))",
