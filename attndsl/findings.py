@@ -99,6 +99,9 @@ class _Analysis:
         self.lowering = Lowering(derived, effort=2 * QUESTION_EFFORT)
         self.existing = Existing(self.lowering, self.pattern)
         self.gridded = None if program.grid is None else canonical(Where(on_grid(program.grid)))
+        # Members that are tiles say so of the keys alone, as `derive` writes it.
+        keys = None if program.grid is None else Where(on_grid(program.grid, "k"))
+        self.unwritten = (self.gridded, keys)
         self.terms = self.failures = 0
         self.effort = QUESTION_EFFORT
 
@@ -288,7 +291,7 @@ class _Analysis:
             if self._changes_nothing(node, part, matters):
                 kept = rest
                 # That tokens lie on the grid, no text says.
-                if not _is_habit(node, part) and part != self.gridded:
+                if not _is_habit(node, part) and part not in self.unwritten:
                     yield self._idle(part, within, "the terms beside and around it decide every pair already")
             else:
                 yield from self._idle_terms(part, matters, within)

@@ -134,6 +134,13 @@ def test_a_side_never_taken_has_no_findings() -> None:
     assert codes(text) == []
 
 
+@pytest.mark.parametrize("first", ["", " from 5"])
+def test_that_tiles_lie_on_their_grid_is_no_term(first: str) -> None:
+    chosen = "top(1, tiles(4, 4), by = dot(mean(Q), mean(K)), per = tiles(4, 4))"
+    text = f"attention a {{ axes y[8], x[8]{first}  attend {chosen} }}"
+    assert codes(text) == []
+
+
 def test_removing_an_idle_term_keeps_the_pattern() -> None:
     whole = program("causal & (window(4) | { q - k < 2 } | strided(3))")
     (diagnostic,) = findings(whole)
