@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from functools import reduce
 from typing import Any, assert_never
 
 import numpy as np
@@ -47,15 +48,15 @@ def evaluate(e: Scalar, variables: Mapping[str, Value], leaves: Mapping[Scalar, 
             case Compare(op=op, left=a, right=b):
                 return np.asarray(_COMPARE[op](value(a), value(b)))
             case Logic(op="and", operands=xs):
-                return np.asarray(np.logical_and.reduce(np.broadcast_arrays(*map(value, xs))))
+                return np.asarray(reduce(np.logical_and, map(value, xs)))
             case Logic(operands=xs):
-                return np.asarray(np.logical_or.reduce(np.broadcast_arrays(*map(value, xs))))
+                return np.asarray(reduce(np.logical_or, map(value, xs)))
             case If(cond=c, then=a, other=b):
                 return np.where(value(c), value(a), value(b))
             case Call(function="min", args=xs):
-                return np.asarray(np.minimum.reduce(np.broadcast_arrays(*map(value, xs))))
+                return np.asarray(reduce(np.minimum, map(value, xs)))
             case Call(function="max", args=xs):
-                return np.asarray(np.maximum.reduce(np.broadcast_arrays(*map(value, xs))))
+                return np.asarray(reduce(np.maximum, map(value, xs)))
             case Call(function="abs", args=(a,)):
                 return np.abs(value(a))
             case Call(function="clamp", args=(a, low, high)):
