@@ -142,13 +142,14 @@ def with_cuts(program: Program, ragged: bool = False) -> Program:
     their own: a tile is of rows of several.
     """
     found: dict[Cut, InputDecl] = {}
+    known = {decl.derivation for decl in program.inputs}
     taken = {decl.name for decl in program.inputs}
     (part,) = program.only.parts
     for cond in _conditions(part.pattern):
         for owner in "q" if ragged else "qk":
             allowed = interval(cond, program, owner)
             for end in () if allowed is None else allowed.ends:
-                if end not in found and not (ragged and _of_heads_or_keys(end)):
+                if end not in found and end not in known and not (ragged and _of_heads_or_keys(end)):
                     found[end] = _declared(end, program, taken, ragged)
                     taken.add(found[end].name)
     return replace(program, inputs=(*program.inputs, *found.values())) if found else program

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import islpy as isl
+
 from attndsl.branches import Queries, View
 from attndsl.effort import TooHard, bounded
 from attndsl.isl_sets import involves_param
 from attndsl.program import Binary, Const, Program, Scalar, Set, Var, reads, rebuild, substitute
 from attndsl.quasi_affine import condition
-from attndsl.relation import Lowering
+from attndsl.relation import POSITION_BITS, Lowering
 
 # The ends of an extent, in what `seen_from` says of one.
 FIRST, LAST = Var("i"), Var("j")
@@ -27,7 +29,7 @@ def seen_whole(program: Program, pattern: Set, first: Scalar, last: Scalar) -> S
             return None
         seen = bounded(lowering.ctx, lambda: written.complement().apply(extent).complement().coalesce())
         names = {**lowering.uniform, **lowering.atoms, "first": first, "last": last}
-        return bounded(lowering.ctx, lambda: condition(seen, lowering.context(), names))
+        return bounded(lowering.ctx, lambda: condition(_of_positions(seen, lowering), lowering.context(), names))
     except TooHard:
         return None
 
@@ -56,9 +58,16 @@ def seen_from(program: Program, pattern: Set, size: int | None, unit: int) -> Sc
             seen = bounded(lowering.ctx, lambda: written.apply(extent).coalesce())
         else:
             seen = bounded(lowering.ctx, lambda: written.complement().apply(extent).complement().coalesce())
-        return bounded(lowering.ctx, lambda: condition(seen, context, names))
+        return bounded(lowering.ctx, lambda: condition(_of_positions(seen, lowering), context, names))
     except TooHard:
         return None
+
+
+def _of_positions(seen: isl.Set, lowering: Lowering) -> isl.Set:
+    """Without what only rows past every position see: it would be written with numbers past 32 bits."""
+    last = (1 << POSITION_BITS) - 1
+    there = lowering.set(f"[first, last] -> {{ [q, j] : q <= {last} and 0 <= first <= last <= {last} }}")
+    return seen.intersect(there).coalesce().gist(there)
 
 
 def undecided(program: Program, pattern: Set, view: View, queries: Queries | None) -> bool:

@@ -38,6 +38,19 @@ class Kept:
         return -(-tokens // self.stride)
 
 
+def check_apart(program: Program) -> None:
+    """Raises `PatternError` (A911) where what is kept of a cache would be of tokens that are not present, or of several
+    documents."""
+    over_views = any(part.view is not None for branch in program.branches for part in branch.parts)
+    levels = any(branch.within is not None for branch in program.branches)
+    if program.packed is not None and (program.selections or over_views or levels):
+        what = f"decode within `packed {program.packed}` is not yet supported for views, selections and two levels"
+        raise error("A911", what, program.span, help="leave the clause out: a sequence of a cache is one document")
+    if program.lengths is not None and (program.selections or over_views):
+        what = f"decode within `lengths {program.lengths}` is not yet supported for views and selections"
+        raise error("A911", what, program.span, help="leave the clause out: `seq_lens` says how many tokens there are")
+
+
 def kept(program: Program, composition: Composition) -> tuple[Kept, ...]:
     """All that decode keeps for a program. Raises `PatternError` (A911) as `kept_beside` does."""
     return kept_beside(program, composition, frozenset())

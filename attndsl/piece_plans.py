@@ -35,7 +35,7 @@ from attndsl.plan import (
     forward_plan,
     slopes,
 )  # fmt: skip
-from attndsl.program import CallShape, Program, Scalar
+from attndsl.program import CallShape, InputDecl, Program, Scalar
 from attndsl.quasi_affine import condition
 from attndsl.runs import Side, TileRuns
 from attndsl.simplify import fold, specialise
@@ -127,8 +127,12 @@ def _backward_part(
 def _of_split(pieces: Iterable[SplitPiece], make: Callable[[SplitPiece], P]) -> tuple[P, ...]:
     """The plans of the pieces of a split, whose program is the whole with what some plan reads."""
     pieces = tuple(pieces)
-    plans, whole = tuple(map(make, pieces)), pieces[0].whole
-    used = dict.fromkeys(decl for plan in plans for decl in plan.program.inputs)
+    plans, whole, used = list[P](), pieces[0].whole, dict[InputDecl, None]()
+    for piece in pieces:
+        # What earlier ones declare too: a name means one input.
+        beside = (decl for decl in used if decl not in piece.program.inputs)
+        plans.append(make(replace(piece, program=replace(piece.program, inputs=(*piece.program.inputs, *beside)))))
+        used |= dict.fromkeys(plans[-1].program.inputs)
     # Sums over the whole pattern read all that it reads.
     of_all = {x.over for plan in plans if isinstance(plan, BackwardPlan) for x in plan.learned}
     learns = not of_all.isdisjoint((Over.DIAGONALS, Over.PAIRS))

@@ -14,7 +14,7 @@ from torch import Tensor
 from attndsl.branches import Attended, Given, Pick, Queries, Within, combined
 from attndsl.compose import Composition
 from attndsl.diagnostics import error
-from attndsl.keeping import Kept, kept, kept_by
+from attndsl.keeping import Kept, check_apart, kept, kept_by
 from attndsl.program import InputDecl, Program
 from attndsl.runtime.call import check_call, check_inputs
 from attndsl.runtime.combine import Combiner, State
@@ -177,14 +177,7 @@ def decode_composed(
     Raises `PatternError` (A911) where what is kept of a cache would be of tokens that are not present, or of several
     documents.
     """
-    over_views = any(part.view is not None for branch in program.branches for part in branch.parts)
-    levels = any(branch.within is not None for branch in program.branches)
-    if program.packed is not None and (program.selections or over_views or levels):
-        what = f"decode within `packed {program.packed}` is not yet supported for views, selections and two levels"
-        raise error("A911", what, program.span, help="leave the clause out: a sequence of a cache is one document")
-    if program.lengths is not None and (program.selections or over_views):
-        what = f"decode within `lengths {program.lengths}` is not yet supported for views and selections"
-        raise error("A911", what, program.span, help="leave the clause out: `seq_lens` says how many tokens there are")
+    check_apart(program)
     of = ComposedDecode(program, key, composition, keys, call, given, args, scale, backend, plans, views)
     if isinstance(composition.output, Attended):
         return of.attended(composition.output.branch)

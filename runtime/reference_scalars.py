@@ -95,7 +95,10 @@ class Pairs:
         place = []
         for dim, size, e in zip(dims, values.shape, index, strict=True):
             origin = oracle.index_origin(dim, self.evaluator.program, self.evaluator.shape)
-            place.append((self.scalar(e) - origin).clamp(0, size - 1))
+            place.append((self.scalar(e) - origin).clamp(0, max(size - 1, 0)))
+        if 0 in values.shape:
+            # As of integers: of a call without pairs, or of rows of no sequence, whose output is none.
+            return torch.broadcast_tensors(*place)[0].to(values.dtype) * 0
         return values[tuple(place)]
 
     def _branches(self, e: If) -> Tensor:

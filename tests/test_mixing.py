@@ -66,6 +66,11 @@ MIXED: dict[str, Case] = {
         attend window(3) & causal | document(doc) & { q - k > 9 } | { doc[q] == doc[k] + 1 } & causal }""",
         75, 75, inputs={"doc": ids(2, 75)},
     ),
+    "padded": case(
+        """attention a { input n : int[b] input pi : int[k] lengths n
+        attend (causal_neighborhood(1) | window(5 * (h + 1))) on permuted(pi) }""",
+        50, 50, (2, 1), inputs={"n": np.array([31, 50]), "pi": order(50)},
+    ),
     "weights": case(
         "attention a { input doc : int[b, k] weights sigmoid(s - 1) attend causal & (window(4) | document(doc)) }",
         50, 50, inputs={"doc": ids(2, 50)},
@@ -91,8 +96,8 @@ def plans_of(chosen: Case, all_rows: bool = True) -> list[Any]:
 def test_alternatives_have_orders_of_their_own(name: str) -> None:
     layouts = plans_of(MIXED[name])
     in_order = [layout for layout in layouts if layout == PLAIN]
-    assert len(layouts) - len(in_order) == (2 if name in ("two_orders", "same_data_twice") else 1)
-    assert len(in_order) == (0 if name == "two_orders" else 1)
+    assert len(layouts) - len(in_order) == (2 if name in ("two_orders", "same_data_twice", "padded") else 1)
+    assert len(in_order) == (0 if name in ("two_orders", "padded") else 1)
     assert layouts[: len(in_order)] == in_order
 
 

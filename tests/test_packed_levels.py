@@ -142,6 +142,8 @@ def test_a_decode_is_refused() -> None:
     q, k = torch.randn(2, 2, 1, 16), torch.randn(2, 2, 48, 16)
     with pytest.raises(PatternError, match="A911"):
         attn.decode(q, k, k, torch.tensor([40, 48], dtype=torch.int32), doc=DOC)
+    with pytest.raises(PatternError, match="A911"):
+        attn.source("y.decode", heads=2)
 
 
 def test_what_is_still_refused() -> None:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "
 DOC = torch.tensor([[4] * 9 + [1] * 3 + [4] * 5 + [7, 8] + [0] * 14, [5] * 33])
 DECLARED = {
     "doc": "int[b, k]", "n": "int[b]", "role": "int[b, q]", "kind": "int[b, k]", "gate": "float[b, h, q, 2] learnable",
-    "table": "float[8] learnable",
+    "table": "float[8] learnable", "slide": "float[b, k] learnable",
 }  # fmt: skip
 OUTPUTS = [
     "q * x + (Nk - q) * y",
@@ -25,6 +25,7 @@ OUTPUTS = [
     "table[clamp(Nk - 1 - q, 0, 7)] * x + (if q % 3 == role[q] then 1.0 else gate[0]) * y",
     "sigmoid(gate[0] * (q + 1)) * merge(x, y) + kind[q + 1] * x",
     "x * (Nq - 1)",
+    "slide[q] * x - slide[q - 3] * y",
 ]
 # heads, key heads, rows, keys, D, Dv
 SHAPES = [(4, 2, 33, 33, 16, 16), (1, 1, 14, 33, 80, 24), (2, 1, 1, 1, 16, 16)]
@@ -43,6 +44,7 @@ def inputs_of(attn: attndsl.Attention, shape: tuple[int, ...], generator: torch.
         "role": torch.randint(0, 3, (2, rows), generator=generator),
         "kind": torch.randint(-2, 3, (2, k_len), generator=generator),
         "gate": torch.randn(2, heads, rows, 2, generator=generator),
+        "slide": torch.randn(2, k_len, generator=generator),
     }  # fmt: skip
     return {decl.name: made[decl.name] for decl in attn.program.inputs}
 

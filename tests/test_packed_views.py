@@ -91,6 +91,12 @@ def test_cpu(body: str) -> None:
         judge(body, shape, torch.float64, "cpu")
 
 
+def test_what_sees_an_entry_is_written_in_32_bits() -> None:
+    """Of blocks of positions, differences that no two positions have are left out."""
+    for shape in SHAPES[::3]:
+        judge("attend { is_power_of_two(q // 8 - k // 8) } over pool(mean, 4)", shape, torch.float64, "cpu")
+
+
 @pytest.mark.parametrize("body", BODIES)
 def test_triton(body: str) -> None:
     judge(body, SHAPES[len(body) % 2], torch.float32, "triton")
