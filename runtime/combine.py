@@ -135,7 +135,9 @@ class Combiner:
             case Binary(op="%", left=a, right=b):
                 return torch.remainder(self._value(a), self._value(b))
             case Binary(op=op, left=a, right=b) | Compare(op=op, left=a, right=b):
-                found: Tensor = _OPERATORS[op](self._value(a), self._value(b))
+                # Of integers torch makes float32, also beside a number that is wide.
+                of = self.number if Type.FLOAT in (e.type, a.type, b.type) else self._value
+                found: Tensor = _OPERATORS[op](of(a), of(b))
                 return found
             case Logic(op=op, operands=xs):
                 return reduce(operator.and_ if op == "and" else operator.or_, map(self._value, xs))

@@ -98,7 +98,7 @@ class Pairs:
             place.append((self.scalar(e) - origin).clamp(0, max(size - 1, 0)))
         if 0 in values.shape:
             # As of integers: of a call without pairs, or of rows of no sequence, whose output is none.
-            return torch.broadcast_tensors(*place)[0].to(values.dtype) * 0
+            return values.new_zeros(torch.broadcast_shapes(*(x.shape for x in place)))
         return values[tuple(place)]
 
     def _branches(self, e: If) -> Tensor:

@@ -25,7 +25,7 @@ OUTPUTS = [
     "table[clamp(Nk - 1 - q, 0, 7)] * x + (if q % 3 == role[q] then 1.0 else gate[0]) * y",
     "sigmoid(gate[0] * (q + 1)) * merge(x, y) + kind[q + 1] * x",
     "x * (Nq - 1)",
-    "slide[q] * x - slide[q - 3] * y",
+    "slide[q] * x - slide[q - 3] * ((q + 1) / (Nk + 1)) * y",
 ]
 # heads, key heads, rows, keys, D, Dv
 SHAPES = [(4, 2, 33, 33, 16, 16), (1, 1, 14, 33, 80, 24), (2, 1, 1, 1, 16, 16)]
