@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import islpy as isl
-
 from attndsl.branches import Queries, View
 from attndsl.effort import TooHard, bounded
 from attndsl.isl_sets import involves_param
@@ -63,7 +61,7 @@ def seen_from(program: Program, pattern: Set, size: int | None, unit: int) -> Sc
         return None
 
 
-def _of_positions(seen: isl.Set, lowering: Lowering) -> isl.Set:
+def _of_positions(seen: Any, lowering: Lowering) -> Any:
     """Without what only rows past every position see: it would be written with numbers past 32 bits."""
     last = (1 << POSITION_BITS) - 1
     there = lowering.set(f"[first, last] -> {{ [q, j] : q <= {last} and 0 <= first <= last <= {last} }}")
