@@ -13,7 +13,6 @@ from torch import Tensor
 import attndsl
 from attndsl.branches import Pool, PoolFunction
 from attndsl.diagnostics import PatternError
-from attndsl.grammar import load
 from attndsl.piece_plans import forward_plans
 from attndsl.runtime.runs import document_entries, entries_of_heads, pooled_runs
 from attndsl.targets import make_spec
@@ -171,9 +170,6 @@ def test_views_are_made_of_documents() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(PatternError, match="A907"):
-        load("""attention a { input doc : int[b, k] input kc : float[b, g, k/4, D] input vc : float[b, g, k/4, Dv]
-             packed doc attend causal over given(kc, vc, 4, 4) }""")
     attn = attndsl.compile("""attention a { input doc : int[b, k] input mark : bool[b, k] packed doc
                            attend causal & { mark[k] } over pool(mean, 4) }""")
     with pytest.raises(PatternError, match="A912"):
