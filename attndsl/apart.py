@@ -11,25 +11,36 @@ from collections.abc import Iterator, Mapping
 import islpy as isl
 
 from attndsl import isl_sets
-from attndsl.derivation import Document
 from attndsl.derive import coordinates_of
 from attndsl.linear import normalise
-from attndsl.program import Binary, Coarse, Coarsen, Compare, Const, Logic, Scalar, Var, substitute
+from attndsl.program import Binary, Call, Coarse, Coarsen, Compare, Const, Logic, Scalar, Var, substitute
 from attndsl.quasi_affine import condition
 
 
 def coarse_apart(
-    pattern: Coarsen, document: Document, inner: isl.Set, context: isl.Set, uniform: Mapping[str, Scalar]
+    pattern: Coarsen, inner: isl.Set, context: isl.Set, uniform: Mapping[str, Scalar], past: bool
 ) -> Scalar:
-    """The condition on q and k, inside one document, of a coarsened set whose operand `inner` reads no data."""
+    """The condition on q and k, inside one document, of a coarsened set whose operand `inner` reads no data; with
+    `past` beyond the document's end too."""
+    document = pattern.document
+    assert document is not None
     coarse = isl_sets.coarse_pairs(inner, pattern.block_q, pattern.block_k, every=pattern.mode is Coarse.ALL)
     there = isl.Set.read_from_str(inner.get_ctx(), "[Nq, Nk] -> { [q, k] : 0 <= q < Nq and 0 <= k < Nk }")
     row, key = coordinates_of(document)
     tokens = Binary("-", document.end, document.first)
     count = normalise(Binary("//", Binary("+", tokens, Const(document.unit - 1)), Const(document.unit)))
     own = condition(coarse.gist(there), context, uniform)
+    if past:
+        own = last_goes_on(own)
     at_tokens = substitute(own, {"q": row, "k": key, "Nq": count, "Nk": count})
-    return Logic("and", (*_distances(coarse.intersect(there), document.unit), at_tokens))
+    pairs = isl_sets.last_goes_on(coarse) if past else coarse.intersect(there)
+    return Logic("and", (*_distances(pairs, document.unit), at_tokens))
+
+
+def last_goes_on(condition: Scalar) -> Scalar:
+    """A condition on q and k with positions past the last being the last one, as `isl_sets.last_goes_on` has it."""
+    ends = {x: Binary("-", Var(n), Const(1)) for x, n in (("q", "Nq"), ("k", "Nk"))}
+    return substitute(condition, {x: Call("min", (Var(x), last)) for x, last in ends.items()})
 
 
 def _distances(pairs: isl.Set, unit: int) -> Iterator[Scalar]:

@@ -374,7 +374,13 @@ class _Deriver:
         size = block_k * d.unit * at.unit
         decl = self._input(own, "blocks", Type.BOOL, (*dims, Dim(Axis.K, at.unit), Dim(Axis.K, size)))
         _, key = coordinates_of(d)
-        found = Read(decl.name, (*lead, Var("q"), _quotient(key, block_k)), Type.BOOL)
+        row: Scalar = Var("q")
+        block = _quotient(key, block_k)
+        if d.first == Const(0):
+            # Positions past the last, of extents or that an input gives, are the last one, as an index is clamped.
+            last = Binary("-", d.end, Const(1))
+            row, block = Call("min", (row, last)), Call("min", (block, _quotient(last, d.unit * block_k)))
+        found = Read(decl.name, (*lead, row, block), Type.BOOL)
         if d.alone is None:
             return Where(found, pattern.span)
         return replace(pattern, operand=d.alone, map=found)

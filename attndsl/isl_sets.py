@@ -160,7 +160,7 @@ def rename_param(pairs: isl.Set, old: str, new: str) -> isl.Set:
 def coarse_pairs(inner: isl.Set, block_q: int, block_k: int, every: bool) -> isl.Set:
     """The pairs { [q, k] } whose blocks hold an existing pair of `inner`, or with `every` nothing else."""
     ctx = inner.get_ctx()
-    existing = isl.Set.read_from_str(ctx, "[Nq, Nk] -> { [q, k] : 0 <= q < Nq and 0 <= k < Nk }")
+    existing = _existing(ctx)
     same_block = isl.Map.read_from_str(
         ctx,
         f"{{ [q, k] -> [x, y] : floor(x/{block_q}) = floor(q/{block_q}) and floor(y/{block_k}) = floor(k/{block_k}) }}",
@@ -169,6 +169,18 @@ def coarse_pairs(inner: isl.Set, block_q: int, block_k: int, every: bool) -> isl
         return inner.intersect(existing).apply(same_block).coalesce()
     missing = existing.subtract(inner).apply(same_block)
     return existing.apply(same_block).subtract(missing).coalesce()
+
+
+def last_goes_on(pairs: isl.Set) -> isl.Set:
+    """The pairs that are in a set when positions past the last are the last one, as an index is clamped."""
+    ctx = pairs.get_ctx()
+    row, key = (f"(0 <= {x} = {y} < {n} or {x} = {n} - 1 < {y})" for x, y, n in (("x", "q", "Nq"), ("y", "k", "Nk")))
+    clamped = isl.Map.read_from_str(ctx, f"[Nq, Nk] -> {{ [x, y] -> [q, k] : {row} and {key} }}")
+    return pairs.intersect(_existing(ctx)).apply(clamped).coalesce()
+
+
+def _existing(ctx: isl.Context) -> isl.Set:
+    return isl.Set.read_from_str(ctx, "[Nq, Nk] -> { [q, k] : 0 <= q < Nq and 0 <= k < Nk }")
 
 
 def place_pairs(pairs: isl.Set, q: isl.PwAff, k: isl.PwAff, q_len: isl.PwAff, k_len: isl.PwAff) -> isl.Set:

@@ -207,6 +207,11 @@ class Program(HashedOnce):
         return self.branches[0] if self.output is None else self.branch
 
     @property
+    def past_the_ends(self) -> bool:
+        """Whether patterns are asked of positions past the last: extents and classes of queries reach there."""
+        return any(branch.queries or any(part.view for part in branch.parts) for branch in self.branches)
+
+    @property
     def span(self) -> Span | None:
         return self.branches[0].span
 

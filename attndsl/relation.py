@@ -21,7 +21,7 @@ from typing import assert_never
 import islpy as isl
 
 from attndsl import isl_sets
-from attndsl.apart import coarse_apart
+from attndsl.apart import coarse_apart, last_goes_on
 from attndsl.derivation import Random
 from attndsl.derive import derive
 from attndsl.effort import EFFORT, Budget, TooHard, bounded, remembered
@@ -284,14 +284,16 @@ class Lowering:
         for name in self.atoms:
             inner = project_param(inner, name)
         coarse = isl_sets.coarse_pairs(inner, pattern.block_q, pattern.block_k, every=pattern.mode is Coarse.ALL)
+        coarse = isl_sets.last_goes_on(coarse) if self.program.past_the_ends else coarse
         if place.names:
             coarse = isl_sets.place_pairs(coarse, place.q, place.k, place.q_len, place.k_len)
         return coarse.intersect(self._atom(_map(pattern), place)) if data else coarse
 
     def _coarse_condition(self, pattern: Coarsen, inner: isl.Set) -> Scalar:
         if pattern.document is not None:
-            return coarse_apart(pattern, pattern.document, inner, self.context(), self.uniform)
-        return condition(self._coarsen(pattern, inner, self.here), self.context(), self.uniform)
+            return coarse_apart(pattern, inner, self.context(), self.uniform, self.program.past_the_ends)
+        own = condition(self._coarsen(pattern, inner, self.here), self.context(), self.uniform)
+        return last_goes_on(own) if self.program.past_the_ends else own
 
     def _is_data(self, pattern: Coarsen, inner: isl.Set) -> bool:
         """Whether only the runtime's map says which block pairs are in a coarsened set."""

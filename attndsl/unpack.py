@@ -294,7 +294,10 @@ class _Place:
             case On(operand=operand, place=Permuted() | Segment() as at):
                 moved = {x: self._placed(at, names, x) for x in "qk"}
                 return replace(self, unit=0).set(operand, names | moved)
-            case Coarsen(operand=operand, mode=mode) if self.document is not None or mode is Coarse.FRACTION:
+            # Which block is a sequence's last one a `Document` knows: positions past the end are taken for it.
+            case Coarsen(operand=operand, mode=mode) if (
+                self.document is not None or mode is Coarse.FRACTION or self.program.past_the_ends
+            ):
                 alone = operand if mode is not Coarse.FRACTION and _alike(operand) else None
                 return replace(pattern, operand=self.set(operand, names), document=self._document(alone))
             case Coarsen(operand=operand, mode=mode):

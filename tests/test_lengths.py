@@ -62,6 +62,11 @@ CASES: dict[str, Case] = {
     ),
     "coarsened_all": padded("attend coarsen({ k <= q + 9 }, (5, 7), all)", 50),
     "coarsened_blocks": padded("attend coarsen({ k <= q + 2 }, (2, 3), all) on blocks(4)", 50, np.array([74, -1])),
+    # Most values of `order` lie past the second sequence's last token.
+    "coarsened_on": padded(
+        "attend coarsen(same_block(3), 8, fraction(0.3)) on order", n=np.array([75, 3], np.int32),
+        order=("int[k]", (np.arange(75, dtype=np.int32) * 32 + 40) % 75),
+    ),
     "random": padded(
         "attend random(2, blocks(8), rows(6), 3, among = all) | window(3) | random(1, tokens, query, h, among = causal)"
     ),

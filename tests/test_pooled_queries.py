@@ -187,3 +187,16 @@ def test_plans_of_values_of_another_dimension() -> None:
     plans = attn.plan(q, k, channels=gate)
     wide = noise(1, k.shape[1], 40, 24, seed=5)
     torch.testing.assert_close(attn(q, k, wide, channels=gate), attn(q, k, wide, channels=gate, plans=plans))
+
+
+@pytest.mark.parametrize("clause", ["", "align start", "lengths n"])
+@pytest.mark.parametrize("view", ["over pool(mean, 8)", "from pool(mean, 8)", "over pool(mean, 8) from pool(mean, 4)"])
+@pytest.mark.parametrize("coarse", [
+    "coarsen(prefix(n[b]), 3, all)", "coarsen(causal, (3, 5), any)", "~coarsen({ q < n[b] - 1 }, 1, all)",
+])  # fmt: skip
+def test_coarsened_past_the_ends(clause: str, view: str, coarse: str) -> None:
+    """Extents and classes reach past the last position; a block that lies there is the last one."""
+    attn = attndsl.compile(f"attention a {{ input n : int[b]\n {clause}\n attend {coarse} {view} }}")
+    x = torch.randn(3, 1, 21, 8, dtype=torch.float64)
+    given: dict[str, Any] = {"n": torch.tensor([3, 20, 21])}
+    torch.testing.assert_close(attn(x, x, x, **given), attn.reference(x, x, x, **given))
