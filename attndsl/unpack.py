@@ -14,21 +14,12 @@ loses `first` again. The oracle does not know these sets: see `alone.py`.
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass, field, replace
-from typing import assert_never
 
 from attndsl.branches import (
-    Attended,
-    Factor,
     Given,
-    Handed,
-    Merged,
-    Output,
     Part,
     Pick,
-    Product,
-    Sum,
     Visible,
     rewritten,
 )
@@ -37,6 +28,7 @@ from attndsl.derivation import Chosen, Document, DocumentBlocks, DocumentEnds, P
 from attndsl.grid import Along
 from attndsl.linear import normalise
 from attndsl.members import Runs
+from attndsl.present_rows import of_present_rows
 from attndsl.program import (
     Axis,
     Binary,
@@ -49,7 +41,6 @@ from attndsl.program import (
     Complement,
     Const,
     Dim,
-    If,
     InputDecl,
     Inter,
     Logic,
@@ -121,28 +112,10 @@ def of_output(program: Program) -> Program:
         there: list[Scalar] = [Compare("<=", Const(0), Var("q"))]
         if program.lengths is not None:
             there.append(Compare("<", Var("q"), _count(program)))
-        output = _of_present_rows(output, there[0] if len(there) == 1 else Logic("and", tuple(there)))
+        present = there[0] if len(there) == 1 else Logic("and", tuple(there))
+        output = of_present_rows(output, present)
     inputs = (*program.inputs, *place.declared.values())
     return replace(program, output=output, inputs=inputs, packed=None, lengths=None)
-
-
-def _of_present_rows(output: Output, present: Scalar) -> Output:
-    match output:
-        case Factor(value=value):
-            return Factor(If(present, value, Const(0.0)))
-        case Handed(out=out, lse=lse):
-            return Handed(out, If(present, lse, Const(-math.inf)))
-        case Merged(operands=operands):
-            changed = (_of_present_rows(x, present) for x in operands)
-            return Merged(tuple(x for x in changed if isinstance(x, Attended | Handed | Merged)))
-        case Sum(left=left, right=right):
-            return Sum(_of_present_rows(left, present), _of_present_rows(right, present))
-        case Product(factor=factor, operand=operand):
-            return Product(factor, _of_present_rows(operand, present))
-        case Attended():
-            return output
-        case _:
-            assert_never(output)
 
 
 def of_present(e: Scalar, program: Program) -> Scalar:

@@ -177,6 +177,9 @@ class Combiner:
 
     def _entry(self, values: Tensor, dims: tuple[Dim, ...], index: tuple[Scalar, ...]) -> Tensor:
         """An entry, every index clamped to its dimension. Read at its own variables and at constants, it is a view."""
+        if values.numel() == 0:
+            # Of a call without tokens: nothing reads what stands here, but it has a gradient.
+            return values.sum().to(values.dtype)
         if all(isinstance(e, Const) or _own(e, dim) for e, dim in zip(index, dims, strict=True)):
             return self._view(values, dims, index)
         places = []

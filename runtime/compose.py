@@ -201,7 +201,8 @@ def attend_composed(
     attended = {name: call.attended(name) for name in combined(composition.output)}
     assert composition.reading is not None
     gates, shape = read_by_output(composition.reading, call.inputs), call_shape(q, k, v)
-    if attended and by_kernel(q, backend):
+    # A kernel holds an index within a dimension, and would read beside one without entries.
+    if attended and by_kernel(q, backend) and all(x.numel() for x in gates.values()):
         return *combined_by_kernel(key, composition.reading, shape, attended, gates, args), observed
     numbers = dict(zip(program.args, args, strict=True))
     found = Combiner(composition.reading, shape, q.device, gates, numbers, attended).result()

@@ -103,6 +103,30 @@ def test_rows_of_no_sequence_have_no_output(clause: str) -> None:
     assert not out[:, :, :3].any() and not out[:, :, end:].any() and out[:, :, 3:end].all()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_what_no_sequence_makes_of_its_length(backend: str) -> None:
+    """Rows of no sequence have output 0 and no gradient, though their length is none, or less; and so have calls of no
+    tokens, where inputs have no entry that could be read."""
+    kind = torch.float64 if backend == "cpu" else torch.float32
+    attn: Any = attndsl.compile(
+        "attention a { input n : int[b]\n input doc : int[b, k]\n input slide : float[b, k] learnable\n"
+        "lengths n packed doc\n x = attend causal\n"
+        "output slide[q] / Nk * x + sqrt(slide[q] * slide[q] / Nk) * log(Nk) * x }"
+    )
+    for k_len, n in ((12, 7), (12, 0), (0, 0)):
+        tensors = [torch.randn(1, 2, 12, 16), torch.randn(1, 1, k_len, 16), torch.randn(1, 1, k_len, 16)]
+        tensors.append(torch.rand(1, k_len) + 0.5)
+        found = list[Any]()
+        for run in (lambda *x, **given: attn(*x, backend=backend, **given), attn.reference):
+            leaves = [x.to(kind).requires_grad_() for x in tensors]
+            out = run(*leaves[:3], slide=leaves[3], n=torch.tensor([n]), doc=torch.arange(k_len)[None] // 5)
+            found.append(
+                [out.double(), *(x.double() for x in torch.autograd.grad(out.sum(), leaves, materialize_grads=True))]
+            )
+        for x, y in zip(*found, strict=True):
+            torch.testing.assert_close(x, y, atol=TOLERANCE[kind] * 10, rtol=TOLERANCE[kind])
+
+
 def test_decode_in_a_document() -> None:
     attn = compiled("packed doc", "(q + 1) * x + (Nk - q) * y")
     q, k, v = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 33, 16), torch.randn(1, 2, 33, 16)
