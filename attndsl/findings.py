@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, assert_never
 
 import islpy as isl
@@ -195,7 +196,7 @@ class _Analysis:
 
         for now in (True, False):
             # Each is half of a question.
-            difference = self._ask(lambda now=now: changed(now), 2)  # type: ignore[misc]
+            difference = self._ask(partial(changed, now), 2)
             if isinstance(difference, isl.Set) and (witness := self._possible(difference, now)) is not None:
                 n = witness.k_len
                 has, has_not = (n, n + 1) if now else (n + 1, n)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from attndsl.diagnostics import Source, Span
-from attndsl.grammar.parser_tables import END, Rule, Tables, tables
+from attndsl.grammar.parser_tables import END, Rule, tables
 
 # The type of a character that begins no token.
 WRONG = "WRONG"
@@ -92,8 +92,9 @@ class Automaton:
         elif rule.single and len(items) == 1:
             value = items[0]
         else:
-            whole = start is None or end is None
-            span = Span(self._source, 0, len(self._source.text)) if whole else Span(self._source, start, end)  # type: ignore[arg-type]
+            # What has no tokens is given the whole text.
+            here = (0, len(self._source.text)) if start is None or end is None else (start, end)
+            span = Span(self._source, *here)
             value = getattr(self._builder, rule.callback)(span, items)
         goto = self._tables.actions(self._states[-1])[rule.origin]
         assert isinstance(goto, int)
@@ -117,4 +118,4 @@ class Automaton:
         return action is not None
 
 
-__all__ = ["END", "WRONG", "Automaton", "Tables", "Token", "lex"]
+__all__ = ["END", "WRONG", "Automaton", "Token", "lex"]

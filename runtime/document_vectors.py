@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attndsl.runtime.document_blocks import Blocks
+from attndsl.runtime.masses import shares_of_documents
 
 
 @dataclass(slots=True)
@@ -53,26 +54,11 @@ def to_members(
     (size, stride), (keys, count) = entry, members
     if size == stride and keys % size == 0:
         whole = pad(masses, (0, count * (keys // size) - masses.shape[3])).unflatten(3, (count, -1))
-        return _joined(whole, largest)
-    # Token by token: of an entry that holds it, the share of one token, or of all that lie in its member.
-    token = torch.arange(count * keys, device=masses.device)
-    member, found = token // keys * keys, masses.new_zeros(*masses.shape[:3], token.numel())
-    for back in range(-(-size // stride)):
-        nth = token // stride - back
-        begin = nth * stride
-        inside = (nth >= 0) & (nth < masses.shape[3]) & (token < begin + size) & (token < length)
-        mass = masses[..., nth.clamp(0, masses.shape[3] - 1)] / (length - begin).clamp(1, size)
-        if largest:
-            end = torch.minimum((begin + size).minimum(member + keys), length)
-            mass = mass * (end - begin.maximum(member))
-        mass = torch.where(inside, mass, 0)
-        found = torch.maximum(found, mass) if largest else found + mass
-    return _joined(found.unflatten(3, (count, keys)), largest)
-
-
-def _joined(x: Tensor, largest: bool) -> Tensor:
-    found: Tensor = x.amax(4) if largest else x.sum(4)
-    return found
+        found: Tensor = whole.amax(4) if largest else whole.sum(4)
+        return found
+    start = torch.arange(count, device=masses.device) * keys
+    begins = torch.zeros((), dtype=torch.int64, device=masses.device)
+    return shares_of_documents(masses, begins, length, start.view(1, 1, 1, -1), size, stride, keys, largest)
 
 
 __all__ = ["BlockVectors", "picked", "to_members"]
