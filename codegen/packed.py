@@ -90,6 +90,7 @@ def spanned_loop(lines: Lines, printer: Printer, run: Run) -> Iterator[bool]:
         f"ends_at = {entry(first)}",
         f"shifts_at = {entry(f'{first} + 1')}",
         f"listed_count = {printer.text(run.count)}",
+        "# The listed spans lie end to end: how many spans end at or before a place says which one holds it.",
         "to_shift = shifts_at - ends_at",
     )
 
