@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attndsl import api, wiring
+from attndsl.diagnostics import error
 from attndsl.keeping import kept_beside
 from attndsl.paging import page_choices
 from attndsl.wiring import decode_kept, page_kernels, token_inputs
@@ -63,6 +64,7 @@ class PagedCache(PagePool):
         at_tokens: Sequence[str] = (),
         **inputs: Any,
     ) -> None:
+        check_attention(attn)
         choices = page_choices(attn.program, page) if bounds else ()
         self.attn = attn
         super().__init__(
@@ -83,6 +85,14 @@ class PagedCache(PagePool):
             return found
         cache = (self.k, self.v, self.seq_lens, self.page_table)
         return plan(attn, q, *cache, plans=found, views=self.views, **inputs)
+
+
+def check_attention(attn: object) -> None:
+    """Raises `PatternError` (A569) for what is no compiled attention."""
+    if not isinstance(attn, api.Attention):
+        raise error(
+            "A569", f"a compiled attention is served, not {repr(attn)[:40]}", help="pass `attndsl.compile(…)`"
+        )  # fmt: skip
 
 
 def update_bounds(k: Any, k_min: Any, k_max: Any, seq_lens: Any, page_table: Any, new: int) -> None:
@@ -121,6 +131,7 @@ def update_views(
     were taken back (drafts that were rejected) nothing is left once the next ones have come. One kernel for the keys of
     a view and one for its values on a GPU; a CUDA graph of them serves all lengths.
     """
+    check_attention(attn)
     update = decode_kept().update_views
     known = (attn.program, attn._key, attn._composition)
     update(*known, views, k, v, seq_lens, page_table, new, layout, k_scale, v_scale)
@@ -140,6 +151,7 @@ def plan(
     >>> attndsl.serving.plan(attn, q, k, k, lengths)["top"]
     tensor([[[[0, 2]]]], dtype=torch.int32)
     """
+    check_attention(attn)
     composed = (attn.program, attn._key, attn._composition, attn._parts)
     cache = (k_cache, v_cache, seq_lens, page_table, layout)
     found: dict[str, Any] = decode_kept().plan_decode(*composed, q, *cache, *attn._given(inputs), scale, plans, views)

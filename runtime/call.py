@@ -79,7 +79,11 @@ def check_call(scale: object, **tensors: object) -> None:
 
 def without_values(program: Program, q: Tensor, k: Tensor, inputs: Sequence[Any]) -> CallShape:
     """The sizes of a call whose values play no part: their dimension is that of the inputs that have one, or else D."""
-    shape = call_shape(q, k, k)
+    return of_values(program, call_shape(q, k, k), inputs)
+
+
+def of_values(program: Program, shape: CallShape, inputs: Sequence[Any]) -> CallShape:
+    """The sizes of such a call with the dimension of values that its inputs have."""
     for decl, x in zip(program.inputs, inputs, strict=False):
         if isinstance(x, Tensor) and len(decl.dims) == x.dim():
             for dim, size in zip(decl.dims, x.shape, strict=True):

@@ -203,7 +203,7 @@ class Decoder:
         return prepare_decode(parts, spec, call, inputs, self.generators.triton, *forced)
 
     def _check_entries(self, program: Program, call: DecodeTensors, inputs: Sequence[Tensor]) -> None:
-        check_entries(program, call.q, inputs)
+        check_entries(program, call.q, call.shape.v_dim, inputs)
         for i in self._views:
             # As caches are, entries are large: none is copied at every step.
             if inputs[i].shape[-1] == 1 or inputs[i].stride(-1) != 1:

@@ -391,7 +391,7 @@ class Engine:
         shape = call_shape(q, k, v)
         check_tables(self.program, shape)
         check_inputs(self.program, shape, inputs, q.device)
-        check_entries(self.program, q, inputs)
+        check_entries(self.program, q, shape.v_dim, inputs)
         check_rows(self.program, shape, takes_more_rows_than_keys)
         return Spec(
             shape.heads, shape.kv_heads, shape.dim, shape.v_dim, dtype_of(q), device_target(q.device),

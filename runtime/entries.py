@@ -45,8 +45,18 @@ def all_view_places(program: Program) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def check_entries(program: Program, q: Tensor, inputs: Sequence[Tensor]) -> None:
-    """Raises `PatternError` (A511) where entries are not of the call's dtype."""
+def check_entries(program: Program, q: Tensor, v_dim: int, inputs: Sequence[Tensor]) -> None:
+    """Raises `PatternError` where entries are not of the call's dtype (A511), or one input is to hold keys and values
+    of different dimensions (A513)."""
+    views = (part.view for branch in program.branches for part in branch.parts)
+    for at_k, at_v in (view_places(program, view) for view in views if isinstance(view, Given)):
+        for i, size in ((at_k, q.shape[3]), (at_v, v_dim)):
+            if inputs[i].shape[-1] not in (1, size):
+                decl, numbers = program.inputs[i], inputs[i].shape[-1]
+                raise error(
+                    "A513", f"input `{decl.name}` has entries of {numbers} numbers; D = {q.shape[3]} and Dv = {v_dim} "
+                    f"need {size}", decl.span, help="hand in keys and values apart",
+                )  # fmt: skip
     for i in all_view_places(program):
         if inputs[i].dtype != q.dtype:
             have, want = (str(x.dtype).removeprefix("torch.") for x in (inputs[i], q))

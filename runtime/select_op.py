@@ -21,7 +21,15 @@ from attndsl.members import Lags, Placed, Runs, Tiles
 from attndsl.plans import of_selection, own_program, plan_heads, plan_input, plans_read
 from attndsl.program import CallShape, InputDecl, Program
 from attndsl.properties import classes_rows_before
-from attndsl.runtime.call import broadcasts, call_shape, check_inputs, check_rows, check_tables, without_values
+from attndsl.runtime.call import (
+    broadcasts,
+    call_shape,
+    check_inputs,
+    check_rows,
+    check_tables,
+    of_values,
+    without_values,
+)
 from attndsl.runtime.decode import DecodeTensors
 from attndsl.runtime.document_strips import DocumentSelector
 from attndsl.runtime.ops import traced
@@ -328,6 +336,7 @@ def _select_ragged(
         program = engine_of(key).program
         selection = program.selection(name)
         seen = of_selection(program, selection)
+        shape = of_values(seen, shape, inputs)
         check_tables(seen, shape)
         check_inputs(seen, shape, inputs, q.device)
         if len(_KEPT_RAGGED) >= MAX_KEPT:
