@@ -5,7 +5,8 @@
 Its value is a float [B, H, R, M]: for each head, each class of the call's rows and each member of the keys, the sum or
 the largest of the branch's probabilities exp(logit - lse) of their pairs, 0 where there are none. A key that is an
 entry of a view gives each member the share of its present tokens inside it. In a packed call members are those of a
-query's document; of all rows, those of all documents, one after the other, with room for as many as there are tokens.
+row's document; of all rows, those of all documents. These, and blocks of rows, lie one document after the other, with
+room for as many as there are tokens.
 """
 
 from __future__ import annotations

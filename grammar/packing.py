@@ -96,12 +96,6 @@ def check_packing(program: Program, node: ast.Attention, ctx: Context) -> bool:
 
 
 def _barred(program: Program, packed: bool) -> Iterator[_Barred]:
-    for each in program.observations:
-        if packed and each.rows not in (1, None):
-            why = "which rows of a document share one would follow from data: observe each query, or all"
-            yield _Barred("`observe` for blocks of rows", why, each.span)
-        if packed and each.rows == 1 and len(program.named(each.branch).parts) > 1:
-            yield _Barred("such an `observe`", "for each query of one part: its branch has several", each.span)
     for branch in program.branches:
         if branch.skip is not None and packed:
             yield _Barred("`skip below`", _TOGETHER)

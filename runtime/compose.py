@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attndsl.branches import Attended, Given, Pick, Queries, Within, combined
+from attndsl.branches import Attended, Given, Pick, Queries, View, Within, combined
 from attndsl.compose import Composition, Pooling
 from attndsl.derivation import DocumentBlocks, DocumentEnds
 from attndsl.diagnostics import error
@@ -139,10 +139,14 @@ class Composed:
         assert lse is not None, "what is observed has an lse"
         key, part = self._part(each.branch)
         own = [self._input(decl) for decl in part.inputs]
-        if self._program.packed is not None and each.rows == 1:
-            keys, lse = self.state(each.branch)
-            call = (self.queries(each.branch), keys, lse, own, self.args, self.scale)
-            return observed_shares(key, *call, each.keys, self.k.shape[2], each.largest)
+        if self._program.packed is not None and each.rows is not None:
+            found: Tensor | None = None
+            for i, of_part in enumerate(part.branches[0].parts):
+                call = (self.queries(each.branch), self._keys(of_part.view), lse, own, self.args, self.scale)
+                made = observed_shares(key, *call, each.keys, self.k.shape[2], each.rows, i, each.largest)
+                found = made if found is None else torch.maximum(found, made) if each.largest else found + made
+            assert found is not None
+            return found
         wanted = Cells(each.rows, each.keys, each.largest)
         return observe(
             key, self.queries(each.branch), self.k, self.v, lse, own, self.args, self.scale, self.backend, wanted
@@ -152,12 +156,15 @@ class Composed:
         """The keys that a branch of one part attended to, and its lse."""
         _, lse = self.attended(name)
         assert lse is not None
-        view = self._part(name)[1].branches[0].parts[0].view
+        return self._keys(self._part(name)[1].branches[0].parts[0].view), lse
+
+    def _keys(self, view: View | None) -> Tensor:
+        """The keys of a part."""
         if view is None:
-            return self.k, lse
+            return self.k
         assert isinstance(view, Given)
         keys = self._made[view.keys] if view.keys in self._made else self.inputs[view.keys]
-        return keys.expand(*self.k.shape[:2], -1, -1), lse
+        return keys.expand(*self.k.shape[:2], -1, -1)
 
     def queries(self, name: str) -> Tensor:
         """The queries of a branch: the call's, or what it pools of them."""

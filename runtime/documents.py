@@ -15,7 +15,7 @@ from torch import Tensor
 from attndsl.branches import View
 from attndsl.program import CallShape, Program
 from attndsl.runtime.masses import shares_of_documents
-from attndsl.runtime.runs import document_entries, runs_of
+from attndsl.runtime.runs import document_blocks, document_entries, runs_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,16 @@ class Members:
         )
         start = torch.arange(-(-self.k_len // member), device=masses.device).view(1, 1, 1, -1) * member
         return shares_of_documents(masses, begins, end - first, start, self.size, self.stride, member, largest)
+
+    def classes(self, rows: int, first: int, count: int) -> Tensor:
+        """The class of each of `count` rows from position `first` on, classes of so many rows of all documents one
+        document after the other: int64 [batch or 1, rows]; as many as there are tokens of a row before them."""
+        position = torch.arange(first, first + count, device=self.ids.device)
+        at = position.clamp(0, max(0, self.k_len - 1))
+        if not self.k_len:
+            return at.expand(self.ids.shape[0], -1)
+        of = document_blocks(self.ids, rows)[:, at] + (at - self.first[:, at]) // rows
+        return torch.where(position >= 0, of, self.k_len)
 
     def of_all(self, masses: Tensor, member: int, largest: bool) -> Tensor:
         """Masses [B, H, 1, entries] as those of the members of all documents: float [B, H, 1, tokens]."""

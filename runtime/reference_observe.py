@@ -32,20 +32,30 @@ def observed(
             parts = probabilities(program, branch, q, k, inputs, args, scale, v.shape[3])
             found[each.name] = by_class(parts, views, each, program, k.shape[2])
             continue
-        # Of one document after the other; of padded sequences those of the call, where they begin.
-        packed, at_member = program.packed is not None and each.rows is None, 0
-        members = k.shape[2] if packed else -(-k.shape[2] // each.keys)
-        whole = q.new_zeros(*q.shape[:2], 1 if packed else q.shape[2], members, dtype=torch.float64)
+        # Of one document after the other, as many as there may be; of padded sequences those of the call, where they
+        # begin. A query has the members of its document.
+        packed, at_member, k_len = program.packed is not None, 0, k.shape[2]
+        classes = {None: 1, 1: q.shape[2]}.get(each.rows, k_len) if packed else q.shape[2]
+        members = k_len if packed and each.rows is None else -(-k_len // each.keys)
+        whole = q.new_zeros(*q.shape[:2], classes, members, dtype=torch.float64)
         for x in sequences(program, shape, exact):
             at, own = slice(x.entry, x.entry + 1), x.inputs(program, inputs)
-            call = q[at, :, x.rows], k[at, :, x.keys], own, args, scale, v.shape[3]
-            part = _of_parts(probabilities(together(program), branch, *call), views, each, x.keys.stop - x.keys.start)
-            if not packed:
+            call, tokens = (
+                (q[at, :, x.rows], k[at, :, x.keys], own, args, scale, v.shape[3]),
+                x.keys.stop - x.keys.start,
+            )
+            part = _of_parts(probabilities(together(program), branch, *call), views, each, tokens)
+            if not packed or each.rows == 1:
                 whole[at, :, x.rows, : part.shape[3]] = part
                 continue
+            if not tokens:
+                continue
+            part = _by_row(part, each, program, tokens)
+            if each.rows is not None:
+                whole[at, :, x.blocks(each.rows), : part.shape[3]] = part
+                continue
             at_member = 0 if not x.before else at_member
-            of_rows = part.amax(2) if each.largest and part.shape[2] else part.sum(2)
-            whole[at, :, 0, at_member : at_member + part.shape[3]] = of_rows
+            whole[at, :, :, at_member : at_member + part.shape[3]] = part
             at_member += part.shape[3]
         found[each.name] = whole if packed else _by_row(whole, each, program, k.shape[2])
     return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from attndsl.program import CallShape, Program
 from attndsl.runtime.call import present_lengths
 from attndsl.runtime.derive import Deriver
 from attndsl.runtime.derive_ragged import RaggedDeriver
+from attndsl.runtime.document_blocks import BlockSums
 from attndsl.runtime.documents import Members, members_of
 from attndsl.runtime.engine import MAX_PREPARED
 from attndsl.runtime.lasting import table_tensor
@@ -46,7 +47,7 @@ _CALL = (
 )
 _LIBRARY.define(f"shares({_CALL}) -> Tensor")
 _LIBRARY.define(f"shares_ragged({_CALL}, Tensor seq_lens) -> Tensor")
-_LIBRARY.define(f"shares_observed({_CALL}, bool largest) -> Tensor")
+_LIBRARY.define(f"shares_observed({_CALL}, int rows, int part, bool largest) -> Tensor")
 _LIBRARY.define(f"shares_backward(Tensor gradient, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor[])")
 _KEPT: dict[Any, _Kind] = {}
 # Where kernels run.
@@ -86,12 +87,14 @@ def ragged_shares(
 
 def observed_shares(
     key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
-    scale: float | None, member: int, k_len: int, largest: bool,
+    scale: float | None, member: int, k_len: int, rows: int, part: int, largest: bool,
 ) -> Tensor:  # fmt: skip
-    """As `member_shares` of a packed call, or the largest probability of each member; without a gradient."""
+    """As `member_shares` of a packed call, of one of the branch's parts, which has these keys, or the largest
+    probability of each member; without a gradient. rows: those of a class; more than 1: [B, Hq, tokens, members], a
+    class for each so many rows of each document, one document after the other."""
     q, keys, lse, *inputs = (x.detach() for x in (q, keys, lse, *inputs))
     make = torch.ops.attndsl.shares_observed if traced((q, keys, *inputs)) else _shares_observed
-    found: Tensor = make(key, q, keys, lse, inputs, [*args], scale, member, k_len, largest)
+    found: Tensor = make(key, q, keys, lse, inputs, [*args], scale, member, k_len, rows, part, largest)
     return found
 
 
@@ -104,13 +107,15 @@ class _Kind:
     device: torch.device
     given: Sequence[Tensor]
     ragged: bool
+    part: int = 0
     mass: BranchMass = field(init=False)
     deriver: Deriver = field(init=False)
     tables: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         """Raises `PatternError` (A577) for what would look at too many pairs."""
-        shape, branch = self.shape, self.program.only
+        shape, whole = self.shape, self.program.only
+        branch = replace(whole, parts=(whole.parts[self.part],))
         self.mass = mass_of(self.program, branch, (shape.heads, shape.kv_heads), self.ragged)
         pairs = shape.batch * shape.heads * shape.rows * self.mass.keys(shape.k_len)
         if pairs > MAX_PAIRS:
@@ -151,7 +156,7 @@ class _Call:
         if scale is None and own is not None:
             factor = values.number(own)
         present = present_lengths(kind.program, kind.shape, inputs)
-        (part,) = kind.program.only.parts
+        (part,) = kind.mass.branch.parts
         documents = members_of(kind.program, part.view, kind.shape, inputs, present)
         return cls(kind, keys, values, factor, member, lengths, present, documents)
 
@@ -196,16 +201,18 @@ class _Call:
         return given_to_members(masses, mass.size, mass.stride, self.member, shape.k_len, False, there)
 
 
-def _kind(key: str, q: Tensor, keys: Tensor, inputs: Sequence[Tensor], k_len: int, ragged: bool = False) -> _Kind:
+def _kind(
+    key: str, q: Tensor, keys: Tensor, inputs: Sequence[Tensor], k_len: int, ragged: bool = False, part: int = 0
+) -> _Kind:
     given = tuple((x.shape, x.dtype) for x in inputs)
-    kind = (key, q.shape, q.dtype, q.device, keys.shape, given, k_len, ragged)
+    kind = (key, q.shape, q.dtype, q.device, keys.shape, given, k_len, ragged, part)
     if kind not in _KEPT:
         if len(_KEPT) >= MAX_PREPARED:
             _KEPT.clear()
         batch, heads, rows, dim = q.shape
         shape = CallShape(batch, heads, keys.shape[1], rows, k_len, dim, dim)
         like = [torch.empty_like(x, device="meta") for x in inputs]
-        _KEPT[kind] = _Kind(engine_of(key).program, shape, q.device, like, ragged)
+        _KEPT[kind] = _Kind(engine_of(key).program, shape, q.device, like, ragged, part)
     return _KEPT[kind]
 
 
@@ -232,14 +239,25 @@ def _shares(
 
 def _shares_observed(
     key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
-    scale: float | None, member: int, k_len: int, largest: bool,
+    scale: float | None, member: int, k_len: int, rows: int, part: int, largest: bool,
 ) -> Tensor:  # fmt: skip
-    found = _fake(key, q, keys, lse, inputs, args, scale, member, k_len)
     with torch.no_grad():
-        call = _Call.of(_kind(key, q, keys, inputs, k_len), keys.to(_real(q)), inputs, args, scale, member)
-        for rows in call.strips():
-            found[:, :, rows] = call.shares(q[:, :, rows], lse[:, :, rows], rows, largest)
-    return found
+        kind = _kind(key, q, keys, inputs, k_len, part=part)
+        call = _Call.of(kind, keys.to(_real(q)), inputs, args, scale, member)
+        strips = ((at, call.shares(q[:, :, at], lse[:, :, at], at, largest)) for at in call.strips())
+        if rows == 1:
+            found = _fake(key, q, keys, lse, inputs, args, scale, member, k_len)
+            for at, masses in strips:
+                found[:, :, at] = masses
+            return found
+        assert call.documents is not None, "of other calls kernels observe classes"
+        classes = call.documents.classes(rows, kind.shape.first_position(kind.program), q.shape[2])
+        sums = BlockSums(k_len, rows, largest)
+        for at, masses in strips:
+            sums.add(masses, classes[:, at].expand(q.shape[0], -1))
+        return sums.found if q.shape[2] else _observed_fake(
+            key, q, keys, lse, inputs, args, scale, member, k_len, rows, part, largest
+        ).zero_()  # fmt: skip
 
 
 def _by_kernel(kind: _Kind, q: Tensor, member: int) -> bool:
@@ -321,9 +339,10 @@ def _ragged_fake(
 
 def _observed_fake(
     key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
-    scale: float | None, member: int, k_len: int, largest: bool,
+    scale: float | None, member: int, k_len: int, rows: int, part: int, largest: bool,
 ) -> Tensor:  # fmt: skip
-    return _fake(key, q, keys, lse, inputs, args, scale, member, k_len)
+    found = _fake(key, q, keys, lse, inputs, args, scale, member, k_len)
+    return found if rows == 1 else found.new_empty(*q.shape[:2], k_len, found.shape[3])
 
 
 def _backward_fake(

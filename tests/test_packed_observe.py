@@ -1,4 +1,4 @@
-"""What is observed of packed calls: of each query its own document's members, of all those of all documents in turn."""
+"""What is observed of packed calls: of rows their own document's members, of all rows those of all documents."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import pytest
 import torch
 
 import attndsl
-from attndsl.diagnostics import PatternError
-from attndsl.grammar import load
 from tests.gradients import TOLERANCE
 
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "ignore::attndsl.PatternWarning")
@@ -21,6 +19,7 @@ PARTS = "causal & window(9), causal over pool(sum, 4)"
 VIEWS = ["causal", "causal over pool(mean, 4)", "all over pool(max, 5, 3)", PARTS]
 WANTED = ["sum, head, tokens", "max, head, tokens", "sum, head, blocks(16)", "max, head, blocks(8)"]
 OF_QUERIES = ["sum, query, blocks(16)", "max, query, blocks(8)"]
+OF_BLOCKS = ["sum, rows(8), tokens", "max, rows(16), blocks(8)"]
 
 
 def compiled(view: str, wanted: str, clause: str = "packed doc") -> attndsl.Attention:
@@ -42,7 +41,7 @@ def judge(attn: attndsl.Attention, rows: int, dtype: torch.dtype, backend: str, 
     torch.testing.assert_close(found["m"].double(), expected["m"], atol=rows * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize(("view", "wanted"), [*product(VIEWS, WANTED), *product(VIEWS[:3], OF_QUERIES)])
+@pytest.mark.parametrize(("view", "wanted"), [*product(VIEWS, [*WANTED, *OF_QUERIES, *OF_BLOCKS])])
 def test_on_the_cpu(view: str, wanted: str) -> None:
     attn = compiled(view, wanted)
     for rows, tokens in ((48, 48), (19, 48), (1, 1)):
@@ -71,8 +70,24 @@ def test_of_all_rows_documents_follow_one_another() -> None:
     assert found.shape == (1, 2, 1, 48) and not found[..., at:].any()
 
 
+def test_classes_of_documents_follow_one_another() -> None:
+    """Each row class with the members of its document, as this gives them alone."""
+    text = "x = attend causal & window(9), causal over pool(mean, 4)\n observe m = probs(x, sum, rows(8), blocks(4))"
+    attn = attndsl.compile(f"attention a {{ input doc : int[b, k]\n packed doc\n {text}\n output x }}")
+    alone = attndsl.compile(f"attention a {{ {text}\n output x }}")
+    q, k, v = (torch.randn(1, 2, 48, 16) for _ in range(3))
+    found, at = attn(q, k, v, doc=DOC[:1], return_observed=True)[1]["m"], 0
+    for low, end in ((0, 20), (20, 23), (23, 32), (32, 33), (33, 34), (34, 48)):
+        _, own = alone(*(x[:, :, low:end] for x in (q, k, v)), return_observed=True)
+        classes, members = own["m"].shape[2:]
+        torch.testing.assert_close(found[:, :, at : at + classes, :members], own["m"])
+        assert not found[:, :, at : at + classes, members:].any()
+        at += classes
+    assert found.shape == (1, 2, 48, 12) and not found[:, :, at:].any()
+
+
 def test_in_a_compiled_graph() -> None:
-    for wanted in (WANTED[2], OF_QUERIES[1]):
+    for wanted in (WANTED[2], OF_QUERIES[1], OF_BLOCKS[0]):
         attn = compiled(VIEWS[1], wanted)
         q, k, v = (torch.randn(2, 2, 48, 16) for _ in range(3))
 
@@ -80,13 +95,3 @@ def test_in_a_compiled_graph() -> None:
             return attn(q, k, v, doc=DOC, return_observed=True)[1]["m"]
 
         torch.testing.assert_close(torch.compile(run, backend="aot_eager", fullgraph=True)(), run())
-
-
-@pytest.mark.parametrize(("clauses", "named"), [
-    ("x = attend causal\n observe m = probs(x, max, rows(16), blocks(16))", "`observe` for blocks of rows"),
-    (f"x = attend {PARTS}\n observe m = probs(x, sum, query, blocks(16))", "such an `observe`"),
-])  # fmt: skip
-def test_what_is_refused(clauses: str, named: str) -> None:
-    with pytest.raises(PatternError, match="A907") as caught:
-        load(f"attention a {{ input doc : int[b, k]\n packed doc\n {clauses}\n output x }}")
-    assert f"around {named} is" in str(caught.value)
