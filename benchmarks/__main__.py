@@ -16,11 +16,14 @@ from benchmarks.decode import CONTENDERS, DecodeSizes, run_decode
 from benchmarks.memory import run_growth, run_memory
 from benchmarks.overhead import run_overhead
 from benchmarks.planning import run_planning
+from benchmarks.published import SYSTEMS
 from benchmarks.quest import run_quest
 from benchmarks.report import Report, heading, render, timing_table
 from benchmarks.routed import run_routed, systems
 from benchmarks.rows import CPU_ROWS, GPU_ROWS, Sizes, select
 from benchmarks.serving import run_serving
+from benchmarks.systems import run_systems
+from benchmarks.systems import warm as warm_systems
 from benchmarks.tables import run_table
 from benchmarks.warm import warm
 
@@ -41,13 +44,14 @@ def parser() -> argparse.ArgumentParser:
             "quest",
             "serving",
             "routed",
+            "systems",
             "cpu",
             "overhead",
             "compile",
             "planning",
         ),
     )
-    top.add_argument("--rows", help="comma-separated rows of benchmarks/rows.py; planning: examples")
+    top.add_argument("--rows", help="comma-separated rows of benchmarks/rows.py; planning, systems: examples")
     top.add_argument("--peers", help="comma-separated peers; `none` for ours alone")
     top.add_argument("--batch", type=int, default=1)
     top.add_argument("--heads", type=int)
@@ -157,6 +161,22 @@ def decode(options: argparse.Namespace, command: str) -> int:
     return 0
 
 
+def published(options: argparse.Namespace, command: str) -> int:
+    """Row by row, so that what a run has found is there when it is cut short."""
+    n, dim, dtype = options.n or 16384, options.dim or 128, DTYPES[options.dtype or "bf16"]
+    asked = options.rows.split(",") if options.rows else [system.name for system in SYSTEMS]
+    which = [system for system in SYSTEMS if system.name in asked]
+    for failure in warm_systems(which, n, dim, dtype, options.workers) if options.workers else ():
+        print(failure, file=sys.stderr)
+    setting = (
+        f"B=1 N={n} D={dim} {options.dtype or 'bf16'}; milliseconds (dense: the faster of SDPA's, its time over ours)"
+    )
+    print(f"{heading(Report(command, setting))}\n", flush=True)
+    for row in run_systems(n, dim, dtype, torch.device("cuda"), which):
+        print(" | ".join(row), flush=True)
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser().parse_args(given)
@@ -164,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         peers.add_site(options.site)
     command = "python -m benchmarks " + shlex.join(given)
     if (
-        options.command in ("forward", "backward", "memory", "growth", "decode", "quest", "serving", "routed")
+        options.command
+        in ("forward", "backward", "memory", "growth", "decode", "quest", "serving", "routed", "systems")
         and not torch.cuda.is_available()
     ):
         print("this table needs a GPU; `python -m benchmarks cpu` does not", file=sys.stderr)
@@ -183,6 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             table = list(run_routed(n, dim, dtype, device, options.peers != "none", systems()))
             setting = f"B=1 D={dim} {dtype}, choice included; milliseconds (dense: SDPA flash, its time over ours)"
             print(f"{heading(Report(command, setting))}\n\n{render(table, options.md)}")
+        case "systems":
+            return published(options, command)
         case "planning":
             table = list(run_planning(options.rows.split(",") if options.rows else None))
             setting = "processor time, one core, sm_90, portable"
