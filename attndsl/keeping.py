@@ -69,12 +69,9 @@ def kept_beside(program: Program, composition: Composition, chosen: Container[st
     if program.packed is not None and program.selections:
         what = f"what decode needs of members of documents of `{program.packed}` is not yet kept"
         raise error("A911", what, program.span, help="call it on the last rows")
-    views = (
-        Kept(pooling.name, Pool(pool.function.value), pool.size, pool.stride, True, False)
-        for pooling in composition.pools
-        # Of listed tokens nothing is kept: they are few, and each step gathers them.
-        if isinstance(pool := pooling.pool, PooledView)
-    )
+    # Of listed tokens nothing is kept: they are few, and each step gathers them.
+    pools = [(pooling.name, pooling.pool) for pooling in composition.pools if isinstance(pooling.pool, PooledView)]
+    views = [Kept(name, Pool(pool.function.value), pool.size, pool.stride, True, False) for name, pool in pools]
     members = (of_members(x, v) for x in program.selections if x.name not in chosen for v in vectors_of(x))
     return tuple(dict.fromkeys((*views, *(x for x in members if x is not None))))
 

@@ -22,6 +22,7 @@ from attndsl.plans import own_program
 from attndsl.program import Axis, CallShape, Dim, InputDecl, On, Permuted, Program, Type, nodes
 from attndsl.runtime.call import device_target, dim_size
 from attndsl.runtime.engine import BACKENDS
+from attndsl.runtime.entries import all_view_places
 from attndsl.runtime.reference import reference
 from attndsl.runtime.select_op import as_input
 from attndsl.skipping import TILE
@@ -181,6 +182,10 @@ def example_call(
     k, v = (normal(shape.kv_heads, shape.k_len, dim) for dim in (shape.dim, shape.v_dim))
     declared = own_program(program).inputs
     inputs = {decl.name: _example(decl, program, shape, generator).to(device) for decl in declared}
+    for i in all_view_places(program):
+        # Entries that a call gives are of its dtype, those that it makes no inputs of its own.
+        if (name := program.inputs[i].name) in inputs:
+            inputs[name] = inputs[name].to(dtype)
     return q, k, v, inputs
 
 

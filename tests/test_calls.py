@@ -14,6 +14,7 @@ from torch import Tensor
 import attndsl
 from attndsl.api import load_attention
 from attndsl.diagnostics import PatternError
+from tests.gpu import interprets
 
 
 def qkv(
@@ -143,6 +144,7 @@ def test_backend() -> None:
     refused("A509", "there is no backend 'cuda'", lambda: CAUSAL(*qkv(), backend="cuda"))
 
 
+@interprets
 def test_triton_dtypes() -> None:
     refused("A508", "float64 runs on the CPU backend only", lambda: CAUSAL(*qkv(dtype=torch.float64), backend="triton"))
 

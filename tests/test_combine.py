@@ -16,6 +16,7 @@ import attndsl
 from attndsl.branches import Merged, combined
 from attndsl.program import CallShape
 from attndsl.runtime.combine_op import combined_by_kernel
+from tests.gpu import interprets
 from tests.offline import Job, compile_all
 
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "ignore::attndsl.PatternWarning")
@@ -203,6 +204,7 @@ def drawn(
     return outs, lses, inputs
 
 
+@interprets
 @settings(max_examples=25)
 @given(outputs, shapes, st.integers(0, 99), st.booleans(), st.booleans())
 def test_the_kernels_are_the_expression(
@@ -265,6 +267,7 @@ def test_compiled_kernels_keep_what_they_read_in_registers() -> None:
         assert found.spills == 0, (job, found)
 
 
+@interprets
 def test_in_a_compiled_graph() -> None:
     attn = attndsl.compile(PROGRAM.format("gate[0] * merge(a, c) + gate[1] * c"))
 
@@ -285,6 +288,7 @@ def test_in_a_compiled_graph() -> None:
             torch.testing.assert_close(x, y)
 
 
+@interprets
 def test_what_requires_a_gradient_is_declared_learnable() -> None:
     attn = attndsl.compile(PROGRAM.format("fixed * a"))
     outs, lses, inputs = drawn(shape := CallShape(1, 1, 1, 3, 3, 16, 16), 0, False)

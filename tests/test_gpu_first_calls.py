@@ -95,6 +95,8 @@ def test_a_training_step_is_captured_from_the_first_call(name: str) -> None:
 def test_torch_compile_records_a_program_that_was_never_called(name: str) -> None:
     text, params, make = CASES[name]
     attn, given, inputs = attndsl.compile(text, **params), leaves(), make()
+    # One function of the tests, of which it compiles so many kinds of call.
+    torch._dynamo.reset()
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor = attn(q, k, v, **inputs)

@@ -16,10 +16,12 @@ from attndsl.runtime.gluon_backward import ROUND, ROWS, rows_parameters
 from attndsl.runtime.triton_backward import row_stride
 from attndsl.runtime.triton_launch import prepare
 from attndsl.targets import make_spec
+from tests.gpu import interprets
 
 BATCH, HEADS, KV_HEADS = 2, 3, 1
 
 
+@interprets
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("rows", [1, 65, 130])
 @pytest.mark.parametrize("inside", [False, True], ids=["heads outside tokens", "heads inside tokens"])

@@ -18,6 +18,7 @@ from attndsl.codegen.triton_select import select_source
 from attndsl.program import CallShape
 from attndsl.runtime.select import Selector
 from tests import routing_rules as rules
+from tests.gpu import interprets
 from tests.routing_rules import DIM, EXAMPLES, HEADS, KV_HEADS, SHARE, Chosen, call, noise
 from tests.test_select import program_of
 
@@ -314,7 +315,7 @@ def test_a_row_that_sees_nothing_is_0_and_its_lse_is_minus_infinity(backend: str
 # ------------------------------------------------------------------------------------------- ties
 
 
-@pytest.mark.parametrize("kernel", [None, select_source], ids=["strips", "kernel"])
+@pytest.mark.parametrize("kernel", [None, pytest.param(select_source, marks=interprets)], ids=["strips", "kernel"])
 def test_equals_go_to_the_lower_index(kernel: Any) -> None:
     """All scores equal, and scores in pairs of equals: as the oracle has it, in strips and by the fused kernel."""
     attn = attndsl.compile(EXAMPLES / "moba.attn", block=4, n=3)
