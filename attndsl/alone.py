@@ -51,10 +51,11 @@ class Alone:
                     cut = slice(self.entry, self.entry + 1)
                 elif size > 1 and dim.apart:
                     cut = self.blocks(dim.block)
-                elif size > 1 and dim.axis is Axis.K:
-                    cut = slice(self.keys.start // dim.block, -(-self.keys.stop // dim.block))
                 elif size > 1 and dim.axis is Axis.Q and dim.block == 1:
                     cut = self.rows
+                elif size > 1 and (dim.axis is Axis.K or (dim.axis is Axis.Q and not program.align_start)):
+                    each = max(1, dim.size)
+                    cut = slice(self.keys.start // dim.block * each, -(-self.keys.stop // dim.block) * each)
                 place.append(cut)
             found[decl.name] = x[tuple(place)]
         return found

@@ -52,7 +52,7 @@ from attndsl.entry_ends import Ends, first_of, token_read
 from attndsl.entry_maps import decided
 from attndsl.extents import extent_dims, of_extents
 from attndsl.linear import normalise
-from attndsl.member_numbers import has_member, number, read
+from attndsl.member_numbers import has_member, number, read, where_told
 from attndsl.members import Runs, extent
 from attndsl.program import (
     Axis,
@@ -104,7 +104,9 @@ def derive(program: Program, ragged: bool = False) -> Program:
         # Where sequences have ends of their own, so have their last extents.
         parts = tuple(replace(part, pattern=deriver.over(part)) for part in parts)
     many = program.only.queries is not None
-    parts = tuple(replace(part, pattern=deriver.set(part.pattern, _Context(everywhere=many))) for part in parts)
+    past = (part.view is not None and not part.view.told for part in parts)
+    at = (_Context(everywhere=many, past=x) for x in past)
+    parts = tuple(replace(part, pattern=deriver.set(part.pattern, x)) for part, x in zip(parts, at, strict=True))
     parts = tuple(deriver.of_told(deriver.mapped(part, not ragged and not apart)) for part in parts)
     if not deriver.found and not any(part.view is not None and part.view.told for part in program.only.parts):
         return program
@@ -192,10 +194,12 @@ def _permutations(pattern: Set) -> list[Permuted]:
 
 @dataclass(frozen=True, slots=True)
 class _Context:
-    """Where a set stands: coordinates are positions // unit; `everywhere`, it is read at rows beyond the call's."""
+    """Where a set stands: coordinates are positions // unit; `everywhere`, it is read at rows beyond the call's, and
+    `past`, at keys past the last token."""
 
     unit: int = 1
     everywhere: bool = False
+    past: bool = False
 
 
 @dataclass(slots=True)
@@ -328,12 +332,13 @@ class _Deriver:
             case Random():
                 return self._random(pattern, at)
             case Selected():
-                return self._selected(pattern)
+                return self._selected(pattern, at)
             case _:
                 assert_never(pattern)
 
-    def _selected(self, pattern: Selected) -> Set:
+    def _selected(self, pattern: Selected, at: _Context) -> Set:
         of = pattern.members
+        tokens = Var("Nk") if self.present is None else Call("clamp", (self.present, Const(0), Var("Nk")))
         keys, each = (pattern.keys, 1) if of is None else extent(of)
         dims = (*self.program.input(pattern.plan).dims[:-1], Dim(Axis.K, keys, 0 if each == 1 else each))
         derivation = Chosen(pattern.plan, keys, pattern.level, each, isinstance(of, Runs))
@@ -345,8 +350,11 @@ class _Deriver:
                 member = Binary("-", Var("k"), replace(read(of), input=self._offsets(of.input)))
             case _:
                 member = number(of, "k")
+        inside = None if of is None else has_member(of, tokens, at.past)
+        if of is not None and at.past:
+            member = where_told(of, member, tokens)
+            inside = None if inside is None else where_told(of, inside, tokens)
         chosen = Where(Read(decl.name, (*pattern.index, member), Type.BOOL), pattern.span)
-        inside = None if of is None else has_member(of)
         return chosen if inside is None else Inter((Where(inside), chosen), pattern.span)
 
     def _offsets(self, name: str) -> str:

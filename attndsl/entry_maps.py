@@ -80,7 +80,11 @@ def inside(e: Scalar, program: Program, present: Scalar | None) -> Scalar:
     def last(dim: Dim) -> Scalar:
         side = "k" if dim.axis is Axis.K else "q"
         token = Binary("-", ends[side], Const(1))
-        return token if dim.block == 1 else Binary("//", token, Const(dim.block))
+        block = token if dim.block == 1 else Binary("//", token, Const(dim.block))
+        if dim.size <= 1:
+            return block
+        # Of tiles, as many of a block.
+        return Binary("-", Binary("*", Binary("+", block, Const(1)), Const(dim.size)), Const(1))
 
     def step(x: Scalar) -> Scalar:
         if isinstance(x, Call) and x.function == "drawn":

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import assert_never
 
 from attndsl.coordinates import coordinate, on_grid
-from attndsl.members import Lags, Members, Placed, Runs, Tiles
-from attndsl.program import Binary, Compare, Const, Logic, Read, Scalar, Type, Var
+from attndsl.members import Lags, Members, Placed, Runs, Tiles, extent
+from attndsl.program import Binary, Call, Compare, Const, Logic, Read, Scalar, Type, Var, substitute
 from attndsl.selection import Selection
+
+_TOKENS = Var("Nk")
 
 
 def number(members: Tiles | Placed | Lags, x: str) -> Scalar:
@@ -38,20 +40,36 @@ def read(members: Placed | Runs, x: str = "k") -> Read:
     return Read(members.input, (*members.lead, Var(x)), Type.INT)
 
 
-def has_member(members: Members) -> Scalar | None:
-    """Whether the key of a pair is of a member; None where each is."""
+def has_member(members: Members, tokens: Scalar = _TOKENS, past: bool = False) -> Scalar | None:
+    """Whether the key of a pair, one of so many tokens, is of a member; None where each is.
+
+    past: keys past the last token are asked too, as extents reach there. Of tiles there are as many as tokens begin.
+    """
     match members:
         case Tiles(grid=grid):
-            return None if grid.everywhere else on_grid(grid, "k")
+            found = [] if grid.everywhere else [on_grid(grid, "k")]
+            if past:
+                size, _ = extent(members)
+                end = Binary("*", _quotient(Binary("+", tokens, Const(size - 1)), size), Const(size))
+                found.append(Compare("<", Var("k"), Binary("+", end, Const(grid.first))))
+            return None if not found else found[0] if len(found) == 1 else Logic("and", tuple(found))
         case Placed():
             place = read(members)
-            return Logic("and", (Compare(">=", place, Const(0)), Compare("<", place, Var("Nk"))))
+            return Logic("and", (Compare(">=", place, Const(0)), Compare("<", place, tokens)))
         case Lags():
             return Compare("<=", Var("k"), Var("q"))
         case Runs():
             return None
         case _:
             assert_never(members)
+
+
+def where_told(members: Members, e: Scalar, tokens: Scalar) -> Scalar:
+    """What says of a key which member it has, of one that may lie past the last token too: what an input says there is
+    what it says of the last, as an index is clamped."""
+    if not isinstance(members, Placed | Runs):
+        return e
+    return substitute(e, {"k": Call("min", (Var("k"), Binary("-", tokens, Const(1))))})
 
 
 def in_integer_sets(selection: Selection) -> tuple[str, str]:

@@ -434,6 +434,7 @@ class Evaluator:
             chosen = plan == e.level
         else:
             chosen = plan != 0 if plan.dtype == np.uint8 else listed(plan, members)
+        chosen = chosen[..., :members]  # Those of a padded call may be more than its sequence has.
         if 0 in chosen.shape:
             return np.zeros((1, 1, 1, 1), np.bool_)
         place = []

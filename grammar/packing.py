@@ -1,17 +1,15 @@
-"""`packed` and `lengths`: the inputs that they name, and what does not yet stand beside them."""
+"""`packed` and `lengths`: the inputs that they name, and what does not yet stand beside `packed`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import NoneType
 
 from attndsl import syntax as ast
 from attndsl.derivation import Random, Segment
 from attndsl.diagnostics import Span
 from attndsl.grammar.scope import Context, InputRef, Poison
 from attndsl.grammar.unsupported import Feature, unsupported
-from attndsl.members import Lags, Placed, Tiles
 from attndsl.program import (
     Axis,
     Choose,
@@ -29,7 +27,6 @@ from attndsl.program import (
     Union,
     Where,
 )  # fmt: skip
-from attndsl.selection import Probs
 
 _DIMS = {"packed": (Axis.B, Axis.K), "lengths": (Axis.B,)}
 _EXAMPLES = {"packed": "input doc : int[b, k]", "lengths": "input n : int[b]"}
@@ -71,7 +68,7 @@ def _fits(decl: InputDecl, word: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Barred:
-    """What does not stand beside a clause, why, and where it is written."""
+    """What does not stand beside `packed`, why, and where it is written."""
 
     what: str
     why: str
@@ -83,52 +80,32 @@ _TOGETHER = "tiles and classes of rows hold tokens of several sequences"
 
 
 def check_packing(program: Program, node: ast.Attention, ctx: Context) -> bool:
-    """Whether everything in a program may stand beside its clauses; what may not was reported."""
+    """Whether everything in a program may stand beside `packed`, if it is; what may not was reported."""
     for clause in node.clauses:
-        if isinstance(clause, ast.Packed | ast.Lengths):
-            packed = isinstance(clause, ast.Packed)
-            found = next(_barred(program, packed), None)
-            if found is not None:
-                feature = Feature.PACKED if packed else Feature.LENGTHS
-                unsupported(feature, found.span or clause.span, ctx, found.what, found.why)
-                return False
+        if isinstance(clause, ast.Packed) and (found := next(_barred(program), None)) is not None:
+            unsupported(Feature.PACKED, found.span or clause.span, ctx, found.what, found.why)
+            return False
     return True
 
 
-def _barred(program: Program, packed: bool) -> Iterator[_Barred]:
+def _barred(program: Program) -> Iterator[_Barred]:
     for branch in program.branches:
-        if branch.skip is not None and packed:
+        if branch.skip is not None:
             yield _Barred("`skip below`", _TOGETHER)
-        if branch.queries is not None and packed:
+        if branch.queries is not None:
             yield _Barred("pooled queries", _TOGETHER)
     for part in (part for branch in program.branches for part in branch.parts):
-        if packed and part.view is not None and part.view.told:
+        if part.view is not None and part.view.told:
             yield _Barred("such a view", "data says which tokens its entries are of", part.span)
     for chosen in program.selections:
-        if packed and (chosen.members is not None or chosen.row_tiles is not None):
+        if chosen.members is not None or chosen.row_tiles is not None:
             yield _Barred("a selection of members that are no blocks", _TOGETHER, chosen.span)
-        if not packed and isinstance(chosen.members, Placed):
-            why = "which of them the tokens that are present would have is not said"
-            yield _Barred("a selection of placed blocks", why, chosen.span)
-        if not packed and not isinstance(chosen.members, Lags | NoneType) and isinstance(chosen.score, Probs):
-            why = "which part of an entry is present is asked of blocks alone"
-            if any(part.view is not None for part in program.named(chosen.score.branch).parts):
-                yield _Barred("such a selection", why, chosen.span)
-        if (
-            not packed
-            and isinstance(chosen.members, Tiles)
-            and any(
-                part.view is not None and not part.view.told for branch in program.branches for part in branch.parts
-            )
-        ):
-            yield _Barred("a selection of tiles beside pooled views", "what of an entry is no tile's", chosen.span)
-        if packed and chosen.together:
+        if chosen.together:
             yield _Barred("such a selection", "members of all rows of several documents would compete", chosen.span)
-    if packed:
-        sets = [part.pattern for branch in program.branches for part in branch.parts]
-        sets += [x for each in program.selections for x in (each.among, each.always) if x is not None]
-        for pattern in sets:
-            yield from _placed(pattern)
+    sets = [part.pattern for branch in program.branches for part in branch.parts]
+    sets += [x for each in program.selections for x in (each.among, each.always) if x is not None]
+    for pattern in sets:
+        yield from _placed(pattern)
 
 
 def _placed(pattern: Set, placed: bool = False) -> Iterator[_Barred]:

@@ -20,11 +20,6 @@ class Feature(Enum):
         "`packed` around {}",
         "write `causal & document(doc)`: positions then count from the start of the batch entry",
     )
-    LENGTHS = (
-        "A908",
-        "`lengths` around {}",
-        "write `{ q < n[b] and k < n[b] }`",
-    )
 
     @property
     def code(self) -> str:

@@ -6,6 +6,7 @@ running sums. Nothing is added atomically, and nothing waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,8 @@ class Groups:
         """values: the scalars of a call, which holds `count` members. present: int64 [B, 1, 1, 1], how many tokens are,
         where not all are: others are of no member."""
         keys = torch.arange(values.shape.k_len, device=values.device)
-        here = values.at(q=0, k=keys.view(1, 1, 1, -1), Nk=values.shape.k_len)
+        tokens = values.shape.k_len if present is None else present
+        here = values.at(q=0, k=keys.view(1, 1, 1, -1), Nk=tokens)
         if isinstance(members, Runs):
             ids = here.tensor(read(members))
             begins = pad(ids[..., 1:] != ids[..., :-1], (1, 0), value=True)
@@ -111,31 +113,34 @@ class Groups:
             found = found / count.unsqueeze(-1) if pool is Pool.MEAN else found
         return torch.where(count.unsqueeze(-1) > 0, found, torch.nan).to(x.dtype)
 
-    def counts(self, first: Tensor, size: int) -> Tensor:
-        """How many of the keys [first, first + size) each member has: int64 [B or 1, H or 1, n, members], for first
-        [n, 1]."""
+    def shares(self, first: Tensor, size: int, tokens: int | Tensor) -> Tensor:
+        """Which share of the keys [first, first + size) that are present each member has: float64 [B or 1, H or 1, n,
+        members], for first [n, 1]. tokens: how many keys are present, or of each batch entry, int64 [B, 1, 1, 1]."""
         members = torch.arange(self.ends.shape[-1] - 1, device=first.device)
         found = self.label.new_zeros(*self.label.shape[:2], first.numel(), members.numel())
-        outside = pad(self.label, (0, 1), value=members.numel())
-        for i in range(size):
-            of_keys = outside[..., (first.view(-1) + i).clamp(max=self.label.shape[-1])]
-            found += of_keys.unsqueeze(-1) == members
-        return found
+        for label in self._labels(first, size):
+            found += label.unsqueeze(-1) == members
+        end = (first + size).clamp(max=tokens) if isinstance(tokens, int) else torch.minimum(first + size, tokens)
+        return found.to(torch.float64) / (end - first).clamp(min=1)
 
-    def largest_share(self, x: Tensor, first: Tensor, size: int) -> Tensor:
-        """What is at least 0, [B, H, rows, n], of extents of `size` keys from `first` [n, 1] on: for each member the
-        largest of what they give it, each the share of its keys that the member has: [B, H, rows, members]."""
-        members, keys = self.ends.shape[-1] - 1, self.label.shape[-1]
-        present = (keys - first).clamp(1, size)
-        shares = pad(self.counts(first, size).to(x.dtype) / present, (0, 1))
-        outside = pad(self.label, (0, 1), value=members)
-        found = x.new_zeros(*x.shape[:-1], members + 1)
-        for i in range(size):
+    def largest_share(self, x: Tensor, first: Tensor, size: int, tokens: int | Tensor) -> Tensor:
+        """What is at least 0, [B, H, rows, n], of such extents: for each member the largest of what they give it, each
+        its share: [B, H, rows, members]."""
+        shares = pad(self.shares(first, size, tokens).to(x.dtype), (0, 1))
+        found = x.new_zeros(*x.shape[:-1], self.ends.shape[-1])
+        for label in self._labels(first, size):
             # Of a member that has several keys of an extent the same comes several times.
-            label = outside[..., (first.view(-1) + i).clamp(max=keys)]
-            given = x * shares.gather(-1, label.unsqueeze(-1)).squeeze(-1).unsqueeze(2)
+            of_keys = shares.expand(*torch.broadcast_shapes(shares.shape[:2], label.shape[:2]), -1, -1)
+            given = x * of_keys.gather(-1, label.unsqueeze(-1).expand(*of_keys.shape[:-1], 1)).squeeze(-1).unsqueeze(2)
             found = found.scatter_reduce(-1, label.unsqueeze(2).expand(x.shape), given, "amax")
         return found[..., :-1]
+
+    def _labels(self, first: Tensor, size: int) -> Iterator[Tensor]:
+        """The members of the first, the second, … key of each of these extents: int64 [B or 1, H or 1, n]."""
+        keys = self.label.shape[-1]
+        outside = pad(self.label, (0, 1), value=self.ends.shape[-1] - 1)
+        for i in range(min(size, keys)):
+            yield outside[..., (first.view(-1) + i).clamp(max=keys)]
 
     def _summed(self, x: Tensor) -> Tensor:
         lead = torch.broadcast_shapes(x.shape[:2], self.order.shape[:2])

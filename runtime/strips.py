@@ -349,10 +349,10 @@ class Strips:
             return whole.amax(4) if largest else whole.sum(4)
         if self.members is not None:
             first = torch.arange(masses.shape[3], device=self.device)[:, None] * mass.stride
+            tokens = self.shape.k_len if self.present is None else self.present
             if largest:
-                return self.members.largest_share(masses, first, mass.size)
-            end = (first + mass.size).clamp(max=self.shape.k_len)
-            given: Tensor = masses @ (self.members.counts(first, mass.size).to(self.real) / (end - first))
+                return self.members.largest_share(masses, first, mass.size, tokens)
+            given: Tensor = masses @ self.members.shares(first, mass.size, tokens).to(self.real)
             return given
         return shares(
             masses,

@@ -275,8 +275,6 @@ def check_output(text: str, n_tokens: int, **inputs: Any) -> None:
 
 
 @pytest.mark.parametrize(("clauses", "code", "named"), [
-    ("lengths n attend top(1, blocks(8) on permuted(doc), among = all, by = dot(Q, mean(K)))", "A908",
-     "a selection of placed blocks"),
     ("packed doc attend causal skip below 0.1", "A907", "`skip below`"),
     ("packed doc attend causal over pool(mean, 4) from pool(mean, 4)", "A907", "pooled queries"),
     ("packed doc attend causal over pool(mean, segments(doc))", "A907", "such a view"),
