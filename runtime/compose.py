@@ -97,7 +97,10 @@ class Composed:
         self.planner = Planner(program, key, q, k, given, args, scale, plans)
         self._selections = {selection.name for selection in program.selections}
         self._present = present_tokens(program, self.inputs, k.shape[0])
-        self._made = _entries(key, composition, k, v, views, backend, self._present, self.inputs)
+        _check_views(composition, views)
+        self._key, self._composition, self._views = key, composition, views
+        self._pools = {name: pooling for pooling in composition.pools for name in (pooling.keys, pooling.values)}
+        self._made: dict[str, Tensor] = {}
         programs = composition.programs if keys else (program,)
         names = [name for name, _ in composition.branches]
         self._parts = dict(zip(names, zip(keys or (key,), programs, strict=True), strict=True))
@@ -163,7 +166,7 @@ class Composed:
         if view is None:
             return self.k
         assert isinstance(view, Given)
-        keys = self._made[view.keys] if view.keys in self._made else self.inputs[view.keys]
+        keys = self._entries(view.keys) if view.keys in self._pools else self.inputs[view.keys]
         return keys.expand(*self.k.shape[:2], -1, -1)
 
     def queries(self, name: str) -> Tensor:
@@ -185,7 +188,17 @@ class Composed:
     def _input(self, decl: InputDecl) -> Tensor:
         if decl.name in self._selections:
             return self.planner.input(decl.name, self)
-        return self._made[decl.name] if decl.name in self._made else self.inputs[decl.name]
+        return self._entries(decl.name) if decl.name in self._pools else self.inputs[decl.name]
+
+    def _entries(self, name: str) -> Tensor:
+        """Keys or values of a pooled view, by the input that holds them: handed in, or made when first asked for, since
+        a plan may need neither."""
+        if name not in self._made:
+            pooling, call = self._pools[name], (self.k, self.v, self.inputs, self.backend, self._present)
+            made = self._views[pooling.name] if self._views is not None else None
+            keys, values = made or _made(self._key, self._composition, pooling, *call)
+            self._made[pooling.keys], self._made[pooling.values] = keys, values
+        return self._made[name]
 
 
 def attend_composed(
@@ -252,18 +265,8 @@ def with_plans(
     return [*given, *(call.planner.input(decl.name, call) for decl in program.inputs[len(given) :])]
 
 
-def _entries(
-    key: str, composition: Composition, k: Tensor, v: Tensor, views: Views | None, backend: str,
-    present: Tensor | None, inputs: Mapping[str, Tensor],
-) -> dict[str, Tensor]:  # fmt: skip
-    """The tensors of pooled views by the inputs that hold them: those handed in, or made here."""
+def _check_views(composition: Composition, views: Views | None) -> None:
+    """Raises `PatternError` (A565) where what is handed in is not the program's views."""
     if views is not None and set(views) != set(composition.names):
         names = ", ".join(f"`{name}`" for name in composition.names) or "none"
         raise error("A565", f"the views of this attention are {names}", help="pass what `attn.views(k, v)` returns")
-    found: dict[str, Tensor] = {}
-    for pooling in composition.pools:
-        made = views[pooling.name] if views is not None else _made(
-            key, composition, pooling, k, v, inputs, backend, present
-        )  # fmt: skip
-        found[pooling.keys], found[pooling.values] = made
-    return found

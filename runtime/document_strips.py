@@ -347,7 +347,7 @@ class _OfKind:
         score = self.selection.score
         assert isinstance(score, Dot | Bound) and score.x.pool is not None
         groups = Groups.labelled(self.number.unsqueeze(1), self.classes.room)
-        return groups.pooled(self.call.q.to(self.call.real), score.x.pool)
+        return groups.pooled(self.call.q.to(self.call.real), score.x.pool, self.of.key)
 
     def _dots(self, x: Tensor, of: BlockVectors, begin: Tensor) -> Tensor:
         """Rows [B, H or 1, n, D], of the documents of tokens [B, n], times the vectors of these' blocks: [B, H, n,

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from attndsl.branches import Pool as ViewPool
+from attndsl.branches import PoolFunction
 from attndsl.member_numbers import has_member, number, read
 from attndsl.members import Members, Runs, Tiles
 from attndsl.runtime.masses import running_sums
+from attndsl.runtime.runs import Runs as TokenRuns
+from attndsl.runtime.runs import by_kernel, pooled_runs
 from attndsl.runtime.values import Values
 from attndsl.selection import Antidiagonal, Pool, Selection
 
@@ -89,8 +93,11 @@ class Groups:
         found = x.new_zeros(*x.shape[:-1], self.ends.shape[-1])
         return found.scatter_reduce(-1, label, x, "amax")[..., :-1]
 
-    def pooled(self, x: Tensor, pool: Pool) -> Tensor:
-        """Vectors [B, G, Nk, D] pooled over each member's keys: [B, G or H, members, D], NaN where it has none."""
+    def pooled(self, x: Tensor, pool: Pool, key: str = "", backend: str = "auto") -> Tensor:
+        """Vectors [B, G, Nk, D] pooled over each member's keys: [B, G or H, members, D], NaN where it has none.
+
+        key: a registered program, which has the kernel that pools on a GPU; backend: as in `runs.pooled_runs`.
+        """
         label, order, ends = (_of_heads(y, x.shape[1]) for y in (self.label, self.order, self.ends))
         if label.shape[1] > x.shape[1]:
             x = x.repeat_interleave(label.shape[1] // x.shape[1], 1)
@@ -101,6 +108,8 @@ class Groups:
             place = ends[:, :, :-1] if pool is Pool.FIRST else ends[:, :, 1:] - 1
             token = order.gather(2, place.clamp(0, max(0, order.shape[2] - 1))) if order.shape[2] else place
             found = x.gather(2, token.expand(wide)) if order.shape[2] else x.new_zeros(*token.shape[:3], x.shape[3])
+        elif key and by_kernel(x, backend) and x.dtype != torch.float64 and count.shape[2] <= x.shape[2]:
+            found = _pooled_runs(key, x.gather(2, order.expand(wide)), pool, ends.squeeze(-1), backend)
         elif pool in (Pool.MAX, Pool.MIN):
             least = x.new_full((*x.shape[:2], ends.shape[2], x.shape[3]), -torch.inf)
             signed = x if pool is Pool.MAX else -x
@@ -150,6 +159,18 @@ class Groups:
         until = running_sums(ordered, -1) if x.is_floating_point() else ordered.cumsum(-1, dtype=x.dtype)
         until = pad(until, (1, 0))
         return until.gather(-1, ends).diff(dim=-1)
+
+
+def _pooled_runs(key: str, x: Tensor, pool: Pool, ends: Tensor, backend: str) -> Tensor:
+    """Of vectors [B, H, Nk, D] in the order of their members those between a member's ends, [B, H, members + 1]."""
+    tokens, members = x.shape[2], ends.shape[2] - 1
+    # There is room for as many as there are tokens.
+    first, end = (
+        pad(y, (0, tokens - members), value=tokens).to(torch.int32).contiguous()
+        for y in (ends[..., :-1], ends[..., 1:])
+    )
+    runs = TokenRuns(first, first, end)  # which of them a token is of, gradients alone ask
+    return pooled_runs(key, x, ViewPool(PoolFunction(pool.value), 1, 1), runs, backend)[:, :, :members]
 
 
 def _of_heads(x: Tensor, heads: int) -> Tensor:

@@ -152,8 +152,12 @@ def entries_of_heads(ids: Tensor, pool: Pool, batch: int, kv_heads: int, present
 def pooled_runs(program: str, x: Tensor, pool: Pool, runs: Runs, backend: str = "auto") -> Tensor:
     """The entries of x [B, H, N, D], one for each of its runs, or entries of documents, [B, H, N], in order:
     [B, H, N, D]; zeros where there are no more. program, backend: as in `pool.pooled`."""
-    kernel = x.is_cuda or (backend == "triton" and INTERPRETED)
-    return _called(program, x, pool.function.value, told_covers(pool), kernel, *runs)
+    return _called(program, x, pool.function.value, told_covers(pool), by_kernel(x, backend), *runs)
+
+
+def by_kernel(x: Tensor, backend: str = "auto") -> bool:
+    """Whether a generated kernel pools."""
+    return x.is_cuda or (backend == "triton" and INTERPRETED)
 
 
 def plan_of(x: Tensor, function: str, covers: int) -> PoolPlan:

@@ -62,6 +62,8 @@ class Selector:
     page: int | None = None
     # Its single keys are entries of documents.
     of_entries: bool = False
+    # The registered program, which knows how to pool on a GPU.
+    key: str = ""
     capacity: int = field(init=False)
     budgets: Tensor | None = field(init=False, default=None)
     tables: dict[str, Tensor] = field(init=False)
@@ -166,7 +168,7 @@ class Selector:
             return x.expand(-1, -1, self.members, -1).to(real)
         x = x.expand(-1, -1, self.shape.k_len, -1)
         if groups is not None:
-            return groups.pooled(x.expand(self.shape.batch, -1, -1, -1).to(real), v.pool)
+            return groups.pooled(x.expand(self.shape.batch, -1, -1, -1).to(real), v.pool, self.key)
         return pooled_members(x, self.selection.keys, v.pool, real, present_lengths(self.program, self.shape, inputs))
 
     def _ranked(self, v: Vectors, ragged: Ragged, inputs: Sequence[Tensor]) -> Tensor:

@@ -312,7 +312,7 @@ def _select(
         printer = engine_of(key).generators.triton_select if fuses else None
         heads = (shape.heads, shape.kv_heads)
         if seen.packed is None:
-            selector = Selector(seen, selection, shape, q.device, given, printer)
+            selector = Selector(seen, selection, shape, q.device, given, printer, key=key)
         elif printer is not None and not why_not_fused(*ranked(program, selection, heads), heads):
             selector = EntrySelector(key, seen, selection, shape, q.device, given, printer, q.dtype)
         else:

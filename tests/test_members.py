@@ -22,10 +22,13 @@ from attndsl.plan import Tiling, forward_plan
 from attndsl.program import CallShape, Program
 from attndsl.runtime import select_op
 from attndsl.runtime.derive import Deriver
+from attndsl.runtime.groups import Groups
 from attndsl.runtime.select import Selector
+from attndsl.selection import Pool
 from attndsl.targets import make_spec
 from tests import test_routed, test_select
 from tests.accuracy import examples
+from tests.gpu import interprets
 from tests.gradients import TOLERANCE
 from tests.test_routed import tensors
 from tests.test_select import CPU
@@ -245,6 +248,19 @@ def test_triton(text: str, shape: tuple[int, ...]) -> None:
     for x, y in zip(here, right, strict=True):
         assert x.grad is not None and y.grad is not None
         assert float((x.grad.double() - y.grad).abs().max()) <= 5 * tolerance * max(1.0, float(y.grad.abs().max()))
+
+
+@interprets
+@pytest.mark.parametrize("pool", [Pool.MEAN, Pool.SUM, Pool.MAX, Pool.MIN])
+@pytest.mark.parametrize(("tokens", "count"), [(1, 1), (70, 9), (70, 70), (5, 9)])
+def test_members_pooled_by_the_kernel_of_views(pool: Pool, tokens: int, count: int) -> None:
+    """As torch pools them; members without keys, and keys without a member, among them."""
+    key = load_attention("attention a { attend causal over pool(mean, 4) }")._key
+    x = torch.randn(2, 3, tokens, 10)
+    groups = Groups.labelled(torch.randint(0, count + 1, (2, 1, tokens)), count)
+    found, wanted = groups.pooled(x, pool, key, "triton"), groups.pooled(x, pool)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-5, equal_nan=True)
+    assert found.isnan().any() == (groups.sizes == 0).any()
 
 
 def test_tiles_in_whose_order_tokens_run_are_blocks() -> None:
