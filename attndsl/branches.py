@@ -168,10 +168,6 @@ class Queries:
 # ---------------------------------------------------------------------------------------- branches
 
 
-# Keys that a member of two levels may have: a tile holds one.
-LARGEST_MEMBER = 256
-
-
 @dataclass(frozen=True, slots=True)
 class Within:
     """Two levels: a softmax inside each member, a block of `keys` tokens in a row, and the members' outputs summed with

@@ -69,7 +69,8 @@ _WIDE_TILE, _STAGES = 128, 3
 _ROOMY = ("80", "90", "100", "103")
 # Query rows of a tile, the rows of all its heads together: products take 16 at least.
 _LEAST_ROWS, _MOST_ROWS = 16, 64
-# Pairs of a tile that a member larger than others' tiles fills.
+# Keys of the largest member that is scored at once, and pairs of a tile that one larger than others' tiles fills.
+_MEMBER = 256
 _MEMBER_PAIRS = 4096
 # Up to so many rows a tile is masked while the next one is under way: full tiles need no loop of their own.
 _ONE_LOOP = 16
@@ -160,7 +161,7 @@ class DecodePlan(Plan):
     def ahead(self) -> bool:
         """Whether where the keys of a tile lie in pages is looked up a turn of the loop before they are loaded."""
         listed = any(run.list is not None for run in self.runs.full + self.runs.partial)
-        return self.cache.page is not None and self.view is None and not listed
+        return self.cache.page is not None and self.view is None and not listed and not self.tiling.strip
 
     def units(self, batch: int, rows: int) -> int:
         """Tiles of queries in a call."""
@@ -225,6 +226,8 @@ def _of_members(tiling: Tiling, member: int) -> Tiling:
     """A tiling whose tiles of keys are members: a large one leaves no room for the next, or for many rows."""
     if member <= tiling.block_k:
         return replace(tiling, block_k=member) if member else tiling
+    if member > _MEMBER:
+        return replace(tiling, block_k=member, strip=tiling.block_k)
     large = replace(tiling, block_k=member, warps=8, stages=1)
     return replace(large, block_q=max(_LEAST_ROWS, min(tiling.block_q, _MEMBER_PAIRS // large.columns)))
 

@@ -91,6 +91,7 @@ class Tiling:
     unit_k: tokens of a listed tile of keys, of which several, wherever they lie, make a tile of `block_k` (0: a listed
     tile is one). unit_q: rows of a listed tile of queries, likewise.
     several: on Hopper, a program owns several tiles of queries, one after another.
+    strip: keys that a product takes at once, where a tile holds more (0: all of them).
     """
 
     block_q: int
@@ -101,11 +102,12 @@ class Tiling:
     unit_k: int = 0
     unit_q: int = 0
     several: bool = False
+    strip: int = 0
 
     @property
     def columns(self) -> int:
         """Keys that a product's tile has room for: a power of two, 16 at least. Those past `block_k` do not exist."""
-        return max(16, 1 << (self.block_k - 1).bit_length())
+        return self.strip or max(16, 1 << (self.block_k - 1).bit_length())
 
     @property
     def collects(self) -> bool:
@@ -348,7 +350,8 @@ class BackwardPlan(Plan):
     @property
     def cuts_lists(self) -> bool:
         """Whether that kernel cuts long lists into parts: where a program goes over one, and makes no other sums."""
-        return self.one_list and not self.learned and self.layout.plain and self.view is None
+        whole = self.layout.plain and self.view is None and not self.key_tiling.strip
+        return self.one_list and not self.learned and whole
 
     @property
     def learnable_inputs(self) -> tuple[InputDecl, ...]:

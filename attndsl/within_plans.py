@@ -1,8 +1,9 @@
 """Kernel plans of two levels: those of one level over the same pairs, with a member of the keys for each tile.
 
-A member has at most as many keys as the largest tile: then the softmax inside it needs one tile and no second pass.
-Where they are no power of two, a tile has columns to spare. What weighs the members of a row is an input of the
-branch's program. Those of decode are made in `decode.py`, of the same read and tiles.
+A tile of keys is a member: then the softmax inside it is done with once the tile is scored. One that products do not
+take whole is gone over in strips. Where its keys are no power of two, a tile has columns to spare. What weighs the
+members of a row is an input of the branch's program. Those of decode are made in `decode.py`, of the same read and
+tiles.
 
 Of a packed call the members are entries of documents, and so are tiles: which of them a row visits is what it would
 see of a view of them, and which of a tile's pairs are allowed is asked of tokens. On the CPU a tile may be any.
@@ -52,8 +53,8 @@ from attndsl.unpack import document_of
 from attndsl.view_plans import view_backward, view_forward
 
 P = TypeVar("P", bound=Plan)
-# Rows that a tile has at least.
-_ROWS = 16
+# Rows that a tile has at least, and the keys of the largest that is scored at once.
+_ROWS, _WHOLE = 16, 256
 
 
 def within_forward(program: Program, spec: Spec) -> ForwardPlan:
@@ -77,8 +78,11 @@ def within_backward(program: Program, spec: Spec, uses_lse: bool) -> BackwardPla
     # Of tiles that are members of documents no plan tells.
     spec = replace(_loading(program, spec), lists=spec.lists and entries is None)
     of_q, of_keys = (_fitted(tiling, program, spec) for tiling in backward_tilings(spec))
-    # Beside its accumulators it holds a tile's probabilities twice: of as many rows they spill.
-    of_keys = replace(of_keys, block_q=max(_ROWS, of_keys.block_q // 2))
+    if of_keys.strip:
+        of_keys = replace(of_keys, block_q=of_q.block_q, stages=1)
+    else:
+        # Beside its accumulators it holds a tile's probabilities twice: of as many rows they spill.
+        of_keys = replace(of_keys, block_q=max(_ROWS, of_keys.block_q // 2))
     plan = backward_plan(of_one_level(tokens), spec, of_q, of_keys, uses_lse)
     plan = replace(plan, shares=shares_read(tokens))
     if entries is None:
@@ -184,6 +188,9 @@ def _fitted(tiling: Tiling, program: Program, spec: Spec) -> Tiling:
     if spec.backend is Backend.CPU:
         return Tiling(128, within.keys)
     member = replace(tiling, block_k=within.keys)
+    if within.keys > _WHOLE:
+        # Beside the output it holds what the member at hand adds to it.
+        return replace(member, block_q=max(_ROWS, tiling.block_q // 2), strip=tiling.block_k)
     rows = max(_ROWS, min(128, tiling.block_q * tiling.block_k // member.columns))
     if within.keys <= tiling.block_k:
         return replace(member, block_q=rows)
@@ -199,5 +206,5 @@ def _loading(program: Program, spec: Spec) -> Spec:
     if within.packed is not None:
         # Where its tiles lie is data already: no tiles of the call are listed.
         spec = replace(spec, even_start=False, lists=False, maps=False)
-    whole = Tiling(_ROWS, within.keys).columns == within.keys and within.packed is None
+    whole = Tiling(_ROWS, within.keys).columns == within.keys <= _WHOLE and within.packed is None
     return spec if whole else replace(spec, loads=Loads.POINTER)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from attndsl.box_tiles import BoxRuns
 from attndsl.boxes import Boxes
@@ -19,7 +20,7 @@ from attndsl.codegen.packed import collected_loop, packed_tile, spanned_loop
 from attndsl.codegen.permuted import permuted_tokens
 from attndsl.codegen.prelude_helpers import prelude
 from attndsl.codegen.scalars import TRITON, Names, Printer
-from attndsl.codegen.two_levels import entry_tokens
+from attndsl.codegen.two_levels import entry_place, entry_tokens
 from attndsl.layout import PLAIN, Layout, Permutation
 from attndsl.listing import whole_classes
 from attndsl.plan import DType, Part, Plan, head_parts
@@ -54,9 +55,9 @@ class KernelWriter:
         self.permutation = plan.layout if isinstance(plan.layout, Permutation) else None
         # What rows are called where they are counted in the order of the program's positions.
         self.q_place = "q_rows" if self.permutation is None else "q_nth"
-        # Members of two levels that are no power of two are tiles with columns to spare.
-        self.spare = plan.shares is not None and plan.tiling.columns > plan.tiling.block_k
-        self.columns = "COLUMNS" if self.spare else "BLOCK_K"
+        # Members of two levels that are no power of two are tiles with columns to spare, or the last strip has them.
+        self.spare = plan.shares is not None and plan.tiling.block_k % plan.tiling.columns != 0
+        self.columns = "COLUMNS" if self.spare or plan.tiling.strip else "BLOCK_K"
         self.boxes: BoxText | None = None
         if isinstance(plan.layout, Boxes):
             self.boxes = BoxText(plan.layout, {"q": plan.tiling.block_q, "k": plan.tiling.block_k}, self.aligned)
@@ -106,7 +107,7 @@ class KernelWriter:
         self.lines.add(
             f"BLOCK_Q: tl.constexpr = {tiling.block_q * tiling.pack}",
             f"BLOCK_K: tl.constexpr = {tiling.block_k}",
-            *([f"COLUMNS: tl.constexpr = {tiling.columns}"] if self.spare else []),
+            *([f"COLUMNS: tl.constexpr = {tiling.columns}"] if self.columns == "COLUMNS" else []),
             "LOG2_E: tl.constexpr = 1.4426950408889634",
         )
 
@@ -193,14 +194,32 @@ class KernelWriter:
                 self.boxes.cells(self.lines, side)
 
     def key_offsets(self) -> list[str]:
-        """The lines that name the places of keys in a tile. Columns to spare lie past any length."""
+        """The lines that name the places of keys in a tile, where it is no loop over strips that does."""
+        return [] if self.plan.tiling.strip else self.offsets_from("")
+
+    def offsets_from(self, first: str) -> list[str]:
+        """The same of a tile's keys from a place on. Columns to spare lie past any length."""
+        places = f"k_offset = {first}tl.arange(0, {self.columns})"
         if not self.spare:
-            return ["k_offset = tl.arange(0, BLOCK_K)"]
-        return [
-            "k_offset = tl.arange(0, COLUMNS)",
-            "in_member = k_offset < BLOCK_K",
-            "k_offset = tl.where(in_member, k_offset, 1 << 30)",
-        ]
+            return [places]
+        return [places, "in_member = k_offset < BLOCK_K", "k_offset = tl.where(in_member, k_offset, 1 << 30)"]
+
+    @contextmanager
+    def strips(self) -> Iterator[None]:
+        """A loop over the strips of a tile; where it is whole in one, none."""
+        if not self.plan.tiling.strip:
+            yield
+            return
+        if self.plan.tiles_of is not None:
+            entry_place(self, self.plan.tiles_of)
+        with self.lines.block(f"for strip in range(tl.cdiv({self.tile_keys()}, COLUMNS)):"):
+            self.lines.add(*self.offsets_from("strip * COLUMNS + "))
+            yield
+
+    def tile_keys(self) -> str:
+        """How many keys a tile has, at least those that exist."""
+        last = "k_len - k_tile * BLOCK_K" if self.plan.tiles_of is None else "k_end - k_first"
+        return f"tl.minimum(BLOCK_K, {last})"
 
     def row_index(self, axis: str) -> None:
         """The rows of a tile, clamped, for inputs that belong to rows."""
@@ -235,7 +254,9 @@ class KernelWriter:
             self.boxes.tokens(self.lines, self.fresh(), side, bounded)
             return
         if side == "k" and self.plan.tiles_of is not None:
-            entry_tokens(self, self.plan.tiles_of)
+            if not self.plan.tiling.strip:
+                entry_place(self, self.plan.tiles_of)
+            entry_tokens(self)
             return
         if self.permutation is not None:
             permuted_tokens(self.lines, self.plan, self.permutation, side, first, bounded)
@@ -300,8 +321,8 @@ class KernelWriter:
     def keep(self, transposed: bool = False) -> None:
         """`keep`: which pairs of a tile dropout keeps. First in a tile, where fewest registers are in use."""
         if self.plan.spec.dropout:
-            in_row, of_entries = self.in_order("k") and not self.spare, self.plan.view is not None
-            if self.spare and self.plan.tiles_of is None:
+            in_row, of_entries = self.in_order("k") and self.columns == "BLOCK_K", self.plan.view is not None
+            if self.columns == "COLUMNS" and self.plan.tiles_of is None:
                 self.lines.add("k_rows = k_tile * BLOCK_K + k_offset")
             kept = kept_pairs(self.printer.helpers, in_row, self.permutation, transposed, of_entries)
             self.lines.add(f"keep = {kept}")

@@ -194,7 +194,7 @@ class _SumParts(_Parts):
         spec, lines = self.plan.spec, self.lines
         lines.add(
             f"BLOCK_K: tl.constexpr = {self.plan.tiling.block_k}",
-            *([f"COLUMNS: tl.constexpr = {self.plan.tiling.columns}"] if self.spare else []),
+            *([f"COLUMNS: tl.constexpr = {self.plan.tiling.columns}"] if self.columns == "COLUMNS" else []),
             "program = tl.program_id(0)",
             f"part = {self.part_of('program')}",
             f"k_tile = {self.program_of(self.entry('part', 0), 'program')}",

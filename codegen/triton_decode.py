@@ -61,7 +61,7 @@ class _Decode(ForwardWriter):
         self.lines.add(
             f"BLOCK_Q: tl.constexpr = {tiling.block_q * plan.pack}{heads}",
             f"BLOCK_K: tl.constexpr = {tiling.block_k}",
-            *([f"COLUMNS: tl.constexpr = {tiling.columns}"] if self.spare else []),
+            *([f"COLUMNS: tl.constexpr = {tiling.columns}"] if self.columns == "COLUMNS" else []),
             *([f"PAGE: tl.constexpr = {self.cache.page}"] if self.paged else []),
             "LOG2_E: tl.constexpr = 1.4426950408889634",
         )
@@ -291,6 +291,9 @@ class _Decode(ForwardWriter):
         elif any(reads(e, "k") for e in pairs):
             self.lines.add(f"k_pos = {self._listed(axis)}")
 
+    def tile_keys(self) -> str:
+        return super().tile_keys() if self.plan.listing is None else "BLOCK_K"
+
     def tile_number(self) -> str:
         listing = self.plan.listing
         if listing is None:
@@ -394,7 +397,7 @@ class _Decode(ForwardWriter):
             lines.add(f'scores = tl.where(gain[:, None] >= {math.log2(below)!r}, scores, float("-inf"))')
         with lines.block(f"if {self._most('gain')} >= {math.log2(below)!r}:  # skip below {below}"):
             self._softmax_step()
-            self._add_values(masked)
+            self.add_values(masked)
 
     # ---------------------------------------------------------------------------------- epilogue
 

@@ -6,7 +6,7 @@ import math
 
 from attndsl.codegen.kernel import KernelWriter
 from attndsl.codegen.layer_text import tile_at
-from attndsl.codegen.two_levels import member_softmax
+from attndsl.codegen.two_levels import attend_in_strips, member_softmax
 from attndsl.mask_cost import KEY
 from attndsl.plan import ForwardPlan, Plan
 from attndsl.program import Const, Scalar, Var, reads
@@ -107,6 +107,23 @@ class ForwardWriter(KernelWriter):
 
     def _tile(self, masked: bool) -> None:
         """Load a tile of k and v, score it, and add it to the accumulators."""
+        plan = self.plan
+        if plan.tiling.strip:
+            attend_in_strips(self, masked)
+            return
+        self.logits(masked)
+        if plan.weights is None:
+            if plan.skip is not None:
+                self._skip(plan.skip, masked)
+                return
+            if plan.shares is None:
+                self._softmax_step()
+            else:
+                member_softmax(self, "scores", 1, "[:, None]")
+        self.add_values(masked)
+
+    def logits(self, masked: bool) -> None:
+        """`scores` of a tile's pairs as exponents of 2, or where nothing is normalised, their `weights`."""
         plan, lines = self.plan, self.lines
         printer = self.printer.within(self.printer.names.inner())
         self.tokens("k", bounded=masked)
@@ -124,23 +141,15 @@ class ForwardWriter(KernelWriter):
             self._weigh(
                 printer.text(plan.weights), plan.weights, printer.text(plan.mask) if masked and plan.mask else ""
             )
-        else:
-            if plan.score is not None:
-                # A score need not read its pair: added to zeros it has the tile's shape all the same.
-                whole = "" if reads(plan.score, "s") else f" + tl.zeros([BLOCK_Q, {self.columns}], tl.float32)"
-                lines.add(f"scores = ({printer.text(plan.score)}) * LOG2_E{whole}")
-            elif not self.folded:
-                lines.add("scores = scores * LOG2_E")
-            if masked and plan.mask is not None:
-                lines.add(f'scores = tl.where({printer.text(plan.mask)}, scores, float("-inf"))')
-            if plan.skip is not None:
-                self._skip(plan.skip, masked)
-                return
-            if plan.shares is None:
-                self._softmax_step()
-            else:
-                member_softmax(self, "scores", 1, "[:, None]")
-        self._add_values(masked)
+            return
+        if plan.score is not None:
+            # A score need not read its pair: added to zeros it has the tile's shape all the same.
+            whole = "" if reads(plan.score, "s") else f" + tl.zeros([BLOCK_Q, {self.columns}], tl.float32)"
+            lines.add(f"scores = ({printer.text(plan.score)}) * LOG2_E{whole}")
+        elif not self.folded:
+            lines.add("scores = scores * LOG2_E")
+        if masked and plan.mask is not None:
+            lines.add(f'scores = tl.where({printer.text(plan.mask)}, scores, float("-inf"))')
 
     def _skip(self, below: float, masked: bool) -> None:
         """Add the tile unless no row has a score near its largest so far."""
@@ -152,7 +161,7 @@ class ForwardWriter(KernelWriter):
             if self.plan.follows:
                 self.lines.add(f"part_max = tl.maximum(part_max, tl.max(scores, 1){scaled})")
             self._softmax_step()
-            self._add_values(masked)
+            self.add_values(masked)
 
     def _most(self, x: str) -> str:
         """The largest of a vector over rows, which rows' largest scores made."""
@@ -162,7 +171,7 @@ class ForwardWriter(KernelWriter):
             x = f"tl.reshape(tl.trans(tl.reshape({x}, [8, BLOCK_Q // 8])), [BLOCK_Q])"
         return f"tl.max({x}, 0)"
 
-    def _add_values(self, masked: bool) -> None:
+    def add_values(self, masked: bool, to: str = "acc") -> None:
         """Load the tile's values, and add them by their weights."""
         plan, lines = self.plan, self.lines
         if plan.spec.dropout:
@@ -171,7 +180,8 @@ class ForwardWriter(KernelWriter):
         self.load("v", self.v_parts, plan.spec.v_dim, "k", "g", bounded=masked or self.spare)
         for part in self.v_parts:
             value = f"v{part.suffix}"
-            lines.add(f"acc{part.suffix} = " + self.dot(f"weights.to({value}.dtype)", value, f"acc{part.suffix}"))
+            acc = f"{to}{part.suffix}"
+            lines.add(f"{acc} = " + self.dot(f"weights.to({value}.dtype)", value, acc))
 
     def _weigh(self, text: str, weights: Scalar, mask: str) -> None:
         if mask:

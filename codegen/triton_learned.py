@@ -12,11 +12,11 @@ the sums that it writes, so there are no atomics and two runs agree to the bit.
 
 from __future__ import annotations
 
+from attndsl.codegen.backward_kernel import BackwardKernel
 from attndsl.codegen.kernel import FULL, PARTIAL
 from attndsl.codegen.kernel_loops import Visits, run_loop
 from attndsl.codegen.leaves import Leaves
 from attndsl.codegen.scalars import Names, Printer
-from attndsl.codegen.triton_backward import BackwardKernel
 from attndsl.learned import Learned, Over, Owned, on_diagonal
 from attndsl.plan import BackwardPlan, run_scalars
 from attndsl.program import Scalar, Var, reads

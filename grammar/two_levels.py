@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from attndsl import syntax as ast
-from attndsl.branches import LARGEST_MEMBER, Branch, Within
+from attndsl.branches import Branch, Within
 from attndsl.diagnostics import Span
 from attndsl.grammar.arguments import match_arguments
 from attndsl.grammar.routing import keys_of, partition, probabilities
@@ -40,7 +40,7 @@ def two_levels(part: ast.Part, ctx: Context) -> Within | None:
         _error("two levels are of raw tokens", at, "not raw tokens", ctx)
         return None
     keys = keys_of(part.within, ctx)
-    if keys is None or keys > LARGEST_MEMBER:
+    if keys is None:
         unsupported(Feature.WITHIN, part.within.span, ctx)
         return None
     return Within(keys, branch.id)

@@ -9,7 +9,7 @@ from attndsl.grammar.scope import Context
 
 
 class Feature(Enum):
-    WITHIN = ("A904", "a softmax inside such members", "write `within blocks(B)`, B at most 256")
+    WITHIN = ("A904", "a softmax inside such members", "write `within blocks(B)`")
     PARTITIONS = (
         "A905",
         "selecting by these members or row classes",

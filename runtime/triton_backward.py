@@ -168,7 +168,8 @@ class InTurn:
         shares = plan.shares
         if shares is not None:
             # A member that no row visits has no gradient.
-            call = (*call, lse.new_zeros(totals.size(shares.input)))
+            d_shares = lse.new_zeros(totals.size(shares.input))
+            call = (*call, d_shares, *([torch.zeros_like(d_shares)] if plan.tiling.strip else []))
         given = []
         for piece in self.pieces:
             view = piece.plan.view
@@ -186,7 +187,7 @@ class InTurn:
             dk.zero_()
             dv.zero_()
         if shares is not None:
-            totals.add_whole(shares.input, call[-1])
+            totals.add_whole(shares.input, d_shares)
         for kernel in self.further:
             kernel(given[0], totals)
         return dq, dk, dv, totals.gradients(inputs, [x.read.input for x in plan.learned])
@@ -252,6 +253,7 @@ def backward_parameters(
         "dout": element, "d_lse": real, "dq": element, "dk": of_keys, "dv": of_keys, "delta": real, "row_lse": real,
     }  # fmt: skip
     types |= {} if plan.shares is None else {"d_shares": real}
+    types |= {"member_lse": real} if plan.tiling.strip else {}
     for n in range(len(plan.learned)):
         types |= {f"sum_{n}": real, f"at_{n}": "*i64"}
     if plan.cuts_lists:

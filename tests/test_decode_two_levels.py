@@ -18,7 +18,7 @@ from attndsl.plan import DType, Spec
 from tests.accuracy import examples
 from tests.decoding import paged
 from tests.test_decode_views import CAPACITY, Sequences
-from tests.test_two_levels import BODIES, ENTRIES, program
+from tests.test_two_levels import BODIES, ENTRIES, LARGE, program
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter"),
@@ -65,6 +65,13 @@ def test_triton(name: str) -> None:
     number = [*ALL].index(name)
     page, heads = (None, 8, 64)[number % 3], ((4, 2), (2, 2))[number % 2]
     of = sequences(ALL[name], [41, 2, 48], 1 + number % 3, torch.float32, heads, (16, 24))
+    of.check_both(decoded(of, page, backend="triton"), 2e-5)
+
+
+@pytest.mark.parametrize("page", [None, 16])
+@pytest.mark.parametrize("name", ["score", "chosen by each"])
+def test_members_in_strips(name: str, page: int | None) -> None:
+    of = sequences(LARGE[name], [341, 7], 2, torch.float32, (2, 1), (16, 24), capacity=352)
     of.check_both(decoded(of, page, backend="triton"), 2e-5)
 
 

@@ -102,6 +102,12 @@ def test_any_documents_and_members(n: int) -> None:
     judge(compiled(body), (2, 1, int(rng.integers(1, tokens + 1)), 16, 16), torch.float64, "cpu", doc, n)
 
 
+def test_members_in_strips() -> None:
+    """Of documents shorter than a member, and longer than one."""
+    attn = compiled("x = attend causal over pool(mean, 16)\n y = attend causal within blocks(260) with probs(x)")
+    judge(attn, (1, 1, 20, 16, 16), torch.float32, "triton", torch.tensor([[0] * 262 + [3] * 14]))
+
+
 def test_documents_alone() -> None:
     """Each gives what it gives alone."""
     body = BODIES["all"]
@@ -149,4 +155,4 @@ def test_a_decode_is_refused() -> None:
 def test_what_is_still_refused() -> None:
     with pytest.raises(PatternError, match="A904"):
         load("attention a { input doc : int[b, k]  packed doc\n x = attend causal\n"
-             "y = attend causal within blocks(512) with probs(x)\n output y }")  # fmt: skip
+             "y = attend causal within segments(doc) with probs(x)\n output y }")  # fmt: skip

@@ -84,6 +84,30 @@ def test_small_calls_in_triton(name: str) -> None:
         judge(program(BODIES[name]), shape, torch.float32, "triton")
 
 
+# Members that no product takes whole.
+LARGE = {
+    "score": f"{ENTRIES} output attend band(400, 7) within blocks(512) with probs(votes) "
+    "{ score softcap(s, 2.0) - sinks[h] * (q - k) }",
+    "chosen by each": f"plan sel = {SELECTED.replace('16', '320')}\n votes = attend sel over pool(mean, 320)\n"
+    "output attend sel within blocks(320) with probs(votes)",
+    "smaller blocks chosen": f"plan sel = {SELECTED}\n votes = attend sel over pool(mean, 16)\n"
+    "output attend sel within blocks(264) with probs(votes)",
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_members_in_strips(name: str) -> None:
+    attn = program(LARGE[name])
+    for shape in SHAPES[1:] if name != "score" else [(1, 2, 1, 37, 650, 16, 16)]:
+        judge(attn, shape, torch.float64, "cpu")
+        judge(attn, shape, torch.float32, "triton")
+
+
+def test_dropout_in_strips() -> None:
+    body = f"{ENTRIES} output attend causal within blocks(300) with probs(votes)"
+    judge(program(body), (1, 2, 1, 19, 320, 80, 16), torch.float32, "triton", dropout=0.4)
+
+
 @interprets
 @pytest.mark.parametrize("name", ["all", "scored votes", "raw votes", "votes with a sink", "chosen by each"])
 def test_shares_by_a_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
