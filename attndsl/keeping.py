@@ -77,25 +77,25 @@ def kept_beside(program: Program, composition: Composition, chosen: Container[st
 
 
 def kept_by(selection: Selection) -> tuple[Kept | None, ...]:
-    """What is kept for the vectors of a selection's members that keys make; None where these are the keys."""
+    """What is kept for the vectors of a selection's members that keys make; None where these are the keys, or are made
+    of them anew."""
     if isinstance(selection.score, Antidiagonal):
         return (None,)
     return tuple(of_members(selection, v) for v in vectors_of(selection) if v.source == KEYS)
 
 
 def of_members(selection: Selection, vectors: Vectors) -> Kept | None:
-    """What is kept of keys for the vectors of a selection's members; None where these are tokens, or an input's."""
-    if vectors.source != KEYS or vectors.pool is None or selection.keys == 1:
+    """What is kept of keys for the vectors of a selection's members; None where these are tokens, or an input's, or
+    lie apart."""
+    if vectors.source != KEYS or vectors.pool is None or selection.keys == 1 or selection.members is not None:
         return None
     name = f"{vectors.pool.value}(K) over blocks({selection.keys})"
     return Kept(name, vectors.pool, selection.keys, selection.keys, False, True)
 
 
 def vectors_of(selection: Selection) -> Iterator[Vectors]:
-    """The vectors of members that a selection scores, where these are blocks in a row."""
+    """The vectors of members that a selection scores."""
     match selection.score:
-        case _ if selection.members is not None:
-            return
         case Dot(y=y):
             yield y
         case Bound(low=low, high=high):

@@ -102,6 +102,9 @@ class Leaves:
         last = f"{dim.size - 1}" if dim.axis is Axis.CONST else f"{size} - 1"
         if self.ragged and dim.axis in (Axis.K, Axis.Q):
             last = "last_key" if dim.block == 1 or dim.apart else f"last_key // {dim.block}"
+            if dim.size > 1:
+                # Of tiles as many of a block.
+                last = f"{last} * {dim.size} + {dim.size - 1}"
         elif dim.axis is Axis.K and dim.block == 1:
             last = "k_len - 1"
         return self._clamped(e, dim, last, printer)

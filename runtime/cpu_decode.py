@@ -133,5 +133,6 @@ def _of_length(decl: InputDecl, x: Tensor, k_len: int) -> Tensor:
     for axis, dim in enumerate(decl.dims):
         positions = dim.axis is Axis.K or (dim.axis is Axis.Q and dim.block > 1)
         if positions and x.shape[axis] > 1:
-            x = x.narrow(axis, 0, max(k_len if dim.apart else -(-k_len // dim.block), 1))
+            own = k_len if dim.apart else -(-k_len // dim.block) * max(1, dim.size)
+            x = x.narrow(axis, 0, max(own, 1))
     return x

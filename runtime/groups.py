@@ -181,18 +181,24 @@ def _of_heads(x: Tensor, heads: int) -> Tensor:
 def tiled_rows(tiles: Tiles, count: int, q_len: int, device: torch.device, values: Values) -> Tensor:
     """The positions of each tile's rows, int64 [count, rows that a tile of this call may have], in order and -1 after
     them."""
-    position = torch.arange(q_len, device=device)
-    here = values.at(q=position, k=position)
-    of_row, inside = number(tiles, "q"), has_member(tiles)
-    label = here.tensor(of_row)
-    exists = (label >= 0) & (label < count)
-    exists = exists if inside is None else exists & here.tensor(inside)
-    groups = Groups.labelled(torch.where(exists, label, count).expand(q_len).view(1, 1, -1), count)
+    label = tile_of_rows(tiles, count, torch.arange(q_len, device=device), values)
+    groups = Groups.labelled(label.expand(q_len).view(1, 1, -1), count)
     place = groups.ends[0, 0, :-1, None] + torch.arange(tiles.most(q_len), device=device)
     if not q_len:
         return torch.full_like(place, -1)
     found = groups.order[0, 0, place.clamp(max=q_len - 1)]
     return torch.where(place < groups.ends[0, 0, 1:, None], found, -1)
+
+
+def tile_of_rows(tiles: Tiles, count: int, position: Tensor, values: Values) -> Tensor:
+    """The tile of a row at each position, of so many; `count` where it is of none."""
+    here = values.at(q=position, k=position)
+    # Values are kept by the identity of their scalars, which therefore live as long.
+    of_row, inside = number(tiles, "q"), has_member(tiles)
+    label = here.tensor(of_row)
+    exists = (label >= 0) & (label < count)
+    exists = exists if inside is None else exists & here.tensor(inside)
+    return torch.where(exists, label, count)
 
 
 def class_rows(selection: Selection, q_len: int, tiles: Tensor | None) -> int | None:
@@ -218,4 +224,18 @@ def lag_sums(x: Tensor, first: int, size: int, count: int, largest: bool) -> Ten
     lags = lags[..., -begin:] if begin < 0 else pad(lags, (begin, 0))
     lags = pad(lags, (0, count * size - lags.shape[-1])).unflatten(-1, (count, size))
     found: Tensor = lags.amax(-1) if largest else lags.sum(-1)
+    return found.to(x.dtype)
+
+
+def ragged_lag_sums(x: Tensor, position: Tensor, size: int, count: int, largest: bool) -> Tensor:
+    """The same of rows that stand at positions [B, rows] of sequences of their own lengths."""
+    keys = x.shape[3]
+    if not keys:
+        return x.new_zeros(*x.shape[:2], count)
+    at = position[:, None, :, None] - torch.arange(count * size, device=x.device)
+    inside = (at >= 0) & (at < keys)
+    lags = torch.where(inside, x.gather(3, at.clamp(0, keys - 1).expand(*x.shape[:3], -1)), 0)
+    lags = lags.amax(2) if largest else lags.to(torch.float64).sum(2)
+    found: Tensor = lags.unflatten(-1, (count, size))
+    found = found.amax(-1) if largest else found.sum(-1)
     return found.to(x.dtype)

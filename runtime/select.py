@@ -86,7 +86,7 @@ class Selector:
             check_tokens(selection, shape)
         if isinstance(selection.score, Probs):
             self.mass = checked_mass(self.program, selection, shape, self.ragged)
-            self.seeing = seeing_rows(self.program, self.mass, shape)
+            self.seeing = seeing_rows(self.program, self.mass, shape, self.ragged)
         together = shape.batch * shape.heads * self.classes * self.members
         if selection.together and together > MAX_TOGETHER:
             raise error(
@@ -177,8 +177,10 @@ class Selector:
             return self.kept(v, ragged, inputs)
         return ragged.members[KEYS if (found := of_members(self.selection, v)) is None else found.name]
 
-    def kept(self, v: Vectors, ragged: Ragged, inputs: Sequence[Tensor]) -> Tensor:
+    def kept(self, v: Vectors, ragged: Ragged, inputs: Sequence[Tensor], groups: Groups | None = None) -> Tensor:
         """The same of a decode: what is kept of keys, or what inputs hold, of the tokens that a sequence has."""
+        if groups is not None:
+            return self.vectors(v, self.keys_in_order(ragged) if v.source == KEYS else ragged.seq_lens, inputs, groups)
         if v.source == KEYS:
             x = self._ranked(v, ragged, inputs)
             if of_members(self.selection, v) is None:
@@ -225,12 +227,12 @@ class Selector:
         strips = Strips(self, q, k, inputs, args, scale, state, ragged)
         heads = plan.shape[1]
         step = max(1, STRIP[self.device.type] // max(1, self.shape.batch * self.shape.heads * strips.width))
+        if strips.of_call is not None:
+            self._of_call(plan, strips, strips.of_call, step)
+            return plan
         if self.selection.together:
             level = strips.levels(0, self.classes, step)[:, :: self.shape.heads // heads]
             plan.copy_(self._listed(level) if self.selection.bounded else level)
-            return plan
-        if ragged is not None and (self.selection.rows or 1) > 1:
-            self._of_row_blocks(plan, strips, step)
             return plan
         best = strips.ranking.finds_best(strips.real) and 0 not in (*plan.shape, self.members)
         for low in range(0, self.classes, step):
@@ -242,22 +244,22 @@ class Selector:
             plan[:, :, low:high] = self._listed(level) if self.selection.bounded else level
         return plan
 
-    def _of_row_blocks(self, plan: Tensor, strips: Strips, step: int) -> None:
-        """Write the plan of a decode that chooses for blocks of rows: of those blocks that hold rows of the call, which
-        begin elsewhere in each sequence. The others choose nothing."""
+    def _of_call(self, plan: Tensor, strips: Strips, classes: Tensor, step: int) -> None:
+        """Write the plan of a decode that chooses for blocks or tiles of rows: of those that hold rows of the call,
+        which are others in each sequence. The rest choose nothing."""
         plan.fill_(-1 if self.selection.bounded else 0)
-        rows, (batch, heads, classes, width) = self.selection.rows, plan.shape
-        if not self.shape.rows or not plan.numel():
+        (batch, heads, last, width), count = plan.shape, classes.shape[1]
+        if not plan.numel():
             return
-        assert rows is not None and strips.first_class is not None
-        # With a place for blocks past the last, which is dropped.
+        # With a place for what is no class, which is dropped.
         found = torch.cat((plan, plan[:, :, :1]), 2)
-        count = min(classes, (self.shape.rows - 1) // rows + 2)
-        for low in range(0, count, step):
-            high = min(low + step, count)
-            level = strips.levels(low, high, high - low)[:, :: self.shape.heads // heads]
+        # Where all of them compete they are one strip.
+        wide = count if self.selection.together else step
+        for low in range(0, count, wide):
+            high = min(low + wide, count)
+            level = strips.levels(low, high, min(step, high - low))[:, :: self.shape.heads // heads]
             made = self._listed(level) if self.selection.bounded else level
-            at = (strips.first_class + torch.arange(low, high, device=self.device)).clamp(max=classes)
+            at = classes[:, low:high].clamp(max=last)
             found.scatter_(2, at[:, None, :, None].expand(batch, heads, high - low, width), made.to(found.dtype))
         plan.copy_(found[:, :, :-1])
 
@@ -334,7 +336,7 @@ def checked_mass(program: Program, selection: Selection, shape: CallShape, ragge
     Raises `PatternError` where it has none (A575), or where one row class would look at too many (A576).
     """
     mass = branch_mass(program, selection, (shape.heads, shape.kv_heads), ragged)
-    keys, (low, high) = mass.keys(shape.k_len), seeing_rows(program, mass, shape)
+    keys, (low, high) = mass.keys(shape.k_len), seeing_rows(program, mass, shape, ragged)
     if selection.rows is None and shape.batch * shape.heads * (high - low) * keys > MAX_PAIRS:
         raise error(
             "A576", f"`probs` for all {high - low} rows that see looks at {keys} keys of each", selection.span,
@@ -349,8 +351,11 @@ def checked_mass(program: Program, selection: Selection, shape: CallShape, ragge
     return mass
 
 
-def seeing_rows(program: Program, mass: BranchMass, shape: CallShape) -> tuple[int, int]:
-    """The position of the first row of a call that a branch may let see anything, and one past the last."""
+def seeing_rows(program: Program, mass: BranchMass, shape: CallShape, ragged: bool = False) -> tuple[int, int]:
+    """The position of the first row of a call that a branch may let see anything, and one past the last. Of a decode,
+    whose rows stand elsewhere in each sequence, as if all were as long as they may be: any row."""
+    if ragged:
+        return shape.k_len - shape.rows, shape.k_len
     low, high = rows_that_see(mass.program, (shape.heads, shape.kv_heads), shape.q_len(program), shape.k_len)
     first = shape.first_position(program)
     return max(low, first), max(low, first, min(high, first + shape.rows))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias, assert_never
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from torch.library import Library
 from attndsl.chosen_entries import ranked
 from attndsl.diagnostics import error
 from attndsl.keeping import KEYS, kept_by
-from attndsl.members import Lags, Placed, Runs, Tiles
 from attndsl.plans import of_selection, own_program, plan_heads, plan_input, plans_read
 from attndsl.program import CallShape, InputDecl, Program
 from attndsl.properties import classes_rows_before
@@ -150,11 +149,6 @@ class RaggedPlanner:
         """A plan, [B, H', R, C or M]. Raises `PatternError` where a given one does not fit the call."""
         if name not in self._found:
             selection = self.program.selection(name)
-            if reason := _why_not_kept(selection):
-                raise error(
-                    "A911", f"decode within `{name}` is not yet supported: it chooses {reason}", selection.span,
-                    help="choose `blocks(B)` or `tokens` for rows, or call it on all rows",
-                )  # fmt: skip
             if name in self.given:
                 plan = self.given[name]
                 self._found[name] = _checked(self.program, selection, self.call.shape, plan, self.call.q.device)
@@ -167,11 +161,6 @@ class RaggedPlanner:
         return as_input(self.plan(name, of), plan_input(self.program.selection(name)))
 
     def _made(self, selection: Selection, of: CacheBranches) -> Tensor:
-        if reason := _why_not_ragged(selection):
-            raise error(
-                "A561", f"decode takes what `{selection.name}` chooses as a plan: {reason}", selection.span,
-                help=f"pass plans={{'{selection.name}': …}}, as `attn.plan` of a call on all rows made it",
-            )  # fmt: skip
         call, read = self.call, [self.input(name, of) for name in _reads(selection, self.program)]
         keys: Tensor | None = None
         lse: Tensor | None = None
@@ -180,7 +169,7 @@ class RaggedPlanner:
             keys, lse = of.state(selection.score.branch)
             q = of.queries(selection.score.branch)
         inputs = [*self.inputs, *read]
-        # Single keys are ranked where they lie, those of 8 bits in a copy.
+        # Keys are read where they lie, those of 8 bits in a copy.
         in_pages = None in kept_by(selection) and not call.cache.fp8
         make = torch.ops.attndsl.select_ragged if traced((call.q, *inputs)) else _select_ragged
         made: Tensor = make(
@@ -189,35 +178,6 @@ class RaggedPlanner:
             lse,
         )  # fmt: skip
         return made
-
-
-def _why_not_ragged(selection: Selection) -> str:
-    """Why a decode does not choose itself, empty where it does."""
-    if selection.together:
-        return "all rows of a sequence compete, and earlier rows' queries are not in its cache"
-    if isinstance(selection.score, Probs) and selection.rows is None:
-        return "it ranks by the probabilities of all rows, and earlier rows' queries are not in its cache"
-    return ""
-
-
-def _why_not_kept(selection: Selection) -> str:
-    """What a decode knows no members or row classes of, empty where it does."""
-    if selection.row_tiles is not None:
-        return "for tiles of queries, and earlier rows' are not in its cache"
-    match selection.members:
-        case None:
-            return ""
-        case Tiles():
-            found = "tiles of a grid"
-        case Placed():
-            found = "places of a permutation"
-        case Runs():
-            found = "segments"
-        case Lags():
-            found = "diagonals"
-        case other:
-            assert_never(other)
-    return f"{found}, where it keeps vectors of blocks in a row"
 
 
 def check_named(program: Program, given: Mapping[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ from attndsl.capacity import lags_of
 from attndsl.derive import own_inputs
 from attndsl.members import Lags
 from attndsl.runtime.call import present_lengths
-from attndsl.runtime.groups import Groups, class_rows, lag_sums, tiled_rows
+from attndsl.runtime.groups import Groups, class_rows, lag_sums, ragged_lag_sums, tile_of_rows, tiled_rows
 from attndsl.runtime.masses import leading, pooled, shares, softmax
 from attndsl.runtime.ranking import Ranking
 from attndsl.runtime.touched import Touched, as_rows, call_values
@@ -69,8 +69,8 @@ class Strips:
         self.q, self.k, self.state, self.ragged = q, k, state, ragged
         # int64 [B, 1, 1, 1], where sequences have lengths of their own.
         self.lengths = None if ragged is None else ragged.lengths
-        # The same of a call whose last tokens are not present.
-        self.present = present_lengths(of.program, of.shape, inputs)
+        # The same, and of a call whose last tokens are not present.
+        self.present = self.lengths if ragged is not None else present_lengths(of.program, of.shape, inputs)
         assert of.among is not None
         self.real = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.candidates = of.among
@@ -81,12 +81,10 @@ class Strips:
             self.scale = self.among.tensor(of_present(self.selection.scale, of.program))
         self.ranking = Ranking(self.selection, (self.shape.heads, self.shape.kv_heads), of.budgets)
         self.first = self.shape.first_position(of.program)
-        # Of a decode the position of the first row, and of the first row class that holds rows: int64 [B, 1].
+        # Of a decode the position of the first row, int64 [B, 1].
         self.first_row: Tensor | None = None
-        self.first_class: Tensor | None = None
         if ragged is not None:
             self.first_row = ragged.lengths.view(-1, 1) - self.shape.rows
-            self.first_class = self.first_row.clamp(min=0) // (self.selection.rows or 1)
             if isinstance(self.selection.score, Antidiagonal):
                 self.k = of.keys_in_order(ragged)
         self.group = self.shape.heads // self.shape.kv_heads
@@ -102,6 +100,10 @@ class Strips:
             q_len = self.shape.q_len(of.program)
             self.tiles = tiled_rows(self.selection.row_tiles, of.classes, q_len, self.device, self.among)
         self.rows = class_rows(self.selection, self.shape.q_len(of.program), self.tiles)
+        # Of a decode for blocks or tiles of rows the classes that may hold some, int64 [B, n]: strips are of these.
+        self.of_call: Tensor | None = None
+        if self.first_row is not None and self.selection.rows not in (None, 1):
+            self.of_call = self._classes_of_call(self.first_row)
         score = self.selection.score
         if isinstance(score, Dot):
             self.keys = self._vectors(score.y, inputs)
@@ -130,20 +132,37 @@ class Strips:
         if not of.whole:
             self.width *= self.selection.rows or self.shape.rows
 
+    def _classes_of_call(self, first_row: Tensor) -> Tensor:
+        """The row classes that hold rows of a decode, in order; one past the last where there are fewer."""
+        count, rows = self.of.classes, self.shape.rows
+        if self.tiles is None:
+            assert self.selection.rows is not None
+            block = self.selection.rows
+            most = min(count, (rows - 1) // block + 2) if rows else 0
+            return first_row.clamp(min=0) // block + torch.arange(most, device=self.device)
+        assert self.selection.row_tiles is not None
+        position = first_row + torch.arange(rows, device=self.device)
+        at = tile_of_rows(self.selection.row_tiles, count, as_rows(position), self.among).flatten(1)
+        at = torch.where(position >= 0, at.expand(position.shape), count).sort(-1).values
+        again = pad(at[:, 1:] == at[:, :-1], (1, 0), value=False)
+        return torch.where(again, count, at).sort(-1).values[:, : min(count, rows)]
+
     def _vectors(self, v: Vectors, inputs: Sequence[Tensor]) -> Tensor:
         """[B, G or H or 1, members, D] of what the keys hold."""
         if self.ragged is not None:
-            return self.of.kept(v, self.ragged, inputs)
+            return self.of.kept(v, self.ragged, inputs, self.members)
         return self.of.vectors(v, self.k, inputs, self.members)
 
     # ------------------------------------------------------------------------------------ row classes
 
     def _positions(self, low: int, high: int, rows: int) -> Tensor:
         """The first position of each of these row classes of `rows` rows: [classes], or [B, classes]."""
-        start: int | Tensor = self.first if rows == 1 else 0
-        if self.first_row is not None and self.first_class is not None:
-            start = self.first_row if rows == 1 else self.first_class * rows
-        return torch.arange(low, high, device=self.device) * rows + start
+        if rows == 1:
+            return torch.arange(low, high, device=self.device) + (
+                self.first if self.first_row is None else self.first_row
+            )
+        classes = torch.arange(low, high, device=self.device) if self.of_call is None else self.of_call[:, low:high]
+        return classes * rows
 
     def _present(self, touched: Touched, values: Values, low: int, high: int, rows: int | None) -> Tensor:
         """Whether these row classes have a pair with each member: bool [B or 1, H or 1, high - low, members]."""
@@ -188,25 +207,42 @@ class Strips:
         """The positions of all rows of these row classes, one class after another, [rows] or [B, rows]; -1 for a row
         that a tile lacks."""
         if self.tiles is not None:
-            return self.tiles[low:high].flatten()
+            return self.tiles[low:high].flatten() if self.of_call is None else self._of_tiles(low, high).flatten(1)
         position = torch.arange(low * rows, high * rows, device=self.device)
-        return position if self.first_class is None else position + self.first_class * (self.selection.rows or 1)
+        if self.of_call is None or self.rows is None:
+            return position
+        # Classes that follow one another in the call do so in the sequence, groups of their rows too.
+        return self.of_call[:, position // self.rows] * (self.selection.rows or 1) + position % self.rows
+
+    def _of_tiles(self, low: int, high: int) -> Tensor:
+        """The rows of the tiles of a decode, int64 [B, high - low, rows]: -1 of one past the last."""
+        assert self.tiles is not None and self.of_call is not None
+        return pad(self.tiles, (0, 0, 0, 1), value=-1)[self.of_call[:, low:high]]
 
     def _lags(self, touched: Touched, values: Values) -> Tensor:
         """Which diagonals all rows of the call have a pair on."""
-        size, count = self.selection.keys, self.of.members
-        closed = lags_of(touched.program, (self.shape.heads, self.shape.kv_heads), size)
+        count = self.of.members
+        closed = lags_of(touched.program, (self.shape.heads, self.shape.kv_heads), self.selection.keys)
         if closed is not None:
             k = torch.arange(count, device=self.device).view(1, 1, 1, -1)
-            inside = values.at(q=0, k=k, start=max(0, self.first)).tensor(closed)
+            start = max(0, self.first) if self.first_row is None else self.first_row.clamp(min=0).view(-1, 1, 1, 1)
+            inside = values.at(q=0, k=k, start=start).tensor(closed)
             return inside.expand(*inside.shape[:2], 1, count) if inside.dim() == 4 else inside.expand(1, 1, 1, count)
         found = torch.zeros(1, 1, count, dtype=torch.bool, device=self.device)
         for start, end in self._row_strips(self.shape.k_len):
-            position = torch.arange(start, end, device=self.device)
-            inside = touched.at(values, position)
-            inside = inside.expand(*inside.shape[:2], position.numel(), -1).to(torch.int8)
-            found = found | (lag_sums(inside, start, size, count, largest=True) > 0)
+            inside = touched.at(values, self._positions(start - self.first, end - self.first, 1))
+            inside = inside.expand(*inside.shape[:2], end - start, -1).to(torch.int8)
+            found = found | (self._along_lags(inside, start, largest=True) > 0)
         return found.unsqueeze(2)
+
+    def _along_lags(self, x: Tensor, start: int, largest: bool) -> Tensor:
+        """[B, H, rows, Nk] of the call's rows from position `start` on (of a decode of the longest sequence) along
+        diagonals."""
+        size, count = self.selection.keys, self.of.members
+        if self.first_row is None:
+            return lag_sums(x, start, size, count, largest)
+        position = self._positions(start - self.first, start - self.first + x.shape[2], 1)
+        return ragged_lag_sums(x, position, size, count, largest)
 
     def _rows(self, x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
         """Vectors [B, H, rows, D] of the call's rows by class, [B, H, high - low, rows of a class, D], and which of
@@ -214,7 +250,7 @@ class Strips:
         rows, have = self.rows, self.shape.rows
         if rows is None:
             return x[:, :, None], self._there(self._positions(0, have, 1))[:, None]
-        if rows == 1:
+        if self.selection.rows == 1:
             return x[:, :, low:high, None], self._there(self._positions(low, high, 1))[..., None]
         position = self._class_positions(low, high, rows)
         row, here = self._of_call(position)
@@ -240,8 +276,8 @@ class Strips:
             decl = self.of.program.input(v.source)
             x, along = leading(decl, self.tensors[v.source]), decl.dims[-2]
             x = x.expand(-1, -1, self.shape.rows if along.block == 1 else self.of.classes, -1)
-            if along.block > 1 and self.first_class is not None:
-                at = (self.first_class + torch.arange(low, high, device=self.device)).clamp(max=x.shape[2] - 1)
+            if along.block > 1 and self.of_call is not None:
+                at = self.of_call[:, low:high].clamp(max=x.shape[2] - 1)
                 x = x.expand(len(at), -1, -1, -1)
                 return x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])).to(self.real)
             return x[:, :, low:high].to(self.real)
@@ -280,7 +316,8 @@ class Strips:
                 first = torch.zeros(1, dtype=torch.int64, device=self.device)
                 first = first if rows is None else self._positions(low, high, rows)
                 if self.tiles is not None:
-                    first = self.tiles[low:high, 0].clamp(min=0)
+                    tiles = self.tiles[low:high] if self.of_call is None else self._of_tiles(low, high)
+                    first = tiles[..., 0].clamp(min=0)
                 here = self.among.at(q=as_rows(first), k=members)
                 return here.tensor(of_present(value, self.of.program)).to(self.real)
             case _:
@@ -294,7 +331,8 @@ class Strips:
         assert self.state is not None
         x, here = self._rows(self.q, low, high)
         lse, _ = self._rows(self.state[1].to(self.real).unsqueeze(-1), low, high)
-        position = self._positions(low, high, 1) if rows == 1 else self._class_positions(low, high, rows)
+        single = self.selection.rows == 1
+        position = self._positions(low, high, 1) if single else self._class_positions(low, high, rows)
         masses = self._masses(x.flatten(2, 3), lse.flatten(2, 3), position, here.flatten(1))
         found: Tensor = self._given_to_members(masses, largest).unflatten(2, (high - low, -1))
         return found.amax(3) if largest else found.sum(3)
@@ -306,13 +344,14 @@ class Strips:
         assert mass is not None
         found = torch.zeros(shape.batch, shape.heads, self.of.members, dtype=self.real, device=self.device)
         for start, end in self._row_strips(mass.keys(shape.k_len), *self.of.seeing):
-            at, position = slice(start - self.first, end - self.first), torch.arange(start, end, device=self.device)
+            at = slice(start - self.first, end - self.first)
+            position = self._positions(at.start, at.stop, 1)
             masses = self._masses(self.q[:, :, at], self.state[1][:, :, at, None], position, position >= 0)
             if diagonals:
                 if mass.view is not None:
                     # An entry's tokens lie on several: each has its share.
-                    masses = shares(masses, mass.size, mass.stride, 1, shape.k_len, largest=False)
-                part = lag_sums(masses, start, self.selection.keys, self.of.members, largest)
+                    masses = shares(masses, mass.size, mass.stride, 1, shape.k_len, False, self.present)
+                part = self._along_lags(masses, start, largest)
             else:
                 part = self._given_to_members(masses, largest)
                 part = part.amax(2) if largest else part.sum(2)
@@ -361,7 +400,7 @@ class Strips:
             size,
             self.shape.k_len,
             largest,
-            self.present if self.lengths is None else self.lengths,
+            self.present,
         )
 
     def _antidiagonal(self, stride: int, low: int, high: int) -> Tensor:
@@ -371,8 +410,7 @@ class Strips:
         x = torch.where(here[:, None, :, :, None], x, 0).to(self.real)
         x = x.flatten(2, 3).unflatten(2, (-1, stride)).flatten(3)
         tokens = torch.arange(k_len, device=self.device).view(1, 1, -1, 1)
-        present = self.present if self.lengths is None else self.lengths
-        k = self.k if present is None else torch.where(tokens < present, self.k, 0)
+        k = self.k if self.present is None else torch.where(tokens < self.present, self.k, 0)
         y = pad(k, (0, 0, 0, -k_len % stride)).unflatten(2, (-1, stride)).flip(3).flatten(3).to(self.real)
         logits = self._dots(x, y) * (self.scale / stride)
         wide = rows // stride

@@ -174,9 +174,6 @@ WRONG: dict[str, Callable[[], object]] = {
     "A562": lambda: paged_cache(1, 1, 64),
     "A558": lambda: attndsl.compile("attention a { align start  attend all }").evictable(8),
     "A560": lambda: paged_cache(1, 4, 64).top(Q, 1),
-    "A561": lambda: attndsl.compile(
-        "causal & cover(0.5, blocks(4), per = rows(4), among = causal, by = dot(mean(Q), mean(K)), compete = head)"
-    ).decode(Q, K, V, LENGTHS),
     "A566": lambda: attndsl.serving.PagedCache(
         attndsl.compile(f"causal & {MOBA}"), 1, 1, 16, pages=4, max_len=64, dtype=torch.float8_e4m3fn
     ),

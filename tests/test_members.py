@@ -349,23 +349,6 @@ def test_the_stability_warning(body: str, stable: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "members", "said"),
-    [
-        ("", "top(2, blocks(4) on permuted(pi), per = head, among = causal, by = dot(mean(Q), mean(K)))", "places of"),
-        ("", "top(2, segments(pi), per = head, among = causal, by = dot(mean(Q), mean(K)))", "segments"),
-        ("first = attend causal\n", "top(2, diagonals(4), per = head, among = causal, by = probs(first))", "diagonals"),
-    ],
-)
-def test_decode_refuses_what_it_does_not_know(before: str, members: str, said: str) -> None:
-    attn = attndsl.compile(f"attention a {{ input pi : int[k]\n {before} plan top = {members}\n"
-                           "chosen = attend causal & top\n output chosen }")  # fmt: skip
-    q, k, v = tensors(1, 12)
-    plans = {"top": torch.zeros(2, 4, 1, 1, dtype=torch.int32)}
-    with pytest.raises(attndsl.PatternError, match=f"A911.*it chooses {said}"):
-        attn.decode(q, k, v, torch.full((2,), 12, dtype=torch.int32), pi=torch.arange(12), plans=plans)
-
-
-@pytest.mark.parametrize(
     ("text", "inputs"),
     [
         ("attention a { input c : int[b, k]\n plan p = top(1, segments(c), per = rows(64), by = dot(mean(Q), mean(K)), "
