@@ -38,6 +38,14 @@ class Alone:
         first = sum(-(-n // size) for n in self.before)
         return slice(first, first + max(1, -(-(self.keys.stop - self.keys.start) // size)))
 
+    @property
+    def earlier(self) -> Iterator[Alone]:
+        """Those before it in its batch entry, without rows."""
+        low = 0
+        for i, n in enumerate(self.before):
+            yield Alone(self.entry, slice(low, low + n), slice(0, 0), self.before[:i])
+            low += n
+
     def inputs(self, program: Program, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of its call, numpy arrays or tensors, cut from those of the whole."""
         found = {}

@@ -38,12 +38,13 @@ class Pooling:
         return f"pool({pool.function.value}, {pool.size}{stride})"
 
     @property
-    def told_by(self) -> str | None:
-        """The input that tells its entries, if one does."""
+    def told_by(self) -> tuple[str, ...]:
+        """The inputs that tell its entries."""
         pool = self.pool
         if isinstance(pool, Pick):
-            return pool.input
-        return pool.packed if pool.runs is None else pool.runs.input
+            return (pool.input,)
+        runs = None if pool.runs is None else pool.runs.input
+        return tuple(name for name in (runs, pool.packed) if name is not None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
-from attndsl.branches import Given, Part, Pick, Visible
+from attndsl.branches import Given, Part, Visible
 from attndsl.derivation import (
     Alike,
     BlockMap,
@@ -48,7 +48,6 @@ from attndsl.derivation import (
     TileMap,
 )
 from attndsl.documents import over_documents
-from attndsl.entry_ends import Ends, first_of, token_read
 from attndsl.entry_maps import decided
 from attndsl.extents import extent_dims, of_extents
 from attndsl.linear import normalise
@@ -61,13 +60,11 @@ from attndsl.program import (
     Call,
     Choose,
     Coarsen,
-    Compare,
     Complement,
     Const,
     Dim,
     InputDecl,
     Inter,
-    Logic,
     Minus,
     On,
     Permuted,
@@ -85,6 +82,7 @@ from attndsl.program import (
     walk,
 )  # fmt: skip
 from attndsl.simplify import fold
+from attndsl.told_entries import over_listed, over_runs
 from attndsl.unpack import present_tokens, unpacked
 
 _ONE = Dim(Axis.CONST, size=1)
@@ -103,15 +101,26 @@ def derive(program: Program, ragged: bool = False) -> Program:
     if not ragged and not apart:
         # Where sequences have ends of their own, so have their last extents.
         parts = tuple(replace(part, pattern=deriver.over(part)) for part in parts)
-    many = program.only.queries is not None
-    past = (part.view is not None and not part.view.told for part in parts)
-    at = (_Context(everywhere=many, past=x) for x in past)
-    parts = tuple(replace(part, pattern=deriver.set(part.pattern, x)) for part, x in zip(parts, at, strict=True))
+    parts = tuple(
+        # In positions of a document until it is known which tokens entries are of.
+        part if _in_documents(part) else replace(part, pattern=deriver.derived(part.pattern, _past(part)))
+        for part in parts
+    )
     parts = tuple(deriver.of_told(deriver.mapped(part, not ragged and not apart)) for part in parts)
     if not deriver.found and not any(part.view is not None and part.view.told for part in program.only.parts):
         return program
     inputs = (*program.inputs, *deriver.found.values())
     return replace(program.with_branch(parts=parts), inputs=inputs)
+
+
+def _in_documents(part: Part) -> bool:
+    """Whether it is over entries of documents, whose pattern is written in positions of these."""
+    return part.view is not None and part.view.packed is not None
+
+
+def _past(part: Part) -> bool:
+    """Whether its pattern is asked past the last token, in which extents may end."""
+    return part.view is not None and not part.view.told
 
 
 def with_needed(program: Program, used: Iterable[InputDecl]) -> Program:
@@ -242,72 +251,35 @@ class _Deriver:
             dims, lead = _lead(Inter((operand, *count)), self.ragged)
             row = Dim(Axis.Q) if queries is None else self._absolute(rows)
             made = EntryMap(operand, view.size, view.stride, every, rows, self.present)
-            decl = self._input(made, "seen", Type.BOOL, (*dims, row, Dim(Axis.K, view.stride)))
+            decl = self.declare(made, "seen", Type.BOOL, (*dims, row, Dim(Axis.K, view.stride)))
             return Read(decl.name, (*lead, _quotient(Var("q"), rows), Var("k")), Type.BOOL)
 
-        here = replace(self.program, inputs=(*self.program.inputs, *self.found.values()))
-        return decided(here, part, queries, declare if alike else None, read)
+        return decided(self.here, part, queries, declare if alike else None, read)
 
     def _extents(self, decl: InputDecl, size: int, stride: int, largest: bool) -> str:
         """The name of the least, or the largest, of what an input holds of extents."""
         name = f"{'largest' if largest else 'least'}_{decl.name}"
-        return self._input(Extents(decl.name, size, stride, largest), name, decl.type, extent_dims(decl, stride)).name
+        return self.declare(Extents(decl.name, size, stride, largest), name, decl.type, extent_dims(decl, stride)).name
 
     def of_told(self, part: Part) -> Part:
         """A part over a view that data tells, as one over entries of which each is a token of its own."""
         view = part.view
-        if view is not None and view.packed is not None:
-            return over_documents(
-                replace(self.program, inputs=(*self.program.inputs, *self.found.values())), part, self._input
-            )
         if isinstance(view, Given) and view.picked is not None:
-            return self._picked(part, view, view.picked)
-        if not isinstance(view, Given) or view.runs is None:
-            return part
-        runs = view.runs
-        ids = self.program.input(runs.input)
+            return over_listed(self.here, part, view, view.picked)
+        if view is not None and view.packed is not None:
+            return over_documents(self, part)
+        if isinstance(view, Given) and view.runs is not None:
+            return over_runs(self, part, view, view.runs)
+        return part
 
-        def end(last: bool) -> Read:
-            name = f"{'last' if last else 'first'}_{ids.name}"
-            decl = self._input(RunEnds(ids.name, last), name, Type.INT, ids.dims, sorted=True)
-            return Read(decl.name, (*runs.lead, Var("k")), Type.INT)
+    @property
+    def here(self) -> Program:
+        """The program with the inputs that were found so far."""
+        return replace(self.program, inputs=(*self.program.inputs, *self.found.values()))
 
-        def least(decl: InputDecl, largest: bool) -> tuple[str, tuple[Scalar, ...]]:
-            name = f"{'largest' if largest else 'least'}_{decl.name}"
-            more = {dim: e for dim, e in zip(ids.dims[:-1], runs.lead, strict=True) if dim not in decl.dims}
-            dims = (*decl.dims[:-1], *more, Dim(Axis.K))
-            return self._input(RunExtents(decl.name, ids.name, largest), name, decl.type, dims).name, (*more.values(),)
-
-        first, last = end(False), end(True)
-        counts = self._input(RunCount(ids.name), f"runs_{ids.name}", Type.INT, (*ids.dims[:-1], _ONE))
-        same: dict[Scalar, Scalar] = {token_read(ids.name, runs.lead): Read(ids.name, (*runs.lead, first), Type.INT)}
-        if isinstance(ids.derivation, PresentRuns):
-            # Patterns read what the call gave.
-            own = self.program.input(ids.derivation.input)
-            lead = runs.lead if len(own.dims) == len(ids.dims) else runs.lead[1:]
-            same[token_read(own.name, lead)] = Read(own.name, (*lead, first), Type.INT)
-        same[first_of(self._offsets(ids.name), runs.lead)] = first
-        pattern = Ends(self.program, first, last, same, least, part.span).over(part.pattern)
-        exists = Compare("<", Var("k"), Read(counts.name, (*runs.lead, Const(0)), Type.INT))
-        # What is no run has a last token before its first.
-        tokens = Call("max", (Binary("+", Binary("-", last, first), Const(1)), Const(1)))
-        mass = tokens if view.counted else None
-        view = replace(view, runs=None, counted=False, mass=mass)
-        return replace(part, pattern=Inter((Where(exists, part.span), pattern), part.span), view=view)
-
-    def _picked(self, part: Part, view: Given, picked: Pick) -> Part:
-        """A part over listed tokens."""
-        token = Read(picked.input, (*picked.lead, Var("k")), Type.INT)
-        pattern = Ends(self.program, token, token, {}, None, part.span).over(part.pattern)
-        room, tokens = picked.room, view.present or Var("Nk")
-        count: Scalar = Const(room.size)
-        if room.axis is Axis.K:
-            count = _quotient(Binary("+", tokens, Const(room.block - 1)), room.block)
-        bounds = (Compare("<", Var("k"), count), Compare(">=", token, Const(0)), Compare("<", token, tokens))
-        weight = picked.weight
-        mass = None if weight is None else Call("max", (Binary("*", weight, Const(1.0)), Const(0.0)))
-        exists = Where(Logic("and", bounds), part.span)
-        return replace(part, pattern=Inter((exists, pattern), part.span), view=replace(view, picked=None, mass=mass))
+    def derived(self, pattern: Set, past: bool = False) -> Set:
+        """A set of tokens as it is derived. past: it is read at keys past the last token."""
+        return self.set(pattern, _Context(everywhere=self.program.only.queries is not None, past=past))
 
     def set(self, pattern: Set, at: _Context) -> Set:
         match pattern:
@@ -325,7 +297,7 @@ class _Deriver:
                 return replace(pattern, operand=self.set(operand, replace(at, unit=at.unit * size)))
             case On(operand=operand, place=place):
                 if isinstance(place, Segment):
-                    place = Permuted(self._offsets(place.input), place.lead)
+                    place = Permuted(self.offsets(place.input), place.lead)
                 return replace(pattern, operand=self.set(operand, replace(at, everywhere=True)), place=place)
             case Coarsen():
                 return self._coarsen(pattern, at)
@@ -342,12 +314,12 @@ class _Deriver:
         keys, each = (pattern.keys, 1) if of is None else extent(of)
         dims = (*self.program.input(pattern.plan).dims[:-1], Dim(Axis.K, keys, 0 if each == 1 else each))
         derivation = Chosen(pattern.plan, keys, pattern.level, each, isinstance(of, Runs))
-        decl = self._input(derivation, f"chosen_{pattern.plan}", Type.BOOL, dims)
+        decl = self.declare(derivation, f"chosen_{pattern.plan}", Type.BOOL, dims)
         match of:
             case None:
                 member = pattern.member or _quotient(Var("k"), keys)
             case Runs():
-                member = Binary("-", Var("k"), replace(read(of), input=self._offsets(of.input)))
+                member = Binary("-", Var("k"), replace(read(of), input=self.offsets(of.input)))
             case _:
                 member = number(of, "k")
         inside = None if of is None else has_member(of, tokens, at.past)
@@ -357,8 +329,8 @@ class _Deriver:
         chosen = Where(Read(decl.name, (*pattern.index, member), Type.BOOL), pattern.span)
         return chosen if inside is None else Inter((Where(inside), chosen), pattern.span)
 
-    def _offsets(self, name: str) -> str:
-        return self._input(Offsets(name), f"offset_{name}", Type.INT, self.program.input(name).dims).name
+    def offsets(self, name: str) -> str:
+        return self.declare(Offsets(name), f"offset_{name}", Type.INT, self.program.input(name).dims).name
 
     def _coarsen(self, pattern: Coarsen, at: _Context) -> Set:
         if pattern.map is not None:
@@ -370,7 +342,7 @@ class _Deriver:
         derivation = BlockMap(operand, block_q, block_k, pattern.mode, pattern.fraction, at.unit, at.everywhere)
         dims, lead = _lead(operand, self.ragged)
         dims = (*dims, self._absolute(block_q * at.unit), Dim(Axis.K, block_k * at.unit))
-        decl = self._input(derivation, "blocks", Type.BOOL, dims)
+        decl = self.declare(derivation, "blocks", Type.BOOL, dims)
         index = (*lead, _quotient(Var("q"), block_q), _quotient(Var("k"), block_k))
         return replace(pattern, operand=operand, map=Read(decl.name, index, Type.BOOL))
 
@@ -380,7 +352,7 @@ class _Deriver:
         own = BlockMap(operand, block_q, block_k, pattern.mode, pattern.fraction, at.unit, True, replace(d, alone=None))
         dims, lead = _lead(Inter((operand, Where(d.first), Where(d.end))), self.ragged)
         size = block_k * d.unit * at.unit
-        decl = self._input(own, "blocks", Type.BOOL, (*dims, Dim(Axis.K, at.unit), Dim(Axis.K, size)))
+        decl = self.declare(own, "blocks", Type.BOOL, (*dims, Dim(Axis.K, at.unit), Dim(Axis.K, size)))
         _, key = coordinates_of(d)
         row: Scalar = Var("q")
         block = _quotient(key, block_k)
@@ -409,7 +381,7 @@ class _Deriver:
         if self.ragged or any(reads(e, "b") for e in (*scalars(among), pattern.seed, *ends)):
             lead, dims = [Var("b"), *lead], [Dim(Axis.B), *dims]
         derivation = Draw(replace(pattern, among=among), at.unit, at.everywhere)
-        decl = self._input(derivation, "drawn", Type.INT, (*dims, dim, Dim(Axis.CONST, size=2)))
+        decl = self.declare(derivation, "drawn", Type.INT, (*dims, dim, Dim(Axis.CONST, size=2)))
         last_hash, last = (Read(decl.name, (*lead, place, Const(i)), Type.INT) for i in range(2))
         hashed = Call("mix64", (class_hash(pattern.seed, row), member))
         drawn = Where(Call("drawn", (hashed, member, last_hash, last)), pattern.span)
@@ -426,7 +398,7 @@ class _Deriver:
         """Blocks of all query positions: a `q` dimension without blocks holds the rows of the call alone."""
         return Dim(Axis.Q if self.program.align_start else Axis.K, block)
 
-    def _input(
+    def declare(
         self, derivation: Derivation, name: str, type: Type, dims: tuple[Dim, ...], sorted: bool = False
     ) -> InputDecl:
         if derivation not in self.found:

@@ -65,8 +65,9 @@ def made_of(decl: InputDecl) -> str:
         case DocumentEntries(input=name, size=size, stride=stride, place=place):
             every = "" if stride == size else f" every {stride}"
             return f"the {_PLACES[place]} of each entry of {size} tokens{every} of documents of `{name}`"
-        case PresentRuns(input=name, lengths=lengths):
-            return f"`{name}` of the tokens before `{lengths}`"
+        case PresentRuns(input=name, lengths=lengths, documents=documents):
+            until = "" if lengths is None else f" of the tokens before `{lengths}`"
+            return f"`{name}`{until}" + ("" if documents is None else f", each document of `{documents}` apart")
         case Offsets(input=name):
             return f"distances in the segments of `{name}`"
         case BlockMap(operand=operand):

@@ -3,24 +3,24 @@
 Entries lie one document after the other, with room for as many as there are tokens. Which of them a row sees is decided
 in closed form for a document alone, of an entry's first token; in positions of the call that token is what a derived
 input holds, and it does not decrease. So `causal` ends at the entry whose last token is the row's own, as elsewhere.
+Runs of an input are such entries too: what no closed form says of them, the ends of their tokens do (`entry_ends.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Protocol
 
 from attndsl.branches import Given, Part, Pick, Visible
-from attndsl.derivation import BlockMap, Derivation, DocumentEntries, Draw, EntryPlace
-from attndsl.diagnostics import error
-from attndsl.entry_ends import terms
+from attndsl.derivation import BlockMap, DocumentEntries, Draw, EntryPlace, Offsets
+from attndsl.diagnostics import PatternError, error
+from attndsl.entry_ends import Ends, terms
+from attndsl.members import Runs
 from attndsl.program import (
     Binary,
     Call,
     Compare,
     Const,
-    Dim,
-    InputDecl,
     Inter,
     Program,
     Read,
@@ -32,26 +32,21 @@ from attndsl.program import (
     reads,
     walk,
 )  # fmt: skip
-from attndsl.unpack import document_of, standing
+from attndsl.told_entries import Deriving, among_runs, ends_of_runs
+from attndsl.unpack import document_of, in_documents, standing
 
 
-class Declare(Protocol):
-    """Declares a derived input of a type and dimensions."""
+def over_documents(deriving: Deriving, part: Part) -> Part:
+    """A part over a view of documents as one over entries of which each is a token of its own. Its pattern is that of a
+    document alone; the program has the ends of documents for inputs.
 
-    def __call__(
-        self, derivation: Derivation, name: str, type: Type, dims: tuple[Dim, ...], sorted: bool
-    ) -> InputDecl: ...
-
-
-def over_documents(program: Program, part: Part, declare: Declare) -> Part:
-    """A part over a view of documents as one over entries of which each is a token of its own.
-
-    program: derived, with the ends of documents for inputs. Raises `PatternError` (A912) where data of single keys
-    decides.
+    Raises `PatternError` (A912) where data of single keys decides.
     """
     view = part.view
     assert view is not None and view.packed is not None and not isinstance(view, Pick)
-    entry = _Entries(program, view.packed, view.size, view.stride, view.present or Var("Nk"), declare)
+    if view.runs is not None:
+        return _over_runs(deriving, part, view, view.runs) if isinstance(view, Given) else part
+    entry = _Entries(deriving, view.packed, view.size, view.stride, view.present or Var("Nk"))
     every = view.visible is Visible.EVERY
     # A pattern holds for a whole extent where each of the terms that it is the intersection of does.
     of = terms(part.pattern) if every else (part.pattern,)
@@ -65,16 +60,14 @@ def over_documents(program: Program, part: Part, declare: Declare) -> Part:
 class _Entries:
     """The entries of `size` tokens every `stride` tokens of each document of an input, k being an entry."""
 
-    def __init__(
-        self, program: Program, doc: str, size: int, stride: int, count: Scalar, declare: Declare
-    ) -> None:  # fmt: skip
-        self.program, self.doc, self.size, self.stride, self.count = program, doc, size, stride, count
-        self._declare = declare
+    def __init__(self, deriving: Deriving, doc: str, size: int, stride: int, count: Scalar) -> None:
+        self.program, self.doc, self.size, self.stride, self.count = deriving.program, doc, size, stride, count
+        self._deriving = deriving
 
     def at(self, place: EntryPlace) -> Read:
         """A token that entry k has."""
         ids, made = self.program.input(self.doc), DocumentEntries(self.doc, self.size, self.stride, place)
-        decl = self._declare(made, f"entry_{place.value}_{ids.name}", Type.INT, ids.dims, True)
+        decl = self._deriving.declare(made, f"entry_{place.value}_{ids.name}", Type.INT, ids.dims, sorted=True)
         return Read(decl.name, (*(Var("b") for _ in ids.dims[:-1]), Var("k")), Type.INT)
 
     @property
@@ -96,11 +89,6 @@ class _Entries:
             return (same,)
         return (same, Compare("<", Var("q"), self.count), Compare("<", self.at(EntryPlace.FIRST), self.count))
 
-    def _counts_pairs(self, cond: Scalar) -> bool:
-        """Whether a condition reads what is counted of pairs of the call, which are not a document's."""
-        read = (self.program.input(x.input).derivation for x in walk(cond) if isinstance(x, Read))
-        return any(isinstance(derivation, BlockMap | Draw) for derivation in read)
-
     def seen(self, pattern: Set, every: bool, part: Part) -> Scalar:
         """The condition for a pattern of a document to hold for every token of an extent, present or not, or for one
         that is present."""
@@ -108,15 +96,75 @@ class _Entries:
         from attndsl.entry_sets import FIRST, LAST, seen_from
 
         unit = self.stride if self.size <= self.stride else 0
-        found = seen_from(self.program, pattern, self.size if every else None, unit)
-        if found is None or self._counts_pairs(found):
+        derived = self._deriving.derived(pattern)
+        program = self._deriving.here
+        found = seen_from(program, derived, self.size if every else None, unit)
+        if found is None or _of_the_call(program, found):
             raise error(
                 "A912", "a pattern over a view that reads data at single keys, or draws, is not yet supported",
                 part.span, help="read it at q, or of blocks that hold whole entries",
             )  # fmt: skip
         ends: dict[str, Scalar] = {FIRST.name: self.at(EntryPlace.FIRST), LAST.name: Binary("-", self.end, Const(1))}
         read = {name: token for name, token in ends.items() if reads(found, name)}
-        return standing(found, self.program, self.doc, self.count, read)
+        return standing(found, program, self.doc, self.count, read)
+
+
+def _of_the_call(program: Program, cond: Scalar) -> bool:
+    """Whether a condition reads what is derived of pairs and segments of the call, which are not a document's."""
+    read = (program.input(x.input).derivation for x in walk(cond) if isinstance(x, Read))
+    return any(isinstance(derivation, BlockMap | Draw | Offsets) for derivation in read)
+
+
+# -------------------------------------------------------------------------------------------- runs
+
+
+def _over_runs(deriving: Deriving, part: Part, view: Given, runs: Runs) -> Part:
+    """A part over the runs of an input in documents."""
+    assert view.packed is not None
+    doc, count = view.packed, view.present or Var("Nk")
+    # In a row's own document, whose ends bound what lies there.
+    first, end = (document_of(deriving.program, doc, ends, "q") for ends in (False, True))
+    inside: list[Scalar] = [Compare("<=", first, Var("k")), Compare("<", Var("k"), end)]
+    if view.present is not None:
+        inside += [Compare("<", Var(x), count) for x in "qk"]
+    alone = terms(part.pattern)
+    placed = [_placed(deriving, x, doc, count) for x in alone]
+    ends = ends_of_runs(deriving, deriving.here, part, runs)
+
+    def seen() -> Iterator[Set]:
+        for x in inside:
+            yield ends.over(Where(x, part.span))
+        for own, here in zip(alone, placed, strict=True):
+            try:
+                yield ends.over(here)
+            except PatternError:
+                found = _whole(deriving, own, doc, count, ends)
+                if found is None:
+                    raise
+                yield Where(found, part.span)
+
+    pattern = Inter(tuple(seen()), part.span)
+    return among_runs(deriving, replace(part, pattern=pattern), view, runs, ends)
+
+
+def _placed(deriving: Deriving, pattern: Set, doc: str, count: Scalar) -> Set:
+    """A set of a document alone in positions of the call, derived."""
+    here, made = in_documents(pattern, deriving.here, doc, count)
+    for derivation, decl in made.items():
+        deriving.declare(derivation, decl.name, decl.type, decl.dims, decl.sorted)
+    return deriving.derived(here)
+
+
+def _whole(deriving: Deriving, pattern: Set, doc: str, count: Scalar, ends: Ends) -> Scalar | None:
+    """The condition for a set of a document alone to hold for every token of an entry, where that has a closed form."""
+    from attndsl.entry_sets import FIRST, LAST, seen_whole
+
+    derived = deriving.derived(pattern)
+    program = deriving.here
+    found = seen_whole(program, derived, FIRST, LAST)
+    if found is None or _of_the_call(program, found):
+        return None
+    return standing(found, program, doc, count, {FIRST.name: ends.first, LAST.name: ends.last})
 
 
 __all__ = ["over_documents"]

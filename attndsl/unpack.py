@@ -20,6 +20,7 @@ from attndsl.branches import (
     Given,
     Part,
     Pick,
+    Pool,
     Visible,
     rewritten,
 )
@@ -135,6 +136,14 @@ def standing(e: Scalar, program: Program, doc: str, count: Scalar, more: Names) 
     return place.scalar(e, place.names() | {name: Binary("-", token, first) for name, token in more.items()})
 
 
+def in_documents(
+    pattern: Set, program: Program, doc: str, count: Scalar
+) -> tuple[Set, dict[DocumentBlocks | DocumentEnds | PresentRuns, InputDecl]]:
+    """A set of a document alone in positions of a call, as `standing`, and the inputs to declare that it reads."""
+    place = _in_documents(program, program.input(doc), count)
+    return place.inside(pattern), place.declared
+
+
 def document_of(program: Program, doc: str, ends: bool, position: str) -> Scalar:
     """The first token of a position's document, or one past its last, in a program that has these for inputs."""
     decl = next(x for x in program.inputs if x.derivation == DocumentEnds(doc, ends))
@@ -181,7 +190,7 @@ def _part(part: Part, place: _Place, conditions: list[Scalar], count: Scalar | N
     pattern, view = part.pattern, part.view
     if view is not None and place.document is not None:
         assert not isinstance(view, Pick), "the front end lets no listed tokens stand here"
-        return replace(part, view=replace(view, packed=place.program.packed, present=count))
+        return replace(part, view=replace(place.told(view), packed=place.program.packed, present=count))
     pattern = place.inside(pattern)
     if view is not None and count is not None:
         if view.visible is Visible.EVERY:
@@ -320,18 +329,19 @@ class _Place:
         begin = Call("max", (Read(self.run_ends(place.input, False), (*lead, token), Type.INT), first))
         return normalise(Binary("-", token, begin))
 
-    def told(self, view: Given) -> Given:
-        """A view that data tells, of the tokens that are present."""
-        assert self.program.lengths is not None
-        if view.picked is not None:
+    def told(self, view: Given | Pool) -> Given | Pool:
+        """A view that data tells, of the tokens that are present, and of each document apart."""
+        if isinstance(view, Given) and view.picked is not None:
             weight = view.picked.weight
             weight = None if weight is None else self.scalar(weight, self.names())
             return replace(view, picked=replace(view.picked, weight=weight), present=self.k_len)
         if view.runs is None:
             return view
-        d, ids = PresentRuns(view.runs.input, self.program.lengths), self.program.input(view.runs.input)
+        ids = self.program.input(view.runs.input)
+        d = PresentRuns(ids.name, self.program.lengths, self.ids or None)
         lead, dims = view.runs.lead, ids.dims
-        if Dim(Axis.B) not in dims:
+        of_batch = d.lengths is not None or d.documents is not None
+        if of_batch and Dim(Axis.B) not in dims:
             lead, dims = (Var("b"), *lead), (Dim(Axis.B), *dims)
         return replace(view, runs=Runs(self._input(d, f"present_{d.input}", dims).name, lead))
 
@@ -344,12 +354,14 @@ class _Place:
     def blocks_before(self, size: int) -> InputDecl:
         """The input that holds how many blocks documents before each token's have."""
         d, dims = DocumentBlocks(self.ids, size), self.program.input(self.ids).dims
-        known = next((x for x in self.program.inputs if x.derivation == d), None)
-        return known or self._input(d, f"blocks_{self.ids}_{size}", dims, sorted=True)
+        return self._input(d, f"blocks_{self.ids}_{size}", dims, sorted=True)
 
     def _input(
         self, d: DocumentBlocks | DocumentEnds | PresentRuns, name: str, dims: tuple[Dim, ...], sorted: bool = False
     ) -> InputDecl:
+        known = next((x for x in self.program.inputs if x.derivation == d), None)
+        if known is not None:
+            return known
         if d not in self.declared:
             taken = {decl.name for decl in (*self.program.inputs, *self.declared.values())}
             while name in taken:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from attndsl import syntax as ast
+from attndsl.branches import Pick
 from attndsl.derivation import Random, Segment
 from attndsl.diagnostics import Span
 from attndsl.grammar.scope import Context, InputRef, Poison
@@ -95,7 +96,7 @@ def _barred(program: Program) -> Iterator[_Barred]:
         if branch.queries is not None:
             yield _Barred("pooled queries", _TOGETHER)
     for part in (part for branch in program.branches for part in branch.parts):
-        if part.view is not None and part.view.told:
+        if isinstance(part.view, Pick):
             yield _Barred("such a view", "data says which tokens its entries are of", part.span)
     for chosen in program.selections:
         if chosen.members is not None or chosen.row_tiles is not None:

@@ -24,7 +24,7 @@ from attndsl.runtime.observe import observe
 from attndsl.runtime.ops import attend, checked_values
 from attndsl.runtime.pick import listed_of_heads, picked
 from attndsl.runtime.pool import pooled, pooled_queries
-from attndsl.runtime.runs import document_blocks, entries_of_heads, pooled_runs
+from attndsl.runtime.runs import Runs, document_blocks, entries_of_heads, pooled_runs
 from attndsl.runtime.runs import of_heads as runs_of_heads
 from attndsl.runtime.select_op import Planner
 from attndsl.runtime.shares import member_shares, observed_shares
@@ -38,7 +38,7 @@ def make_views(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The entries of every pooled view, keys [B, Hkv, entries, D] and values [B, Hkv, entries, Dv], by its name.
     inputs: those whose segments or documents are pooled, or that list tokens."""
-    own = {name: composition.own.input(name) for x in composition.pools if (name := x.told_by) is not None}
+    own = {name: composition.own.input(name) for x in composition.pools for name in x.told_by}
     if set(inputs) != set(own):
         names = ", ".join(f"`{name}`" for name in own) or "nothing"
         what = f"beside keys and values the views of this attention are made of {names}"
@@ -57,15 +57,15 @@ def _made(
         name = pooling.pool.input
         listed = listed_of_heads(inputs[name], composition.own.input(name), pooling.pool, k.shape)
         return picked(key, k, listed, backend), picked(key, v, listed, backend)
-    if pooling.pool.packed is not None:
-        batch, kv_heads = k.shape[:2]
-        entries = entries_of_heads(inputs[pooling.pool.packed], pooling.pool, batch, kv_heads, lengths)
-        return pooled_runs(key, k, pooling.pool, entries, backend), pooled_runs(key, v, pooling.pool, entries, backend)
+    batch, kv_heads = k.shape[:2]
+    documents = None if pooling.pool.packed is None else inputs[pooling.pool.packed]
+    told: Runs | None = None
     if (runs := pooling.pool.runs) is not None:
-        of_heads = runs_of_heads(inputs[runs.input], composition.own.input(runs.input), k.shape[0], k.shape[1], lengths)
-        return pooled_runs(key, k, pooling.pool, of_heads, backend), pooled_runs(
-            key, v, pooling.pool, of_heads, backend
-        )
+        told = runs_of_heads(inputs[runs.input], composition.own.input(runs.input), batch, kv_heads, lengths, documents)
+    elif documents is not None:
+        told = entries_of_heads(documents, pooling.pool, batch, kv_heads, lengths)
+    if told is not None:
+        return pooled_runs(key, k, pooling.pool, told, backend), pooled_runs(key, v, pooling.pool, told, backend)
     return pooled(key, k, pooling.pool, backend, lengths), pooled(key, v, pooling.pool, backend, lengths)
 
 

@@ -251,10 +251,14 @@ class Deriver:
                 return self._offsets(decl, values.tensors[name])
             case Extents(input=name):
                 return of_extents(values.tensors[name], decl.derivation, self.shape.k_len, self._size(decl))
-            case PresentRuns(input=name, lengths=lengths):
-                count = values.tensors[lengths].clamp(0, self.shape.k_len).expand(self.shape.batch)
-                ids = along(values.tensors[name], self.program.input(name), decl, self._size(decl))
-                return present_runs(ids, count)
+            case PresentRuns(input=name, lengths=lengths, documents=documents):
+                ids, doc = (
+                    None if n is None else along(values.tensors[n], self.program.input(n), decl, self._size(decl))
+                    for n in (name, documents)
+                )
+                count = None if lengths is None else values.tensors[lengths].clamp(0, self.shape.k_len)
+                assert ids is not None
+                return present_runs(ids, None if count is None else count.expand(self.shape.batch), doc)
             case RunEnds(input=name) | RunCount(input=name) | RunExtents(input=name):
                 return self._of_runs(decl, decl.derivation, name, values)
             case DocumentEnds(input=name, ends=ends):

@@ -16,6 +16,7 @@ from typing import Literal, assert_never, overload
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attndsl import oracle
 from attndsl.alone import Alone, separate, sequences, together
@@ -173,18 +174,23 @@ class _Call:
     floats: Mapping[str, Tensor]
     scale: float | None
     left: tuple[Tensor, Tensor] | None  # what dropout multiplies weights by: of tokens, and of entries
-    before: tuple[int, ...] = ()  # tokens of the sequences whose entries are drawn first
+    before: tuple[oracle.Evaluator, ...] = ()  # of the sequences whose entries are drawn first
 
     def alone(self, x: Alone) -> _Call:
         """The call of a sequence that stands alone in this one."""
         at, own, shape, left = slice(x.entry, x.entry + 1), together(self.program), x.shape(self.shape), self.left
-        exact = x.inputs(self.program, self.evaluator.inputs)
         return _Call(
-            own, shape, self.q[at, :, x.rows], self.k[at, :, x.keys], self.v[at, :, x.keys],
-            oracle.Evaluator.of_call(own, shape, exact, self.evaluator.args, x.entry),
+            own, shape, self.q[at, :, x.rows], self.k[at, :, x.keys], self.v[at, :, x.keys], self._evaluator(x),
             x.inputs(self.program, self.floats), self.scale,
-            None if left is None else (left[0][at, :, x.rows, x.keys], left[1][at, :, x.rows]), x.before,
+            None if left is None else (left[0][at, :, x.rows, x.keys], left[1][at, :, x.rows]),
+            () if left is None else tuple(map(self._evaluator, x.earlier)),
         )  # fmt: skip
+
+    def _evaluator(self, x: Alone) -> oracle.Evaluator:
+        """That of a sequence that stands alone in this call."""
+        inputs = x.inputs(self.program, self.evaluator.inputs)
+        shape, args = x.shape(self.shape), self.evaluator.args
+        return oracle.Evaluator.of_call(together(self.program), shape, inputs, args, x.entry)
 
     def result(self) -> tuple[Tensor, Tensor | None]:
         """Output and lse of the program."""
@@ -218,9 +224,20 @@ class _Call:
             return None
         found = []
         for view in (part.view for part in parts):
-            first = 0 if view is None else sum(oracle.entries(view, n) for n in self.before)
+            if view is not None and view.runs is not None:
+                found.append(self._left_of_runs(view.runs, self.left[1]))
+                continue
+            first = 0 if view is None else sum(oracle.entries(view, e.shape.k_len) for e in self.before)
             found.append(self.left[view is not None][..., first : first + oracle.entries(view, self.shape.k_len)])
         return torch.cat(found, -1)
+
+    def _left_of_runs(self, runs: Runs, left: Tensor) -> Tensor:
+        """The same of the runs of an input, of which each head has its own."""
+        found = []
+        for h in range(self.shape.heads):
+            first = sum(len(e.extents(runs, 0, h)) for e in self.before)
+            found.append(pad(left[:, h, :, first:], (0, first))[..., : self.shape.k_len])
+        return torch.stack(found, 1)
 
     def _two_levels(self, branch: Branch, within: Within) -> tuple[Tensor, Tensor | None]:
         """Output of a softmax inside each member, its share the probability that another branch gives it; the lse is

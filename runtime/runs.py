@@ -74,20 +74,30 @@ def document_blocks(ids: Tensor, size: int) -> Tensor:
     return entries.number.gather(-1, begin.to(torch.int64))
 
 
-def present_runs(ids: Tensor, present: Tensor) -> Tensor:
-    """Ids [B, ..., tokens] of tokens that are present, int [B], as `derivation.PresentRuns` has them."""
+def present_runs(ids: Tensor, present: Tensor | None, documents: Tensor | None = None) -> Tensor:
+    """Ids [B, ..., tokens] as `derivation.PresentRuns` has them. present: int [B], how many tokens are, where not all
+    are. documents: of the size of ids."""
     ids, tokens = ids.to(torch.int64), ids.shape[-1]
     if not tokens:
+        return ids
+    if documents is not None:
+        ids = _begins(ids, documents).cumsum(-1)
+    if present is None:
         return ids
     present = present.to(torch.int64).view(-1, *[1] * (ids.dim() - 1))
     last = ids.gather(-1, (present - 1).clamp(0, tokens - 1).expand(*ids.shape[:-1], 1))
     return torch.where(torch.arange(tokens, device=ids.device) < present, ids, last + 1)
 
 
+def _begins(*ids: Tensor) -> Tensor:
+    """At which tokens one of ids [..., tokens] is not that of the token before, bool [..., tokens]."""
+    changes = torch.stack([x[..., 1:] != x[..., :-1] for x in ids]).any(0)
+    return pad(changes, (1, 0), value=True)[..., : ids[0].shape[-1]]
+
+
 def runs_of(ids: Tensor) -> Runs:
     """The maximal runs of equal ids [..., tokens]."""
-    begins = pad(ids[..., 1:] != ids[..., :-1], (1, 0), value=True)[..., : ids.shape[-1]]
-    number = begins.cumsum(-1, dtype=torch.int32) - 1
+    number = _begins(ids).cumsum(-1, dtype=torch.int32) - 1
     every = torch.arange(ids.shape[-1], dtype=torch.int32, device=ids.device).expand(ids.shape).contiguous()
     first, end = (torch.searchsorted(number, every, right=right, out_int32=True) for right in (False, True))
     return Runs(number, first, end)
@@ -129,14 +139,20 @@ def along(x: Tensor, own: InputDecl, dims: InputDecl, size: list[int]) -> Tensor
     return x.permute(*order, -1).expand(size).contiguous()
 
 
-def of_heads(ids: Tensor, decl: InputDecl, batch: int, kv_heads: int, present: Tensor | None = None) -> Runs:
+def of_heads(
+    ids: Tensor, decl: InputDecl, batch: int, kv_heads: int, present: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> Runs:  # fmt: skip
     """The runs of an input int[b?, g?, k] for each batch entry and key head: [B, Hkv, tokens]. present: int [B], how
-    many tokens are, where not all are."""
+    many tokens are, where not all are. documents: [B or 1?, tokens], at whose ends runs end too."""
     for at, axis in enumerate((Axis.B, Axis.G)):
         if all(dim.axis is not axis for dim in decl.dims):
             ids = ids.unsqueeze(at)
     ids = ids.expand(batch, kv_heads, -1)
-    return runs_of((ids if present is None else present_runs(ids, present)).contiguous())
+    if documents is not None:
+        documents = documents.expand(batch, -1).unsqueeze(1).expand(ids.shape)
+    apart = present is not None or documents is not None
+    return runs_of((present_runs(ids, present, documents) if apart else ids).contiguous())
 
 
 def entries_of_heads(ids: Tensor, pool: Pool, batch: int, kv_heads: int, present: Tensor | None) -> Runs:

@@ -22,7 +22,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "
 
 # Equal ids apart are different documents; one entry of the batch is one document.
 DOC = torch.tensor([[4] * 20 + [1] * 3 + [4] * 9 + [7, 8] + [0] * 14, [5] * 48])
-DECLARED = {"doc": "int[b, k]", "n": "int[b]", "role": "int[b, q]", "sinks": "float[h] learnable"}
+DECLARED = {
+    "doc": "int[b, k]", "n": "int[b]", "role": "int[b, q]", "sinks": "float[h] learnable", "part": "int[b, g, k]",
+    "word": "int[k]", "mark": "bool[b, k]",
+}  # fmt: skip
 BODIES = [
     "attend causal over pool(mean, 8) { softmax with sink sinks[h] }",
     "attend causal over pool(max, 8, 4)",
@@ -34,6 +37,11 @@ BODIES = [
     "lengths n attend { k // 4 * 4 == Nk // 8 * 4 or role[q] == 1 and k // 8 < 2 } over pool(mean, 4, counted)",
     "attend (causal on blocks(4)) over pool(mean, 2), causal & { role[q] != 2 } over pool(max, 7)",
     "far = attend causal over pool(mean, 4) near = attend causal & window(4) output merge(far, near)",
+    # Segments end with their document, wherever equal ids go on.
+    "attend causal & window(9), causal - window(9) over pool(mean, segments(part), counted)",
+    "lengths n attend ~(window(5) | sink(3)) & { Nk - k > 2 } over pool(max, segments(word), counted)",
+    "attend ~({ q < 2 } on segment(part)) & { mark[k] } over pool(min, segments(part)) { weights sigmoid(s) }",
+    "attend coarsen(window(6), 4, any) over pool(sum, segments(word)), causal over pool(mean, 4)",
 ]
 # heads, key heads, rows, keys, D, Dv
 SHAPES = [(4, 2, 48, 48, 16, 16), (1, 1, 31, 48, 80, 24), (2, 2, 1, 1, 16, 16), (2, 1, 1, 33, 16, 16)]
@@ -56,6 +64,8 @@ def judge(body: str, shape: tuple[int, ...], dtype: torch.dtype, backend: str, d
     leaves = [drawn(2, heads, rows, dim), drawn(2, kv_heads, tokens, dim), drawn(2, kv_heads, tokens, v_dim)]
     role = torch.arange(2 * rows).view(2, -1) % 3
     made = {"doc": DOC[:, :tokens], "n": torch.tensor([min(tokens, 41), 40]), "role": role}
+    of_heads = torch.rand(2, kv_heads, tokens, generator=torch.Generator().manual_seed(4))
+    made |= {"part": (of_heads < 0.2).cumsum(-1) % 3, "word": torch.arange(tokens) // 7, "mark": of_heads[:, 0] < 0.8}
     if "sinks" in body:
         leaves.append(drawn(heads))
     lse = "weights" not in body
@@ -107,6 +117,7 @@ def test_dropout(backend: str) -> None:
     dtype = torch.float64 if backend == "cpu" else torch.float32
     judge(BODIES[1], SHAPES[0], dtype, backend, dropout=0.4)
     judge(BODIES[3], SHAPES[0], dtype, backend, dropout=0.4)
+    judge(BODIES[10], SHAPES[0], dtype, backend, dropout=0.4)
 
 
 # ------------------------------------------------------------------------------------------ entries
@@ -167,6 +178,19 @@ def test_views_are_made_of_documents() -> None:
         slice(0, 8), slice(8, 16), slice(16, 20), slice(20, 23)
     )], 1))  # fmt: skip
     torch.testing.assert_close(attn(q, k, v, doc=DOC, views=views), attn.reference(q, k, v, doc=DOC))
+
+
+def test_views_are_made_of_segments_of_documents() -> None:
+    attn = attndsl.compile("""attention a { input doc : int[b, k] input word : int[k] packed doc
+                           attend causal over pool(mean, segments(word)) }""")
+    q, k, v = (torch.randn(2, 2, 48, 16, dtype=torch.float64) for _ in range(3))
+    given: dict[str, Any] = {"doc": DOC, "word": torch.arange(48) // 7}
+    views = attn.views(k, v, **given)
+    (keys, _) = views["pool(mean, segments(word))"]
+    torch.testing.assert_close(keys[0, :, :5], torch.stack([k[0, :, x].mean(1) for x in (
+        slice(0, 7), slice(7, 14), slice(14, 20), slice(20, 21), slice(21, 23)
+    )], 1))  # fmt: skip
+    torch.testing.assert_close(attn(q, k, v, views=views, **given), attn.reference(q, k, v, **given))
 
 
 def test_what_is_refused() -> None:

@@ -1,0 +1,122 @@
+"""Views whose entries data tells, runs of an input or listed tokens: as ones over entries of which each is a token of
+its own, which rows see by where its tokens begin and end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+from attndsl.branches import Given, Part, Pick
+from attndsl.derivation import Derivation, DocumentEnds, PresentRuns, RunCount, RunEnds, RunExtents
+from attndsl.entry_ends import Ends, first_of, token_read
+from attndsl.members import Runs
+from attndsl.program import (
+    Axis,
+    Binary,
+    Call,
+    Compare,
+    Const,
+    Dim,
+    InputDecl,
+    Inter,
+    Logic,
+    Program,
+    Read,
+    Scalar,
+    Set,
+    Type,
+    Var,
+    Where,
+)  # fmt: skip
+
+
+class Deriving(Protocol):
+    """What derives a program: `here` is the program with the inputs found so far."""
+
+    @property
+    def program(self) -> Program: ...
+
+    @property
+    def here(self) -> Program: ...
+
+    def declare(
+        self, derivation: Derivation, name: str, type: Type, dims: tuple[Dim, ...], sorted: bool = False
+    ) -> InputDecl: ...
+
+    def offsets(self, name: str) -> str: ...
+
+    def derived(self, pattern: Set) -> Set: ...
+
+
+def ends_of_runs(deriving: Deriving, program: Program, part: Part, runs: Runs) -> Ends:
+    """What is known of runs of an input. program: what patterns read has its inputs."""
+    ids = program.input(runs.input)
+
+    def end(last: bool) -> Read:
+        name = f"{'last' if last else 'first'}_{ids.name}"
+        decl = deriving.declare(RunEnds(ids.name, last), name, Type.INT, ids.dims, sorted=True)
+        return Read(decl.name, (*runs.lead, Var("k")), Type.INT)
+
+    def least(decl: InputDecl, largest: bool) -> tuple[str, tuple[Scalar, ...]]:
+        name = f"{'largest' if largest else 'least'}_{decl.name}"
+        more = {dim: e for dim, e in zip(ids.dims[:-1], runs.lead, strict=True) if dim not in decl.dims}
+        dims = (*decl.dims[:-1], *more, Dim(Axis.K))
+        found = deriving.declare(RunExtents(decl.name, ids.name, largest), name, decl.type, dims)
+        return found.name, (*more.values(),)
+
+    first, last = end(False), end(True)
+    same: dict[Scalar, Scalar] = {}
+
+    def alike(decl: InputDecl) -> None:
+        """What an input holds of a token is what it holds of its run's first."""
+        lead = tuple(e for dim, e in zip(ids.dims[:-1], runs.lead, strict=True) if dim in decl.dims)
+        same[token_read(decl.name, lead)] = Read(decl.name, (*lead, first), Type.INT)
+
+    same[token_read(ids.name, runs.lead)] = Read(ids.name, (*runs.lead, first), Type.INT)
+    names = {ids.name}
+    if isinstance(ids.derivation, PresentRuns):
+        # Patterns read what the call gave, of which a run lies in one run, and in one document.
+        names |= {name for name in (ids.derivation.input, ids.derivation.documents) if name is not None}
+        for decl in program.inputs:
+            if decl.name in names or (isinstance(decl.derivation, DocumentEnds) and decl.derivation.input in names):
+                alike(decl)
+    same[first_of(deriving.offsets(ids.name), runs.lead)] = first
+    return Ends(program, first, last, same, least, part.span)
+
+
+def over_runs(deriving: Deriving, part: Part, view: Given, runs: Runs) -> Part:
+    """A part over the runs of an input."""
+    ends = ends_of_runs(deriving, deriving.program, part, runs)
+    return among_runs(deriving, replace(part, pattern=ends.over(part.pattern)), view, runs, ends)
+
+
+def among_runs(deriving: Deriving, part: Part, view: Given, runs: Runs, ends: Ends) -> Part:
+    """A part over entries that are runs of an input, whose pattern is one of these, without what data tells."""
+    ids = deriving.here.input(runs.input)
+    one = Dim(Axis.CONST, size=1)
+    counts = deriving.declare(RunCount(ids.name), f"runs_{ids.name}", Type.INT, (*ids.dims[:-1], one))
+    exists = Compare("<", Var("k"), Read(counts.name, (*runs.lead, Const(0)), Type.INT))
+    # What is no run has a last token before its first.
+    tokens = Call("max", (Binary("+", Binary("-", ends.last, ends.first), Const(1)), Const(1)))
+    mass = tokens if view.counted else None
+    view = replace(view, runs=None, packed=None, counted=False, mass=mass)
+    return replace(part, pattern=Inter((Where(exists, part.span), part.pattern), part.span), view=view)
+
+
+def over_listed(program: Program, part: Part, view: Given, picked: Pick) -> Part:
+    """A part over listed tokens."""
+    token = Read(picked.input, (*picked.lead, Var("k")), Type.INT)
+    pattern = Ends(program, token, token, {}, None, part.span).over(part.pattern)
+    room, tokens = picked.room, view.present or Var("Nk")
+    count: Scalar = Const(room.size)
+    if room.axis is Axis.K:
+        whole = Binary("+", tokens, Const(room.block - 1))
+        count = tokens if room.block == 1 else Binary("//", whole, Const(room.block))
+    bounds = (Compare("<", Var("k"), count), Compare(">=", token, Const(0)), Compare("<", token, tokens))
+    weight = picked.weight
+    mass = None if weight is None else Call("max", (Binary("*", weight, Const(1.0)), Const(0.0)))
+    exists = Where(Logic("and", bounds), part.span)
+    return replace(part, pattern=Inter((exists, pattern), part.span), view=replace(view, picked=None, mass=mass))
+
+
+__all__ = ["Deriving", "among_runs", "ends_of_runs", "over_listed", "over_runs"]
