@@ -21,7 +21,7 @@ from attndsl.linear import normalise
 from attndsl.mask import shaped
 from attndsl.mask_cost import pair_cost
 from attndsl.plan import Spec
-from attndsl.program import Binary, Call, Compare, Const, Logic, Scalar, Var, substitute
+from attndsl.program import Binary, Call, Compare, Const, Logic, Memo, Scalar, Var, substitute
 from attndsl.quasi_affine import condition, least_cost
 from attndsl.relation import Relation
 from attndsl.runs import Run, Side, TileKind, TileRuns, plain_runs
@@ -106,7 +106,7 @@ def _names(boxes: Boxes, axis: int) -> dict[str, Scalar]:
 
 
 def _renamed(runs: TileRuns, boxes: Boxes, axis: int, spec: Spec, clipped: bool) -> TileRuns:
-    names, known = _names(boxes, axis), dict[int, Scalar]()
+    names, known = _names(boxes, axis), Memo()
 
     def named(found: tuple[Run, ...]) -> tuple[Run, ...]:
         # What their ends share, once.

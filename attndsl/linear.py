@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from attndsl.program import Binary, Call, Compare, Const, If, Logic, Scalar, Type, Unary, Var
+from attndsl.program import Binary, Call, Compare, Const, If, Logic, Memo, Scalar, Type, Unary, Var
 from attndsl.simplify import folded_once, negated, specialise
 
 
@@ -40,9 +40,8 @@ def normalise(e: Scalar) -> Scalar:
 
 def plainly(found: Iterable[Scalar], sizes: Mapping[str, int] = {}) -> list[Scalar]:
     """Scalars with H, G, D, Dv (those in `sizes`) put in, in normal form and folded: what they share, once."""
-    # All of them stay while a memo knows them by identity.
-    known, plain = list(found), _Plain(sizes)
-    return [plain.scalar(e) for e in known]
+    plain = _Plain(sizes)
+    return [plain.scalar(e) for e in found]
 
 
 def terms(e: Scalar) -> tuple[int, dict[Scalar, int]]:
@@ -60,13 +59,13 @@ class _Normaliser:
     """Normalises expressions whose nodes are shared: each once."""
 
     def __init__(self) -> None:
-        self.memo: dict[int, Scalar] = {}
+        self.memo: Memo = {}
 
     def scalar(self, e: Scalar) -> Scalar:
         found = self.memo.get(id(e))
         if found is None:
-            found = self.memo[id(e)] = self.condition(e) if e.type is Type.BOOL else _write(self.sum(e))
-        return found
+            found = self.memo[id(e)] = e, self.condition(e) if e.type is Type.BOOL else _write(self.sum(e))
+        return found[1]
 
     def sum(self, e: Scalar) -> _Sum:
         found = _Sum()
@@ -139,11 +138,11 @@ class _Plain(_Normaliser):
     def __init__(self, sizes: Mapping[str, int]) -> None:
         super().__init__()
         self.sizes = sizes
-        self._put_in: dict[int, Scalar] = {}
+        self._put_in: Memo = {}
 
     def scalar(self, e: Scalar) -> Scalar:
         if id(e) not in self.memo and isinstance(e, Call | If) and e.type is Type.INT:
-            self.memo[id(e)] = self._folded(e)
+            self.memo[id(e)] = e, self._folded(e)
         return super().scalar(e)
 
     def add(self, e: Scalar, factor: int, into: _Sum) -> None:

@@ -237,7 +237,7 @@ def _merged(op: Op, parts: Iterable[_Node]) -> list[_Node]:
 
 
 def _both(op: Op, a: _Split, b: _Split) -> _Split | None:
-    if a.op != b.op or not (a.folded is b.folded or None in (a.folded, b.folded)):
+    if a.op != b.op or not (a.folded == b.folded or None in (a.folded, b.folded)):
         return None
     kind, most = a.folded or b.folded, max(a.most, b.most)
     if a.op in ("<", ">"):

@@ -31,6 +31,7 @@ from attndsl.program import (
     Dim,
     InputDecl,
     Logic,
+    Memo,
     Program,
     Read,
     Scalar,
@@ -309,10 +310,10 @@ _SIDE = {"q": "rows", "k": "keys"}
 
 def _with_reads(e: Scalar, found: dict[Read, Read]) -> Scalar:
     """A scalar with some of its reads replaced, whose indices are not looked into."""
-    memo: dict[int, Scalar] = {}
+    memo: Memo = {}
     for x in walk(e):
         if isinstance(x, Read) and x in found:
-            memo[id(x)] = found[x]
+            memo[id(x)] = x, found[x]
     return rebuild(e, lambda x: x, memo)
 
 

@@ -45,6 +45,7 @@ from attndsl.scalar import Const as Const
 from attndsl.scalar import HashedOnce
 from attndsl.scalar import If as If
 from attndsl.scalar import Logic as Logic
+from attndsl.scalar import Memo as Memo
 from attndsl.scalar import Read as Read
 from attndsl.scalar import Scalar as Scalar
 from attndsl.scalar import Table as Table

@@ -266,16 +266,20 @@ def reads(e: Scalar, *names: str) -> bool:
     return any(isinstance(x, Var) and x.name in names for x in walk(e))
 
 
-def rebuild(e: Scalar, step: Callable[[Scalar], Scalar], memo: dict[int, Scalar] | None = None) -> Scalar:
+# What was made of nodes, by identity. It keeps the nodes too: one that goes would leave its identity to another.
+Memo: TypeAlias = dict[int, tuple["Scalar", "Scalar"]]
+
+
+def rebuild(e: Scalar, step: Callable[[Scalar], Scalar], memo: Memo | None = None) -> Scalar:
     """The scalar with `step` applied to every node, operands first; shared nodes stay shared, and those that it leaves
-    as they are stay themselves."""
+    as they are stay themselves. memo: what this step made of nodes before, and makes now."""
     known = {} if memo is None else memo
 
     def inner(x: Scalar) -> Scalar:
         found = known.get(id(x))
         if found is None:
-            found = known[id(x)] = step(_with_children(x, inner))
-        return found
+            found = known[id(x)] = x, step(_with_children(x, inner))
+        return found[1]
 
     return inner(e)
 
@@ -317,6 +321,6 @@ def _same(some: tuple[Scalar, ...], others: tuple[Scalar, ...]) -> bool:
     return all(map(operator.is_, some, others))
 
 
-def substitute(e: Scalar, values: Mapping[str, Scalar], memo: dict[int, Scalar] | None = None) -> Scalar:
+def substitute(e: Scalar, values: Mapping[str, Scalar], memo: Memo | None = None) -> Scalar:
     """The scalar with variables replaced by other scalars. memo: as in `rebuild`."""
     return rebuild(e, lambda x: values.get(x.name, x) if isinstance(x, Var) else x, memo)

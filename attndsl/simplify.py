@@ -16,6 +16,7 @@ from attndsl.program import (
     Const,
     If,
     Logic,
+    Memo,
     Read,
     Scalar,
     Table,
@@ -31,7 +32,7 @@ _COMPARE = {
 _FLIPPED = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
 
 
-def specialise(e: Scalar, sizes: Mapping[str, int], memo: dict[int, Scalar] | None = None) -> Scalar:
+def specialise(e: Scalar, sizes: Mapping[str, int], memo: Memo | None = None) -> Scalar:
     """The scalar with H, G, D, Dv (those in `sizes`) replaced by their values, then folded. memo: as in `rebuild`."""
 
     def step(x: Scalar) -> Scalar:
@@ -40,7 +41,7 @@ def specialise(e: Scalar, sizes: Mapping[str, int], memo: dict[int, Scalar] | No
     return rebuild(e, step, memo)
 
 
-def fold(e: Scalar, memo: dict[int, Scalar] | None = None) -> Scalar:
+def fold(e: Scalar, memo: Memo | None = None) -> Scalar:
     """The scalar with constants folded; its value is the same for every value of its variables. memo: as in
     `rebuild`."""
     return rebuild(e, folded_once, memo)
