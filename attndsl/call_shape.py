@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from attndsl.program import Program
+    from attndsl.program import InputDecl, Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,3 +28,8 @@ class CallShape:
     def q_len(self, program: Program) -> int:
         """Nq: one past the last query position."""
         return self.rows if program.align_start else self.k_len
+
+    def members(self, decl: InputDecl, program: Program) -> int:
+        """The members that a plan tells of."""
+        assert decl.members is not None
+        return -(-(self.q_len(program) if decl.of_rows else self.k_len) // decl.members) * decl.each

@@ -100,18 +100,19 @@ def rows_that_see(program: Program, heads: tuple[int, int], q_len: int, k_len: i
 
 
 @remembered(256)
-def lags_of(program: Program, heads: tuple[int, int], size: int) -> Scalar | None:
-    """Of a derived program's pattern the condition on k, a block of `size` lags, that some row from `start` on has a
-    pair so far back; None where data or effort forbids."""
+def lags_of(program: Program, heads: tuple[int, int], size: int, rows: int | None) -> Scalar | None:
+    """Of a derived program's pattern the condition on k, a block of `size` lags, that some row from `start` on, of
+    class q of so many rows (None: q is 0), has a pair so far back; None where data or effort forbids."""
     lowering = Lowering(program, heads)
     relation = lowering.relation(program.branch.pattern)
     if relation.atoms:
         return None
 
     def back() -> Scalar:
-        rows = lowering.set("[Nq, start] -> { [q, k] : start <= q < Nq and 0 <= k <= q }")
-        lags = isl.Map.read_from_str(lowering.ctx, f"{{ [q, k] -> [x, floor((q - k) / {size})] }}")
-        found = relation.pairs.intersect(rows).apply(lags).coalesce()
+        here = lowering.set("[Nq, start] -> { [q, k] : start <= q < Nq and 0 <= k <= q }")
+        of_row = "x" if rows is None else f"floor(q / {rows})"
+        lags = isl.Map.read_from_str(lowering.ctx, f"{{ [q, k] -> [{of_row}, floor((q - k) / {size})] }}")
+        found = relation.pairs.intersect(here).apply(lags).coalesce()
         return fold(normalise(condition(found, relation.context, {**relation.uniform, "start": Var("start")})))
 
     try:

@@ -124,7 +124,9 @@ class _Call:
     @property
     def members(self) -> int:
         tokens, each = self.selection.extent
-        return -(-self.shape.k_len // tokens) * each
+        # Diagonals are as many as the distances from which a row may have a key.
+        of_rows = isinstance(self.selection.members, Lags)
+        return -(-(self.shape.q_len(self.program) if of_rows else self.shape.k_len) // tokens) * each
 
     @cached_property
     def labels(self) -> Array:

@@ -222,16 +222,20 @@ class Cut:
     inclusive: bool
 
 
+# The fewest rows that an entry of a table stands for where it maps tiles: else it has as many as a call has rows.
+LEAST_ROWS = 16
+
+
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """bool of the plan's dimensions, its list replaced by all members, `each` of `keys` tokens: which of them it
-    chooses, or gives this `level`. `of_runs`: members are segments, which go by their first tokens."""
+    """bool of the plan's dimensions, its list replaced by all members, of `keys` tokens: which of them it chooses,
+    or gives this `level`. `sought`: they may be as many as tokens, for few rows each, so that what a list has
+    is looked up there (`listing.listed`)."""
 
     plan: str
     keys: int
     level: int | None = None
-    each: int = 1
-    of_runs: bool = False
+    sought: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from typing import assert_never
 
 from attndsl.branches import Given, Part, Visible
 from attndsl.derivation import (
+    LEAST_ROWS,
     Alike,
     BlockMap,
     CallMembers,
@@ -52,7 +53,7 @@ from attndsl.entry_maps import decided
 from attndsl.extents import extent_dims, of_extents
 from attndsl.linear import normalise
 from attndsl.member_numbers import has_member, number, read, where_told
-from attndsl.members import Runs, extent
+from attndsl.members import Lags, Runs, extent
 from attndsl.program import (
     Axis,
     Binary,
@@ -312,8 +313,14 @@ class _Deriver:
         of = pattern.members
         tokens = Var("Nk") if self.present is None else Call("clamp", (self.present, Const(0), Var("Nk")))
         keys, each = (pattern.keys, 1) if of is None else extent(of)
-        dims = (*self.program.input(pattern.plan).dims[:-1], Dim(Axis.K, keys, 0 if each == 1 else each))
-        derivation = Chosen(pattern.plan, keys, pattern.level, each, isinstance(of, Runs))
+        plan = self.program.input(pattern.plan).dims
+        last = self._absolute(keys) if isinstance(of, Lags) else Dim(Axis.K, keys, 0 if each == 1 else each)
+        # Segments, and diagonals of a few rows, are as many as tokens: a map of them may be as large as all pairs.
+        few = isinstance(of, Lags) and any(d.axis is Axis.Q and d.block < LEAST_ROWS for d in plan)
+        derivation, dims = (
+            Chosen(pattern.plan, keys, pattern.level, isinstance(of, Runs) or few),
+            (*plan[:-1], last),
+        )
         decl = self.declare(derivation, f"chosen_{pattern.plan}", Type.BOOL, dims)
         match of:
             case None:

@@ -58,7 +58,7 @@ class InputDecl:
     members: of a plan, the tokens of a member (`blocks(64)` has 64, `tokens` 1), or of `each` members where these are
     no blocks; its last dimension is a list. A plan is int32, the members chosen for a row class in increasing order and
     -1 after them (an entry that is no member, or not above all before it, is skipped), or uint8, with an entry for
-    every member, not 0 where it is chosen.
+    every member, not 0 where it is chosen. `of_rows`: they are distances, as many as rows' positions have.
     """
 
     name: str
@@ -69,6 +69,7 @@ class InputDecl:
     derivation: Derivation | None = None
     members: int | None = None
     each: int = 1
+    of_rows: bool = False
     span: Span | None = field(default=None, compare=False, repr=False)
 
     def of_documents(self, packed: bool) -> InputDecl:

@@ -223,7 +223,7 @@ def listed(program: Program, lists: bool) -> Program:
 
     def of(decl: InputDecl) -> InputDecl:
         match decl.derivation:
-            case Chosen(plan=plan, of_runs=True, level=None) if decl.name not in mapped:
+            case Chosen(plan=plan, sought=True, level=None) if decl.name not in mapped:
                 dims = (*decl.dims[:-1], Dim(Axis.LIST))
                 return replace(decl, type=Type.INT, dims=dims, derivation=Listed(plan))
             case _:

@@ -17,7 +17,7 @@ import functools
 from dataclasses import replace
 
 from attndsl.cuts import interval
-from attndsl.derivation import BlockMap, Chosen, Listed, TileMap
+from attndsl.derivation import LEAST_ROWS, BlockMap, Chosen, Listed, TileMap
 from attndsl.derive import derive
 from attndsl.linear import terms
 from attndsl.listing import Listable
@@ -50,8 +50,6 @@ from attndsl.runs import Side, TileRuns
 
 # Tiles of 64 x 64 of a call, over the batch entries and heads that differ, up to which they are mapped.
 MAX_TILES = 1 << 24
-# The fewest rows that an entry of a table stands for where it maps tiles: else it has as many as a call has rows.
-LEAST_ROWS = 16
 
 
 @functools.lru_cache(maxsize=1024)

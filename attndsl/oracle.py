@@ -429,7 +429,8 @@ class Evaluator:
 
     def _selected(self, e: Selected) -> Array:
         plan, (tokens, each) = self._input(e.plan), (e.keys, 1) if e.members is None else extent(e.members)
-        members = -(-int(self.variables["Nk"]) // tokens) * each
+        along = self.variables["Nq" if isinstance(e.members, Lags) else "Nk"]
+        members = -(-int(along) // tokens) * each
         if e.level is not None:
             chosen = plan == e.level
         else:

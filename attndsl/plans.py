@@ -7,7 +7,7 @@ from dataclasses import replace
 from attndsl.derivation import Random
 from attndsl.diagnostics import Span
 from attndsl.member_numbers import number
-from attndsl.members import Placed, Runs, extent
+from attndsl.members import Lags, Placed, Runs, extent
 from attndsl.program import (
     Axis,
     Binary,
@@ -46,7 +46,8 @@ def plan_input(selection: Selection) -> InputDecl:
     if selection.row_tiles is not None:
         rows = (Dim(Axis.Q, *extent(selection.row_tiles)),)
     dims, (keys, each) = (Dim(Axis.B), *heads, *rows, Dim(Axis.LIST)), selection.extent
-    return InputDecl(selection.name, Type.INT, dims, members=keys, each=each, span=selection.span)
+    of_rows = isinstance(selection.members, Lags)
+    return InputDecl(selection.name, Type.INT, dims, members=keys, each=each, of_rows=of_rows, span=selection.span)
 
 
 def selected(plan: InputDecl, selection: Selection | None = None, span: Span | None = None) -> Selected:

@@ -56,10 +56,10 @@ class World:
         shape = replace(self.shape, rows=k_len, k_len=k_len)
         inputs = {}
         for name, values in self.inputs.items():
-            dims = self.program.input(name).dims
-            sizes = [dim_size(dim, self.program, shape) for dim in dims]
-            if (members := self.program.input(name).members) is not None:
-                sizes[-1] = -(-k_len // members) * self.program.input(name).each
+            decl = self.program.input(name)
+            sizes = [dim_size(dim, self.program, shape) for dim in decl.dims]
+            if decl.members is not None:
+                sizes[-1] = shape.members(decl, self.program)
             inputs[name] = values[tuple(slice(0, size) for size in sizes)]
         return replace(self, shape=shape, inputs=inputs)
 
@@ -151,7 +151,7 @@ class _Search:
     def _values(self, decl: InputDecl, shape: CallShape) -> Array:
         sizes = [dim_size(dim, self.program, shape) for dim in decl.dims]
         if decl.members is not None:
-            sizes[-1] = -(-shape.k_len // decl.members) * decl.each
+            sizes[-1] = shape.members(decl, self.program)
             return (self.rng().random(sizes) < 0.5).astype(np.uint8)
         if decl.type is Type.BOOL:
             return self.rng().random(sizes) < 0.5

@@ -150,11 +150,7 @@ class _Options:
                 "write `normalise = softmax`, or leave it out",
             )  # fmt: skip
             return False
-        lags = isinstance(made.members, Lags)
-        if lags and (made.rows is not None or self.ctx.align_start):
-            unsupported(Feature.PARTITIONS, self.given["of"].span, self.ctx)
-            return False
-        if lags and not isinstance(made.score, Probs):
+        if isinstance(made.members, Lags) and not isinstance(made.score, Probs):
             self.ctx.report.error(
                 "A070", "a diagonal holds no vectors, and no key of its own", self.given["by"].span, "for diagonals",
                 "write `by = probs(branch)`",

@@ -13,7 +13,7 @@ class Feature(Enum):
     PARTITIONS = (
         "A905",
         "selecting by these members or row classes",
-        "write `blocks(B)`, `tokens`, `tiles(...)` or `segments(ids)`, and of diagonals `per = head`",
+        "write `blocks(B)`, `tokens`, `tiles(...)`, `segments(ids)` or `diagonals(B)`",
     )
     PACKED = (
         "A907",

@@ -273,10 +273,10 @@ class Deriver:
                 return self._entry_map(decl, decl.derivation, values)
             case Draw():
                 return self._draw(decl, decl.derivation, values)
-            case Chosen(plan=plan, keys=keys, level=level, each=each):
-                return chosen_members(values.tensors[plan], self._members(keys) * each, level)
+            case Chosen(plan=plan, level=level):
+                return chosen_members(values.tensors[plan], self._chosen_among(decl), level)
             case Listed(plan=plan):
-                return listed_in_order(values.tensors[plan], self.shape.k_len)
+                return listed_in_order(values.tensors[plan], max(self._lengths(1)))
             case SpanList(listed=listed, offsets=offsets):
                 tensors = values.tensors[listed], values.tensors[offsets]
                 return span_list(decl, decl.derivation, *tensors, self.shape, self.program)
@@ -454,8 +454,8 @@ class Deriver:
     def _range(self, low: int, high: int) -> Tensor:
         return torch.arange(low, high, device=self.device)
 
-    def _members(self, keys: int) -> int:
-        return -(-self.shape.k_len // keys)
+    def _chosen_among(self, decl: InputDecl) -> int:
+        return dim_size(decl.dims[-1], self.program, self.shape)
 
     def _plan(self, name: str) -> Tensor:
         decl = self.program.input(name)
@@ -465,8 +465,8 @@ class Deriver:
 
     def _size(self, decl: InputDecl) -> list[int]:
         match decl.derivation:
-            case Chosen(plan=plan, keys=keys, each=each):
-                return [*self._plan(plan).shape[:-1], self._members(keys) * each]
+            case Chosen(plan=plan):
+                return [*self._plan(plan).shape[:-1], self._chosen_among(decl)]
             case CallMembers(plan=plan):
                 own = as_four(self._plan(plan), self.program.input(plan).dims)
                 heads = [own.shape[1]] if len(decl.dims) == 4 else []

@@ -64,7 +64,7 @@ class DocumentSelector:
         selection, shape, program = self.selection, self.shape, self.program
         heads, score = (shape.heads, shape.kv_heads), selection.score
         check_tokens(selection, shape)
-        self.capacity = capacity(program, selection, heads, members_of(selection, shape))
+        self.capacity = capacity(program, selection, heads, members_of(program, selection, shape))
         self.tables = {table.name: table_tensor(table, self.device) for table in program.tables}
         counts: Tensor | None = None
         if isinstance(selection.rule, Top) and selection.rule.count is not None:

@@ -210,6 +210,20 @@ def class_rows(selection: Selection, q_len: int, tiles: Tensor | None) -> int | 
     return rows if rows is None or counts else min(rows, max(1, q_len))
 
 
+def along_lags(x: Tensor, position: Tensor, size: int, count: int) -> Tensor:
+    """[B, H, rows, Nk] of rows at these positions, [rows] or [B, rows], by how far back their keys lie:
+    [B, H, rows, count, size], 0 where there is no key."""
+    keys = x.shape[3]
+    if not keys:
+        return x.new_zeros(*x.shape[:3], count, size)
+    at = position.unsqueeze(-1) - torch.arange(count * size, device=x.device)
+    if position.dim() == 2:
+        at, x = at.unsqueeze(1), x.expand(len(at), -1, -1, -1)
+    found = x.gather(3, at.clamp(0, keys - 1).expand(*x.shape[:3], -1))
+    back: Tensor = torch.where((at >= 0) & (at < keys), found, 0).unflatten(3, (count, size))
+    return back
+
+
 def lag_sums(x: Tensor, first: int, size: int, count: int, largest: bool) -> Tensor:
     """[B, H, rows, Nk] of rows from position `first` on, summed (or the largest of what is at least 0) along diagonals
     of `size` lags each: [B, H, count]. Keys after their row are of none."""
@@ -224,18 +238,4 @@ def lag_sums(x: Tensor, first: int, size: int, count: int, largest: bool) -> Ten
     lags = lags[..., -begin:] if begin < 0 else pad(lags, (begin, 0))
     lags = pad(lags, (0, count * size - lags.shape[-1])).unflatten(-1, (count, size))
     found: Tensor = lags.amax(-1) if largest else lags.sum(-1)
-    return found.to(x.dtype)
-
-
-def ragged_lag_sums(x: Tensor, position: Tensor, size: int, count: int, largest: bool) -> Tensor:
-    """The same of rows that stand at positions [B, rows] of sequences of their own lengths."""
-    keys = x.shape[3]
-    if not keys:
-        return x.new_zeros(*x.shape[:2], count)
-    at = position[:, None, :, None] - torch.arange(count * size, device=x.device)
-    inside = (at >= 0) & (at < keys)
-    lags = torch.where(inside, x.gather(3, at.clamp(0, keys - 1).expand(*x.shape[:3], -1)), 0)
-    lags = lags.amax(2) if largest else lags.to(torch.float64).sum(2)
-    found: Tensor = lags.unflatten(-1, (count, size))
-    found = found.amax(-1) if largest else found.sum(-1)
     return found.to(x.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from attndsl.capacity import budgets, capacity, lags_of, rows_that_see
 from attndsl.diagnostics import error
 from attndsl.keeping import KEYS, of_members, vectors_of
 from attndsl.members import Lags, extent
-from attndsl.plans import plan_heads
+from attndsl.plans import plan_heads, plan_input
 from attndsl.program import CallShape, Inter, Program, Set, reads
 from attndsl.runtime.call import present_lengths
 from attndsl.runtime.derive import Deriver
@@ -130,9 +131,11 @@ class Selector:
         """Raises `PatternError` (A577) where finding the candidates would look at too many pairs."""
         shape, asked, of = self.shape, among.condition, self.selection.members
         heads = (shape.heads, shape.kv_heads)
-        if not reads(asked, "k") or (isinstance(of, Lags) and lags_of(among.program, heads, of.size) is not None):
+        size = of.size if isinstance(of, Lags) and self.selection.row_tiles is None else 0
+        if not reads(asked, "k") or (size and lags_of(among.program, heads, size, self.selection.rows) is not None):
             return
-        rows = self.classes if self.whole or self.selection.rows == 1 else shape.rows
+        by_classes = (self.whole and not isinstance(of, Lags)) or self.selection.rows == 1
+        rows = self.classes if by_classes else shape.rows
         lead = (shape.batch if reads(asked, "b") else 1) * (shape.heads if reads(asked, "h", "g") else 1)
         if (pairs := lead * rows * shape.k_len) > MAX_PAIRS:
             raise error(
@@ -141,14 +144,16 @@ class Selector:
             )  # fmt: skip
 
     def _touched(self, pattern: Set, rows: int | None, keys: int) -> Touched:
-        rows = (rows or 1) if self.whole else 1
+        # On a diagonal each row of a class has a key of its own.
+        of_classes = self.whole and not isinstance(self.selection.members, Lags)
+        rows = (rows or 1) if of_classes else 1
         score = self.selection.score
         more = (score.value,) if isinstance(score, Given) else ()
         return Touched.of(self.program, pattern, rows, keys, self.shape, self.device, self.given, self.ragged, more)
 
     @property
     def members(self) -> int:
-        return members_of(self.selection, self.shape)
+        return members_of(self.program, self.selection, self.shape)
 
     @property
     def classes(self) -> int:
@@ -291,7 +296,7 @@ class Selector:
 
 def check_tokens(selection: Selection, shape: CallShape) -> None:
     """Raises `PatternError` (A570) where choosing single tokens would be slow in silence."""
-    single = selection.keys == selection.rows == 1 and selection.members is None
+    single = selection.keys == selection.rows == 1 and isinstance(selection.members, Lags | NoneType)
     if single and selection.share is Share.NONE and shape.rows > MAX_TOKEN_ROWS:
         raise error(
             "A570", f"each of {shape.heads} heads chooses single tokens for each of {shape.rows} rows",
@@ -302,7 +307,7 @@ def check_tokens(selection: Selection, shape: CallShape) -> None:
 def empty_plan(program: Program, selection: Selection, shape: CallShape, device: torch.device) -> Tensor:
     """A plan without anything in it."""
     heads = {Share.NONE: shape.heads, Share.GROUP: shape.kv_heads, Share.HEADS: 1}[plan_heads(selection)]
-    width, dtype = members_of(selection, shape), torch.uint8
+    width, dtype = members_of(program, selection, shape), torch.uint8
     if selection.bounded:
         width, dtype = capacity(program, selection, (shape.heads, shape.kv_heads), width), torch.int32
     return torch.empty(
@@ -324,10 +329,9 @@ def _classes(program: Program, selection: Selection, shape: CallShape) -> int:
             return -(-shape.q_len(program) // tokens) * each
 
 
-def members_of(selection: Selection, shape: CallShape) -> int:
+def members_of(program: Program, selection: Selection, shape: CallShape) -> int:
     """Members of a plan."""
-    tokens, each = selection.extent
-    return -(-shape.k_len // tokens) * each
+    return shape.members(plan_input(selection), program)
 
 
 def checked_mass(program: Program, selection: Selection, shape: CallShape, ragged: bool = False) -> BranchMass:
@@ -341,12 +345,6 @@ def checked_mass(program: Program, selection: Selection, shape: CallShape, ragge
         raise error(
             "A576", f"`probs` for all {high - low} rows that see looks at {keys} keys of each", selection.span,
             help=f"at most {MAX_PAIRS:,} pairs: take fewer rows, or `per = rows(64)`",
-        )  # fmt: skip
-    largest = isinstance(selection.score, Probs) and selection.score.largest
-    if largest and isinstance(selection.members, Lags) and mass.view is not None:
-        raise error(
-            "A575", f"the largest probabilities of `{mass.branch.name}`'s entries rank no diagonals yet",
-            selection.span, help="write `probs(branch)`, or probe the raw tokens",
         )  # fmt: skip
     return mass
 

@@ -41,7 +41,7 @@ class EntrySelector:
     def __post_init__(self) -> None:
         shape, heads = self.shape, (self.shape.heads, self.shape.kv_heads)
         check_tokens(self.selection, shape)
-        self.capacity = capacity(self.program, self.selection, heads, members_of(self.selection, shape))
+        self.capacity = capacity(self.program, self.selection, heads, members_of(self.program, self.selection, shape))
         self.made = made = of_entries(self.program, self.selection, heads)
         size, real = (shape.batch, shape.kv_heads, shape.k_len, shape.dim), self._real
         like = [*self.given, *(torch.empty(size, dtype=real, device="meta") for _ in made.vectors)]

@@ -199,7 +199,7 @@ def as_input(plan: Tensor, decl: InputDecl) -> Tensor:
 
 def _checked(program: Program, selection: Selection, shape: CallShape, plan: object, device: torch.device) -> Tensor:
     """A plan that a call gives. Raises `PatternError` for a wrong form, and in debug mode for wrong entries."""
-    members, of_levels = members_of(selection, shape), isinstance(selection.rule, Levels)
+    members, of_levels = members_of(program, selection, shape), isinstance(selection.rule, Levels)
     forms = [torch.uint8] if of_levels else [torch.int32, torch.int64, torch.uint8]
     heads = {Share.NONE: shape.heads, Share.GROUP: shape.kv_heads, Share.HEADS: 1}[plan_heads(selection)]
     wanted = [shape.batch, heads, empty_plan(own_program(program), selection, shape, torch.device("meta")).shape[2]]

@@ -18,8 +18,8 @@ from attndsl.capacity import lags_of
 from attndsl.derive import own_inputs
 from attndsl.members import Lags
 from attndsl.runtime.call import present_lengths
-from attndsl.runtime.groups import Groups, class_rows, lag_sums, ragged_lag_sums, tile_of_rows, tiled_rows
-from attndsl.runtime.masses import leading, pooled, shares, softmax
+from attndsl.runtime.groups import Groups, along_lags, class_rows, lag_sums, tile_of_rows, tiled_rows
+from attndsl.runtime.masses import leading, on_diagonals, pooled, shares, softmax
 from attndsl.runtime.ranking import Ranking
 from attndsl.runtime.touched import Touched, as_rows, call_values
 from attndsl.runtime.values import Values
@@ -169,7 +169,7 @@ class Strips:
         if touched is self.of.groups or self.selection.members is None:
             return self._of_classes(touched, values, low, high, rows)
         if self.members is None:
-            return self._lags(touched, values)
+            return self._lags(touched, values, low, high, rows)
         return self.members.any(self._of_classes(touched, values, low, high, rows))
 
     def _of_classes(self, touched: Touched, values: Values, low: int, high: int, rows: int | None) -> Tensor:
@@ -219,15 +219,25 @@ class Strips:
         assert self.tiles is not None and self.of_call is not None
         return pad(self.tiles, (0, 0, 0, 1), value=-1)[self.of_call[:, low:high]]
 
-    def _lags(self, touched: Touched, values: Values) -> Tensor:
-        """Which diagonals all rows of the call have a pair on."""
-        count = self.of.members
-        closed = lags_of(touched.program, (self.shape.heads, self.shape.kv_heads), self.selection.keys)
+    def _lags(self, touched: Touched, values: Values, low: int, high: int, rows: int | None) -> Tensor:
+        """Which diagonals these row classes have a pair on."""
+        size, count, heads = self.selection.keys, self.of.members, (self.shape.heads, self.shape.kv_heads)
+        closed = None if self.tiles is not None else lags_of(touched.program, heads, size, self.selection.rows)
         if closed is not None:
+            of_class = torch.zeros(1, dtype=torch.int64, device=self.device)
+            of_class = of_class if rows is None else self._positions(low, high, rows) // rows
             k = torch.arange(count, device=self.device).view(1, 1, 1, -1)
             start = max(0, self.first) if self.first_row is None else self.first_row.clamp(min=0).view(-1, 1, 1, 1)
-            inside = values.at(q=0, k=k, start=start).tensor(closed)
-            return inside.expand(*inside.shape[:2], 1, count) if inside.dim() == 4 else inside.expand(1, 1, 1, count)
+            inside = values.at(q=as_rows(of_class), k=k, start=start).tensor(closed)
+            lead = inside.shape[:2] if inside.dim() == 4 else (1, 1)
+            return inside.expand(*lead, high - low, count)
+        if rows is not None:
+            single = self.selection.rows == 1
+            position = self._positions(low, high, 1) if single else self._class_positions(low, high, rows)
+            inside = touched.at(values, position) & as_rows(self._of_call(position)[1])
+            found = along_lags(inside.expand(*inside.shape[:2], position.shape[-1], -1), position, size, count)
+            of_classes: Tensor = found.any(4).unflatten(2, (-1, rows))
+            return of_classes.any(3)
         found = torch.zeros(1, 1, count, dtype=torch.bool, device=self.device)
         for start, end in self._row_strips(self.shape.k_len):
             inside = touched.at(values, self._positions(start - self.first, end - self.first, 1))
@@ -242,7 +252,9 @@ class Strips:
         if self.first_row is None:
             return lag_sums(x, start, size, count, largest)
         position = self._positions(start - self.first, start - self.first + x.shape[2], 1)
-        return ragged_lag_sums(x, position, size, count, largest)
+        lags = along_lags(x, position, size, count)
+        found: Tensor = lags.amax(4).amax(2) if largest else lags.to(torch.float64).sum((2, 4))
+        return found.to(x.dtype)
 
     def _rows(self, x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
         """Vectors [B, H, rows, D] of the call's rows by class, [B, H, high - low, rows of a class, D], and which of
@@ -334,8 +346,14 @@ class Strips:
         single = self.selection.rows == 1
         position = self._positions(low, high, 1) if single else self._class_positions(low, high, rows)
         masses = self._masses(x.flatten(2, 3), lse.flatten(2, 3), position, here.flatten(1))
-        found: Tensor = self._given_to_members(masses, largest).unflatten(2, (high - low, -1))
-        return found.amax(3) if largest else found.sum(3)
+        if isinstance(self.selection.members, Lags):
+            masses = self._on_diagonals(masses, position, largest)
+            lags = along_lags(masses, position, self.selection.keys, self.of.members)
+            members = lags.amax(4) if largest else lags.sum(4)
+        else:
+            members = self._given_to_members(masses, largest)
+        of_rows: Tensor = members.unflatten(2, (high - low, -1))
+        return of_rows.amax(3) if largest else of_rows.sum(3)
 
     def _of_all_rows(self, largest: bool) -> Tensor:
         """As `_probabilities` of the class of all rows, strip by strip: of those rows that the branch lets see."""
@@ -348,15 +366,21 @@ class Strips:
             position = self._positions(at.start, at.stop, 1)
             masses = self._masses(self.q[:, :, at], self.state[1][:, :, at, None], position, position >= 0)
             if diagonals:
-                if mass.view is not None:
-                    # An entry's tokens lie on several: each has its share.
-                    masses = shares(masses, mass.size, mass.stride, 1, shape.k_len, False, self.present)
-                part = self._along_lags(masses, start, largest)
+                part = self._along_lags(self._on_diagonals(masses, position, largest), start, largest)
             else:
                 part = self._given_to_members(masses, largest)
                 part = part.amax(2) if largest else part.sum(2)
             found = torch.maximum(found, part) if largest else found + part
         return found.unsqueeze(2)
+
+    def _on_diagonals(self, masses: Tensor, position: Tensor, largest: bool) -> Tensor:
+        """Masses of the branch's keys as those of tokens, of which an entry has several."""
+        mass = self.of.mass
+        assert mass is not None
+        if mass.view is None:
+            return masses
+        of = mass.size, mass.stride, position, self.selection.keys, largest
+        return on_diagonals(masses, *of, self.shape.k_len, self.present)
 
     def _masses(self, x: Tensor, lse: Tensor, position: Tensor, here: Tensor) -> Tensor:
         """exp(logit - lse) of rows [B, H, rows, D] at these positions, with lse [B, H, rows, 1], and the branch's keys:

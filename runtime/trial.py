@@ -204,7 +204,7 @@ def _example(decl: InputDecl, program: Program, shape: CallShape, generator: tor
     sizes = [dim_size(dim, program, shape) for dim in decl.dims]
     if decl.members is not None:
         # In order, and those that come twice do not count again.
-        members = -(-shape.k_len // decl.members) * decl.each
+        members = shape.members(decl, program)
         sizes[-1] = min(members, PLANNED)
         return torch.randint(0, max(1, members), sizes, generator=generator, dtype=torch.int32).sort(-1).values
     if decl.type is Type.FLOAT:

@@ -95,6 +95,10 @@ MASSES = {
     "among = causal & { (q + k) % 3 > 0 }, by = probs(x))",
     "largest of diagonals": f"x = attend {SEEN}\n y = attend causal & top(4, diagonals(3), per = head, among = causal, "
     "by = probs(x, max))",
+    "diagonals of a row": "x = attend causal over pool(mean, 6, 4) { softmax with sink 0.5 }\n y = attend causal & "
+    "top(3, diagonals(4), by = probs(x, max))",
+    "diagonals of rows": f"x = attend {SEEN}\n y = attend causal & cover(0.7, diagonals(2), per = rows(4), "
+    "among = { (q + k) % 3 > 0 }, by = probs(x), always = window(2))",
     "entries": "x = attend causal over pool(mean, 4, 2)\n y = attend causal & top(2, blocks(8), per = head, "
     "among = causal, by = probs(x, max))",
     "segments": "input c : int[b, k]\n x = attend causal\n y = attend causal & top(3, segments(c), among = causal, "

@@ -134,6 +134,7 @@ attention vertical_slash(columns = 5, slashes = 6) {{
     output out
 }}
 """
+SLASHES = f"attention a {{{{ {PROBE.replace('{', '{{').replace('}', '}}')} y = attend {{}} output y }}}}"
 BY_PROBS = (
     f"{PROBE} y = attend causal & top(3, diagonals(4), per = head, among = causal, by = probs(probe, max)) output y",
     f"{PROBE} y = attend top(3, diagonals(2), per = head, among = all, share = group, by = probs(probe)) output y",
@@ -151,23 +152,33 @@ BY_PROBS = (
     "y = attend causal & cover(0.6, tiles(2, 3), per = tiles(2, 2), by = probs(p, max)) output y",
     "x = attend causal over pool(mean, 4) "
     "y = attend causal & top(3, diagonals(3), per = head, among = causal, by = probs(x)) output x + y",
+    *(
+        f"x = attend causal over pool(mean, 6, 4) {{ softmax with sink 0.5 }} y = attend causal & {chosen} output x + y"
+        for chosen in (
+            "top(2, diagonals(3), per = head, among = causal, by = probs(x, max))",
+            "top(2, diagonals(4), among = causal, by = probs(x, max))",
+            "top(3, diagonals(1), per = rows(8), among = { (q + k) % 3 > 0 }, by = probs(x), always = window(2))",
+            "cover(0.7, diagonals(2), per = rows(16), among = window(19), by = probs(x), share = group)",
+            "above(0.1, diagonals(5), per = rows(3), among = all, by = probs(x), at_most = 2)",
+        )
+    ),
+    f"axes t, x[6] {PROBE} y = attend causal & top(2, diagonals(3), per = tiles(2, 2), by = probs(probe)) output y",
+    f"{PROBE} y = attend causal & top(4, diagonals(1), share = heads, by = probs(probe)) output y",
+    "align start x = attend all y = attend top(2, diagonals(4), per = rows(8), among = all, by = probs(x)) output y",
+    "align start x = attend all y = attend causal & top(3, diagonals(3), per = head, by = probs(x)) output x + y",
+    "align start x = attend all over pool(mean, 4) y = attend top(2, diagonals(2), among = all, by = probs(x, max)) "
+    "output x + y",
 )
 
 
 @pytest.mark.parametrize("body", BY_PROBS)
 def test_by_the_probabilities_of_a_branch(body: str) -> None:
     attn = attndsl.compile(f"attention a {{ {body} }}")
-    for rows, k_len in ((30, 30), (5, 29), (1, 1)):
+    for rows, k_len in ((30, 30), (5, 29), (1, 1), *([(30, 11)] if "align start" in body else [])):
         q, k, v = tensors(rows, k_len)
         inputs = data(body, CallShape(2, 4, 2, rows, k_len, 16, 16), k_len)
         expected = attn.reference(q, k, v, **inputs)
         torch.testing.assert_close(attn(q, k, v, **inputs), expected, atol=1e-10, rtol=1e-10)
-
-
-def test_the_largest_of_entries_rank_no_diagonals() -> None:
-    attn = attndsl.compile(f"attention a {{ {BY_PROBS[-1].replace('probs(x)', 'probs(x, max)')} }}")
-    with pytest.raises(attndsl.PatternError, match="A575"):
-        attn(*tensors(30, 30))
 
 
 @pytest.mark.parametrize(("rows", "k_len"), [(40, 40), (11, 40), (1, 1), (3, 9)])
@@ -205,11 +216,13 @@ def test_a_probe_looks_at_its_own_rows_alone() -> None:
     "among", ["causal", "all", "window(9)", "causal & dilated(3)", "sink(2) | band(3, 5)", "{ h < 2 and q - k > 4 }",
               "causal & { q < Nk // 2 }", "{ k > q }"],
 )  # fmt: skip
-def test_diagonals_in_closed_form(among: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("per", ["head", "query", "rows(4)"])
+def test_diagonals_in_closed_form(among: str, per: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the integer sets say of them is what all pairs show."""
-    text = f"{PROBE} plan p = top(99, diagonals(2), per = head, among = {among}, by = probs(probe)) output probe"
+    text = f"{PROBE} plan p = top(99, diagonals(2), per = {per}, among = {among}, by = probs(probe)) output probe"
     program = load(f"attention a {{ {text} }}").program
-    assert lags_of(derive(Program.of("a", program.selections[0].among)), (4, 2), 2) is not None
+    (of,) = program.selections
+    assert lags_of(derive(Program.of("a", of.among)), (4, 2), 2, of.rows) is not None
     found = []
     for _ in range(2):
         attn = attndsl.compile(f"attention a {{ {text} }}")
@@ -230,6 +243,10 @@ def test_diagonals_in_closed_form(among: str, monkeypatch: pytest.MonkeyPatch) -
         ("attention a { input c : int[b, k] attend causal & cover(0.5, segments(c), per = rows(8), "
          "by = dot(mean(Q), max(K))) }", (1, 2, 2, 19, 19, 16, 16)),
         (SLASH, (1, 2, 1, 33, 33, 16, 16)),
+        (SLASHES.format("causal & top(3, diagonals(1), share = heads, by = probs(probe))"), (1, 2, 1, 33, 33, 16, 16)),
+        (SLASHES.format("causal & top(3, diagonals(4), per = rows(16), by = probs(probe))"), (1, 2, 1, 20, 40, 16, 16)),
+        (SLASHES.format("causal & top(2, diagonals(3), by = probs(probe))").replace("{", "{ align start", 1),
+         (1, 2, 1, 40, 17, 16, 16)),
     ],
 )  # fmt: skip
 def test_triton(text: str, shape: tuple[int, ...]) -> None:
