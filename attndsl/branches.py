@@ -188,6 +188,8 @@ class Part:
     """A pattern over a view; without one, over the raw tokens. One of two levels is the only part of its branch.
 
     entries: in a derived program, in what rows and entries k must be beside, where the pattern of tokens cannot say.
+    tiles: the input that tells which of its tiles are left where `skip below` dropped others; the pattern does not say
+    so until the program is derived (`attndsl.skipping`).
     """
 
     pattern: Set
@@ -195,6 +197,7 @@ class Part:
     span: Span | None = field(default=None, compare=False, repr=False)
     within: Within | None = field(default=None, kw_only=True)
     entries: Set | None = field(default=None, kw_only=True)
+    tiles: str = field(default="", kw_only=True)
 
     @property
     def plain(self) -> bool:

@@ -51,6 +51,7 @@ from attndsl.derivation import (
 from attndsl.documents import over_documents
 from attndsl.entry_maps import decided
 from attndsl.extents import extent_dims, of_extents
+from attndsl.left_tiles import within_left_tiles
 from attndsl.linear import normalise
 from attndsl.member_numbers import has_member, number, read, where_told
 from attndsl.members import Lags, Runs, extent
@@ -108,8 +109,10 @@ def derive(program: Program, ragged: bool = False) -> Program:
         for part in parts
     )
     parts = tuple(deriver.of_told(deriver.mapped(part, not ragged and not apart)) for part in parts)
-    if not deriver.found and not any(part.view is not None and part.view.told for part in program.only.parts):
+    told = any(part.view is not None and part.view.told for part in program.only.parts)
+    if not deriver.found and not told and not any(part.tiles for part in parts):
         return program
+    parts = tuple(within_left_tiles(part, program) for part in parts)
     inputs = (*program.inputs, *deriver.found.values())
     return replace(program.with_branch(parts=parts), inputs=inputs)
 

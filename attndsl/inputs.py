@@ -80,6 +80,12 @@ class InputDecl:
         return self if dims == self.dims else replace(self, dims=dims)
 
     @property
+    def tile(self) -> int:
+        """Of a table of tiles, of the rows of a call and of keys, how many of either each has; else 0."""
+        lists = [dim.block for dim in self.dims if dim.axis is Axis.LIST]
+        return lists[0] if len(lists) == 2 else 0
+
+    @property
     def parameter(self) -> str:
         """What its parameters in a kernel are named after: kernels have tensors of their own."""
         taken = self.name in KERNEL_TENSORS or self.name.startswith(_PREFIXES) or self.name.endswith("_input")

@@ -21,7 +21,8 @@ def kernel_names(program: Program, heads: int, kv_heads: int) -> tuple[str, ...]
 
     A branch has `forward`, `dq` and `dkdv`, once more for each further piece of a part and each further part, and a
     `decode` for each part that is not over what data tells, and each piece in which one row is decoded; those of a
-    named branch begin with its name.
+    named branch begin with its name. One that skips has a `left` for each part, and its gradients are those of the
+    attention to the tiles that are left.
     """
     names = list(_before(program, heads, kv_heads))
     branches = {"": program} if program.plain else dict(compose(program).branches)
@@ -51,9 +52,8 @@ def _before(program: Program, heads: int, kv_heads: int) -> Iterator[str]:
 
 def _of_branch(program: Program, heads: int, kv_heads: int) -> list[str]:
     pieces = _pieces(program, heads, kv_heads)
-    counts = {("forward",): pieces, ("dq", "dkdv"): pieces, ("decode",): _decoded(program, heads, kv_heads)}
-    if program.only.skip is not None:
-        del counts["dq", "dkdv"]  # It has no gradient.
+    of_call = ("forward",) if program.only.skip is None else ("forward", "left")
+    counts = {of_call: pieces, ("dq", "dkdv"): pieces, ("decode",): _decoded(program, heads, kv_heads)}
     return [
         f"{name}_{n}" if n > 1 else name
         for names, count in counts.items()
@@ -90,7 +90,7 @@ def find_kernel(kernel: str, program: Program, heads: int, kv_heads: int) -> tup
     if kernel not in names and not (name == "gradients" and f"{kernel.removesuffix(name)}forward" in names):
         why = _why_not(program, owner, heads, kv_heads) if name == "select" else ""
         raise error("A531", why or f"there is no kernel {kernel!r}", help=f"one of {', '.join(names)}")
-    if number := re.fullmatch(r"(forward|dq|dkdv|decode|pool|observe)_(\d+)", name):
+    if number := re.fullmatch(r"(forward|left|dq|dkdv|decode|pool|observe)_(\d+)", name):
         return owner, number[1], int(number[2]) - 1
     return owner, name, 0
 

@@ -30,6 +30,7 @@ from attndsl.derivation import (
 )
 from attndsl.derive import derive, read_by
 from attndsl.isl_sets import where_param
+from attndsl.left_tiles import reads_tiles
 from attndsl.program import (
     Axis,
     Binary,
@@ -89,10 +90,10 @@ class Listable:
     """A selection or draw that a pattern lies in: the atom that stands for it, the condition behind it and the plan's
     units.
 
-    `keys`: those of a member, its entries over a view, which has one every `stride` tokens. `complement`: the pattern
-    lies outside of it. `offsets`: of segments the read that tells how far a token is from the first of its own; they
-    have any number of tokens, so that no tile lies inside. `part`:
-    members are blocks of the call that hold a part of what is chosen.
+    `keys`: those of a member, its entries over a view, which has one every `stride` tokens. `rows` of a table of tiles
+    are of the call's, wherever it begins. `complement`: the pattern lies outside of it. `offsets`: of segments the read
+    that tells how far a token is from the first of its own; they have any number of tokens, so that no tile lies
+    inside. `part`: members are blocks of the call that hold a part of what is chosen.
     """
 
     atom: str
@@ -113,6 +114,7 @@ class Listable:
     def fits_rows(self, block_q: int, even_start: bool) -> bool:
         """Whether query tiles of this size lie in one row class each."""
         single = self.rows == block_q == 1
+        even_start = even_start or self.plan.tile > 0
         return self.rows is None or single or (even_start and self.rows % block_q == 0 and EVEN % block_q == 0)
 
     def gathers(self, *blocks_k: int) -> bool:
@@ -148,7 +150,7 @@ class Listable:
     ) -> tuple[Program, TileRuns]:
         """The runs of the tiles that the plan chooses, of those in `runs`; the program declares their lists."""
         program = self._with_plan(program)
-        mapped, of_keys = isinstance(self.plan.derivation, TileMap), side is Side.KEY
+        mapped, of_keys = isinstance(self.plan.derivation, TileMap) or self.plan.tile > 0, side is Side.KEY
         found = TileList(
             self.plan.name,
             self.rows,
@@ -275,7 +277,11 @@ def draws_of(program: Program, relation: Relation) -> Iterator[Listable]:
 
 
 def _of_plan(program: Program, name: str, e: Scalar, stride: int) -> Listable | None:
-    if not isinstance(e, Read) or not isinstance(found := program.input(e.input).derivation, Chosen | Listed):
+    if not isinstance(e, Read):
+        return None
+    if (size := (tiles := program.input(e.input)).tile) and e.index[-1] == _quotient("k", size):
+        return Listable(name, e, tiles, size, size, None, stride)
+    if not isinstance(found := program.input(e.input).derivation, Chosen | Listed):
         return None
     plan = program.input(found.plan)
     rows = [d.block for d in plan.dims if d.axis is Axis.Q]
@@ -357,8 +363,10 @@ def even_start(program: Program, shape: CallShape) -> bool:
 
 def lists_tiles(program: Program) -> bool:
     """Whether a plan or a draw may list a program's tiles."""
-    return reads_plans(program) or (
-        program.plain and any(isinstance(decl.derivation, Draw) for decl in derive(program).inputs)
+    return (
+        reads_plans(program)
+        or reads_tiles(program)
+        or (program.plain and any(isinstance(decl.derivation, Draw) for decl in derive(program).inputs))
     )
 
 

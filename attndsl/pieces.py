@@ -23,6 +23,7 @@ from attndsl.effort import EFFORT, TooHard, bounded, remembered
 from attndsl.grid_pieces import BoxPiece, grid_pieces
 from attndsl.isl_sets import project_param
 from attndsl.layout import PLAIN, Comb, Layout
+from attndsl.left_tiles import reads_tiles
 from attndsl.mixing import mixture
 from attndsl.periods import periods
 from attndsl.permuting import PermutedPiece, permuted
@@ -97,6 +98,8 @@ def _choose(program: Program, heads: tuple[int, int], compared: list[Comparison]
     """compared: where comparisons are put down."""
     if program.branch.skip is not None:
         return Choice(note="tokens in order: which tiles are skipped depends on it")
+    if reads_tiles(program):
+        return Choice(note="tokens in order: tiles that were skipped are of these")
     if (found := _by_boxes(program, heads, compared)) is not None:
         return found
     if (in_order := permuted(program, heads)) is not None:

@@ -7,6 +7,7 @@ import functools
 from attndsl.compose import compose
 from attndsl.derive import derive
 from attndsl.effort import TooHard, bounded
+from attndsl.left_tiles import without_tiles
 from attndsl.listing import EVEN
 from attndsl.program import Binary, CallShape, Inter, Minus, Program, Set, Union, reads, scalars, walk
 from attndsl.relation import Lowering
@@ -15,7 +16,7 @@ from attndsl.relation import Lowering
 @functools.lru_cache(maxsize=256)
 def reads_positions(program: Program) -> bool:
     """Whether the meaning of a pair depends on where its query stands."""
-    branch = derive(program).only
+    branch = derive(without_tiles(program)).only
     if branch.queries is not None or any(part.within is not None for part in branch.parts):
         return True  # Queries are pooled by their positions, members weighed as those of positions are.
     said = (branch.scale, branch.score, branch.sink, branch.weights)

@@ -14,6 +14,7 @@ from attndsl.decode_pieces import decode_plans
 from attndsl.diagnostics import error
 from attndsl.keeping import check_apart
 from attndsl.kernel_names import find_kernel
+from attndsl.left_tiles import of_left_tiles
 from attndsl.listing import lists_tiles, reads_plans
 from attndsl.mixing import mixes
 from attndsl.observing import Cells, ObservePlan, cells_of, observe_plans
@@ -23,6 +24,7 @@ from attndsl.pooling import PoolPlan, told_covers
 from attndsl.program import CallShape, Program
 from attndsl.properties import reads_remainders
 from attndsl.select_plan import SelectPlan, select_plan
+from attndsl.skipping import left_plans
 from attndsl.targets import (
     gradients_refusal,
     hopper_refusal,
@@ -82,7 +84,11 @@ class Shown:
             spec = replace(spec, backend=Backend.GLUON)
         elif name == "gradients":
             raise error("A510", "the kernel 'gradients' is for Hopper alone", help="choose backend 'gluon', or 'dq'")
+        if name in ("dq", "dkdv") and program.only.skip is not None:
+            program = of_left_tiles(program)
         match name:
+            case "left":
+                return left_plans(program, spec)[piece]
             case "gradients":
                 return backward_plans(program, spec)[piece].of_keys()
             case "decode":
@@ -164,6 +170,11 @@ class Shown:
             if of_keys and plan.gathered is None:
                 return triton_backward.dkdv_source(plan)
             return triton_backward.backward_sources(plan)[of_keys]
+        if self.kernel.rpartition(".")[2].startswith("left"):
+            from attndsl.codegen import cpu_left, triton_left
+
+            assert isinstance(plan, ForwardPlan)
+            return cpu_left.left_source(plan) if self.backend == "cpu" else triton_left.left_source(plan)
         return generated(plan)
 
 

@@ -17,6 +17,7 @@ from dataclasses import replace
 from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.effort import remembered
+from attndsl.left_tiles import TILE
 from attndsl.linear import normalise
 from attndsl.mask import mask_by_cuts, pair_mask, written_condition
 from attndsl.plan import DType, ForwardPlan, Loads, Spec, Tiling, branch_scalars
@@ -27,7 +28,7 @@ from attndsl.simplify import fold, specialise
 from attndsl.tiles import ordered_runs
 from attndsl.view_plans import view_pairs
 
-TILE = 64
+__all__ = ["TILE", "left_plans", "ragged_skipping_plan", "skipping_plan"]
 
 
 @remembered(256)
@@ -37,6 +38,12 @@ def skipping_plan(program: Program, spec: Spec, follows: bool = False) -> Forwar
     if program.plain:
         return _plan(with_cuts(program), spec, _tiling(spec))
     return _view_plan(program, spec, _tiling(spec), follows)
+
+
+def left_plans(program: Program, spec: Spec) -> tuple[ForwardPlan, ...]:
+    """The kernels that find which tiles the parts of a program of one branch leave, in order."""
+    program, spec = derive(program).with_branch(sink=None), replace(spec, dropout=False)
+    return tuple(skipping_plan(program.with_branch(parts=(part,)), spec) for part in program.only.parts)
 
 
 def ragged_skipping_plan(program: Program, spec: Spec, rows: int) -> ForwardPlan:

@@ -9,6 +9,7 @@ from attndsl.branches import Given
 from attndsl.derive import derive
 from attndsl.diagnostics import error
 from attndsl.effort import remembered
+from attndsl.left_tiles import TILE, reads_tiles
 from attndsl.listing import LEAST, reads_plans
 from attndsl.pieces import choose_pieces
 from attndsl.plan import Backend, DType, Loads, Spec, Tiling, head_parts
@@ -95,6 +96,8 @@ def part_refusal(program: Program, spec: Spec) -> str:
         return "two levels have no Hopper lowering yet"
     if program.only.skip is not None:
         return "tiles that scores skip have no Hopper lowering yet"
+    if reads_tiles(program):
+        return f"tiles that scores left have {TILE} rows: the Hopper lowering has {HOPPER_ROWS}"
     if spec.dtype is DType.FLOAT8 and (reason := _float8_refusal(program, spec)):
         return reason
     return _lists_refusal(program, spec) if program.plain else _view_refusal(program, spec)

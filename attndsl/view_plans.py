@@ -103,6 +103,8 @@ def _listable(
     """A selection whose tiles of entries can be listed, and tilings that lie inside its classes and members; or none,
     and the tilings as they are."""
     for found in listables(program, relation, view.stride):
+        if found.plan.tile and (view.room is not None or view.as_tokens):
+            continue  # Data tells how many entries there are, and which of them rows see: a list follows from neither.
         inside = tuple(
             replace(t, block_q=fitting(t.block_q, found.rows), block_k=fitting(t.block_k, found.keys)) for t in tilings
         )

@@ -9,6 +9,7 @@ from attndsl.cuts import without_cuts
 from attndsl.derivation import Chosen, Cut, Draw, Listed
 from attndsl.effort import remembered
 from attndsl.layout import PLAIN, Layout
+from attndsl.left_tiles import reads_tiles
 from attndsl.listing import Gathered, Listable, listables
 from attndsl.mapping import mapped, mapped_runs
 from attndsl.mask import IN_RANGE, from_first_key, mask_by_cuts, pair_mask, written_condition
@@ -79,7 +80,7 @@ def _visits(
     program: Program, spec: Spec, tiling: Tiling, side: Side, other: Tiling | None, gathers: bool, shifted: bool
 ) -> Visits:
     heads, static = (spec.heads, spec.kv_heads), without_cuts(program)
-    if any(isinstance(decl.derivation, Chosen | Draw | Listed) for decl in program.inputs):
+    if reads_tiles(program) or any(isinstance(decl.derivation, Chosen | Draw | Listed) for decl in program.inputs):
         lowering, relation = lowered(static, heads)
         for found in listables(program, relation):
             relation_there = found.within(relation)

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from attndsl.diagnostics import Diagnostic, Source
+from attndsl.left_tiles import of_left_tiles
 from attndsl.program import Program
 from attndsl.runtime import texts
 from attndsl.runtime.cache import cache_key
-from attndsl.runtime.registry import register
+from attndsl.runtime.registry import register, register_left
 
 if TYPE_CHECKING:
     from attndsl.runtime.cache import KernelCache
@@ -59,6 +60,9 @@ def registered(program: Program, keep_text: Callable[[], None] | None = None) ->
     """The key under which a program, or that of a branch, is known to operators and graphs."""
     key = cache_key("program", program)
     register(key, lambda: engine(program, keep_text), decode_generators)
+    if program.output is None and program.only.skip is not None:
+        register(f"{key}:left", lambda: engine(of_left_tiles(program)), decode_generators)
+        register_left(key, f"{key}:left")
     return key
 
 
@@ -78,6 +82,8 @@ def engine(program: Program, keep_text: Callable[[], None] | None = None) -> Eng
         triton_diagonals=_printer("triton_learned", "diagonals_source"),
         triton_pairs=_printer("triton_learned", "pairs_sources"),
         triton_pool=_printer("triton_pool", "pool_source"),
+        triton_left=_printer("triton_left", "left_source"),
+        cpu_left=_printer("cpu_left", "left_source"),
         triton_observe=_printer("triton_observe", "observe_source"),
         cpu_observe=_printer("cpu_observe", "observe_source"),
         triton_combine=_printer("triton_combine", "combine_source"),

@@ -151,12 +151,14 @@ class ForwardWriter(KernelWriter):
         if masked and plan.mask is not None:
             lines.add(f'scores = tl.where({printer.text(plan.mask)}, scores, float("-inf"))')
 
+    def _gain(self, so_far: str, found: str) -> None:
+        """`gain`: how much the largest scores that rows have in a tile are above those so far."""
+        self.lines.add(f'gain = tl.where(q_rows < rows, {found} - {so_far}, float("-inf"))')
+
     def _skip(self, below: float, masked: bool) -> None:
         """Add the tile unless no row has a score near its largest so far."""
         scaled, so_far = " * factor" if self.folded else "", "part_max" if self.plan.follows else "row_max"
-        self.lines.add(
-            f"gain = tl.where(q_rows < rows, tl.max(scores, 1){scaled} - {so_far}, float('-inf'))".replace("'", '"')
-        )
+        self._gain(so_far, f"tl.max(scores, 1){scaled}")
         with self.lines.block(f"if {self._most('gain')} >= {math.log2(below)!r}:  # skip below {below}"):
             if self.plan.follows:
                 self.lines.add(f"part_max = tl.maximum(part_max, tl.max(scores, 1){scaled})")

@@ -26,6 +26,8 @@ from attndsl.runtime.combine_op import combine_sources, function_of
 from attndsl.runtime.decode import FP8, DecodeTensors
 from attndsl.runtime.derived_types import derived_dtype
 from attndsl.runtime.gluon_backward import GRADIENTS, gradients_parameters
+from attndsl.runtime.leaving import FUNCTION as LEFT
+from attndsl.runtime.leaving import left_sources
 from attndsl.runtime.observing import FUNCTION as OBSERVE
 from attndsl.runtime.observing import observe_sources
 from attndsl.runtime.outputs import empty_output
@@ -122,6 +124,9 @@ def offline_source(plan: Shown, text: str) -> KernelSource:
         function = DQ if f"def {DQ}(" in text else DKDV
         given = (backward_parameters if plan.gathered is None else gathered_parameters)(plan, q, k, v, inputs)
         return kernel_source(plan, text, parameters(text, function), given, aligned=True, function=function)
+    if f"def {LEFT}(" in text:
+        left = left_sources(plan, q, k, v, inputs)
+        return kernel_source(plan, text, parameters(text, LEFT), left, aligned=True, function=LEFT)
     given = (parameter_sources if plan.gathered is None else forward_sources)(plan, q, k, v, inputs)
     return kernel_source(plan, text, parameters(text, FUNCTION), given, aligned=True)
 

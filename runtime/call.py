@@ -140,6 +140,8 @@ def broadcasts(sizes: Sequence[int], wanted: Sequence[int]) -> bool:
 def declared_sizes(decl: InputDecl, program: Program, shape: CallShape, x: Tensor) -> list[int]:
     """The sizes that an input has in a call. A plan lists as many members as it likes, or in uint8 says it of each."""
     sizes = [dim_size(dim, program, shape) for dim in decl.dims]
+    if decl.tile and x.dim() == len(sizes):
+        sizes[-2:] = x.shape[-2:]
     if decl.members is not None and x.dim() == len(sizes):
         sizes[-1] = shape.members(decl, program) if x.dtype == torch.uint8 else x.shape[-1]
     return sizes

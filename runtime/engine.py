@@ -63,6 +63,8 @@ class Generators:
     triton_diagonals: Callable[[BackwardPlan], str]
     triton_pairs: Callable[[BackwardPlan], Mapping[int, str]]
     triton_pool: Callable[[PoolPlan], str]
+    triton_left: Callable[[ForwardPlan], str]
+    cpu_left: Callable[[ForwardPlan], str]
     triton_observe: Callable[[ObservePlan], str]
     cpu_observe: Callable[[ObservePlan], str]
     triton_combine: Callable[[CombinePlan], str]
@@ -214,6 +216,26 @@ class Engine:
             launch = prepare_observer(self, q, k, v, inputs, scale, backend, wanted, kind[-1])
             self._keep(("observe", wanted, *kind), launch)
         found: Tensor = launch(q, k, v, lse.contiguous(), inputs, args, scale)
+        return found
+
+    def left_tiles(
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
+        backend: str,
+    ) -> list[Tensor]:  # fmt: skip
+        """The number of each row's tile, int32 [rows], and for each part which tiles it does not drop, bool [B, Hq, row
+        tiles, key tiles]: those that no row sees count as dropped."""
+        q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+        inputs = self._dense(inputs)
+        if not k.shape[2]:
+            inputs = self._readable(inputs)
+        pointers = q.data_ptr() | k.data_ptr() | self._entries(inputs)
+        kind = _kind(q, k, v, inputs, scale, backend, None, pointers)
+        launch = self._prepared.get(("left", *kind))
+        if launch is None:
+            from attndsl.runtime.leaving import prepare_left
+
+            launch = self._keep(("left", *kind), prepare_left(self, q, k, v, inputs, scale, backend, kind[-1]))
+        found: list[Tensor] = launch(q, k, v, inputs, args, scale)
         return found
 
     def quantized(

@@ -54,6 +54,8 @@ class ListMakers:
         first, dims = self.shape.first_position(self.program), self.program.input(d.plan).dims
 
         def four(plan: Tensor) -> Tensor:
+            # A table of truths is a map.
+            plan = plan.view(torch.uint8) if plan.dtype == torch.bool else plan
             return of_heads(plan, dims, decl, self.shape)
 
         make = maker(Listing(d, self.shape, four(plan), ends, first), decl)

@@ -18,7 +18,7 @@ from attndsl.program import CallShape, Program
 from attndsl.runtime.call import check_call
 from attndsl.runtime.dropout import Dropout, check_rate, seed_tensor
 from attndsl.runtime.outputs import empty_gradient, empty_output, in_order_of
-from attndsl.runtime.registry import engine_of
+from attndsl.runtime.registry import engine_of, left_key
 from attndsl.runtime.transforms import mapped, no_forward_mode, transformed
 from attndsl.widths import check_argument
 
@@ -56,6 +56,10 @@ def attend(
                 return again.output(q, k, v, inputs, args, scale), None
             found: tuple[Tensor, Tensor] = again.launch(q, k, v, inputs, args, scale, None)
             return found
+    if left_key(key) and wants_gradients((q, k, v, *inputs)):
+        from attndsl.runtime.left_tiles import attend_left
+
+        return attend_left(key, q, k, v, inputs, args, scale, backend, dropout, seed)
     rate, given = 0.0, None
     if dropout != 0:
         rate, given = check_rate(dropout), seed_tensor(seed, q.device)
@@ -65,7 +69,7 @@ def attend(
         out: tuple[Tensor, Tensor]
         if transformed():
             if torch.is_autocast_enabled(q.device.type):
-                q, k, v = _in_dtype(torch.get_autocast_dtype(q.device.type), q, k, v)
+                q, k, v = in_dtype(torch.get_autocast_dtype(q.device.type), q, k, v)
             out = _Attend.apply(key, scale, backend, args, rate, given, q, k, v, *inputs)
         else:
             out = torch.ops.attndsl.forward(key, q, k, v, inputs, args, scale, backend, rate, given)
@@ -263,7 +267,6 @@ class _Attend(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if any(ctx.needs_input_grad):
             key, scale, backend, args, dropout, *tensors = inputs
-            _check_differentiable(engine_of(key).program)
             check_learnable(engine_of(key).program, ctx.needs_input_grad[9:])
             ctx.save_for_backward(*output, *tensors)
             ctx.call = (key, args, scale, backend, dropout)
@@ -290,9 +293,7 @@ class _Recorded(torch.autograd.Function):
         ctx: Any, call: tuple[Any, ...], launch: Callable[[], tuple[Tensor, Tensor]], seed: Tensor | None, q: Tensor,
         k: Tensor, v: Tensor, *inputs: Tensor,
     ) -> Any:  # fmt: skip
-        program = engine_of(call[0]).program
-        _check_differentiable(program)
-        check_learnable(program, ctx.needs_input_grad[6:])
+        check_learnable(engine_of(call[0]).program, ctx.needs_input_grad[6:])
         out, lse = launch()
         ctx.save_for_backward(out, lse, seed, q, k, v, *inputs)
         ctx.call = call
@@ -348,15 +349,6 @@ def _differentiated(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> list[
     return [dq, dk, dv, *gradients]
 
 
-def _check_differentiable(program: Program) -> None:
-    """Raises `PatternError` (A923) for a program that has no gradient."""
-    if program.only.skip is not None:
-        raise error(
-            "A923", "`skip below` has no gradient: which tiles it drops is not kept", program.span,
-            help="call it under torch.no_grad(), or leave `skip below` out while training",
-        )  # fmt: skip
-
-
 def check_learnable(program: Program, wanted: Sequence[bool]) -> None:
     """Raises `PatternError` for an input that requires a gradient and was not declared to get one."""
     for decl, wants in zip(program.inputs, wanted, strict=True):
@@ -409,6 +401,11 @@ def _forward_autograd(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if left_key(key) and wants_gradients((q, k, v, *inputs)):
+        # Of a graph that was made where none were.
+        from attndsl.runtime.left_tiles import attend_left
+
+        return attend_left(key, q, k, v, inputs, args, scale, backend, dropout, seed)
     out: tuple[Tensor, Tensor] = _Attend.apply(key, scale, backend, args, dropout, seed, q, k, v, *inputs)
     return out
 
@@ -437,7 +434,7 @@ def _backward_autograd(
 # --------------------------------------------------------------------------------------- autocast
 
 
-def _in_dtype(dtype: torch.dtype, *tensors: Tensor) -> Iterator[Tensor]:
+def in_dtype(dtype: torch.dtype, *tensors: Tensor) -> Iterator[Tensor]:
     """Each tensor in the autocast dtype, which leaves float64 alone."""
     return (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
@@ -451,7 +448,7 @@ def _register_autocast(device: str) -> None:
     here = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
 
     def forward(key: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-        q, k, v = _in_dtype(torch.get_autocast_dtype(device), q, k, v)
+        q, k, v = in_dtype(torch.get_autocast_dtype(device), q, k, v)
         with torch._C._ExcludeDispatchKeyGuard(here):
             return torch.ops.attndsl.forward(key, q, k, v, *rest)
 

@@ -158,7 +158,7 @@ class Listing:
 
 def _of_all(d: TileList | Gathering, plan: Tensor) -> bool:
     """Whether any number of members may be listed: a plan is a map, or what it does not choose is."""
-    return plan.dtype == torch.uint8 or (isinstance(d, TileList) and d.complement)
+    return plan.dtype in (torch.uint8, torch.bool) or (isinstance(d, TileList) and d.complement)
 
 
 def _keys(d: TileList | Gathering, shape: CallShape) -> int:
@@ -190,7 +190,7 @@ def run_ends(d: TileList | Gathering, values: Values) -> Tensor:
 def as_four(plan: Tensor, dims: Sequence[Dim]) -> Tensor:
     """A plan as [batch, heads, row classes, entries], dimensions that it lacks of size 1."""
     axes = [dim.axis for dim in dims]
-    if Axis.Q not in axes:
+    if Axis.Q not in axes and axes.count(Axis.LIST) < 2:
         plan = plan.unsqueeze(-2)
     if Axis.H not in axes and Axis.G not in axes:
         plan = plan.unsqueeze(-3)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _MAKERS: dict[str, Callable[[], Engine]] = {}
 _ENGINES: dict[str, Engine] = {}
+_LEFT: dict[str, str] = {}
 _DECODERS: dict[str, Decoder] = {}
 _GENERATORS: dict[str, Callable[[], DecodeGenerators]] = {}
 
@@ -35,6 +36,16 @@ def engine_of(key: str) -> Engine:
             help="call attndsl.compile with the same program before running an exported graph",
         )  # fmt: skip
     return _ENGINES.setdefault(key, _MAKERS[key]())
+
+
+def register_left(key: str, left: str) -> None:
+    """Make known under which key stands the attention to those tiles that a program, which skips, leaves."""
+    _LEFT[key] = left
+
+
+def left_key(key: str) -> str:
+    """That key; empty where a program does not skip."""
+    return _LEFT.get(key, "")
 
 
 def attend_operator(needed: bool = False) -> Any:

@@ -39,7 +39,8 @@ class Job:
     stages). `hopper`: the Hopper lowering, of the forward kernel or of the one of all gradients. `combine`: the kernel
     that combines the branches, or its gradients'. `observe`: the kernel that sums probabilities in blocks of rows
     (None: all) and keys. `listed`: a kernel of a program whose plan lists members, in a call that begins where tiles
-    do. `select`: the fused kernel of the first selection. `v_dim`: of values, where it is not `dim`."""
+    do; of one that skips, of the attention to the tiles that are left. `left`: the kernel that finds which these are.
+    `select`: the fused kernel of the first selection. `v_dim`: of values, where it is not `dim`."""
 
     text: str
     target: str
@@ -56,6 +57,7 @@ class Job:
     listed: Literal["", "forward", "dq", "dkdv"] = ""
     v_dim: int = 0
     select: bool = False
+    left: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,12 @@ def compile_one(job: Job) -> Found:
     import triton
 
     import attndsl
+    from attndsl.codegen import triton_left
     from attndsl.codegen.triton_decode import decode_source
     from attndsl.codegen.triton_forward import forward_source
     from attndsl.codegen.triton_observe import KERNEL, observe_source
     from attndsl.decode import Cache, decode_plan
+    from attndsl.left_tiles import of_left_tiles
     from attndsl.observing import Cells, observe_plan
     from attndsl.piece_plans import forward_plans
     from attndsl.plan import Backend, DType, Loads, Spec, Tiling
@@ -145,7 +149,13 @@ def compile_one(job: Job) -> Found:
         selection = program.selections[0]
         choice = select_plan(of_selection(program, selection), selection, spec)
         source = offline_source(choice, select_source(choice))
+    elif job.left:
+        from attndsl.skipping import left_plans
+
+        (left,) = left_plans(program, spec)
+        source = offline_source(left, triton_left.left_source(left))
     elif job.listed in ("dq", "dkdv"):
+        program = program if program.only.skip is None else of_left_tiles(program)
         from attndsl.codegen.triton_backward import backward_sources
         from attndsl.piece_plans import backward_plans
 

@@ -153,6 +153,11 @@ SKIPPING = "attention skipping { attend causal skip below 0.001 }"
 SKIPS = [Job(SKIPPING, target, 64, "pointer") for target in ("cuda:90", "cuda:100", "hip:gfx942")]
 SKIPS += [Job(SKIPPING, target, 64, "pointer", decode=Decode(64, 16)) for target in ("cuda:90", "cuda:100")]
 
+SKIPS += [
+    Job(SKIPPING, target, 128, "pointer", left=True) for target in ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+]
+SKIPS += [Job(SKIPPING, "cuda:90", 64, "descriptor", listed=name) for name in ("dq", "dkdv")]
+
 
 def test_tiles_that_are_skipped() -> None:
     """What decides of a tile is a number that all its scores make, which not every layout gives."""
