@@ -101,8 +101,6 @@ def _barred(program: Program) -> Iterator[_Barred]:
     for chosen in program.selections:
         if chosen.members is not None or chosen.row_tiles is not None:
             yield _Barred("a selection of members that are no blocks", _TOGETHER, chosen.span)
-        if chosen.together:
-            yield _Barred("such a selection", "members of all rows of several documents would compete", chosen.span)
     sets = [part.pattern for branch in program.branches for part in branch.parts]
     sets += [x for each in program.selections for x in (each.among, each.always) if x is not None]
     for pattern in sets:

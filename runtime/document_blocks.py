@@ -35,9 +35,19 @@ class Documents:
 
     def kinds(self, tokens: int) -> tuple[Kind, ...]:
         """Those of at most so many tokens, and those of more."""
-        most = max(1, self.first.shape[-1])
-        bounds = [(1, most)] if tokens >= most else [(1, tokens), (tokens + 1, most)]
-        return tuple(Kind(self, least, greatest) for least, greatest in bounds)
+        return tuple(Kind(self, least, most) for least, most in lengths(tokens, self.first.shape[-1]))
+
+
+def lengths(tokens: int, most: int) -> list[tuple[int, int]]:
+    """The least and the greatest lengths of kinds of documents, of at most so many tokens and of more, in a call of
+    `most`."""
+    most = max(1, most)
+    return [(1, most)] if tokens >= most else [(1, tokens), (tokens + 1, most)]
+
+
+def room(tokens: int, size: int, least: int) -> int:
+    """How many blocks of a size documents of at least so many tokens may have in a call."""
+    return min(tokens, tokens // size + tokens // least + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +67,12 @@ class Kind:
     def blocks(self, size: int) -> Blocks:
         """Their blocks of so many tokens."""
         of, holds = self.documents, self.holds
-        tokens = of.first.shape[-1]
-        room = min(tokens, tokens // size + tokens // self.least + 1)
+        most = room(of.first.shape[-1], size, self.least)
         until = (holds & ((of.every - of.first) % size == 0)).cumsum(-1)
-        nth = torch.arange(1, room + 1, device=until.device).expand(*until.shape[:-1], room)
+        nth = torch.arange(1, most + 1, device=until.device).expand(*until.shape[:-1], most)
         place = torch.searchsorted(until, nth.contiguous())
         number = (until - 1).gather(-1, of.first) + (of.every - of.first) // size
-        return Blocks(size, place, torch.where(holds, number, room))
+        return Blocks(size, place, torch.where(holds, number, most))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,4 +134,4 @@ class BlockSums:
         return self._found[:, :, : self.room]
 
 
-__all__ = ["BlockSums", "Blocks", "Documents", "Kind"]
+__all__ = ["BlockSums", "Blocks", "Documents", "Kind", "lengths", "room"]

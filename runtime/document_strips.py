@@ -22,14 +22,14 @@ from attndsl.capacity import budgets, capacity
 from attndsl.program import CallShape, Inter, Program, Scalar, Set, Var
 from attndsl.runtime.call import present_lengths
 from attndsl.runtime.derive import Deriver
-from attndsl.runtime.document_blocks import Blocks, BlockSums, Documents, Kind
+from attndsl.runtime.document_blocks import Blocks, BlockSums, Documents, Kind, lengths, room
 from attndsl.runtime.document_vectors import BlockVectors, picked, to_members
 from attndsl.runtime.groups import Groups
 from attndsl.runtime.lasting import number_tensor, table_tensor
 from attndsl.runtime.masses import leading, softmax
 from attndsl.runtime.ranking import Ranking
 from attndsl.runtime.runs import Runs, document_blocks, document_entries, pooled_runs
-from attndsl.runtime.select import check_tokens, checked_mass, empty_plan, members_of
+from attndsl.runtime.select import check_together, check_tokens, checked_mass, empty_plan, members_of
 from attndsl.runtime.strips import LARGEST, STRIP
 from attndsl.runtime.touched import Touched, call_values
 from attndsl.runtime.values import Values
@@ -64,6 +64,7 @@ class DocumentSelector:
         selection, shape, program = self.selection, self.shape, self.program
         heads, score = (shape.heads, shape.kv_heads), selection.score
         check_tokens(selection, shape)
+        check_together(selection, shape.batch * shape.heads * self._ranked())
         self.capacity = capacity(program, selection, heads, members_of(program, selection, shape))
         self.tables = {table.name: table_tensor(table, self.device) for table in program.tables}
         counts: Tensor | None = None
@@ -83,6 +84,14 @@ class DocumentSelector:
         if isinstance(score, Probs):
             self.mass = checked_mass(program, selection, shape)
             self.mass_deriver = Deriver(self.mass.program, shape, self.device, given=self.given)
+
+    def _ranked(self) -> int:
+        """How many members row classes of a head have, of the kind of documents that have the most."""
+        tokens, rows = self.shape.k_len, self.selection.rows or 1
+        kinds = lengths(self.selection.keys, tokens)
+        of_rows = (self.shape.rows if rows == 1 else room(tokens, rows, least) for least, _ in kinds)
+        members = (-(-min(most, tokens) // self.selection.keys) for _, most in kinds)
+        return max(classes * count for classes, count in zip(of_rows, members, strict=True))
 
     def _touched(self, pattern: Set, keys: int) -> Touched:
         score = self.selection.score
@@ -201,21 +210,29 @@ class _OfKind:
         classes, share = self.begin.shape[1], self.shape.heads // plan.shape[1]
         shape = (self.shape.batch, self.shape.heads, 0, self.members)
         step = max(1, STRIP[plan.device.type] // (shape[0] * shape[1] * self._width))
-        for low in range(0, classes, step):
-            at = slice(low, min(low + step, classes))
-            level = self.of.ranking.decided(*self._scored(at))[:, ::share]
-            found = self._listed(level, plan.shape[3]) if self.selection.bounded else level.to(plan.dtype)
-            found = pad(found, (0, plan.shape[3] - found.shape[3]), value=-1 if self.selection.bounded else 0)
-            if self.classes is None:
-                plan[:, :, at] = torch.where(self.exist[:, None, at, None], found, plan[:, :, at])
-                continue
-            token = self.begin[:, at]
-            to = document_blocks(self.call.ids, self.classes.size).to(torch.int64).gather(-1, token)
-            to = to + (token - self.documents.first.gather(-1, token)) // self.classes.size
-            # A class that does not exist goes to a place of its own, which is dropped.
-            whole = torch.cat((plan, plan[:, :, :1]), 2)
-            to = torch.where(self.exist[:, at], to, plan.shape[2])[:, None, :, None].expand(found.shape)
-            plan.copy_(whole.scatter_(2, to, found)[:, :, :-1])
+        strips = [slice(low, min(low + step, classes)) for low in range(0, classes, step)]
+        if self.selection.together:
+            raw, candidates, forced = (torch.cat(x, 2) for x in zip(*map(self._scored, strips), strict=True))
+            level = self.of.ranking.decided(raw, candidates, forced, self.documents.first.gather(-1, self.begin))
+            self._put(plan, level[:, ::share], slice(0, classes))
+            return
+        for at in strips:
+            self._put(plan, self.of.ranking.decided(*self._scored(at))[:, ::share], at)
+
+    def _put(self, plan: Tensor, level: Tensor, at: slice) -> None:
+        """Write what some row classes choose."""
+        found = self._listed(level, plan.shape[3]) if self.selection.bounded else level.to(plan.dtype)
+        found = pad(found, (0, plan.shape[3] - found.shape[3]), value=-1 if self.selection.bounded else 0)
+        if self.classes is None:
+            plan[:, :, at] = torch.where(self.exist[:, None, at, None], found, plan[:, :, at])
+            return
+        token = self.begin[:, at]
+        to = document_blocks(self.call.ids, self.classes.size).to(torch.int64).gather(-1, token)
+        to = to + (token - self.documents.first.gather(-1, token)) // self.classes.size
+        # A class that does not exist goes to a place of its own, which is dropped.
+        whole = torch.cat((plan, plan[:, :, :1]), 2)
+        to = torch.where(self.exist[:, at], to, plan.shape[2])[:, None, :, None].expand(found.shape)
+        plan.copy_(whole.scatter_(2, to, found)[:, :, :-1])
 
     @property
     def _width(self) -> int:

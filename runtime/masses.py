@@ -91,11 +91,16 @@ def normalised(score: Tensor, competing: Tensor, how: Normalise) -> Tensor:
             finite = competing & (score > -torch.inf)
             low = torch.where(finite, score, torch.inf).amin(-1, keepdim=True)
             high = torch.where(finite, score, -torch.inf).amax(-1, keepdim=True)
-            apart = high > low
-            at = (score - low) / torch.where(apart, high - low, 1)
-            return torch.where(finite, torch.where(apart, at, 1), 0)
+            return between(score, finite, low, high)
         case _:
             assert_never(how)
+
+
+def between(score: Tensor, finite: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Where finite scores lie between the least and the largest, from 0 to 1, or 1 where these are equal; else 0."""
+    apart = high > low
+    at = (score - low) / torch.where(apart, high - low, 1)
+    return torch.where(finite, torch.where(apart, at, 1), 0)
 
 
 def leading(decl: InputDecl, x: Tensor) -> Tensor:

@@ -39,18 +39,19 @@ class Ranking:
     heads: tuple[int, int]
     budgets: Tensor | None
 
-    def decided(self, raw: Tensor, candidates: Tensor, forced: Tensor) -> Tensor:
+    def decided(self, raw: Tensor, candidates: Tensor, forced: Tensor, documents: Tensor | None = None) -> Tensor:
         """What is chosen, uint8 [B, Hq, classes, members]: 0 where a member is out, else its factor.
 
-        raw: scores, -inf of what is no candidate. candidates, forced: bool of that size.
+        raw: scores, -inf of what is no candidate. candidates, forced: bool of that size. documents: int64 [B, classes],
+        of a packed call the document of each, where members of several classes compete.
         """
-        score, competing = self._scores(raw, candidates, forced)
+        score, competing = self._scores(raw, candidates, forced, documents)
         # Two stable sorts: by score, and then what is forced and counted first, what is no candidate last.
         first = forced if self.selection.forced is Forced.COUNTED else torch.zeros_like(forced)
         place = torch.where(competing, torch.where(first, 0, 1), 2).to(torch.int8)
         order = score.sort(dim=-1, descending=True, stable=True).indices
         order = order.gather(-1, place.gather(-1, order).sort(dim=-1, stable=True).indices)
-        level = self._ranked(score, competing, order, place) * competing
+        level = self._ranked(score, competing, order, place, documents) * competing
         top = self.selection.rule.factors[0] if isinstance(self.selection.rule, Levels) else 1
         return torch.where(forced, top, level).to(torch.uint8)
 
@@ -84,7 +85,9 @@ class Ranking:
         made = torch.where(made < members, made, -1).to(torch.int32)
         return pad(made, (0, room - made.shape[-1]), value=-1)
 
-    def _scores(self, raw: Tensor, candidates: Tensor, forced: Tensor) -> tuple[Tensor, Tensor]:
+    def _scores(
+        self, raw: Tensor, candidates: Tensor, forced: Tensor, documents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The scores by which members are ranked, and which of them compete."""
         selection = self.selection
         extra = selection.forced is Forced.EXTRA
@@ -92,7 +95,7 @@ class Ranking:
         competing = candidates & ~withdrawn
         if extra:
             competing = competing & ~forced
-        normal = normalised_together(raw, competing, selection.normalise, self._compete)
+        normal = normalised_together(raw, competing, selection.normalise, self._compete, documents)
         score, withdrawn = self._summed(normal, competing, withdrawn)
         competing = candidates & ~withdrawn
         if extra:
@@ -124,7 +127,9 @@ class Ranking:
             gone = gone & ~competing.unflatten(1, (-1, size)).any(2)
         return added.repeat_interleave(size, 1), gone.repeat_interleave(size, 1)
 
-    def _ranked(self, score: Tensor, competing: Tensor, order: Tensor, place: Tensor) -> Tensor:
+    def _ranked(
+        self, score: Tensor, competing: Tensor, order: Tensor, place: Tensor, documents: Tensor | None
+    ) -> Tensor:
         """What each member gets by its rank, int64."""
         rule = self.selection.rule
         index = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
@@ -144,7 +149,8 @@ class Ranking:
         match rule:
             case Cover(share=share, exclusive=exclusive, at_least=least, at_most=most, compete=compete):
                 if compete is not Compete.ROW:
-                    before, after, total = masses_around(inside, place, score, compete, self._sharing)
+                    around = masses_around(inside, place, score, compete, self._sharing, documents)
+                    before, after, total = around
                 within = after <= share * total if exclusive else before < share * total
                 found = (within & (inside > 0)) | (rank < least)
                 return (found if most is None else found & (rank < most)).to(torch.int64)

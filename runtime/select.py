@@ -88,12 +88,7 @@ class Selector:
         if isinstance(selection.score, Probs):
             self.mass = checked_mass(self.program, selection, shape, self.ragged)
             self.seeing = seeing_rows(self.program, self.mass, shape, self.ragged)
-        together = shape.batch * shape.heads * self.classes * self.members
-        if selection.together and together > MAX_TOGETHER:
-            raise error(
-                "A577", f"{together:,} members of all row classes compete", selection.span,
-                help=f"at most {MAX_TOGETHER:,}: choose `per = rows(128)` or larger members, or write `compete = row`",
-            )  # fmt: skip
+        check_together(selection, shape.batch * shape.heads * self.classes * self.members)
         self.capacity = capacity(self.program, selection, heads, self.members)
         # Where the call holds every row, its row classes are whole.
         self.whole = not self.ragged and selection.rows is not None and shape.rows == shape.q_len(self.program)
@@ -301,6 +296,15 @@ def check_tokens(selection: Selection, shape: CallShape) -> None:
         raise error(
             "A570", f"each of {shape.heads} heads chooses single tokens for each of {shape.rows} rows",
             selection.span, help="write `share = group` or `share = heads`, larger members, or `per = rows(64)`",
+        )  # fmt: skip
+
+
+def check_together(selection: Selection, together: int) -> None:
+    """Raises `PatternError` (A577) where so many members of all row classes are too many to compete."""
+    if selection.together and together > MAX_TOGETHER:
+        raise error(
+            "A577", f"{together:,} members of all row classes compete", selection.span,
+            help=f"at most {MAX_TOGETHER:,}: choose `per = rows(128)` or larger members, or write `compete = row`",
         )  # fmt: skip
 
 

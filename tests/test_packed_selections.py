@@ -54,6 +54,10 @@ def branches(draw: st.DrawFn) -> tuple[str, str]:
     """A branch to probe, or nothing, and a selection. Entries lie in members: those that shared one would tie, and
     which of them is above a threshold would be left to rounding."""
     selection, score = draw(PATTERN_SELECTIONS), re.compile(r"by = (dot|bound)\((\w+(\(\w+\))?(, )?)+\)")
+    if selection.startswith("cover") and (word := draw(st.sampled_from(("row", "head", "all")))) != "row":
+        # A share that no sum of equal masses meets. Rows that see one member give it all of theirs: as sums of
+        # probabilities these would tie but for rounding.
+        return "", re.sub(r"cover\(0\.\d", f"cover(0.3719, compete = {word}", selection)
     if not score.search(selection) or draw(st.booleans()):
         return "", selection
     by = draw(st.sampled_from(("by = probs(x)", "by = probs(x, max)")))
@@ -99,6 +103,10 @@ TEXTS = {
     "fraction": "attend causal & top(fraction(0.4), blocks(4), by = dot(Q, mean(K)))",
     "levels": """attend causal over levels((1, 2, 4), blocks(4), per = rows(4), among = causal,
         quantiles = (0.3, 0.6, 1.0), by = dot(mean(Q), mean(K)))""",
+    "together": """attend causal & cover(0.37, blocks(4), per = rows(8), compete = head,
+        by = dot(mean(Q), mean(K)), always = same_block(4), forced = extra)""",
+    "all heads": """attend causal & cover(0.37, blocks(4), compete = all, share = group, normalise = minmax,
+        by = dot(Q, mean(K)), always = same_block(4), at_least = 1, at_most = 3)""",
     "twice": """plan wide = top(3, blocks(4), among = causal, by = dot(Q, mean(K)))
         attend causal & top(1, blocks(4), among = causal & wide, by = dot(Q, max(K)))""",
 }
@@ -235,8 +243,6 @@ def test_the_fused_kernel_ranks_by_probabilities_of_entries() -> None:
 
 
 @pytest.mark.parametrize(("clauses", "named"), [
-    ("attend causal & cover(0.5, blocks(4), per = rows(8), compete = head, by = dot(mean(Q), mean(K)))",
-     "such a selection"),
     ("input seg : int[b, k] attend causal & top(1, segments(seg), by = dot(Q, mean(K)))", "a selection of members"),
 ])  # fmt: skip
 def test_what_is_refused(clauses: str, named: str) -> None:
@@ -364,3 +370,12 @@ def test_decode_says_what_it_has_not() -> None:
         attn = attndsl.compile(f"attention a {{ input doc : int[b, k] packed doc {text} }}")
         with pytest.raises(PatternError, match="A911"):
             attn.decode(x[:, :, :1], x, x, n, doc=DOC)
+
+
+def test_too_many_to_compete() -> None:
+    text = "attend causal & cover(0.3, blocks(8), by = dot(Q, mean(K)), compete = head, at_most = 4)"
+    attn = attndsl.compile(f"attention a {{ input doc : int[b, k] packed doc {text} }}")
+    (selection,) = attn.program.selections
+    program, shape = of_selection(attn.program, selection), CallShape(1, 2, 2, 32768, 32768, 8, 8)
+    with pytest.raises(PatternError, match="A577"):
+        DocumentSelector(attn._key, program, selection, shape, torch.device("cpu"), [DOC])
