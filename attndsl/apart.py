@@ -26,13 +26,15 @@ def coarse_apart(
     assert document is not None
     coarse = isl_sets.coarse_pairs(inner, pattern.block_q, pattern.block_k, every=pattern.mode is Coarse.ALL)
     there = isl.Set.read_from_str(inner.get_ctx(), "[Nq, Nk] -> { [q, k] : 0 <= q < Nq and 0 <= k < Nk }")
-    row, key = coordinates_of(document)
+    row, key = document.at or coordinates_of(document)
     tokens = Binary("-", document.end, document.first)
     count = normalise(Binary("//", Binary("+", tokens, Const(document.unit - 1)), Const(document.unit)))
     own = condition(coarse.gist(there), context, uniform)
     if past:
         own = last_goes_on(own)
     at_tokens = substitute(own, {"q": row, "k": key, "Nq": count, "Nk": count})
+    if document.at is not None:
+        return at_tokens
     pairs = isl_sets.last_goes_on(coarse) if past else coarse.intersect(there)
     return Logic("and", (*_distances(pairs, document.unit), at_tokens))
 

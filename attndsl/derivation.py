@@ -33,13 +33,15 @@ class Document:
     """Where a set that looks at all pairs stands inside a sequence of its own, of the tokens from `first` to before
     `end`, which a row reads: its coordinates are (q - first) // unit and (k - first) // unit (`unpack.py`).
 
-    `alone`: of a coarsened set, the operand in these coordinates, where it is the same in every sequence.
+    `alone`: of a coarsened set, the operand in these coordinates, where it is the same in every sequence. `at`: the
+    coordinates of a query and of a key at which the set is read, where data places tokens; some that the sequence has.
     """
 
     first: Scalar
     end: Scalar
     unit: int
     alone: Set | None = None
+    at: tuple[Scalar, Scalar] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -359,12 +359,12 @@ class _Deriver:
     def _coarsen_apart(self, pattern: Coarsen, operand: Set, d: Document, at: _Context) -> Set:
         """Of a sequence of its own: in closed form where its operand has one in the sequence's coordinates."""
         block_q, block_k = pattern.block_q, pattern.block_k
-        own = BlockMap(operand, block_q, block_k, pattern.mode, pattern.fraction, at.unit, True, replace(d, alone=None))
+        where = replace(d, alone=None, at=None)
+        own = BlockMap(operand, block_q, block_k, pattern.mode, pattern.fraction, at.unit, True, where)
         dims, lead = _lead(Inter((operand, Where(d.first), Where(d.end))), self.ragged)
         size = block_k * d.unit * at.unit
         decl = self.declare(own, "blocks", Type.BOOL, (*dims, Dim(Axis.K, at.unit), Dim(Axis.K, size)))
-        _, key = coordinates_of(d)
-        row: Scalar = Var("q")
+        row, key = _place_of(d)
         block = _quotient(key, block_k)
         if d.first == Const(0):
             # Positions past the last, of extents or that an input gives, are the last one, as an index is clamped.
@@ -376,21 +376,24 @@ class _Deriver:
         return replace(pattern, operand=d.alone, map=found)
 
     def _random(self, pattern: Random, at: _Context) -> Set:
-        among = self.set(pattern.among, at if pattern.rows == 1 else replace(at, everywhere=True))
+        where = d = pattern.document
+        of_rows = pattern.rows == 1 and (d is None or d.at is None)
+        among = self.set(pattern.among, at if of_rows else replace(at, everywhere=True))
         row, dim = self._row_class(pattern.rows, at)
         place: Scalar = row
         key: Scalar = Var("k")
-        if (d := pattern.document) is not None:
-            own, key = coordinates_of(d)
+        if d is not None:
+            own, _ = d.at or coordinates_of(d)
             row = Const(0) if pattern.rows is None else _quotient(own, pattern.rows)
-            place, dim = Var("q"), Dim(Axis.Q if pattern.rows == d.unit == 1 else Axis.K)
+            place, key = _place_of(d)
+            where, dim = replace(d, at=None), Dim(Axis.Q if of_rows and d.unit == 1 and not at.everywhere else Axis.K)
         member = _quotient(key, pattern.keys)
         lead = [Var("h")]
         dims = [Dim(Axis.H)]
         ends = () if d is None else (d.first, d.end)
         if self.ragged or any(reads(e, "b") for e in (*scalars(among), pattern.seed, *ends)):
             lead, dims = [Var("b"), *lead], [Dim(Axis.B), *dims]
-        derivation = Draw(replace(pattern, among=among), at.unit, at.everywhere)
+        derivation = Draw(replace(pattern, among=among, document=where), at.unit, at.everywhere)
         decl = self.declare(derivation, "drawn", Type.INT, (*dims, dim, Dim(Axis.CONST, size=2)))
         last_hash, last = (Read(decl.name, (*lead, place, Const(i)), Type.INT) for i in range(2))
         hashed = Call("mix64", (class_hash(pattern.seed, row), member))
@@ -431,6 +434,14 @@ def coordinates_of(d: Document) -> tuple[Scalar, Scalar]:
     """Where a query and a key stand in a sequence of their own."""
     row, key = (normalise(_quotient(fold(Binary("-", Var(x), d.first)), d.unit)) for x in "qk")
     return row, key
+
+
+def _place_of(d: Document) -> tuple[Scalar, Scalar]:
+    """The position that stands for a query's coordinate in a sequence of its own, and the coordinate of a key."""
+    if d.at is None:
+        return Var("q"), coordinates_of(d)[1]
+    row, key = d.at
+    return normalise(Binary("+", d.first, Binary("*", Const(d.unit), row))), key
 
 
 def _quotient(x: Scalar, size: int) -> Scalar:

@@ -212,14 +212,16 @@ Names = dict[str, Scalar]
 class _Place:
     """Where sets and scalars stand. `count`: how many tokens, or blocks or cells of them, are present, which Nk bounds.
     `document`: its first token and one past its last, of the input `ids`. `unit`: coordinates are so many of its tokens
-    each; 0 where they do not count these in order. `declared`: the ends of runs that are read, and how many blocks lie
-    before them, the call's documents first."""
+    each; 0 where they do not count these in order. `placed`: they are those that data gives tokens, as many as there
+    are in order. `declared`: the ends of runs that are read, and how many blocks lie before them, the call's documents
+    first."""
 
     program: Program
     count: Scalar
     document: tuple[Scalar, Scalar] | None = None
     ids: str = ""
     unit: int = 1
+    placed: bool = False
     declared: dict[DocumentBlocks | DocumentEnds | PresentRuns, InputDecl] = field(default_factory=dict, compare=False)
 
     @property
@@ -275,13 +277,13 @@ class _Place:
                 return replace(pattern, operand=self.inside(operand))
             case On(operand=operand, place=Permuted() | Segment() as at):
                 moved = {x: self._placed(at, names, x) for x in "qk"}
-                return replace(self, unit=0).set(operand, names | moved)
+                return replace(self, placed=True).set(operand, names | moved)
             # Which block is a sequence's last one a `Document` knows: positions past the end are taken for it.
             case Coarsen(operand=operand, mode=mode) if (
                 self.document is not None or mode is Coarse.FRACTION or self.program.past_the_ends
             ):
                 alone = operand if mode is not Coarse.FRACTION and _alike(operand) else None
-                return replace(pattern, operand=self.set(operand, names), document=self._document(alone))
+                return replace(pattern, operand=self._in_order(operand, names), document=self._document(names, alone))
             case Coarsen(operand=operand, mode=mode):
                 found, there = self.set(operand, names), self._exist(names)
                 if mode is Coarse.ANY:
@@ -295,8 +297,12 @@ class _Place:
                 )
                 return Inter((among, drawn), pattern.span) if pattern.written else drawn
             case Random(among=among, seed=seed):
-                seed = self.scalar(seed, names)
-                return replace(pattern, among=self.set(among, names), seed=seed, document=self._document())
+                of, seed = self._in_order(among, names), self.scalar(seed, names)
+                drawn = replace(pattern, among=of, seed=seed, document=self._document(names))
+                if not self.placed:
+                    return drawn
+                # What may be drawn is asked of coordinates, what is drawn then of the tokens placed there.
+                return Inter((self.set(among, names), replace(drawn, written=False)), pattern.span)
             case Selected() if self.document is None:
                 return pattern
             case Selected(plan=plan, keys=keys):
@@ -310,12 +316,23 @@ class _Place:
             case _:
                 raise AssertionError(f"the front end lets no {type(pattern).__name__} stand here")
 
-    def _document(self, alone: Set | None = None) -> Document:
+    def _document(self, names: Names, alone: Set | None = None) -> Document:
         """Where what looks at all pairs stands; of padded sequences, whose blocks begin where those of a call do, all
         of a sequence is one document."""
-        assert self.unit, "what looks at all pairs stands on tokens in order"
+        assert self.unit, "what looks at all pairs stands on coordinates in order"
         first, end = self.document or (Const(0), self.k_len)
-        return Document(first, end, self.unit, alone)
+        if not self.placed:
+            return Document(first, end, self.unit, alone)
+        last = Binary("-", _block(self.k_len, self.unit, True), Const(1))
+        row, key = (Call("clamp", (names[x], Const(0), last)) for x in "qk")
+        return Document(first, end, self.unit, alone, (row, key))
+
+    def _in_order(self, pattern: Set, names: Names) -> Set:
+        """What is asked of all coordinates, each as the first of the tokens that it stands for in order."""
+        if not self.placed:
+            return self.set(pattern, names)
+        own = {x: _block(e, self.unit, x in ("Nq", "Nk")) for x, e in _whole(self.names()).items()}
+        return replace(self, placed=False).set(pattern, own)
 
     def _placed(self, place: Permuted | Segment, names: Names, x: str) -> Scalar:
         """A coordinate that an int input gives the token of `names[x]`, or its distance in its segment."""

@@ -7,26 +7,14 @@ from dataclasses import dataclass
 
 from attndsl import syntax as ast
 from attndsl.branches import Pick
-from attndsl.derivation import Random, Segment
 from attndsl.diagnostics import Span
 from attndsl.grammar.scope import Context, InputRef, Poison
 from attndsl.grammar.unsupported import Feature, unsupported
 from attndsl.program import (
     Axis,
-    Choose,
-    Coarsen,
-    Complement,
     InputDecl,
-    Inter,
-    Minus,
-    On,
-    Permuted,
     Program,
-    Selected,
-    Set,
     Type,
-    Union,
-    Where,
 )  # fmt: skip
 
 _DIMS = {"packed": (Axis.B, Axis.K), "lengths": (Axis.B,)}
@@ -101,27 +89,3 @@ def _barred(program: Program) -> Iterator[_Barred]:
     for chosen in program.selections:
         if chosen.members is not None or chosen.row_tiles is not None:
             yield _Barred("a selection of members that are no blocks", _TOGETHER, chosen.span)
-    sets = [part.pattern for branch in program.branches for part in branch.parts]
-    sets += [x for each in program.selections for x in (each.among, each.always) if x is not None]
-    for pattern in sets:
-        yield from _placed(pattern)
-
-
-def _placed(pattern: Set, placed: bool = False) -> Iterator[_Barred]:
-    """What looks at all pairs of a document in another order than its tokens'. placed: whether data places tokens."""
-    match pattern:
-        case Where() | Selected():
-            pass
-        case Union(parts=parts) | Inter(parts=parts):
-            for x in parts:
-                yield from _placed(x, placed)
-        case Minus(left=a, right=b) | Choose(then=a, other=b):
-            yield from _placed(a, placed)
-            yield from _placed(b, placed)
-        case Coarsen() | Random() if placed:
-            word = "coarsen" if isinstance(pattern, Coarsen) else "random"
-            yield _Barred(f"a placed `{word}`", "a document's blocks lie in no order here", pattern.span)
-        case Complement(operand=x) | Coarsen(operand=x) | Random(among=x):
-            yield from _placed(x, placed)
-        case On(operand=x, place=place):
-            yield from _placed(x, placed or isinstance(place, Permuted | Segment))
