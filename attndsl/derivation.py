@@ -102,8 +102,9 @@ class EntryMap:
 @dataclass(frozen=True, slots=True)
 class PresentRuns:
     """int64 of the input's own dimensions and the batch: what it holds of tokens that are present, as many as another
-    input says (`lengths`), and past them one number that no run of theirs goes on with. With `documents`, the input
-    whose runs are documents, a number in the place of each run of equal entries in one document."""
+    input says (`lengths`), in a decode no more than a sequence has, and past them one number that no run of theirs goes
+    on with. With `documents`, the input whose runs are documents, a number in the place of each run of equal entries in
+    one document."""
 
     input: str
     lengths: str | None

@@ -340,7 +340,7 @@ class _Deriver:
         return chosen if inside is None else Inter((Where(inside), chosen), pattern.span)
 
     def offsets(self, name: str) -> str:
-        return self.declare(Offsets(name), f"offset_{name}", Type.INT, self.program.input(name).dims).name
+        return self.declare(Offsets(name), f"offset_{name}", Type.INT, self.here.input(name).dims).name
 
     def _coarsen(self, pattern: Coarsen, at: _Context) -> Set:
         if pattern.map is not None:

@@ -22,7 +22,7 @@ from attndsl.diagnostics import error
 from attndsl.effort import TooHard, bounded, remembered
 from attndsl.evaluate import evaluate
 from attndsl.isl_sets import project_param
-from attndsl.keeping import kept, kept_by
+from attndsl.keeping import kept, kept_by, made_anew
 from attndsl.program import (
     Arg,
     Axis,
@@ -118,6 +118,8 @@ def retention_of(
     if program.align_start or page < 1:
         reason = "under `align start` a row's keys need not come before it" if page > 0 else f"pages of {page} tokens"
         raise error("A558", f"there is no eviction: {reason}", program.span, help="keep all pages")
+    if made_anew(program, composition):
+        return Retention(page, Const(True))
     needed: list[Scalar] = []
     by_key: list[KeyNeed] = []
     for part in _raw(program, composition):

@@ -59,21 +59,27 @@ def kept(program: Program, composition: Composition) -> tuple[Kept, ...]:
 def kept_beside(program: Program, composition: Composition, chosen: Container[str]) -> tuple[Kept, ...]:
     """What decode keeps for a program where the plans of the selections named are handed in.
 
-    Raises `PatternError` (A911) for views whose extents data tells.
+    Of listed tokens nothing is kept, since each step gathers them, and of views whose extents data tells neither: where
+    an entry lies among the others follows from all tokens before it.
     """
-    if told := [
-        pooling.name for pooling in composition.pools if isinstance(pooling.pool, PooledView) and pooling.pool.told
-    ]:
-        what = f"what decode needs of `{told[0]}` is not yet kept: data tells what its entries are of"
-        raise error("A911", what, program.span, help="call it on the last rows")
     if program.packed is not None and program.selections:
         what = f"what decode needs of members of documents of `{program.packed}` is not yet kept"
         raise error("A911", what, program.span, help="call it on the last rows")
-    # Of listed tokens nothing is kept: they are few, and each step gathers them.
-    pools = [(pooling.name, pooling.pool) for pooling in composition.pools if isinstance(pooling.pool, PooledView)]
-    views = [Kept(name, Pool(pool.function.value), pool.size, pool.stride, True, False) for name, pool in pools]
+    pools = [(each.name, each.pool) for each in composition.pools if not each.told_by]
+    views = [
+        Kept(name, Pool(pool.function.value), pool.size, pool.stride, True, False)
+        for name, pool in pools
+        if isinstance(pool, PooledView)
+    ]
     members = (of_members(x, v) for x in program.selections if x.name not in chosen for v in vectors_of(x))
     return tuple(dict.fromkeys((*views, *(x for x in members if x is not None))))
+
+
+def made_anew(program: Program, composition: Composition) -> bool:
+    """Whether each step makes something of all tokens of a cache: entries of views that data tells, or vectors of
+    members that are no blocks in a row."""
+    views = any(each.told_by and isinstance(each.pool, PooledView) for each in composition.pools)
+    return views or any(x.members is not None and kept_by(x) for x in program.selections)
 
 
 def kept_by(selection: Selection) -> tuple[Kept | None, ...]:

@@ -39,6 +39,9 @@ class Deriving(Protocol):
     @property
     def here(self) -> Program: ...
 
+    @property
+    def ragged(self) -> bool: ...
+
     def declare(
         self, derivation: Derivation, name: str, type: Type, dims: tuple[Dim, ...], sorted: bool = False
     ) -> InputDecl: ...
@@ -80,22 +83,37 @@ def ends_of_runs(deriving: Deriving, program: Program, part: Part, runs: Runs) -
         for decl in program.inputs:
             if decl.name in names or (isinstance(decl.derivation, DocumentEnds) and decl.derivation.input in names):
                 alike(decl)
+        # And chosen segments, what tells where theirs begin.
+        own = program.input(ids.derivation.input)
+        lead = tuple(e for dim, e in zip(ids.dims[:-1], runs.lead, strict=True) if dim in own.dims)
+        same[first_of(deriving.offsets(own.name), lead)] = first
     same[first_of(deriving.offsets(ids.name), runs.lead)] = first
     return Ends(program, first, last, same, least, part.span)
 
 
 def over_runs(deriving: Deriving, part: Part, view: Given, runs: Runs) -> Part:
     """A part over the runs of an input."""
-    ends = ends_of_runs(deriving, deriving.program, part, runs)
+    program = deriving.program
+    ids = program.input(runs.input)
+    if deriving.ragged and ids.derivation is None:
+        # Each sequence ends elsewhere, and with it its last run.
+        lead, dims = runs.lead, ids.dims
+        if Dim(Axis.B) not in dims:
+            lead, dims = (Var("b"), *lead), (Dim(Axis.B), *dims)
+        ids = deriving.declare(PresentRuns(ids.name, None), f"present_{ids.name}", Type.INT, dims)
+        program, runs = replace(program, inputs=(*program.inputs, ids)), Runs(ids.name, lead)
+    ends = ends_of_runs(deriving, program, part, runs)
     return among_runs(deriving, replace(part, pattern=ends.over(part.pattern)), view, runs, ends)
 
 
 def among_runs(deriving: Deriving, part: Part, view: Given, runs: Runs, ends: Ends) -> Part:
     """A part over entries that are runs of an input, whose pattern is one of these, without what data tells."""
-    ids = deriving.here.input(runs.input)
-    one = Dim(Axis.CONST, size=1)
-    counts = deriving.declare(RunCount(ids.name), f"runs_{ids.name}", Type.INT, (*ids.dims[:-1], one))
-    exists = Compare("<", Var("k"), Read(counts.name, (*runs.lead, Const(0)), Type.INT))
+    if deriving.ragged:
+        exists = Compare("<", ends.first, Var("Nk"))
+    else:
+        ids, one = deriving.here.input(runs.input), Dim(Axis.CONST, size=1)
+        counts = deriving.declare(RunCount(ids.name), f"runs_{ids.name}", Type.INT, (*ids.dims[:-1], one))
+        exists = Compare("<", Var("k"), Read(counts.name, (*runs.lead, Const(0)), Type.INT))
     # What is no run has a last token before its first.
     tokens = Call("max", (Binary("+", Binary("-", ends.last, ends.first), Const(1)), Const(1)))
     mass = tokens if view.counted else None

@@ -46,13 +46,14 @@ def make_views(
     shape = without_values(composition.own, k, k, [])
     alone = replace(composition.own, inputs=tuple(own.values()))
     check_inputs(alone, shape, [inputs[name] for name in own], k.device)
-    return {pooling.name: _made(key, composition, pooling, k, v, inputs) for pooling in composition.pools}
+    return {pooling.name: made_entries(key, composition, pooling, k, v, inputs) for pooling in composition.pools}
 
 
-def _made(
+def made_entries(
     key: str, composition: Composition, pooling: Pooling, k: Tensor, v: Tensor, inputs: Mapping[str, Tensor],
     backend: str = "auto", lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The entries of a view, of tokens [B, Hkv, tokens, D] and Dv. lengths: int [B], how many are present."""
     if isinstance(pooling.pool, Pick):
         name = pooling.pool.input
         listed = listed_of_heads(inputs[name], composition.own.input(name), pooling.pool, k.shape)
@@ -196,7 +197,7 @@ class Composed:
         if name not in self._made:
             pooling, call = self._pools[name], (self.k, self.v, self.inputs, self.backend, self._present)
             made = self._views[pooling.name] if self._views is not None else None
-            keys, values = made or _made(self._key, self._composition, pooling, *call)
+            keys, values = made or made_entries(self._key, self._composition, pooling, *call)
             self._made[pooling.keys], self._made[pooling.values] = keys, values
         return self._made[name]
 

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from attndsl.branches import Attended, Given, Pick, Queries, Within, combined
-from attndsl.compose import Composition
+from attndsl.compose import Composition, Pooling
 from attndsl.diagnostics import error
 from attndsl.keeping import Kept, check_apart, kept, kept_by
 from attndsl.program import InputDecl, Program
 from attndsl.runtime.call import check_call, check_inputs
 from attndsl.runtime.combine import Combiner, State
-from attndsl.runtime.compose import read_by_output
+from attndsl.runtime.compose import made_entries, read_by_output
 from attndsl.runtime.decode import FP8, DecodeTensors, check_tensors
 from attndsl.runtime.decode_op import decode, in_order
-from attndsl.runtime.in_order import keys_in_order, tokens_of_cache
+from attndsl.runtime.in_order import keys_in_order, numbers_in_order, tokens_of_cache
 from attndsl.runtime.keep import Entries, check_entries, make_entries, update_entries
 from attndsl.runtime.ops import checked_values
 from attndsl.runtime.pick import listed_of_heads
@@ -60,7 +60,7 @@ class ComposedDecode:
             self._programs = dict(zip(names, zip(keys, composition.programs, strict=True), strict=True))
         self._pools = {pooling.keys: pooling.name for pooling in composition.pools}
         self._pools |= {pooling.values: pooling.name for pooling in composition.pools}
-        self._picks = {x.name: x.pool for x in composition.pools if isinstance(x.pool, Pick)}
+        self._told = {x.name: x for x in composition.pools if x.told_by}
         self._attended: dict[str, State] = {}
         self._pooled: dict[Queries, Tensor] = {}
 
@@ -137,16 +137,24 @@ class ComposedDecode:
         if decl.name not in self._pools:
             return self.inputs[decl.name]
         name = self._pools[decl.name]
-        keys, values = self._picked(name, self._picks[name]) if name in self._picks else self._entry(name)
+        keys, values = self._of_data(self._told[name]) if name in self._told else self._entry(name)
         return keys if any(decl.name == pooling.keys for pooling in self.composition.pools) else values
 
-    def _picked(self, name: str, pick: Pick) -> tuple[Tensor, ...]:
-        """The tokens that an input lists, of the cache."""
-        if name not in self._entries:
-            call, decl = self.call, self.composition.own.input(pick.input)
-            sizes = (call.shape.batch, call.shape.kv_heads, call.capacity)
-            self._entries[name] = tokens_of_cache(call, listed_of_heads(self.inputs[pick.input], decl, pick, sizes))
-        return self._entries[name]
+    def _of_data(self, pooling: Pooling) -> tuple[Tensor, ...]:
+        """The entries of a view that data tells, made of the cache: of the tokens that an input lists, or of all."""
+        if pooling.name not in self._entries:
+            call, own = self.call, self.composition.own
+            if isinstance(pick := pooling.pool, Pick):
+                sizes = (call.shape.batch, call.shape.kv_heads, call.capacity)
+                listed = listed_of_heads(self.inputs[pick.input], own.input(pick.input), pick, sizes)
+                self._entries[pooling.name] = tokens_of_cache(call, listed)
+            else:
+                lengths = call.seq_lens.clamp(0, call.capacity)
+                k, v = numbers_in_order(call)
+                self._entries[pooling.name] = made_entries(
+                    self.key, self.composition, pooling, k, v, self.inputs, self.backend, lengths
+                )
+        return self._entries[pooling.name]
 
     def _entry(self, name: str) -> tuple[Tensor, ...]:
         """What is kept under a name, made of the whole cache where it was not handed in."""

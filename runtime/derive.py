@@ -257,6 +257,9 @@ class Deriver:
                     for n in (name, documents)
                 )
                 count = None if lengths is None else values.tensors[lengths].clamp(0, self.shape.k_len)
+                if values.lengths is not None:
+                    own = values.lengths.view(-1)
+                    count = own if count is None else torch.minimum(count, own)
                 assert ids is not None
                 return present_runs(ids, None if count is None else count.expand(self.shape.batch), doc)
             case RunEnds(input=name) | RunCount(input=name) | RunExtents(input=name):

@@ -29,6 +29,18 @@ def keys_in_order(call: DecodeTensors) -> Tensor:
     return k if call.k_scale is None else k * call.k_scale.to(k.dtype).view(-1, 1, 1)
 
 
+def numbers_in_order(call: DecodeTensors) -> tuple[Tensor, Tensor]:
+    """The keys and values of a cache, [B, Hkv, M, D], in the dtype of the queries: where they lie, or else a copy."""
+    found = []
+    for x, scale in ((call.k, call.k_scale), (call.v, call.v_scale)):
+        x = x if call.page_table is None else in_one_piece(x, call.page_table)
+        if x.dtype == FP8:
+            x = x.to(torch.promote_types(call.q.dtype, torch.float32))
+            x = (x if scale is None else x * scale.to(x.dtype).view(-1, 1, 1)).to(call.q.dtype)
+        found.append(x)
+    return found[0], found[1]
+
+
 def tokens_of_cache(call: DecodeTensors, listed: Tensor) -> tuple[Tensor, Tensor]:
     """The keys and values that a cache has of listed tokens, int64 [B, Hkv, entries], in the dtype of the queries;
     zeros of a number that is no token's, or past a sequence's last."""

@@ -144,7 +144,8 @@ def of_heads(
     documents: Tensor | None = None,
 ) -> Runs:  # fmt: skip
     """The runs of an input int[b?, g?, k] for each batch entry and key head: [B, Hkv, tokens]. present: int [B], how
-    many tokens are, where not all are. documents: [B or 1?, tokens], at whose ends runs end too."""
+    many tokens are, where not all are: others are of a run without tokens. documents: [B or 1?, tokens], at whose ends
+    runs end too."""
     for at, axis in enumerate((Axis.B, Axis.G)):
         if all(dim.axis is not axis for dim in decl.dims):
             ids = ids.unsqueeze(at)
@@ -152,7 +153,11 @@ def of_heads(
     if documents is not None:
         documents = documents.expand(batch, -1).unsqueeze(1).expand(ids.shape)
     apart = present is not None or documents is not None
-    return runs_of((present_runs(ids, present, documents) if apart else ids).contiguous())
+    found = runs_of((present_runs(ids, present, documents) if apart else ids).contiguous())
+    if present is None:
+        return found
+    there = found.first < present.view(-1, 1, 1)
+    return Runs(found.number, found.first, torch.where(there, found.end, found.first))
 
 
 def entries_of_heads(ids: Tensor, pool: Pool, batch: int, kv_heads: int, present: Tensor | None) -> Runs:

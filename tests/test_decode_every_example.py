@@ -31,7 +31,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "vmoba_video": {"height": 6, "width": 7, "tile": 3}, "xattention": {"block": 16, "stride": 4},
     "psa": {"block": 16, "stride": 4}, "minference_blocks": {"n": 1},
 }  # fmt: skip
-REFUSED: dict[str, str] = {"razor": "A911", "svg_ear": "A911"}
+REFUSED: dict[str, str] = {}
 # One input holds keys and values.
 ALIKE = ("hsa", "landmark")
 

@@ -240,13 +240,6 @@ def test_a_segment_that_may_go_on() -> None:
 def test_what_is_not_supported() -> None:
     q, k, v = (torch.randn(1, 1, 12, 16) for _ in range(3))
     ids, doc = torch.zeros(1, 1, 12, dtype=torch.int32), torch.zeros(1, 12, dtype=torch.int32)
-    for refused in (
-        lambda: compiled(BODIES[2]).decode(q[:, :, -1:], k, v, torch.tensor([12], dtype=torch.int32), ids=ids),
-        lambda: compiled(BODIES[2]).views(k, v, torch.tensor([12])),
-        lambda: compiled(BODIES[2]).evictable(12, 4),
-    ):
-        with pytest.raises(attndsl.PatternError, match="A911"):
-            refused()
     for body in ("causal - document(doc)", "causal & (window(4) | document(doc))"):
         with pytest.raises(attndsl.PatternError, match="A912"):
             compiled(f"attend {body} over pool(mean, segments(ids))")(q, k, v, ids=ids, doc=doc)
