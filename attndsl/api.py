@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from attndsl.asking import arguments, asked, batch_of, check_names, check_plain, checked, known
+from attndsl.asking import arguments, asked, batch_of, check_names, check_plain, checked, known, of_lengths
 from attndsl.compose import check_lse, compose
 from attndsl.diagnostics import Diagnostic, PatternWarning, Source, error
 from attndsl.parts import part_of, parts_of
@@ -188,13 +188,14 @@ class Attention:
         >>> {name: keys.shape for name, (keys, values) in attn.views(*torch.zeros(2, 1, 1, 10, 8)).items()}
         {'pool(mean, 4)': torch.Size([1, 1, 3, 8])}
 
-        inputs: those whose segments are pooled. seq_lens, page_table, layout: of caches, as `decode` takes them. All
-        that it needs beside them is returned then, with room for all tokens, what selections go by (`mean(K) over
-        blocks(64)`, in float32, no values) included; of an 8-bit cache, whose scales are those of `decode`, what is
-        attended is of `dtype`, the queries' (default: bfloat16). `serving.update_views` makes anew what tokens change.
+        inputs: those whose segments are pooled, of caches what `lengths` reads. seq_lens, page_table, layout: of
+        caches, as `decode` takes them. All that it needs beside them is returned then, with room for all tokens, what
+        selections go by (`mean(K) over blocks(64)`, in float32, no values) included; of an 8-bit cache, whose scales
+        are those of `decode`, what is attended is of `dtype`, the queries' (default: bfloat16).
+        `serving.update_views` makes anew what tokens change.
         """
         if seq_lens is not None:
-            cache = (k, v, seq_lens, page_table, layout, k_scale, v_scale, dtype)
+            cache = (k, v, seq_lens, page_table, layout, k_scale, v_scale, dtype, of_lengths(self.program, inputs))
             return dict(decode_kept().cache_views(self.program, self._key, self._composition, *cache))
         if self.program.lengths is not None:
             what = f"views of tokens that `lengths {self.program.lengths}` bounds are made by the call"

@@ -51,6 +51,19 @@ def check_names(program: Program, given: Mapping[str, object]) -> None:
             raise error("A522", f"`{name}` is not an input of this attention: {takes}")
 
 
+def of_lengths(program: Program, given: Mapping[str, object]) -> object:
+    """Of inputs by name the one that `lengths` names, None where it names none.
+
+    Raises `PatternError` (A522) where it is missing.
+    """
+    if program.lengths is None:
+        return None
+    if program.lengths not in given:
+        what = f"`{program.lengths}` is missing: `lengths` says how many tokens are present by it"
+        raise error("A522", what, program.input(program.lengths).span)
+    return given[program.lengths]
+
+
 def check_plain(*programs: Program) -> None:
     """Raises `PatternError` (A911) for what is not one branch over raw tokens."""
     for program in programs:

@@ -39,16 +39,22 @@ class Kept:
 
 
 def check_apart(program: Program) -> None:
-    """Raises `PatternError` (A911) where what is kept of a cache would be of tokens that are not present, or of several
-    documents."""
+    """Raises `PatternError` (A911) where what is kept of a cache would be of several documents."""
     over_views = any(part.view is not None for branch in program.branches for part in branch.parts)
     levels = any(branch.within is not None for branch in program.branches)
     if program.packed is not None and (program.selections or over_views or levels):
         what = f"decode within `packed {program.packed}` is not yet supported for views, selections and two levels"
         raise error("A911", what, program.span, help="leave the clause out: a sequence of a cache is one document")
-    if program.lengths is not None and (program.selections or over_views):
-        what = f"decode within `lengths {program.lengths}` is not yet supported for views and selections"
-        raise error("A911", what, program.span, help="leave the clause out: `seq_lens` says how many tokens there are")
+
+
+def check_pool(program: Program, keeps: bool) -> None:
+    """Raises `PatternError` (A911) where what a pool of pages keeps beside its tokens would be of such as `lengths`
+    says are not present: it knows how many it holds alone."""
+    if program.lengths is not None and keeps:
+        what = f"what a paged cache keeps beside its tokens is of all of them, not of those within `{program.lengths}`"
+        raise error(
+            "A911", what, program.span, help="leave the clause out: sequences of a cache have their own lengths"
+        )
 
 
 def kept(program: Program, composition: Composition) -> tuple[Kept, ...]:

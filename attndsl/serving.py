@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attndsl import api, wiring
+from attndsl.asking import of_lengths
 from attndsl.diagnostics import error
-from attndsl.keeping import kept_beside
+from attndsl.keeping import check_pool, kept_beside
 from attndsl.paging import page_choices
 from attndsl.wiring import decode_kept, page_kernels, token_inputs
 
@@ -66,12 +67,14 @@ class PagedCache(PagePool):
     ) -> None:
         check_attention(attn)
         choices = page_choices(attn.program, page) if bounds else ()
+        kept = kept_beside(attn.program, attn._composition, {choice.name for choice in choices})
+        check_pool(attn.program, bool(kept or choices))
         self.attn = attn
         super().__init__(
             attn, attn.retention(page, at_tokens, **inputs), batch, kv_heads, head_dim,
             head_dim if v_dim is None else v_dim, pages, max_len, dtype, device, page_kernels() if bounds else None,
-            choices, attn._key, kept_beside(attn.program, attn._composition, {choice.name for choice in choices}),
-            on_device, token_inputs(attn.program, at_tokens, batch, -(-max_len // page) * page),
+            choices, attn._key, kept, on_device,
+            token_inputs(attn.program, at_tokens, batch, -(-max_len // page) * page),
         )  # fmt: skip
 
     def plan(self, q: Any, plans: Mapping[str, Any] | None = None, **inputs: Any) -> dict[str, Any]:
@@ -114,7 +117,7 @@ def update_bounds(k: Any, k_min: Any, k_max: Any, seq_lens: Any, page_table: Any
 
 def update_views(
     attn: api.Attention, views: Mapping[str, tuple[Any, ...]], k: Any, v: Any, seq_lens: Any, page_table: Any = None,
-    *, new: int = 1, layout: str = "hnd", k_scale: Any = None, v_scale: Any = None,
+    *, new: int = 1, layout: str = "hnd", k_scale: Any = None, v_scale: Any = None, **inputs: Any,
 ) -> None:  # fmt: skip
     """Make what the last `new` tokens of each sequence change of its views anew, in place, for caches of one's own.
 
@@ -127,14 +130,16 @@ def update_views(
     >>> out = attn.decode(torch.randn(1, 2, 1, 16), k, v, lengths, views=views)
 
     views: what `attn.views` returned for these caches. seq_lens: int32 [B], the new tokens included. k_scale, v_scale:
-    of 8-bit caches, as `attn.decode` takes them. Of tokens that
-    were taken back (drafts that were rejected) nothing is left once the next ones have come. One kernel for the keys of
+    of 8-bit caches, as `attn.decode` takes them. inputs: what `lengths` reads; tokens that it said are not present, and
+    says so no more, count as new. Of tokens that were taken back (drafts that were rejected) nothing is left once the
+    next ones have come. One kernel for the keys of
     a view and one for its values on a GPU; a CUDA graph of them serves all lengths.
     """
     check_attention(attn)
     update = decode_kept().update_views
     known = (attn.program, attn._key, attn._composition)
-    update(*known, views, k, v, seq_lens, page_table, new, layout, k_scale, v_scale)
+    count = of_lengths(attn.program, inputs)
+    update(*known, views, k, v, seq_lens, page_table, new, layout, k_scale, v_scale, count)
 
 
 def plan(

@@ -56,13 +56,24 @@ def check_rows(program: Program, shape: CallShape, takes_more: Callable[[Program
         raise error("A507", what, program.span, help="write `align start` if row i stands at position i")
 
 
-def present_lengths(program: Program, shape: CallShape, inputs: Sequence[Tensor]) -> Tensor | None:
+def present_lengths(
+    program: Program, shape: CallShape, inputs: Sequence[Tensor], cached: Tensor | None = None
+) -> Tensor | None:
     """How many tokens of each batch entry are present, int64 [B, 1, 1, 1]; None where all are. inputs: those that a
-    call gives."""
+    call gives. cached: the same, where sequences of a cache have lengths of their own."""
     if program.lengths is None:
-        return None
+        return cached
     count = inputs[[decl.name for decl in program.inputs].index(program.lengths)]
-    return count.clamp(0, shape.k_len).to(torch.int64).expand(shape.batch).view(-1, 1, 1, 1)
+    present = count.clamp(0, shape.k_len).to(torch.int64).expand(shape.batch).view(-1, 1, 1, 1)
+    return present if cached is None else torch.minimum(present, cached)
+
+
+def present_in_cache(program: Program, seq_lens: Tensor, count: Tensor | None) -> Tensor:
+    """How many tokens of each sequence of a cache are present, int32 [B]: what the cache has, bounded by what `lengths`
+    says (count), if it does."""
+    if program.lengths is None or count is None:
+        return seq_lens
+    return torch.minimum(seq_lens, count.clamp(0, torch.iinfo(torch.int32).max).to(torch.int32))
 
 
 def check_call(scale: object, **tensors: object) -> None:

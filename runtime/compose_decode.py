@@ -7,6 +7,7 @@ date (`keep.py`), so choosing takes the time of reading these.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,14 +16,14 @@ from attndsl.branches import Attended, Given, Pick, Queries, Within, combined
 from attndsl.compose import Composition, Pooling
 from attndsl.diagnostics import error
 from attndsl.keeping import Kept, check_apart, kept, kept_by
-from attndsl.program import InputDecl, Program
-from attndsl.runtime.call import check_call, check_inputs
+from attndsl.program import CallShape, InputDecl, Program
+from attndsl.runtime.call import check_call, check_inputs, present_in_cache
 from attndsl.runtime.combine import Combiner, State
 from attndsl.runtime.compose import made_entries, read_by_output
 from attndsl.runtime.decode import FP8, DecodeTensors, check_tensors
 from attndsl.runtime.decode_op import decode, in_order
 from attndsl.runtime.in_order import keys_in_order, numbers_in_order, tokens_of_cache
-from attndsl.runtime.keep import Entries, check_entries, make_entries, update_entries
+from attndsl.runtime.keep import Entries, check_cache, check_entries, make_entries, update_entries
 from attndsl.runtime.ops import checked_values
 from attndsl.runtime.pick import listed_of_heads
 from attndsl.runtime.pool import queries_of_decode
@@ -49,6 +50,8 @@ class ComposedDecode:
         self.program, self.key, self.composition, self.call = program, key, composition, call
         self.args, self.scale, self.backend = list(args), scale, backend
         self.inputs = {decl.name: x for decl, x in zip(own.inputs, given, strict=True)}
+        # What is kept is of the tokens that are present.
+        self.present = present_in_cache(program, call.seq_lens, self.inputs.get(program.lengths or ""))
         self._kept = {each.name: each for each in kept(program, composition)}
         self._entries = self._given_entries(views)
         self.planner = RaggedPlanner(key, call, given, args, scale, plans)
@@ -105,8 +108,8 @@ class ComposedDecode:
         if asked is None:
             return self.call.q
         if asked not in self._pooled:
-            lengths = self.call.seq_lens.clamp(0, self.call.capacity)
-            self._pooled[asked] = queries_of_decode(self.call.q, asked, lengths)
+            lengths, present = (x.clamp(0, self.call.capacity) for x in (self.call.seq_lens, self.present))
+            self._pooled[asked] = queries_of_decode(self.call.q, asked, lengths, present)
         return self._pooled[asked]
 
     def state(self, name: str) -> tuple[Tensor, Tensor]:
@@ -149,7 +152,7 @@ class ComposedDecode:
                 listed = listed_of_heads(self.inputs[pick.input], own.input(pick.input), pick, sizes)
                 self._entries[pooling.name] = tokens_of_cache(call, listed)
             else:
-                lengths = call.seq_lens.clamp(0, call.capacity)
+                lengths = self.present.clamp(0, call.capacity)
                 k, v = numbers_in_order(call)
                 self._entries[pooling.name] = made_entries(
                     self.key, self.composition, pooling, k, v, self.inputs, self.backend, lengths
@@ -159,7 +162,8 @@ class ComposedDecode:
     def _entry(self, name: str) -> tuple[Tensor, ...]:
         """What is kept under a name, made of the whole cache where it was not handed in."""
         if name not in self._entries:
-            self._entries |= make_entries(self.key, [self._kept[name]], self.call, self.backend)
+            call = replace(self.call, seq_lens=self.present)
+            self._entries |= make_entries(self.key, [self._kept[name]], call, self.backend)
         return self._entries[name]
 
     def _given_entries(self, views: Mapping[str, tuple[Tensor, ...]] | None) -> Entries:
@@ -182,8 +186,7 @@ def decode_composed(
 ) -> State:  # fmt: skip
     """Output and, where there is one, lse of a decode; parameters as in `ComposedDecode`.
 
-    Raises `PatternError` (A911) where what is kept of a cache would be of tokens that are not present, or of several
-    documents.
+    Raises `PatternError` (A911) where what is kept of a cache would be of several documents.
     """
     check_apart(program)
     of = ComposedDecode(program, key, composition, keys, call, given, args, scale, backend, plans, views)
@@ -218,24 +221,37 @@ def plan_decode(
 def cache_views(
     program: Program, key: str, composition: Composition, k: Tensor, v: Tensor, seq_lens: Tensor,
     page_table: Tensor | None, layout: str, k_scale: Tensor | None, v_scale: Tensor | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | None, count: Tensor | None,
 ) -> Entries:  # fmt: skip
-    """All that decode keeps of a cache beside its tokens, by name. dtype: that of the queries, where k is of 8 bits."""
+    """All that decode keeps of a cache beside its tokens, by name. dtype: that of the queries, where k is of 8 bits.
+    count: what `lengths` reads."""
     q = k.new_empty(0, dtype=(dtype or torch.bfloat16) if k.dtype == FP8 else k.dtype)
     call = in_order(q, k, v, seq_lens, page_table, layout, k_scale, v_scale)
-    return make_entries(key, kept(program, composition), call)
+    return make_entries(key, kept(program, composition), _of_present(program, call, count))
 
 
 def update_views(
     program: Program, key: str, composition: Composition, views: Mapping[str, tuple[Tensor, ...]], k: Tensor, v: Tensor,
     seq_lens: Tensor, page_table: Tensor | None, new: int, layout: str, k_scale: Tensor | None,
-    v_scale: Tensor | None,
+    v_scale: Tensor | None, count: Tensor | None,
 ) -> None:  # fmt: skip
-    """Make what the last `new` tokens of each sequence change of it anew, in place."""
+    """Make what the last `new` tokens of each sequence change of it anew, in place. count: as in `cache_views`."""
     known = kept(program, composition)
     if set(views) != {each.name for each in known}:
         raise _unknown(known)
     # Entries that are attended have the queries' dtype.
     attended = [views[each.name][0] for each in known if not each.exact]
     q = k.new_empty(0, dtype=k.dtype if k.dtype != FP8 else attended[0].dtype if attended else torch.float32)
-    update_entries(key, known, views, in_order(q, k, v, seq_lens, page_table, layout, k_scale, v_scale), new)
+    call = in_order(q, k, v, seq_lens, page_table, layout, k_scale, v_scale)
+    update_entries(key, known, views, _of_present(program, call, count), new)
+
+
+def _of_present(program: Program, call: DecodeTensors, count: Tensor | None) -> DecodeTensors:
+    """A cache with the tokens that are present alone. Raises `PatternError` where what `lengths` reads does not fit."""
+    if program.lengths is None or count is None:
+        return call
+    check_cache(call)
+    check_call(None, **{program.lengths: count})
+    own = replace(program, inputs=(program.input(program.lengths),))
+    check_inputs(own, CallShape(len(call.seq_lens), 1, 1, 0, call.capacity, 1, 1), [count], call.k.device)
+    return replace(call, seq_lens=present_in_cache(program, call.seq_lens, count))

@@ -65,20 +65,21 @@ def pooled_queries(
     return torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0] if pieces else q
 
 
-def queries_of_decode(q: Tensor, queries: Queries, lengths: Tensor) -> Tensor:
+def queries_of_decode(q: Tensor, queries: Queries, lengths: Tensor, present: Tensor) -> Tensor:
     """As `pooled_queries`, of the last rows of sequences of these lengths, int [B]: where a class begins in a call
-    differs among them, and only the device knows."""
+    differs among them, and only the device knows. present: int [B], before which position a row is present."""
     rows, wanted = q.shape[2], queries.function
     if not rows:
         return q
     at = torch.arange(rows, device=q.device)
     begin = at - (lengths.to(torch.int64).view(-1, 1) - rows + at) % queries.size
+    end = rows - (lengths.to(torch.int64) - present).view(-1, 1)
     x = q.to(wide(q))
     outside = {PoolFunction.MAX: -torch.inf, PoolFunction.MIN: torch.inf}.get(wanted, 0.0)
     found, count = torch.full_like(x, outside), torch.zeros_like(begin)
     for i in range(queries.size):
         row = begin + i
-        there = (row >= 0) & (row < rows)
+        there = (row >= 0) & (row < end)
         of_row = x.gather(2, row.clamp(0, rows - 1)[:, None, :, None].expand(x.shape))
         of_row = torch.where(there[:, None, :, None], of_row, outside)
         count += there
@@ -89,9 +90,10 @@ def queries_of_decode(q: Tensor, queries: Queries, lengths: Tensor) -> Tensor:
                 found = torch.minimum(found, of_row)
             case _:
                 found = found + of_row
+    count = count[:, None, :, None]
     if wanted is PoolFunction.MEAN:
-        found = found / count[:, None, :, None]
-    return found.to(q.dtype)
+        found = found / count.clamp(min=1)
+    return torch.where(count > 0, found, 0).to(q.dtype)
 
 
 # ---------------------------------------------------------------------------------------- kernels

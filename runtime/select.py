@@ -192,7 +192,9 @@ class Selector:
         x = leading(self.program.input(v.source), given).expand(self.shape.batch, -1, self.shape.k_len, -1)
         size, real = self.selection.keys, torch.promote_types(x.dtype, torch.float32)
         members = torch.zeros(*x.shape[:2], self.members, x.shape[3], dtype=real, device=self.device)
-        update_in_torch(x, members, ragged.lengths.view(-1), None, v.pool, size, size, self.shape.k_len, self.members)
+        present = present_lengths(self.program, self.shape, inputs, ragged.lengths)
+        assert present is not None
+        update_in_torch(x, members, present.view(-1), None, v.pool, size, size, self.shape.k_len, self.members)
         return members
 
     def keys_in_order(self, ragged: Ragged) -> Tensor:

@@ -132,7 +132,8 @@ class _Kind:
 class _Call:
     """A call, from whose rows strips are made; q, keys, lse and inputs may be leaves of a graph.
 
-    lengths: int64 [B, 1, 1, 1], where sequences have their own; present: the same, where not all tokens of a call are.
+    lengths: int64 [B, 1, 1, 1], where sequences have their own; present: the same, where not all tokens of a call or a
+    cache are.
     documents: of a packed call.
     """
 
@@ -155,7 +156,7 @@ class _Call:
         factor: float | Tensor = kind.shape.dim**-0.5 if scale is None else scale
         if scale is None and own is not None:
             factor = values.number(own)
-        present = present_lengths(kind.program, kind.shape, inputs)
+        present = present_lengths(kind.program, kind.shape, inputs, lengths)
         (part,) = kind.mass.branch.parts
         documents = members_of(kind.program, part.view, kind.shape, inputs, present)
         return cls(kind, keys, values, factor, member, lengths, present, documents)
@@ -197,8 +198,7 @@ class _Call:
             whole = pad(masses, (0, members * entries - masses.shape[3]))
             found: Tensor = whole.unflatten(3, (members, entries)).sum(4)
             return found
-        there = self.present if self.lengths is None else self.lengths
-        return given_to_members(masses, mass.size, mass.stride, self.member, shape.k_len, False, there)
+        return given_to_members(masses, mass.size, mass.stride, self.member, shape.k_len, False, self.present)
 
 
 def _kind(

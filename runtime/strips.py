@@ -69,8 +69,8 @@ class Strips:
         self.q, self.k, self.state, self.ragged = q, k, state, ragged
         # int64 [B, 1, 1, 1], where sequences have lengths of their own.
         self.lengths = None if ragged is None else ragged.lengths
-        # The same, and of a call whose last tokens are not present.
-        self.present = self.lengths if ragged is not None else present_lengths(of.program, of.shape, inputs)
+        # How many tokens are present, where not all of a call or a cache are: the same.
+        self.present = present_lengths(of.program, of.shape, inputs, self.lengths)
         assert of.among is not None
         self.real = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.candidates = of.among

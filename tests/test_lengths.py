@@ -289,10 +289,8 @@ def test_what_is_refused(clauses: str, code: str, named: str) -> None:
     assert found.label
 
 
-def test_views_and_decode_say_what_they_take() -> None:
+def test_views_say_what_they_take() -> None:
     attn = attndsl.compile("attention a { input n : int[b]\n lengths n\n attend causal over pool(mean, 4) }")
-    x, n = torch.randn(1, 1, 8, 8), torch.tensor([8], dtype=torch.int32)
+    x = torch.randn(1, 1, 8, 8)
     with pytest.raises(PatternError, match="A565"):
         attn.views(x, x)
-    with pytest.raises(PatternError, match="A911"):
-        attn.decode(x[:, :, :1], x, x, n, n=n)
