@@ -128,7 +128,9 @@ class Values:
             elif dim.axis is Axis.Q and dim.block == 1:
                 place = place - (self.lengths - self.shape.rows)
             elif dim.axis in (Axis.Q, Axis.K) and size > 1:
-                place = torch.minimum(place, (self.lengths - 1) // (1 if dim.apart else dim.block))
+                block = (self.lengths - 1) // (1 if dim.apart else dim.block)
+                # Of tiles, as many of a block.
+                place = torch.minimum(place, block if dim.size <= 1 else (block + 1) * dim.size - 1)
             places.append(place.clamp(0, last))
         entry = values[tuple(places)] if places else values
         if entry.is_floating_point():

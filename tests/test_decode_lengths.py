@@ -42,6 +42,14 @@ BODIES = {
     "y = attend top(2, blocks(3), among = all, by = probs(x, max))\n output merge(x, y)",
     "left out": "plan sel = top(2, blocks(4), among = causal, by = dot(Q, mean(K)))\n"
     "attend sel, causal - sel over pool(mean, 4, counted)",
+    "tiles over entries": "axes y, u[4]\n plan sel = top(2, tiles(2, 2), among = all, by = dot(Q, mean(K)))\n"
+    "attend causal - sel, sel over pool(max, 3, visible = any)",
+    "segments": "input ids : int[b, k]\n x = attend all over pool(mean, 4, 2)\n"
+    "y = attend top(2, segments(ids), among = all, by = probs(x))\n output x + y",
+    "placed": "input places : int[b, k]\n"
+    "attend causal & top(2, blocks(4) on permuted(places), share = group, among = causal, by = dot(Q, max(K)))",
+    "pools of segments": "input ids : int[b, k]\n "
+    "attend causal & window(3), all over pool(mean, segments(ids), counted)",
     "two levels": "x = attend all over pool(mean, 6, 3)\n y = attend causal within blocks(8) with probs(x)\n output y",
 }
 
@@ -56,8 +64,9 @@ def check(body: str, rows: int, page: int | None, dtype: torch.dtype, backend: s
         for heads, tokens in ((4, rows), (2, CAPACITY), (2, CAPACITY))
     )
     given: dict[str, Any] = {"n": torch.tensor(PRESENT)}
-    if "keep" in body:
-        given["keep"] = torch.rand(batch, CAPACITY, generator=generator) < 0.7
+    drawn = torch.rand(batch, CAPACITY, generator=generator)
+    told = {"keep": drawn < 0.7, "ids": torch.cumsum(drawn < 0.3, -1) % 3, "places": drawn.argsort(-1)}
+    given |= {name: x for name, x in told.items() if f"input {name} :" in body}
     for b, length in enumerate(LENGTHS):
         k[b, :, length:] = v[b, :, length:] = torch.nan
     kept, values, table = (k, v, None) if page is None else paged(k, v, page)
