@@ -158,11 +158,13 @@ View: TypeAlias = Pool | Pick | Given
 @dataclass(frozen=True, slots=True)
 class Queries:
     """Queries pooled: in the place of each the function of those of the call with the same q // size. It sees what each
-    of the nominal extent, present or not, would see. present: how many tokens are, where not all of a call's are."""
+    of the nominal extent, present or not, would see. present: how many tokens are, where not all of a call's are.
+    packed: in positions of a call, the input whose documents have classes of their own."""
 
     function: PoolFunction
     size: int
     present: Scalar | None = None
+    packed: str | None = None
 
 
 # ---------------------------------------------------------------------------------------- branches

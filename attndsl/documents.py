@@ -30,6 +30,7 @@ from attndsl.program import (
     Var,
     Where,
     reads,
+    scalars,
     walk,
 )  # fmt: skip
 from attndsl.told_entries import Deriving, among_runs, ends_of_runs
@@ -47,14 +48,24 @@ def over_documents(deriving: Deriving, part: Part) -> Part:
     if view.runs is not None:
         return _over_runs(deriving, part, view, view.runs) if isinstance(view, Given) else part
     entry = _Entries(deriving, view.packed, view.size, view.stride, view.present or Var("Nk"))
+    classes = _classes(deriving)
     every = view.visible is Visible.EVERY
     # A pattern holds for a whole extent where each of the terms that it is the intersection of does.
     of = terms(part.pattern) if every else (part.pattern,)
-    seen = [entry.seen(x, every, part) for x in of]
+    seen = [entry.seen(x, every, classes, part) for x in of]
+    if classes > 1:
+        # Implied by what its class sees, what the row itself would see bounds the tiles that are visited.
+        seen += [entry.seen(x, every, 1, part) for x in of]
     mass = Call("max", (entry.tokens, Const(1))) if view.counted else None
     names = (view.keys, view.values) if isinstance(view, Given) else ("", "")
     pattern = Inter(tuple(Where(x, part.span) for x in (*entry.exists, *seen)), part.span)
     return replace(part, pattern=pattern, view=Given(*names, 1, 1, mass=mass))
+
+
+def _classes(deriving: Deriving) -> int:
+    """How many queries are pooled."""
+    queries = deriving.program.only.queries
+    return 1 if queries is None else queries.size
 
 
 class _Entries:
@@ -64,11 +75,23 @@ class _Entries:
         self.program, self.doc, self.size, self.stride, self.count = deriving.program, doc, size, stride, count
         self._deriving = deriving
 
-    def at(self, place: EntryPlace) -> Read:
+    def at(self, place: EntryPlace) -> Scalar:
         """A token that entry k has."""
+        if self.size == self.stride == 1:
+            return self._token(place)
         ids, made = self.program.input(self.doc), DocumentEntries(self.doc, self.size, self.stride, place)
         decl = self._deriving.declare(made, f"entry_{place.value}_{ids.name}", Type.INT, ids.dims, sorted=True)
         return Read(decl.name, (*(Var("b") for _ in ids.dims[:-1]), Var("k")), Type.INT)
+
+    def _token(self, place: EntryPlace) -> Scalar:
+        """Of entries that are tokens."""
+        match place:
+            case EntryPlace.FIRST:
+                return Var("k")
+            case EntryPlace.END:
+                return Binary("+", Var("k"), Const(1))
+            case EntryPlace.DOCUMENT:
+                return document_of(self.program, self.doc, False, "k")
 
     @property
     def end(self) -> Scalar:
@@ -89,24 +112,28 @@ class _Entries:
             return (same,)
         return (same, Compare("<", Var("q"), self.count), Compare("<", self.at(EntryPlace.FIRST), self.count))
 
-    def seen(self, pattern: Set, every: bool, part: Part) -> Scalar:
+    def seen(self, pattern: Set, every: bool, classes: int, part: Part) -> Scalar:
         """The condition for a pattern of a document to hold for every token of an extent, present or not, or for one
-        that is present."""
+        that is present; at each query of a class of so many."""
         # Relations are made of derived programs: only here does deriving ask for one.
         from attndsl.entry_sets import FIRST, LAST, seen_from
 
         unit = self.stride if self.size <= self.stride else 0
         derived = self._deriving.derived(pattern)
         program = self._deriving.here
-        found = seen_from(program, derived, self.size if every else None, unit)
+        found = seen_from(program, derived, self.size if every else None, unit, classes)
         if found is None or _of_the_call(program, found):
-            raise error(
-                "A912", "a pattern over a view that reads data at single keys, or draws, is not yet supported",
-                part.span, help="read it at q, or of blocks that hold whole entries",
-            )  # fmt: skip
+            raise _not_yet(part)
         ends: dict[str, Scalar] = {FIRST.name: self.at(EntryPlace.FIRST), LAST.name: Binary("-", self.end, Const(1))}
         read = {name: token for name, token in ends.items() if reads(found, name)}
         return standing(found, program, self.doc, self.count, read)
+
+
+def _not_yet(part: Part) -> PatternError:
+    return error(
+        "A912", "a pattern over a view that reads data at single keys, or draws, is not yet supported", part.span,
+        help="read it at q, or of blocks that hold whole entries",
+    )  # fmt: skip
 
 
 def _of_the_call(program: Program, cond: Scalar) -> bool:
@@ -129,13 +156,15 @@ def _over_runs(deriving: Deriving, part: Part, view: Given, runs: Runs) -> Part:
         inside += [Compare("<", Var(x), count) for x in "qk"]
     alone = terms(part.pattern)
     placed = [_placed(deriving, x, doc, count) for x in alone]
-    ends = ends_of_runs(deriving, deriving.here, part, runs)
+    ends, classes = ends_of_runs(deriving, deriving.here, part, runs), _classes(deriving)
 
     def seen() -> Iterator[Set]:
         for x in inside:
             yield ends.over(Where(x, part.span))
         for own, here in zip(alone, placed, strict=True):
             try:
+                if classes > 1 and any(reads(e, "q") for e in scalars(here)):
+                    raise _not_yet(part)
                 yield ends.over(here)
             except PatternError:
                 found = _whole(deriving, own, doc, count, ends)
@@ -161,7 +190,7 @@ def _whole(deriving: Deriving, pattern: Set, doc: str, count: Scalar, ends: Ends
 
     derived = deriving.derived(pattern)
     program = deriving.here
-    found = seen_whole(program, derived, FIRST, LAST)
+    found = seen_whole(program, derived, FIRST, LAST, _classes(deriving))
     if found is None or _of_the_call(program, found):
         return None
     return standing(found, program, doc, count, {FIRST.name: ends.first, LAST.name: ends.last})

@@ -16,25 +16,27 @@ from attndsl.relation import POSITION_BITS, Lowering
 FIRST, LAST = Var("i"), Var("j")
 
 
-def seen_whole(program: Program, pattern: Set, first: Scalar, last: Scalar) -> Scalar | None:
+def seen_whole(program: Program, pattern: Set, first: Scalar, last: Scalar, queries: int = 1) -> Scalar | None:
     """The condition for a pattern of a derived program to hold for every token from `first` to `last`; None where data
-    of tokens decides, or it is too hard to say."""
+    of tokens decides, or it is too hard to say. queries: at each of the row's class of so many."""
     lowering = Lowering(program)
     extent = lowering.map("[first, last] -> { [q, k] -> [q, j] : first <= k <= last }")
     try:
         written = lowering.lower(pattern, lowering.here)
-        if any(reads(x, "k") and involves_param(written, name) for name, x in lowering.atoms.items()):
+        read = [x for name, x in lowering.atoms.items() if involves_param(written, name)]
+        if any(reads(x, "k") or not of_classes(x, queries) for x in read):
             return None
         seen = bounded(lowering.ctx, lambda: written.complement().apply(extent).complement().coalesce())
         names = {**lowering.uniform, **lowering.atoms, "first": first, "last": last}
+        seen = _by_classes(seen, lowering, queries)
         return bounded(lowering.ctx, lambda: condition(_of_positions(seen, lowering), lowering.context(), names))
     except TooHard:
         return None
 
 
-def seen_from(program: Program, pattern: Set, size: int | None, unit: int) -> Scalar | None:
+def seen_from(program: Program, pattern: Set, size: int | None, unit: int, queries: int = 1) -> Scalar | None:
     """The condition for a pattern of a derived program to hold for the `size` tokens from `FIRST` on; without a size,
-    for some token from there to `LAST`, which does not lie before it. None as in `seen_whole`.
+    for some token from there to `LAST`, which does not lie before it. None, queries: as in `seen_whole`.
 
     unit: extents lie in blocks of so many tokens (0: in none), so data of blocks that hold these whole is one truth.
     """
@@ -45,7 +47,11 @@ def seen_from(program: Program, pattern: Set, size: int | None, unit: int) -> Sc
         written = lowering.lower(pattern, lowering.here)
         atoms = dict(lowering.atoms)
         for name, x in lowering.atoms.items():
-            if reads(x, "k") and involves_param(written, name):
+            if not involves_param(written, name):
+                continue
+            if not of_classes(x, queries):
+                return None
+            if reads(x, "k"):
                 known = _of_blocks(x, unit)
                 if known is None:
                     return None
@@ -56,9 +62,24 @@ def seen_from(program: Program, pattern: Set, size: int | None, unit: int) -> Sc
             seen = bounded(lowering.ctx, lambda: written.apply(extent).coalesce())
         else:
             seen = bounded(lowering.ctx, lambda: written.complement().apply(extent).complement().coalesce())
+        seen = _by_classes(seen, lowering, queries)
         return bounded(lowering.ctx, lambda: condition(_of_positions(seen, lowering), context, names))
     except TooHard:
         return None
+
+
+def by_classes(lowering: Lowering, size: int) -> Any:
+    """The map of each query to all of its class of so many."""
+    own = f"{size} i <= q < {size} i + {size} and {size} i <= p < {size} i + {size}"
+    return lowering.map(f"{{ [q, j] -> [p, j] : exists i : {own} }}")
+
+
+def _by_classes(seen: Any, lowering: Lowering, size: int) -> Any:
+    """What each query of a class sees."""
+    if size == 1:
+        return seen
+    alike = by_classes(lowering, size)
+    return bounded(lowering.ctx, lambda: seen.complement().apply(alike).complement().coalesce())
 
 
 def _of_positions(seen: Any, lowering: Lowering) -> Any:
@@ -120,6 +141,8 @@ def at_entries(e: Scalar, stride: int) -> Scalar | None:
 
 def of_classes(e: Scalar, size: int) -> bool:
     """Whether a scalar reads q as q // m only, m a multiple of the size, so that it is one for each class."""
+    if size == 1:
+        return True
 
     def step(x: Scalar) -> Scalar:
         match x:

@@ -91,7 +91,7 @@ def unpacked(program: Program) -> Program:
     queries = branch.queries
     if queries is not None and not program.align_start:
         # Its class sees what all of it would, a row that is not present nothing.
-        queries = replace(queries, present=count)
+        queries = replace(queries, present=count, packed=program.packed)
         conditions = conditions[:1]
     parts = tuple(_part(part, place, conditions, count) for part in branch.parts)
     changed = program.with_branch(parts=parts, queries=queries, **scores)

@@ -14,7 +14,7 @@ from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
 from attndsl.diagnostics import error
 from attndsl.effort import TooHard, bounded, remembered
-from attndsl.entry_sets import of_extents
+from attndsl.entry_sets import by_classes, of_extents
 from attndsl.linear import normalise
 from attndsl.listing import Listable, fitting, listables, listed
 from attndsl.mask import shaped
@@ -132,7 +132,9 @@ def entries_of(program: Program, heads: tuple[int, int] | None = None) -> Relati
     (part,) = program.only.parts
     lowering = Lowering(program, heads)
     try:
-        return seen_entries(lowering, part, program.only.queries)
+        queries = program.only.queries
+        # What classes of documents see is written already.
+        return seen_entries(lowering, part, None if queries is None or queries.packed is not None else queries)
     except TooHard:
         raise error(
             "A912", "which entries this pattern sees is too hard to decide: not yet supported", part.span,
@@ -168,10 +170,7 @@ def seen_entries(lowering: Lowering, part: Part, queries: Queries | None = None)
         else:
             pairs = written.intersect(lowering.set("[Nk] -> { [q, k] : 0 <= k < Nk }")).apply(extent)
         if queries is not None:
-            size = queries.size
-            own = f"{size} i <= q < {size} i + {size} and {size} i <= p < {size} i + {size}"
-            alike = lowering.map(f"{{ [q, j] -> [p, j] : exists i : {own} }}")
-            pairs = pairs.complement().apply(alike).complement()
+            pairs = pairs.complement().apply(by_classes(lowering, queries.size)).complement()
             if queries.present is not None:
                 there = Where(Compare("<", Var("q"), queries.present))
                 pairs = pairs.intersect(lowering.lower(there, lowering.here))

@@ -81,8 +81,6 @@ def _barred(program: Program) -> Iterator[_Barred]:
     for branch in program.branches:
         if branch.skip is not None:
             yield _Barred("`skip below`", _TOGETHER)
-        if branch.queries is not None:
-            yield _Barred("pooled queries", _TOGETHER)
     for part in (part for branch in program.branches for part in branch.parts):
         if isinstance(part.view, Pick):
             yield _Barred("such a view", "data says which tokens its entries are of", part.span)

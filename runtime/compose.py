@@ -24,6 +24,7 @@ from attndsl.runtime.observe import observe
 from attndsl.runtime.ops import attend, checked_values
 from attndsl.runtime.pick import listed_of_heads, picked
 from attndsl.runtime.pool import pooled, pooled_queries
+from attndsl.runtime.row_classes import queries_of_documents
 from attndsl.runtime.runs import Runs, document_blocks, entries_of_heads, pooled_runs
 from attndsl.runtime.runs import of_heads as runs_of_heads
 from attndsl.runtime.select_op import Planner
@@ -178,8 +179,13 @@ class Composed:
             return self.q
         if asked not in self._pooled:
             first = call_shape(self.q, self.k, self.v).first_position(part)
-            present = None if part.align_start else self._present
-            self._pooled[asked] = pooled_queries(key, self.q, asked, first, self.backend, present)
+            present, doc = None if part.align_start else self._present, self._program.packed
+            if doc is not None:
+                ids, asked_of = self.inputs[doc], replace(asked, packed=doc)
+                found = queries_of_documents(key, self.q, asked_of, first, ids, self.backend, present)
+            else:
+                found = pooled_queries(key, self.q, asked, first, self.backend, present)
+            self._pooled[asked] = found
         return self._pooled[asked]
 
     def _part(self, name: str) -> tuple[str, Program]:

@@ -189,7 +189,7 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _pool(
+def pool_tokens(
     program: str, x: Tensor, function: str, covers: int, kernel: bool, number: Tensor, first: Tensor, end: Tensor
 ) -> Tensor:
     if kernel and x.dtype != torch.float64:
@@ -220,7 +220,7 @@ def _entries_of(x: Tensor, covers: int, number: Tensor, end: Tensor) -> Iterator
         yield torch.where(inside, at, x.shape[2])[..., None].expand(*x.shape), inside[..., None]
 
 
-def _pool_backward(
+def spread_entries(
     program: str, gradient: Tensor, x: Tensor, function: str, covers: int, kernel: bool, number: Tensor, first: Tensor,
     end: Tensor,
 ) -> Tensor:  # fmt: skip
@@ -242,7 +242,7 @@ def _pool_backward(
     picked: Tensor | None = None
     if function in ("max", "min"):
         # The first of the largest (or least).
-        best = pad(_pool(program, x, function, covers, False, number, first, end), (0, 0, 0, 1))
+        best = pad(pool_tokens(program, x, function, covers, False, number, first, end), (0, 0, 0, 1))
         token = torch.arange(tokens, device=x.device).view(-1, 1)
         picked = torch.full((*x.shape[:2], tokens + 1, x.shape[3]), tokens, device=x.device)
         for at, _ in _entries_of(x, covers, number, end):
@@ -278,8 +278,8 @@ def _differentiate(ctx: Any, gradient: Tensor) -> Any:
 
 
 for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("pool_runs", _pool, _device)
-    _LIBRARY.impl("pool_runs_backward", _pool_backward, _device)
+    _LIBRARY.impl("pool_runs", pool_tokens, _device)
+    _LIBRARY.impl("pool_runs_backward", spread_entries, _device)
 _LIBRARY.impl("pool_runs", _fake, "Meta")
 _LIBRARY.impl("pool_runs_backward", _backward_fake, "Meta")
 mapped(_LIBRARY, "pool_runs", "pool_runs_backward")

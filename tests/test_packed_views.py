@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import attndsl
-from attndsl.branches import Pool, PoolFunction
+from attndsl.branches import Pool, PoolFunction, Queries
 from attndsl.diagnostics import PatternError
 from attndsl.piece_plans import forward_plans
+from attndsl.runtime.row_classes import queries_of_documents
 from attndsl.runtime.runs import document_entries, entries_of_heads, pooled_runs
 from attndsl.targets import make_spec
 from tests.gradients import TOLERANCE
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "
 DOC = torch.tensor([[4] * 20 + [1] * 3 + [4] * 9 + [7, 8] + [0] * 14, [5] * 48])
 DECLARED = {
     "doc": "int[b, k]", "n": "int[b]", "role": "int[b, q]", "sinks": "float[h] learnable", "part": "int[b, g, k]",
-    "word": "int[k]", "mark": "bool[b, k]",
+    "word": "int[k]", "mark": "bool[b, k]", "of_rows": "bool[b, q/4]",
 }  # fmt: skip
 BODIES = [
     "attend causal over pool(mean, 8) { softmax with sink sinks[h] }",
@@ -42,6 +43,11 @@ BODIES = [
     "lengths n attend ~(window(5) | sink(3)) & { Nk - k > 2 } over pool(max, segments(word), counted)",
     "attend ~({ q < 2 } on segment(part)) & { mark[k] } over pool(min, segments(part)) { weights sigmoid(s) }",
     "attend coarsen(window(6), 4, any) over pool(sum, segments(word)), causal over pool(mean, 4)",
+    # Classes of queries begin with their document too.
+    "lengths n attend causal & window(9) from pool(max, 4) { softmax with sink sinks[h] }",
+    "attend { of_rows[q // 4] and k // 4 < q // 4 } over pool(mean, 2, counted) from pool(min, 2)",
+    "attend { mark[k] } & causal over pool(mean, segments(word)) from pool(sum, 5)",
+    "c = attend causal over pool(mean, 4) from pool(mean, 8) f = attend causal within blocks(4) with probs(c) output f",
 ]
 # heads, key heads, rows, keys, D, Dv
 SHAPES = [(4, 2, 48, 48, 16, 16), (1, 1, 31, 48, 80, 24), (2, 2, 1, 1, 16, 16), (2, 1, 1, 33, 16, 16)]
@@ -66,6 +72,7 @@ def judge(body: str, shape: tuple[int, ...], dtype: torch.dtype, backend: str, d
     made = {"doc": DOC[:, :tokens], "n": torch.tensor([min(tokens, 41), 40]), "role": role}
     of_heads = torch.rand(2, kv_heads, tokens, generator=torch.Generator().manual_seed(4))
     made |= {"part": (of_heads < 0.2).cumsum(-1) % 3, "word": torch.arange(tokens) // 7, "mark": of_heads[:, 0] < 0.8}
+    made["of_rows"] = of_heads[:, -1] < 0.6  # Of each document's own blocks.
     if "sinks" in body:
         leaves.append(drawn(heads))
     lse = "weights" not in body
@@ -191,6 +198,28 @@ def test_views_are_made_of_segments_of_documents() -> None:
         slice(0, 7), slice(7, 14), slice(14, 20), slice(20, 21), slice(21, 23)
     )], 1))  # fmt: skip
     torch.testing.assert_close(attn(q, k, v, views=views, **given), attn.reference(q, k, v, **given))
+
+
+def test_queries_of_documents() -> None:
+    """Of each row the function of the call's rows of its class."""
+    attn = attndsl.compile("attention a { input doc : int[b, k] packed doc attend all from pool(mean, 4) }")
+    for first, present in ((0, None), (7, torch.tensor([30, 48])), (-2, torch.tensor([0, 5]))):
+        q = torch.randn(2, 2, 48 - first, 16, dtype=torch.float64, requires_grad=True)
+        queries, tokens = Queries(PoolFunction.MEAN, 4, packed="doc"), present.int() if present is not None else None
+        found = queries_of_documents(attn._key, q, queries, first, DOC, present=tokens)
+        mix = torch.zeros(2, 48 - first, 48 - first, dtype=torch.float64)
+        for b in range(2):
+            end = 48 if present is None else int(present[b])
+            begins = [0, *(np.flatnonzero(np.diff(DOC[b])) + 1).tolist(), 48]
+            for low, high in pairwise(begins):
+                for x in range(low, high, 4):
+                    own = [i - first for i in range(x, min(x + 4, high, end)) if i >= first]
+                    mix[b, own, [[i] for i in own]] = 1 / max(1, len(own))
+        there = torch.arange(first, 48) >= 0
+        torch.testing.assert_close(found[:, :, there], (mix[:, None] @ q)[:, :, there])
+        passed = torch.where(there[:, None], torch.randn_like(found), 0)
+        (given,) = torch.autograd.grad(found, q, passed)
+        torch.testing.assert_close(given, mix[:, None].transpose(-1, -2) @ passed)
 
 
 def test_what_is_refused() -> None:
