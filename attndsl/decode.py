@@ -14,6 +14,7 @@ import numpy as np
 from attndsl.compose import of_one_level
 from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
+from attndsl.diagnostics import error
 from attndsl.effort import remembered
 from attndsl.evaluate import evaluate
 from attndsl.layout import Layout
@@ -184,6 +185,9 @@ def decode_plan(
         alone = decode_plan(program, spec, rows, cache, split, tiling)
         alone = decode_plan(program, spec, rows, cache, split, tiling or _wide(alone))
         return replace(alone, columns=columns)
+    if program.only.skip is not None and program.packed is not None:
+        what = f"decode within `packed {program.packed}` is not yet supported for `skip below`"
+        raise error("A911", what, program.span, help="leave the clause out: a sequence of a cache is one document")
     program = derive(program, ragged=True)
     if program.only.skip is not None:
         return _skipping_plan(program, spec, rows, cache)

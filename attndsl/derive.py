@@ -85,7 +85,7 @@ from attndsl.program import (
 )  # fmt: skip
 from attndsl.simplify import fold
 from attndsl.told_entries import over_listed, over_runs
-from attndsl.unpack import present_tokens, unpacked
+from attndsl.unpack import document_of, present_tokens, unpacked
 
 _ONE = Dim(Axis.CONST, size=1)
 
@@ -97,7 +97,7 @@ def derive(program: Program, ragged: bool = False) -> Program:
     ragged: the batch entries of a call have lengths of their own, so what follows from lengths differs among them.
     """
     apart, present = program.packed is not None or program.lengths is not None, present_tokens(program)
-    program = unpacked(program)
+    packed, program = program.packed, unpacked(program)
     deriver = _Deriver(program, ragged, present)
     parts = program.only.parts
     if not ragged and not apart:
@@ -112,7 +112,9 @@ def derive(program: Program, ragged: bool = False) -> Program:
     told = any(part.view is not None and part.view.told for part in program.only.parts)
     if not deriver.found and not told and not any(part.tiles for part in parts):
         return program
-    parts = tuple(within_left_tiles(part, program) for part in parts)
+    if any(part.tiles for part in parts):
+        begin = None if packed is None else document_of(program, packed, False, "q")
+        parts = tuple(within_left_tiles(part, program, begin) for part in parts)
     inputs = (*program.inputs, *deriver.found.values())
     return replace(program.with_branch(parts=parts), inputs=inputs)
 

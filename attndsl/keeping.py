@@ -42,8 +42,11 @@ def check_apart(program: Program) -> None:
     """Raises `PatternError` (A911) where what is kept of a cache would be of several documents."""
     over_views = any(part.view is not None for branch in program.branches for part in branch.parts)
     levels = any(branch.within is not None for branch in program.branches)
-    if program.packed is not None and (program.selections or over_views or levels):
-        what = f"decode within `packed {program.packed}` is not yet supported for views, selections and two levels"
+    skips = any(branch.skip is not None for branch in program.branches)
+    if program.packed is not None and (program.selections or over_views or levels or skips):
+        what = (
+            f"decode within `packed {program.packed}` is not yet supported for views, selections, two levels and `skip`"
+        )
         raise error("A911", what, program.span, help="leave the clause out: a sequence of a cache is one document")
 
 

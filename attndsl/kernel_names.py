@@ -72,6 +72,8 @@ def _pieces(program: Program, heads: int, kv_heads: int) -> int:
 def _decoded(program: Program, heads: int, kv_heads: int) -> int:
     """How many kernels a decode of one row has."""
     parts = program.only.parts
+    if program.packed is not None and program.only.skip is not None:
+        return 0
     views = [part.view for part in parts if part.view is not None]
     if any(view.runs is not None or view.packed is not None for view in views):
         return 0

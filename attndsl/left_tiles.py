@@ -7,7 +7,8 @@ needs them finds first which tiles are left (`skipping.py`), and attends then to
     row tile  int[q]                               the row tile of each row of the call
 
 A pair is asked what its tiles are. Where tiles of kernels lie inside of these they are listed (`listing.py`), and no
-pair is asked anything.
+pair is asked anything. Of a packed call tiles begin where documents do, of rows and of keys (`of_documents`), so that
+they lie inside of none: they are mapped (`mapping.py`), and each call goes this way.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def of_left_tiles(program: Program) -> Program:
         taken.add(name)
         return name
 
-    rows = InputDecl(free(ROWS), Type.INT, (Dim(Axis.Q),))
+    batch = () if program.packed is None else (Dim(Axis.B),)
+    rows = InputDecl(free(ROWS), Type.INT, (*batch, Dim(Axis.Q)))
     dims = (Dim(Axis.B), Dim(Axis.H), Dim(Axis.LIST, TILE), Dim(Axis.LIST, TILE))
     tables = [InputDecl(free(f"tiles_{n}"), Type.BOOL, dims) for n in range(len(branch.parts))]
     parts = tuple(replace(part, tiles=table.name) for part, table in zip(branch.parts, tables, strict=True))
@@ -61,19 +63,29 @@ def without_tiles(program: Program) -> Program:
     return program.with_branch(parts=tuple(replace(part, tiles="") for part in program.only.parts))
 
 
-def within_left_tiles(part: Part, program: Program) -> Part:
-    """A part of a derived program whose pattern, or what is asked of its entries, says which tiles are left."""
+def within_left_tiles(part: Part, program: Program, first: Scalar | None) -> Part:
+    """A part of a derived program whose pattern, or what is asked of its entries, says which tiles are left.
+
+    first: of a packed call the first token of a row's document.
+    """
     if not part.tiles:
         return part
     # The numbers of rows stand before the tables.
     place = next(n for n, decl in enumerate(program.inputs) if decl.tile)
-    row: Scalar = Read(program.inputs[place - 1].name, (Var("q"),), Type.INT)
-    key = Binary("//", Var("k"), Const(TILE))
+    numbers = program.inputs[place - 1]
+    row: Scalar = Read(numbers.name, tuple(Var(dim.axis.value) for dim in numbers.dims), Type.INT)
+    key = Binary("//", Var("k") if first is None else Binary("-", Var("k"), first), Const(TILE))
     left = Where(Read(part.tiles, (Var("b"), Var("h"), row, key), Type.BOOL), part.span)
     if part.view is None or (isinstance(part.view, Given) and part.view.as_tokens):
         return replace(part, pattern=Inter((part.pattern, left), part.span), tiles="")
     entries = left if part.entries is None else Inter((part.entries, left), part.span)
     return replace(part, entries=entries, tiles="")
+
+
+def tiles_of_documents(rows: int) -> int:
+    """How many row tiles a packed call of so many rows may have: documents of no more keys than a tile has, whose first
+    tile is their only one, share those of others (`of_documents`)."""
+    return -(-rows // TILE) + rows // (TILE + 1) + 2
 
 
 def reads_tiles(program: Program) -> bool:

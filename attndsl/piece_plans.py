@@ -17,6 +17,7 @@ from attndsl.grid_pieces import BoxPiece
 from attndsl.layers import layers
 from attndsl.layout import Layout, Permutation
 from attndsl.learned import Over
+from attndsl.left_tiles import of_left_tiles
 from attndsl.linear import normalise
 from attndsl.mask import shaped
 from attndsl.permuting import PermutedPiece
@@ -60,6 +61,9 @@ def forward_plans(
     tiling: None lets the cost model choose, and in a layout the default for how it loads. alone: other parts of the
     same softmax do not share the program.
     """
+    if program.only.skip is not None and program.packed is not None:
+        # Tiles of documents are found before.
+        program = of_left_tiles(program)
     if program.only.within is not None:
         return (within_forward(program, spec),)
     if not program.plain:

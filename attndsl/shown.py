@@ -24,7 +24,7 @@ from attndsl.pooling import PoolPlan, told_covers
 from attndsl.program import CallShape, Program
 from attndsl.properties import reads_remainders
 from attndsl.select_plan import SelectPlan, select_plan
-from attndsl.skipping import left_plans
+from attndsl.skipping import LeftPlan, left_plans
 from attndsl.targets import (
     gradients_refusal,
     hopper_refusal,
@@ -170,10 +170,9 @@ class Shown:
             if of_keys and plan.gathered is None:
                 return triton_backward.dkdv_source(plan)
             return triton_backward.backward_sources(plan)[of_keys]
-        if self.kernel.rpartition(".")[2].startswith("left"):
+        if isinstance(plan, LeftPlan):
             from attndsl.codegen import cpu_left, triton_left
 
-            assert isinstance(plan, ForwardPlan)
             return cpu_left.left_source(plan) if self.backend == "cpu" else triton_left.left_source(plan)
         return generated(plan)
 

@@ -12,7 +12,8 @@ depends on those before.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import dataclasses
+from dataclasses import dataclass, field, replace
 
 from attndsl.cuts import with_cuts
 from attndsl.derive import derive, with_needed
@@ -22,6 +23,7 @@ from attndsl.linear import normalise
 from attndsl.mask import mask_by_cuts, pair_mask, written_condition
 from attndsl.plan import DType, ForwardPlan, Loads, Spec, Tiling, branch_scalars
 from attndsl.program import Program, Scalar
+from attndsl.properties import within_causal
 from attndsl.relation import Lowering, Relation
 from attndsl.runs import Side, TileRuns
 from attndsl.simplify import fold, specialise
@@ -40,10 +42,28 @@ def skipping_plan(program: Program, spec: Spec, follows: bool = False) -> Forwar
     return _view_plan(program, spec, _tiling(spec), follows)
 
 
-def left_plans(program: Program, spec: Spec) -> tuple[ForwardPlan, ...]:
+@dataclass(frozen=True, slots=True)
+class LeftPlan(ForwardPlan):
+    """A kernel that finds which tiles are left. `apart`: of a packed call, a table tells which rows and keys its tiles
+    are of (`left_tiles.py`), and there are no runs; `causal`: no row sees a later key."""
+
+    apart: bool = field(default=False, kw_only=True)
+    causal: bool = field(default=False, kw_only=True)
+
+
+def left_plans(program: Program, spec: Spec) -> tuple[LeftPlan, ...]:
     """The kernels that find which tiles the parts of a program of one branch leave, in order."""
+    apart, causal = program.packed is not None, within_causal(program)
     program, spec = derive(program).with_branch(sink=None), replace(spec, dropout=False)
-    return tuple(skipping_plan(program.with_branch(parts=(part,)), spec) for part in program.only.parts)
+    found = []
+    for part in program.only.parts:
+        plan = skipping_plan(program.with_branch(parts=(part,)), spec)
+        fields = {x.name: getattr(plan, x.name) for x in dataclasses.fields(plan)}
+        if apart:
+            fields["runs"] = TileRuns((), ())
+        left = LeftPlan(**fields, apart=apart, causal=causal)
+        found.append(replace(left, program=with_needed(left.program, left.inputs)))
+    return tuple(found)
 
 
 def ragged_skipping_plan(program: Program, spec: Spec, rows: int) -> ForwardPlan:

@@ -62,7 +62,7 @@ def registered(program: Program, keep_text: Callable[[], None] | None = None) ->
     register(key, lambda: engine(program, keep_text), decode_generators)
     if program.output is None and program.only.skip is not None:
         register(f"{key}:left", lambda: engine(of_left_tiles(program)), decode_generators)
-        register_left(key, f"{key}:left")
+        register_left(key, f"{key}:left", program.packed is not None)
     return key
 
 

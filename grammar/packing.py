@@ -79,8 +79,8 @@ def check_packing(program: Program, node: ast.Attention, ctx: Context) -> bool:
 
 def _barred(program: Program) -> Iterator[_Barred]:
     for branch in program.branches:
-        if branch.skip is not None:
-            yield _Barred("`skip below`", _TOGETHER)
+        if branch.skip is not None and any(part.view is not None for part in branch.parts):
+            yield _Barred("`skip below` over a view", "which entries of a document a tile has is not counted")
     for part in (part for branch in program.branches for part in branch.parts):
         if isinstance(part.view, Pick):
             yield _Barred("such a view", "data says which tokens its entries are of", part.span)

@@ -48,6 +48,7 @@ from attndsl.runtime.triton_select import FUNCTION as SELECT
 from attndsl.runtime.triton_select import select_sources
 from attndsl.runtime.triton_version import version
 from attndsl.select_plan import SelectPlan
+from attndsl.skipping import LeftPlan
 from attndsl.targets import GLUON_VERSIONS
 
 # Plans whose kernels are shown.
@@ -124,7 +125,7 @@ def offline_source(plan: Shown, text: str) -> KernelSource:
         function = DQ if f"def {DQ}(" in text else DKDV
         given = (backward_parameters if plan.gathered is None else gathered_parameters)(plan, q, k, v, inputs)
         return kernel_source(plan, text, parameters(text, function), given, aligned=True, function=function)
-    if f"def {LEFT}(" in text:
+    if isinstance(plan, LeftPlan):
         left = left_sources(plan, q, k, v, inputs)
         return kernel_source(plan, text, parameters(text, LEFT), left, aligned=True, function=LEFT)
     given = (parameter_sources if plan.gathered is None else forward_sources)(plan, q, k, v, inputs)

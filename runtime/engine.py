@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from attndsl.runtime.deriving import Deriving
     from attndsl.runtime.quantized import Scales
     from attndsl.select_plan import SelectPlan
+    from attndsl.skipping import LeftPlan
 
 Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor | None]]
 # Kinds of calls whose launches are kept.
@@ -63,8 +64,8 @@ class Generators:
     triton_diagonals: Callable[[BackwardPlan], str]
     triton_pairs: Callable[[BackwardPlan], Mapping[int, str]]
     triton_pool: Callable[[PoolPlan], str]
-    triton_left: Callable[[ForwardPlan], str]
-    cpu_left: Callable[[ForwardPlan], str]
+    triton_left: Callable[[LeftPlan], str]
+    cpu_left: Callable[[LeftPlan], str]
     triton_observe: Callable[[ObservePlan], str]
     cpu_observe: Callable[[ObservePlan], str]
     triton_combine: Callable[[CombinePlan], str]
@@ -222,8 +223,8 @@ class Engine:
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
         backend: str,
     ) -> list[Tensor]:  # fmt: skip
-        """The number of each row's tile, int32 [rows], and for each part which tiles it does not drop, bool [B, Hq, row
-        tiles, key tiles]: those that no row sees count as dropped."""
+        """The number of each row's tile, int32 [rows], or [B, rows] of a packed call, and for each part which tiles it
+        does not drop, bool [B, Hq, row tiles, key tiles]: those that no row sees may count as either."""
         q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
         inputs = self._dense(inputs)
         if not k.shape[2]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import Library
 
 from attndsl.branches import Given
-from attndsl.left_tiles import TILE
+from attndsl.left_tiles import TILE, tiles_of_documents
 from attndsl.runtime.ops import attend, in_dtype, traced
 from attndsl.runtime.registry import engine_of, left_key
 from attndsl.runtime.transforms import mapped
@@ -60,12 +60,15 @@ def _left_tiles_fake(
     key: str, q: Tensor, k: Tensor, v: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
     backend: str,
 ) -> list[Tensor]:  # fmt: skip
-    program, found = engine_of(key).program, [q.new_empty(q.shape[2], dtype=torch.int32)]
+    program, rows, row_tiles = engine_of(key).program, [q.shape[2]], -(-q.shape[2] // TILE)
+    if program.packed is not None:
+        rows, row_tiles = [q.shape[0], *rows], tiles_of_documents(q.shape[2])
+    found = [q.new_empty(rows, dtype=torch.int32)]
     for part in program.only.parts:
         keys = k.shape[2]
         if isinstance(part.view, Given) and not program.input(part.view.keys).dims[-2].apart:
             keys = part.view.entries(keys)
-        size = (q.shape[0], q.shape[1], -(-q.shape[2] // TILE), -(-keys // TILE))
+        size = (q.shape[0], q.shape[1], row_tiles, -(-keys // TILE))
         found.append(q.new_empty(size, dtype=torch.bool))
     return found
 

@@ -18,7 +18,7 @@ from attndsl.program import CallShape, Program
 from attndsl.runtime.call import check_call
 from attndsl.runtime.dropout import Dropout, check_rate, seed_tensor
 from attndsl.runtime.outputs import empty_gradient, empty_output, in_order_of
-from attndsl.runtime.registry import engine_of, left_key
+from attndsl.runtime.registry import engine_of, found_first, left_key
 from attndsl.runtime.transforms import mapped, no_forward_mode, transformed
 from attndsl.widths import check_argument
 
@@ -56,7 +56,7 @@ def attend(
                 return again.output(q, k, v, inputs, args, scale), None
             found: tuple[Tensor, Tensor] = again.launch(q, k, v, inputs, args, scale, None)
             return found
-    if left_key(key) and wants_gradients((q, k, v, *inputs)):
+    if left_key(key) and (found_first(key) or wants_gradients((q, k, v, *inputs))):
         from attndsl.runtime.left_tiles import attend_left
 
         return attend_left(key, q, k, v, inputs, args, scale, backend, dropout, seed)

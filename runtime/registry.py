@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _MAKERS: dict[str, Callable[[], Engine]] = {}
 _ENGINES: dict[str, Engine] = {}
 _LEFT: dict[str, str] = {}
+_FOUND_FIRST: set[str] = set()
 _DECODERS: dict[str, Decoder] = {}
 _GENERATORS: dict[str, Callable[[], DecodeGenerators]] = {}
 
@@ -38,14 +39,22 @@ def engine_of(key: str) -> Engine:
     return _ENGINES.setdefault(key, _MAKERS[key]())
 
 
-def register_left(key: str, left: str) -> None:
-    """Make known under which key stands the attention to those tiles that a program, which skips, leaves."""
+def register_left(key: str, left: str, always: bool) -> None:
+    """Make known under which key stands the attention to those tiles that a program, which skips, leaves. always: calls
+    without gradients go there too."""
     _LEFT[key] = left
+    if always:
+        _FOUND_FIRST.add(key)
 
 
 def left_key(key: str) -> str:
     """That key; empty where a program does not skip."""
     return _LEFT.get(key, "")
+
+
+def found_first(key: str) -> bool:
+    """Whether calls of a program find which tiles are left whether gradients are asked for or not."""
+    return key in _FOUND_FIRST
 
 
 def attend_operator(needed: bool = False) -> Any:
