@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from attndsl.members import Tiles, extent
 from attndsl.program import Axis, CallShape, Program
 
 if TYPE_CHECKING:
@@ -46,19 +47,30 @@ class Alone:
             yield Alone(self.entry, slice(low, low + n), slice(0, 0), self.before[:i])
             low += n
 
+    def tiles(self, tiles: Tiles) -> list[int]:
+        """The first token in the call of each of its tiles, row by row; its first token of one that holds none."""
+        import numpy as np
+
+        from attndsl.oracle_places import tile_numbers
+
+        tokens, each = extent(tiles)
+        length = self.keys.stop - self.keys.start
+        own, count = tile_numbers(tiles, np.arange(length)), max(1, -(-length // tokens) * each)
+        return [self.keys.start + (int(np.argmax(own == tile)) if length else 0) for tile in range(count)]
+
     def inputs(self, program: Program, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of its call, numpy arrays or tensors, cut from those of the whole."""
         found = {}
         for decl in program.inputs:
             if decl.name not in inputs:
                 continue
-            x, place = inputs[decl.name], list[slice]()
+            x, place = inputs[decl.name], list[slice | list[int]]()
             for dim, size in zip(decl.dims, x.shape, strict=True):
-                cut = slice(None)
+                cut: slice | list[int] = slice(None)
                 if size > 1 and dim.axis is Axis.B:
                     cut = slice(self.entry, self.entry + 1)
                 elif size > 1 and dim.apart:
-                    cut = self.blocks(dim.block)
+                    cut = self.blocks(dim.block) if dim.tiles is None else self.tiles(dim.tiles)
                 elif size > 1 and dim.axis is Axis.Q and dim.block == 1:
                     cut = self.rows
                 elif size > 1 and (dim.axis is Axis.K or (dim.axis is Axis.Q and not program.align_start)):

@@ -69,6 +69,8 @@ def why_not_entries(program: Program, selection: Selection) -> str:
     match selection.score:
         case _ if selection.rows != 1:
             return "it chooses for classes of rows"
+        case _ if selection.members is not None:
+            return "its members are no blocks in a row"
         case Dot():
             return ""
         case Probs(branch=name):

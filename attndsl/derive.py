@@ -329,13 +329,16 @@ class _Deriver:
         decl = self.declare(derivation, f"chosen_{pattern.plan}", Type.BOOL, dims)
         match of:
             case None:
-                member = pattern.member or _quotient(Var("k"), keys)
+                member = _quotient(Var("k"), keys)
             case Runs():
                 member = Binary("-", Var("k"), replace(read(of), input=self.offsets(of.input)))
             case _:
                 member = number(of, "k")
         inside = None if of is None else has_member(of, tokens, at.past)
-        if of is not None and at.past:
+        if pattern.member is not None:
+            # Of a document, in which it was said already whether there is one.
+            member, inside = pattern.member, None
+        elif of is not None and at.past:
             member = where_told(of, member, tokens)
             inside = None if inside is None else where_told(of, inside, tokens)
         chosen = Where(Read(decl.name, (*pattern.index, member), Type.BOOL), pattern.span)

@@ -11,6 +11,7 @@ from attndsl.scalar import Type
 if TYPE_CHECKING:
     from attndsl.derivation import Derivation
     from attndsl.diagnostics import Span
+    from attndsl.members import Tiles
 
 
 class Axis(Enum):
@@ -32,13 +33,15 @@ class Dim:
     """A dimension of an input: `q/64` is Dim(Axis.Q, block=64), `3` is Dim(Axis.CONST, size=3).
 
     A `size` beside a block is what each has of it: row classes or members that are tiles. `apart`: of a packed call,
-    the blocks of each document, one document after the other, with room for as many as there are tokens.
+    the blocks of each document, one document after the other, with room for as many as there are tokens. `tiles`: of
+    row classes which these are; in a packed call each stands at its first token.
     """
 
     axis: Axis
     block: int = 1
     size: int = 0
     apart: bool = False
+    tiles: Tiles | None = None
 
 
 # Tensors that kernels have whatever the program, beside q, k and v.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import assert_never
 
-from attndsl.coordinates import coordinate, on_grid
+from attndsl.coordinates import coordinate, on_grid, token
 from attndsl.members import Lags, Members, Placed, Runs, Tiles, extent
 from attndsl.program import Binary, Call, Compare, Const, Logic, Read, Scalar, Type, Var, substitute
-from attndsl.selection import Selection
+from attndsl.selection import Selected, Selection
 
 _TOKENS = Var("Nk")
 
@@ -33,6 +35,16 @@ def number(members: Tiles | Placed | Lags, x: str) -> Scalar:
             return _quotient(Binary("-", Var("q"), Var("k")), size)
         case _:
             assert_never(members)
+
+
+def first_token(tiles: Tiles, number: Scalar) -> Scalar:
+    """The first token of the tile of a number."""
+    coordinates = list[Scalar]()
+    for count, size in zip(reversed((0, *tiles.counts)), reversed(tiles.sizes), strict=True):
+        own = number if not count else Binary("%", number, Const(count))
+        coordinates.append(own if size == 1 else Binary("*", own, Const(size)))
+        number = _quotient(number, count) if count else number
+    return token(tiles.grid, coordinates[::-1])
 
 
 def read(members: Placed | Runs, x: str = "k") -> Read:
@@ -62,6 +74,33 @@ def has_member(members: Members, tokens: Scalar = _TOKENS, past: bool = False) -
             return None
         case _:
             assert_never(members)
+
+
+def in_document(
+    chosen: Selected, first: Scalar, end: Scalar, begins: Callable[[str], str]
+) -> tuple[Scalar | None, Scalar | None]:
+    """Which member of a document, of the tokens from `first` to before `end`, key k is of, and whether it is of one;
+    None where a document says it as a call does. begins: the input that holds the first tokens of another's runs."""
+    position = Binary("-", Var("k"), first)
+    match chosen.members:
+        case None:
+            return _quotient(position, chosen.keys), None
+        case Lags():
+            return None, None
+        case Tiles() as of:
+            inside = has_member(of)
+            own = {"k": position}
+            return substitute(number(of, "k"), own), None if inside is None else substitute(inside, own)
+        case Placed(size=size) as of:
+            place = read(of)
+            exists = Compare("<=", Const(0), place), Compare("<", place, Binary("-", end, first))
+            return _quotient(place, size), Logic("and", exists)
+        case Runs() as of:
+            # A segment begins with its document at the earliest.
+            begin = replace(read(of), input=begins(of.input))
+            return Binary("-", Call("max", (begin, first)), first), None
+        case other:
+            assert_never(other)
 
 
 def where_told(members: Members, e: Scalar, tokens: Scalar) -> Scalar:

@@ -44,7 +44,7 @@ def plan_input(selection: Selection) -> InputDecl:
     heads = {Share.NONE: (Dim(Axis.H),), Share.GROUP: (Dim(Axis.G),), Share.HEADS: ()}[plan_heads(selection)]
     rows = () if selection.rows is None else (Dim(Axis.Q, selection.rows),)
     if selection.row_tiles is not None:
-        rows = (Dim(Axis.Q, *extent(selection.row_tiles)),)
+        rows = (Dim(Axis.Q, *extent(selection.row_tiles), tiles=selection.row_tiles),)
     dims, (keys, each) = (Dim(Axis.B), *heads, *rows, Dim(Axis.LIST)), selection.extent
     of_rows = isinstance(selection.members, Lags)
     return InputDecl(selection.name, Type.INT, dims, members=keys, each=each, of_rows=of_rows, span=selection.span)

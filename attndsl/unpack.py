@@ -28,6 +28,7 @@ from attndsl.coordinates import coordinate, length
 from attndsl.derivation import Chosen, Document, DocumentBlocks, DocumentEnds, PresentRuns, Random, Segment
 from attndsl.grid import Along
 from attndsl.linear import normalise
+from attndsl.member_numbers import first_token, in_document
 from attndsl.members import Runs
 from attndsl.present_rows import of_present_rows
 from attndsl.program import (
@@ -181,7 +182,7 @@ def _of_rows(program: Program) -> _Place:
     lead = tuple(Var("b") for _ in decl.dims[:-1])
     first, end = (Read(place.run_ends(decl.name, ends), (*lead, Var("q")), Type.INT) for ends in (False, True))
     place = replace(place, document=(first, Call("min", (end, place.k_len))), ids=decl.name)
-    for size in sorted({dim.block for x in program.inputs for dim in x.dims if dim.apart}):
+    for size in sorted({dim.block for x in program.inputs for dim in x.dims if dim.apart and dim.tiles is None}):
         place.blocks_before(size)
     return place
 
@@ -305,14 +306,14 @@ class _Place:
                 return Inter((self.set(among, names), replace(drawn, written=False)), pattern.span)
             case Selected() if self.document is None:
                 return pattern
-            case Selected(plan=plan, keys=keys):
-                # Its members are those of the document.
+            case Selected(plan=plan):
                 assert self.document is not None
-                first = substitute(self.document[0], {"q": Var("k")})
-                member = _block(Binary("-", Var("k"), first), keys, False)
                 index = tuple(self.scalar(e, names) if reads(e, "q") else e for e in pattern.index)
                 row = self._read(Read(plan, (*index, Const(0)), Type.BOOL), *self.document)
-                return replace(pattern, index=row.index[:-1], member=member)
+                first, end = (substitute(e, {"q": Var("k")}) for e in self.document)
+                member, inside = in_document(pattern, first, end, lambda name: self.run_ends(name, False))
+                found = replace(pattern, index=row.index[:-1], member=member)
+                return found if inside is None else Inter((Where(inside, pattern.span), found), pattern.span)
             case _:
                 raise AssertionError(f"the front end lets no {type(pattern).__name__} stand here")
 
@@ -416,7 +417,9 @@ class _Place:
         index = list(read.index)
         of_members = isinstance(self.program.input(read.input).derivation, Chosen)
         for i, (dim, x) in enumerate(zip(dims, read.index, strict=True)):
-            if dim.apart:
+            if dim.tiles is not None:
+                index[i] = self._within(first_token(dim.tiles, x), first, end)
+            elif dim.apart:
                 index[i] = self._numbered(x, dim.block, first, end)
             elif dim.axis in (Axis.Q, Axis.K) and not (of_members and dim.axis is Axis.K):
                 index[i] = self._within(x, first, end)

@@ -84,6 +84,3 @@ def _barred(program: Program) -> Iterator[_Barred]:
     for part in (part for branch in program.branches for part in branch.parts):
         if isinstance(part.view, Pick):
             yield _Barred("such a view", "data says which tokens its entries are of", part.span)
-    for chosen in program.selections:
-        if chosen.members is not None or chosen.row_tiles is not None:
-            yield _Barred("a selection of members that are no blocks", _TOGETHER, chosen.span)

@@ -98,12 +98,13 @@ class Blocks:
 class BlockSums:
     """Numbers of rows that come strip by strip, added up (or the largest of what is at least 0) for each block.
 
-    A block's rows follow one another, so of a strip it gets one number, in one order: nothing is added atomically.
+    A block's rows follow one another, or are put in order, so of a strip it gets one number, in one order: nothing is
+    added atomically.
     """
 
-    def __init__(self, room: int, size: int, largest: bool) -> None:
-        """room: how many blocks there may be, each of at most `size` rows."""
-        self.room, self.size, self.largest = room, size, largest
+    def __init__(self, room: int, size: int, largest: bool, in_order: bool = True) -> None:
+        """room: how many blocks there may be, each of at most `size` rows, which follow one another if `in_order`."""
+        self.room, self.size, self.largest, self.in_order = room, size, largest, in_order
         self._found: Tensor | None = None
 
     def add(self, x: Tensor, number: Tensor) -> None:
@@ -117,6 +118,9 @@ class BlockSums:
         if self.largest:
             self._found.scatter_reduce_(2, number[:, None, :, None].expand(x.shape), x, "amax")
             return
+        if not self.in_order:
+            number, order = number.sort(dim=-1, stable=True)
+            x = x.gather(2, order[:, None, :, None].expand(x.shape))
         reach = 1
         while reach < min(rows, self.size):
             # By doubling, of each block's own rows alone: equal numbers of two members stay equal sums.

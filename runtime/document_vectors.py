@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from attndsl.runtime.document_blocks import Blocks
-from attndsl.runtime.masses import shares_of_documents
+from attndsl.runtime.document_members import InGroups
+
+
+class MemberVectors(Protocol):
+    """Vectors of members of documents of one kind. width: how many numbers are held of each row."""
+
+    @property
+    def width(self) -> int: ...
+
+    def dots(self, x: Tensor, begin: Tensor, count: int) -> Tensor:
+        """x [B, H, n, D] . the first `count` members of documents that begin at tokens [B, n]: [B, H, n, count]."""
+        ...
 
 
 @dataclass(slots=True)
@@ -23,8 +34,11 @@ class BlockVectors:
     few: bool
     _every: Tensor | None = None
 
+    @property
+    def width(self) -> int:
+        return 1 if self.few else self.blocks.room
+
     def dots(self, x: Tensor, begin: Tensor, count: int) -> Tensor:
-        """x [B, H, n, D] . the first `count` blocks of documents that begin at tokens [B, n]: [B, H, n, count]."""
         tokens = self.blocks.number.shape[-1]
         nth = torch.arange(count, device=begin.device)
         if self.few:
@@ -41,24 +55,39 @@ class BlockVectors:
         return dots
 
 
+@dataclass(frozen=True, slots=True)
+class GroupVectors:
+    """Vectors [B, heads, tokens, D] of groups of keys."""
+
+    members: InGroups
+    of: Tensor
+
+    @property
+    def width(self) -> int:
+        return self.members.count * self.of.shape[3] if self._picks else self.members.groups.tokens
+
+    @property
+    def _picks(self) -> bool:
+        """Whether each row is given the vectors of its own columns, which are fewer numbers than all groups."""
+        return self.members.count * self.of.shape[3] <= self.members.groups.tokens
+
+    def dots(self, x: Tensor, begin: Tensor, count: int) -> Tensor:
+        group = self.members.of_documents(begin)
+        heads = max(self.of.shape[1], group.shape[1])
+        y, group = self.of.expand(-1, heads, -1, -1), group.expand(-1, heads, -1, -1)
+        x = x.unflatten(1, (heads, -1))
+        if self._picks:
+            at = group.flatten(2)[..., None].expand(-1, -1, -1, y.shape[3])
+            own = y.gather(2, at).unflatten(2, (-1, count)).unsqueeze(2)
+            found: Tensor = (x.unsqueeze(4) * own).sum(-1).flatten(1, 2)
+            return found
+        whole: Tensor = x @ y.unsqueeze(2).transpose(-1, -2)
+        return whole.gather(-1, group.unsqueeze(2).expand(*whole.shape[:4], -1)).flatten(1, 2)
+
+
 def picked(x: Tensor, at: Tensor) -> Tensor:
     """[B, H, n, D] of vectors [B, H, .., D] at places [B, n]."""
     return x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def to_members(
-    masses: Tensor, entry: tuple[int, int], members: tuple[int, int], length: Tensor, largest: bool
-) -> Tensor:
-    """Masses [B, H, rows, entries] of documents of these lengths, [B, 1, rows, 1], as those of members, [B, H, rows,
-    members]. entry: its size, and how far apart entries begin. members: the keys of one, and how many there are."""
-    (size, stride), (keys, count) = entry, members
-    if size == stride and keys % size == 0:
-        whole = pad(masses, (0, count * (keys // size) - masses.shape[3])).unflatten(3, (count, -1))
-        found: Tensor = whole.amax(4) if largest else whole.sum(4)
-        return found
-    start = torch.arange(count, device=masses.device) * keys
-    begins = torch.zeros((), dtype=torch.int64, device=masses.device)
-    return shares_of_documents(masses, begins, length, start.view(1, 1, 1, -1), size, stride, keys, largest)
-
-
-__all__ = ["BlockVectors", "picked", "to_members"]
+__all__ = ["BlockVectors", "GroupVectors", "MemberVectors", "picked"]

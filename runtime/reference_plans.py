@@ -80,10 +80,14 @@ def _apart(
         plans = {name: _cut(plan, program, program.selection(name), x) for name, plan in given.items()}
         call = q[batch, :, x.rows], k[batch, :, x.keys], x.inputs(program, inputs)
         for name, plan in oracle_plans(own, *call, args, scale, plans).items():
-            place = [slice(0, size) for size in plan.shape]
+            place: list[slice | list[int]] = [slice(0, size) for size in plan.shape]
             place[0] = batch
             for i, dim in enumerate(plan_input(program.selection(name)).dims):
-                if dim.axis is Axis.Q and (dim.block == 1 or program.packed is not None):
+                if dim.axis is Axis.Q and dim.tiles is not None and program.packed is not None:
+                    # Of tiles without tokens, which choose nothing, the first stands where another does.
+                    kept = {at: tile for tile, at in reversed([*enumerate(x.tiles(dim.tiles))])}
+                    place[i], plan = list(kept), plan.index_select(i, torch.tensor(list(kept.values())))
+                elif dim.axis is Axis.Q and (dim.block == 1 or program.packed is not None):
                     place[i] = x.rows if dim.block == 1 else x.blocks(dim.block)
             found[name][tuple(place)] = plan
     return found
@@ -107,6 +111,8 @@ def _cut(plan: Tensor, program: Program, selection: Selection, x: Alone) -> Tens
     plan = plan[x.entry : x.entry + 1] if plan.shape[0] > 1 else plan
     if plan.shape[2] == 1 or (selection.rows != 1 and program.packed is None):
         return plan
+    if selection.row_tiles is not None and program.packed is not None:
+        return plan[:, :, x.tiles(selection.row_tiles)]
     return plan[:, :, x.rows if selection.rows == 1 else x.blocks(selection.rows or 1)]
 
 

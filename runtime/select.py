@@ -17,7 +17,7 @@ from attndsl.diagnostics import error
 from attndsl.keeping import KEYS, of_members, vectors_of
 from attndsl.members import Lags, extent
 from attndsl.plans import plan_heads, plan_input
-from attndsl.program import CallShape, Inter, Program, Set, reads
+from attndsl.program import CallShape, Inter, Program, Scalar, Set, reads
 from attndsl.runtime.call import present_lengths
 from attndsl.runtime.derive import Deriver
 from attndsl.runtime.derive_ragged import RaggedDeriver
@@ -131,12 +131,7 @@ class Selector:
             return
         by_classes = (self.whole and not isinstance(of, Lags)) or self.selection.rows == 1
         rows = self.classes if by_classes else shape.rows
-        lead = (shape.batch if reads(asked, "b") else 1) * (shape.heads if reads(asked, "h", "g") else 1)
-        if (pairs := lead * rows * shape.k_len) > MAX_PAIRS:
-            raise error(
-                "A577", f"which members {rows} rows may choose is looked up in {pairs:,} pairs", self.selection.span,
-                help=f"at most {MAX_PAIRS:,}: choose `per = rows(64)`, or among what does not read k",
-            )  # fmt: skip
+        check_pairs(self.selection, shape, asked, rows)
 
     def _touched(self, pattern: Set, rows: int | None, keys: int) -> Touched:
         # On a diagonal each row of a class has a key of its own.
@@ -298,6 +293,16 @@ def check_tokens(selection: Selection, shape: CallShape) -> None:
         raise error(
             "A570", f"each of {shape.heads} heads chooses single tokens for each of {shape.rows} rows",
             selection.span, help="write `share = group` or `share = heads`, larger members, or `per = rows(64)`",
+        )  # fmt: skip
+
+
+def check_pairs(selection: Selection, shape: CallShape, asked: Scalar, rows: int) -> None:
+    """Raises `PatternError` (A577) where a condition of single pairs is asked of too many, for so many rows."""
+    lead = (shape.batch if reads(asked, "b") else 1) * (shape.heads if reads(asked, "h", "g") else 1)
+    if (pairs := lead * rows * shape.k_len) > MAX_PAIRS:
+        raise error(
+            "A577", f"which members {rows} rows may choose is looked up in {pairs:,} pairs", selection.span,
+            help=f"at most {MAX_PAIRS:,}: choose `per = rows(64)`, or among what does not read k",
         )  # fmt: skip
 
 

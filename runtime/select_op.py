@@ -30,7 +30,7 @@ from attndsl.runtime.call import (
     without_values,
 )
 from attndsl.runtime.decode import DecodeTensors
-from attndsl.runtime.document_strips import DocumentSelector
+from attndsl.runtime.document_select import DocumentSelector
 from attndsl.runtime.ops import traced
 from attndsl.runtime.plans import listed_members
 from attndsl.runtime.registry import engine_of

@@ -19,12 +19,11 @@ from attndsl.chosen_entries import of_entries, ranked
 from attndsl.codegen.triton_select import select_source
 from attndsl.derivation import CallMembers
 from attndsl.diagnostics import PatternError
-from attndsl.grammar import load
 from attndsl.piece_plans import forward_plans
 from attndsl.plans import of_selection
 from attndsl.program import CallShape
-from attndsl.runtime.document_strips import DocumentSelector
-from attndsl.runtime.document_vectors import to_members
+from attndsl.runtime.document_members import to_members
+from attndsl.runtime.document_select import DocumentSelector
 from attndsl.runtime.plans import call_members
 from attndsl.runtime.select_entries import EntrySelector
 from attndsl.runtime.strips import STRIP
@@ -240,17 +239,6 @@ def test_the_fused_kernel_ranks_by_probabilities_of_entries() -> None:
         )
     ]
     torch.testing.assert_close(*found)
-
-
-@pytest.mark.parametrize(("clauses", "named"), [
-    ("input seg : int[b, k] attend causal & top(1, segments(seg), by = dot(Q, mean(K)))", "a selection of members"),
-])  # fmt: skip
-def test_what_is_refused(clauses: str, named: str) -> None:
-    with pytest.raises(PatternError) as caught:
-        load(f"attention a {{ input doc : int[b, k] packed doc {clauses} }}")
-    (found,) = (d for d in caught.value.diagnostics if d.code.startswith("A9"))
-    assert found.code == "A907"
-    assert f"around {named}" in found.message
 
 
 class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
