@@ -47,7 +47,11 @@ def over_documents(deriving: Deriving, part: Part) -> Part:
     assert view is not None and view.packed is not None and not isinstance(view, Pick)
     if view.runs is not None:
         return _over_runs(deriving, part, view, view.runs) if isinstance(view, Given) else part
-    entry = _Entries(deriving, view.packed, view.size, view.stride, view.present or Var("Nk"))
+    count: Scalar = view.present or Var("Nk")
+    if deriving.ragged and view.present is not None:
+        # `lengths` may say more tokens than a sequence of a cache has.
+        count = Call("min", (count, Var("Nk")))
+    entry = _Entries(deriving, view.packed, view.size, view.stride, count)
     classes = _classes(deriving)
     every = view.visible is Visible.EVERY
     # A pattern holds for a whole extent where each of the terms that it is the intersection of does.
@@ -74,6 +78,8 @@ class _Entries:
     def __init__(self, deriving: Deriving, doc: str, size: int, stride: int, count: Scalar) -> None:
         self.program, self.doc, self.size, self.stride, self.count = deriving.program, doc, size, stride, count
         self._deriving = deriving
+        # Whether all tokens of the call are present.
+        self._whole = count == Var("Nk") and not deriving.ragged
 
     def at(self, place: EntryPlace) -> Scalar:
         """A token that entry k has."""
@@ -97,7 +103,7 @@ class _Entries:
     def end(self) -> Scalar:
         """One past the last token of entry k that is present."""
         end = self.at(EntryPlace.END)
-        return end if self.count == Var("Nk") else Call("min", (end, self.count))
+        return end if self._whole else Call("min", (end, self.count))
 
     @property
     def tokens(self) -> Scalar:
@@ -108,7 +114,7 @@ class _Entries:
     def exists(self) -> tuple[Scalar, ...]:
         """That row q and entry k are of one document, and are present."""
         same = Compare("==", document_of(self.program, self.doc, False, "q"), self.at(EntryPlace.DOCUMENT))
-        if self.count == Var("Nk"):
+        if self._whole:
             return (same,)
         return (same, Compare("<", Var("q"), self.count), Compare("<", self.at(EntryPlace.FIRST), self.count))
 

@@ -40,13 +40,9 @@ class Kept:
 
 def check_apart(program: Program) -> None:
     """Raises `PatternError` (A911) where what is kept of a cache would be of several documents."""
-    over_views = any(part.view is not None for branch in program.branches for part in branch.parts)
-    levels = any(branch.within is not None for branch in program.branches)
-    skips = any(branch.skip is not None for branch in program.branches)
-    if program.packed is not None and (program.selections or over_views or levels or skips):
-        what = (
-            f"decode within `packed {program.packed}` is not yet supported for views, selections, two levels and `skip`"
-        )
+    levels = any(branch.within is not None or branch.skip is not None for branch in program.branches)
+    if program.packed is not None and levels:
+        what = f"decode within `packed {program.packed}` is not yet supported for two levels and `skip`"
         raise error("A911", what, program.span, help="leave the clause out: a sequence of a cache is one document")
 
 
@@ -69,26 +65,25 @@ def kept_beside(program: Program, composition: Composition, chosen: Container[st
     """What decode keeps for a program where the plans of the selections named are handed in.
 
     Of listed tokens nothing is kept, since each step gathers them, and of views whose extents data tells neither: where
-    an entry lies among the others follows from all tokens before it.
+    an entry lies among the others follows from all tokens before it. So it is with members of documents.
     """
-    if program.packed is not None and program.selections:
-        what = f"what decode needs of members of documents of `{program.packed}` is not yet kept"
-        raise error("A911", what, program.span, help="call it on the last rows")
     pools = [(each.name, each.pool) for each in composition.pools if not each.told_by]
     views = [
         Kept(name, Pool(pool.function.value), pool.size, pool.stride, True, False)
         for name, pool in pools
         if isinstance(pool, PooledView)
     ]
-    members = (of_members(x, v) for x in program.selections if x.name not in chosen for v in vectors_of(x))
+    ranked = () if program.packed is not None else program.selections
+    members = (of_members(x, v) for x in ranked if x.name not in chosen for v in vectors_of(x))
     return tuple(dict.fromkeys((*views, *(x for x in members if x is not None))))
 
 
 def made_anew(program: Program, composition: Composition) -> bool:
     """Whether each step makes something of all tokens of a cache: entries of views that data tells, or vectors of
-    members that are no blocks in a row."""
+    members of documents, or that are no blocks in a row."""
     views = any(each.told_by and isinstance(each.pool, PooledView) for each in composition.pools)
-    return views or any(x.members is not None and kept_by(x) for x in program.selections)
+    apart = program.packed is not None
+    return views or any((apart or x.members is not None) and kept_by(x) for x in program.selections)
 
 
 def kept_by(selection: Selection) -> tuple[Kept | None, ...]:

@@ -20,6 +20,7 @@ from attndsl.program import CallShape, InputDecl, Program
 from attndsl.runtime.call import check_call, check_inputs, present_in_cache
 from attndsl.runtime.combine import Combiner, State
 from attndsl.runtime.compose import made_entries, read_by_output
+from attndsl.runtime.cuts import document_ends
 from attndsl.runtime.decode import FP8, DecodeTensors, check_tensors
 from attndsl.runtime.decode_op import decode, in_order
 from attndsl.runtime.in_order import keys_in_order, numbers_in_order, tokens_of_cache
@@ -109,7 +110,11 @@ class ComposedDecode:
             return self.call.q
         if asked not in self._pooled:
             lengths, present = (x.clamp(0, self.call.capacity) for x in (self.call.seq_lens, self.present))
-            self._pooled[asked] = queries_of_decode(self.call.q, asked, lengths, present)
+            documents = None
+            if self.program.packed is not None:
+                ids = self.inputs[self.program.packed]
+                documents = document_ends(ids, False), document_ends(ids, True)
+            self._pooled[asked] = queries_of_decode(self.call.q, asked, lengths, present, documents)
         return self._pooled[asked]
 
     def state(self, name: str) -> tuple[Tensor, Tensor]:
@@ -125,7 +130,9 @@ class ComposedDecode:
 
     def members(self, name: str) -> list[Tensor]:
         """What a selection's members are ranked by of the cache, in the order of its vectors: single keys where they
-        lie, unless they are of 8 bits."""
+        lie, unless they are of 8 bits. Of documents all keys in one piece."""
+        if self.program.packed is not None:
+            return [keys_in_order(self.call)]
         found = []
         for each in kept_by(self.program.selection(name)):
             if each is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import prod
 
@@ -17,11 +17,25 @@ import torch
 from torch import Tensor
 
 from attndsl.cuts import reflexive
-from attndsl.derivation import BlockMap, Cut, Draw, EntryMap, document_of
+from attndsl.derivation import BlockMap, Cut, Document, Draw, EntryMap, Random
 from attndsl.derive import class_hash, own_inputs
-from attndsl.diagnostics import error
-from attndsl.program import Axis, CallShape, Coarse, Coarsen, InputDecl, Program, Read, Scalar, Type, Var, reads, walk
+from attndsl.program import (
+    Axis,
+    CallShape,
+    Coarse,
+    Coarsen,
+    Dim,
+    InputDecl,
+    Program,
+    Read,
+    Scalar,
+    Type,
+    Var,
+    reads,
+    walk,
+)
 from attndsl.relation import Lowering
+from attndsl.runtime.apart import counts_apart
 from attndsl.runtime.call import dim_size
 from attndsl.runtime.derive import STRIP, Deriver
 from attndsl.runtime.draws import last_drawn
@@ -118,6 +132,8 @@ class RaggedDeriver(Deriver):
         return self._entries_seen(decl, d, values.at(Nq=lengths, Nk=lengths), first)
 
     def _map(self, decl: InputDecl, d: BlockMap, values: Values) -> Tensor:
+        if d.document is not None:
+            return Deriver._map(self, decl, d, values)
         found = torch.zeros(self._size(decl), dtype=torch.bool, device=self.device)
         for at, count, existing in self._ragged_counts(decl, d.block_q, d.block_k, values):
             share = Fraction(repr(d.fraction)) if d.mode is Coarse.FRACTION else Fraction(1)
@@ -128,6 +144,8 @@ class RaggedDeriver(Deriver):
 
     def _draw(self, decl: InputDecl, d: Draw, values: Values) -> Tensor:
         assert values.lengths is not None
+        if d.drawn.document is not None:
+            return self._draw_of_documents(decl, d.drawn, d.drawn.document, values)
         block_q = max(1, self._lengths(d.unit)[0]) if d.drawn.rows is None else d.drawn.rows
         of_class, rows, size = class_hash(d.drawn.seed, Var("q")), decl.dims[-2], self._size(decl)
         of_call = (rows.axis, rows.block) == (Axis.Q, 1)
@@ -140,6 +158,31 @@ class RaggedDeriver(Deriver):
                 at = torch.where((at >= 0) & (at < self.shape.rows), at, self.shape.rows)
             self._put(found, decl, at, last)
         return found[..., : size[-2], :].contiguous()
+
+    def _draw_of_documents(self, decl: InputDecl, drawn: Random, document: Document, values: Values) -> Tensor:
+        """Of each position, or of the call's rows, the last member that its row class draws."""
+        assert values.lengths is not None
+        size, rows = self._size(decl), self.shape.rows
+        if decl.dims[-2].axis is not Axis.Q:
+            return self._draw_apart(torch.full(size, -1, device=self.device), decl, drawn, document, values)
+        # Rows of the call stand elsewhere in each sequence.
+        every = torch.full((*size[:-2], self.shape.k_len, size[-1]), -1, device=self.device)
+        of_tokens = replace(decl, dims=(*decl.dims[:-2], Dim(Axis.K), decl.dims[-1]))
+        every = self._draw_apart(every, of_tokens, drawn, document, values)
+        if not self.shape.k_len:
+            return every.new_full(size, -1)
+        at = (values.lengths.view(-1, 1) - rows + self._range(0, rows)).clamp(min=0)
+        at = at.view(-1, *[1] * (every.dim() - 3), rows, 1)
+        return every.gather(-2, at.expand(*every.shape[:-2], rows, size[-1]))
+
+    def _counts_apart(
+        self, decl: InputDecl, document: Document, block_q: int | None, block_k: int, values: Values
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        assert values.lengths is not None
+        unit, strip = self._unit(decl), STRIP[self.device.type] // self._lead(decl)
+        own, k_len = -(-values.lengths // unit), self._lengths(unit)[1]
+        condition, values = self._conditions[decl.name], values.at(Nq=own, Nk=own)
+        yield from counts_apart(document, condition, (block_q, block_k), values, k_len, strip)
 
     def _candidates(self, decl: InputDecl, d: Draw, block_q: int, values: Values) -> Iterator[tuple[Tensor, Tensor]]:
         """Some row classes after the other: their places int64 [B, 1, n, 1], and which members may be drawn for them,
@@ -209,19 +252,9 @@ class RaggedDeriver(Deriver):
 def ragged_deriver(
     program: Program, shape: CallShape, device: torch.device, inputs: Sequence[Tensor]
 ) -> RaggedDeriver | None:
-    """What derives the inputs of a decode's program, of a call's own; None where it has none.
-
-    Raises `PatternError` (A911) for what looks at all pairs of sequences inside a call.
-    """
+    """What derives the inputs of a decode's program, of a call's own; None where it has none."""
     if len(own_inputs(program)) == len(program.inputs):
         return None
-    for decl in program.inputs:
-        if document_of(decl.derivation) is not None:
-            what = "`random`" if isinstance(decl.derivation, Draw) else "`coarsen` of data or by a fraction"
-            raise error(
-                "A911", f"decode of {what} inside documents is not yet supported", program.span,
-                help="call it on the last rows: it looks at all pairs of a document",
-            )  # fmt: skip
     return RaggedDeriver(program, shape, device, {}, inputs)
 
 

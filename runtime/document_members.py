@@ -23,7 +23,7 @@ from attndsl.runtime.values import Values
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Some of a call's rows: their positions [n], of each the first token of its document and one past the last, int64
+    """Some of a call's rows: their positions, of each the first token of its document and one past the last, int64
     [B, n], and whether it is of a document of the kind, bool [B, n]."""
 
     position: Tensor
@@ -87,7 +87,7 @@ class InBlocks:
         """condition: of a row and a block, read at the block's first key."""
         k = rows.first[..., None] + torch.arange(self.count, device=rows.first.device) * self.size
         exists = (k < rows.end[..., None]) & rows.there[..., None]
-        here = values.at(q=rows.position.view(1, 1, -1, 1), k=k.clamp(max=self._tokens - 1)[:, None])
+        here = values.at(q=rows.position[:, None, :, None], k=k.clamp(max=self._tokens - 1)[:, None])
         return here.tensor(condition) & exists[:, None]
 
     def given(self, masses: Tensor, entry: tuple[int, int], rows: Rows, largest: bool) -> Tensor:
@@ -122,15 +122,13 @@ class InLags:
 
     def _keys(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """The keys of rows from their own back, [B, 1, n, keys], and which there are."""
-        k = (rows.position[:, None] - torch.arange(self._reach, device=rows.first.device)).expand(
-            len(rows.first), -1, -1
-        )
+        k = rows.position[..., None] - torch.arange(self._reach, device=rows.first.device)
         exists = (k >= rows.first[..., None]) & rows.there[..., None]
         return k.clamp(min=0)[:, None], exists[:, None]
 
     def touched(self, condition: Scalar, values: Values, rows: Rows) -> Tensor:
         k, exists = self._keys(rows)
-        inside = values.at(q=rows.position.view(1, 1, -1, 1), k=k).tensor(condition) & exists
+        inside = values.at(q=rows.position[:, None, :, None], k=k).tensor(condition) & exists
         return self._apart(inside).any(-1)
 
     def given(self, masses: Tensor, entry: tuple[int, int], rows: Rows, largest: bool) -> Tensor:
@@ -141,7 +139,7 @@ class InLags:
             return self._apart(torch.stack([x for _, x in each]).sum(0)).sum(-1)
         # One past the last of the keys that lie as far back as each does, in blocks of distances.
         until = (
-            rows.position.view(1, 1, -1, 1) - torch.arange(self._reach, device=k.device) // self.size * self.size + 1
+            rows.position[:, None, :, None] - torch.arange(self._reach, device=k.device) // self.size * self.size + 1
         )
         (size, stride), found = entry, masses.new_zeros(*masses.shape[:3], self.count)
         for nth, x in each:
@@ -208,7 +206,7 @@ class InGroups:
 
     def touched(self, condition: Scalar, values: Values, rows: Rows) -> Tensor:
         k, column, exists = self._keys(rows)
-        inside = values.at(q=rows.position.view(1, 1, -1, 1), k=k).tensor(condition) & exists
+        inside = values.at(q=rows.position[:, None, :, None], k=k).tensor(condition) & exists
         return self._largest(inside.to(torch.int32), column) > 0
 
     def given(self, masses: Tensor, entry: tuple[int, int], rows: Rows, largest: bool) -> Tensor:

@@ -22,6 +22,7 @@ from attndsl.members import Lags, Tiles, extent
 from attndsl.program import CallShape, Inter, Program, Scalar, Set, Var
 from attndsl.runtime.call import present_lengths
 from attndsl.runtime.derive import Deriver
+from attndsl.runtime.derive_ragged import RaggedDeriver
 from attndsl.runtime.document_blocks import BlockSums, Documents, Kind, lengths, room
 from attndsl.runtime.document_groups import DocumentGroups, labels
 from attndsl.runtime.document_members import InBlocks, InGroups, InLags, Members
@@ -60,6 +61,8 @@ class DocumentSelector:
     shape: CallShape
     device: torch.device
     given: Sequence[Tensor]
+    # A decode: sequences have lengths of their own, and the shape's is the most that one may have.
+    ragged: bool = False
     ranking: Ranking = field(init=False)
     capacity: int = field(init=False)
     among: Touched = field(init=False)
@@ -97,8 +100,9 @@ class DocumentSelector:
         if selection.scale is not None:
             self.scale = self._standing(selection.scale)
         if isinstance(score, Probs):
-            self.mass = checked_mass(program, selection, shape)
-            self.mass_deriver = Deriver(self.mass.program, shape, self.device, given=self.given)
+            self.mass = checked_mass(program, selection, shape, self.ragged)
+            make = RaggedDeriver if self.ragged else Deriver
+            self.mass_deriver = make(self.mass.program, shape, self.device, given=self.given)
 
     @property
     def short(self) -> int:
@@ -130,7 +134,7 @@ class DocumentSelector:
     def _touched(self, pattern: Set, keys: int) -> Touched:
         score = self.selection.score
         more = [e for e in (score.value if isinstance(score, Given) else None, self.selection.scale) if e is not None]
-        return Touched.of(self.program, pattern, 1, keys, self.shape, self.device, self.given, more=more)
+        return Touched.of(self.program, pattern, 1, keys, self.shape, self.device, self.given, self.ragged, more)
 
     def _standing(self, e: Scalar) -> Scalar:
         """A scalar of a document alone in positions of the call, of which q is one of the document."""
@@ -139,14 +143,15 @@ class DocumentSelector:
 
     def __call__(
         self, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None = None,
-        state: tuple[Tensor, Tensor] | None = None,
+        state: tuple[Tensor, Tensor] | None = None, lengths: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The plan: int32 [B, H', R, C], or uint8 [B, H', R, M] where nothing bounds it, of the members of documents. R
-        counts the call's rows, or the classes of all documents, one document after the other."""
+        counts the call's rows, or the classes of all documents, one document after the other. lengths: of a decode,
+        int64 [B, 1, 1, 1]."""
         plan = empty_plan(self.program, self.selection, self.shape, self.device)
         plan.fill_(-1 if self.selection.bounded else 0)
         if self.shape.batch * self.shape.rows * self.shape.k_len:
-            call = Call(self, q, k, inputs, args, scale, state)
+            call = Call(self, q, k, inputs, args, scale, state, lengths)
             for kind in call.documents.kinds(self.short):
                 OfKind(call, kind).write(plan)
         return plan
@@ -157,26 +162,28 @@ class Call:
 
     def __init__(
         self, of: DocumentSelector, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
-        scale: float | None, state: tuple[Tensor, Tensor] | None,
+        scale: float | None, state: tuple[Tensor, Tensor] | None, lengths: Tensor | None,
     ) -> None:  # fmt: skip
         program, shape = of.program, of.shape
         assert program.packed is not None
         self.of, self.q, self.k, self.state, self.shape, self.device = of, q, k, state, shape, of.device
         self.real = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.inputs = dict(zip((decl.name for decl in program.inputs), inputs, strict=True))
-        present = present_lengths(program, shape, inputs)
+        present = present_lengths(program, shape, inputs, lengths)
         self.present = None if present is None else present.view(-1)
         self.ids = self.inputs[program.packed].expand(shape.batch, -1).contiguous()
         self.documents = Documents.of(self.ids, self.present)
-        self.among = of.among.values(inputs, args, of.tables)
-        self.always = None if of.always is None else of.always.values(inputs, args, of.tables)
-        self.groups = None if of.groups is None else of.groups.values(inputs, args, of.tables)
+        self.among = of.among.values(inputs, args, of.tables, lengths)
+        self.always = None if of.always is None else of.always.values(inputs, args, of.tables, lengths)
+        self.groups = None if of.groups is None else of.groups.values(inputs, args, of.tables, lengths)
         self.mass: Values | None = None
         if of.mass is not None and of.mass_deriver is not None:
-            self.mass = call_values(of.mass.program, shape, of.mass_deriver, inputs, args, of.tables)
+            self.mass = call_values(of.mass.program, shape, of.mass_deriver, inputs, args, of.tables, lengths)
         self.given_scale = scale
-        # The positions of the call's rows; those before the first token see nothing.
-        self.position = torch.arange(shape.rows, device=self.device) + shape.first_position(program)
+        # The position of the call's first row, [B, 1], and of all, [B, rows]; those before the first token see nothing.
+        first = torch.full_like(self.documents.first[:, :1], shape.first_position(program))
+        self.first_row = first if lengths is None else lengths.view(-1, 1) - shape.rows
+        self.position = self.first_row + torch.arange(shape.rows, device=self.device)
 
     def scale(self, token: Tensor) -> float | Tensor:
         """The factor of products, for rows of the documents of these tokens, [B or 1, n]."""

@@ -38,17 +38,16 @@ class OfKind:
         self.holds = kind.holds
         at = call.position.clamp(min=0)
         self.classes: Classes | None = None
-        rows_of = self.documents.every[at].expand(self.shape.batch, -1)
-        there = self.holds[:, at] & (call.position >= 0)
+        there = self.holds.gather(-1, at) & (call.position >= 0)
         if self.selection.rows == 1:
             # The token that a class begins with, and whether there is one.
-            self.begin, self.exist = rows_of, there
-            self.number = rows_of
+            self.begin, self.exist = at, there
+            self.number = at
         else:
             self.classes = call.classes(kind)
             self.begin, self.exist = self.classes.begin, self.classes.exist
             # The class of each of the call's rows.
-            self.number = torch.where(there, self.classes.of_token[:, at], self.classes.room)
+            self.number = torch.where(there, self.classes.of_token.gather(-1, at), self.classes.room)
 
     def _count(self, size: int) -> int:
         """How many blocks of so many tokens a document may have."""
@@ -67,7 +66,10 @@ class OfKind:
         strips = [slice(low, min(low + step, classes)) for low in range(0, classes, step)]
         if self.selection.together:
             raw, candidates, forced = (torch.cat(x, 2) for x in zip(*map(self._scored, strips), strict=True))
-            level = self.of.ranking.decided(raw, candidates, forced, self.documents.first.gather(-1, self.begin))
+            # Of a document the first class that is of it.
+            documents = self._first(slice(0, classes))
+            documents = torch.searchsorted(documents, documents)
+            level = self.of.ranking.decided(raw, candidates, forced, documents)
             self._put(plan, level[:, ::share], slice(0, classes))
             return
         for at in strips:
@@ -138,9 +140,9 @@ class OfKind:
 
     def _rows(self, at: slice) -> Rows:
         """Some of the call's rows."""
-        position = self.call.position[at].clamp(min=0)
-        first, end = (x[:, position] for x in (self.documents.first, self.documents.end))
-        return Rows(position, first, end, self.holds[:, position] & (self.call.position[at] >= 0))
+        position = self.call.position[:, at].clamp(min=0)
+        first, end = (x.gather(-1, position) for x in (self.documents.first, self.documents.end))
+        return Rows(position, first, end, self.holds.gather(-1, position) & (self.call.position[:, at] >= 0))
 
     @cached_property
     def _candidates(self) -> Tensor:
@@ -279,7 +281,7 @@ class OfKind:
         number, _ = document_entries(call.ids, size, stride)
         nth = torch.arange(logits.shape[3], device=logits.device)
         index = number.number.to(torch.int64).gather(-1, first)[..., None] + nth
-        q, own = position.view(1, 1, -1, 1), mass.program.only.scale
+        q, own = position[:, None, :, None], mass.program.only.scale
         scale: float | Tensor = self.shape.dim**-0.5 if call.given_scale is None else call.given_scale
         if call.given_scale is None and own is not None:
             scale = values.at(q=q).tensor(own)
@@ -299,8 +301,8 @@ class OfKind:
         call, groups = self.call, self.kind.blocks(stride)
         assert self.classes is not None and self.of.groups is not None and call.groups is not None
         at = call.position.clamp(min=0)
-        there = self.holds[:, at] & (call.position >= 0)
-        number = torch.where(there, groups.number[:, at], groups.room)
+        there = self.holds.gather(-1, at) & (call.position >= 0)
+        number = torch.where(there, groups.number.gather(-1, at), groups.room)
         in_groups = InBlocks(self.kind, stride)
         inside = self._of_classes(
             in_groups, self.of.groups, call.groups, number, lambda largest: BlockSums(groups.room, stride, largest)
@@ -331,7 +333,7 @@ class OfKind:
         at = token[..., None] + (each.flip(0) if flip else each)
         there = at < self.documents.end.gather(-1, token)[..., None]
         if rows:
-            at = at - self.shape.first_position(self.of.program)
+            at = at - self.call.first_row[..., None]
             there = there & (at >= 0) & (at < self.shape.rows)
         at = at.clamp(0, x.shape[2] - 1).flatten(1)
         found = torch.where(there.flatten(1)[:, None, :, None], picked(x, at), 0).to(self.call.real)

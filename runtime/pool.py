@@ -65,15 +65,22 @@ def pooled_queries(
     return torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0] if pieces else q
 
 
-def queries_of_decode(q: Tensor, queries: Queries, lengths: Tensor, present: Tensor) -> Tensor:
+def queries_of_decode(
+    q: Tensor, queries: Queries, lengths: Tensor, present: Tensor, documents: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """As `pooled_queries`, of the last rows of sequences of these lengths, int [B]: where a class begins in a call
-    differs among them, and only the device knows. present: int [B], before which position a row is present."""
+    differs among them, and only the device knows. present: int [B], before which position a row is present. documents:
+    of each token the first of its document and one past its last, [B, tokens]: classes begin and end with these."""
     rows, wanted = q.shape[2], queries.function
     if not rows:
         return q
     at = torch.arange(rows, device=q.device)
-    begin = at - (lengths.to(torch.int64).view(-1, 1) - rows + at) % queries.size
-    end = rows - (lengths.to(torch.int64) - present).view(-1, 1)
+    first_row = lengths.to(torch.int64).view(-1, 1) - rows
+    begin, end = at - (first_row + at) % queries.size, present.to(torch.int64).view(-1, 1) - first_row
+    if documents is not None and documents[0].shape[-1]:
+        token = (first_row + at).clamp(min=0)
+        first, last = (x.to(torch.int64).expand(len(q), -1).gather(-1, token) - first_row for x in documents)
+        begin, end = at - (at - first) % queries.size, torch.minimum(end, last)
     x = q.to(wide(q))
     outside = {PoolFunction.MAX: -torch.inf, PoolFunction.MIN: torch.inf}.get(wanted, 0.0)
     found, count = torch.full_like(x, outside), torch.zeros_like(begin)

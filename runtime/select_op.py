@@ -56,7 +56,7 @@ State: TypeAlias = tuple[Tensor, Tensor]
 # Kinds of calls whose selectors are kept.
 MAX_KEPT = 256
 _KEPT: dict[Any, Selector | EntrySelector | DocumentSelector] = {}
-_KEPT_RAGGED: dict[Any, Selector] = {}
+_KEPT_RAGGED: dict[Any, Selector | DocumentSelector] = {}
 
 
 class Branches(Protocol):
@@ -170,7 +170,7 @@ class RaggedPlanner:
             q = of.queries(selection.score.branch)
         inputs = [*self.inputs, *read]
         # Keys are read where they lie, those of 8 bits in a copy.
-        in_pages = None in kept_by(selection) and not call.cache.fp8
+        in_pages = self.program.packed is None and None in kept_by(selection) and not call.cache.fp8
         make = torch.ops.attndsl.select_ragged if traced((call.q, *inputs)) else _select_ragged
         made: Tensor = make(
             self.key, selection.name, q, call.seq_lens, call.k.shape[1], call.capacity,
@@ -304,13 +304,22 @@ def _select_ragged(
         like = [torch.empty_like(x, device="meta") for x in inputs]
         ranks = q.is_cuda and q.dtype != torch.float64
         printer = engine_of(key).generators.triton_rank if ranks else None
-        selector = _KEPT_RAGGED[kind] = Selector(
-            seen, selection, shape, q.device, like, printer, ragged=True, dtype=q.dtype, page=page
-        )
+        if seen.packed is None:
+            selector = Selector(
+                seen, selection, shape, q.device, like, printer, ragged=True, dtype=q.dtype, page=page
+            )  # fmt: skip
+        else:
+            selector = DocumentSelector(key, seen, selection, shape, q.device, like, ragged=True)
+        _KEPT_RAGGED[kind] = selector
+    state = None if keys is None or lse is None else (keys, lse)
+    if isinstance(selector, DocumentSelector):
+        lengths = seq_lens.clamp(0, capacity).to(torch.int64).view(-1, 1, 1, 1)
+        with torch.no_grad():
+            return selector(q, members[0], inputs, args, scale, state, lengths)
     names = [KEYS if each is None else each.name for each in kept_by(selector.selection)]
     ragged = Ragged(seq_lens, capacity, dict(zip(names, members, strict=True)), page_table)
     with torch.no_grad():
-        return selector(q, q, inputs, args, scale, None if keys is None or lse is None else (keys, lse), ragged)
+        return selector(q, q, inputs, args, scale, state, ragged)
 
 
 def _ragged_shape(q: Tensor, kv_heads: int, capacity: int) -> CallShape:

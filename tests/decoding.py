@@ -53,7 +53,7 @@ def of_length(program: Program, inputs: Mapping[str, Tensor], length: int, rows:
             if dim.axis is Axis.Q and dim.block == 1:
                 x = x.narrow(axis, x.shape[axis] - rows, rows)
             elif dim.axis in (Axis.Q, Axis.K):
-                x = x.narrow(axis, 0, -(-length // dim.block))
+                x = x.narrow(axis, 0, length if dim.apart else -(-length // dim.block))
         found[decl.name] = x
     return found
 

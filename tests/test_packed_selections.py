@@ -352,14 +352,6 @@ def test_decode_reads_blocks_of_documents(backend: str) -> None:
         torch.testing.assert_close(out[own].double(), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_decode_says_what_it_has_not() -> None:
-    x, n = torch.randn(2, 2, 48, 16), torch.tensor([48, 40], dtype=torch.int32)
-    for text in ("attend causal over pool(mean, 4)", TEXTS["moba"], TEXTS["nsa"]):
-        attn = attndsl.compile(f"attention a {{ input doc : int[b, k] packed doc {text} }}")
-        with pytest.raises(PatternError, match="A911"):
-            attn.decode(x[:, :, :1], x, x, n, doc=DOC)
-
-
 def test_too_many_to_compete() -> None:
     text = "attend causal & cover(0.3, blocks(8), by = dot(Q, mean(K)), compete = head, at_most = 4)"
     attn = attndsl.compile(f"attention a {{ input doc : int[b, k] packed doc {text} }}")
