@@ -182,6 +182,11 @@ class InGroups:
     def width(self) -> int:
         return self._reach
 
+    @property
+    def apart(self) -> bool:
+        """Whether each head has groups of its own."""
+        return self.groups.order.shape[1] > 1
+
     def _of(self, x: Tensor, at: Tensor) -> Tensor:
         """What groups or places [B, H or 1, tokens] have at some, [B, H or 1, n, m]."""
         return x.gather(-1, at.expand(-1, x.shape[1], -1, -1).flatten(2)).view(*x.shape[:2], *at.shape[2:])

@@ -19,7 +19,7 @@ from attndsl.runtime.runs import document_entries
 from attndsl.runtime.strips import LARGEST, STRIP
 from attndsl.runtime.touched import Touched
 from attndsl.runtime.values import Values
-from attndsl.selection import Antidiagonal, Bound, Dot, Given, Probs, Vectors
+from attndsl.selection import Antidiagonal, Bound, Dot, Given, Probs, Share, Vectors
 
 if TYPE_CHECKING:
     from attndsl.runtime.document_select import Call, Classes
@@ -77,7 +77,7 @@ class OfKind:
 
     def _put(self, plan: Tensor, level: Tensor, at: slice) -> None:
         """Write what some row classes choose, level [B, H', n, columns]."""
-        number = self.members.numbers(self._first(at))
+        number = None if self._by_number else self.members.numbers(self._first(at))
         if number is not None:
             number = number.expand(-1, self.shape.heads, -1, -1)[:, :: self.shape.heads // level.shape[1]]
         make = self._listed if self.selection.bounded else self._mapped
@@ -125,7 +125,18 @@ class OfKind:
         if self.of.always is not None:
             forced = self._forced(at).expand(shape) & candidates
         raw = self._scores(at).expand(shape)
-        return torch.where(candidates & ~raw.isnan(), raw, -torch.inf).clamp(max=LARGEST), candidates, forced
+        raw = torch.where(candidates & ~raw.isnan(), raw, -torch.inf).clamp(max=LARGEST)
+        if self._by_number:
+            number = self.members.numbers(self._first(at))
+            assert number is not None
+            number = number.clamp(max=self.members.count).expand(shape)
+            raw, candidates, forced = (_placed(x, number) for x in (raw, candidates, forced))
+        return raw, candidates, forced
+
+    @property
+    def _by_number(self) -> bool:
+        """Whether columns stand at their members' numbers: of heads that share, each has keys of other members."""
+        return isinstance(self.members, InGroups) and self.members.apart and self.selection.share is not Share.NONE
 
     def _inside(self, at: slice) -> Tensor:
         if self.classes is None:
@@ -339,6 +350,13 @@ class OfKind:
         found = torch.where(there.flatten(1)[:, None, :, None], picked(x, at), 0).to(self.call.real)
         whole: Tensor = found.unflatten(2, (-1, size)).flatten(3)
         return whole
+
+
+def _placed(x: Tensor, number: Tensor) -> Tensor:
+    """What columns have [B, H, n, columns] at these places, as many as columns for none; nothing elsewhere."""
+    empty = -torch.inf if x.is_floating_point() else 0
+    found = x.new_full((*x.shape[:3], x.shape[3] + 1), empty)
+    return found.scatter_(-1, number, x)[..., : x.shape[3]]
 
 
 __all__ = ["OfKind"]

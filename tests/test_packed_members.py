@@ -86,6 +86,8 @@ TEXTS = {
     "y = attend causal & cover(0.71, segments(cg), per = head, by = probs(x)) output y",
     "places": "input pi : int[b, h, k] x = attend causal over pool(mean, 8, counted) "
     "y = attend causal & top(2, blocks(4) on permuted(pi), per = rows(4), by = probs(x)) output y",
+    "segments of each head": "input cg : int[b, g, k] sorted "
+    "attend causal & top(2, segments(cg), share = heads, by = dot(Q, mean(K)), always = sink(1))",
     "places that compete": "input po : int[k] attend causal & cover(0.3719, blocks(4) on permuted(po), per = rows(8), "
     "compete = head, by = dot(mean(Q), mean(K)), always = sink(1), forced = extra)",
     "tiles that compete": "axes t, x[6] attend cover(0.3719, tiles(2, 3), per = tiles(1, 3), compete = all, "
