@@ -172,8 +172,8 @@ def _rows(question: Question) -> list[str]:
     program, shape = question.program, question.shape
     if missing := _missing(question):
         return [f"give {missing} to see the keys of sample rows"]
-    if too_dense(program, shape):
-        return ["`coarsen` and `random` make single rows costly to list at this length: ask at a shorter one"]
+    if dense := too_dense(program, shape):
+        return [f"{dense} single rows costly to list at this length: ask at a shorter one"]
     if shape.rows == 0 or shape.k_len == 0:
         return []
     start = shape.first_position(program)
@@ -401,8 +401,8 @@ def _pairs_line(question: Question, graph: BlockGraph, flops_of_pair: int) -> st
     shape = question.shape
     if missing := _missing(question):
         return f"pairs: depend on {missing}"
-    if too_dense(question.program, shape):
-        return "pairs: not counted at this length (`coarsen`, `random`)"
+    if dense := too_dense(question.program, shape):
+        return f"pairs: not counted ({dense} that costly at this length)"
     count = count_pairs(graph, question.program, shape, question.inputs or {}, question.args or {})
     everything = shape.batch * shape.heads * shape.rows * graph.shape.k_len
     share = 100 * count.pairs / max(1, everything)

@@ -27,6 +27,7 @@ from attndsl.members import Lags, Members, Placed, Runs, Tiles, extent
 from attndsl.oracle_operators import Array as Array
 from attndsl.oracle_operators import apply
 from attndsl.oracle_places import axis_size, coordinates, listed, run_starts, tile_numbers
+from attndsl.oracle_views import seen_extents
 from attndsl.program import (
     Arg,
     Axis,
@@ -272,18 +273,13 @@ class Evaluator:
             return self._seen_runs(part.pattern, view.runs, full)
         if (picked := view if isinstance(view, Pick) else view.picked if isinstance(view, Given) else None) is not None:
             return self._seen_listed(part.pattern, picked, full)
+
         # The nominal extents reach past the last token: the pattern is asked there too.
-        reach = (full[-1] - 1) * view.stride + view.size
-        tokens = self.at(self.variables["q"], np.arange(reach).reshape(1, 1, 1, -1), *self._lengths)
-        inside = np.broadcast_to(tokens.members(part.pattern), (*full[:3], reach))
-        found = np.zeros(full, np.bool_)
-        for j in range(full[-1]):
-            first = j * view.stride
-            if view.visible is Visible.EVERY:
-                found[..., j] = inside[..., first : first + view.size].all(-1)
-            else:
-                found[..., j] = inside[..., first : min(first + view.size, shape.k_len)].any(-1)
-        return found
+        def inside(low: int, high: int) -> Array:
+            tokens = np.arange(low, high).reshape(1, 1, 1, -1)
+            return self.at(self.variables["q"], tokens, *self._lengths).members(part.pattern)
+
+        return seen_extents(inside, full, view.size, view.stride, shape.k_len, view.visible is Visible.EVERY)
 
     def _seen_runs(self, pattern: Set, runs: Runs, full: tuple[int, ...]) -> npt.NDArray[np.bool_]:
         """Which runs of an input each row sees, those of the batch entry's and head's own in order."""

@@ -13,6 +13,7 @@ from attndsl.alone import separate
 from attndsl.branches import Visible
 from attndsl.derivation import Random
 from attndsl.oracle import Evaluator, check_inputs, entries, mask
+from attndsl.oracle_views import seen_extents
 from attndsl.program import (
     Blocks,
     CallShape,
@@ -85,20 +86,29 @@ def seen(
         rows = q_pos - shape.first_position(program)
         return mask(program, shape, inputs, args)[:, :, rows]
     # Nominal extents reach past the last token.
-    tokens = np.arange((count - 1) * view.stride + view.size)
-    inside = allowed(program, shape, q_pos, tokens, inputs, args)
-    every = view.visible is Visible.EVERY
-    if not every:
-        inside[..., tokens >= shape.k_len] = False
-    extents = np.lib.stride_tricks.sliding_window_view(inside, view.size, -1)[..., :: view.stride, :]
-    return np.asarray(extents.all(-1) if every else extents.any(-1))
+    check_inputs(program, shape, {name: np.shape(value) for name, value in inputs.items()})
+    call, every = Evaluator.of_call(program, shape, inputs, args), view.visible is Visible.EVERY
+    lengths = call.variables["Nq"], call.variables["Nk"]
+
+    def inside(low: int, high: int) -> Array:
+        tokens = np.arange(low, high).reshape(1, 1, 1, -1)
+        return call.at(q_pos.reshape(1, 1, -1, 1), tokens, *lengths).members(part.pattern)
+
+    full = (shape.batch, shape.heads, q_pos.size, count)
+    return seen_extents(inside, full, view.size, view.stride, shape.k_len, every)
 
 
-def too_dense(program: Program, shape: CallShape) -> bool:
-    """Whether asking the oracle for single rows of this call takes too long."""
-    patterns = (part.pattern for branch in program.branches for part in branch.parts)
-    coarse = any(isinstance(node, Coarsen | Random) for pattern in patterns for node in nodes(pattern))
-    return (coarse or separate(program)) and shape.q_len(program) * shape.k_len > MAX_COARSE_PAIRS
+def too_dense(program: Program, shape: CallShape) -> str:
+    """What makes asking the oracle for single rows of this call take too long, empty where nothing does."""
+    parts = [part for branch in program.branches for part in branch.parts]
+    if any(part.view is not None and part.view.size > MAX_COARSE_PAIRS for part in parts):
+        return "entries of so many tokens make"
+    if shape.q_len(program) * shape.k_len <= MAX_COARSE_PAIRS:
+        return ""
+    if separate(program):
+        return "sequences that stand alone make"
+    coarse = any(isinstance(node, Coarsen | Random) for part in parts for node in nodes(part.pattern))
+    return "`coarsen` and `random` make" if coarse else ""
 
 
 def count_pairs(

@@ -7,6 +7,7 @@ from functools import partial, reduce
 
 import islpy as isl
 
+from attndsl.effort import bounded
 from attndsl.isl_sets import integer
 from attndsl.program import Binary, Call, Compare, Const, If, Scalar, children
 from attndsl.quasi_affine import conjunction, rounded, to_scalar
@@ -18,18 +19,21 @@ Names = Mapping[str, Scalar]
 MAX_GROUPED = 24
 # Residues up to which bounds of a number and of a quotient of it are put as bounds of the number.
 MAX_RESIDUES = 4
+# Operations for an end of an interval. What isl searches grows as it goes on: twice as many take four times as long.
+ENDS_EFFORT = 10_000
 
 
 def interval_ends(build: isl.AstBuild, piece: isl.Set, context: isl.Set, names: Names) -> Ends:
     """The first tile of an interval { [t] } and how many there are, none where its parameters do not allow it.
 
     Of a conjunction the greatest lower and the least upper bound; of others what isl writes, case by case, which takes
-    many times longer.
+    many times longer. Raises TooHard where isl does not find them.
     """
     basic = piece.get_basic_sets()
     if len(basic) == 1 and plain_interval(basic[0]):
         return _bounds(build, basic[0], context, names)
-    first, last = (to_scalar(build.expr_from_pw_aff(end), names) for end in (piece.dim_min(0), piece.dim_max(0)))
+    ends = (bounded(build.get_ctx(), end, ENDS_EFFORT) for end in (lambda: piece.dim_min(0), lambda: piece.dim_max(0)))
+    first, last = (to_scalar(build.expr_from_pw_aff(end), names) for end in ends)
     return first, _guarded(build, piece.params(), context, names, _count(first, last))
 
 

@@ -104,18 +104,17 @@ def unpacked(program: Program) -> Program:
 
 def of_output(program: Program) -> Program:
     """A program of branches without the clauses, its output saying what they say of it; its inputs with the ends of
-    documents that are read. Rows of no document, and of tokens that are not present, have no output."""
+    documents that are read. Rows of no document, and of tokens that are not present, have no output, nor have any of a
+    sequence without tokens."""
     assert program.output is not None
     if program.packed is None and program.lengths is None:
         return program
     place = _of_rows(program)
     output = rewritten(program.output, lambda e: place.scalar(e, place.names()))
-    if not program.align_start:
-        there: list[Scalar] = [Compare("<=", Const(0), Var("q"))]
-        if program.lengths is not None:
-            there.append(Compare("<", Var("q"), _count(program)))
-        present = there[0] if len(there) == 1 else Logic("and", tuple(there))
-        output = of_present_rows(output, present)
+    there: list[Scalar] = [] if program.align_start else [Compare("<=", Const(0), Var("q"))]
+    if program.lengths is not None:
+        there.append(Compare("<", Const(0) if program.align_start else Var("q"), _count(program)))
+    output = of_present_rows(output, there[0] if len(there) == 1 else Logic("and", tuple(there)))
     inputs = (*program.inputs, *place.declared.values())
     return replace(program, output=output, inputs=inputs, packed=None, lengths=None)
 

@@ -14,7 +14,8 @@ from attndsl.derivation import DocumentBlocks, DocumentEnds
 from attndsl.diagnostics import error
 from attndsl.observation import Observation
 from attndsl.observing import Cells
-from attndsl.program import InputDecl, Program
+from attndsl.present_rows import of_present_rows
+from attndsl.program import Compare, Const, InputDecl, Program, Var
 from attndsl.runtime.call import call_shape, check_call, check_inputs, without_values
 from attndsl.runtime.combine import Combiner, State
 from attndsl.runtime.combine_op import by_kernel, combined_by_kernel
@@ -227,12 +228,17 @@ def attend_composed(
         return *call.attended(composition.output.branch), observed
     attended = {name: call.attended(name) for name in combined(composition.output)}
     assert composition.reading is not None
-    gates, shape = read_by_output(composition.reading, call.inputs), call_shape(q, k, v)
+    reading, shape = composition.reading, call_shape(q, k, v)
+    gates = read_by_output(reading, call.inputs)
     # A kernel holds an index within a dimension, and would read beside one without entries.
-    if attended and by_kernel(q, backend) and all(x.numel() for x in gates.values()):
-        return *combined_by_kernel(key, composition.reading, shape, attended, gates, args), observed
+    if attended and shape.k_len and by_kernel(q, backend) and all(x.numel() for x in gates.values()):
+        return *combined_by_kernel(key, reading, shape, attended, gates, args), observed
     numbers = dict(zip(program.args, args, strict=True))
-    found = Combiner(composition.reading, shape, q.device, gates, numbers, attended).result()
+    if not shape.k_len:
+        # Where there are no tokens there is no output.
+        assert reading.output is not None
+        reading = replace(reading, output=of_present_rows(reading.output, Compare("<", Const(0), Var("Nk"))))
+    found = Combiner(reading, shape, q.device, gates, numbers, attended).result()
     return found[0].to(q.dtype).expand(shape.batch, shape.heads, shape.rows, shape.v_dim), found[1], observed
 
 

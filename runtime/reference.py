@@ -130,11 +130,6 @@ def _apart(call: _Call) -> tuple[Tensor, Tensor | None]:
     lse: Tensor | None = call.q.new_full(call.q.shape[:3], -torch.inf)
     for x in sequences(program, shape, evaluator.inputs):
         found, own_lse = call.alone(x).result()
-        if x.keys.start == x.keys.stop and not program.align_start:
-            nowhere = torch.zeros((), dtype=torch.bool, device=out.device)
-            found = torch.where(nowhere, found, 0.0)
-            if own_lse is not None and isinstance(program.output, Merged):
-                own_lse = torch.where(nowhere, own_lse, -torch.inf)
         place = torch.zeros(out.shape[:3], dtype=torch.bool, device=out.device)
         place[x.entry, :, x.rows] = True
         out = out.masked_scatter(place[..., None], found)
@@ -193,9 +188,17 @@ class _Call:
         return oracle.Evaluator.of_call(together(self.program), shape, inputs, args, x.entry)
 
     def result(self) -> tuple[Tensor, Tensor | None]:
-        """Output and lse of the program."""
+        """Output and lse of the program; where there are no tokens there is no output, whatever it makes of that."""
         output = self.program.output
-        return self.branch(self.program.branches[0]) if output is None else self.output(output)
+        if output is None:
+            return self.branch(self.program.branches[0])
+        out, lse = self.output(output)
+        if self.shape.k_len:
+            return out, lse
+        nowhere = torch.zeros((), dtype=torch.bool, device=out.device)
+        if isinstance(output, Merged) and lse is not None:
+            lse = torch.where(nowhere, lse, -torch.inf)
+        return torch.where(nowhere, out, 0.0), lse
 
     def branch(self, branch: Branch) -> tuple[Tensor, Tensor | None]:
         """Output and lse of a branch, whose parts share one softmax."""

@@ -215,6 +215,7 @@ WRONG: dict[str, Callable[[], object]] = {
     ),
     "A911": lambda: attndsl.compare("attention a { attend causal over pool(mean, 4) }", "causal"),
     "A535": lambda: attndsl.compile("attention a { attend causal, causal over pool(mean, 4) }").mask(4, 4),
+    "A536": lambda: attndsl.compile("attention a { attend { k >= q - 5 } over pool(mean, 2000000000) }").mask(99, 99),
     "A541": lambda: attndsl.compare("causal", "attention a { align start  attend causal }"),
 }
 # Raised for what a test cannot bring about here, or brings about elsewhere.

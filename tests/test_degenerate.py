@@ -26,6 +26,8 @@ PROGRAMS = {
     "pooled": "attention a { attend causal over pool(mean, 4) }",
     "two levels": "attention a { votes = attend causal over pool(mean, 16)\n"
     "far = attend causal within blocks(16) with probs(votes)\n output far }",
+    "divided": "attention a { x = attend causal\n output x / Nk + x * log(1.0 * Nq) }",
+    "from its start": "attention a { align start  x = attend { k <= q }\n output sigmoid(1.0 / Nk) * x / Nk }",
     "merged": "attention a { x = attend causal & window(3)\n y = attend causal - window(3)\n output merge(x, y) }",
 }
 # Batch entries, rows, keys.
@@ -49,6 +51,21 @@ def test_calls_of_nothing(name: str, backend: str) -> None:
         assert torch.allclose(out.double(), exact, atol=1e-5, rtol=1e-5), (batch, rows, keys)
         out.sum().backward()
         assert all(x.grad is not None and x.grad.isfinite().all() for x in leaves)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_sequences_without_tokens_have_no_output(backend: str) -> None:
+    """Whatever it says of their rows, which stand somewhere under `align start`."""
+    text = "input n : int[b]\n lengths n\n x = attend { k % 2 == 0 }\n y = attend { k % 2 > 0 }"
+    for output in ("merge(x, y) / Nk", "x * log(1.0 * Nk) + y", "x / Nk + 1.0 / Nk"):
+        attn = attndsl.compile(f"attention a {{ align start  {text}  output {output} }}")
+        leaves = [torch.randn(3, 2, 6, 8, requires_grad=True) for _ in range(3)]
+        n = torch.tensor([6, 0, 3])
+        out, exact = attn(*leaves, backend=backend, n=n), attn.reference(*leaves, n=n)
+        torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
+        assert out[0].any() and not out[1].any()
+        gradients = torch.autograd.grad(out.square().sum(), leaves)
+        assert all(x.isfinite().all() and not x[1].any() for x in gradients)
 
 
 @pytest.mark.parametrize("f", ["mean", "min"])

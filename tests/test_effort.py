@@ -41,6 +41,8 @@ HOSTILE = {
     "axes": """attention a { axes t, y[12], x[10], z[6] attend neighborhood(3) on t
         & neighborhood(5, 2) on y & neighborhood(7, 1, 2) on x
         & neighborhood(3) on z | { q.t == k.t and q.y + q.x == k.y + k.x } }""",
+    # An end of an interval whose search grows as it goes on: two minutes, within the bound of all.
+    "large blocks": "coarsen(causal, (4, 158918), fraction(0.5))",
     "complement": "attention a { input width : int[h]  attend ~coarsen(band(width[h], 0), 4, all) }",
 }
 # On one idle core each takes 0.1 to 1 s; the bound leaves room for a busy machine.

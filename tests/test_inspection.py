@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -163,6 +164,18 @@ def test_without_a_disassembler_sass_is_refused(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(attndsl.PatternError, match="A534"):
         attndsl.compile("causal").assembly("forward", "sass")
+
+
+def test_entries_of_any_number_of_tokens_are_asked() -> None:
+    """Of tokens past the last until no row can see them, and at once where no token is asked."""
+    huge, all_of_it = (
+        attndsl.compile(f"attention a {{ attend {x} over pool(mean, 2147483647) }}") for x in ("causal", "all")
+    )
+    assert not huge.mask(70, 70).any() and all_of_it.mask(70, 70).all()
+    assert "costly to list" in str(huge.explain(4096))
+    some = attndsl.compile("attention a { attend causal & { q % 2 == 0 } over pool(mean, 1000, 3, visible = any) }")
+    q, j = np.arange(70)[:, None], np.arange(24)
+    assert (some.mask(70, 70)[0] == ((3 * j <= q) & (q % 2 == 0))).all()
 
 
 def test_the_header_counts_the_runs_of_boxes() -> None:
