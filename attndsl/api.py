@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from attndsl.asking import arguments, asked, batch_of, check_names, check_plain, checked, known, of_lengths
@@ -98,7 +97,7 @@ class Attention:
         self._inputs = tuple(decl.name for decl in own_program(program).inputs)
         self._attend = attend_operator()
         # Known before the first call, which may be one that torch.compile traces.
-        self._key = registered(replace(program, observations=()), keep_text)
+        self._key = registered(program, keep_text)
         self._composition = compose(program)
         parts = () if program.plain else self._composition.programs
         self._parts = tuple(registered(part, keep_text) for part in parts)

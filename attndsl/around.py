@@ -8,6 +8,7 @@ from attndsl.branches import Pool
 from attndsl.chosen_entries import ranked
 from attndsl.compose import compose
 from attndsl.kernel_names import combines
+from attndsl.observed import by_members
 from attndsl.plan import Spec
 from attndsl.program import CallShape, Program
 from attndsl.select_plan import why_not_fused
@@ -38,7 +39,8 @@ def around(program: Program, spec: Spec, shape: CallShape) -> Iterator[str]:
         moved = size * rows * spec.v_dim * (len(composition.branches) + 1)
         yield f"output: combined by {kernel}; {amount(moved)}B of branches and output"
     for each in program.observations:
-        kernel = "PyTorch" if on_cpu else f"`{each.name}.observe`"
+        kernel = "torch operators" if by_members(program, each) else f"`{each.name}.observe`"
+        kernel = "PyTorch" if on_cpu else kernel
         yield f"{each.name}: observed by {kernel} where a call asks, from q, k and lse once more"
 
 

@@ -240,16 +240,21 @@ class Branch:
 
     @property
     def why_no_mass(self) -> str:
-        """Why it has no probabilities of keys that `probs` could rank or weigh by; empty where it has."""
-        if len(self.parts) > 1:
-            return "it has several parts"
+        """Why it has no probabilities that `probs` could rank by, or `observe` give; empty where it has."""
         if self.weights is not None:
             return "`weights` replace its softmax"
         if self.skip is not None:
             return "which pairs it skips is not kept"
+        return "it has two levels" if self.within is not None else ""
+
+    @property
+    def why_no_shares(self) -> str:
+        """Why its probabilities weigh no members of two levels, or of documents; empty where they do."""
+        if len(self.parts) > 1:
+            return "it has several parts"
         if any(part.view is not None and part.view.told for part in self.parts):
             return "data tells what its entries are of"
-        return "it has two levels" if self.within is not None else ""
+        return self.why_no_mass
 
 
 # ------------------------------------------------------------------------------------------ output

@@ -65,11 +65,12 @@ class Chosen:
 @dataclass(frozen=True, slots=True)
 class Mass:
     """The probabilities of a branch's part, float64 [B, Hq, rows, keys]; key j stands for the tokens
-    [j * stride, j * stride + size)."""
+    [j * stride, j * stride + size), or where data tells for those of `tokens`, bool [B, Hq, keys, Nk]."""
 
     probabilities: Floats
     size: int = 1
     stride: int = 1
+    tokens: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,20 @@ def choose(program: Program, selection: Selection, shape: CallShape, data: Data)
     """
     call = _Call(program, selection, shape, data)
     return call.chosen()
+
+
+def plan_sizes(program: Program, selection: Selection, shape: CallShape) -> tuple[int, int]:
+    """How many row classes and members there are in a call."""
+    nothing = np.zeros((0,))
+    call = _Call(program, selection, shape, Data(nothing, nothing, {}, {}, 1.0, {}))
+    return call.classes, call.members
+
+
+def given_masses(program: Program, selection: Selection, shape: CallShape, data: Data) -> Floats:
+    """What a selection by `probs` ranks its members by, for each class of the call's rows: [B, Hq, R, M]."""
+    assert isinstance(selection.score, Probs)
+    call = _Call(program, selection, shape, data)
+    return call._mass(data.masses[selection.score.branch], selection.score.largest)
 
 
 @dataclass(frozen=True)
@@ -232,8 +247,7 @@ class _Call:
         found = np.zeros((self.shape.batch, self.shape.heads, self.classes, self.members))
         for mass in masses:
             for j in range(mass.probabilities.shape[-1]):
-                tokens = slice(j * mass.stride, min(j * mass.stride + mass.size, self.shape.k_len))
-                shares = (self.labels[..., tokens, None] == np.arange(self.members)).mean(3)
+                shares = self._shares(mass, j)
                 of_members = mass.probabilities[..., j, None] * shares
                 for r in range(self.classes):
                     of_rows = of_members[:, :, self.rows_of(r)]
@@ -242,6 +256,15 @@ class _Call:
                     else:
                         found[:, :, r] += of_rows.sum(2)
         return found
+
+    def _shares(self, mass: Mass, j: int) -> Floats:
+        """Which share of key j's tokens each member has, for each row: [B, Hq, rows, members]."""
+        if mass.tokens is None:
+            tokens = slice(j * mass.stride, min(j * mass.stride + mass.size, self.shape.k_len))
+            return np.asarray((self.labels[..., tokens, None] == np.arange(self.members)).mean(3))
+        own = mass.tokens[:, :, j, None, :]
+        inside = (self.labels[..., None] == np.arange(self.members)) & own[..., None]
+        return np.asarray(inside.sum(3) / np.maximum(own.sum(3, keepdims=True), 1))
 
     def _antidiagonal(self, stride: int) -> Floats:
         """Groups of `stride` positions, missing tokens zero; what a group may see is what `among` lets it touch."""

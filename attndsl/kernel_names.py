@@ -11,6 +11,7 @@ from attndsl.compose import compose
 from attndsl.decode_pieces import decode_pieces
 from attndsl.diagnostics import error
 from attndsl.effort import remembered
+from attndsl.observed import by_members
 from attndsl.pieces import choose_pieces
 from attndsl.program import Program
 from attndsl.select_plan import why_not_fused
@@ -30,7 +31,7 @@ def kernel_names(program: Program, heads: int, kv_heads: int) -> tuple[str, ...]
         names += [f"{branch}.{x}" if branch else x for x in _of_branch(own, heads, kv_heads)]
     if combines(program):
         names += ["combine", "combine_gradients"]
-    for each in program.observations:
+    for each in (each for each in program.observations if not by_members(program, each)):
         parts = branches[each.branch if program.output is not None else ""].only.parts
         names += [f"{each.name}.observe{'' if n == 1 else f'_{n}'}" for n in range(1, len(parts) + 1)]
     return tuple(names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from attndsl.branch_mass import branch_mass
+from attndsl.branch_mass import BranchMass, branch_masses
 from attndsl.branches import Branch, Part
 from attndsl.capacity import capacity
 from attndsl.cuts import with_cuts
@@ -118,8 +118,8 @@ def _why_not_ranked(program: Program, selection: Selection, heads: tuple[int, in
 def _why_not_mass(program: Program, selection: Selection, heads: tuple[int, int], ragged: bool) -> str:
     """Why the probabilities of a branch are not ranked in tiles: an entry is one member's, and its logit is s."""
     assert isinstance(selection.score, Probs)
-    mass = branch_mass(program, selection, heads, ragged)
-    if selection.score.largest or mass.view is None or not mass.size == mass.stride == selection.keys:
+    mass, *others = branch_masses(program, selection, heads, ragged)
+    if others or selection.score.largest or mass.view is None or not mass.of_blocks or mass.size != selection.keys:
         return "the branch's entries are not the members"
     if mass.logit is not None or not (mass.branch.scale is None or isinstance(mass.branch.scale, Const)):
         return "the branch's logits are not scaled products"
@@ -130,6 +130,12 @@ def _why_not_mass(program: Program, selection: Selection, heads: tuple[int, int]
     if sharing(selection, heads) > 1 and reads(mass.seen, "h"):
         return "heads that share a choice see different entries of the branch"
     return ""
+
+
+def _only(program: Program, selection: Selection, heads: tuple[int, int], ragged: bool = False) -> BranchMass:
+    """What is ranked by of a branch of one part."""
+    (found,) = branch_masses(program, selection, heads, ragged)
+    return found
 
 
 def sharing(selection: Selection, heads: tuple[int, int]) -> int:
@@ -157,7 +163,7 @@ def select_plan(program: Program, selection: Selection, spec: Spec, tiling: Tili
         candidates = replace(candidates, inputs=both.inputs)
     seen: Scalar | None = None
     if isinstance(selection.score, Probs):
-        seen = specialise(branch_mass(program, selection, heads).seen, spec.sizes)
+        seen = specialise(_only(program, selection, heads).seen, spec.sizes)
     assert isinstance(selection.rule, Top) and selection.rule.count is not None
     plan = SelectPlan(
         candidates, replace(spec, backend=Backend.TRITON), tiling, runs, pair_mask(relation, written), None, None, None,
@@ -181,7 +187,7 @@ def rank_plan(
         candidates, forced = _condition(candidates, Inter((selection.among, selection.always)), keys, spec)
     seen: Scalar | None = None
     if isinstance(selection.score, Probs):
-        seen = specialise(branch_mass(program, selection, heads, ragged=True).seen, spec.sizes)
+        seen = specialise(_only(program, selection, heads, ragged=True).seen, spec.sizes)
     assert isinstance(selection.rule, Top) and selection.rule.count is not None
     # A warp holds its members' vectors in registers, and waits for no other.
     members = 8 if spec.dim > 128 else 16

@@ -29,9 +29,9 @@ from attndsl.selection import (
 
 def selection_text(selection: Selection) -> str:
     """A selection as a call of its function."""
-    of = _members(selection.keys, selection.members)
+    of = members_text(selection.keys, selection.members)
     per = {1: "query", None: "head", WHOLE: "head"}.get(selection.rows, f"rows({selection.rows})")
-    per = per if selection.row_tiles is None else _members(1, selection.row_tiles)
+    per = per if selection.row_tiles is None else members_text(1, selection.row_tiles)
     name, first, more = _rule(selection.rule)
     options = [of, f"per = {per}", f"by = {_score(selection.score)}", f"among = {set_text(selection.among)}"]
     if selection.always is not None:
@@ -43,14 +43,14 @@ def selection_text(selection: Selection) -> str:
     return f"{name}({', '.join([first, *options, *more])})"
 
 
-def _members(keys: int, members: Members | None) -> str:
+def members_text(keys: int, members: Members | None) -> str:
     match members:
         case None:
             return "tokens" if keys == 1 else f"blocks({keys})"
         case Tiles(sizes=sizes):
             return f"tiles({', '.join(map(str, sizes))})"
         case Placed(size=size, input=name):
-            return f"{_members(size, None)} on permuted({name})"
+            return f"{members_text(size, None)} on permuted({name})"
         case Runs(input=name):
             return f"segments({name})"
         case Lags(size=size):

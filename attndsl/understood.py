@@ -7,7 +7,7 @@ from attndsl.notation import input_text, output_text, part_text, scalar_text
 from attndsl.observation import Observation
 from attndsl.plans import own_program
 from attndsl.program import Program
-from attndsl.selection_text import selection_text
+from attndsl.selection_text import members_text, selection_text
 from attndsl.skipping import TILE
 
 
@@ -60,6 +60,8 @@ def _branch_lines(branch: Branch) -> list[str]:
 def _observed(each: Observation) -> str:
     """What an observation is."""
     rows = {None: "all rows", 1: "a row"}.get(each.rows, f"{each.rows} rows")
+    rows = rows if each.row_tiles is None else f"one of {members_text(1, each.row_tiles)}"
     keys = "a token" if each.keys == 1 else f"{each.keys} tokens"
+    keys = keys if each.members is None else f"one of {members_text(1, each.members)}"
     reduced = "the largest" if each.largest else "the sum"
     return f"{each.name}: {reduced} of the probabilities of {each.branch}, for {rows} and {keys} at a time"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from attndsl import syntax as ast
-from attndsl.branches import Pick
+from attndsl.branches import Branch, Pick
 from attndsl.diagnostics import Span
 from attndsl.grammar.scope import Context, InputRef, Poison
 from attndsl.grammar.unsupported import Feature, unsupported
@@ -16,6 +16,7 @@ from attndsl.program import (
     Program,
     Type,
 )  # fmt: skip
+from attndsl.selection import Probs
 
 _DIMS = {"packed": (Axis.B, Axis.K), "lengths": (Axis.B,)}
 _EXAMPLES = {"packed": "input doc : int[b, k]", "lengths": "input n : int[b]"}
@@ -84,3 +85,17 @@ def _barred(program: Program) -> Iterator[_Barred]:
     for part in (part for branch in program.branches for part in branch.parts):
         if isinstance(part.view, Pick):
             yield _Barred("such a view", "data says which tokens its entries are of", part.span)
+    for chosen in program.selections:
+        if isinstance(chosen.score, Probs) and (why := _why_not_given(program.named(chosen.score.branch))):
+            yield _Barred("such a selection", f"of the branch that it ranks by, {why}", chosen.span)
+    for each in program.observations:
+        if any(part.view is not None and part.view.told for part in program.named(each.branch).parts):
+            yield _Barred("such an `observe`", "data says which tokens entries are of", each.span)
+        if each.members is not None or each.row_tiles is not None:
+            why = "it is found of the tokens of a call in strips, and they begin anew with each document"
+            yield _Barred("`observe` of members that are no blocks", why, each.span)
+
+
+def _why_not_given(branch: Branch) -> str:
+    """Why the probabilities of a branch, where it has any, are not given to members of documents."""
+    return "" if branch.why_no_mass else branch.why_no_shares

@@ -65,7 +65,7 @@ def check_two_levels(branches: Iterable[Branch | None], ctx: Context) -> None:
             what = f"two levels learn nothing that q and k read together, as `{both[0].input}`"
             _error(what, found.span, "with this score", ctx)
         by = named.get(found.within.branch)
-        if by is not None and (reason := by.why_no_mass):
+        if by is not None and (reason := by.why_no_shares):
             _error(f"the probabilities of `{by.name}` weigh nothing: {reason}", found.span, "weighed by them", ctx)
 
 

@@ -13,6 +13,7 @@ from attndsl.compose import Composition, Pooling
 from attndsl.derivation import DocumentBlocks, DocumentEnds
 from attndsl.diagnostics import error
 from attndsl.observation import Observation
+from attndsl.observed import as_selection, by_members
 from attndsl.observing import Cells
 from attndsl.present_rows import of_present_rows
 from attndsl.program import Compare, Const, InputDecl, Program, Var
@@ -22,13 +23,14 @@ from attndsl.runtime.combine_op import by_kernel, combined_by_kernel
 from attndsl.runtime.cuts import document_ends
 from attndsl.runtime.dropout import seed_tensor
 from attndsl.runtime.observe import observe
+from attndsl.runtime.observe_members import observe_members
 from attndsl.runtime.ops import attend, checked_values
 from attndsl.runtime.pick import listed_of_heads, picked
 from attndsl.runtime.pool import pooled, pooled_queries
 from attndsl.runtime.row_classes import queries_of_documents
 from attndsl.runtime.runs import Runs, document_blocks, entries_of_heads, pooled_runs
 from attndsl.runtime.runs import of_heads as runs_of_heads
-from attndsl.runtime.select_op import Planner
+from attndsl.runtime.select_op import Planner, reads_of
 from attndsl.runtime.shares import member_shares, observed_shares
 from attndsl.widths import LARGEST
 
@@ -131,7 +133,7 @@ class Composed:
         """What weighs the members of two levels."""
         key, part = self._part(within.branch)
         own = [self._input(decl) for decl in part.inputs]
-        keys, lse = self.state(within.branch)
+        (keys,), lse = self.state(within.branch)
         return member_shares(
             key, self.queries(within.branch), keys, lse, own, self.args, self.scale, within.keys, self.k.shape[2]
         )
@@ -153,16 +155,21 @@ class Composed:
                 found = made if found is None else torch.maximum(found, made) if each.largest else found + made
             assert found is not None
             return found
+        if by_members(self._program, each):
+            read = [self.planner.input(name, self) for name in reads_of(as_selection(each), self._program)]
+            inputs, (keys, lse) = [*self.inputs.values(), *read], self.state(each.branch)
+            of_call = self.queries(each.branch), self.k, inputs, self.args, self.scale
+            return observe_members(self._key, each.name, *of_call, keys, lse)
         wanted = Cells(each.rows, each.keys, each.largest)
         return observe(
             key, self.queries(each.branch), self.k, self.v, lse, own, self.args, self.scale, self.backend, wanted
         )
 
-    def state(self, name: str) -> tuple[Tensor, Tensor]:
-        """The keys that a branch of one part attended to, and its lse."""
+    def state(self, name: str) -> tuple[list[Tensor], Tensor]:
+        """The keys that each part of a branch attended to, and its lse."""
         _, lse = self.attended(name)
         assert lse is not None
-        return self._keys(self._part(name)[1].branches[0].parts[0].view), lse
+        return [self._keys(part.view) for part in self._part(name)[1].only.parts], lse
 
     def _keys(self, view: View | None) -> Tensor:
         """The keys of a part."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attndsl.branches import Attended, Given, Pick, Queries, Within, combined
+from attndsl.branches import Attended, Given, Pick, Queries, View, Within, combined
 from attndsl.compose import Composition, Pooling
 from attndsl.diagnostics import error
 from attndsl.keeping import Kept, check_apart, kept, kept_by
@@ -89,7 +89,7 @@ class ComposedDecode:
         """What weighs the members of two levels."""
         call, (key, program) = self.call, self._programs[within.branch]
         own = [self._input(decl) for decl in program.inputs]
-        keys, lse = self.state(within.branch)
+        (keys,), lse = self.state(within.branch)
         return ragged_shares(
             key,
             self.queries(within.branch),
@@ -117,16 +117,20 @@ class ComposedDecode:
             self._pooled[asked] = queries_of_decode(self.call.q, asked, lengths, present, documents)
         return self._pooled[asked]
 
-    def state(self, name: str) -> tuple[Tensor, Tensor]:
-        """The keys that a branch of one part attended to, and its lse."""
+    def state(self, name: str) -> tuple[list[Tensor], Tensor]:
+        """The keys that each part of a branch attended to, and its lse."""
         _, lse = self.attended(name)
         assert lse is not None
-        view = self._programs[name][1].branches[0].parts[0].view
+        program = self._programs[name][1]
+        return [self._keys(program, part.view) for part in program.only.parts], lse
+
+    def _keys(self, program: Program, view: View | None) -> Tensor:
+        """The keys of a part of a branch's program."""
         if view is None:
-            return keys_in_order(self.call), lse
+            return keys_in_order(self.call)
         assert isinstance(view, Given)
-        at = self._input(self._programs[name][1].input(view.keys))
-        return at.expand(self.call.shape.batch, self.call.shape.kv_heads, -1, -1), lse
+        at = self._input(program.input(view.keys))
+        return at.expand(self.call.shape.batch, self.call.shape.kv_heads, -1, -1)
 
     def members(self, name: str) -> list[Tensor]:
         """What a selection's members are ranked by of the cache, in the order of its vectors: single keys where they

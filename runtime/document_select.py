@@ -37,10 +37,11 @@ from attndsl.runtime.select import (
     check_pairs,
     check_together,
     check_tokens,
-    checked_mass,
+    checked_masses,
     empty_plan,
     members_of,
 )
+from attndsl.runtime.strips import State
 from attndsl.runtime.touched import Touched, call_values
 from attndsl.runtime.values import Values
 from attndsl.selection import Antidiagonal, Given, Pool, Probs, Selection, Top, Vectors
@@ -100,7 +101,7 @@ class DocumentSelector:
         if selection.scale is not None:
             self.scale = self._standing(selection.scale)
         if isinstance(score, Probs):
-            self.mass = checked_mass(program, selection, shape, self.ragged)
+            self.mass = checked_masses(program, selection, shape, self.ragged)[0]
             make = RaggedDeriver if self.ragged else Deriver
             self.mass_deriver = make(self.mass.program, shape, self.device, given=self.given)
 
@@ -143,7 +144,7 @@ class DocumentSelector:
 
     def __call__(
         self, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None = None,
-        state: tuple[Tensor, Tensor] | None = None, lengths: Tensor | None = None,
+        state: State | None = None, lengths: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The plan: int32 [B, H', R, C], or uint8 [B, H', R, M] where nothing bounds it, of the members of documents. R
         counts the call's rows, or the classes of all documents, one document after the other. lengths: of a decode,
@@ -162,7 +163,7 @@ class Call:
 
     def __init__(
         self, of: DocumentSelector, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
-        scale: float | None, state: tuple[Tensor, Tensor] | None, lengths: Tensor | None,
+        scale: float | None, state: State | None, lengths: Tensor | None,
     ) -> None:  # fmt: skip
         program, shape = of.program, of.shape
         assert program.packed is not None

@@ -279,7 +279,7 @@ class OfKind:
         assert self.call.state is not None
         size, stride = self._entries
         entries, _ = document_entries(self.call.ids, size, stride)
-        x = self.call.state[0].to(self.call.real)
+        x = self.call.state[0][0].to(self.call.real)
         return BlockVectors(self.kind.blocks(stride), self.call.numbered(x, entries.number), self.few)
 
     def _rows_masses(self, at: slice) -> Tensor:

@@ -6,7 +6,6 @@ running sums. Nothing is added atomically, and nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,9 @@ from attndsl.runtime.runs import Runs as TokenRuns
 from attndsl.runtime.runs import by_kernel, pooled_runs
 from attndsl.runtime.values import Values
 from attndsl.selection import Antidiagonal, Pool, Selection
+
+# Masses are counted in parts of this size, of which a row's are fewer than an int64 holds.
+_UNIT = 2.0**52
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +86,10 @@ class Groups:
         return self._summed(inside.to(torch.int32)) > 0
 
     def sum(self, x: Tensor) -> Tensor:
-        """[B, H, rows, Nk] summed over each member's keys: [B, H, rows, members]."""
-        return self._summed(x.to(torch.float64)).to(x.dtype)
+        """Masses [B, H, rows, Nk], which lie in [0, 1], summed over each member's keys: [B, H, rows, members]."""
+        # As whole numbers: of floats the differences of running sums are no longer equal where sums are.
+        whole = self._summed((x.to(torch.float64) * _UNIT).round().to(torch.int64))
+        return (whole.to(torch.float64) / _UNIT).to(x.dtype)
 
     def largest(self, x: Tensor) -> Tensor:
         """The largest of each member's keys of what is at least 0, 0 where it has none."""
@@ -122,42 +126,23 @@ class Groups:
             found = found / count.unsqueeze(-1) if pool is Pool.MEAN else found
         return torch.where(count.unsqueeze(-1) > 0, found, torch.nan).to(x.dtype)
 
-    def shares(self, first: Tensor, size: int, tokens: int | Tensor) -> Tensor:
-        """Which share of the keys [first, first + size) that are present each member has: float64 [B or 1, H or 1, n,
-        members], for first [n, 1]. tokens: how many keys are present, or of each batch entry, int64 [B, 1, 1, 1]."""
-        members = torch.arange(self.ends.shape[-1] - 1, device=first.device)
-        found = self.label.new_zeros(*self.label.shape[:2], first.numel(), members.numel())
-        for label in self._labels(first, size):
-            found += label.unsqueeze(-1) == members
-        end = (first + size).clamp(max=tokens) if isinstance(tokens, int) else torch.minimum(first + size, tokens)
-        return found.to(torch.float64) / (end - first).clamp(min=1)
-
-    def largest_share(self, x: Tensor, first: Tensor, size: int, tokens: int | Tensor) -> Tensor:
-        """What is at least 0, [B, H, rows, n], of such extents: for each member the largest of what they give it, each
-        its share: [B, H, rows, members]."""
-        shares = pad(self.shares(first, size, tokens).to(x.dtype), (0, 1))
-        found = x.new_zeros(*x.shape[:-1], self.ends.shape[-1])
-        for label in self._labels(first, size):
-            # Of a member that has several keys of an extent the same comes several times.
-            of_keys = shares.expand(*torch.broadcast_shapes(shares.shape[:2], label.shape[:2]), -1, -1)
-            given = x * of_keys.gather(-1, label.unsqueeze(-1).expand(*of_keys.shape[:-1], 1)).squeeze(-1).unsqueeze(2)
-            found = found.scatter_reduce(-1, label.unsqueeze(2).expand(x.shape), given, "amax")
-        return found[..., :-1]
-
-    def _labels(self, first: Tensor, size: int) -> Iterator[Tensor]:
-        """The members of the first, the second, … key of each of these extents: int64 [B or 1, H or 1, n]."""
+    def within(self, first: Tensor, end: Tensor) -> Tensor:
+        """How many of the keys from `first` to before `end`, [B or 1, H or 1, 1, Nk], are of each key's own member."""
         keys = self.label.shape[-1]
-        outside = pad(self.label, (0, 1), value=self.ends.shape[-1] - 1)
-        for i in range(min(size, keys)):
-            yield outside[..., (first.view(-1) + i).clamp(max=keys)]
+        # Keys by member and then by position, as one number that grows along the order.
+        place = self.label.gather(-1, self.order) * (keys + 1) + self.order
+        lead = torch.broadcast_shapes(place.shape[:2], first.shape[:2], end.shape[:2])
+        place, label = (x.expand(*lead, keys).contiguous() for x in (place, self.label))
+        of_own = [label * (keys + 1) + x.squeeze(2) for x in (first, end)]
+        low, high = (torch.searchsorted(place, x.expand(*lead, keys).contiguous()) for x in of_own)
+        return (high - low).unsqueeze(2)
 
     def _summed(self, x: Tensor) -> Tensor:
+        """Whole numbers [B, H, rows, Nk] summed over each member's keys."""
         lead = torch.broadcast_shapes(x.shape[:2], self.order.shape[:2])
         x = x.expand(*lead, x.shape[2], self.order.shape[-1])
         order, ends = (y.unsqueeze(2).expand(*lead, x.shape[2], -1) for y in (self.order, self.ends))
-        ordered = x.gather(-1, order)
-        until = running_sums(ordered, -1) if x.is_floating_point() else ordered.cumsum(-1, dtype=x.dtype)
-        until = pad(until, (1, 0))
+        until = pad(x.gather(-1, order).cumsum(-1, dtype=x.dtype), (1, 0))
         return until.gather(-1, ends).diff(dim=-1)
 
 

@@ -168,32 +168,6 @@ def shares_of_documents(
     return found
 
 
-def on_diagonals(
-    x: Tensor, size: int, stride: int, position: Tensor, lags: int, largest: bool, k_len: int,
-    present: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Masses [B, H, rows, n] of the entries [stride j, stride j + size), of rows at these positions, as what tokens
-    have of them, [B, H, rows, k_len]: the shares of those that each is in, or (`largest`) the most that one of them
-    gives the row's diagonal of `lags` distances that the token lies on. present: as `lengths` of `shares`."""
-    k, row = torch.arange(k_len, device=x.device), position.unsqueeze(-1)
-    row = row if position.dim() == 1 else row.unsqueeze(1)
-    found = x.new_zeros(*x.shape[:3], k_len)
-    if not x.shape[3]:
-        return found
-    # The keys that lie as far back as this one does, in blocks of distances.
-    until = row - torch.div(row - k, lags, rounding_mode="floor") * lags + 1
-    for i in range(-(-size // stride)):
-        entry = k // stride - i
-        first = entry * stride
-        end = (first + size).clamp(max=k_len) if present is None else torch.minimum(first + size, present)
-        inside = (entry >= 0) & (k < end)
-        tokens = torch.minimum(end, until) - torch.maximum(first, until - lags) if largest else 1
-        given = x[..., entry.clamp(0, x.shape[3] - 1)] * (tokens / (end - first).clamp(min=1)).to(x.dtype)
-        given = torch.where(inside, given, 0)
-        found = torch.maximum(found, given) if largest else found + given
-    return found
-
-
 def shares(
     x: Tensor, size: int, stride: int, keys: int, k_len: int, largest: bool, lengths: Tensor | None = None
 ) -> Tensor:

@@ -9,9 +9,13 @@ from torch import Tensor
 
 from attndsl.alone import separate, sequences, together
 from attndsl.branches import View
+from attndsl.choice import Data, given_masses, plan_sizes
 from attndsl.observation import Observation
+from attndsl.observed import as_selection, by_members
+from attndsl.plans import own_program
 from attndsl.program import CallShape, Program
 from attndsl.runtime.reference import probabilities
+from attndsl.runtime.reference_plans import masses_of
 
 
 def observed(
@@ -28,6 +32,9 @@ def observed(
     for each in program.observations:
         branch = program.named(each.branch)
         views = [part.view for part in branch.parts]
+        if by_members(program, each):
+            found[each.name] = _by_members(program, each, shape, q, k, inputs, args, scale)
+            continue
         if not separate(program):
             parts = probabilities(program, branch, q, k, inputs, args, scale, v.shape[3])
             found[each.name] = by_class(parts, views, each, program, k.shape[2])
@@ -59,6 +66,31 @@ def observed(
             at_member += part.shape[3]
         found[each.name] = whole if packed else _by_row(whole, each, program, k.shape[2])
     return found
+
+
+def _by_members(
+    program: Program, each: Observation, shape: CallShape, q: Tensor, k: Tensor, inputs: Mapping[str, Tensor],
+    args: Mapping[str, int], scale: float | None,
+) -> Tensor:  # fmt: skip
+    """What is observed of members that are no blocks in a row, as a selection would rank them by it."""
+    selection, own = as_selection(each), own_program(program)
+    if not separate(program):
+        branch, known = program.named(each.branch), {name: x.detach().cpu().numpy() for name, x in inputs.items()}
+        parts = probabilities(program, branch, q, k, inputs, args, scale, shape.v_dim)
+        masses = {each.branch: masses_of(program, branch, parts, shape, known, args)}
+        data = Data(q.detach().double().cpu().numpy(), k.detach().double().cpu().numpy(), known, args, 1.0, masses)
+        return torch.from_numpy(given_masses(program, selection, shape, data)).to(q.device)
+    # Padded sequences begin where the call does, and so do their classes and members.
+    sizes = plan_sizes(own, selection, shape)
+    whole = q.new_zeros(shape.batch, shape.heads, *sizes, dtype=torch.float64)
+    exact = {name: x.detach().cpu().numpy() for name, x in inputs.items() if not x.is_floating_point()}
+    for x in sequences(program, shape, exact):
+        at, alone = slice(x.entry, x.entry + 1), x.shape(shape)
+        call = q[at, :, x.rows], k[at, :, x.keys], x.inputs(program, inputs)
+        part = _by_members(together(program), each, alone, *call, args, scale)
+        rows = x.rows if each.rows == 1 else slice(0, part.shape[2])
+        whole[at, :, rows, : part.shape[3]] = part
+    return whole
 
 
 def by_class(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from attndsl.alone import Alone, separate, sequences, together
+from attndsl.branches import Branch, Pick, Pool
 from attndsl.choice import Data, Mass, choose
 from attndsl.choice_values import real
 from attndsl.oracle import Evaluator, dim_size
@@ -48,14 +50,8 @@ def oracle_plans(
             masses: dict[str, list[Mass]] = {}
             if isinstance(selection.score, Probs):
                 branch = program.named(selection.score.branch)
-                masses[selection.score.branch] = [
-                    Mass(p.cpu().numpy(), *((1, 1) if part.view is None else (part.view.size, part.view.stride)))
-                    for p, part in zip(
-                        probabilities(program, branch, q, k, {**inputs, **found}, args, scale),
-                        branch.parts,
-                        strict=True,
-                    )
-                ]
+                each = probabilities(program, branch, q, k, {**inputs, **found}, args, scale)
+                masses[selection.score.branch] = masses_of(program, branch, each, shape, known, args)
             chosen = choose(seen, selection, shape, Data(queries, keys, known, args, factor, masses))
             share = {Share.NONE: 1, Share.GROUP: shape.heads // shape.kv_heads, Share.HEADS: shape.heads}
             plan = torch.from_numpy(chosen.level[:, :: share[plan_heads(selection)]]).to(q.device)
@@ -63,6 +59,33 @@ def oracle_plans(
         found[selection.name] = plan if "h" in axes or "g" in axes else plan.squeeze(1)
         known[selection.name] = found[selection.name].cpu().numpy()
     return {decl.name: found[decl.name] for decl in program.inputs if decl.name in found}
+
+
+def masses_of(
+    program: Program, branch: Branch, probabilities: Sequence[Tensor], shape: CallShape,
+    inputs: Mapping[str, Any], args: Mapping[str, int],
+) -> list[Mass]:  # fmt: skip
+    """The probabilities of a branch's parts, with the tokens that their keys stand for."""
+    at, found = Evaluator.of_call(program, shape, inputs, args), []
+    for part, p in zip(branch.parts, probabilities, strict=True):
+        size = (shape.batch, shape.heads, p.shape[3], shape.k_len)
+        match part.view:
+            case None:
+                found.append(Mass(p.cpu().numpy()))
+            case Pick(input=name, lead=lead):
+                listed = np.broadcast_to(inputs[name], (*np.shape(inputs[name])[:-1], p.shape[3]))
+                index = [np.clip(at.scalar(e), 0, n - 1)[..., 0] for e, n in zip(lead, listed.shape, strict=False)]
+                token = np.broadcast_to(listed[tuple(index)], (*size[:2], 1, size[2]))[:, :, 0]
+                found.append(Mass(p.cpu().numpy(), tokens=token[..., None] == np.arange(size[3])))
+            case Pool(runs=runs) if runs is not None:
+                tokens = np.zeros(size, np.bool_)
+                for b, h in np.ndindex(*size[:2]):
+                    for j, (begin, end) in enumerate(at.extents(runs, b, h)):
+                        tokens[b, h, j, begin:end] = True
+                found.append(Mass(p.cpu().numpy(), tokens=tokens))
+            case view:
+                found.append(Mass(p.cpu().numpy(), view.size, view.stride))
+    return found
 
 
 def _apart(

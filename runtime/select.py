@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attndsl.branch_mass import BranchMass, branch_mass
+from attndsl.branch_mass import BranchMass, branch_masses
 from attndsl.capacity import budgets, capacity, lags_of, rows_that_see
 from attndsl.diagnostics import error
 from attndsl.keeping import KEYS, of_members, vectors_of
@@ -26,7 +26,7 @@ from attndsl.runtime.in_order import in_one_piece
 from attndsl.runtime.keep import update_in_torch
 from attndsl.runtime.lasting import number_tensor, table_tensor
 from attndsl.runtime.masses import leading, pooled_members
-from attndsl.runtime.strips import STRIP, Ragged, Strips
+from attndsl.runtime.strips import STRIP, Ragged, State, Strips
 from attndsl.runtime.touched import Touched
 from attndsl.select_plan import SelectPlan, why_not_fused
 from attndsl.selection import Antidiagonal, Dot, Given, Probs, Selection, Share, Top, Vectors
@@ -71,9 +71,10 @@ class Selector:
     among: Touched | None = field(init=False, default=None)
     always: Touched | None = field(init=False, default=None)
     groups: Touched | None = field(init=False, default=None)
-    mass: BranchMass | None = field(init=False, default=None)
-    mass_deriver: Deriver | None = field(init=False, default=None)
-    # The rows that the branch of a mass may let see anything.
+    # Of each part of the branch of a mass.
+    masses: tuple[BranchMass, ...] = field(init=False, default=())
+    mass_derivers: tuple[Deriver, ...] = field(init=False, default=())
+    # The rows that it may let see anything.
     seeing: tuple[int, int] = field(init=False, default=(0, 0))
     whole: bool = field(init=False)
     fused: TritonSelect | None = field(init=False, default=None)
@@ -86,8 +87,8 @@ class Selector:
         if not self.of_entries:
             check_tokens(selection, shape)
         if isinstance(selection.score, Probs):
-            self.mass = checked_mass(self.program, selection, shape, self.ragged)
-            self.seeing = seeing_rows(self.program, self.mass, shape, self.ragged)
+            self.masses = checked_masses(self.program, selection, shape, self.ragged)
+            self.seeing = seeing_rows(self.program, self.masses, shape, self.ragged)
         check_together(selection, shape.batch * shape.heads * self.classes * self.members)
         self.capacity = capacity(self.program, selection, heads, self.members)
         # Where the call holds every row, its row classes are whole.
@@ -116,9 +117,8 @@ class Selector:
             self.always = self._touched(forced, selection.rows, keys)
         if selection.members is not None:
             self._check_candidates(self.among)
-        if self.mass is not None:
-            make = RaggedDeriver if self.ragged else Deriver
-            self.mass_deriver = make(self.mass.program, self.shape, self.device, given=self.given)
+        make = RaggedDeriver if self.ragged else Deriver
+        self.mass_derivers = tuple(make(x.program, self.shape, self.device, given=self.given) for x in self.masses)
         if isinstance(selection.score, Antidiagonal):
             self.groups = self._touched(selection.among, selection.score.stride, selection.score.stride)
 
@@ -147,7 +147,7 @@ class Selector:
 
     @property
     def classes(self) -> int:
-        return _classes(self.program, self.selection, self.shape)
+        return classes_of(self.program, self.selection, self.shape)
 
     def vectors(self, v: Vectors, k: Tensor, inputs: Sequence[Tensor], groups: Groups | None = None) -> Tensor:
         """[B, G or H or 1, members, D] of what the keys hold, float32 (float64 for float64 tensors).
@@ -201,19 +201,19 @@ class Selector:
 
     def __call__(
         self, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None = None,
-        state: tuple[Tensor, Tensor] | None = None, ragged: Ragged | None = None,
+        state: State | None = None, ragged: Ragged | None = None,
     ) -> Tensor:  # fmt: skip
         """The plan: int32 [B, H', R, C], or uint8 [B, H', R, M] where nothing bounds it.
 
-        scale: in the place of the attention's own. state: for `probs`, the keys [B, Hkv, keys, D] of its branch, and
-        the lse [B, Hq, rows] that it had. ragged: of a decode, which needs no k.
+        scale: in the place of the attention's own. state: for `probs`, what it reads of its branch. ragged: of a
+        decode, which needs no k.
         """
         plan = empty_plan(self.program, self.selection, self.shape, self.device)
         if self.rank is not None:
             assert ragged is not None
             keys, lse = state if state is not None else (None, None)
             vectors = (
-                [keys] if keys is not None else [self._ranked(v, ragged, inputs) for v in vectors_of(self.selection)]
+                [*keys] if keys is not None else [self._ranked(v, ragged, inputs) for v in vectors_of(self.selection)]
             )
             table = None if self.page is None else ragged.page_table
             self.rank(plan, q, vectors, ragged.seq_lens, table, inputs, args, scale, lse)
@@ -240,6 +240,18 @@ class Selector:
             level = strips.levels(low, high, high - low)[:, :: self.shape.heads // heads]
             plan[:, :, low:high] = self._listed(level) if self.selection.bounded else level
         return plan
+
+    def scores(
+        self, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None, state: State
+    ) -> Tensor:  # fmt: skip
+        """What members are ranked by, of each row class: float [B, Hq, R, M], float32 (float64 for float64 tensors)."""
+        strips = Strips(self, q, k, inputs, args, scale, state)
+        found = q.new_zeros(self.shape.batch, self.shape.heads, self.classes, self.members, dtype=strips.real)
+        step = max(1, STRIP[self.device.type] // max(1, self.shape.batch * self.shape.heads * strips.width))
+        for low in range(0, self.classes if found.numel() and q.numel() else 0, step):
+            at = slice(low, min(low + step, self.classes))
+            found[:, :, at] = strips.scores(at.start, at.stop)
+        return found
 
     def _of_call(self, plan: Tensor, strips: Strips, classes: Tensor, step: int) -> None:
         """Write the plan of a decode that chooses for blocks or tiles of rows: of those that hold rows of the call,
@@ -268,7 +280,7 @@ class Selector:
 
     def _fused(
         self, plan: Tensor, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
-        state: tuple[Tensor, Tensor] | None,
+        state: State | None,
     ) -> None:  # fmt: skip
         from attndsl.runtime.triton_select import TritonSelect
 
@@ -278,7 +290,7 @@ class Selector:
             vectors = self.vectors(self.selection.score.y, k, inputs)
         else:
             assert state is not None
-            vectors, lse = state[0].to(q.dtype), state[1].contiguous()
+            vectors, lse = state[0][0].to(q.dtype), state[1].contiguous()
         if self.fused is None:
             self.fused = TritonSelect(
                 self.program, self.selection, self.shape, q, vectors.shape[1], self.given, self.printer
@@ -322,11 +334,11 @@ def empty_plan(program: Program, selection: Selection, shape: CallShape, device:
     if selection.bounded:
         width, dtype = capacity(program, selection, (shape.heads, shape.kv_heads), width), torch.int32
     return torch.empty(
-        shape.batch, heads, _classes(program, selection, shape), width, dtype=dtype, device=device
+        shape.batch, heads, classes_of(program, selection, shape), width, dtype=dtype, device=device
     )  # fmt: skip
 
 
-def _classes(program: Program, selection: Selection, shape: CallShape) -> int:
+def classes_of(program: Program, selection: Selection, shape: CallShape) -> int:
     """Row classes of a plan: the call's rows, blocks of all positions (of documents there is room for), or one."""
     match selection.rows:
         case 1:
@@ -345,26 +357,32 @@ def members_of(program: Program, selection: Selection, shape: CallShape) -> int:
     return shape.members(plan_input(selection), program)
 
 
-def checked_mass(program: Program, selection: Selection, shape: CallShape, ragged: bool = False) -> BranchMass:
-    """The branch that a selection reads the probabilities of.
+def checked_masses(
+    program: Program, selection: Selection, shape: CallShape, ragged: bool = False
+) -> tuple[BranchMass, ...]:
+    """The branch that a selection reads the probabilities of, part by part.
 
     Raises `PatternError` where it has none (A575), or where one row class would look at too many (A576).
     """
-    mass = branch_mass(program, selection, (shape.heads, shape.kv_heads), ragged)
-    keys, (low, high) = mass.keys(shape.k_len), seeing_rows(program, mass, shape, ragged)
+    masses = branch_masses(program, selection, (shape.heads, shape.kv_heads), ragged)
+    keys, (low, high) = sum(x.keys(shape.k_len) for x in masses), seeing_rows(program, masses, shape, ragged)
     if selection.rows is None and shape.batch * shape.heads * (high - low) * keys > MAX_PAIRS:
         raise error(
             "A576", f"`probs` for all {high - low} rows that see looks at {keys} keys of each", selection.span,
             help=f"at most {MAX_PAIRS:,} pairs: take fewer rows, or `per = rows(64)`",
         )  # fmt: skip
-    return mass
+    return masses
 
 
-def seeing_rows(program: Program, mass: BranchMass, shape: CallShape, ragged: bool = False) -> tuple[int, int]:
+def seeing_rows(
+    program: Program, masses: Sequence[BranchMass], shape: CallShape, ragged: bool = False
+) -> tuple[int, int]:
     """The position of the first row of a call that a branch may let see anything, and one past the last. Of a decode,
     whose rows stand elsewhere in each sequence, as if all were as long as they may be: any row."""
     if ragged:
         return shape.k_len - shape.rows, shape.k_len
-    low, high = rows_that_see(mass.program, (shape.heads, shape.kv_heads), shape.q_len(program), shape.k_len)
+    call = (shape.heads, shape.kv_heads), shape.q_len(program), shape.k_len
+    ends = [rows_that_see(mass.program, *call) for mass in masses]
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
     first = shape.first_position(program)
     return max(low, first), max(low, first, min(high, first + shape.rows))

@@ -17,6 +17,7 @@ from attndsl.program import CallShape, Program
 from attndsl.runtime.masses import leading
 from attndsl.runtime.runs import Runs, document_entries, pooled_runs
 from attndsl.runtime.select import Selector, check_tokens, empty_plan, members_of
+from attndsl.runtime.strips import State
 from attndsl.select_plan import SelectPlan
 from attndsl.selection import Pool, Selection, Vectors
 
@@ -53,7 +54,7 @@ class EntrySelector:
 
     def __call__(
         self, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None = None,
-        state: tuple[Tensor, Tensor] | None = None,
+        state: State | None = None,
     ) -> Tensor:  # fmt: skip
         """The plan, int32 [B, H', rows, C], of the blocks of each row's document."""
         if not self.shape.batch * self.shape.rows * self.shape.k_len:

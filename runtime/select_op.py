@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,9 +34,9 @@ from attndsl.runtime.document_select import DocumentSelector
 from attndsl.runtime.ops import traced
 from attndsl.runtime.plans import listed_members
 from attndsl.runtime.registry import engine_of
-from attndsl.runtime.select import Selector, checked_mass, empty_plan, members_of
+from attndsl.runtime.select import Selector, checked_masses, empty_plan, members_of
 from attndsl.runtime.select_entries import EntrySelector
-from attndsl.runtime.strips import Ragged
+from attndsl.runtime.strips import Ragged, State
 from attndsl.runtime.transforms import mapped
 from attndsl.select_plan import why_not_fused
 from attndsl.selection import Levels, Probs, Selection, Share
@@ -44,15 +44,13 @@ from attndsl.selection import Levels, Probs, Selection, Share
 _LIBRARY = Library("attndsl", "FRAGMENT")
 _LIBRARY.define(
     "select(str program, str selection, Tensor q, Tensor k, Tensor[] inputs, SymInt[] args, float? scale, "
-    "Tensor? keys=None, Tensor? lse=None) -> Tensor"
+    "Tensor[]? keys=None, Tensor? lse=None) -> Tensor"
 )
 _LIBRARY.define(
     "select_ragged(str program, str selection, Tensor q, Tensor seq_lens, int kv_heads, SymInt capacity, "
-    "Tensor[] members, Tensor? page_table, Tensor[] inputs, SymInt[] args, float? scale, Tensor? keys=None, "
+    "Tensor[] members, Tensor? page_table, Tensor[] inputs, SymInt[] args, float? scale, Tensor[]? keys=None, "
     "Tensor? lse=None) -> Tensor"
 )
-# What `probs` reads of a branch: its keys [B, Hkv, keys, D], and the lse [B, Hq, rows] that it had.
-State: TypeAlias = tuple[Tensor, Tensor]
 # Kinds of calls whose selectors are kept.
 MAX_KEPT = 256
 _KEPT: dict[Any, Selector | EntrySelector | DocumentSelector] = {}
@@ -60,7 +58,7 @@ _KEPT_RAGGED: dict[Any, Selector | DocumentSelector] = {}
 
 
 class Branches(Protocol):
-    """What a call has attended: the keys and the lse of a branch that `probs` reads, and its queries."""
+    """What a call has attended: the keys of each part and the lse of a branch that `probs` reads, and its queries."""
 
     def state(self, name: str) -> State: ...
 
@@ -104,15 +102,16 @@ class Planner:
         return as_input(self.plan(name, of), declared[0] if declared else plan_input(self.program.selection(name)))
 
     def _made(self, selection: Selection, of: Branches) -> Tensor:
-        read = [self.input(name, of) for name in _reads(selection, self.program)]
-        keys: Tensor | None = None
+        read = [self.input(name, of) for name in reads_of(selection, self.program)]
+        keys: list[Tensor] | None = None
         lse: Tensor | None = None
         q = self.q
         if isinstance(selection.score, Probs):
             # Raises where the branch has no probabilities, before it is attended; a graph raises when it runs.
             if not torch.compiler.is_compiling():
-                checked_mass(of_selection(self.program, selection), selection, call_shape(self.q, self.k, self.k))
-            keys, lse = (x.detach() for x in of.state(selection.score.branch))
+                checked_masses(of_selection(self.program, selection), selection, call_shape(self.q, self.k, self.k))
+            parts, lse = of.state(selection.score.branch)
+            keys, lse = [x.detach() for x in parts], lse.detach()
             q = of.queries(selection.score.branch).detach()
         make = torch.ops.attndsl.select if traced((self.q, self.k, *self.inputs)) else _select
         made: Tensor = make(
@@ -161,12 +160,13 @@ class RaggedPlanner:
         return as_input(self.plan(name, of), plan_input(self.program.selection(name)))
 
     def _made(self, selection: Selection, of: CacheBranches) -> Tensor:
-        call, read = self.call, [self.input(name, of) for name in _reads(selection, self.program)]
-        keys: Tensor | None = None
+        call, read = self.call, [self.input(name, of) for name in reads_of(selection, self.program)]
+        keys: list[Tensor] | None = None
         lse: Tensor | None = None
         q = call.q
         if isinstance(selection.score, Probs):
-            keys, lse = of.state(selection.score.branch)
+            parts, lse = of.state(selection.score.branch)
+            keys = [*parts]
             q = of.queries(selection.score.branch)
         inputs = [*self.inputs, *read]
         # Keys are read where they lie, those of 8 bits in a copy.
@@ -231,7 +231,7 @@ def _checked(program: Program, selection: Selection, shape: CallShape, plan: obj
     return plan
 
 
-def _reads(selection: Selection, program: Program) -> list[str]:
+def reads_of(selection: Selection, program: Program) -> list[str]:
     """The selections that one chooses among, in the order of the program."""
     found = plans_read(selection, program)
     return [each.name for each in program.selections if each.name in found]
@@ -239,7 +239,7 @@ def _reads(selection: Selection, program: Program) -> list[str]:
 
 def _select(
     key: str, name: str, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
-    keys: Tensor | None = None, lse: Tensor | None = None,
+    keys: Sequence[Tensor] | None = None, lse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     if q.dim() and q.stride(-1) != 1:
         q = q.contiguous()
@@ -285,7 +285,7 @@ def _select(
 def _select_ragged(
     key: str, name: str, q: Tensor, seq_lens: Tensor, kv_heads: int, capacity: int, members: Sequence[Tensor],
     page_table: Tensor | None, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
-    keys: Tensor | None = None, lse: Tensor | None = None,
+    keys: Sequence[Tensor] | None = None, lse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     shape = _ragged_shape(q, kv_heads, capacity)
     given = tuple((x.shape, x.dtype) for x in inputs)
@@ -337,7 +337,7 @@ def _select_ragged_fake(
 
 def _select_fake(
     key: str, name: str, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
-    keys: Tensor | None = None, lse: Tensor | None = None,
+    keys: Sequence[Tensor] | None = None, lse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     program = engine_of(key).program
     return empty_plan(own_program(program), program.selection(name), call_shape(q, k, k), q.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, TypeAlias, assert_never
 
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ from torch.nn.functional import pad
 from attndsl.capacity import lags_of
 from attndsl.derive import own_inputs
 from attndsl.members import Lags
+from attndsl.runtime.branch_masses import BranchMasses
 from attndsl.runtime.call import present_lengths
 from attndsl.runtime.groups import Groups, along_lags, class_rows, lag_sums, tile_of_rows, tiled_rows
-from attndsl.runtime.masses import leading, on_diagonals, pooled, shares, softmax
+from attndsl.runtime.masses import leading, pooled, softmax
 from attndsl.runtime.ranking import Ranking
-from attndsl.runtime.touched import Touched, as_rows, call_values
+from attndsl.runtime.touched import Touched, as_rows
 from attndsl.runtime.values import Values
 from attndsl.selection import (
     Antidiagonal,
@@ -36,6 +37,8 @@ from attndsl.unpack import of_present
 if TYPE_CHECKING:
     from attndsl.runtime.select import Selector
 
+# What `probs` reads of a branch: the keys of each of its parts, [B, Hkv, keys, D], and the lse [B, Hq, rows] it had.
+State: TypeAlias = tuple[Sequence[Tensor], Tensor]
 # Scores of one strip.
 STRIP = {"cpu": 1 << 20, "cuda": 1 << 24}
 # The largest number that a score may be: infinity would make a softmax of NaN.
@@ -63,7 +66,7 @@ class Strips:
 
     def __init__(
         self, of: Selector, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,
-        state: tuple[Tensor, Tensor] | None = None, ragged: Ragged | None = None,
+        state: State | None = None, ragged: Ragged | None = None,
     ) -> None:  # fmt: skip
         self.of, self.selection, self.shape, self.device = of, of.selection, of.shape, of.device
         self.q, self.k, self.state, self.ragged = q, k, state, ragged
@@ -116,19 +119,11 @@ class Strips:
             assert of.groups is not None
             self.groups, self.group_values = of.groups, of.groups.values(inputs, args, of.tables, self.lengths)
             self.width *= (rows // score.stride) * (self.selection.keys // score.stride)
-        self.mass_values: Values | None = None
-        if of.mass is not None and of.mass_deriver is not None:
-            self.mass_values = call_values(
-                of.mass.program, self.shape, of.mass_deriver, inputs, args, of.tables, self.lengths
-            )  # fmt: skip
-            own = of.mass.branch.scale
-            self.branch_scale: float | Tensor = self.scale
-            if scale is None:
-                self.branch_scale = self.shape.dim**-0.5
-                if own is not None:
-                    self.branch_scale = self.mass_values.tensor(of_present(own, of.program))
-            keys = max(of.mass.keys(self.shape.k_len), 0 if self.members is None else self.shape.k_len)
-            self.width = keys * (self.selection.rows or self.shape.rows)
+        self.masses: BranchMasses | None = None
+        if of.masses and state is not None:
+            call = inputs, args, scale, self.real, self.lengths, self.present
+            self.masses = BranchMasses(of, self.members, state[0], *call)
+            self.width = self.masses.width * (self.selection.rows or self.shape.rows)
         if not of.whole:
             self.width *= self.selection.rows or self.shape.rows
 
@@ -306,7 +301,8 @@ class Strips:
         dots: Tensor = x @ y.transpose(-1, -2)
         return dots.flatten(1, -3)
 
-    def _scores(self, low: int, high: int) -> Tensor:
+    def scores(self, low: int, high: int) -> Tensor:
+        """[B, H, high - low, members], of whatever is no candidate too."""
         score = self.selection.score
         match score:
             case Dot(x=x):
@@ -336,96 +332,34 @@ class Strips:
                 assert_never(score)
 
     def _probabilities(self, low: int, high: int, largest: bool) -> Tensor:
-        """exp(logit - lse) of the branch's keys, given to members by their shares of tokens, over each class's rows."""
+        """The masses of a branch's keys as those of members, over each class's rows."""
         rows = self.rows
+        assert self.state is not None and self.masses is not None
         if rows is None:
-            return self._of_all_rows(largest)
-        assert self.state is not None
+            return self._of_all_rows(self.masses, self.state[1], largest)
         x, here = self._rows(self.q, low, high)
         lse, _ = self._rows(self.state[1].to(self.real).unsqueeze(-1), low, high)
         single = self.selection.rows == 1
         position = self._positions(low, high, 1) if single else self._class_positions(low, high, rows)
-        masses = self._masses(x.flatten(2, 3), lse.flatten(2, 3), position, here.flatten(1))
-        if isinstance(self.selection.members, Lags):
-            masses = self._on_diagonals(masses, position, largest)
-            lags = along_lags(masses, position, self.selection.keys, self.of.members)
-            members = lags.amax(4) if largest else lags.sum(4)
-        else:
-            members = self._given_to_members(masses, largest)
-        of_rows: Tensor = members.unflatten(2, (high - low, -1))
+        flat = x.flatten(2, 3), lse.flatten(2, 3), position, here.flatten(1)
+        of_rows: Tensor = self.masses.of_members(*flat, largest).unflatten(2, (high - low, -1))
         return of_rows.amax(3) if largest else of_rows.sum(3)
 
-    def _of_all_rows(self, largest: bool) -> Tensor:
-        """As `_probabilities` of the class of all rows, strip by strip: of those rows that the branch lets see."""
-        assert self.state is not None
-        shape, mass, diagonals = self.shape, self.of.mass, isinstance(self.selection.members, Lags)
-        assert mass is not None
+    def _of_all_rows(self, masses: BranchMasses, lse: Tensor, largest: bool) -> Tensor:
+        """The same of the class of all rows, strip by strip: of those rows that the branch lets see."""
+        shape = self.shape
         found = torch.zeros(shape.batch, shape.heads, self.of.members, dtype=self.real, device=self.device)
-        for start, end in self._row_strips(mass.keys(shape.k_len), *self.of.seeing):
+        for start, end in self._row_strips(masses.width, *self.of.seeing):
             at = slice(start - self.first, end - self.first)
             position = self._positions(at.start, at.stop, 1)
-            masses = self._masses(self.q[:, :, at], self.state[1][:, :, at, None], position, position >= 0)
-            if diagonals:
-                part = self._along_lags(self._on_diagonals(masses, position, largest), start, largest)
+            rows = self.q[:, :, at], lse[:, :, at, None], position, self._there(position)
+            if masses.diagonals:
+                part = self._along_lags(masses.of_tokens(*rows, largest), start, largest)
             else:
-                part = self._given_to_members(masses, largest)
-                part = part.amax(2) if largest else part.sum(2)
+                of_rows = masses.of_members(*rows, largest)
+                part = of_rows.amax(2) if largest else of_rows.sum(2)
             found = torch.maximum(found, part) if largest else found + part
         return found.unsqueeze(2)
-
-    def _on_diagonals(self, masses: Tensor, position: Tensor, largest: bool) -> Tensor:
-        """Masses of the branch's keys as those of tokens, of which an entry has several."""
-        mass = self.of.mass
-        assert mass is not None
-        if mass.view is None:
-            return masses
-        of = mass.size, mass.stride, position, self.selection.keys, largest
-        return on_diagonals(masses, *of, self.shape.k_len, self.present)
-
-    def _masses(self, x: Tensor, lse: Tensor, position: Tensor, here: Tensor) -> Tensor:
-        """exp(logit - lse) of rows [B, H, rows, D] at these positions, with lse [B, H, rows, 1], and the branch's keys:
-        [B, H, rows, keys]. here: which of the rows are there."""
-        mass, state, values = self.of.mass, self.state, self.mass_values
-        assert mass is not None and state is not None and values is not None
-        keys = state[0].to(self.real)
-        index = torch.arange(keys.shape[2], device=self.device)
-        logits = self._dots(x.to(self.real), keys) * self.branch_scale
-        at = values.at(q=as_rows(position), k=index.view(1, 1, 1, -1), s=logits)
-        if mass.logit is not None:
-            logits = at.tensor(mass.logit).to(self.real)
-        seen = at.tensor(mass.seen) & as_rows(here)
-        if self.lengths is not None:
-            # What lies past a sequence's end in its cache may be anything.
-            seen = seen & (index * mass.stride < self.lengths)
-        return torch.where(seen, torch.exp(logits - lse.to(self.real)), 0).nan_to_num(0.0, posinf=0.0)
-
-    def _given_to_members(self, masses: Tensor, largest: bool) -> Tensor:
-        """[B, H, rows, keys of the branch] as [B, H, rows, members]."""
-        mass, size, members = self.of.mass, self.selection.keys, self.of.members
-        assert mass is not None
-        if self.members is not None and mass.size == mass.stride == 1:
-            return self.members.largest(masses) if largest else self.members.sum(masses)
-        if self.members is None and mass.size == mass.stride and size % mass.size == 0:
-            whole: Tensor = pad(masses, (0, members * (size // mass.size) - masses.shape[3])).unflatten(
-                3, (members, -1)
-            )
-            return whole.amax(4) if largest else whole.sum(4)
-        if self.members is not None:
-            first = torch.arange(masses.shape[3], device=self.device)[:, None] * mass.stride
-            tokens = self.shape.k_len if self.present is None else self.present
-            if largest:
-                return self.members.largest_share(masses, first, mass.size, tokens)
-            given: Tensor = masses @ self.members.shares(first, mass.size, tokens).to(self.real)
-            return given
-        return shares(
-            masses,
-            mass.size,
-            mass.stride,
-            size,
-            self.shape.k_len,
-            largest,
-            self.present,
-        )
 
     def _antidiagonal(self, stride: int, low: int, high: int) -> Tensor:
         rows, keys, k_len = self.selection.rows, self.selection.keys, self.shape.k_len
@@ -469,7 +403,7 @@ class Strips:
         forced = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=self.device).expand(shape)
         if self.of.always is not None and self.always is not None:
             forced = self._present(self.of.always, self.always, low, high, self.rows).expand(shape) & candidates
-        raw = self._scores(low, high).expand(shape)
+        raw = self.scores(low, high).expand(shape)
         return torch.where(candidates & ~raw.isnan(), raw, -torch.inf).clamp(max=LARGEST), candidates, forced
 
 

@@ -232,7 +232,7 @@ def test_the_fused_kernel_ranks_by_probabilities_of_entries() -> None:
     summary = attndsl.compile("attention a { input doc : int[b, k] packed doc attend causal over pool(mean, 4) }")
     (keys, _), (_, lse) = summary.views(k, v, doc=DOC)["pool(mean, 4)"], summary(q, k, v, doc=DOC, return_lse=True)
     found = [
-        made(q, k, [DOC], [], None, (keys, lse))
+        made(q, k, [DOC], [], None, ([keys], lse))
         for made in (
             EntrySelector(attn._key, program, selection, shape, q.device, [DOC], select_source, q.dtype),
             DocumentSelector(attn._key, program, selection, shape, q.device, [DOC]),
@@ -262,7 +262,7 @@ def test_memory_of_masses_is_that_of_strips(view: str, monkeypatch: pytest.Monke
     (selection,) = attn.program.selections
     program, shape = of_selection(attn.program, selection), CallShape(2, 4, 2, 128, 128, 16, 16)
     q, k, _ = tensors(128, 128)
-    doc, state = torch.arange(128).expand(2, -1) // 40, (k, torch.ones(2, 4, 128, dtype=torch.float64))
+    doc, state = torch.arange(128).expand(2, -1) // 40, ([k], torch.ones(2, 4, 128, dtype=torch.float64))
     selector = DocumentSelector(attn._key, program, selection, shape, q.device, [doc])
     with Largest() as made:  # type: ignore[no-untyped-call]
         selector(q, k, [doc], [], None, state)

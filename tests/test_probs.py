@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import attndsl
+from attndsl.choice import Data, choose
+from attndsl.plans import own_program
+from attndsl.program import CallShape
+from attndsl.runtime.reference import probabilities
+from attndsl.runtime.reference_plans import masses_of
 from tests.test_routed import check, tensors
+from tests.test_select import levels_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::attndsl.PatternWarning")
 
@@ -130,12 +138,100 @@ def test_a_probe_that_only_ranks() -> None:
 
 def test_branches_that_have_no_probabilities_are_refused() -> None:
     q, k, v = tensors(8, 8)
-    for coarse in ("causal { weights s }", "causal & window(2), causal over pool(mean, 4)"):
-        text = (
-            f"attention a {{ x = attend {coarse} y = attend causal & top(1, blocks(4), by = probs(x)) output x + y }}"
-        )
-        with pytest.raises(attndsl.PatternError, match="A575"):
-            attndsl.compile(text)(q, k, v)
+    text = (
+        "attention a { x = attend causal { weights s } y = attend causal & top(1, blocks(4), by = probs(x)) output y }"
+    )
+    with pytest.raises(attndsl.PatternError, match="A575"):
+        attndsl.compile(text)(q, k, v)
+
+
+# What a branch of several parts sees, or one over entries that data tells.
+SEVERAL = (
+    "causal & window(5), causal - window(5) over pool(mean, 4)",
+    "causal over pool(mean, 6, 4), causal & window(7), causal over pool(max, 3)",
+    "causal over pool(mean, segments(ids))",
+    "causal over pool(mean, segments(own), counted), causal & window(3)",
+    "causal over pick(idx)",
+    "causal over pick(near, weight = w), causal over pool(mean, 5)",
+    "causal over pool(mean, 4) from pool(mean, 8), causal from pool(mean, 8)",
+)
+MEMBERS = (
+    "top(2, blocks(4), among = causal, by = probs(x), share = group)",
+    "cover(0.6, blocks(8), per = rows(8), among = causal, by = probs(x, max))",
+    "top(3, tokens, per = head, among = causal, by = probs(x))",
+    "top(2, segments(other), per = rows(4), among = causal, by = probs(x, max))",
+    "top(2, blocks(4) on permuted(po), per = head, among = causal, by = probs(x, max))",
+    "top(2, diagonals(3), per = rows(8), among = causal, by = probs(x, max))",
+    "top(4, diagonals(2), per = head, among = causal, by = probs(x))",
+    "top(2, tiles(2, 3), per = tiles(2, 2), among = causal, by = probs(x))",
+)
+TOLD = {
+    "ids": "int[b, g, k]", "own": "int[k]", "idx": "int[b, g, 6]", "near": "int[k/4]", "w": "float[b, k/4]",
+    "other": "int[b, k]", "po": "int[k]", "left": "int[b]",
+}  # fmt: skip
+
+
+def told(text: str, k_len: int) -> dict[str, Any]:
+    """What a text declares of inputs that tell entries and members."""
+    draw = torch.Generator().manual_seed(k_len)
+
+    def runs(*lead: int) -> torch.Tensor:
+        return (torch.rand(*lead, k_len, generator=draw) < 0.3).cumsum(-1) % 3
+
+    made = {
+        "ids": runs(2, 2), "own": runs(), "other": runs(2), "po": torch.randperm(k_len, generator=draw),
+        "idx": torch.randint(-2, k_len + 2, (2, 2, 6), generator=draw),
+        "near": torch.randint(0, k_len, (-(-k_len // 4),), generator=draw),
+        "w": torch.rand(2, -(-k_len // 4), generator=draw, dtype=torch.float64) - 0.2,
+        "left": torch.tensor([k_len, max(0, k_len - 7)]),
+    }  # fmt: skip
+    return {name: x for name, x in made.items() if f"input {name} :" in text}
+
+
+def declared(body: str) -> str:
+    words = set(re.findall(r"\w+", body))
+    return "\n".join(f"input {name} : {kind}" for name, kind in TOLD.items() if name in words)
+
+
+def conforms(attn: attndsl.Attention, q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]) -> None:
+    """The scores of what is chosen and of what the oracle chooses are the same, and so is the output with that plan."""
+    program = attn.program
+    (selection,) = program.selections
+    plans = attn.plan(q, k, **given)
+    shape = CallShape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], 16, 16)
+    known = {name: x.numpy() for name, x in given.items()}
+    branch = program.named("x")
+    masses = masses_of(program, branch, probabilities(program, branch, q, k, given, {}), shape, known, {})
+    data = Data(q.numpy(), k.numpy(), known, {}, shape.dim**-0.5, {"x": masses})
+    wanted = choose(own_program(program), selection, shape, data)
+    found = levels_of(plans["p"], wanted.level.shape[3], shape.heads)
+    for place in zip(*np.nonzero((found != wanted.level).any(3)), strict=True):
+        scores = [np.sort(wanted.score[place][level[place] > 0]) for level in (found, wanted.level)]
+        np.testing.assert_allclose(scores[0], scores[1], atol=1e-12)
+    out = attn(q, k, v, plans=plans, **given)
+    torch.testing.assert_close(out, attn.reference(q, k, v, plans=plans, **given), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("seen", SEVERAL)
+@pytest.mark.parametrize("chosen", MEMBERS)
+def test_of_several_parts_and_of_entries_that_data_tells(seen: str, chosen: str) -> None:
+    grid = "axes t, z[6]\n" if "tiles" in chosen else ""
+    sink = "{ softmax with sink 0.5 }" if "max" in chosen else ""
+    body = f"{grid}x = attend {seen} {sink}\nplan p = {chosen}\ny = attend causal & p\noutput x + y"
+    attn = attndsl.compile(f"attention a {{\n{declared(body)}\n{body} }}")
+    for rows, k_len in ((14, 14), (3, 17)):
+        q, k, v = tensors(rows, k_len)
+        conforms(attn, q, k, v, told(declared(body), k_len))
+
+
+@pytest.mark.parametrize("seen", SEVERAL)
+def test_of_several_parts_of_padded_sequences(seen: str) -> None:
+    for chosen in (MEMBERS[0], MEMBERS[1], MEMBERS[3]):
+        body = f"lengths left\nx = attend {seen}\nplan p = {chosen}\ny = attend causal & p\noutput x + y"
+        attn = attndsl.compile(f"attention a {{\n{declared(body)}\n{body} }}")
+        q, k, v = tensors(23, 23)
+        given: dict[str, Any] = told(declared(body), 23)
+        torch.testing.assert_close(attn(q, k, v, **given), attn.reference(q, k, v, **given), atol=1e-10, rtol=1e-10)
 
 
 def test_injected_where_a_router_would_choose() -> None:

@@ -121,7 +121,7 @@ def test_ranks_by_the_probabilities_of_a_branch(shape: tuple[int, int, int, int,
     keys = torch.stack([k[:, :, j : j + 8].mean(2) for j in range(0, k_len, 8)], 2)
     logits = q @ keys.repeat_interleave(heads // kv_heads, 1).transpose(-1, -2) / 4
     finished = (torch.arange(keys.shape[2]) + 1) * 8 <= torch.arange(k_len - rows, k_len)[:, None] + 1
-    state = keys, torch.where(finished, logits, -torch.inf).logsumexp(-1)
+    state = [keys], torch.where(finished, logits, -torch.inf).logsumexp(-1)
     fused = Selector(program, program.selections[0], sizes, CPU, (), select_source)
     strips = Selector(program, program.selections[0], sizes, CPU)
     assert (fused(q, k, [], [], None, state) == strips(q, k, [], [], None, state)).all()
