@@ -27,7 +27,7 @@ from attndsl.properties import within_causal
 from attndsl.relation import Lowering, Relation
 from attndsl.runs import Side, TileRuns
 from attndsl.simplify import fold, specialise
-from attndsl.tiles import ordered_runs
+from attndsl.tiles import full_first_runs, ordered_runs
 from attndsl.view_plans import view_pairs
 
 __all__ = ["TILE", "left_plans", "ragged_skipping_plan", "skipping_plan"]
@@ -38,7 +38,7 @@ def skipping_plan(program: Program, spec: Spec, follows: bool = False) -> Forwar
     """The forward kernel of a program of one part that skips; the plan's program is the derived one."""
     program = derive(program)
     if program.plain:
-        return _plan(with_cuts(program), spec, _tiling(spec))
+        return _plan(with_cuts(program), spec, _tiling(spec), splits=True)
     return _view_plan(program, spec, _tiling(spec), follows)
 
 
@@ -75,11 +75,16 @@ def ragged_skipping_plan(program: Program, spec: Spec, rows: int) -> ForwardPlan
     return _view_plan(program, spec, tiling, False)
 
 
-def _plan(program: Program, spec: Spec, tiling: Tiling) -> ForwardPlan:
-    spec = _as_written(spec)
+def _plan(program: Program, spec: Spec, tiling: Tiling, splits: bool = False) -> ForwardPlan:
+    """splits: full tiles are told from partial ones where they come first."""
+    loads, spec = spec.loads, _as_written(spec)
     lowering = Lowering(program, (spec.heads, spec.kv_heads))
     relation = lowering.relation(program.branch.pattern)
     visited = _visited(relation, program, spec, tiling)
+    if splits:
+        spec = replace(spec, loads=loads)
+        order = relation, TILE, TILE, Side.QUERY, program.align_start, program
+        visited = full_first_runs(*order, spec.sizes) or visited
     mask = pair_mask(relation, mask_by_cuts(written_condition(lowering, spec.sizes), program, "q", relation))
     scalars = branch_scalars(program, spec)
     plan = ForwardPlan(program, spec, tiling, visited, mask, **scalars, skip=program.branch.skip)
@@ -114,4 +119,4 @@ def _visited(relation: Relation, program: Program, spec: Spec, tiling: Tiling) -
 def _tiling(spec: Spec) -> Tiling:
     """Tile sizes are the language's; the others are what fits."""
     wide = spec.dtype is DType.FLOAT32 or max(spec.dim, spec.v_dim) > 128
-    return Tiling(TILE, TILE, warps=8 if wide else 4, stages=1 if wide else 2)
+    return Tiling(TILE, TILE, warps=8 if wide else 4, stages=1 if wide else 3)

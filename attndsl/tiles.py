@@ -101,6 +101,17 @@ def ordered_runs(
     return plain_runs(TileRuns((), runs)).partial
 
 
+def full_first_runs(
+    relation: Relation, block_q: int, block_k: int, side: Side, align_start: bool, program: Program,
+    sizes: Mapping[str, int],
+) -> TileRuns | None:  # fmt: skip
+    """`tile_runs`, where one run of full tiles and then one of partial ones are all tiles in order; None elsewhere."""
+    tiler = _Tiler(relation, block_q, block_k, side, align_start, PLAIN, program)
+    runs = tiler.runs()
+    plain = all(len(found) <= 1 and all(run.step == 1 for run in found) for found in (runs.full, runs.partial))
+    return plain_runs(runs, sizes) if plain and tiler.full_first() else None
+
+
 def _written_out(runs: TileRuns) -> int:
     return written_size(tuple(x for run in runs.full + runs.partial for x in (run.first, run.count)))
 
@@ -190,6 +201,13 @@ class _Tiler:
     def _partial(self, tiles: isl.Set, gives_up: bool = True) -> TileRuns:
         line = self._own_tile(tiles)
         return self._scan(isl.Set.empty(line.get_space()), line, gives_up)
+
+    def full_first(self) -> bool:
+        """Whether no partial tile comes before a full one."""
+        if (kinds := split_tiles(self.sets).kinds) is None:
+            return False
+        full, partial = map(self._own_tile, kinds)
+        return bool(self._tried(lambda: partial.apply(self.above).is_disjoint(full)))
 
     def ordered_runs(self) -> tuple[Run, ...]:
         touched = self.sets.touched(self.budget)

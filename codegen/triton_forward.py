@@ -48,6 +48,8 @@ class ForwardWriter(KernelWriter):
         self.load("q", self.q_parts, spec.dim, "q", "h", bounded=True, pointer=True)
         if not tile_at(self, "k"):
             lines.add(self.base("k", "g"), self.base("v", "g"))
+        elif self.plan.skip is not None:
+            lines.add(self.base("v", "g"))
         if self.plan.follows:
             self._take_up()
         else:
@@ -151,18 +153,20 @@ class ForwardWriter(KernelWriter):
         if masked and plan.mask is not None:
             lines.add(f'scores = tl.where({printer.text(plan.mask)}, scores, float("-inf"))')
 
-    def _gain(self, so_far: str, found: str) -> None:
-        """`gain`: how much the largest scores that rows have in a tile are above those so far."""
-        self.lines.add(f'gain = tl.where(q_rows < rows, {found} - {so_far}, float("-inf"))')
+    def _gain(self, so_far: str) -> None:
+        """`most`, the largest scores that rows have in a tile, and `gain`, how much these are above those so far."""
+        self.lines.add(
+            f"most = tl.max(scores, 1){' * factor' if self.folded else ''}",
+            f'gain = tl.where(q_rows < rows, most - {so_far}, float("-inf"))',
+        )
 
     def _skip(self, below: float, masked: bool) -> None:
         """Add the tile unless no row has a score near its largest so far."""
-        scaled, so_far = " * factor" if self.folded else "", "part_max" if self.plan.follows else "row_max"
-        self._gain(so_far, f"tl.max(scores, 1){scaled}")
+        self._gain("part_max" if self.plan.follows else "row_max")
         with self.lines.block(f"if {self._most('gain')} >= {math.log2(below)!r}:  # skip below {below}"):
             if self.plan.follows:
-                self.lines.add(f"part_max = tl.maximum(part_max, tl.max(scores, 1){scaled})")
-            self._softmax_step()
+                self.lines.add("part_max = tl.maximum(part_max, most)")
+            self._softmax_step("most")
             self.add_values(masked)
 
     def _most(self, x: str) -> str:
@@ -179,7 +183,9 @@ class ForwardWriter(KernelWriter):
         if plan.spec.dropout:
             # The sum of a row's weights is that without dropout.
             lines.add("weights = tl.where(keep, weights, 0.0)")
-        self.load("v", self.v_parts, plan.spec.v_dim, "k", "g", bounded=masked or self.spare)
+        # Values of tiles that may be dropped are read where they are not: nothing copies them ahead.
+        bounded, pointer = masked or self.spare, plan.skip is not None
+        self.load("v", self.v_parts, plan.spec.v_dim, "k", "g", bounded, pointer)
         for part in self.v_parts:
             value = f"v{part.suffix}"
             acc = f"{to}{part.suffix}"
@@ -192,10 +198,11 @@ class ForwardWriter(KernelWriter):
             text = f"tl.full([BLOCK_Q, BLOCK_K], {text}, tl.float32)"
         self.lines.add(f"weights = {text} + tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)")
 
-    def _softmax_step(self) -> None:
+    def _softmax_step(self, most: str = "") -> None:
+        """most: the name of rows' largest scores, where they have one."""
         scaled = " * factor" if self.folded else ""
         self.lines.add(
-            f"new_max = tl.maximum(row_max, tl.max(scores, 1){scaled})",
+            f"new_max = tl.maximum(row_max, {most or f'tl.max(scores, 1){scaled}'})",
             f"weights = tl.exp2(scores{scaled} - new_max[:, None])",
             "decay = tl.exp2(row_max - new_max)",
             "row_sum = row_sum * decay + tl.sum(weights, 1)",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+from attndsl.codegen.layer_text import tile_at
 from attndsl.codegen.triton_forward import ForwardWriter
 from attndsl.program import Scalar
 from attndsl.skipping import LeftPlan
@@ -32,8 +33,9 @@ class LeftTilesKernel(ForwardWriter):
         lines = self.lines
         lines.add(self.base("q", "h"))
         self.load("q", self.q_parts, self.plan.spec.dim, "q", "h", bounded=True, pointer=True)
+        if not tile_at(self, "k"):
+            lines.add(self.base("k", "g"))
         lines.add(
-            self.base("k", "g"),
             f"left_at = left_ptr + (head * {self.tiles} + {self.tile}).to(tl.int64) * key_tiles",
             "# Finite, so that rows that see nothing yet need no care.",
             "row_max = tl.full([BLOCK_Q], -1.0e38, tl.float32)",
@@ -50,9 +52,7 @@ class LeftTilesKernel(ForwardWriter):
         below = self.plan.skip
         assert below is not None
         self.logits(masked)
-        scaled = " * factor" if self.folded else ""
-        self.lines.add(f"most = tl.max(scores, 1){scaled}")
-        self._gain("row_max", "most")
+        self._gain("row_max")
         self.lines.add(
             f"left = {self._most('gain')} >= {math.log2(below)!r}  # skip below {below}",
             "tl.store(left_at + k_tile, left.to(tl.uint8))",

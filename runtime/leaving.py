@@ -32,6 +32,10 @@ def prepare_left(
     # Hopper's own kernels do not skip: the portable one does.
     chosen = engine.choose("auto" if backend == "gluon" else backend, spec, max(q.shape[2], k.shape[2]))
     on_cpu = chosen == "cpu"
+    if not on_cpu:
+        from attndsl.runtime.triton_launch import loads_for
+
+        spec = replace(spec, loads=loads_for(spec, aligned, k))
     steps = []
     for plan in left_plans(program, replace(spec, backend=Backend.CPU if on_cpu else Backend.TRITON)):
         deriving = engine.deriving(plan.program, q, k, v, inputs)
