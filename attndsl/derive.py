@@ -113,8 +113,8 @@ def derive(program: Program, ragged: bool = False) -> Program:
     if not deriver.found and not told and not any(part.tiles for part in parts):
         return program
     if any(part.tiles for part in parts):
-        begin = None if packed is None else document_of(program, packed, False, "q")
-        parts = tuple(within_left_tiles(part, program, begin) for part in parts)
+        begins = [None if packed is None else deriver.first_key(packed, part) for part in program.only.parts]
+        parts = tuple(within_left_tiles(*x, program) for x in zip(parts, begins, strict=True))
     inputs = (*program.inputs, *deriver.found.values())
     return replace(program.with_branch(parts=parts), inputs=inputs)
 
@@ -286,6 +286,16 @@ class _Deriver:
     def derived(self, pattern: Set, past: bool = False) -> Set:
         """A set of tokens as it is derived. past: it is read at keys past the last token."""
         return self.set(pattern, _Context(everywhere=self.program.only.queries is not None, past=past))
+
+    def first_key(self, doc: str, part: Part) -> Scalar:
+        """The first key of a row's document, of a part of a packed call: a token, or of its view's entries."""
+        if part.view is None:
+            return document_of(self.program, doc, False, "q")
+        ids = self.program.input(doc)
+        made = DocumentBlocks(doc, part.view.stride)
+        known = next((decl for decl in self.program.inputs if decl.derivation == made), None)
+        decl = known or self.declare(made, f"entries_before_{ids.name}", Type.INT, ids.dims, sorted=True)
+        return Read(decl.name, (*(Var("b") for _ in ids.dims[:-1]), Var("q")), Type.INT)
 
     def set(self, pattern: Set, at: _Context) -> Set:
         match pattern:

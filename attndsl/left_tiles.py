@@ -63,10 +63,10 @@ def without_tiles(program: Program) -> Program:
     return program.with_branch(parts=tuple(replace(part, tiles="") for part in program.only.parts))
 
 
-def within_left_tiles(part: Part, program: Program, first: Scalar | None) -> Part:
+def within_left_tiles(part: Part, first: Scalar | None, program: Program) -> Part:
     """A part of a derived program whose pattern, or what is asked of its entries, says which tiles are left.
 
-    first: of a packed call the first token of a row's document.
+    first: of a packed call the first key of a row's document.
     """
     if not part.tiles:
         return part

@@ -45,7 +45,7 @@ def skipping_plan(program: Program, spec: Spec, follows: bool = False) -> Forwar
 @dataclass(frozen=True, slots=True)
 class LeftPlan(ForwardPlan):
     """A kernel that finds which tiles are left. `apart`: of a packed call, a table tells which rows and keys its tiles
-    are of (`left_tiles.py`), and there are no runs; `causal`: no row sees a later key."""
+    are of (`left_tiles.py`), and there are no runs; `causal`: keys are tokens, and no row sees a later one."""
 
     apart: bool = field(default=False, kw_only=True)
     causal: bool = field(default=False, kw_only=True)
@@ -61,7 +61,7 @@ def left_plans(program: Program, spec: Spec) -> tuple[LeftPlan, ...]:
         fields = {x.name: getattr(plan, x.name) for x in dataclasses.fields(plan)}
         if apart:
             fields["runs"] = TileRuns((), ())
-        left = LeftPlan(**fields, apart=apart, causal=causal)
+        left = LeftPlan(**fields, apart=apart, causal=causal and part.view is None)
         found.append(replace(left, program=with_needed(left.program, left.inputs)))
     return tuple(found)
 
@@ -118,5 +118,9 @@ def _visited(relation: Relation, program: Program, spec: Spec, tiling: Tiling) -
 
 def _tiling(spec: Spec) -> Tiling:
     """Tile sizes are the language's; the others are what fits."""
-    wide = spec.dtype is DType.FLOAT32 or max(spec.dim, spec.v_dim) > 128
-    return Tiling(TILE, TILE, warps=8 if wide else 4, stages=1 if wide else 3)
+    dim = max(spec.dim, spec.v_dim)
+    if spec.dtype is DType.FLOAT32 or dim > 128:
+        return Tiling(TILE, TILE, warps=8, stages=1)
+    # Below Hopper operands of products take registers too.
+    older = spec.target.startswith("cuda:") and int(spec.target.partition(":")[2]) < 90
+    return Tiling(TILE, TILE, warps=8 if older and dim > 64 else 4, stages=2 if older else 3)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from attndsl import syntax as ast
-from attndsl.branches import Branch, Pick
+from attndsl.branches import Branch, Part, Pick
 from attndsl.diagnostics import Span
 from attndsl.grammar.scope import Context, InputRef, Poison
 from attndsl.grammar.unsupported import Feature, unsupported
@@ -78,10 +78,15 @@ def check_packing(program: Program, node: ast.Attention, ctx: Context) -> bool:
     return True
 
 
+def _told(part: Part) -> bool:
+    """Whether data tells which tokens a part's entries are of, beside what documents tell."""
+    return part.view is not None and part.view.told
+
+
 def _barred(program: Program) -> Iterator[_Barred]:
     for branch in program.branches:
-        if branch.skip is not None and any(part.view is not None for part in branch.parts):
-            yield _Barred("`skip below` over a view", "which entries of a document a tile has is not counted")
+        if branch.skip is not None and any(map(_told, branch.parts)):
+            yield _Barred("`skip below` over such a view", "which entries of a document a tile has is not counted")
     for part in (part for branch in program.branches for part in branch.parts):
         if isinstance(part.view, Pick):
             yield _Barred("such a view", "data says which tokens its entries are of", part.span)

@@ -18,6 +18,7 @@ from attndsl.runtime.cuts import document_ends
 from attndsl.runtime.engine import Engine, default_scale
 from attndsl.runtime.entries import keys_of
 from attndsl.runtime.lasting import table_tensor
+from attndsl.runtime.runs import document_blocks
 from attndsl.skipping import LeftPlan, left_plans
 
 FUNCTION = "attention_left"
@@ -52,7 +53,12 @@ def prepare_left(
     ) -> list[Tensor]:
         given = dict(zip((decl.name for decl in program.inputs), inputs, strict=True))
         rows, of_tiles = _tiles(program, q, k, given)
-        found = [step(q, k, v, inputs, args, scale, of_tiles) for step in steps]
+        found = []
+        for part, step in zip(program.only.parts, steps, strict=True):
+            own = of_tiles
+            if own is not None and part.view is not None:
+                own = entry_tiles(own, _ids(program, k, given), part.view.stride)
+            found.append(step(q, k, v, inputs, args, scale, own))
         if of_tiles is not None:
             # The first tile of keys that a row sees is never dropped. Documents of one tile have no other.
             for left in found:
@@ -66,9 +72,24 @@ def _tiles(program: Program, q: Tensor, k: Tensor, given: Mapping[str, Tensor]) 
     """The number of each row's tile, and of a packed call the table of its tiles."""
     if program.packed is None:
         return torch.arange(q.shape[2], dtype=torch.int32, device=q.device) // TILE, None
-    ids = given[program.packed].expand(k.shape[0], k.shape[2])
     count = None if program.lengths is None else given[program.lengths].clamp(0, k.shape[2]).expand(k.shape[0])
-    return document_tiles(ids, count, q.shape[2])
+    return document_tiles(_ids(program, k, given), count, q.shape[2])
+
+
+def _ids(program: Program, k: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+    """What tells the documents of a packed call apart, of each token: int [B, keys]."""
+    assert program.packed is not None
+    return given[program.packed].expand(k.shape[0], k.shape[2])
+
+
+def entry_tiles(of_tiles: Tensor, ids: Tensor, stride: int) -> Tensor:
+    """The tiles of `document_tiles` with entries, one every `stride` tokens of a document, for their keys."""
+    if not ids.shape[1]:
+        return of_tiles
+    low, high, first, end = of_tiles.unbind(-1)
+    begin = document_blocks(ids.contiguous(), stride).gather(1, first.clamp(max=ids.shape[1] - 1).to(torch.int64))
+    entries = torch.div(end - first + stride - 1, stride, rounding_mode="floor")
+    return torch.stack((low, high, begin.to(torch.int32), begin.to(torch.int32) + entries), -1).to(torch.int32)
 
 
 def document_tiles(ids: Tensor, count: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ BODIES = (
     "softmax with sink sinks[h]\nattend causal & window(100)",
     "attend causal & random(2, blocks(32), per = rows(64), seed = 3)", "attend { q - k < 5 and Nk - k > 5 or q < 100 }",
     "near = attend causal & window(70)\nfar = attend causal - window(70)\noutput near + far",
+    "attend causal over pool(max, 3, 2)", "attend causal & window(90), causal over pool(mean, 2)",
     "attend causal & top(2, blocks(32), by = dot(Q, mean(K)))",
 )  # fmt: skip
 SIZES = (1, 3, 20, 63, 64, 65, 66, 90, 128, 129, 150)
@@ -98,13 +99,17 @@ def test_random(seed: int) -> None:
 UNEVEN = torch.stack([documents(200), documents(10, 120, 3, 66, 1)])
 
 
-@pytest.mark.parametrize("rows", [200, 140])
-def test_cpu(rows: int) -> None:
-    assert judge("attend causal", UNEVEN, rows, "cpu", matters=True)
+SEVERAL = "attend causal & window(90), causal over pool(mean, 2)"
 
 
-def test_triton() -> None:
-    assert judge("softmax with sink sinks[h]\nattend causal & window(100)", UNEVEN, 200, "triton", matters=True)
+@pytest.mark.parametrize(("body", "rows"), [("attend causal", 200), ("attend causal", 140), (SEVERAL, 200)])
+def test_cpu(body: str, rows: int) -> None:
+    assert judge(body, UNEVEN, rows, "cpu", matters=True)
+
+
+@pytest.mark.parametrize("body", ["softmax with sink sinks[h]\nattend causal & window(100)", SEVERAL])
+def test_triton(body: str) -> None:
+    assert judge(body, UNEVEN, 130, "triton", matters=True)
 
 
 def test_documents_are_as_called_alone() -> None:
