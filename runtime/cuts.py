@@ -15,6 +15,7 @@ from attndsl.cuts import domain, reflexive
 from attndsl.derivation import Cut
 from attndsl.program import Axis, InputDecl, Read, Scalar, Var
 from attndsl.runtime.device_kernels import device_kernel
+from attndsl.runtime.run_ends import ends_by_kernel
 from attndsl.runtime.values import Values
 
 
@@ -118,6 +119,8 @@ def document_ends(ids: Tensor, ends: bool) -> Tensor:
     position = torch.arange(tokens, dtype=torch.int32, device=ids.device)
     if tokens == 0:
         return position.expand(ids.shape)
+    if ids.is_cuda:
+        return ends_by_kernel(ids)[int(ends)]
     changes = ids[..., 1:] != ids[..., :-1]
     if not ends:
         return torch.where(pad(changes, (1, 0), value=True), position, 0).cummax(-1).values

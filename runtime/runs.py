@@ -21,6 +21,7 @@ from attndsl.program import Axis, InputDecl
 from attndsl.runtime.call import device_target, dtype_of
 from attndsl.runtime.outputs import empty_gradient
 from attndsl.runtime.pool import POOLED, launch, wide
+from attndsl.runtime.run_ends import entries_by_kernel
 from attndsl.runtime.transforms import differentiable, mapped
 from attndsl.runtime.triton_version import INTERPRETED
 
@@ -49,6 +50,9 @@ def document_entries(ids: Tensor, size: int, stride: int, present: Tensor | None
     begins no later than it. And the first token of each entry's document. present: how many tokens are, of each
     batch entry, [...] but for the last dimension."""
     tokens = ids.shape[-1]
+    if ids.is_cuda and tokens:
+        number, first, end, begin = entries_by_kernel(ids, size, stride, present)
+        return Runs(number, first, end), begin
     every = torch.arange(tokens, dtype=torch.int32, device=ids.device).expand(ids.shape).contiguous()
     if not tokens:
         return Runs(every, every, every), every
@@ -97,6 +101,9 @@ def _begins(*ids: Tensor) -> Tensor:
 
 def runs_of(ids: Tensor) -> Runs:
     """The maximal runs of equal ids [..., tokens]."""
+    if ids.is_cuda and ids.shape[-1]:
+        number, first, end, _ = entries_by_kernel(ids, ids.shape[-1], ids.shape[-1])
+        return Runs(number, first, end)
     number = _begins(ids).cumsum(-1, dtype=torch.int32) - 1
     every = torch.arange(ids.shape[-1], dtype=torch.int32, device=ids.device).expand(ids.shape).contiguous()
     first, end = (torch.searchsorted(number, every, right=right, out_int32=True) for right in (False, True))
