@@ -73,7 +73,7 @@ class OfKind:
             self._put(plan, level[:, ::share], slice(0, classes))
             return
         for at in strips:
-            self._put(plan, self.of.ranking.decided(*self._scored(at))[:, ::share], at)
+            self._put(plan, self.of.ranking.chosen(*self._scored(at), plan.shape[1], None), at)
 
     def _put(self, plan: Tensor, level: Tensor, at: slice) -> None:
         """Write what some row classes choose, level [B, H', n, columns]."""

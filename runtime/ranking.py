@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attndsl.members import Runs
+from attndsl.runtime.choose import MOST, chosen_by_kernel
 from attndsl.runtime.competing import masses_around, normalised_together
 from attndsl.runtime.masses import floor_share, running_sums
 from attndsl.selection import (
@@ -38,6 +39,40 @@ class Ranking:
     selection: Selection
     heads: tuple[int, int]
     budgets: Tensor | None
+
+    def chosen(self, raw: Tensor, candidates: Tensor, forced: Tensor, heads: int, room: int | None) -> Tensor:
+        """What is chosen, for so many heads of a plan: lists as `listed` has them, or where room is None bytes as
+        `decided` does."""
+        step = self.heads[0] // heads
+        if self._by_kernel(raw):
+            score, competing = (x[:, ::step] for x in self._scores(raw, candidates, forced))
+            return chosen_by_kernel(
+                self.selection, score, competing, forced[:, ::step], self._limit(competing, step), room
+            )
+        if room is not None and self.finds_best(raw.dtype):
+            return self.best(raw, candidates, forced, room)[:, ::step]
+        level = self.decided(raw, candidates, forced)[:, ::step]
+        return level if room is None else listed(level, room)
+
+    def _by_kernel(self, raw: Tensor) -> bool:
+        one = not isinstance(self.selection.rule, Levels) and self._compete is Compete.ROW
+        return one and raw.is_cuda and raw.dtype == torch.float32 and 0 < raw.shape[-1] <= MOST and raw.numel() > 0
+
+    def _limit(self, competing: Tensor, step: int) -> Tensor | int:
+        """How many rank in all of those that compete, an int or [B or 1, heads or 1, classes or 1]."""
+        match self.selection.rule:
+            case Top(count=None, fraction=share):
+                assert share is not None
+                return floor_share(share, competing.sum(-1)).clamp(min=1)
+            case Top():
+                assert self.budgets is not None
+                return self.budgets.squeeze(-1)[:, ::step]
+            case Cover(at_most=most) | Above(at_most=most):
+                return competing.shape[-1] if most is None else most
+            case Levels():
+                raise AssertionError("levels are several choices")
+            case _:
+                assert_never(self.selection.rule)
 
     def decided(self, raw: Tensor, candidates: Tensor, forced: Tensor, documents: Tensor | None = None) -> Tensor:
         """What is chosen, uint8 [B, Hq, classes, members]: 0 where a member is out, else its factor.
@@ -165,3 +200,11 @@ class Ranking:
                 return level
             case _:
                 assert_never(rule)
+
+
+def listed(level: Tensor, room: int) -> Tensor:
+    """The members of bytes [..., members] that are not 0, in increasing order and -1 after them: int32 [..., room]."""
+    members = level.shape[-1]
+    index = torch.arange(members, device=level.device, dtype=torch.int32)
+    found = torch.where(level > 0, index, members).sort(-1).values[..., :room]
+    return pad(torch.where(found < members, found, -1).to(torch.int32), (0, room - found.shape[-1]), value=-1)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from attndsl.branch_mass import BranchMass, branch_masses
 from attndsl.capacity import budgets, capacity, lags_of, rows_that_see
@@ -26,6 +25,7 @@ from attndsl.runtime.in_order import in_one_piece
 from attndsl.runtime.keep import update_in_torch
 from attndsl.runtime.lasting import number_tensor, table_tensor
 from attndsl.runtime.masses import leading, pooled_members
+from attndsl.runtime.ranking import listed
 from attndsl.runtime.strips import STRIP, Ragged, State, Strips
 from attndsl.runtime.touched import Touched
 from attndsl.select_plan import SelectPlan, why_not_fused
@@ -229,16 +229,12 @@ class Selector:
             return plan
         if self.selection.together:
             level = strips.levels(0, self.classes, step)[:, :: self.shape.heads // heads]
-            plan.copy_(self._listed(level) if self.selection.bounded else level)
+            plan.copy_(listed(level, self.capacity) if self.selection.bounded else level)
             return plan
-        best = strips.ranking.finds_best(strips.real) and 0 not in (*plan.shape, self.members)
+        room = self.capacity if self.selection.bounded else None
         for low in range(0, self.classes, step):
             high = min(low + step, self.classes)
-            if best:
-                plan[:, :, low:high] = strips.best(low, high)[:, :: self.shape.heads // heads]
-                continue
-            level = strips.levels(low, high, high - low)[:, :: self.shape.heads // heads]
-            plan[:, :, low:high] = self._listed(level) if self.selection.bounded else level
+            plan[:, :, low:high] = strips.chosen(low, high, heads, room)
         return plan
 
     def scores(
@@ -262,21 +258,19 @@ class Selector:
             return
         # With a place for what is no class, which is dropped.
         found = torch.cat((plan, plan[:, :, :1]), 2)
+        room = self.capacity if self.selection.bounded else None
         # Where all of them compete they are one strip.
         wide = count if self.selection.together else step
         for low in range(0, count, wide):
             high = min(low + wide, count)
-            level = strips.levels(low, high, min(step, high - low))[:, :: self.shape.heads // heads]
-            made = self._listed(level) if self.selection.bounded else level
+            if self.selection.together:
+                level = strips.levels(low, high, min(step, high - low))[:, :: self.shape.heads // heads]
+                made = level if room is None else listed(level, room)
+            else:
+                made = strips.chosen(low, high, heads, room)
             at = classes[:, low:high].clamp(max=last)
             found.scatter_(2, at[:, None, :, None].expand(batch, heads, high - low, width), made.to(found.dtype))
         plan.copy_(found[:, :, :-1])
-
-    def _listed(self, level: Tensor) -> Tensor:
-        """Members in increasing order, -1 after them."""
-        index = torch.arange(self.members, device=self.device, dtype=torch.int32)
-        found = torch.where(level > 0, index, self.members).sort(-1).values[..., : self.capacity]
-        return pad(torch.where(found < self.members, found, -1), (0, self.capacity - found.shape[-1]), value=-1)
 
     def _fused(
         self, plan: Tensor, q: Tensor, k: Tensor, inputs: Sequence[Tensor], args: Sequence[int], scale: float | None,

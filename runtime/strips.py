@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from attndsl.capacity import lags_of
 from attndsl.derive import own_inputs
 from attndsl.members import Lags
+from attndsl.program import reads
 from attndsl.runtime.branch_masses import BranchMasses
 from attndsl.runtime.call import present_lengths
 from attndsl.runtime.groups import Groups, along_lags, class_rows, lag_sums, tile_of_rows, tiled_rows
@@ -97,7 +98,10 @@ class Strips:
         of_members = self.selection.members
         if of_members is not None and not isinstance(of_members, Lags):
             self.members = Groups.of(of_members, of.members, self.among, self.present)
-            self.width = max(of.members, self.shape.k_len)
+            # Which keys a class may choose is asked of each, once for all heads where none differs.
+            asked = [of.among.condition, *([] if of.always is None else [of.always.condition])]
+            apart = self.members.label.shape[1] > 1 or any(reads(e, "h", "g") for e in asked)
+            self.width = max(of.members, self.shape.k_len // (1 if apart else self.shape.heads))
         self.tiles: Tensor | None = None
         if self.selection.row_tiles is not None:
             q_len = self.shape.q_len(of.program)
@@ -392,9 +396,14 @@ class Strips:
         whole = strips[0] if len(strips) == 1 else (torch.cat(x, 2) for x in zip(*strips, strict=True))
         return self.ranking.decided(*whole)
 
-    def best(self, low: int, high: int) -> Tensor:
-        """The plan of these row classes, int32 [B, Hq, high - low, C], where the best alone are found."""
-        return self.ranking.best(*self._scored(low, high), self.of.capacity)
+    def chosen(self, low: int, high: int, heads: int, room: int | None) -> Tensor:
+        """The plan of these row classes, for so many heads, as `Ranking.chosen` has it."""
+        lead = (self.shape.batch, heads, high - low)
+        if not self.shape.heads or 0 in (*lead, self.of.members):
+            if room is None:
+                return torch.zeros(*lead, self.of.members, dtype=torch.uint8, device=self.device)
+            return torch.full((*lead, room), -1, dtype=torch.int32, device=self.device)
+        return self.ranking.chosen(*self._scored(low, high), heads, room)
 
     def _scored(self, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of these row classes the scores of candidates, which these are, and which are forced."""

@@ -1,0 +1,76 @@
+"""The kernel that chooses of scored members chooses what sorting them does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from attndsl.grammar import load
+from attndsl.runtime.choose import chosen_by_kernel
+from attndsl.runtime.ranking import Ranking, listed
+from attndsl.selection import Forced, Normalise
+from tests.gpu import interprets
+
+pytestmark = [interprets, pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "ignore:overflow")]
+RULES = (
+    ("top(3,", ""), ("top(0 * h,", ""), ("top(fraction(0.3),", ""), ("cover(0.9,", ""), ("cover(0.5,", ", exclusive"),
+    ("cover(0.3,", ", at_least = 4, at_most = 6"), ("above(0.1,", ""), ("above(0.5,", ", relative, at_most = 3"),
+)  # fmt: skip
+HEADS = (4, 2)
+
+
+def ranking_of(rule: tuple[str, str], forced: Forced | None, normalise: Normalise) -> Ranking:
+    text = f"{rule[0]} blocks(4), per = rows(4), among = all, by = dot(mean(Q), mean(K)), always = sink(2){rule[1]})"
+    (selection,) = load(f"attention a {{ plan p = {text} attend causal & p }}").program.selections
+    selection = replace(selection, normalise=normalise, **({"always": None} if forced is None else {"forced": forced}))
+    budgets = torch.tensor([0 if "0 *" in rule[0] else 3] * 4).view(1, 4, 1, 1)
+    return Ranking(selection, HEADS, budgets if rule[0].startswith("top(") and "fraction" not in rule[0] else None)
+
+
+def scored(members: int, seed: int, forces: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of some candidates, many of them equal: sums of what is a multiple of a power of two have no order."""
+    generator, size = torch.Generator().manual_seed(seed), (1, 4, 5, members)
+    chance = torch.rand(3, *size, generator=generator)
+    candidates = chance[0] < 0.8
+    forced = candidates & (chance[1] < 0.2) & forces
+    raw = torch.randint(-8, 25, size, generator=generator) / 16
+    return torch.where(candidates & (chance[2] < 0.9), raw, -torch.inf), candidates, forced
+
+
+CASES = list(product(RULES, [None, *Forced], Normalise))
+
+
+@pytest.mark.parametrize("nth", range(0, len(CASES), 5))
+def test_what_sorting_chooses(nth: int) -> None:
+    (rule, how, normalise), members = CASES[nth], (1, 2, 7, 40, 130)[nth % 4]
+    ranking = ranking_of(rule, how, normalise)
+    raw, candidates, forced = scored(members, nth, how is not None)
+    score, competing = ranking._scores(raw, candidates, forced)
+    wanted, limit = ranking.decided(raw, candidates, forced), ranking._limit(competing, 1)
+    of_bytes = chosen_by_kernel(ranking.selection, score, competing, forced, limit, None)
+    if normalise is Normalise.NONE or not rule[0].startswith("cover"):
+        assert torch.equal(of_bytes, wanted)
+    else:
+        # Sums of masses round as they are added up, so those at the boundary may fall on either side of it: equals of
+        # one score, of which no other is between.
+        differ = of_bytes != wanted
+        assert bool((differ.sum(-1) <= 1).all())
+    room = 3 if nth % 2 else members
+    found = chosen_by_kernel(ranking.selection, score, competing, forced, limit, room)
+    assert torch.equal(found, listed(of_bytes, room))
+
+
+def test_scores_at_the_ends() -> None:
+    """The largest scores that there are, and what is forced without one."""
+    ranking = ranking_of(RULES[0], Forced.COUNTED, Normalise.NONE)
+    raw = torch.tensor([3e38, -torch.inf, -3e38, 3e38, 0.0, -0.0, 1e-45]).expand(1, 4, 1, 7)
+    candidates = torch.ones(1, 4, 1, 7, dtype=torch.bool)
+    forced = torch.tensor([False, True, *[False] * 5]).expand(1, 4, 1, 7)
+    score, competing = ranking._scores(raw, candidates, forced)
+    found = chosen_by_kernel(ranking.selection, score, competing, forced, 3, 4)
+    assert found[0, 0, 0].tolist() == [0, 1, 3, -1]
+    assert torch.equal(listed(ranking.decided(raw, candidates, forced), 4), found)
