@@ -14,7 +14,7 @@ from attndsl.runtime.lasting import number_tensor
 from attndsl.selection import Above, Cover, Forced, Levels, Selection, Top
 
 # The most members of a row that a program holds.
-MOST = 2048
+MOST = 16384
 # Scores that a program holds, where rows are short; a warp then has rows of its own.
 _HELD, _SHORT = 512, 256
 
@@ -72,7 +72,7 @@ def _launch(
         "share_ptr": torch.float32, "out_ptr": out, "lists": lists, "members": members, "room": room, "rule": rule,
         "least": least, "counted": counted,
     }  # fmt: skip
-    return device_kernel(_text(width, rows), "choose", -(-lists // rows), device, given)
+    return device_kernel(_text(width, rows), "choose", -(-lists // rows), device, given, max(4, min(16, width // 1024)))
 
 
 @functools.cache

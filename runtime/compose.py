@@ -113,7 +113,8 @@ class Composed:
         self._pooled: dict[Queries, Tensor] = {}
 
     def attended(self, name: str) -> State:
-        """Output and lse of a branch."""
+        """Output and lse of a branch; the only one of a program without an `output` goes by any name."""
+        name = "" if self._program.output is None else name
         if name not in self._attended:
             own_key, part = self._part(name)
             within = part.only.within

@@ -14,7 +14,7 @@ from attndsl.runtime.load import load_source
 
 
 def device_kernel(
-    text: str, function: str, grid: int, device: torch.device, given: dict[str, Any]
+    text: str, function: str, grid: int, device: torch.device, given: dict[str, Any], warps: int = 4
 ) -> Callable[..., None]:
     """A kernel of a text, compiled for the device, or interpreted where that is none.
 
@@ -29,7 +29,7 @@ def device_kernel(
     from attndsl.runtime.triton_launch import POINTER, shared_cache
 
     types = tuple((name, POINTER[given[name]] if name.endswith("_ptr") else _integer(name)) for name in names)
-    source = KernelSource(text, function, types, (), warps=4, stages=1)
+    source = KernelSource(text, function, types, (), warps=warps, stages=1)
     compiled = compile_kernel(source, device_target(device), shared_cache(), whole=False)
     tensors = [name for name in names if name.endswith("_ptr")]
     template = [Slot(tensors.index(name), type) if name in tensors else given[name] for name, type in types]

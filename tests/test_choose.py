@@ -64,6 +64,15 @@ def test_what_sorting_chooses(nth: int) -> None:
     assert torch.equal(found, listed(of_bytes, room))
 
 
+@pytest.mark.parametrize("rule", [RULES[0], RULES[6]])
+def test_rows_that_are_longer_than_what_is_written_at_once(rule: tuple[str, str]) -> None:
+    ranking = ranking_of(rule, Forced.COUNTED, Normalise.NONE)
+    raw, candidates, forced = scored(2500, 1, True)
+    score, competing = ranking._scores(raw, candidates, forced)
+    found = chosen_by_kernel(ranking.selection, score, competing, forced, ranking._limit(competing, 1), 2500)
+    assert torch.equal(found, listed(ranking.decided(raw, candidates, forced), 2500))
+
+
 def test_scores_at_the_ends() -> None:
     """The largest scores that there are, and what is forced without one."""
     ranking = ranking_of(RULES[0], Forced.COUNTED, Normalise.NONE)

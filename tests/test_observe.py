@@ -14,6 +14,7 @@ from torch import Tensor
 import attndsl
 from attndsl.observation import Observation
 from attndsl.program import Program
+from attndsl.runtime import compose
 from attndsl.runtime.reference import reference
 from attndsl.runtime.reference_observe import by_class
 from tests.accuracy import examples
@@ -159,6 +160,19 @@ def test_other_programs(backend: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ torch
+
+
+def test_what_is_observed_is_attended_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    attn, made = attndsl.compile("attention a { x = attend causal\n observe mass = probs(x, sum, head, tokens) }"), []
+
+    def attend(*call: Any) -> Any:
+        made.append(call[0])
+        return own(*call)
+
+    own = compose.attend
+    monkeypatch.setattr(compose, "attend", attend)
+    attn(*torch.randn(3, 1, 1, 9, 8), return_observed=True)
+    assert len(made) == 1
 
 
 def test_it_has_no_gradient() -> None:
