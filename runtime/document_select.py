@@ -218,7 +218,7 @@ class Call:
         assert v.pool is not None, "a member of any number of tokens has no vector of its own"
         x = self.k if v.source == "K" else leading(self.of.program.input(v.source), self.inputs[v.source])
         x = x.expand(self.shape.batch, -1, self.shape.k_len, -1).to(self.real)
-        return Groups.labelled(groups.of_token, groups.tokens).pooled(x, v.pool)
+        return Groups.labelled(groups.of_token, groups.tokens).pooled(x, v.pool, self.of.key)
 
     @cached_property
     def _key_groups(self) -> DocumentGroups:
