@@ -14,7 +14,7 @@ from torch import Tensor
 import attndsl
 from attndsl.observation import Observation
 from attndsl.program import Program
-from attndsl.runtime import compose
+from attndsl.runtime import compose, ops
 from attndsl.runtime.reference import reference
 from attndsl.runtime.reference_observe import by_class
 from tests.accuracy import examples
@@ -169,7 +169,7 @@ def test_what_is_observed_is_attended_once(monkeypatch: pytest.MonkeyPatch) -> N
         made.append(call[0])
         return own(*call)
 
-    own = compose.attend
+    own = ops.attend
     monkeypatch.setattr(compose, "attend", attend)
     attn(*torch.randn(3, 1, 1, 9, 8), return_observed=True)
     assert len(made) == 1
