@@ -29,8 +29,9 @@ def number(members: Tiles | Placed | Lags, x: str) -> Scalar:
                 place = _quotient(coordinate(grid, axis, Var(x)), sizes[axis])
                 found = Binary("+", Binary("*", found, Const(count)), place)
             return found
-        case Placed(size=size):
-            return _quotient(read(members, x), size)
+        case Placed(size=size, tiles=tiles):
+            place = read(members, x)
+            return _quotient(place, size) if tiles is None else substitute(number(tiles, "k"), {"k": place})
         case Lags(size=size):
             return _quotient(Binary("-", Var("q"), Var("k")), size)
         case _:
@@ -66,8 +67,7 @@ def has_member(members: Members, tokens: Scalar = _TOKENS, past: bool = False) -
                 found.append(Compare("<", Var("k"), Binary("+", end, Const(grid.first))))
             return None if not found else found[0] if len(found) == 1 else Logic("and", tuple(found))
         case Placed():
-            place = read(members)
-            return Logic("and", (Compare(">=", place, Const(0)), Compare("<", place, tokens)))
+            return _is_placed(members, tokens)
         case Lags():
             return Compare("<=", Var("k"), Var("q"))
         case Runs():
@@ -91,16 +91,23 @@ def in_document(
             inside = has_member(of)
             own = {"k": position}
             return substitute(number(of, "k"), own), None if inside is None else substitute(inside, own)
-        case Placed(size=size) as of:
-            place = read(of)
-            exists = Compare("<=", Const(0), place), Compare("<", place, Binary("-", end, first))
-            return _quotient(place, size), Logic("and", exists)
+        case Placed() as of:
+            return number(of, "k"), _is_placed(of, Binary("-", end, first))
         case Runs() as of:
             # A segment begins with its document at the earliest.
             begin = replace(read(of), input=begins(of.input))
             return Binary("-", Call("max", (begin, first)), first), None
         case other:
             assert_never(other)
+
+
+def _is_placed(of: Placed, tokens: Scalar) -> Scalar:
+    """Whether key k is at one of so many places that is of a member."""
+    place = read(of)
+    found: list[Scalar] = [Compare(">=", place, Const(0)), Compare("<", place, tokens)]
+    if of.tiles is not None and not of.tiles.grid.everywhere:
+        found.append(substitute(on_grid(of.tiles.grid, "k"), {"k": place}))
+    return Logic("and", tuple(found))
 
 
 def where_told(members: Members, e: Scalar, tokens: Scalar) -> Scalar:

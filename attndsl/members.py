@@ -1,7 +1,7 @@
 """Members of the keys other than blocks in a row: what `of` divides them into where it is no `tokens` or `blocks(B)`.
 
     members ::= Tiles grid sizes          tiles(a, b, c), of the axes        also what `per` divides the rows into
-              | Placed size input lead    blocks(B) on permuted(pi)
+              | Placed size input lead    blocks(B) on permuted(pi), tiles(a, b, c) on permuted(pi)
               | Runs input lead           segments(ids)
               | Lags size                 diagonals(B)
 
@@ -48,11 +48,13 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Blocks of `size` places, token k being at place input[..., k]; `lead` holds the input's other indices."""
+    """Blocks of `size` places, or tiles of a grid of places, token k being at place input[..., k]; `lead` holds the
+    input's other indices."""
 
     size: int
     input: str
     lead: tuple[Scalar, ...]
+    tiles: Tiles | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,8 @@ def extent(members: Members) -> tuple[int, int]:
             # Where tokens run tile by tile, a layer of the grid's own tiles may be begun everywhere.
             layer = lcm(sizes[0], grid.tiles[0])
             return layer * grid.stride, layer // sizes[0] * prod(members.counts)
+        case Placed(tiles=tiles) if tiles is not None:
+            return extent(tiles)
         case Placed(size=size) | Lags(size=size):
             return size, 1
         case Runs():

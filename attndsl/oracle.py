@@ -452,7 +452,8 @@ class Evaluator:
         values = self._input(members.input)
         values = np.broadcast_to(values, (*values.shape[:-1], k_len)).astype(np.int64)
         if isinstance(members, Placed):
-            values = np.where((values >= 0) & (values < k_len), values // members.size, -1)
+            number = values // members.size if members.tiles is None else tile_numbers(members.tiles, values)
+            values = np.where((values >= 0) & (values < k_len), number, -1)
         else:
             values = run_starts(values)
         head = [np.clip(self.scalar(e), 0, n - 1) for e, n in zip(members.lead, values.shape[:-1], strict=True)]

@@ -49,8 +49,8 @@ def members_text(keys: int, members: Members | None) -> str:
             return "tokens" if keys == 1 else f"blocks({keys})"
         case Tiles(sizes=sizes):
             return f"tiles({', '.join(map(str, sizes))})"
-        case Placed(size=size, input=name):
-            return f"{members_text(size, None)} on permuted({name})"
+        case Placed(size=size, input=name, tiles=tiles):
+            return f"{members_text(size, tiles)} on permuted({name})"
         case Runs(input=name):
             return f"segments({name})"
         case Lags(size=size):

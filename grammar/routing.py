@@ -83,9 +83,12 @@ def members_of(node: ast.Expr, ctx: Context) -> tuple[int, Members | None] | Non
         case ast.Apply(function="diagonals", args=[ast.Argument(name=None, value=size)]):
             width = static_int(size, ctx, "a block size")
             return None if width is None else (width, Lags(width))
-        case ast.Place(operand=ast.Name() | ast.Apply(function="blocks") as operand, place=place_node):
-            keys, placed = keys_of(operand, ctx), place_of(place_node, ctx)
-            return (keys, Placed(keys, placed.input, placed.lead)) if keys and isinstance(placed, Permuted) else None
+        case ast.Place(operand=ast.Name() | ast.Apply(function="blocks" | "tiles") as operand, place=place_node):
+            of, placed = members_of(operand, ctx), place_of(place_node, ctx)
+            if of is None or not isinstance(placed, Permuted):
+                return None
+            tiles_of = of[1] if isinstance(of[1], Tiles) else None
+            return of[0], Placed(of[0], placed.input, placed.lead, tiles_of)
         case _:
             keys = keys_of(node, ctx)
             return None if keys is None else (keys, None)

@@ -82,10 +82,13 @@ def labels(of: Tiles | Placed | Runs, values: Values, documents: Documents) -> t
         here = values.at(q=0, k=(every - first).unsqueeze(2))
         label = here.tensor(of_token).squeeze(2)
         return label, present if inside is None else present & here.tensor(inside).squeeze(2)
+    if isinstance(of, Placed):
+        of_token, inside = number(of, "k"), has_member(of)
+        assert inside is not None
+        here = values.at(q=0, k=every.view(1, 1, 1, -1), Nk=(end - first).unsqueeze(2))
+        return here.tensor(of_token).squeeze(2).clamp(min=0), present & here.tensor(inside).squeeze(2)
     told = read(of)
     said = values.at(q=0, k=every.view(1, 1, 1, -1)).tensor(told).squeeze(2)
-    if isinstance(of, Placed):
-        return said.clamp(min=0) // of.size, present & (said >= 0) & (said < end - first)
     begins = pad(said[..., 1:] != said[..., :-1], (1, 0), value=True)[..., : every.numel()] | (every == first)
     return torch.where(begins, every, 0).cummax(-1).values - first, present
 

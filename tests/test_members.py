@@ -46,6 +46,8 @@ DATA = {
     "blocks(4) on permuted(pi)": "input pi : int[b, h, k]",
     "blocks(3) on permuted(po)": "input po : int[k]",
     "tokens on permuted(po)": "input po : int[k]",
+    "tiles(2, 2, 3) on permuted(pi)": f"input pi : int[b, h, k] {GRIDS[3]}",
+    "tiles(1, 2, 3) on permuted(po)": f"input po : int[k] {GRIDS[0]}",
     "segments(c)": "input c : int[b, k]",
     "segments(cg)": "input cg : int[b, g, k] sorted",
 }
