@@ -312,6 +312,7 @@ def backward_plans(
 
     tilings: of dq, and of dk and dv; None as in `forward_plans`. alone: as there.
     """
+    assert program.only.skip is None, "gradients are those of the attention to the tiles that are left"
     if program.only.within is not None:
         return (within_backward(program, spec, uses_lse),)
     if not program.plain:

@@ -50,12 +50,14 @@ def attend(
     if not torch.compiler.is_compiling() and dropout == 0:
         again = engine_of(key).again
         if again is not None and again.fits(q, k, v, inputs, scale, backend):
-            if again.wants_gradients and torch.is_grad_enabled():
+            wanted = again.wants_gradients and torch.is_grad_enabled()
+            if wanted and not left_key(key):
                 return _recorded(key, again.launch, inputs, q, k, v, inputs, args, scale, backend)
-            if again.output is not None and not with_lse:
+            if not wanted and again.output is not None and not with_lse:
                 return again.output(q, k, v, inputs, args, scale), None
-            found: tuple[Tensor, Tensor] = again.launch(q, k, v, inputs, args, scale, None)
-            return found
+            if not wanted:
+                found: tuple[Tensor, Tensor] = again.launch(q, k, v, inputs, args, scale, None)
+                return found
     if left_key(key) and (found_first(key) or wants_gradients((q, k, v, *inputs))):
         from attndsl.runtime.left_tiles import attend_left
 

@@ -202,6 +202,20 @@ def test_compiled_callers() -> None:
         torch.testing.assert_close(x, y)
 
 
+def test_after_calls_without_gradients() -> None:
+    """Calls that are recognised as alike, of tensors that require gradients, keep no way to these."""
+    leaves = [x.requires_grad_() for x in peaked(1, 2, 1, 70, 200, 8)]
+    attn = compiled("attend causal", 0.3)
+    with torch.no_grad():
+        for _ in range(3):
+            attn(*leaves)
+    expected = torch.autograd.grad(attn.reference(*leaves).square().sum(), leaves)
+    for _ in range(3):
+        found = torch.autograd.grad(attn(*leaves).square().sum(), leaves)
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-11, rtol=1e-11)
+
+
 def test_without_gradients_nothing_is_found_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inference keeps its one kernel."""
     attn = compiled("attend causal", 0.3)
