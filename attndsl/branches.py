@@ -83,20 +83,21 @@ class Pool:
 class Pick:
     """Single tokens that an int input lists; `lead` holds its other indices, `room` is its last dimension.
 
-    weight: what an entry k counts for (None: 1); one that weighs nothing or less is not there. size, stride, visible,
-    counted, present: those of every view.
+    weight: what an entry k counts for (None: 1); one that weighs nothing or less is not there. packed: as in `Given`.
+    size, stride, visible, counted, present: those of every view.
     """
 
     input: str
     lead: tuple[Scalar, ...]
     room: Dim
     weight: Scalar | None = None
+    packed: str | None = field(default=None, kw_only=True)
 
     size = stride = 1
     visible = Visible.EVERY
     counted = False
     present = None
-    runs = packed = None
+    runs = None
     told = True
 
     def entries(self, tokens: int) -> int:
@@ -115,7 +116,8 @@ class Given:
 
     present: how many tokens are, where `counted` asks and not all of a call's are (None: Nk). runs, picked: what tells
     entries, until the program is derived. packed: the input whose documents they are of, which then have room for one
-    entry a token. room: the dimension of entries, where it is not one every `stride` tokens.
+    entry a token. listed: what tokens picked in documents are in positions of a call. room: the dimension of entries,
+    where it is not one every `stride` tokens.
     mass: in a derived program, what entry k counts for where that is no function of k and the lengths.
     """
 
@@ -129,6 +131,7 @@ class Given:
     runs: Runs | None = field(default=None, kw_only=True)
     picked: Pick | None = field(default=None, kw_only=True)
     packed: str | None = field(default=None, kw_only=True)
+    listed: Pick | None = field(default=None, kw_only=True)
     room: Dim | None = field(default=None, kw_only=True)
     mass: Scalar | None = field(default=None, kw_only=True)
 

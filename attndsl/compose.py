@@ -12,19 +12,49 @@ from dataclasses import dataclass, replace
 from attndsl.branches import Attended, Branch, Given, Merged, Output, Part, Pick, Pool, Within, combined, factors
 from attndsl.diagnostics import error
 from attndsl.plans import own_program
-from attndsl.program import Axis, Dim, InputDecl, Program, Read, Selected, Type, nodes, walk
+from attndsl.program import (
+    Axis,
+    Binary,
+    Dim,
+    InputDecl,
+    Program,
+    Read,
+    Scalar,
+    Selected,
+    Type,
+    Var,
+    nodes,
+    reads,
+    walk,
+)  # fmt: skip
 from attndsl.selection import Probs
 from attndsl.unpack import of_output
 
 
 @dataclass(frozen=True, slots=True)
+class Picked:
+    """What tokens listed in documents are in positions of a call, as inputs that are made: `tokens` holds those
+    of entries, and of `masses` each what an entry counts for, by the input that weighs it ("": none does)."""
+
+    tokens: str
+    masses: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Pooling:
     """Entries to make: what an input holds the keys and another the values of. `visible`, `counted`, `weight` play no
-    part."""
+    part. picked: of tokens listed in documents."""
 
     pool: Pool | Pick
     keys: str
     values: str
+    picked: Picked | None = None
+
+    @property
+    def made(self) -> tuple[str, ...]:
+        """The inputs that are made."""
+        told = () if self.picked is None else (self.picked.tokens, *(name for _, name in self.picked.masses))
+        return (self.keys, self.values, *told)
 
     @property
     def name(self) -> str:
@@ -41,10 +71,9 @@ class Pooling:
     def told_by(self) -> tuple[str, ...]:
         """The inputs that tell its entries."""
         pool = self.pool
-        if isinstance(pool, Pick):
-            return (pool.input,)
         runs = None if pool.runs is None else pool.runs.input
-        return tuple(name for name in (runs, pool.packed) if name is not None)
+        own = pool.input if isinstance(pool, Pick) else runs
+        return tuple(name for name in (own, pool.packed) if name is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,21 +138,47 @@ def _handed_in(part: Part, program: Program, found: dict[Pool | Pick, Pooling], 
         return part
     made: Pool | Pick
     if isinstance(view, Pick):
-        made = replace(view, weight=None)
+        made = replace(view, weight=None, packed=program.packed)
     else:
         made = Pool(view.function, view.size, view.stride, runs=view.runs, packed=program.packed)
     if made not in found:
-        taken = {decl.name for decl in program.inputs} | {p.keys for p in found.values()}
+        taken = _taken(program, found)
         suffixes = (f"_{i}" if i else "" for i in range(len(taken) + 1))
         word = "pooled" if isinstance(made, Pool) else "picked"
-        suffix = next(x for x in suffixes if not {f"{word}_k{x}", f"{word}_v{x}"} & taken)
-        found[made] = Pooling(made, f"{word}_k{suffix}", f"{word}_v{suffix}")
+        suffix = next(x for x in suffixes if not {f"{word}_{y}{x}" for y in "kvt"} & taken)
+        told = Picked(f"{word}_t{suffix}", ()) if isinstance(made, Pick) and made.packed is not None else None
+        found[made] = Pooling(made, f"{word}_k{suffix}", f"{word}_v{suffix}", told)
     pooling = found[made]
     names = (pooling.keys, pooling.values)
+    if isinstance(view, Pick) and pooling.picked is not None:
+        return replace(part, view=_in_documents(view, pooling, pooling.picked, program, found))
     if isinstance(view, Pick):
         return replace(part, view=Given(*names, 1, 1, picked=view, room=view.room))
     entries = Given(*names, view.size, view.stride, view.visible, view.counted, runs=view.runs, packed=program.packed)
     return replace(part, view=entries)
+
+
+def _taken(program: Program, found: dict[Pool | Pick, Pooling]) -> set[str]:
+    return {decl.name for decl in program.inputs} | {name for pooling in found.values() for name in pooling.made}
+
+
+def _in_documents(
+    view: Pick, pooling: Pooling, picked: Picked, program: Program, found: dict[Pool | Pick, Pooling]
+) -> Given:
+    """Tokens listed in documents as ones listed in a call, of which one may stand for several of a list."""
+    weight = view.weight
+    by = weight.input if isinstance(weight, Read) and reads(weight, "k") else ""
+    if by not in dict(picked.masses):
+        taken, base = _taken(program, found), f"mass_{picked.tokens}"
+        name = next(x for i in range(len(taken) + 1) if (x := f"{base}_{i}" if i else base) not in taken)
+        picked = replace(picked, masses=(*picked.masses, (by, name)))
+        found[pooling.pool] = replace(pooling, picked=picked)
+    lead = (Var("b"), Var("g"))
+    mass: Scalar = Read(dict(picked.masses)[by], (*lead, Var("k")), Type.FLOAT)
+    if weight is not None and not by:
+        mass = Binary("*", mass, weight)
+    listed = Pick(picked.tokens, lead, Dim(Axis.K), mass)
+    return Given(pooling.keys, pooling.values, 1, 1, picked=view, packed=program.packed, listed=listed)
 
 
 def _shares(within: Within) -> InputDecl:
@@ -132,17 +187,22 @@ def _shares(within: Within) -> InputDecl:
     return InputDecl(within.weights, Type.FLOAT, dims, learnable=True)
 
 
-def _declared(pooling: Pooling) -> tuple[InputDecl, InputDecl]:
-    pool = pooling.pool
-    lead = (
-        Dim(Axis.B),
-        Dim(Axis.G),
-        pool.room if isinstance(pool, Pick) else Dim(Axis.K, 1 if pool.told else pool.stride),
-    )
-    return (
+def _declared(pooling: Pooling) -> tuple[InputDecl, ...]:
+    pool, picked = pooling.pool, pooling.picked
+    room = Dim(Axis.K, 1 if pool.told else pool.stride)
+    if isinstance(pool, Pick) and picked is None:
+        room = pool.room
+    lead = (Dim(Axis.B), Dim(Axis.G), room)
+    entries = (
         InputDecl(pooling.keys, Type.FLOAT, (*lead, Dim(Axis.D)), learnable=True),
         InputDecl(pooling.values, Type.FLOAT, (*lead, Dim(Axis.DV)), learnable=True),
     )
+    if picked is None:
+        return entries
+    assert isinstance(pool, Pick)
+    # What each document lists at the same places is told in the order of its tokens.
+    tokens = InputDecl(picked.tokens, Type.INT, lead, sorted=pool.room.axis is Axis.CONST)
+    return (*entries, tokens, *(InputDecl(name, Type.FLOAT, lead) for _, name in picked.masses))
 
 
 def _program(program: Program, branch: Branch, made: tuple[InputDecl, ...]) -> Program:
@@ -152,8 +212,10 @@ def _program(program: Program, branch: Branch, made: tuple[InputDecl, ...]) -> P
     for part in branch.parts:
         if isinstance(part.view, Given):
             read |= {part.view.keys, part.view.values}
-            if part.view.picked is not None and part.view.picked.weight is not None:
-                read |= {x.input for x in walk(part.view.picked.weight) if isinstance(x, Read)}
+            for pick in (part.view.picked, part.view.listed):
+                read |= set[str]() if pick is None else {pick.input}
+                if pick is not None and pick.weight is not None:
+                    read |= {x.input for x in walk(pick.weight) if isinstance(x, Read)}
         if part.within is not None:
             read.add(part.within.weights)
     chosen = tuple(decl for decl in program.inputs if _may_read(decl, branch, read))

@@ -270,10 +270,10 @@ class _Deriver:
     def of_told(self, part: Part) -> Part:
         """A part over a view that data tells, as one over entries of which each is a token of its own."""
         view = part.view
-        if isinstance(view, Given) and view.picked is not None:
-            return over_listed(self.here, part, view, view.picked)
         if view is not None and view.packed is not None:
             return over_documents(self, part)
+        if isinstance(view, Given) and view.picked is not None:
+            return over_listed(self.here, part, view, view.picked)
         if isinstance(view, Given) and view.runs is not None:
             return over_runs(self, part, view, view.runs)
         return part

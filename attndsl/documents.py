@@ -3,7 +3,8 @@
 Entries lie one document after the other, with room for as many as there are tokens. Which of them a row sees is decided
 in closed form for a document alone, of an entry's first token; in positions of the call that token is what a derived
 input holds, and it does not decrease. So `causal` ends at the entry whose last token is the row's own, as elsewhere.
-Runs of an input are such entries too: what no closed form says of them, the ends of their tokens do (`entry_ends.py`).
+Runs of an input are such entries too, and listed tokens: what no closed form says of them, the ends of their tokens do
+(`entry_ends.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from attndsl.branches import Given, Part, Pick, Visible
 from attndsl.derivation import BlockMap, DocumentEntries, Draw, EntryPlace, Offsets
 from attndsl.diagnostics import PatternError, error
 from attndsl.entry_ends import Ends, terms
-from attndsl.members import Runs
 from attndsl.program import (
     Binary,
     Call,
@@ -33,7 +33,7 @@ from attndsl.program import (
     scalars,
     walk,
 )  # fmt: skip
-from attndsl.told_entries import Deriving, among_runs, ends_of_runs
+from attndsl.told_entries import Deriving, among_listed, among_runs, ends_of_listed, ends_of_runs
 from attndsl.unpack import document_of, in_documents, standing
 
 
@@ -45,12 +45,12 @@ def over_documents(deriving: Deriving, part: Part) -> Part:
     """
     view = part.view
     assert view is not None and view.packed is not None and not isinstance(view, Pick)
-    if view.runs is not None:
-        return _over_runs(deriving, part, view, view.runs) if isinstance(view, Given) else part
     count: Scalar = view.present or Var("Nk")
     if deriving.ragged and view.present is not None:
         # `lengths` may say more tokens than a sequence of a cache has.
         count = Call("min", (count, Var("Nk")))
+    if view.runs is not None or (isinstance(view, Given) and view.picked is not None):
+        return _by_ends(deriving, part, view, count) if isinstance(view, Given) else part
     entry = _Entries(deriving, view.packed, view.size, view.stride, count)
     classes = _classes(deriving)
     every = view.visible is Visible.EVERY
@@ -148,13 +148,13 @@ def _of_the_call(program: Program, cond: Scalar) -> bool:
     return any(isinstance(derivation, BlockMap | Draw | Offsets) for derivation in read)
 
 
-# -------------------------------------------------------------------------------------------- runs
+# -------------------------------------------------------------------------- runs and listed tokens
 
 
-def _over_runs(deriving: Deriving, part: Part, view: Given, runs: Runs) -> Part:
-    """A part over the runs of an input in documents."""
+def _by_ends(deriving: Deriving, part: Part, view: Given, count: Scalar) -> Part:
+    """A part over the runs of an input in documents, or tokens listed there, whose ends are positions of the call."""
     assert view.packed is not None
-    doc, count = view.packed, view.present or Var("Nk")
+    doc = view.packed
     # In a row's own document, whose ends bound what lies there.
     first, end = (document_of(deriving.program, doc, ends, "q") for ends in (False, True))
     inside: list[Scalar] = [Compare("<=", first, Var("k")), Compare("<", Var("k"), end)]
@@ -162,7 +162,12 @@ def _over_runs(deriving: Deriving, part: Part, view: Given, runs: Runs) -> Part:
         inside += [Compare("<", Var(x), count) for x in "qk"]
     alone = terms(part.pattern)
     placed = [_placed(deriving, x, doc, count) for x in alone]
-    ends, classes = ends_of_runs(deriving, deriving.here, part, runs), _classes(deriving)
+    classes, picked, runs = _classes(deriving), view.picked, view.runs
+    if runs is not None:
+        ends = ends_of_runs(deriving, deriving.here, part, runs)
+    else:
+        assert picked is not None
+        ends = ends_of_listed(deriving.here, part, picked)
 
     def seen() -> Iterator[Set]:
         for x in inside:
@@ -178,8 +183,11 @@ def _over_runs(deriving: Deriving, part: Part, view: Given, runs: Runs) -> Part:
                     raise
                 yield Where(found, part.span)
 
-    pattern = Inter(tuple(seen()), part.span)
-    return among_runs(deriving, replace(part, pattern=pattern), view, runs, ends)
+    part = replace(part, pattern=Inter(tuple(seen()), part.span))
+    if runs is not None:
+        return among_runs(deriving, part, view, runs, ends)
+    assert picked is not None
+    return among_listed(part, view, picked, ends.first)
 
 
 def _placed(deriving: Deriving, pattern: Set, doc: str, count: Scalar) -> Set:

@@ -81,15 +81,17 @@ def mask(
         args: the runtime ints.
 
     Returns:
-        bool [batch, heads, rows, k_len], over a view with entries last. Rows at negative positions are rows like any:
-        a call may have them where the pattern gives them nothing, or asks of no row where it stands.
+        bool [batch, heads, rows, k_len], over a view with entries last; what all documents list is at its tokens. Rows
+        at negative positions are rows like any: a call may have them where the pattern gives them nothing, or asks of
+        no row where it stands.
 
     Raises:
         ValueError: an input that the pattern reads is missing, or one has another shape than declared.
     """
     check_inputs(program, shape, {name: array.shape for name, array in inputs.items()})
     (part,) = program.only.parts
-    full = (shape.batch, shape.heads, shape.rows, entries(part.view, shape.k_len))
+    last = entries(part.view, shape.k_len) if _listed_apart(program, part.view) is None else shape.k_len
+    full = (shape.batch, shape.heads, shape.rows, last)
     if 0 in full:
         return np.zeros(full, np.bool_)
     if not separate(program):
@@ -98,8 +100,18 @@ def mask(
     for x in sequences(program, shape, inputs):
         own = Evaluator.of_call(together(program), x.shape(shape), x.inputs(program, inputs), args, x.entry)
         inside = own.seen(part, program.only.queries)
+        if (picked := _listed_apart(program, part.view)) is not None:
+            own.at_tokens(inside, picked, found[x.entry : x.entry + 1, :, x.rows, x.keys])
+            continue
         found[x.entry : x.entry + 1, :, x.rows, x.keys.start : x.keys.start + inside.shape[-1]] = inside
     return found
+
+
+def _listed_apart(program: Program, view: View | None) -> Pick | None:
+    """What every document lists at the same places."""
+    picked = view.picked if isinstance(view, Given) else view
+    same = program.packed is not None and isinstance(picked, Pick) and picked.room.axis is Axis.CONST
+    return picked if same and isinstance(picked, Pick) else None
 
 
 def evaluate(
@@ -264,14 +276,15 @@ class Evaluator:
             alone = [self.at(begin + offset, k_pos, *self._lengths).seen(part) for offset in range(queries.size)]
             return np.array(np.logical_and.reduce(alone))
         shape, view = self.shape, part.view
-        full = (shape.batch, shape.heads, shape.rows, entries(view, shape.k_len))
+        picked = view if isinstance(view, Pick) else view.picked if isinstance(view, Given) else None
+        full = (shape.batch, shape.heads, shape.rows, entries(picked or view, shape.k_len))
         if 0 in full:
             return np.zeros(full, np.bool_)
         if view is None:
             return np.array(np.broadcast_to(self.members(part.pattern), full))
         if view.runs is not None:
             return self._seen_runs(part.pattern, view.runs, full)
-        if (picked := view if isinstance(view, Pick) else view.picked if isinstance(view, Given) else None) is not None:
+        if picked is not None:
             return self._seen_listed(part.pattern, picked, full)
 
         # The nominal extents reach past the last token: the pattern is asked there too.
@@ -309,6 +322,13 @@ class Evaluator:
         place = tuple(int(np.broadcast_to(x, whole)[b, h, 0, 0]) for x in lead)
         found: list[int] = values[place].tolist()
         return found
+
+    def at_tokens(self, inside: Array, picked: Pick, to: Array) -> None:
+        """Which rows see a listed token, from those that see entries of the list: [1, heads, rows, ...]."""
+        for h in range(self.shape.heads):
+            for j, token in enumerate(self.listed(picked, 0, h)):
+                if 0 <= token < self.shape.k_len:
+                    to[0, h, :, token] |= inside[0, h, :, j]
 
     def extents(self, runs: Runs, b: int, h: int) -> list[tuple[int, int]]:
         """The first token of each run of an input, and one past its last, of a batch entry and a head."""

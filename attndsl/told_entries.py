@@ -123,8 +123,18 @@ def among_runs(deriving: Deriving, part: Part, view: Given, runs: Runs, ends: En
 
 def over_listed(program: Program, part: Part, view: Given, picked: Pick) -> Part:
     """A part over listed tokens."""
+    ends = ends_of_listed(program, part, picked)
+    return among_listed(replace(part, pattern=ends.over(part.pattern)), view, picked, ends.first)
+
+
+def ends_of_listed(program: Program, part: Part, picked: Pick) -> Ends:
+    """What is known of listed tokens."""
     token = Read(picked.input, (*picked.lead, Var("k")), Type.INT)
-    pattern = Ends(program, token, token, {}, None, part.span).over(part.pattern)
+    return Ends(program, token, token, {}, None, part.span)
+
+
+def among_listed(part: Part, view: Given, picked: Pick, token: Scalar) -> Part:
+    """A part over listed tokens, whose pattern is one of these, without what data tells."""
     room, tokens = picked.room, view.present or Var("Nk")
     count: Scalar = Const(room.size)
     if room.axis is Axis.K:
@@ -134,7 +144,8 @@ def over_listed(program: Program, part: Part, view: Given, picked: Pick) -> Part
     weight = picked.weight
     mass = None if weight is None else Call("max", (Binary("*", weight, Const(1.0)), Const(0.0)))
     exists = Where(Logic("and", bounds), part.span)
-    return replace(part, pattern=Inter((exists, pattern), part.span), view=replace(view, picked=None, mass=mass))
+    pattern = Inter((exists, part.pattern), part.span)
+    return replace(part, pattern=pattern, view=replace(view, picked=None, packed=None, mass=mass))
 
 
-__all__ = ["Deriving", "among_runs", "ends_of_runs", "over_listed", "over_runs"]
+__all__ = ["Deriving", "among_listed", "among_runs", "ends_of_listed", "ends_of_runs", "over_listed", "over_runs"]

@@ -189,7 +189,7 @@ def _of_rows(program: Program) -> _Place:
 def _part(part: Part, place: _Place, conditions: list[Scalar], count: Scalar | None) -> Part:
     pattern, view = part.pattern, part.view
     if view is not None and place.document is not None:
-        assert not isinstance(view, Pick), "the front end lets no listed tokens stand here"
+        assert not isinstance(view, Pick), "listed tokens are handed in"
         return replace(part, view=replace(place.told(view), packed=place.program.packed, present=count))
     pattern = place.inside(pattern)
     if view is not None and count is not None:
@@ -349,9 +349,9 @@ class _Place:
     def told(self, view: Given | Pool) -> Given | Pool:
         """A view that data tells, of the tokens that are present, and of each document apart."""
         if isinstance(view, Given) and view.picked is not None:
-            weight = view.picked.weight
-            weight = None if weight is None else self.scalar(weight, self.names())
-            return replace(view, picked=replace(view.picked, weight=weight), present=self.k_len)
+            picked = view.listed or view.picked
+            weight = None if picked.weight is None else self.scalar(picked.weight, self.names())
+            return replace(view, picked=replace(picked, weight=weight), listed=None, present=self.k_len)
         if view.runs is None:
             return view
         ids = self.program.input(view.runs.input)

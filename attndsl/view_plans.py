@@ -214,7 +214,9 @@ def _scalars(program: Program, spec: Spec, view: Given, follows: bool) -> dict[s
     if follows:
         # What all parts share enters with the first.
         found["sink"] = None
-    if view.counted or view.mass is not None:
+    if view.mass is not None and found["weights"] is not None:
+        found["weights"] = Binary("*", found["weights"], view.mass)
+    elif view.counted or view.mass is not None:
         found["score"] = counted(found["score"], view)
     return found
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from attndsl import syntax as ast
-from attndsl.branches import Branch, Part, Pick
+from attndsl.branches import Branch, Part
 from attndsl.diagnostics import Span
 from attndsl.grammar.scope import Context, InputRef, Poison
 from attndsl.grammar.unsupported import Feature, unsupported
@@ -65,10 +65,6 @@ class _Barred:
     span: Span | None = None
 
 
-# Why not, where several things have the same reason.
-_TOGETHER = "tiles and classes of rows hold tokens of several sequences"
-
-
 def check_packing(program: Program, node: ast.Attention, ctx: Context) -> bool:
     """Whether everything in a program may stand beside `packed`, if it is; what may not was reported."""
     for clause in node.clauses:
@@ -87,9 +83,6 @@ def _barred(program: Program) -> Iterator[_Barred]:
     for branch in program.branches:
         if branch.skip is not None and any(map(_told, branch.parts)):
             yield _Barred("`skip below` over such a view", "which entries of a document a tile has is not counted")
-    for part in (part for branch in program.branches for part in branch.parts):
-        if isinstance(part.view, Pick):
-            yield _Barred("such a view", "data says which tokens its entries are of", part.span)
     for chosen in program.selections:
         if isinstance(chosen.score, Probs) and (why := _why_not_given(program.named(chosen.score.branch))):
             yield _Barred("such a selection", f"of the branch that it ranks by, {why}", chosen.span)

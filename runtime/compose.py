@@ -21,6 +21,7 @@ from attndsl.runtime.call import call_shape, check_call, check_inputs, without_v
 from attndsl.runtime.combine import Combiner, State
 from attndsl.runtime.combine_op import by_kernel, combined_by_kernel
 from attndsl.runtime.cuts import document_ends
+from attndsl.runtime.document_picks import documents_of, told_of
 from attndsl.runtime.dropout import seed_tensor
 from attndsl.runtime.observe import observe
 from attndsl.runtime.observe_members import observe_members
@@ -32,6 +33,7 @@ from attndsl.runtime.runs import Runs, document_blocks, entries_of_heads, pooled
 from attndsl.runtime.runs import of_heads as runs_of_heads
 from attndsl.runtime.select_op import Planner, reads_of
 from attndsl.runtime.shares import member_shares, observed_shares
+from attndsl.runtime.triton_version import INTERPRETED
 from attndsl.widths import LARGEST
 
 Views = Mapping[str, tuple[Tensor, ...]]
@@ -60,7 +62,10 @@ def made_entries(
     """The entries of a view, of tokens [B, Hkv, tokens, D] and Dv. lengths: int [B], how many are present."""
     if isinstance(pooling.pool, Pick):
         name = pooling.pool.input
-        listed = listed_of_heads(inputs[name], composition.own.input(name), pooling.pool, k.shape)
+        if pooling.pool.packed is not None:
+            listed = documents_of(composition, pooling.pool, k.shape, inputs, lengths).token
+        else:
+            listed = listed_of_heads(inputs[name], composition.own.input(name), pooling.pool, k.shape)
         return picked(key, k, listed, backend), picked(key, v, listed, backend)
     batch, kv_heads = k.shape[:2]
     documents = None if pooling.pool.packed is None else inputs[pooling.pool.packed]
@@ -104,7 +109,7 @@ class Composed:
         self._present = present_tokens(program, self.inputs, k.shape[0])
         _check_views(composition, views)
         self._key, self._composition, self._views = key, composition, views
-        self._pools = {name: pooling for pooling in composition.pools for name in (pooling.keys, pooling.values)}
+        self._pools = {name: pooling for pooling in composition.pools for name in pooling.made}
         self._made: dict[str, Tensor] = {}
         programs = composition.programs if keys else (program,)
         names = [name for name, _ in composition.branches]
@@ -212,8 +217,14 @@ class Composed:
         if name not in self._made:
             pooling, call = self._pools[name], (self.k, self.v, self.inputs, self.backend, self._present)
             made = self._views[pooling.name] if self._views is not None else None
-            keys, values = made or made_entries(self._key, self._composition, pooling, *call)
-            self._made[pooling.keys], self._made[pooling.values] = keys, values
+            if isinstance(pooling.pool, Pick) and name not in (pooling.keys, pooling.values):
+                listed = documents_of(self._composition, pooling.pool, self.k.shape, self.inputs, self._present)
+                kernel = self.k.is_cuda or (self.backend == "triton" and INTERPRETED)
+                told = self._key, self._composition, pooling, listed, self.inputs
+                self._made |= told_of(*told, self.k.dtype, kernel)
+            else:
+                keys, values = made or made_entries(self._key, self._composition, pooling, *call)
+                self._made[pooling.keys], self._made[pooling.values] = keys, values
         return self._made[name]
 
 

@@ -23,6 +23,7 @@ from attndsl.runtime.compose import made_entries, read_by_output
 from attndsl.runtime.cuts import document_ends
 from attndsl.runtime.decode import FP8, DecodeTensors, check_tensors
 from attndsl.runtime.decode_op import decode, in_order
+from attndsl.runtime.document_picks import documents_of, told_of
 from attndsl.runtime.in_order import keys_in_order, numbers_in_order, tokens_of_cache
 from attndsl.runtime.keep import Entries, check_cache, check_entries, make_entries, update_entries
 from attndsl.runtime.ops import checked_values
@@ -30,6 +31,7 @@ from attndsl.runtime.pick import listed_of_heads
 from attndsl.runtime.pool import queries_of_decode
 from attndsl.runtime.select_op import RaggedPlanner
 from attndsl.runtime.shares import ragged_shares
+from attndsl.runtime.triton_version import INTERPRETED
 
 
 class ComposedDecode:
@@ -62,9 +64,9 @@ class ComposedDecode:
         if keys:
             names = [name for name, _ in composition.branches]
             self._programs = dict(zip(names, zip(keys, composition.programs, strict=True), strict=True))
-        self._pools = {pooling.keys: pooling.name for pooling in composition.pools}
-        self._pools |= {pooling.values: pooling.name for pooling in composition.pools}
+        self._pools = {name: pooling.name for pooling in composition.pools for name in pooling.made}
         self._told = {x.name: x for x in composition.pools if x.told_by}
+        self._listed: dict[str, Tensor] = {}
         self._attended: dict[str, State] = {}
         self._pooled: dict[Queries, Tensor] = {}
 
@@ -151,6 +153,9 @@ class ComposedDecode:
         if decl.name not in self._pools:
             return self.inputs[decl.name]
         name = self._pools[decl.name]
+        if name in self._told and decl.name not in (self._told[name].keys, self._told[name].values):
+            self._of_data(self._told[name])
+            return self._listed[decl.name]
         keys, values = self._of_data(self._told[name]) if name in self._told else self._entry(name)
         return keys if any(decl.name == pooling.keys for pooling in self.composition.pools) else values
 
@@ -160,7 +165,10 @@ class ComposedDecode:
             call, own = self.call, self.composition.own
             if isinstance(pick := pooling.pool, Pick):
                 sizes = (call.shape.batch, call.shape.kv_heads, call.capacity)
-                listed = listed_of_heads(self.inputs[pick.input], own.input(pick.input), pick, sizes)
+                if pick.packed is not None:
+                    listed = self._of_documents(pooling, pick, sizes)
+                else:
+                    listed = listed_of_heads(self.inputs[pick.input], own.input(pick.input), pick, sizes)
                 self._entries[pooling.name] = tokens_of_cache(call, listed)
             else:
                 lengths = self.present.clamp(0, call.capacity)
@@ -169,6 +177,14 @@ class ComposedDecode:
                     self.key, self.composition, pooling, k, v, self.inputs, self.backend, lengths
                 )
         return self._entries[pooling.name]
+
+    def _of_documents(self, pooling: Pooling, pick: Pick, sizes: Sequence[int]) -> Tensor:
+        """The tokens that documents list, and beside them what data tells of these."""
+        call, present = self.call, self.present.clamp(0, self.call.capacity)
+        found = documents_of(self.composition, pick, sizes, self.inputs, present)
+        kernel = call.q.is_cuda or (self.backend == "triton" and INTERPRETED)
+        self._listed |= told_of(self.key, self.composition, pooling, found, self.inputs, call.q.dtype, kernel)
+        return found.token
 
     def _entry(self, name: str) -> tuple[Tensor, ...]:
         """What is kept under a name, made of the whole cache where it was not handed in."""

@@ -30,10 +30,21 @@ _LIBRARY.define("pick_backward(str program, Tensor gradient, Tensor x, Tensor li
 def listed_of_heads(listed: Tensor, decl: InputDecl, pick: Pick, sizes: Sequence[int]) -> Tensor:
     """A list int[b?, g?, entries] for each batch entry and key head, whose numbers `sizes` begin with, then that of
     the tokens: int64 [B, Hkv, entries]."""
+    return of_heads(listed, decl, pick.entries(sizes[2]), sizes).to(torch.int64)
+
+
+def of_heads(x: Tensor, decl: InputDecl, entries: int, sizes: Sequence[int]) -> Tensor:
+    """An input [b?, g?, entries] for each batch entry and key head: [B, Hkv, entries]."""
     for at, axis in enumerate((Axis.B, Axis.G)):
         if all(dim.axis is not axis for dim in decl.dims[:-1]):
-            listed = listed.unsqueeze(at)
-    return listed.to(torch.int64).expand(*sizes[:2], pick.entries(sizes[2])).contiguous()
+            x = x.unsqueeze(at)
+    return x.expand(*sizes[:2], entries).contiguous()
+
+
+def summed(program: str, x: Tensor, listed: Tensor, tokens: int, kernel: bool) -> Tensor:
+    """The sum of what x [B, H, entries, D] holds of the entries that list a token, in the order of the list:
+    [B, H, tokens, D]. kernel: by a generated one, as `picked` says it of its gradient."""
+    return _pick_backward(program, x, x.new_empty(*x.shape[:2], tokens, x.shape[3]), listed, kernel)
 
 
 def picked(program: str, x: Tensor, listed: Tensor, backend: str = "auto") -> Tensor:

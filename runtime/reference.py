@@ -41,7 +41,7 @@ from attndsl.branches import (
 from attndsl.dropout import kept
 from attndsl.members import Runs
 from attndsl.oracle_views import shares_of
-from attndsl.program import CallShape, Program, Scalar
+from attndsl.program import Axis, CallShape, Program, Scalar
 from attndsl.runtime.reference_scalars import Pairs
 from attndsl.runtime.reference_skip import left_by_skipping
 
@@ -170,6 +170,7 @@ class _Call:
     scale: float | None
     left: tuple[Tensor, Tensor] | None  # what dropout multiplies weights by: of tokens, and of entries
     before: tuple[oracle.Evaluator, ...] = ()  # of the sequences whose entries are drawn first
+    packed: bool = False  # whether it is a document of a call
 
     def alone(self, x: Alone) -> _Call:
         """The call of a sequence that stands alone in this one."""
@@ -178,7 +179,7 @@ class _Call:
             own, shape, self.q[at, :, x.rows], self.k[at, :, x.keys], self.v[at, :, x.keys], self._evaluator(x),
             x.inputs(self.program, self.floats), self.scale,
             None if left is None else (left[0][at, :, x.rows, x.keys], left[1][at, :, x.rows]),
-            () if left is None else tuple(map(self._evaluator, x.earlier)),
+            () if left is None else tuple(map(self._evaluator, x.earlier)), self.program.packed is not None,
         )  # fmt: skip
 
     def _evaluator(self, x: Alone) -> oracle.Evaluator:
@@ -230,6 +231,9 @@ class _Call:
             if view is not None and view.runs is not None:
                 found.append(self._left_of_runs(view.runs, self.left[1]))
                 continue
+            if self.packed and isinstance(view, Pick) and view.room.axis is Axis.CONST:
+                found.append(self._left_of_listed(view, self.left[1]))
+                continue
             first = 0 if view is None else sum(oracle.entries(view, e.shape.k_len) for e in self.before)
             found.append(self.left[view is not None][..., first : first + oracle.entries(view, self.shape.k_len)])
         return torch.cat(found, -1)
@@ -240,6 +244,16 @@ class _Call:
         for h in range(self.shape.heads):
             first = sum(len(e.extents(runs, 0, h)) for e in self.before)
             found.append(pad(left[:, h, :, first:], (0, first))[..., : self.shape.k_len])
+        return torch.stack(found, 1)
+
+    def _left_of_listed(self, view: Pick, left: Tensor) -> Tensor:
+        """The same of tokens that every document lists: a token draws once, by its number among those listed so far."""
+        found = []
+        for h in range(self.shape.heads):
+            first = sum(len(_listed_tokens(e, view, h)) for e in self.before)
+            own = {token: first + i for i, token in enumerate(_listed_tokens(self.evaluator, view, h))}
+            place = [own.get(token, 0) for token in self.evaluator.listed(view, 0, h)]
+            found.append(left[:, h][..., place])
         return torch.stack(found, 1)
 
     def _two_levels(self, branch: Branch, within: Within) -> tuple[Tensor, Tensor | None]:
@@ -417,6 +431,11 @@ def _of_tokens(function: PoolFunction, tokens: Tensor) -> Tensor:
             return tokens.gather(2, tokens.argmin(2, keepdim=True))[:, :, 0]
         case _ as never:
             assert_never(never)
+
+
+def _listed_tokens(evaluator: oracle.Evaluator, view: Pick, h: int) -> list[int]:
+    """The tokens that a document has of those that a head lists, in order."""
+    return sorted({token for token in evaluator.listed(view, 0, h) if 0 <= token < evaluator.shape.k_len})
 
 
 def _below(lse: Tensor) -> Tensor:

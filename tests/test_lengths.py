@@ -276,7 +276,6 @@ def check_output(text: str, n_tokens: int, **inputs: Any) -> None:
 
 @pytest.mark.parametrize(("clauses", "code", "named"), [
     ("packed doc attend causal over pool(mean, segments(doc)) skip below 0.1", "A907", "`skip below` over such a view"),
-    ("packed doc attend causal over pick(doc)", "A907", "such a view"),
 ])  # fmt: skip
 def test_what_is_refused(clauses: str, code: str, named: str) -> None:
     """By its name, and with a reason."""

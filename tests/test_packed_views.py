@@ -14,6 +14,7 @@ import attndsl
 from attndsl.branches import Pool, PoolFunction, Queries
 from attndsl.diagnostics import PatternError
 from attndsl.piece_plans import forward_plans
+from attndsl.runtime.pick import summed
 from attndsl.runtime.row_classes import queries_of_documents
 from attndsl.runtime.runs import document_entries, entries_of_heads, pooled_runs
 from attndsl.targets import make_spec
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "
 DOC = torch.tensor([[4] * 20 + [1] * 3 + [4] * 9 + [7, 8] + [0] * 14, [5] * 48])
 DECLARED = {
     "doc": "int[b, k]", "n": "int[b]", "role": "int[b, q]", "sinks": "float[h] learnable", "part": "int[b, g, k]",
-    "word": "int[k]", "mark": "bool[b, k]", "of_rows": "bool[b, q/4]",
+    "word": "int[k]", "mark": "bool[b, k]", "of_rows": "bool[b, q/4]", "some": "int[b, g, 9]", "few": "int[5]",
+    "weighs": "float[g, 5]", "each": "int[g, k/3]", "heavy": "float[b, g, k/3]",
 }  # fmt: skip
 BODIES = [
     "attend causal over pool(mean, 8) { softmax with sink sinks[h] }",
@@ -48,6 +50,11 @@ BODIES = [
     "attend { of_rows[q // 4] and k // 4 < q // 4 } over pool(mean, 2, counted) from pool(min, 2)",
     "attend { mark[k] } & causal over pool(mean, segments(word)) from pool(sum, 5)",
     "c = attend causal over pool(mean, 4) from pool(mean, 8) f = attend causal within blocks(4) with probs(c) output f",
+    # Listed tokens count from the document's first; one that it lacks is skipped, and one listed twice counts twice.
+    "lengths n attend causal & window(5), causal - window(5) over pick(some, weight = Nk / 4)",
+    "attend { mark[k] or k == q } over pick(few, weight = weighs), ~causal over pick(few) { score softcap(s, 2.0) }",
+    "lengths n attend causal over pick(each, weight = heavy)",
+    "attend causal over pick(some) from pool(mean, 4) { weights sigmoid(s) }",
 ]
 # heads, key heads, rows, keys, D, Dv
 SHAPES = [(4, 2, 48, 48, 16, 16), (1, 1, 31, 48, 80, 24), (2, 2, 1, 1, 16, 16), (2, 1, 1, 33, 16, 16)]
@@ -75,12 +82,18 @@ def judge(body: str, shape: tuple[int, ...], dtype: torch.dtype, backend: str, d
     made["of_rows"] = of_heads[:, -1] < 0.6  # Of each document's own blocks.
     if "sinks" in body:
         leaves.append(drawn(heads))
+    listing = torch.Generator().manual_seed(6)
+    made |= {"some": torch.randint(-1, 12, (2, kv_heads, 9), generator=listing), "few": torch.tensor([0, 3, 3, 0, 3])}
+    made |= {"weighs": torch.randn(kv_heads, 5, generator=listing), "each": torch.arange(kv_heads * tokens) % 5 - 1}
+    made |= {"heavy": torch.rand(2, kv_heads, tokens, generator=listing), "each": made["each"].view(kv_heads, tokens)}
     lse = "weights" not in body
     more: dict[str, Any] = {"dropout": dropout, "seed": 3} if dropout else {}
 
     def run(leaves: list[Tensor], oracle: bool) -> tuple[list[Tensor], list[Tensor]]:
         q, k, v = leaves[:3]
         given: dict[str, Any] = {decl.name: made[decl.name] for decl in attn.program.inputs if decl.name in made}
+        real = leaves[0].dtype
+        given = {name: x.to(real) if x.is_floating_point() else x for name, x in given.items()}
         given |= {**more, **({"sinks": leaves[3]} if len(leaves) > 3 else {})}
         if oracle:
             found = attn.reference(q, k, v, return_lse=lse, **given)
@@ -125,6 +138,8 @@ def test_dropout(backend: str) -> None:
     judge(BODIES[1], SHAPES[0], dtype, backend, dropout=0.4)
     judge(BODIES[3], SHAPES[0], dtype, backend, dropout=0.4)
     judge(BODIES[10], SHAPES[0], dtype, backend, dropout=0.4)
+    judge(BODIES[19], SHAPES[0], dtype, backend, dropout=0.4)
+    judge(BODIES[20], SHAPES[0], dtype, backend, dropout=0.4)
 
 
 # ------------------------------------------------------------------------------------------ entries
@@ -198,6 +213,50 @@ def test_views_are_made_of_segments_of_documents() -> None:
         slice(0, 7), slice(7, 14), slice(14, 20), slice(20, 21), slice(21, 23)
     )], 1))  # fmt: skip
     torch.testing.assert_close(attn(q, k, v, views=views, **given), attn.reference(q, k, v, **given))
+
+
+def test_views_are_made_of_tokens_listed_in_documents() -> None:
+    """Of each document those that it has, once, in order; a mask has them at their tokens."""
+    attn = attndsl.compile(
+        "attention a { input doc : int[b, k] input few : int[5] packed doc attend all over pick(few) }"
+    )
+    q, k, v = (torch.randn(1, 1, 9, 16, dtype=torch.float64) for _ in range(3))
+    given: dict[str, Any] = {"doc": torch.tensor([[0] * 4 + [1] * 3 + [2] * 2]), "few": torch.tensor([3, 0, -1, 2, 0])}
+    views = attn.views(k, v, **given)
+    torch.testing.assert_close(views["pick(few)"][0][0, 0, :6], k[0, 0, [0, 2, 3, 4, 6, 7]])
+    torch.testing.assert_close(attn(q, k, v, views=views, **given), attn.reference(q, k, v, **given))
+    seen = attn.mask(9, 9, heads=1, kv_heads=1, **given)[0]
+    assert [np.flatnonzero(row).tolist() for row in seen] == [[0, 2, 3]] * 4 + [[4, 6]] * 3 + [[7]] * 2
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("body", ["lengths n attend causal over pick(few, weight = weighs)",
+                                  "attend causal & window(3), causal over pick(few)",
+                                  "attend all over pick(few) { weights sigmoid(s) }"])  # fmt: skip
+def test_a_decode_lists_tokens_of_its_document(body: str, backend: str) -> None:
+    attn, dtype = compiled(body), torch.float64 if backend == "cpu" else torch.float32
+    q, k, v = (torch.randn(2, 2, n, 16, dtype=dtype) for n in (3, 48, 48))
+    made = {"doc": DOC, "few": torch.tensor([0, 3, 3, 0, 3]), "weighs": torch.randn(2, 5, dtype=dtype)}
+    made["n"] = torch.tensor([48, 29])
+    given: dict[str, Any] = {decl.name: made[decl.name] for decl in attn.program.inputs}
+    lengths = torch.tensor([33, 40], dtype=torch.int32)
+    found = attn.decode(q, k, v, lengths, backend=backend, **given)
+    for b, n in enumerate(lengths.tolist()):
+        own = given | {"doc": DOC[b : b + 1, :n]} | ({"n": given["n"][b : b + 1]} if "n" in given else {})
+        expected = attn.reference(q[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], **own)
+        tolerance = 10 * TOLERANCE[dtype]
+        torch.testing.assert_close(found[b : b + 1].double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_what_counts_for_a_token_is_summed_in_order() -> None:
+    """By kernels as in torch, of as many dimensions as there are."""
+    attn, generator = attndsl.compile("causal"), torch.Generator().manual_seed(1)
+    listed, weights = (
+        torch.randint(-1, 7, (2, 2, 40), generator=generator),
+        torch.randn(2, 2, 40, 1, generator=generator),
+    )
+    ours, right = (summed(attn._key, weights, listed, 6, kernel) for kernel in (True, False))
+    torch.testing.assert_close(ours, right)
 
 
 def test_queries_of_documents() -> None:

@@ -129,7 +129,7 @@ def programs(draw: st.DrawFn) -> str:
         draft.branch(name)
     present = ["lengths n"] if draw(st.integers(0, 2)) == 0 else []
     # In a packed call members are those of documents (A907), and entries that are given as many as tokens.
-    barred = (" within ", "given(", "probs(", "pick(")
+    barred = (" within ", "given(", "probs(")
     apart = not any(word in line for line in draft.lines for word in barred)
     present += ["packed own"] if apart and draw(st.booleans()) else []
     body = "\n".join([*present, *draft.lines, f"output {draft.output()}"])
