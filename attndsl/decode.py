@@ -188,6 +188,9 @@ def decode_plan(
     if program.only.skip is not None and program.packed is not None:
         what = f"decode within `packed {program.packed}` is not yet supported for `skip below`"
         raise error("A911", what, program.span, help="leave the clause out: a sequence of a cache is one document")
+    if program.only.within is not None and program.packed is not None:
+        what = f"two levels within `packed {program.packed}` have no decode kernel: torch operators make them"
+        raise error("A911", what, program.span, help="ask for the kernels of calls")
     program = derive(program, ragged=True)
     if program.only.skip is not None:
         return _skipping_plan(program, spec, rows, cache)

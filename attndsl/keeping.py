@@ -38,14 +38,6 @@ class Kept:
         return -(-tokens // self.stride)
 
 
-def check_apart(program: Program) -> None:
-    """Raises `PatternError` (A911) where what is kept of a cache would be of several documents."""
-    levels = any(branch.within is not None or branch.skip is not None for branch in program.branches)
-    if program.packed is not None and levels:
-        what = f"decode within `packed {program.packed}` is not yet supported for two levels and `skip`"
-        raise error("A911", what, program.span, help="leave the clause out: a sequence of a cache is one document")
-
-
 def check_pool(program: Program, keeps: bool) -> None:
     """Raises `PatternError` (A911) where what a pool of pages keeps beside its tokens would be of such as `lengths`
     says are not present: it knows how many it holds alone."""

@@ -12,7 +12,6 @@ from attndsl.copying import copied, in_order
 from attndsl.decode import Cache, DecodePlan
 from attndsl.decode_pieces import decode_plans
 from attndsl.diagnostics import error
-from attndsl.keeping import check_apart
 from attndsl.kernel_names import find_kernel
 from attndsl.left_tiles import of_left_tiles
 from attndsl.listing import lists_tiles, reads_plans
@@ -61,8 +60,6 @@ class Shown:
         owner, name, piece = find_kernel(self.kernel, program, self.heads, kv_heads)
         if name in _AROUND:
             return self._around(program, owner, name, piece, replace(spec, loads=Loads.POINTER))
-        if name == "decode":
-            check_apart(program)
         program = program if program.plain else dict(compose(program).branches)[owner]
         if name != "decode":
             # Of calls that read plans, one whose plans are lists and whose first row stands where tiles begin.

@@ -15,7 +15,7 @@ from torch import Tensor
 from attndsl.branches import Attended, Given, Pick, Queries, View, Within, combined
 from attndsl.compose import Composition, Pooling
 from attndsl.diagnostics import error
-from attndsl.keeping import Kept, check_apart, kept, kept_by
+from attndsl.keeping import Kept, kept, kept_by
 from attndsl.program import CallShape, InputDecl, Program
 from attndsl.runtime.call import check_call, check_inputs, present_in_cache
 from attndsl.runtime.combine import Combiner, State
@@ -23,12 +23,14 @@ from attndsl.runtime.compose import made_entries, read_by_output
 from attndsl.runtime.cuts import document_ends
 from attndsl.runtime.decode import FP8, DecodeTensors, check_tensors
 from attndsl.runtime.decode_op import decode, in_order
+from attndsl.runtime.document_levels import levels_of_documents
 from attndsl.runtime.document_picks import documents_of, told_of
 from attndsl.runtime.in_order import keys_in_order, numbers_in_order, tokens_of_cache
 from attndsl.runtime.keep import Entries, check_cache, check_entries, make_entries, update_entries
 from attndsl.runtime.ops import checked_values
 from attndsl.runtime.pick import listed_of_heads
 from attndsl.runtime.pool import queries_of_decode
+from attndsl.runtime.registry import engine_of
 from attndsl.runtime.select_op import RaggedPlanner
 from attndsl.runtime.shares import ragged_shares
 from attndsl.runtime.triton_version import INTERPRETED
@@ -80,6 +82,9 @@ class ComposedDecode:
                 for decl in program.inputs
             ]
             q = self.queries(name)
+            if within is not None and self.program.packed is not None:
+                self._attended[name] = self._levels(key, within, q, own), self.attended(within.branch)[1]
+                return self._attended[name]
             tensors = (q, call.k, call.v, call.seq_lens, call.page_table, call.k_scale, call.v_scale)
             out, lse = decode(key, *tensors, own, self.args, self.scale, "hnd", self.backend)
             found = out, None if program.branches[0].weights is not None else lse
@@ -104,6 +109,12 @@ class ComposedDecode:
             call.capacity,
             call.seq_lens,
         )
+
+    def _levels(self, key: str, within: Within, q: Tensor, own: Sequence[Tensor]) -> Tensor:
+        """The output of two levels of documents."""
+        call, names = self.call, [decl.name for decl in engine_of(key).program.inputs]
+        shares, (k, v) = own[names.index(within.weights)], numbers_in_order(call)
+        return levels_of_documents(key, q, k, v, shares, call.seq_lens, own, self.args, self.scale, within.keys)
 
     def queries(self, name: str) -> Tensor:
         """The queries of a branch: the call's, or what it pools of them."""
@@ -211,11 +222,7 @@ def decode_composed(
     given: Sequence[Tensor], args: Sequence[int], scale: float | None, backend: str, plans: Mapping[str, Tensor],
     views: Mapping[str, tuple[Tensor, ...]] | None,
 ) -> State:  # fmt: skip
-    """Output and, where there is one, lse of a decode; parameters as in `ComposedDecode`.
-
-    Raises `PatternError` (A911) where what is kept of a cache would be of several documents.
-    """
-    check_apart(program)
+    """Output and, where there is one, lse of a decode; parameters as in `ComposedDecode`."""
     of = ComposedDecode(program, key, composition, keys, call, given, args, scale, backend, plans, views)
     if isinstance(composition.output, Attended):
         return of.attended(composition.output.branch)

@@ -33,11 +33,13 @@ class Members:
     k_len: int
 
     def of_rows(self, masses: Tensor, position: Tensor, member: int, largest: bool) -> Tensor:
-        """Masses [B, H, rows, entries] of rows at these positions as those of their documents' members: float
-        [B, H, rows, members], 0 past a document's last."""
+        """Masses [B, H, rows, entries] of rows at these positions, [rows] or [B, rows], as those of their documents'
+        members: float [B, H, rows, members], 0 past a document's last."""
         at = position.clamp(0, max(0, self.k_len - 1))
+        at = at.expand(len(self.first), -1) if at.dim() == 1 else at
         begins, first, end = (
-            (x[:, at] if self.k_len else x)[:, None, :, None] for x in (self.entry, self.first, self.end)
+            (x.expand(len(at), -1).gather(-1, at) if self.k_len else x)[:, None, :, None]
+            for x in (self.entry, self.first, self.end)
         )
         start = torch.arange(-(-self.k_len // member), device=masses.device).view(1, 1, 1, -1) * member
         return shares_of_documents(masses, begins, end - first, start, self.size, self.stride, member, largest)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import attndsl
 import attndsl.serving
-from tests import test_packed_selections, test_packed_views
+from tests import test_packed_members, test_packed_selections, test_packed_views
 from tests.accuracy import examples
 from tests.decoding import paged
 from tests.test_decode_views import Sequences, with_lse
@@ -70,6 +70,15 @@ def test_choices(name: str) -> None:
         of.check(out, None)
         plans = attndsl.serving.plan(of.attn, of.q, *cache, **of.inputs)
         assert torch.equal(out, of.attn.decode(of.q, *cache, plans=plans, **of.inputs))
+
+
+@pytest.mark.parametrize("name", test_packed_members.TEXTS)
+def test_members_that_are_no_blocks(name: str) -> None:
+    text = test_packed_members.TEXTS[name]
+    for rows, page in ((1, None), (9, 8)):
+        of = sequences(test_packed_members.compiled(text), LENGTHS, rows, seed=rows)
+        of.inputs |= test_packed_members.given_of(text, of.inputs["doc"], 5)
+        of.check(of.attn.decode(of.q, *of.cache(page), **of.inputs), None)
 
 
 @pytest.mark.parametrize("name", ["moba", "nsa", "rows"])

@@ -16,6 +16,7 @@ from attndsl.piece_plans import backward_plans, forward_plans
 from attndsl.plan import Backend
 from attndsl.targets import make_spec
 from tests.gradients import TOLERANCE
+from tests.test_decode_views import Sequences
 
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "ignore::attndsl.PatternWarning")
 
@@ -143,11 +144,21 @@ def test_members_are_whole_in_the_portions_of_long_rows() -> None:
     torch.testing.assert_close(attn(q, k, v), attn.reference(q, k, v), atol=1e-10, rtol=1e-10)
 
 
-def test_a_decode_is_refused() -> None:
+@pytest.mark.parametrize("clause", ["packed doc", "lengths n packed doc"])
+@pytest.mark.parametrize("name", BODIES)
+def test_in_a_decode(name: str, clause: str) -> None:
+    """Each sequence's last rows are those of a call on it alone, over pages too, whatever lies past it."""
+    attn = compiled(BODIES[name], clause)
+    for rows, page in ((1, None), (9, 8)):
+        of = Sequences(attn, [41, 48, 2, 0], rows, capacity=48)
+        of.inputs |= {"doc": DOC[torch.arange(4) % 2]}
+        of.inputs |= {"n": torch.tensor([48, 40, 48, 7])} if "lengths" in clause else {}
+        found = of.attn.decode(of.q, *of.cache(page), return_lse=True, **of.inputs)
+        of.check_both(found)
+
+
+def test_there_is_no_kernel_of_a_decode() -> None:
     attn = compiled("x = attend causal & window(9)\n y = attend causal within blocks(8) with probs(x)")
-    q, k = torch.randn(2, 2, 1, 16), torch.randn(2, 2, 48, 16)
-    with pytest.raises(PatternError, match="A911"):
-        attn.decode(q, k, k, torch.tensor([40, 48], dtype=torch.int32), doc=DOC)
     with pytest.raises(PatternError, match="A911"):
         attn.source("y.decode", heads=2)
 
