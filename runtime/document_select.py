@@ -18,8 +18,9 @@ from attndsl.branch_mass import BranchMass
 from attndsl.branches import Pool as ViewPool
 from attndsl.branches import PoolFunction
 from attndsl.capacity import budgets, capacity
+from attndsl.derivation import BlockMap, Draw
 from attndsl.members import Lags, Tiles, extent
-from attndsl.program import CallShape, Inter, Program, Scalar, Set, Var
+from attndsl.program import CallShape, Inter, Program, Read, Scalar, Set, Var, walk
 from attndsl.runtime.call import present_lengths
 from attndsl.runtime.derive import Deriver
 from attndsl.runtime.derive_ragged import RaggedDeriver
@@ -44,7 +45,7 @@ from attndsl.runtime.select import (
 from attndsl.runtime.strips import State
 from attndsl.runtime.touched import Touched, call_values
 from attndsl.runtime.values import Values
-from attndsl.selection import Antidiagonal, Given, Pool, Probs, Selection, Top, Vectors
+from attndsl.selection import WHOLE, Antidiagonal, Given, Pool, Probs, Selection, Top, Vectors
 from attndsl.unpack import present_tokens, standing
 
 # Members that are no blocks may have a token each: a document of no more tokens has few.
@@ -68,6 +69,9 @@ class DocumentSelector:
     capacity: int = field(init=False)
     among: Touched = field(init=False)
     always: Touched | None = field(init=False, default=None)
+    # The same of whole classes of rows, where that is one condition.
+    among_classes: Touched | None = field(init=False, default=None)
+    always_classes: Touched | None = field(init=False, default=None)
     groups: Touched | None = field(init=False, default=None)
     mass: BranchMass | None = field(init=False, default=None)
     mass_deriver: Deriver | None = field(init=False, default=None)
@@ -90,10 +94,13 @@ class DocumentSelector:
         self.ranking = Ranking(selection, heads, counts)
         keys = selection.keys if selection.members is None else 1
         self.among = self._touched(selection.among, keys)
+        self.among_classes = self._of_classes(selection.among, keys)
         if selection.members is not None:
-            check_pairs(selection, shape, self.among.condition, shape.rows)
+            rows = shape.rows if self.among_classes is None else self.classes(_SHORT + 1)
+            check_pairs(selection, shape, self.among.condition, rows)
         if selection.always is not None:
-            self.always = self._touched(Inter((selection.among, selection.always)), keys)
+            forced = Inter((selection.among, selection.always))
+            self.always, self.always_classes = self._touched(forced, keys), self._of_classes(forced, keys)
         if isinstance(score, Antidiagonal):
             self.groups = self._touched(selection.among, score.stride)
         if isinstance(score, Given):
@@ -132,10 +139,26 @@ class DocumentSelector:
         size, each = self.selection.extent
         return min(tokens, -(-tokens // size) * each)
 
-    def _touched(self, pattern: Set, keys: int) -> Touched:
+    def _of_classes(self, pattern: Set, keys: int) -> Touched | None:
+        """What touches classes of rows that the call holds all of, where integer sets say it in closed form."""
+        selection, shape = self.selection, self.shape
+        rows, whole = selection.rows, not self.ragged and shape.rows == shape.k_len
+        if (
+            not whole
+            or rows in (None, 1, WHOLE)
+            or selection.row_tiles is not None
+            or isinstance(selection.members, Lags)
+        ):
+            return None
+        assert rows is not None
+        found = self._touched(pattern, keys, rows)
+        read = (found.program.input(x.input).derivation for x in walk(found.condition) if isinstance(x, Read))
+        return None if any(isinstance(d, BlockMap | Draw) for d in read) else found
+
+    def _touched(self, pattern: Set, keys: int, rows: int = 1) -> Touched:
         score = self.selection.score
         more = [e for e in (score.value if isinstance(score, Given) else None, self.selection.scale) if e is not None]
-        return Touched.of(self.program, pattern, 1, keys, self.shape, self.device, self.given, self.ragged, more)
+        return Touched.of(self.program, pattern, rows, keys, self.shape, self.device, self.given, self.ragged, more)
 
     def _standing(self, e: Scalar) -> Scalar:
         """A scalar of a document alone in positions of the call, of which q is one of the document."""
@@ -175,8 +198,10 @@ class Call:
         self.ids = self.inputs[program.packed].expand(shape.batch, -1).contiguous()
         self.documents = Documents.of(self.ids, self.present)
         self.among = of.among.values(inputs, args, of.tables, lengths)
-        self.always = None if of.always is None else of.always.values(inputs, args, of.tables, lengths)
-        self.groups = None if of.groups is None else of.groups.values(inputs, args, of.tables, lengths)
+        self.always, self.among_classes, self.always_classes, self.groups = (
+            None if touched is None else touched.values(inputs, args, of.tables, lengths)
+            for touched in (of.always, of.among_classes, of.always_classes, of.groups)
+        )
         self.mass: Values | None = None
         if of.mass is not None and of.mass_deriver is not None:
             self.mass = call_values(of.mass.program, shape, of.mass_deriver, inputs, args, of.tables, lengths)

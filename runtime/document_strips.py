@@ -15,6 +15,7 @@ from attndsl.runtime.document_members import InBlocks, InGroups, Members, Rows
 from attndsl.runtime.document_vectors import BlockVectors, GroupVectors, MemberVectors, picked
 from attndsl.runtime.groups import Groups
 from attndsl.runtime.masses import leading, softmax
+from attndsl.runtime.ranking import listed
 from attndsl.runtime.runs import document_entries
 from attndsl.runtime.strips import LARGEST, STRIP
 from attndsl.runtime.touched import Touched
@@ -64,24 +65,21 @@ class OfKind:
         classes, share = self.begin.shape[1], self.shape.heads // plan.shape[1]
         step = max(1, STRIP[plan.device.type] // (self.shape.batch * self.shape.heads * self._width))
         strips = [slice(low, min(low + step, classes)) for low in range(0, classes, step)]
+        room = plan.shape[3] if self.selection.bounded else None
         if self.selection.together:
             raw, candidates, forced = (torch.cat(x, 2) for x in zip(*map(self._scored, strips), strict=True))
             # Of a document the first class that is of it.
             documents = self._first(slice(0, classes))
             documents = torch.searchsorted(documents, documents)
-            level = self.of.ranking.decided(raw, candidates, forced, documents)
-            self._put(plan, level[:, ::share], slice(0, classes))
+            level = self.of.ranking.decided(raw, candidates, forced, documents)[:, ::share]
+            self._put(plan, level if room is None else listed(level, room), slice(0, classes))
             return
         for at in strips:
-            self._put(plan, self.of.ranking.chosen(*self._scored(at), plan.shape[1], None), at)
+            self._put(plan, self.of.ranking.chosen(*self._scored(at), plan.shape[1], room), at)
 
-    def _put(self, plan: Tensor, level: Tensor, at: slice) -> None:
-        """Write what some row classes choose, level [B, H', n, columns]."""
-        number = None if self._by_number else self.members.numbers(self._first(at))
-        if number is not None:
-            number = number.expand(-1, self.shape.heads, -1, -1)[:, :: self.shape.heads // level.shape[1]]
-        make = self._listed if self.selection.bounded else self._mapped
-        found = make(level, number, plan.shape[3])
+    def _put(self, plan: Tensor, chosen: Tensor, at: slice) -> None:
+        """Write what some row classes choose of their columns, listed or in bytes."""
+        found = self._named(chosen, at) if self.selection.bounded else self._mapped(chosen, at, plan.shape[3])
         if self.classes is None:
             plan[:, :, at] = torch.where(self.exist[:, None, at, None], found, plan[:, :, at])
             return
@@ -89,6 +87,21 @@ class OfKind:
         whole = torch.cat((plan, plan[:, :, :1]), 2)
         to = torch.where(self.exist[:, at], self.classes.place[:, at], plan.shape[2])
         plan.copy_(whole.scatter_(2, to[:, None, :, None].expand(found.shape), found)[:, :, :-1])
+
+    def _numbers(self, at: slice, heads: int) -> Tensor | None:
+        """The members that the columns of some row classes are, for so many heads; None: a member each."""
+        number = None if self._by_number else self.members.numbers(self._first(at))
+        if number is None:
+            return None
+        return number.expand(-1, self.shape.heads, -1, -1)[:, :: self.shape.heads // heads]
+
+    def _named(self, columns: Tensor, at: slice) -> Tensor:
+        """Columns in increasing order, -1 after them, as members."""
+        number = self._numbers(at, columns.shape[1])
+        if number is None:
+            return columns
+        found = number.gather(-1, columns.clamp(min=0).to(torch.int64))
+        return torch.where(columns >= 0, found, -1).to(torch.int32)
 
     @property
     def _width(self) -> int:
@@ -99,19 +112,11 @@ class OfKind:
         of_rows = self.classes is None and isinstance(self.selection.score, Probs)
         return max(width, self._mass_width) if of_rows else width
 
-    def _listed(self, level: Tensor, number: Tensor | None, width: int) -> Tensor:
-        """Members in increasing order, -1 after them."""
-        none = torch.iinfo(torch.int32).max
+    def _mapped(self, level: Tensor, at: slice, width: int) -> Tensor:
+        """What columns get, [B, H', n, columns], as what each of so many members gets."""
+        number = self._numbers(at, level.shape[1])
         if number is None:
-            number = torch.arange(self.members.count, device=level.device)
-        found = torch.where(level > 0, number, none).sort(-1).values[..., : min(self.of.capacity, width)]
-        found = torch.where(found < none, found, -1).to(torch.int32)
-        return pad(found, (0, width - found.shape[3]), value=-1)
-
-    def _mapped(self, level: Tensor, number: Tensor | None, width: int) -> Tensor:
-        """What each of so many members gets."""
-        if number is None:
-            return pad(level, (0, width - level.shape[3])).to(torch.uint8)
+            return pad(level, (0, width - level.shape[3]))
         found = torch.zeros(*level.shape[:3], width + 1, dtype=torch.uint8, device=level.device)
         return found.scatter_(-1, number.clamp(max=width), level)[..., :width]
 
@@ -158,12 +163,30 @@ class OfKind:
     @cached_property
     def _candidates(self) -> Tensor:
         assert self.classes is not None
+        if self.of.among_classes is not None and self.call.among_classes is not None:
+            return self._of_whole_classes(self.of.among_classes, self.call.among_classes)
         return self._of_classes(self.members, self.of.among, self.call.among, self.number, self.classes.sums)
 
     @cached_property
     def _always(self) -> Tensor:
         assert self.classes is not None and self.of.always is not None and self.call.always is not None
+        if self.of.always_classes is not None and self.call.always_classes is not None:
+            return self._of_whole_classes(self.of.always_classes, self.call.always_classes)
         return self._of_classes(self.members, self.of.always, self.call.always, self.number, self.classes.sums)
+
+    def _of_whole_classes(self, touched: Touched, values: Values) -> Tensor:
+        """As `_of_classes`, asked of classes whose rows the call holds all of: of the first row of each."""
+        assert self.classes is not None
+        width = max(self.members.width, self.members.count)
+        step = max(1, STRIP[self.call.device.type] // max(1, self.shape.batch * self.shape.heads * width))
+        found = []
+        for low in range(0, self.classes.room, step):
+            at = slice(low, min(low + step, self.classes.room))
+            begin = self.begin[:, at]
+            first, end = (x.gather(-1, begin) for x in (self.documents.first, self.documents.end))
+            rows = Rows(begin, first, end, self.exist[:, at])
+            found.append(self.members.touched(touched.condition, values, rows))
+        return torch.cat(found, 2)
 
     def _of_classes(
         self, members: Members, touched: Touched, values: Values, number: Tensor, sums: Callable[[bool], BlockSums]

@@ -13,6 +13,9 @@ from torch import Tensor
 
 import attndsl
 from attndsl.program import CallShape
+from attndsl.runtime import select_op
+from attndsl.runtime.document_select import DocumentSelector
+from attndsl.runtime.ranking import Ranking
 from attndsl.selection import Selection
 from tests import test_members
 from tests.accuracy import examples
@@ -176,3 +179,30 @@ def classes_of(selection: Selection, low: int, end: int) -> dict[int, int]:
         return {0: len(before)}
     begin = low if selection.rows == 1 else sum(-(-n // selection.rows) for n in before)
     return {i: begin + i for i in range(-(-(end - low) // selection.rows))}
+
+
+@pytest.mark.parametrize("name", ["segments of each head", "blocks for tiles", "twice", "places"])
+def test_shorter_ways_choose_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best found without ranking the rest, and candidates of classes that a call holds all rows of."""
+    q, k, _ = (x.float() for x in tensors(48, 48, seed=5))
+    inputs, found = given_of(TEXTS[name], DOC, 5), []
+    for _ in range(2):
+        found.append(compiled(TEXTS[name]).plan(q, k, doc=DOC, **inputs))
+        monkeypatch.setattr(Ranking, "finds_best", lambda *_: False)
+        monkeypatch.setattr(DocumentSelector, "_of_classes", lambda *_: None)
+        select_op._KEPT.clear()
+    select_op._KEPT.clear()
+    torch.testing.assert_close(*found)
+
+
+def test_it_is_chosen_in_a_decode() -> None:
+    lengths = torch.tensor([48, 40], dtype=torch.int32)
+    for name in ("slash", "tiles", "segments of each head", "places"):
+        attn, inputs = compiled(TEXTS[name]), given_of(TEXTS[name], DOC, 3)
+        q, k, v = tensors(3, 48, seed=3)
+        out = attn.decode(q, k, v, lengths, doc=DOC, **inputs)
+        for b, n in enumerate(lengths.tolist()):
+            own = slice(b, b + 1)
+            cut = {key: x[..., :n] if x.dim() == 1 else x[own, ..., :n] for key, x in inputs.items()}
+            wanted = attn.reference(q[own], k[own, :, :n], v[own, :, :n], doc=DOC[own, :n], **cut)
+            torch.testing.assert_close(out[own], wanted, atol=1e-10, rtol=1e-10)
