@@ -41,6 +41,9 @@ def sequences(
         "role": torch.arange(batch * rows).view(batch, -1) % 3, "part": (of_heads < 0.2).cumsum(-1) % 3,
         "word": torch.arange(CAPACITY) // 7, "mark": of_heads[:, 0] < 0.8, "of_rows": of_heads[:, 1] < 0.7,
         "n": present, "sinks": torch.randn(4, generator=generator, dtype=dtype),
+        "some": torch.randint(-1, 12, (batch, 2, 9), generator=generator), "few": torch.tensor([0, 3, 3, 0, 3]),
+        "weighs": torch.rand(2, 5, generator=generator).to(dtype), "each": torch.arange(96).view(2, 48) % 5 - 1,
+        "heavy": torch.rand(batch, 2, CAPACITY, generator=generator).to(dtype),
     }  # fmt: skip
     of.inputs |= {decl.name: made[decl.name] for decl in attn.program.inputs if decl.name in made}
     return of
