@@ -67,6 +67,8 @@ class Selector:
     key: str = ""
     capacity: int = field(init=False)
     budgets: Tensor | None = field(init=False, default=None)
+    # Whether all heads choose as many.
+    even: bool = field(init=False, default=True)
     tables: dict[str, Tensor] = field(init=False)
     among: Touched | None = field(init=False, default=None)
     always: Touched | None = field(init=False, default=None)
@@ -110,6 +112,7 @@ class Selector:
         if isinstance(selection.rule, Top) and selection.rule.count is not None:
             found = budgets(self.program, selection.rule.count, heads)
             self.budgets = number_tensor(found, (1, len(found), 1, 1), torch.int64, self.device)
+            self.even = len(set(found)) == 1
         keys = selection.keys if selection.members is None else 1
         self.among = self._touched(selection.among, selection.rows, keys)
         if selection.always is not None:

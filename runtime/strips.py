@@ -7,7 +7,7 @@ tensors), and ties go to the lower index. Nothing waits for the device.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias, assert_never
 
 import torch
@@ -26,11 +26,13 @@ from attndsl.runtime.ranking import Ranking
 from attndsl.runtime.touched import Touched, as_rows
 from attndsl.runtime.values import Values
 from attndsl.selection import (
+    Above,
     Antidiagonal,
     Bound,
     Dot,
     Given,
     Probs,
+    Share,
     Vectors,
 )
 from attndsl.unpack import of_present
@@ -99,8 +101,7 @@ class Strips:
         if of_members is not None and not isinstance(of_members, Lags):
             self.members = Groups.of(of_members, of.members, self.among, self.present)
             # Which keys a class may choose is asked of each, once for all heads where none differs.
-            asked = [of.among.condition, *([] if of.always is None else [of.always.condition])]
-            apart = self.members.label.shape[1] > 1 or any(reads(e, "h", "g") for e in asked)
+            apart = self.members.label.shape[1] > 1 or any(map(self._apart, self._asked))
             self.width = max(of.members, self.shape.k_len // (1 if apart else self.shape.heads))
         self.tiles: Tensor | None = None
         if self.selection.row_tiles is not None:
@@ -130,6 +131,31 @@ class Strips:
             self.width = self.masses.width * (self.selection.rows or self.shape.rows)
         if not of.whole:
             self.width *= self.selection.rows or self.shape.rows
+        # What does not differ between heads is chosen once, and for as many row classes at a time.
+        self.alike = self._alike()
+        if self.alike:
+            one = replace(self.selection, share=Share.NONE)
+            self.ranking = Ranking(one, (1, 1), None if of.budgets is None else of.budgets[:, :1])
+            self.width = -(-self.width // self.shape.heads)
+
+    @property
+    def _asked(self) -> list[Touched]:
+        return [x for x in (self.of.among, self.of.always) if x is not None]
+
+    def _apart(self, touched: Touched) -> bool:
+        """Whether heads have candidates of their own."""
+        return reads(touched.condition, "h", "g")
+
+    def _alike(self) -> bool:
+        """Whether all heads have the same scores and candidates, and choose as many."""
+        selection, score = self.selection, self.selection.score
+        if not isinstance(score, Given) or reads(score.value, "h", "g") or not self.of.even or selection.together:
+            return False
+        # Shared scores are added up, and what is compared with a number would be that of one head.
+        if isinstance(selection.rule, Above) and not selection.rule.relative and selection.share is not Share.NONE:
+            return False
+        members = self.members is not None and self.members.label.shape[1] > 1
+        return not members and not any(map(self._apart, self._asked))
 
     def _classes_of_call(self, first_row: Tensor) -> Tensor:
         """The row classes that hold rows of a decode, in order; one past the last where there are fewer."""
@@ -178,7 +204,8 @@ class Strips:
             return touched.at(values, self._positions(low, high, rows), narrow=narrow)
         if rows is None:
             found = torch.zeros((), dtype=torch.bool, device=self.device).view(1, 1, 1, 1)
-            for start, end in self._row_strips(-(-self.shape.k_len // touched.keys)):
+            width = -(-self.shape.k_len // touched.keys)
+            for start, end in self._row_strips(width // (1 if self._apart(touched) else self.shape.heads)):
                 position = self._positions(start - self.first, end - self.first, 1)
                 found = found | touched.at(values, position, narrow=narrow).any(2, keepdim=True)
             return found if narrow else found.expand(*found.shape[:3], -(-self.shape.k_len // touched.keys))
@@ -403,11 +430,12 @@ class Strips:
             if room is None:
                 return torch.zeros(*lead, self.of.members, dtype=torch.uint8, device=self.device)
             return torch.full((*lead, room), -1, dtype=torch.int32, device=self.device)
-        return self.ranking.chosen(*self._scored(low, high), heads, room)
+        found = self.ranking.chosen(*self._scored(low, high), 1 if self.alike else heads, room)
+        return found.expand(-1, heads, -1, -1)
 
     def _scored(self, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of these row classes the scores of candidates, which these are, and which are forced."""
-        shape = (self.shape.batch, self.shape.heads, high - low, self.of.members)
+        shape = (self.shape.batch, 1 if self.alike else self.shape.heads, high - low, self.of.members)
         candidates = self._present(self.candidates, self.among, low, high, self.rows).expand(shape)
         forced = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=self.device).expand(shape)
         if self.of.always is not None and self.always is not None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from attndsl.block_constant import coarsened
 from attndsl.branches import Branch, Part
 from attndsl.derivation import DocumentBlocks, DocumentEnds
 from attndsl.derive import derive, with_needed
-from attndsl.program import CallShape, Coarse, Coarsen, Program, Read, Scalar, Set, walk
+from attndsl.program import CallShape, Program, Read, Scalar, Set, walk
 from attndsl.relation import Lowering
 from attndsl.runtime.derive import Deriver
 from attndsl.runtime.derive_ragged import RaggedDeriver
@@ -38,9 +39,8 @@ class Touched:
     ) -> Touched:  # fmt: skip
         """ragged: sequences have lengths of their own, and the shape's is the most that one may have. more: scalars
         that are asked for beside the set."""
-        if rows > 1 or keys > 1:
-            pattern = Coarsen(pattern, rows, keys, Coarse.ANY)
-        derived = derive(replace(program, branches=(Branch((Part(pattern),)),), output=None), ragged)
+        parts = (Part(coarsened(pattern, rows, keys)),)
+        derived = derive(replace(program, branches=(Branch(parts),), output=None), ragged)
         heads = (shape.heads, shape.kv_heads)
         condition = fold(Lowering(derived, heads).predicate(derived.branch.pattern))
         # Of a set that has a closed form no map of blocks is made: at each step of a decode it would be as large as the
