@@ -59,6 +59,9 @@ def left_plans(program: Program, spec: Spec) -> tuple[LeftPlan, ...]:
     for part in program.only.parts:
         plan = skipping_plan(program.with_branch(parts=(part,)), spec)
         fields = {x.name: getattr(plan, x.name) for x in dataclasses.fields(plan)}
+        tiling = plan.tiling
+        # Keys alone are copied ahead: one more tile of them has room.
+        fields["tiling"] = replace(tiling, stages=3) if tiling.warps == 4 else tiling
         if apart:
             fields["runs"] = TileRuns((), ())
         left = LeftPlan(**fields, apart=apart, causal=causal and part.view is None)
@@ -123,4 +126,4 @@ def _tiling(spec: Spec) -> Tiling:
         return Tiling(TILE, TILE, warps=8, stages=1)
     # Below Hopper operands of products take registers too.
     older = spec.target.startswith("cuda:") and int(spec.target.partition(":")[2]) < 90
-    return Tiling(TILE, TILE, warps=8 if older and dim > 64 else 4, stages=2 if older else 3)
+    return Tiling(TILE, TILE, warps=8 if older and dim > 64 else 4, stages=2)

@@ -48,8 +48,6 @@ class ForwardWriter(KernelWriter):
         self.load("q", self.q_parts, spec.dim, "q", "h", bounded=True, pointer=True)
         if not tile_at(self, "k"):
             lines.add(self.base("k", "g"), self.base("v", "g"))
-        elif self.plan.skip is not None:
-            lines.add(self.base("v", "g"))
         if self.plan.follows:
             self._take_up()
         else:
@@ -183,9 +181,7 @@ class ForwardWriter(KernelWriter):
         if plan.spec.dropout:
             # The sum of a row's weights is that without dropout.
             lines.add("weights = tl.where(keep, weights, 0.0)")
-        # Values of tiles that may be dropped are read where they are not: nothing copies them ahead.
-        bounded, pointer = masked or self.spare, plan.skip is not None
-        self.load("v", self.v_parts, plan.spec.v_dim, "k", "g", bounded, pointer)
+        self.load("v", self.v_parts, plan.spec.v_dim, "k", "g", bounded=masked or self.spare)
         for part in self.v_parts:
             value = f"v{part.suffix}"
             acc = f"{to}{part.suffix}"
