@@ -66,16 +66,20 @@ class OfKind:
         step = max(1, STRIP[plan.device.type] // (self.shape.batch * self.shape.heads * self._width))
         strips = [slice(low, min(low + step, classes)) for low in range(0, classes, step)]
         room = plan.shape[3] if self.selection.bounded else None
+        # A class that does not exist goes to a place of its own, which is dropped.
+        made = plan if self.classes is None else torch.cat((plan, plan[:, :, :1]), 2)
         if self.selection.together:
             raw, candidates, forced = (torch.cat(x, 2) for x in zip(*map(self._scored, strips), strict=True))
             # Of a document the first class that is of it.
             documents = self._first(slice(0, classes))
             documents = torch.searchsorted(documents, documents)
             level = self.of.ranking.decided(raw, candidates, forced, documents)[:, ::share]
-            self._put(plan, level if room is None else listed(level, room), slice(0, classes))
-            return
-        for at in strips:
-            self._put(plan, self.of.ranking.chosen(*self._scored(at), plan.shape[1], room), at)
+            self._put(made, level if room is None else listed(level, room), slice(0, classes))
+        else:
+            for at in strips:
+                self._put(made, self.of.ranking.chosen(*self._scored(at), plan.shape[1], room), at)
+        if made is not plan:
+            plan.copy_(made[:, :, :-1])
 
     def _put(self, plan: Tensor, chosen: Tensor, at: slice) -> None:
         """Write what some row classes choose of their columns, listed or in bytes."""
@@ -83,10 +87,8 @@ class OfKind:
         if self.classes is None:
             plan[:, :, at] = torch.where(self.exist[:, None, at, None], found, plan[:, :, at])
             return
-        # A class that does not exist goes to a place of its own, which is dropped.
-        whole = torch.cat((plan, plan[:, :, :1]), 2)
-        to = torch.where(self.exist[:, at], self.classes.place[:, at], plan.shape[2])
-        plan.copy_(whole.scatter_(2, to[:, None, :, None].expand(found.shape), found)[:, :, :-1])
+        to = torch.where(self.exist[:, at], self.classes.place[:, at], plan.shape[2] - 1)
+        plan.scatter_(2, to[:, None, :, None].expand(found.shape), found)
 
     def _numbers(self, at: slice, heads: int) -> Tensor | None:
         """The members that the columns of some row classes are, for so many heads; None: a member each."""
