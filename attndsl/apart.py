@@ -27,12 +27,16 @@ def coarse_apart(
     coarse = isl_sets.coarse_pairs(inner, pattern.block_q, pattern.block_k, every=pattern.mode is Coarse.ALL)
     there = isl.Set.read_from_str(inner.get_ctx(), "[Nq, Nk] -> { [q, k] : 0 <= q < Nq and 0 <= k < Nk }")
     row, key = document.at or coordinates_of(document)
-    tokens = Binary("-", document.end, document.first)
-    count = normalise(Binary("//", Binary("+", tokens, Const(document.unit - 1)), Const(document.unit)))
+
+    def count(end: Scalar) -> Scalar:
+        tokens = Binary("-", end, document.first)
+        return normalise(Binary("//", Binary("+", tokens, Const(document.unit - 1)), Const(document.unit)))
+
+    sizes = {"Nq": count(document.rows or document.end), "Nk": count(document.end)}
     own = condition(coarse.gist(there), context, uniform)
     if past:
         own = last_goes_on(own)
-    at_tokens = substitute(own, {"q": row, "k": key, "Nq": count, "Nk": count})
+    at_tokens = substitute(own, {"q": row, "k": key, **sizes})
     if document.at is not None:
         return at_tokens
     pairs = isl_sets.last_goes_on(coarse) if past else coarse.intersect(there)

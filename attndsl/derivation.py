@@ -35,6 +35,7 @@ class Document:
 
     `alone`: of a coarsened set, the operand in these coordinates, where it is the same in every sequence. `at`: the
     coordinates of a query and of a key at which the set is read, where data places tokens; some that the sequence has.
+    `rows`: before which position its rows stand, where not before `end`: under `align start`.
     """
 
     first: Scalar
@@ -42,6 +43,7 @@ class Document:
     unit: int
     alone: Set | None = None
     at: tuple[Scalar, Scalar] | None = None
+    rows: Scalar | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -260,7 +260,7 @@ class _Deriver:
             decl = self.declare(made, "seen", Type.BOOL, (*dims, row, Dim(Axis.K, view.stride)))
             return Read(decl.name, (*lead, _quotient(Var("q"), rows), Var("k")), Type.BOOL)
 
-        return decided(self.here, part, queries, declare if alike else None, read)
+        return decided(self.here, part, queries, declare if alike else None, read, self.present is not None)
 
     def _extents(self, decl: InputDecl, size: int, stride: int, largest: bool) -> str:
         """The name of the least, or the largest, of what an input holds of extents."""
@@ -378,13 +378,13 @@ class _Deriver:
         own = BlockMap(operand, block_q, block_k, pattern.mode, pattern.fraction, at.unit, True, where)
         dims, lead = _lead(Inter((operand, Where(d.first), Where(d.end))), self.ragged)
         size = block_k * d.unit * at.unit
-        decl = self.declare(own, "blocks", Type.BOOL, (*dims, Dim(Axis.K, at.unit), Dim(Axis.K, size)))
+        decl = self.declare(own, "blocks", Type.BOOL, (*dims, self._absolute(at.unit), Dim(Axis.K, size)))
         row, key = _place_of(d)
         block = _quotient(key, block_k)
         if d.first == Const(0):
             # Positions past the last, of extents or that an input gives, are the last one, as an index is clamped.
-            last = Binary("-", d.end, Const(1))
-            row, block = Call("min", (row, last)), Call("min", (block, _quotient(last, d.unit * block_k)))
+            last_row, last = (Binary("-", end, Const(1)) for end in (d.rows or d.end, d.end))
+            row, block = Call("min", (row, last_row)), Call("min", (block, _quotient(last, d.unit * block_k)))
         found = Read(decl.name, (*lead, row, block), Type.BOOL)
         if d.alone is None:
             return Where(found, pattern.span)

@@ -19,6 +19,7 @@ from attndsl.program import (
     Axis,
     Binary,
     Call,
+    Coarsen,
     Const,
     Dim,
     Inter,
@@ -29,6 +30,7 @@ from attndsl.program import (
     Set,
     Var,
     Where,
+    nodes,
     rebuild,
     substitute,
 )  # fmt: skip
@@ -37,11 +39,13 @@ from attndsl.program import (
 Mapped = Callable[[Set], Read]
 
 
-def decided(program: Program, part: Part, queries: Queries | None, extents: Declare | None, mapped: Mapped) -> Part:
+def decided(
+    program: Program, part: Part, queries: Queries | None, extents: Declare | None, mapped: Mapped, padded: bool
+) -> Part:
     """A part of a derived program with what integer sets cannot say of its entries beside its pattern (`entries`).
 
     extents: declares the least or the largest of an input's extents, where entries overlap and these are the same in
-    all sequences.
+    all sequences. padded: the pattern reads how many tokens are present.
     """
     # Relations are made of derived programs: only here does deriving ask for one.
     from attndsl.entry_sets import undecided
@@ -63,6 +67,11 @@ def decided(program: Program, part: Part, queries: Queries | None, extents: Decl
             hard.append(term)
         else:
             found.append(told)
+    coarse = [term for term in kept if any(isinstance(x, Coarsen) for x in nodes(term))]
+    if coarse or padded or queries is not None:
+        for term in _too_hard(program, part, queries, kept, coarse):
+            kept.remove(term)
+            hard.append(term)
     if not hard and not found:
         return part
     if hard:
@@ -100,6 +109,17 @@ def inside(e: Scalar, program: Program, present: Scalar | None) -> Scalar:
         return x
 
     return rebuild(e, step)
+
+
+def _too_hard(program: Program, part: Part, queries: Queries | None, kept: list[Set], coarse: list[Set]) -> list[Set]:
+    """Of terms that integer sets decide those of which they do not say in time which entries see them all: those of
+    blocks that neither classes nor extents divide, or else all."""
+    from attndsl.view_plans import in_time
+
+    if in_time(program, replace(part, pattern=_all(kept)), queries):
+        return []
+    rest = [term for term in kept if term not in coarse]
+    return coarse if in_time(program, replace(part, pattern=_all(rest)), queries) else list(kept)
 
 
 def _conjuncts(pattern: Set) -> tuple[Set, ...]:

@@ -322,7 +322,7 @@ class _Place:
         assert self.unit, "what looks at all pairs stands on coordinates in order"
         first, end = self.document or (Const(0), self.k_len)
         if not self.placed:
-            return Document(first, end, self.unit, alone)
+            return Document(first, end, self.unit, alone, rows=Var("Nq") if self.program.align_start else None)
         last = Binary("-", _block(self.k_len, self.unit, True), Const(1))
         row, key = (Call("clamp", (names[x], Const(0), last)) for x in "qk")
         return Document(first, end, self.unit, alone, (row, key))

@@ -142,6 +142,15 @@ def entries_of(program: Program, heads: tuple[int, int] | None = None) -> Relati
         ) from None  # fmt: skip
 
 
+def in_time(program: Program, part: Part, queries: Queries | None) -> bool:
+    """Whether integer sets say which entries rows see of a part of a derived program within the effort bound."""
+    try:
+        seen_entries(Lowering(program), part, queries)
+    except TooHard:
+        return False
+    return True
+
+
 def seen_entries(lowering: Lowering, part: Part, queries: Queries | None = None) -> Relation:
     """The entries of a part's view that rows see; of pooled queries, those that each of the extent would see.
 

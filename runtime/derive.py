@@ -145,7 +145,7 @@ class Deriver:
             if isinstance(decl.derivation, Draw):
                 written.append(decl.derivation.drawn.seed)
             if (document := document_of(decl.derivation)) is not None:
-                written += [document.first, document.end]
+                written += [document.first, document.end, document.rows or document.end]
             nodes = walk(*written)
             follows = not any(isinstance(x, Arg) or (isinstance(x, Read) and x.input not in fixed) for x in nodes)
             if follows and entries <= MAX_KEPT_ENTRIES:
@@ -434,9 +434,9 @@ class Deriver:
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """As `counts_apart` has them, of the set that is counted for a derived input."""
         assert isinstance(decl.derivation, BlockMap | Draw)
-        q_len, k_len = self._lengths(decl.derivation.unit)
+        sizes = q_len, k_len = self._lengths(decl.derivation.unit)
         values, strip = values.at(Nq=q_len, Nk=k_len), STRIP[self.device.type] // self._lead(decl)
-        yield from counts_apart(document, self._conditions[decl.name], (block_q, block_k), values, k_len, strip)
+        yield from counts_apart(document, self._conditions[decl.name], (block_q, block_k), values, sizes, strip)
 
     def _lead(self, decl: InputDecl) -> int:
         """How many heads and batch entries an input tells apart."""

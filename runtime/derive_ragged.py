@@ -182,7 +182,7 @@ class RaggedDeriver(Deriver):
         unit, strip = self._unit(decl), STRIP[self.device.type] // self._lead(decl)
         own, k_len = -(-values.lengths // unit), self._lengths(unit)[1]
         condition, values = self._conditions[decl.name], values.at(Nq=own, Nk=own)
-        yield from counts_apart(document, condition, (block_q, block_k), values, k_len, strip)
+        yield from counts_apart(document, condition, (block_q, block_k), values, (k_len, k_len), strip)
 
     def _candidates(self, decl: InputDecl, d: Draw, block_q: int, values: Values) -> Iterator[tuple[Tensor, Tensor]]:
         """Some row classes after the other: their places int64 [B, 1, n, 1], and which members may be drawn for them,

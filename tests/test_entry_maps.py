@@ -46,6 +46,30 @@ def test_in_triton(body: str) -> None:
     judge(body, 43, 13, torch.float32, "triton", broadcast=True)
 
 
+HARD = [
+    "attend coarsen({ k // 5 != q // 4 }, 7, any) over pool(mean, 3, 5) from pool(mean, 7)",
+    "attend ~coarsen({ abs(Nk - 5 - k - q) < 6 }, (3, 4), all) over pool(mean, 7, 3)",
+    "attend causal & coarsen(coarsen({ abs(Nk - 5 - k - q) < 6 }, 8, any), (5, 7), any) "
+    "over pool(max, 5, visible = any)",
+]
+
+
+@pytest.mark.parametrize("body", HARD)
+@pytest.mark.parametrize("lengths", [False, True])
+def test_what_integer_sets_do_not_say_in_time(body: str, lengths: bool) -> None:
+    """Blocks that neither classes nor extents divide."""
+    clause = "input n : int[b]  lengths n" * lengths
+    attn = attndsl.compile(f"attention a {{ align start  {clause}  {body} }}")
+    given: dict[str, Any] = {"n": torch.tensor([30, 11])} if lengths else {}
+    for rows in (30, 21):
+        sizes = ((2, rows), (1, 30), (1, 30))
+        drawn = [torch.randn(2, *size, 8, dtype=torch.float64).requires_grad_() for size in sizes]
+        found, exact = attn(*drawn, **given), attn.reference(*drawn, **given)
+        torch.testing.assert_close(found, exact, atol=1e-9, rtol=1e-9)
+        gradients = (torch.autograd.grad(x.square().sum(), drawn) for x in (found, exact))
+        torch.testing.assert_close(*gradients, atol=1e-8, rtol=1e-8)
+
+
 def drawn_pattern(draw: random.Random, depth: int) -> str:
     if depth == 0 or draw.random() < 0.2:
         return draw.choice(ATOMS)

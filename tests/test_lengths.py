@@ -67,6 +67,7 @@ CASES: dict[str, Case] = {
         "attend coarsen(same_block(3), 8, fraction(0.3)) on order", n=np.array([75, 3], np.int32),
         order=("int[k]", (np.arange(75, dtype=np.int32) * 32 + 40) % 75),
     ),
+    "coarsened_from_its_start": padded("align start attend coarsen({ k <= q + 2 }, (7, 5), fraction(0.4))", 50),
     "random": padded(
         "attend random(2, blocks(8), rows(6), 3, among = all) | window(3) | random(1, tokens, query, h, among = causal)"
     ),
