@@ -5,9 +5,10 @@ the order of the keys, and drops one iff for each of its rows the largest logit 
 the tiles before it by more than -ln t. So no dropped pair weighs t times the heaviest of its row. What is dropped
 depends on order and size of the tiles, which are the same in every lowering, and on which rows the call holds. Of parts
 that share a softmax each drops by what its own tiles have shown, entries of a view as keys are; so parts may run in any
-order, and a decode attends to each alone. A plan has one loop over masked tiles, tokens in order: no layouts, no lists.
-So has one of decode: each head drops for itself, and keys are not dealt out in slices, since what is dropped of one
-depends on those before.
+order, and a decode attends to each alone. A plan has tokens in order, no layouts and no lists: a loop over full tiles
+and one over partial ones where the full ones come first, as under `causal`, else one over all, masked. So has one of
+decode, over all: each head drops for itself, and keys are not dealt out in slices, since what is dropped of one depends
+on those before.
 """
 
 from __future__ import annotations
