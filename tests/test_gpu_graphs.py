@@ -256,6 +256,42 @@ def test_a_graph_of_choices_over_pages_serves_all_lengths(text: str) -> None:
         assert torch.equal(out, attn.decode(q, k, v, lengths, table)) and out.isfinite().all()
 
 
+SEGMENTS, DOCUMENTS = "input c : int[k]\n", "input doc : int[b, k]\n packed doc\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{SEGMENTS} attend causal & window(40), causal - window(40) over pool(mean, segments(c), counted)",
+        f"{SEGMENTS} attend causal & top(2, segments(c), among = causal, by = dot(Q, max(K)), share = group)",
+        "axes y, x[8]\n attend top(3, tiles(4, 4), per = tiles(4, 4), among = all, by = dot(mean(Q), mean(K)))",
+        "x = attend causal\n y = attend causal & top(20, diagonals(1), per = head, among = causal, by = probs(x))\n"
+        "output y",
+        f"{DOCUMENTS} x = attend causal over pool(mean, 4)\n y = attend causal & top(2, blocks(4), by = probs(x))\n"
+        "output x + y",
+        f"{DOCUMENTS} x = attend causal over pool(mean, 4)\n y = attend causal within blocks(8) with probs(x)\n"
+        "output y",
+    ],
+)  # fmt: skip
+def test_a_graph_of_what_each_step_makes_of_all_keys_serves_all_lengths(text: str) -> None:
+    attn = attndsl.compile(f"attention a {{ {text} }}")
+    q, k, v = tensors(3, 8, 5, 64)[0], *(torch.randn(64, 2, 16, 64, device="cuda").bfloat16() for _ in "kv")
+    table = torch.randperm(64, device="cuda", dtype=torch.int32)[:48].view(3, 16)
+    lengths = torch.tensor([256, 40, 99], device="cuda", dtype=torch.int32)
+    token = torch.arange(256, device="cuda")
+    given: dict[str, Any] = {"c": token // 9, "doc": (token // 37).expand(3, -1)}
+    given = {name: x for name, x in given.items() if f"input {name} " in text}
+    for _ in range(2):
+        attn.decode(q, k, v, lengths, table, **given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attn.decode(q, k, v, lengths, table, **given)
+    for known in ([256, 1, 77], [0, 200, 105]):
+        lengths.copy_(torch.tensor(known))
+        graph.replay()
+        assert torch.equal(out, attn.decode(q, k, v, lengths, table, **given)) and out.isfinite().all()
+
+
 LEARNED = """attention learned { input sinks : float[h] learnable
     input bias : float[h, 65] learnable
     input table : float[h, 8, 8] learnable
