@@ -58,6 +58,8 @@ class DocumentPicks:
     def mass(self, program: str, weights: Tensor | None, dtype: torch.dtype, kernel: bool) -> Tensor:
         """What each entry counts for, [B, Hkv, tokens]: of what lists it the sum of `weights` that are above 0, of the
         list's shape; how many do where there are none. program, kernel: as in `pick.summed`."""
+        if not self.token.shape[-1]:
+            return torch.zeros_like(self.token, dtype=dtype)
         there = self.token < self.token.shape[-1]
         if self.listed is None or self.position is None:
             each = torch.ones_like(self.token, dtype=dtype) if weights is None else weights.to(dtype)

@@ -229,6 +229,16 @@ def test_views_are_made_of_tokens_listed_in_documents() -> None:
     assert [np.flatnonzero(row).tolist() for row in seen] == [[0, 2, 3]] * 4 + [[4, 6]] * 3 + [[7]] * 2
 
 
+def test_calls_without_tokens() -> None:
+    attn = compiled("attend causal over pick(few, weight = weighs), causal over pool(mean, segments(word))")
+    q, k, v = (torch.zeros(2, 2, 0, 16, requires_grad=True) for _ in range(3))
+    made: dict[str, Any] = {"doc": DOC[:, :0], "few": torch.zeros(5).long(), "weighs": torch.ones(2, 5)}
+    made |= {"word": torch.zeros(0).long(), "n": torch.zeros(2).long()}
+    out = attn(q, k, v, **{decl.name: made[decl.name] for decl in attn.program.inputs})
+    out.sum().backward()
+    assert out.shape == q.shape and all(x.grad is not None for x in (q, k, v))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("body", ["lengths n attend causal over pick(few, weight = weighs)",
                                   "attend causal & window(3), causal over pick(few)",
