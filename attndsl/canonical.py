@@ -107,6 +107,9 @@ def map_scalars(pattern: Set, change: Callable[[Scalar], Scalar]) -> Set:
         case Selected(index=index, members=members):
             if isinstance(members, Placed | Runs):
                 members = replace(members, lead=tuple(map(change, members.lead)))
+            if isinstance(members, Runs) and members.order is not None:
+                order = replace(members.order, lead=tuple(map(change, members.order.lead)))
+                members = replace(members, order=order)
             return replace(pattern, index=tuple(map(change, index)), members=members)
         case _:
             assert_never(pattern)

@@ -102,6 +102,17 @@ class EntryMap:
 
 
 @dataclass(frozen=True, slots=True)
+class OrderedRuns:
+    """int64 [b?, h?, tokens]: the run of each token among tokens in the order of their places, a maximal one of equal
+    ids, by the number of its first token there; -1 of a token at no place. `ids`, `place`: of token k. present: how
+    many tokens are (None: all)."""
+
+    ids: Scalar
+    place: Scalar
+    present: Scalar | None
+
+
+@dataclass(frozen=True, slots=True)
 class PresentRuns:
     """int64 of the input's own dimensions and the batch: what it holds of tokens that are present, as many as another
     input says (`lengths`), in a decode no more than a sequence has, and past them one number that no run of theirs goes
@@ -400,9 +411,9 @@ class RowTiles:
 
 
 Derivation: TypeAlias = (
-    Offsets | Extents | EntryMap | PresentRuns | RunEnds | RunCount | RunExtents | DocumentEnds | DocumentBlocks
-    | DocumentEntries | BlockMap | Draw | Chosen | CallMembers | Listed | SpanList | TileList | Cut | Gathering
-    | TileMap | Order | Sorted | Place | RowTiles | Alike
+    OrderedRuns | Offsets | Extents | EntryMap | PresentRuns | RunEnds | RunCount | RunExtents | DocumentEnds
+    | DocumentBlocks | DocumentEntries | BlockMap | Draw | Chosen | CallMembers | Listed | SpanList | TileList | Cut
+    | Gathering | TileMap | Order | Sorted | Place | RowTiles | Alike
 )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from attndsl.derivation import (
     Listed,
     Offsets,
     Order,
+    OrderedRuns,
     Place,
     PresentRuns,
     Random,
@@ -54,7 +55,7 @@ from attndsl.extents import extent_dims, of_extents
 from attndsl.left_tiles import within_left_tiles
 from attndsl.linear import normalise
 from attndsl.member_numbers import has_member, number, read, where_told
-from attndsl.members import Lags, Runs, extent
+from attndsl.members import Lags, Placed, Runs, extent
 from attndsl.program import (
     Axis,
     Binary,
@@ -62,6 +63,7 @@ from attndsl.program import (
     Call,
     Choose,
     Coarsen,
+    Compare,
     Complement,
     Const,
     Dim,
@@ -148,6 +150,9 @@ def own_inputs(program: Program) -> tuple[InputDecl, ...]:
 def read_by(derivation: Derivation | None) -> set[str]:
     """The inputs that a derived one is made of."""
     match derivation:
+        case OrderedRuns(ids=ids, place=place, present=count):
+            read_of = (ids, place) if count is None else (ids, place, count)
+            return {x.input for e in read_of for x in walk(e) if isinstance(x, Read)}
         case None | Offsets() | Extents() | PresentRuns() | DocumentEnds() | DocumentBlocks() | DocumentEntries():
             return set()
         case Chosen() | Listed():
@@ -332,19 +337,24 @@ class _Deriver:
         last = self._absolute(keys) if isinstance(of, Lags) else Dim(Axis.K, keys, 0 if each == 1 else each)
         # Segments, and diagonals of a few rows, are as many as tokens: a map of them may be as large as all pairs.
         few = isinstance(of, Lags) and any(d.axis is Axis.Q and d.block < LEAST_ROWS for d in plan)
+        few = few or (isinstance(of, Runs) and (of.order is None or any(d.axis is Axis.Q for d in plan)))
         derivation, dims = (
-            Chosen(pattern.plan, keys, pattern.level, isinstance(of, Runs) or few),
+            Chosen(pattern.plan, keys, pattern.level, few),
             (*plan[:-1], last),
         )
         decl = self.declare(derivation, f"chosen_{pattern.plan}", Type.BOOL, dims)
         match of:
             case None:
                 member = _quotient(Var("k"), keys)
+            case Runs(order=order) if order is not None:
+                member = self._in_order(of, order)
             case Runs():
                 member = Binary("-", Var("k"), replace(read(of), input=self.offsets(of.input)))
             case _:
                 member = number(of, "k")
         inside = None if of is None else has_member(of, tokens, at.past)
+        if isinstance(of, Runs) and of.order is not None:
+            inside = Compare(">=", member, Const(0))
         if pattern.member is not None:
             # Of a document, in which it was said already whether there is one.
             member, inside = pattern.member, None
@@ -353,6 +363,16 @@ class _Deriver:
             inside = None if inside is None else where_told(of, inside, tokens)
         chosen = Where(Read(decl.name, (*pattern.index, member), Type.BOOL), pattern.span)
         return chosen if inside is None else Inter((Where(inside), chosen), pattern.span)
+
+    def _in_order(self, of: Runs, order: Placed) -> Read:
+        """The run of key k among tokens in the order of their places."""
+        ids, place = read(of), read(order)
+        dims, lead = _lead(
+            Inter((Where(ids), Where(place), *(() if self.present is None else (Where(self.present),)))), self.ragged
+        )
+        made = OrderedRuns(ids, place, self.present)
+        decl = self.declare(made, f"ordered_{of.input}", Type.INT, (*dims, Dim(Axis.K)))
+        return Read(decl.name, (*lead, Var("k")), Type.INT)
 
     def offsets(self, name: str) -> str:
         return self.declare(Offsets(name), f"offset_{name}", Type.INT, self.here.input(name).dims).name

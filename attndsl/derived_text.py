@@ -21,6 +21,7 @@ from attndsl.derivation import (
     Listed,
     Offsets,
     Order,
+    OrderedRuns,
     Place,
     PresentRuns,
     RowTiles,
@@ -65,6 +66,8 @@ def made_of(decl: InputDecl) -> str:
         case DocumentEntries(input=name, size=size, stride=stride, place=place):
             every = "" if stride == size else f" every {stride}"
             return f"the {_PLACES[place]} of each entry of {size} tokens{every} of documents of `{name}`"
+        case OrderedRuns(ids=ids, place=place):
+            return f"the segment of `{scalar_text(ids)}` that each token is of, in the order of {scalar_text(place)}"
         case PresentRuns(input=name, lengths=lengths, documents=documents):
             until = "" if lengths is None else f" of the tokens before `{lengths}`"
             return f"`{name}`{until}" + ("" if documents is None else f", each document of `{documents}` apart")

@@ -2,7 +2,7 @@
 
     members ::= Tiles grid sizes          tiles(a, b, c), of the axes        also what `per` divides the rows into
               | Placed size input lead    blocks(B) on permuted(pi), tiles(a, b, c) on permuted(pi)
-              | Runs input lead           segments(ids)
+              | Runs input lead order?    segments(ids), segments(ids) on permuted(pi)
               | Lags size                 diagonals(B)
 
 A member has a number. Tiles are numbered row by row, blocks of a permutation by the places in it; a segment, a maximal
@@ -59,10 +59,12 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """Maximal runs of equal entries of an int input."""
+    """Maximal runs of equal entries of an int input; `order`: of tokens one after another by their places, whose runs
+    have the numbers of their first tokens in it, and of which those at no place are of none."""
 
     input: str
     lead: tuple[Scalar, ...]
+    order: Placed | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from attndsl.grid import Along
 from attndsl.members import Lags, Members, Placed, Runs, Tiles, extent
 from attndsl.oracle_operators import Array as Array
 from attndsl.oracle_operators import apply
-from attndsl.oracle_places import axis_size, coordinates, listed, run_starts, tile_numbers
+from attndsl.oracle_places import axis_size, block_sums, coordinates, listed, run_starts, runs_in_order, tile_numbers
 from attndsl.oracle_views import seen_extents
 from attndsl.program import (
     Arg,
@@ -55,6 +55,7 @@ from attndsl.program import (
     Selected,
     Set,
     Table,
+    Type,
     Unary,
     Union,
     Var,
@@ -404,8 +405,8 @@ class Evaluator:
     def _coarsened(self, e: Coarsen) -> Array:
         inside = self._everywhere(e.operand)
         q_len, k_len = inside.shape[2:]
-        count = _block_sums(inside, e.block_q, e.block_k)
-        total = _block_sums(np.ones((1, 1, q_len, k_len), np.bool_), e.block_q, e.block_k)
+        count = block_sums(inside, e.block_q, e.block_k)
+        total = block_sums(np.ones((1, 1, q_len, k_len), np.bool_), e.block_q, e.block_k)
         match e.mode:
             case Coarse.ANY:
                 chosen = count > 0
@@ -431,7 +432,7 @@ class Evaluator:
     def _drawn(self, e: Random) -> Array:
         inside = self._everywhere(e.among)
         rows = max(1, inside.shape[2]) if e.rows is None else e.rows
-        candidate = _block_sums(inside, rows, e.keys) > 0
+        candidate = block_sums(inside, rows, e.keys) > 0
         row, member = np.arange(candidate.shape[2])[:, None], np.arange(candidate.shape[3])
         state = np.zeros((1, 1, 1, 1), np.uint64)
         for x in (self.scalar(e.seed), self.variables["h"], row, member):
@@ -474,10 +475,21 @@ class Evaluator:
         if isinstance(members, Placed):
             number = values // members.size if members.tiles is None else tile_numbers(members.tiles, values)
             values = np.where((values >= 0) & (values < k_len), number, -1)
+        elif members.order is not None:
+            return self._runs_in_order(members, members.order)
         else:
             values = run_starts(values)
         head = [np.clip(self.scalar(e), 0, n - 1) for e, n in zip(members.lead, values.shape[:-1], strict=True)]
         return np.asarray(values[(*head, np.clip(k_pos, 0, max(0, k_len - 1)))]) if k_len else k_pos - 1
+
+    def _runs_in_order(self, runs: Runs, order: Placed) -> Array:
+        """The run of each key among tokens in the order of their places, by the rank of its first token."""
+        k_pos, k_len = self.variables["k"], int(self.variables["Nk"])
+        here = replace(self, variables={**self.variables, "k": np.arange(k_len).reshape(1, 1, 1, -1)}, memo={})
+        told = [Read(x.input, (*x.lead, Var("k")), Type.INT) for x in (runs, order)]
+        found = runs_in_order(*np.broadcast_arrays(*map(here.scalar, told)))
+        at = np.clip(k_pos, 0, max(0, k_len - 1))[0, 0]
+        return np.asarray(np.take(found[:, :, 0], at, axis=-1)) if k_len else k_pos - 1
 
 
 def splitmix64(x: Array) -> npt.NDArray[np.uint64]:
@@ -486,9 +498,3 @@ def splitmix64(x: Array) -> npt.NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray(z ^ (z >> np.uint64(31)), np.uint64)
-
-
-def _block_sums(inside: Array, block_q: int, block_k: int) -> npt.NDArray[np.int64]:
-    """How many entries of each block of the last two axes are true."""
-    rows = np.add.reduceat(inside, range(0, inside.shape[2], block_q), axis=2, dtype=np.int64)
-    return np.add.reduceat(rows, range(0, inside.shape[3], block_k), axis=3, dtype=np.int64)

@@ -66,3 +66,22 @@ def run_starts(ids: Array) -> npt.NDArray[np.int64]:
     for i in range(1, ids.shape[-1]):
         found[..., i] = np.where(ids[..., i] == ids[..., i - 1], found[..., i - 1], i)
     return found
+
+
+def runs_in_order(ids: Array, place: Array) -> npt.NDArray[np.int64]:
+    """The run of each token among tokens in the order of their places [..., tokens], a maximal one of equal ids, by the
+    rank of its first token; -1 of a token at no place."""
+    found = np.full(ids.shape, -1, np.int64)
+    for at in np.ndindex(ids.shape[:-1]):
+        count, first = ids.shape[-1], 0
+        ordered = sorted((k for k in range(count) if 0 <= place[at][k] < count), key=lambda k: (place[at][k], k))
+        for rank, k in enumerate(ordered):
+            first = first if rank and ids[at][k] == ids[at][ordered[rank - 1]] else rank
+            found[at][k] = first
+    return found
+
+
+def block_sums(inside: Array, block_q: int, block_k: int) -> npt.NDArray[np.int64]:
+    """How many entries of each block of the last two axes are true."""
+    rows = np.add.reduceat(inside, range(0, inside.shape[2], block_q), axis=2, dtype=np.int64)
+    return np.add.reduceat(rows, range(0, inside.shape[3], block_k), axis=3, dtype=np.int64)

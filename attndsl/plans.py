@@ -32,6 +32,8 @@ def plan_heads(selection: Selection) -> Share:
     written: list[Scalar] = [e for each in sets for e in scalars(each)]
     if isinstance(selection.members, Placed | Runs):
         written += selection.members.lead
+    if isinstance(selection.members, Runs) and selection.members.order is not None:
+        written += selection.members.order.lead
     if isinstance(selection.rule, Top) and selection.rule.count is not None:
         written.append(selection.rule.count)
     finer = {Share.NONE: (), Share.GROUP: ("h",), Share.HEADS: ("h", "g")}[selection.share]

@@ -291,6 +291,8 @@ def scalars(pattern: Set) -> Iterator[Scalar]:
             yield from index
             if isinstance(members, Placed | Runs):
                 yield Read(members.input, (*members.lead, Var("k")), Type.INT)
+            if isinstance(members, Runs) and members.order is not None:
+                yield Read(members.order.input, (*members.order.lead, Var("k")), Type.INT)
         case Choose(cond=c, then=a, other=b):
             yield c
             yield from scalars(a)

@@ -51,8 +51,8 @@ def members_text(keys: int, members: Members | None) -> str:
             return f"tiles({', '.join(map(str, sizes))})"
         case Placed(size=size, input=name, tiles=tiles):
             return f"{members_text(size, tiles)} on permuted({name})"
-        case Runs(input=name):
-            return f"segments({name})"
+        case Runs(input=name, order=order):
+            return f"segments({name})" + ("" if order is None else f" on permuted({order.input})")
         case Lags(size=size):
             return f"diagonals({size})"
         case _:

@@ -144,9 +144,9 @@ def _partly(pairs: isl.Set, selection: Selection) -> isl.Set:
     """
     ctx = pairs.get_ctx()
     match selection.members:
-        case Runs():
+        case Runs(order=None):
             return _members(pairs, selection)
-        case Placed():
+        case Placed() | Runs():
             return pairs.apply(isl.Map.read_from_str(ctx, "{ [q, k] -> [q, m] : m = -1 }"))
         case _:
             member = in_integer_sets(selection)[1]

@@ -10,6 +10,7 @@ from attndsl.branches import Branch, Part
 from attndsl.diagnostics import Span
 from attndsl.grammar.scope import Context, InputRef, Poison
 from attndsl.grammar.unsupported import Feature, unsupported
+from attndsl.members import Runs
 from attndsl.program import (
     Axis,
     InputDecl,
@@ -84,6 +85,9 @@ def _barred(program: Program) -> Iterator[_Barred]:
         if branch.skip is not None and any(map(_told, branch.parts)):
             yield _Barred("`skip below` over such a view", "which entries of a document a tile has is not counted")
     for chosen in program.selections:
+        if isinstance(chosen.members, Runs) and chosen.members.order is not None:
+            why = "a permutation of all tokens places no document's"
+            yield _Barred("a selection of segments in the order of places", why, chosen.span)
         if isinstance(chosen.score, Probs) and (why := _why_not_given(program.named(chosen.score.branch))):
             yield _Barred("such a selection", f"of the branch that it ranks by, {why}", chosen.span)
     for each in program.observations:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from attndsl import syntax as ast
 from attndsl.diagnostics import Span
 from attndsl.grammar.arguments import match_arguments
@@ -83,6 +85,11 @@ def members_of(node: ast.Expr, ctx: Context) -> tuple[int, Members | None] | Non
         case ast.Apply(function="diagonals", args=[ast.Argument(name=None, value=size)]):
             width = static_int(size, ctx, "a block size")
             return None if width is None else (width, Lags(width))
+        case ast.Place(operand=ast.Apply(function="segments") as operand, place=place_node):
+            of, placed = members_of(operand, ctx), place_of(place_node, ctx)
+            if of is None or not isinstance(placed, Permuted) or not isinstance(of[1], Runs):
+                return None
+            return 1, replace(of[1], order=Placed(1, placed.input, placed.lead))
         case ast.Place(operand=ast.Name() | ast.Apply(function="blocks" | "tiles") as operand, place=place_node):
             of, placed = members_of(operand, ctx), place_of(place_node, ctx)
             if of is None or not isinstance(placed, Permuted):

@@ -35,6 +35,7 @@ from attndsl.derivation import (
     Listed,
     Offsets,
     Order,
+    OrderedRuns,
     Place,
     PresentRuns,
     Random,
@@ -82,7 +83,7 @@ from attndsl.runtime.list_makers import ListMakers
 from attndsl.runtime.permute import of_order
 from attndsl.runtime.plans import as_four, call_members, chosen_members, list_size
 from attndsl.runtime.row_tiles import row_tiles, table_size
-from attndsl.runtime.runs import along, document_blocks, entry_input, present_runs, run_input
+from attndsl.runtime.runs import along, document_blocks, entry_input, ordered_runs, present_runs, run_input
 from attndsl.runtime.spans import listed_in_order, span_list, span_room
 from attndsl.runtime.strip_blocks import block_sums, gathered, pieces
 from attndsl.runtime.tile_map import tile_map
@@ -251,6 +252,8 @@ class Deriver:
                 return self._offsets(decl, values.tensors[name])
             case Extents(input=name):
                 return of_extents(values.tensors[name], decl.derivation, self.shape.k_len, self._size(decl))
+            case OrderedRuns():
+                return ordered_runs(decl.derivation, values, self._size(decl))
             case PresentRuns(input=name, lengths=lengths, documents=documents):
                 ids, doc = (
                     None if n is None else along(values.tensors[n], self.program.input(n), decl, self._size(decl))
@@ -277,7 +280,7 @@ class Deriver:
             case Draw():
                 return self._draw(decl, decl.derivation, values)
             case Chosen(plan=plan, level=level):
-                return chosen_members(values.tensors[plan], self._chosen_among(decl), level)
+                return chosen_members(values.tensors[plan], self._size(decl)[-1], level)
             case Listed(plan=plan):
                 return listed_in_order(values.tensors[plan], max(self._lengths(1)))
             case SpanList(listed=listed, offsets=offsets):
@@ -457,9 +460,6 @@ class Deriver:
     def _range(self, low: int, high: int) -> Tensor:
         return torch.arange(low, high, device=self.device)
 
-    def _chosen_among(self, decl: InputDecl) -> int:
-        return dim_size(decl.dims[-1], self.program, self.shape)
-
     def _plan(self, name: str) -> Tensor:
         decl = self.program.input(name)
         if decl.derivation is not None:
@@ -469,7 +469,7 @@ class Deriver:
     def _size(self, decl: InputDecl) -> list[int]:
         match decl.derivation:
             case Chosen(plan=plan):
-                return [*self._plan(plan).shape[:-1], self._chosen_among(decl)]
+                return [*self._plan(plan).shape[:-1], dim_size(decl.dims[-1], self.program, self.shape)]
             case CallMembers(plan=plan):
                 own = as_four(self._plan(plan), self.program.input(plan).dims)
                 heads = [own.shape[1]] if len(decl.dims) == 4 else []

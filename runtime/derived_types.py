@@ -22,6 +22,7 @@ from attndsl.derivation import (
     Listed,
     Offsets,
     Order,
+    OrderedRuns,
     Place,
     PresentRuns,
     RowTiles,
@@ -49,7 +50,7 @@ def derived_dtype(decl: InputDecl) -> torch.dtype:
             return torch.bool if decl.type is Type.BOOL else torch.int64
         case Draw(members=members):
             return torch.int32 if members else torch.int64
-        case Sorted() | Place() | PresentRuns():
+        case Sorted() | Place() | PresentRuns() | OrderedRuns():
             return torch.int64
         case TileMap():
             return torch.uint8

@@ -18,7 +18,7 @@ from attndsl.member_numbers import has_member, number, read
 from attndsl.members import Members, Runs, Tiles
 from attndsl.runtime.masses import running_sums
 from attndsl.runtime.runs import Runs as TokenRuns
-from attndsl.runtime.runs import by_kernel, pooled_runs
+from attndsl.runtime.runs import by_kernel, pooled_runs, runs_in_order
 from attndsl.runtime.values import Values
 from attndsl.selection import Antidiagonal, Pool, Selection
 
@@ -45,7 +45,12 @@ class Groups:
         keys = torch.arange(values.shape.k_len, device=values.device)
         tokens = values.shape.k_len if present is None else present
         here = values.at(q=0, k=keys.view(1, 1, 1, -1), Nk=tokens)
-        if isinstance(members, Runs):
+        if isinstance(members, Runs) and members.order is not None:
+            # Values are kept by the identity of their scalars, which therefore live as long.
+            ids_read, place_read = read(members), read(members.order)
+            label = runs_in_order(here.tensor(ids_read), here.tensor(place_read), tokens)
+            label = torch.where(label >= 0, label, count)
+        elif isinstance(members, Runs):
             ids = here.tensor(read(members))
             begins = pad(ids[..., 1:] != ids[..., :-1], (1, 0), value=True)
             label = torch.where(begins[..., : keys.numel()], keys, 0)

@@ -15,7 +15,7 @@ from torch.library import Library
 from torch.nn.functional import pad
 
 from attndsl.branches import Pool, PoolFunction
-from attndsl.derivation import DocumentEntries, EntryPlace, RunCount, RunEnds, RunExtents
+from attndsl.derivation import DocumentEntries, EntryPlace, OrderedRuns, RunCount, RunEnds, RunExtents
 from attndsl.pooling import PoolPlan, entries, told_covers
 from attndsl.program import Axis, InputDecl
 from attndsl.runtime.call import device_target, dtype_of
@@ -24,6 +24,7 @@ from attndsl.runtime.pool import POOLED, launch, wide
 from attndsl.runtime.run_ends import entries_by_kernel
 from attndsl.runtime.transforms import differentiable, mapped
 from attndsl.runtime.triton_version import INTERPRETED
+from attndsl.runtime.values import Values
 
 _LIBRARY = Library("attndsl", "FRAGMENT")
 _LIBRARY.define(
@@ -97,6 +98,30 @@ def _begins(*ids: Tensor) -> Tensor:
     """At which tokens one of ids [..., tokens] is not that of the token before, bool [..., tokens]."""
     changes = torch.stack([x[..., 1:] != x[..., :-1] for x in ids]).any(0)
     return pad(changes, (1, 0), value=True)[..., : ids[0].shape[-1]]
+
+
+def runs_in_order(ids: Tensor, place: Tensor, tokens: int | Tensor) -> Tensor:
+    """As `derivation.OrderedRuns` has them, of ids and places [..., tokens], of which so many are present."""
+    ids, place = torch.broadcast_tensors(ids.to(torch.int64), place.to(torch.int64))
+    every = torch.arange(ids.shape[-1], device=ids.device)
+    placed = (place >= 0) & (place < tokens) & (every < tokens)
+    order = torch.where(placed, place, ids.shape[-1]).sort(dim=-1, stable=True).indices
+    in_order = ids.expand(order.shape).gather(-1, order)
+    begins = pad(in_order[..., 1:] != in_order[..., :-1], (1, 0), value=True)[..., : every.numel()]
+    first = torch.where(begins, every, 0)
+    first = first.cummax(-1).values if every.numel() else first
+    return torch.where(placed, torch.zeros_like(first).scatter(-1, order, first), -1)
+
+
+def ordered_runs(d: OrderedRuns, values: Values, size: list[int]) -> Tensor:
+    """A derived input of runs in the order of places, of that size."""
+    tokens = values.shape.k_len
+    most = tokens if values.lengths is None else values.lengths
+    k = torch.arange(tokens, device=values.device).view(1, 1, 1, -1)
+    here = values.at(q=0, k=k, Nk=most)
+    present = most if d.present is None else here.tensor(d.present).clamp(max=tokens)
+    found = runs_in_order(here.tensor(d.ids), here.tensor(d.place), present)
+    return found.expand(*found.shape[:3], tokens).reshape(size)
 
 
 def runs_of(ids: Tensor) -> Runs:

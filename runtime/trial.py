@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attndsl.blockgraph import block_graph
 from attndsl.diagnostics import error
-from attndsl.members import Placed
+from attndsl.members import Placed, Runs
 from attndsl.pairs import allowed, count_pairs, too_dense
 from attndsl.parts import parts_of
 from attndsl.plans import own_program
@@ -244,6 +244,7 @@ def _permutations(program: Program) -> set[str]:
     patterns = (part.pattern for branch in program.branches for part in branch.parts)
     places = [node.place for pattern in patterns for node in nodes(pattern) if isinstance(node, On)]
     members = [selection.members for selection in program.selections]
+    members += [x.order for x in members if isinstance(x, Runs)]
     return {x.input for x in (*places, *members) if isinstance(x, Permuted | Placed)}
 
 

@@ -50,6 +50,8 @@ DATA = {
     "tiles(1, 2, 3) on permuted(po)": f"input po : int[k] {GRIDS[0]}",
     "segments(c)": "input c : int[b, k]",
     "segments(cg)": "input cg : int[b, g, k] sorted",
+    "segments(c) on permuted(pi)": "input c : int[b, k] input pi : int[b, h, k]",
+    "segments(cg) on permuted(po)": "input cg : int[b, g, k] sorted input po : int[k]",
 }
 
 
@@ -244,6 +246,8 @@ def test_diagonals_in_closed_form(among: str, per: str, monkeypatch: pytest.Monk
          (2, 4, 2, 20, 36, 16, 16)),
         ("attention a { input c : int[b, k] attend causal & cover(0.5, segments(c), per = rows(8), "
          "by = dot(mean(Q), max(K))) }", (1, 2, 2, 19, 19, 16, 16)),
+        ("attention a { input c : int[b, k] input po : int[k] attend causal & top(2, segments(c) on permuted(po), "
+         "per = rows(16), by = dot(mean(Q), mean(K))) }", (1, 2, 1, 20, 36, 16, 16)),
         (SLASH, (1, 2, 1, 33, 33, 16, 16)),
         (SLASHES.format("causal & top(3, diagonals(1), share = heads, by = probs(probe))"), (1, 2, 1, 33, 33, 16, 16)),
         (SLASHES.format("causal & top(3, diagonals(4), per = rows(16), by = probs(probe))"), (1, 2, 1, 20, 40, 16, 16)),
