@@ -46,7 +46,7 @@ def given_of(clauses: str, doc: Tensor, seed: int, wild: bool = False) -> dict[s
     return found
 
 
-@examples(20)
+@examples(15)
 @given(
     test_members.selections(), st.sampled_from(PATTERNS), st.integers(1, 40), st.integers(0, 99), st.booleans(),
     st.sampled_from((0.05, 0.2, 0.6)),

@@ -87,7 +87,7 @@ def test_classes_of_documents_follow_one_another() -> None:
 
 
 def test_in_a_compiled_graph() -> None:
-    for wanted in (WANTED[2], OF_QUERIES[1], OF_BLOCKS[0]):
+    for wanted in (WANTED[2], OF_BLOCKS[0]):
         attn = compiled(VIEWS[1], wanted)
         q, k, v = (torch.randn(2, 2, 48, 16) for _ in range(3))
 
