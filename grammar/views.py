@@ -71,7 +71,7 @@ def pooled_queries(parts: Sequence[ast.Part], ctx: Context) -> Queries | None:
     if (other := next((part for part in parts if part.queries is None), None)) is not None:
         ctx.report.error(
             "A078", "queries are pooled in every part or in none", other.pattern.span, "not said here",
-            "write the same `from` in every part",
+            "write the same `from` in every part, or branches of their own and `merge(a, b)`",
         )  # fmt: skip
         return None
     first = found[0]
