@@ -178,14 +178,26 @@ class Within:
     """Two levels: a softmax inside each member, a block of `keys` tokens in a row, and the members' outputs summed with
     the probabilities of an earlier branch.
 
-    `weights`: in a program of one branch, the input float[b, h, q, k/keys] that holds these. `packed`: there, the input
-    whose documents the members are of, each row's counted from the first of its own.
+    `weights`: in a program of one branch, the input float[b, h, q, k/keys] that holds these, unless it has `votes`.
+    `packed`: there, the input whose documents the members are of, each row's counted from the first of its own.
     """
 
     keys: int
     branch: str
     weights: str = ""
     packed: str | None = None
+    votes: Ballot | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ballot:
+    """What a branch that weighs members says of them: it is over a view with an entry a member. `lse`: the input
+    float[b, h, q] that holds its own."""
+
+    entries: Part
+    scale: Scalar | None
+    score: Scalar | None
+    lse: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from attndsl.branches import Attended, Branch, Given, Merged, Output, Part, Pick, Pool, Within, combined, factors
+from attndsl.branches import (
+    Attended,
+    Ballot,
+    Branch,
+    Given,
+    Merged,
+    Output,
+    Part,
+    Pick,
+    Pool,
+    Within,
+    combined,
+    factors,
+)
 from attndsl.diagnostics import error
 from attndsl.plans import own_program
 from attndsl.program import (
@@ -114,11 +127,12 @@ def compose(program: Program) -> Composition:
     read |= {x.branch for x in program.observations}
     read |= {x.within.branch for x in program.branches if x.within is not None and x.name in read}
     found: dict[Pool | Pick, Pooling] = {}
-    branches = []
+    branches = list[tuple[str, Branch]]()
     for branch in program.branches:
         if program.output is None or branch.name in read:
             name = "" if program.output is None else branch.name or ""
-            parts = tuple(_handed_in(part, program, found, name) for part in branch.parts)
+            before = dict(branches)
+            parts = tuple(_handed_in(part, program, found, name, before, branch.scale) for part in branch.parts)
             branches.append((name, replace(branch, parts=parts)))
     pools = tuple(found.values())
     made = tuple(decl for pooling in pools for decl in _declared(pooling))
@@ -128,10 +142,19 @@ def compose(program: Program) -> Composition:
     return Composition(pools, programs, output, own_program(program), read_by_output)
 
 
-def _handed_in(part: Part, program: Program, found: dict[Pool | Pick, Pooling], branch: str) -> Part:
+def _handed_in(
+    part: Part, program: Program, found: dict[Pool | Pick, Pooling], branch: str, before: dict[str, Branch],
+    scale: Scalar | None,
+) -> Part:  # fmt: skip
     if part.within is not None:
-        taken = {decl.name for decl in program.inputs}
-        name = next(x for x in (f"shares_{branch}{'_' * i}" for i in range(len(taken) + 1)) if x not in taken)
+        ballot, taken = (
+            _ballot(part.within, program, before[part.within.branch], scale),
+            {decl.name for decl in program.inputs},
+        )
+        word = "shares" if ballot is None else "lse"
+        name = next(x for x in (f"{word}_{branch}{'_' * i}" for i in range(len(taken) + 1)) if x not in taken)
+        if ballot is not None:
+            return replace(part, within=replace(part.within, votes=replace(ballot, lse=name)))
         return replace(part, within=replace(part.within, weights=name, packed=program.packed))
     view = part.view
     if view is None or isinstance(view, Given):
@@ -181,8 +204,23 @@ def _in_documents(
     return Given(pooling.keys, pooling.values, 1, 1, picked=view, packed=program.packed, listed=listed)
 
 
+def _ballot(within: Within, program: Program, by: Branch, scale: Scalar | None) -> Ballot | None:
+    """What the branch that weighs members says of them, where it attends to an entry for each, none of which data
+    tells, and its score learns nothing. scale: that of the members' branch: one that a call gives is that of both."""
+    part, told = by.parts[0], program.packed is not None or program.lengths is not None
+    view, said = part.view, [e for e in (by.scale, by.score) if e is not None]
+    learnable = {decl.name for decl in program.inputs if decl.learnable}
+    learns = any(isinstance(x, Read) and x.input in learnable for x in walk(*said))
+    apart = len(by.parts) > 1 or by.queries is not None or (by.scale is None and scale is not None)
+    if not isinstance(view, Given) or view.told or told or learns or apart:
+        return None
+    return Ballot(part, by.scale, by.score, "") if view.size == view.stride == within.keys else None
+
+
 def _shares(within: Within) -> InputDecl:
-    """What weighs the members of two levels, for each row."""
+    """What weighs the members of two levels, for each row; of votes what normalises them."""
+    if within.votes is not None:
+        return InputDecl(within.votes.lse, Type.FLOAT, (Dim(Axis.B), Dim(Axis.H), Dim(Axis.Q)), learnable=True)
     dims = (Dim(Axis.B), Dim(Axis.H), Dim(Axis.Q), Dim(Axis.K, within.keys))
     return InputDecl(within.weights, Type.FLOAT, dims, learnable=True)
 
@@ -217,7 +255,12 @@ def _program(program: Program, branch: Branch, made: tuple[InputDecl, ...]) -> P
                 if pick is not None and pick.weight is not None:
                     read |= {x.input for x in walk(pick.weight) if isinstance(x, Read)}
         if part.within is not None:
-            read.add(part.within.weights)
+            votes = part.within.votes
+            read.add(part.within.weights if votes is None else votes.lse)
+            if votes is not None and isinstance(votes.entries.view, Given):
+                scalars = (e for e in (votes.scale, votes.score) if e is not None)
+                read |= {x.input for e in scalars for x in walk(e) if isinstance(x, Read)}
+                read.add(votes.entries.view.keys)
     chosen = tuple(decl for decl in program.inputs if _may_read(decl, branch, read))
     inputs = (*chosen, *(decl for decl in made if decl.name in read))
     # What its selections choose comes in as plans.
@@ -226,7 +269,9 @@ def _program(program: Program, branch: Branch, made: tuple[InputDecl, ...]) -> P
 
 def _may_read(decl: InputDecl, branch: Branch, read: set[str]) -> bool:
     if decl.members:
-        plans = (x.plan for part in branch.parts for x in nodes(part.pattern) if isinstance(x, Selected))
+        ballots = [part.within.votes for part in branch.parts if part.within is not None]
+        parts = (*branch.parts, *(ballot.entries for ballot in ballots if ballot is not None))
+        plans = (x.plan for part in parts for x in nodes(part.pattern) if isinstance(x, Selected))
         return decl.name in plans
     return decl.type is not Type.FLOAT or decl.name in read
 

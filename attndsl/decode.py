@@ -54,7 +54,7 @@ from attndsl.runs import Run, TileRuns
 from attndsl.simplify import fold
 from attndsl.skipping import TILE, ragged_skipping_plan
 from attndsl.view_plans import view_forward
-from attndsl.within_plans import shares_read
+from attndsl.within_plans import declaring, derived, shares_of
 
 # Programs a multiprocessor gets where tiles are scarce (as many as it runs at once, so none waits for another), and
 # where each still gets a long slice of them (then the last to start leave little idle).
@@ -191,13 +191,14 @@ def decode_plan(
     if program.only.within is not None and program.packed is not None:
         what = f"two levels within `packed {program.packed}` have no decode kernel: torch operators make them"
         raise error("A911", what, program.span, help="ask for the kernels of calls")
-    program = derive(program, ragged=True)
+    within = program.only.within
+    program = derive(program, ragged=True) if within is None else derived(program, ragged=True)
     if program.only.skip is not None:
         return _skipping_plan(program, spec, rows, cache)
-    if (within := program.only.within) is None:
+    if within is None:
         return _plan_of(program, spec, rows, cache, split, tiling)
     plan = _plan_of(of_one_level(program), spec, rows, cache, split, tiling, within.keys)
-    return replace(plan, shares=shares_read(program))
+    return declaring(replace(plan, shares=shares_of(program, (spec.heads, spec.kv_heads), spec.sizes)), program)
 
 
 def _plan_of(

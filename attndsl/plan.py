@@ -21,7 +21,6 @@ from attndsl.listing import EntryTiles, Gathered, listed
 from attndsl.mask import pair_mask, written_condition
 from attndsl.program import (
     Arg,
-    Binary,
     Const,
     InputDecl,
     Program,
@@ -37,6 +36,7 @@ from attndsl.program import (
 )  # fmt: skip
 from attndsl.relation import lowered
 from attndsl.runs import Side, TileRuns
+from attndsl.shares import Shares, Votes
 from attndsl.simplify import specialise
 from attndsl.visits import closed_runs, visits_of
 
@@ -181,7 +181,7 @@ class Plan:
     `skip`: tiles whose scores lie all so far below what their rows have seen are dropped (`skipping.py`).
     `box_runs`: in the place of `runs` where the layout is one by boxes, whose indices a mask calls i_a and j_a.
     `where`: a condition of the whole call under which its kernels do anything.
-    `shares`: two levels: each tile of keys is a member, inside which is a softmax, and its row's read weighs it.
+    `shares`: two levels: each tile of keys is a member, inside which is a softmax, and what its row gives it weighs it.
     `tiles_of`: members are of documents: where a tile lies is data.
     """
 
@@ -201,7 +201,7 @@ class Plan:
     view: Given | None = field(default=None, kw_only=True)
     skip: float | None = field(default=None, kw_only=True)
     box_runs: BoxRuns = field(default=BoxRuns(), kw_only=True)
-    shares: Read | None = field(default=None, kw_only=True)
+    shares: Shares | None = field(default=None, kw_only=True)
     tiles_of: EntryTiles | None = field(default=None, kw_only=True)
     where: Scalar | None = field(default=None, kw_only=True)
 
@@ -211,9 +211,9 @@ class Plan:
         return self.weights is None and self.shares is None
 
     @property
-    def tiled_members(self) -> bool:
-        """Of two levels, whether each member is a tile of keys."""
-        return self.shares is not None and self.shares.index[-1] == Binary("//", Var("k"), Const(self.tiling.block_k))
+    def votes(self) -> Votes | None:
+        """Of two levels, what weighs members where their entries do."""
+        return None if self.shares is None else self.shares.votes
 
     @property
     def masks(self) -> bool:
@@ -233,7 +233,8 @@ class Plan:
         """Every scalar the kernel computes."""
         body = (self.mask, self.scale, self.score, self.sink, self.weights)
         lists: list[Scalar] = [] if self.gathered is None else [self.gathered.entry]
-        lists += [x for x in (self.marked, self.shares, self.where) if x is not None]
+        lists += [x for x in (self.marked, self.where) if x is not None]
+        lists += () if self.shares is None else self.shares.scalars
         lists += () if self.tiles_of is None else self.tiles_of.reads
         runs = (*run_scalars(self.runs), *self.box_runs.ends)
         orders = (self.layout.q, self.layout.k) if isinstance(self.layout, Permutation) else ()
@@ -247,6 +248,7 @@ class Plan:
     def inputs(self) -> tuple[InputDecl, ...]:
         """The inputs the kernel reads, in the order they were declared."""
         used = {x.input for x in self._naming(self.program.inputs) if isinstance(x, Read)}
+        used |= {votes.keys} if (votes := self.votes) is not None else set()
         return tuple(decl for decl in self.program.inputs if decl.name in used)
 
     @property
@@ -351,13 +353,13 @@ class BackwardPlan(Plan):
     def cuts_lists(self) -> bool:
         """Whether that kernel cuts long lists into parts: where a program goes over one, and makes no other sums."""
         whole = self.layout.plain and self.view is None and not self.key_tiling.strip
-        return self.one_list and not self.learned and whole
+        return self.one_list and not self.learned and self.votes is None and whole
 
     @property
     def learnable_inputs(self) -> tuple[InputDecl, ...]:
         """The inputs that get gradients other than zero, in the order they were declared."""
         names = {read.input for read, _ in self.learnable + self.sink_learnable}
-        names |= set() if self.shares is None else {self.shares.input}
+        names |= set() if self.shares is None else self.shares.learned
         return tuple(decl for decl in self.program.inputs if decl.name in names)
 
 

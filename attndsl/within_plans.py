@@ -11,15 +11,17 @@ see of a view of them, and which of a tile's pairs are allowed is asked of token
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from attndsl.branches import Part, Pool, PoolFunction, Visible, Within
+from attndsl.branches import Ballot, Given, Part, Pool, PoolFunction, Visible, Within
 from attndsl.compose import of_one_level
 from attndsl.derivation import Derivation, DocumentEnds, DocumentEntries, EntryPlace
 from attndsl.derive import derive, with_needed
 from attndsl.diagnostics import PatternError
 from attndsl.entry_ends import terms
+from attndsl.linear import normalise
 from attndsl.listing import EntryTiles
 from attndsl.plan import (
     Backend,
@@ -37,6 +39,7 @@ from attndsl.program import (
     Const,
     InputDecl,
     Inter,
+    Logic,
     Program,
     Read,
     Scalar,
@@ -46,11 +49,17 @@ from attndsl.program import (
     Var,
     Where,
     nodes,
+    rebuild,
+    substitute,
 )
+from attndsl.quasi_affine import condition
+from attndsl.relation import Lowering
 from attndsl.runs import TileRuns
+from attndsl.shares import Shares, Votes
+from attndsl.simplify import fold, specialise
 from attndsl.tile_sizes import backward_tilings, default_tiling
 from attndsl.unpack import document_of
-from attndsl.view_plans import view_backward, view_forward
+from attndsl.view_plans import counted, entries_of, view_backward, view_forward
 
 P = TypeVar("P", bound=Plan)
 # Rows that a tile has at least, and the keys of the largest that is scored at once.
@@ -63,13 +72,14 @@ def within_forward(program: Program, spec: Spec) -> ForwardPlan:
     # Of tiles that are members of documents no plan tells.
     spec = replace(_loading(program, spec), lists=spec.lists and entries is None)
     tiling = _fitted(default_tiling(spec), program, spec)
-    plan = replace(forward_plan(of_one_level(tokens), spec, tiling), shares=shares_read(tokens))
+    shares = shares_of(tokens, (spec.heads, spec.kv_heads), spec.sizes)
+    plan = replace(forward_plan(of_one_level(tokens), spec, tiling), shares=shares)
     if entries is None:
-        return _declaring(plan, tokens)
+        return declaring(plan, tokens)
     declared, tiles_of = _tiles_of(_with_inputs(entries, plan.program), _within(program))
     found = view_forward(declared, spec, replace(tiling, block_k=1), follows=False)
     plan = replace(plan, runs=_masked(found.runs), tiles_of=tiles_of)
-    return _declaring(plan, tokens, entries, found.program)
+    return declaring(plan, tokens, entries, found.program)
 
 
 def within_backward(program: Program, spec: Spec, uses_lse: bool) -> BackwardPlan:
@@ -83,16 +93,19 @@ def within_backward(program: Program, spec: Spec, uses_lse: bool) -> BackwardPla
     else:
         # Beside its accumulators it holds a tile's probabilities twice: of as many rows they spill.
         of_keys = replace(of_keys, block_q=max(_ROWS, of_keys.block_q // 2))
+    if _within(tokens).votes is not None:
+        of_q, of_keys = _beside_votes(of_q), _beside_votes(replace(of_keys, warps=8), bool(of_keys.strip))
     plan = backward_plan(of_one_level(tokens), spec, of_q, of_keys, uses_lse)
-    plan = replace(plan, shares=shares_read(tokens))
+    shares = shares_of(tokens, (spec.heads, spec.kv_heads), spec.sizes, gradients=True)
+    plan = replace(plan, shares=shares)
     if entries is None:
-        return _declaring(plan, tokens)
+        return declaring(plan, tokens)
     declared, tiles_of = _tiles_of(_with_inputs(entries, plan.program), _within(program))
     single = replace(of_q, block_k=1), replace(of_keys, block_k=1)
     found = view_backward(declared, spec, single, uses_lse=uses_lse, follows=False)
     runs, key_runs = _masked(found.runs), _masked(found.key_runs)
     plan = replace(plan, runs=runs, key_runs=key_runs, tiles_of=tiles_of)
-    return _declaring(plan, tokens, entries, found.program)
+    return declaring(plan, tokens, entries, found.program)
 
 
 def _derived(program: Program, spec: Spec) -> tuple[Program, Program | None]:
@@ -100,7 +113,7 @@ def _derived(program: Program, spec: Spec) -> tuple[Program, Program | None]:
     members, of which a row visits those of which it may see a token."""
     within = _within(program)
     if within.packed is None or spec.backend is Backend.CPU:
-        return derive(program), None
+        return derived(program), None
     (part,) = program.only.parts
     entries = Pool(PoolFunction.MEAN, within.keys, within.keys, Visible.ANY)
 
@@ -157,7 +170,7 @@ def _masked(runs: TileRuns) -> TileRuns:
     return TileRuns((), (*runs.full, *runs.partial))
 
 
-def _declaring(plan: P, *programs: Program) -> P:
+def declaring(plan: P, *programs: Program) -> P:
     """The plan, its program declaring of what these declare what it needs."""
     own = programs[0].with_branch(parts=plan.program.only.parts)
     whole = replace(plan, program=_with_inputs(own, plan.program, *programs))
@@ -170,16 +183,79 @@ def _within(program: Program) -> Within:
     return within
 
 
-def shares_read(program: Program) -> Read:
+def derived(program: Program, ragged: bool = False) -> Program:
+    """The derived program, in which the entries that weigh members are derived too. ragged: as in `derive`."""
+    (part,), within = program.only.parts, _within(program)
+    if within.votes is None:
+        return derive(program, ragged)
+    found = derive(program.with_branch(parts=(part, within.votes.entries)), ragged)
+    tokens, entries = found.only.parts
+    votes = replace(within.votes, entries=entries)
+    return found.with_branch(parts=(replace(tokens, within=replace(within, votes=votes)),))
+
+
+def shares_of(program: Program, heads: tuple[int, int], sizes: Mapping[str, int], gradients: bool = False) -> Shares:
     """What a pair's member weighs in a derived program of two levels. In a document members count from its first
     token."""
-    within = program.only.within
-    assert within is not None and within.weights, "the branch's program names what weighs its members"
+    within = _within(program)
     place: Scalar = Var("k")
     if within.packed is not None:
         place = Binary("-", place, document_of(program, within.packed, False, "k"))
     member = Binary("//", place, Const(within.keys))
-    return Read(within.weights, (Var("b"), Var("h"), Var("q"), member), Type.FLOAT)
+    if within.votes is not None:
+        return Shares(member, votes=_votes(program, within.votes, heads, sizes, gradients))
+    assert within.weights, "the branch's program names what weighs its members"
+    return Shares(member, Read(within.weights, (Var("b"), Var("h"), Var("q"), member), Type.FLOAT))
+
+
+def _votes(
+    program: Program, ballot: Ballot, heads: tuple[int, int], sizes: Mapping[str, int], gradients: bool
+) -> Votes:
+    view = ballot.entries.view
+    assert isinstance(view, Given)
+    relation = entries_of(program.with_branch(parts=(ballot.entries,)), heads)
+    seen = fold(normalise(condition(relation.pairs, relation.context, relation.uniform | relation.atoms)))
+    held = _held(program, view.stride, heads)
+    seen = fold(rebuild(seen, lambda e: Const(True) if e.type is Type.BOOL and _plain(e) in held else e))
+    logit = counted(ballot.score, view) if view.counted else ballot.score
+    slope = None
+    if gradients and logit is not None:
+        from attndsl.score import derivative  # sympy takes half a second to import.
+
+        slope = derivative(logit, Var("s"))
+
+    def of_member(e: Scalar | None) -> Scalar | None:
+        return None if e is None else specialise(substitute(e, {"k": Var("k_tile")}), sizes)
+
+    return Votes(
+        view.keys, program.input(view.keys).learnable, of_member(ballot.scale), of_member(logit),
+        of_member(None if slope == Const(1.0) else slope), of_member(None if seen == Const(True) else seen),
+        Read(ballot.lse, (Var("b"), Var("h"), Var("q")), Type.FLOAT),
+    )  # fmt: skip
+
+
+def _held(program: Program, keys: int, heads: tuple[int, int]) -> set[Scalar]:
+    """What holds of a row and a member, said of its entry, wherever the row sees a token of the member."""
+    (part,), lowering = program.only.parts, Lowering(program, heads)
+    held = set[Scalar]()
+    for term in terms(part.pattern):
+        e = lowering.predicate(term)
+        for x in e.operands if isinstance(e, Logic) and e.op == "and" else (e,):
+            # The same for all tokens of a member, so that of its first tells.
+            member = Binary("//", Var("k"), Const(keys))
+            of_member = _plain(substitute(x, {"k": Binary("*", Const(keys), Var("k"))}))
+            if x == substitute(of_member, {"k": member}):
+                held.add(of_member)
+    return held
+
+
+def _plain(e: Scalar) -> Scalar:
+    """The condition with its indices in normal form."""
+
+    def step(x: Scalar) -> Scalar:
+        return replace(x, index=tuple(map(normalise, x.index))) if isinstance(x, Read) else x
+
+    return rebuild(e, step)
 
 
 def _fitted(tiling: Tiling, program: Program, spec: Spec) -> Tiling:
@@ -196,6 +272,13 @@ def _fitted(tiling: Tiling, program: Program, spec: Spec) -> Tiling:
         return replace(member, block_q=rows)
     # A large tile of keys leaves no room for the next.
     return Tiling(rows, within.keys, warps=8, stages=1)
+
+
+def _beside_votes(tiling: Tiling, strip: bool = False) -> Tiling:
+    """A tiling of a backward kernel that leaves room for what entries give and take: a tile of eight warps that spills
+    without it is made smaller."""
+    fills = strip or (tiling.warps == 8 and tiling.block_q > 32)
+    return replace(tiling, block_q=max(_ROWS, tiling.block_q // 2)) if fills else tiling
 
 
 def _loading(program: Program, spec: Spec) -> Spec:

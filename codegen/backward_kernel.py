@@ -36,7 +36,8 @@ class BackwardKernel(KernelWriter, ABC):
         self.reads_rows = any(dim.axis is Axis.Q and dim.block == 1 for decl in plan.inputs for dim in decl.dims)
 
     def _candidates(self) -> list[str]:
-        kept = ("row_lse_ptr", "row_lse_desc", "delta_desc", "row_stride", "heavy", "d_shares_ptr", "member_lse_ptr")
+        kept = ["row_lse_ptr", "row_lse_desc", "delta_desc", "row_stride", "heavy"]
+        kept += ["d_shares_ptr", "member_lse_ptr", "d_entries_ptr"]
         return [*super()._candidates(), *kept, *(f"{x}_{n}_ptr" for n, _ in self.learned for x in ("sum", "at"))]
 
     def pairs(self, masked: bool) -> list[Scalar]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+from attndsl.codegen.cpu_votes import vote
 from attndsl.codegen.header import header
 from attndsl.codegen.lines import Lines
 from attndsl.codegen.prelude_helpers import prelude
@@ -141,7 +142,7 @@ class TileLoop:
         self.tensors = Printer(TORCH, Names(TensorLeaves(plan)), self.helpers)
         decided = run_scalars(plan.runs)
         if plan.shares is not None:
-            decided += plan.shares.index[-1:]
+            decided += (plan.shares.member,)
         if self.permutation is not None:
             decided += (self.permutation.q, self.permutation.k)
         self.per_batch = any(reads(x, "b") for x in decided)
@@ -321,7 +322,7 @@ class TileLoop:
         size: int | str = CHUNK if self.plan.skip is None else self.plan.tiling.block_k
         if self.plan.shares is not None:
             member = self.plan.tiling.block_k
-            size = max(1, CHUNK // member) * member if self.plan.tiled_members else "k_len"
+            size = max(1, CHUNK // member) * member if self.plan.shares.in_tiles(member) else "k_len"
         with lines.block(f"for full, partial in chunks(full_spans, partial_spans, {size}):"):
             printer = self.tensors.within(self.tensors.names.inner())
             lines.add("spans = full + partial")
@@ -375,13 +376,16 @@ class TileLoop:
         self.helpers |= {"within_members", "exponential"}
         printer = self.tensors.within(Names(TensorLeaves(self.plan)))
         # Keys of another document may have the same number: no row sees both.
-        number = printer.text(shares.index[-1])
         self.lines.add(
             "k_pos = positions(spans)",
-            f"member = torch.unique({number}, return_inverse=True)[1].flatten()",
+            f"numbers, member = torch.unique({printer.text(shares.member)}, return_inverse=True)",
+            "member = member.flatten()",
             "inner = within_members(scores, member)",
-            f"share = {printer.text(shares)}",
         )
+        if shares.votes is not None:
+            vote(self, shares.votes)
+        elif shares.given is not None:
+            self.lines.add(f"share = {printer.text(shares.given)}")
 
     def rows_of(self, x: str) -> str:
         """The keys or values of the spans: without a copy where they lie at equal distances in one span."""
@@ -400,6 +404,14 @@ class TileLoop:
         """The keys that spans are counted in, of a tensor [batch, kv_heads, keys, D], where they are a slice."""
         comb = self.order.k
         return "at_b, at_g" if comb.every else f"at_b, at_g, {self.numbers.text(comb.first)}::{comb.period}"
+
+    def entries_of(self, x: str) -> str:
+        """The entries of an input [batch, kv_heads, entries, D] that may be broadcast, as text."""
+        return f"{x}.expand(batch, kv_heads, -1, -1)[at_b, at_g]"
+
+    def voters(self) -> str:
+        """The rows whose products with entries weigh members, as text."""
+        return "queries"
 
     def scatter(self, x: str, values: str) -> None:
         """Add values to tensor `x` at the keys of a chunk."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from attndsl.codegen.cpu import TensorLeaves
 from attndsl.codegen.cpu_boxes import tile_loop
+from attndsl.codegen.cpu_votes import hand_on
 from attndsl.codegen.scalars import Level, Printer
 from attndsl.plan import BackwardPlan
 from attndsl.program import Const, Read, Scalar, Var
@@ -44,13 +45,16 @@ class _Backward:
             lines.add("queries, d_out = q[at].to(compute), dout[at].to(compute)")
             if self.flows:
                 lines.add("scaled = queries * scale", "dq_tile = torch.zeros_like(queries)")
+            if plan.votes is not None:
+                lines.add("dq_votes = torch.zeros_like(queries)")
             if self.softmax:
                 self._rows()
             with loop.chunk() as printer:
                 self._chunk(printer)
-            if self.flows:
+            sums = ["dq_tile * scale"] * self.flows + ["dq_votes"] * (plan.votes is not None)
+            if sums:
                 added = "+" if plan.follows else ""
-                lines.add(f"dq[at] {added}= (dq_tile * scale).to(dq.dtype)")
+                lines.add(f"dq[at] {added}= ({' + '.join(sums)}).to(dq.dtype)")
         names = ["q", "k", "v", "dout"]
         names += ["out", "lse"] * self.softmax + ["d_lse"] * (self.softmax and plan.uses_lse)
         names += ["dq", "dk", "dv", *(f"d_{decl.name}" for decl in plan.learnable_inputs), "scale"]
@@ -110,7 +114,12 @@ class _Backward:
         elif plan.shares is not None:
             loop.helpers.add("of_members")
             lines.add("d_inner = inner * d_weights", "d_logits = weights * (d_weights - of_members(d_inner, member))")
-            self._learn(plan.shares, Const(1.0), "d_inner", printer)
+            if plan.shares.given is not None:
+                self._learn(plan.shares.given, Const(1.0), "d_inner", printer)
+            elif plan.votes is not None:
+                lines.add("d_share = torch.zeros_like(given).index_add_(-1, member, d_inner)")
+                self._learn(plan.votes.lse, Const(1.0), "-given * d_share", printer)
+                hand_on(loop, plan.votes)
         else:
             lines.add("d_logits = d_weights")
             loop.mask("d_logits", "0.0")

@@ -70,6 +70,13 @@ class _SequenceLoop(TileLoop):
         self.helpers.add("gather_pages")
         return f"gather_pages({x}, pages, at_g, spans)"
 
+    def entries_of(self, x: str) -> str:
+        return f"{x}[min(b, {x}.shape[0] - 1)].expand(kv_heads, -1, -1)[None, at_g]"
+
+    def voters(self) -> str:
+        # The scale of the cache's keys is multiplied into the rows.
+        return "own_q[at].to(compute)" if self.plan.cache.k_scaled else "queries"
+
     def attended(self) -> None:
         lines = self.lines
         lines.add("# Rows before the first token are empty.", "before = (q_pos < 0)[:, 0]", "acc[..., before, :] = 0.0")
@@ -88,6 +95,7 @@ def decode_source(plan: DecodePlan) -> str:
         '"""',
     )
     attend(loop)
-    chosen = [] if plan.listing is None else ["chosen"]
-    signature = ", ".join(["b", "q", "k", "v", "pages", "k_len", "out", "lse", "scale", *chosen, *loop.parameters()])
+    more = [] if plan.listing is None else ["chosen"]
+    more += ["own_q"] * (plan.votes is not None and plan.cache.k_scaled)
+    signature = ", ".join(["b", "q", "k", "v", "pages", "k_len", "out", "lse", "scale", *more, *loop.parameters()])
     return loop.file("attention_decode", signature, "decode, blocked PyTorch")

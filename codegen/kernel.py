@@ -41,6 +41,8 @@ class KernelWriter:
 
     # Whether the tiles of a few heads take turns.
     takes_turns = False
+    # What votes are scaled by that say nothing else.
+    votes_scale = "scale"
 
     def __init__(self, plan: Plan, function: str, tensors: str, ragged: bool = False) -> None:
         self.plan, self.function = plan, function

@@ -25,8 +25,17 @@ from attndsl.codegen.two_levels import (
     keep_share,
     leave_without_entry,
     load_member,
+    name_share,
     strip_softmax,
     sum_strips,
+)  # fmt: skip
+from attndsl.codegen.votes import (
+    add_to_entry,
+    add_to_queries,
+    begin_entry,
+    load_entry,
+    load_votes_lse,
+    write_entry,
 )  # fmt: skip
 from attndsl.learned import Learned, Over
 from attndsl.mask_cost import KEY, ROW
@@ -64,6 +73,8 @@ class DqKernel(BackwardKernel):
     def __init__(self, plan: BackwardPlan, function: str = DQ) -> None:
         super().__init__(plan, function, "q k v out dout dq", "[:, None]", (Over.TILE, Over.KEYS))
         self.visits = self.flows or bool(self.from_pairs) or plan.shares is not None
+        # Where votes are scaled otherwise, what is added to the gradient is scaled before.
+        self.scaled = plan.votes is not None and plan.votes.scale != plan.scale
 
     def source(self) -> str:
         plan, lines, spec = self.plan, self.lines, self.plan.spec
@@ -86,12 +97,14 @@ class DqKernel(BackwardKernel):
             if self.folded:
                 lines.add("factor = scale * LOG2_E")
             self.printer.hoist(lines, self.pairs(masked=plan.masks), (*KEY, "s"), "row_")
+            if plan.votes is not None:
+                load_votes_lse(self, plan.votes)
             lines.add("")
             self.loops("k_tile")
             lines.add("")
         for n, learned in self.learned:
             self._write_sum(n, learned)
-        if self.flows:
+        if (self.flows or plan.votes is not None) and not self.scaled:
             lines.add(*(f"dq{part.suffix} = dq{part.suffix} * scale" for part in self.q_parts))
         self.write()
         return self.file("gradient of q, portable Triton", *self.beside)
@@ -130,6 +143,9 @@ class DqKernel(BackwardKernel):
             self._gradients(self.score_pairs(masked), masked)
             return
         sum_strips(self, masked)
+        name_share(self)
+        if self.plan.votes is not None:
+            add_to_queries(self, self.plan.votes)
         with self.strips():
             printer = self.score_pairs(masked)
             strip_softmax(self)
@@ -160,8 +176,11 @@ class DqKernel(BackwardKernel):
         self.learn(printer)
         if self.plan.shares is not None and not self.plan.tiling.strip:
             keep_share(self)
+            if self.plan.votes is not None:
+                add_to_queries(self, self.plan.votes)
         if self.flows:
-            lines.add(f"d_scores = {self.passed_on(self.plan.d_score, printer)}")
+            scaled = " * scale" if self.scaled else ""
+            lines.add(f"d_scores = {self.passed_on(self.plan.d_score, printer)}{scaled}")
             for part in self.q_parts:
                 key, acc = f"k{part.suffix}", f"dq{part.suffix}"
                 lines.add(f"{acc} = " + self.dot(f"d_scores.to({key}.dtype)", key, acc))
@@ -197,11 +216,12 @@ class DkDvKernel(BackwardKernel):
         super().__init__(plan.of_keys(), DKDV, "q k v dout dk dv", "[None, :]", (Over.ROWS,))
         self.group = plan.spec.heads // plan.spec.kv_heads
         self.apart = heads_apart(plan)
+        self.learns_entries = plan.votes is not None and plan.votes.learns
         # Otherwise dk is scaled once, at the end.
         self.scale_per_head = self.group > 1 and not self.apart and plan.scale is not None and reads(plan.scale, "h")
 
     def source(self) -> str:
-        lines, spec, sums = self.lines, self.plan.spec, list[str]()
+        plan, lines, spec, sums = self.plan, self.lines, self.plan.spec, list[str]()
         self.constants()
         self.key_tile()
         if self.group == 1:
@@ -214,10 +234,12 @@ class DkDvKernel(BackwardKernel):
                 lines.add(self.base(x, "g"))
                 self.load(x, parts, dim, "k", "g", bounded=True, pointer=True)
                 sums += [f"d{x}{part.suffix} = tl.zeros([{self.columns}, {part.size}], tl.float32)" for part in parts]
-            lines.add(*sums)
+            lines.add(*sums, *(begin_entry(self) if self.learns_entries else []))
             self.seed()
             if not self.scale_per_head:
                 self.scale(folded=False)
+            if plan.votes is not None:
+                load_entry(self, plan.votes, "k")
             self.heads()
             lines.add("")
             self.write()
@@ -235,6 +257,8 @@ class DkDvKernel(BackwardKernel):
             lines.add(*(f"dv{part.suffix} = dv{part.suffix} * keep_scale" for part in self.v_parts))
         self.put("dk", self.q_parts, spec.dim, "k", "h" if self.apart else "g")
         self.put("dv", self.v_parts, spec.v_dim, "k", "h" if self.apart else "g")
+        if self.learns_entries:
+            write_entry(self)
 
     def key_tile(self) -> None:
         """Which key tile of which key head a program owns."""
@@ -365,10 +389,13 @@ class DkDvKernel(BackwardKernel):
                 lines.add(f"q_index = tl.minimum({self.q_place}, rows - 1)[None, :]")
         if self.softmax:
             self.load_row("lse", "row_lse", 'float("inf")')
+        if self.plan.votes is not None:
+            load_votes_lse(self, self.plan.votes)
         self.scores("k{}", "tl.trans(q{})")
         self.probabilities(printer, masked, f"[{self.columns}, BLOCK_Q]", existing=True)
         if self.plan.tiling.strip:
             load_member(self)
+            name_share(self)
             strip_softmax(self)
         left = "weights"
         if self.plan.spec.dropout:
@@ -377,7 +404,7 @@ class DkDvKernel(BackwardKernel):
         for part in self.v_parts:
             value, acc = f"dout{part.suffix}", f"dv{part.suffix}"
             lines.add(f"{acc} = " + self.dot(f"{left}.to({value}.dtype)", value, acc))
-        if not self.flows and not self.from_pairs:
+        if not self.flows and not self.from_pairs and not self.learns_entries:
             return
         if self.softmax:
             self.load_row("delta", "delta", "0.0")
@@ -385,6 +412,8 @@ class DkDvKernel(BackwardKernel):
         self.drop()
         self.logit_gradient(printer, masked, existing=True)
         self.learn(printer)
+        if self.plan.votes is not None and self.learns_entries:
+            add_to_entry(self, self.plan.votes)
         if self.flows:
             scaled = " * scale" if self.scale_per_head else ""
             lines.add(f"d_scores = {self.passed_on(self.plan.d_score, printer)}{scaled}")

@@ -76,6 +76,9 @@ class _Decode(ForwardWriter):
         self._find_cache()
         self._nothing_seen()
         self.scale(folded=self.folded)
+        if self.cache.k_scaled and self.plan.votes is not None:
+            self.lines.add("votes_scale = scale")
+            self.votes_scale = "votes_scale"
         if self.cache.k_scaled:
             self.lines.add("scale = scale * tl.load(k_scale_ptr + g * stride_k_scale).to(tl.float32)")
         self._hoist()

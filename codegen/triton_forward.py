@@ -7,6 +7,7 @@ import math
 from attndsl.codegen.kernel import KernelWriter
 from attndsl.codegen.layer_text import tile_at
 from attndsl.codegen.two_levels import attend_in_strips, member_softmax
+from attndsl.codegen.votes import load_votes_lse
 from attndsl.mask_cost import KEY
 from attndsl.plan import ForwardPlan, Plan
 from attndsl.program import Const, Scalar, Var, reads
@@ -73,6 +74,8 @@ class ForwardWriter(KernelWriter):
         plan = self.plan
         pairs = [e for e in (plan.mask, plan.score, plan.weights) if e is not None]
         self.printer.hoist(self.lines, pairs, (*KEY, "s"), "row_")
+        if plan.votes is not None:
+            load_votes_lse(self, plan.votes)
         self.lines.add("")
 
     def _take_up(self) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from attndsl.codegen.scalars import Names
+from attndsl.codegen.votes import vote
 from attndsl.listing import EntryTiles
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def member_softmax(kernel: KernelWriter, logits: str, keys_axis: int, along: str
     logits: their name, as exponents of 2. keys_axis: that of the tile of pairs on which the keys lie. along: how a
     vector over rows lies in it.
     """
-    share = _share(kernel)
+    share = _share(kernel, keys_axis)
     _of_member(kernel, logits, keys_axis)
     kernel.lines.add(
         f"top = tl.maximum(tl.max({logits}, {keys_axis}), -1.0e38)",
@@ -72,6 +73,9 @@ def keep_share(kernel: KernelWriter) -> None:
     if tiles is not None:
         stop = kernel.printer.within(Names(kernel.leaves, {tiles.first: "k_first"})).text(tiles.stop)
         written = f"({written}) & (start + q_rows >= k_document) & (start + q_rows < {stop})"
+    assert kernel.plan.shares is not None
+    if not kernel.plan.shares.kept(kernel.plan.tiling.strip):
+        return
     kernel.lines.add(
         f"share_at = {_kept_at(kernel, 'head')}", f"tl.store(d_shares_ptr + share_at, d_share, mask={written})"
     )
@@ -103,7 +107,7 @@ def attend_in_strips(kernel: ForwardWriter, masked: bool) -> None:
             *(f"inner{part.suffix} = inner{part.suffix} * decay[:, None]" for part in parts),
         )
         kernel.add_values(masked, "inner")
-    lines.add(f"share = {_share(kernel)} / tl.where(total == 0.0, 1.0, total)[:, None]")
+    lines.add(f"share = {_share(kernel, 1)} / tl.where(total == 0.0, 1.0, total)[:, None]")
     lines.add(*(f"acc{part.suffix} = acc{part.suffix} + inner{part.suffix} * share" for part in parts))
 
 
@@ -140,19 +144,28 @@ def load_member(kernel: DkDvKernel) -> None:
 
 
 def strip_softmax(kernel: BackwardKernel) -> None:
-    """`inner` and `weights` of a strip, as `member_softmax` has them, from the member's lse."""
+    """`inner` and `weights` of a strip, as `member_softmax` has them, from the member's lse and what rows give it."""
     _of_member(kernel, "logits", kernel.keys_axis)
-    kernel.lines.add(
-        f"inner = tl.exp2(logits - member_lse{kernel.along_q})", f"weights = inner * {_share(kernel)}"
-    )  # fmt: skip
+    kernel.lines.add(f"inner = tl.exp2(logits - member_lse{kernel.along_q})", "weights = inner * share")
 
 
-def _share(kernel: KernelWriter) -> str:
-    """What rows give the tile's member."""
-    read = kernel.plan.shares
-    assert read is not None
-    assert kernel.plan.tiled_members or kernel.plan.tiles_of is not None, "a tile of keys is a member"
-    return kernel.printer.within(Names(kernel.leaves, {read.index[-1]: kernel.tile_number()})).text(read)
+def name_share(kernel: BackwardKernel) -> None:
+    """`share`: what rows give the tile's member, for all of its strips."""
+    text = _share(kernel, kernel.keys_axis)
+    if text != "share":
+        kernel.lines.add(f"share = {text}")
+
+
+def _share(kernel: KernelWriter, keys_axis: int) -> str:
+    """What rows give the tile's member. keys_axis: that of the tile of pairs on which the keys lie."""
+    shares, tiling = kernel.plan.shares, kernel.plan.tiling
+    assert shares is not None
+    assert shares.in_tiles(tiling.block_k) or kernel.plan.tiles_of is not None, "a tile of keys is a member"
+    if shares.votes is not None:
+        vote(kernel, shares.votes, keys_axis)
+        return "share"
+    assert shares.given is not None, "what weighs members is given where there are no votes"
+    return kernel.printer.within(Names(kernel.leaves, {shares.member: kernel.tile_number()})).text(shares.given)
 
 
 def _of_member(kernel: KernelWriter, logits: str, keys_axis: int) -> None:

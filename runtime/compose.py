@@ -123,10 +123,7 @@ class Composed:
         if name not in self._attended:
             own_key, part = self._part(name)
             within = part.only.within
-            own = [
-                self._shares(within) if within is not None and decl.name == within.weights else self._input(decl)
-                for decl in part.inputs
-            ]
+            own = [self._input(decl, within) for decl in part.inputs]
             tensors = (self.queries(name), self.k, self.v, own)
             call = (*tensors, self.args, self.scale, self.backend, self._dropout, self._seed)
             out, lse = attend(own_key, *call)
@@ -206,7 +203,11 @@ class Composed:
         """The key and the program of a branch; the only one of a program without an `output` goes by any name."""
         return self._parts["" if self._program.output is None else name]
 
-    def _input(self, decl: InputDecl) -> Tensor:
+    def _input(self, decl: InputDecl, within: Within | None = None) -> Tensor:
+        if within is not None and decl.name == within.weights:
+            return self._shares(within)
+        if within is not None and within.votes is not None and decl.name == within.votes.lse:
+            return self.state(within.branch)[1]
         if decl.name in self._selections:
             return self.planner.input(decl.name, self)
         return self._entries(decl.name) if decl.name in self._pools else self.inputs[decl.name]

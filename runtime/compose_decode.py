@@ -77,10 +77,7 @@ class ComposedDecode:
         if name not in self._attended:
             call, (key, program) = self.call, self._programs[name]
             within = program.only.within
-            own = [
-                self._shares(within) if within is not None and decl.name == within.weights else self._input(decl)
-                for decl in program.inputs
-            ]
+            own = [self._input(decl, within) for decl in program.inputs]
             q = self.queries(name)
             if within is not None and self.program.packed is not None:
                 self._attended[name] = self._levels(key, within, q, own), self.attended(within.branch)[1]
@@ -158,7 +155,11 @@ class ComposedDecode:
                 found.append(keys_in_order(self.call) if self.call.cache.fp8 else self.call.k)
         return found
 
-    def _input(self, decl: InputDecl) -> Tensor:
+    def _input(self, decl: InputDecl, within: Within | None = None) -> Tensor:
+        if within is not None and decl.name == within.weights:
+            return self._shares(within)
+        if within is not None and within.votes is not None and decl.name == within.votes.lse:
+            return self.state(within.branch)[1]
         if decl.name in self._selections:
             return self.planner.input(decl.name, self)
         if decl.name not in self._pools:

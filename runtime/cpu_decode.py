@@ -104,6 +104,8 @@ class CpuDecode:
         for b, k_len in enumerate(lengths):
             at = slice(b, b + 1)
             given = {f"{decl.name}_input": _of_length(decl, inputs[i], k_len) for i, decl in self._read}
+            if self.plan.votes is not None and self.plan.cache.k_scaled:
+                given["own_q"] = call.q[at].unflatten(1, grouped)
             if plan is not None:
                 given["chosen"] = self._chosen(plan, b, k_len, grouped)
             self._function(

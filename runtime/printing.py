@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from attndsl import box_tiles, boxes, branches, derivation, grid, inputs, listing, records, runs
+from attndsl import box_tiles, boxes, branches, derivation, grid, inputs, listing, records, runs, shares
 from attndsl import layout as layouts
 from attndsl import plan as planned
 from attndsl import program as programs
@@ -186,12 +186,14 @@ def _choices(program: Program, made: Program, said: Any) -> dict[str, bytes]:
     """What an entry of a program holds beside texts. made: the derived one, that the plans have."""
     derived = [decl for decl in made.inputs if decl.derivation is not None]
     # Lists of tiles follow from the plan, of several parts cuts do too, of tiles that are members of documents where
-    # these lie, and in another order of tokens everything.
+    # these lie, and of votes for members and in another order of tokens everything.
     permuted = any(isinstance(decl.derivation, Order) for decl in derived)
     cuts: tuple[type, ...] = () if program.plain else (Cut,)
-    if program.only.within is not None:
+    whole = permuted
+    if (within := program.only.within) is not None:
         cuts += (DocumentEntries, DocumentEnds)
-    lists = tuple(d for d in derived if permuted or _is_list(d.derivation) or isinstance(d.derivation, cuts))
+        whole = within.votes is not None
+    lists = tuple(d for d in derived if whole or _is_list(d.derivation) or isinstance(d.derivation, cuts))
     names = [decl.name for decl in derived if decl not in lists]
     choices = {
         "derived": names, "lists": records.write(lists, {}), "said": records.write(said, _LEFT_OUT),
@@ -222,8 +224,8 @@ def _chosen(files: Mapping[str, bytes], program: Program) -> tuple[Program, Any]
 @functools.cache
 def _recorded() -> Mapping[str, type]:
     """The classes that an entry may hold."""
-    modules = (programs, scalars, branches, inputs, derivation, listing, layouts, boxes, box_tiles, grid, runs, planned)
-    return records.classes_of(modules)
+    modules = (programs, scalars, branches, inputs, derivation, listing, layouts, boxes, box_tiles, grid, runs, shares)
+    return records.classes_of((*modules, planned))
 
 
 def _choice(program: Program, spec: Spec, backends: tuple[Backend, ...]) -> Backend:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attndsl.learned import Learned, Over
 from attndsl.plan import Backend, BackwardPlan
+from attndsl.program import CallShape
 from attndsl.runtime.call import call_shape
 from attndsl.runtime.dropout import PARAMETERS, Dropout
 from attndsl.runtime.engine import Gradients, default_scale
@@ -45,6 +46,8 @@ DKDV = "attention_dkdv"
 SUM_PARTS = "sum_parts"
 # What the kernels of dq and of dk and dv sum.
 _SIMPLE = (Over.TILE, Over.KEYS, Over.ROWS)
+# Numbers that row sums hold at once, a few times.
+_HELD = 1 << 24
 # Given a call's values and the gradients of inputs, which it adds to.
 Further = Callable[[Sequence[Any], Totals], None]
 
@@ -168,8 +171,8 @@ class InTurn:
         shares = plan.shares
         if shares is not None:
             # A member that no row visits has no gradient.
-            d_shares = lse.new_zeros(totals.size(shares.input))
-            call = (*call, d_shares, *([torch.zeros_like(d_shares)] if plan.tiling.strip else []))
+            kept = members_kept(plan, shape, q.device)
+            call = (*call, *kept.values())
         given = []
         for piece in self.pieces:
             view = piece.plan.view
@@ -186,8 +189,12 @@ class InTurn:
             # No piece wrote them.
             dk.zero_()
             dv.zero_()
-        if shares is not None:
-            totals.add_whole(shares.input, d_shares)
+        if shares is not None and shares.given is not None:
+            totals.add_whole(shares.given.input, kept["d_shares"])
+        if plan.votes is not None:
+            totals.add_whole(plan.votes.lse.input, -row_sums(out, dout))
+            if plan.votes.learns:
+                totals.add_whole(plan.votes.keys, kept["d_entries"])
         for kernel in self.further:
             kernel(given[0], totals)
         return dq, dk, dv, totals.gradients(inputs, [x.read.input for x in plan.learned])
@@ -224,6 +231,33 @@ def prepare_backward(
     return InTurn(tuple(together(pieces)), tuple(together(further)))
 
 
+def members_kept(plan: BackwardPlan, shape: CallShape, device: torch.device) -> dict[str, Tensor]:
+    """What the kernels of two levels keep of members, for that of dk and dv or as gradients, float32. A member that no
+    row visits has no gradient."""
+    found: dict[str, tuple[int, ...]] = {}
+    if plan.shares is None:
+        return {}
+    members = -(-shape.k_len // plan.tiling.block_k)
+    if plan.shares.kept(plan.tiling.strip):
+        found["d_shares"] = (shape.batch, shape.heads, shape.rows, members)
+    if plan.tiling.strip:
+        found["member_lse"] = found["d_shares"]
+    if plan.votes is not None and plan.votes.learns:
+        found["d_entries"] = (shape.batch, shape.kv_heads, members, shape.dim)
+    return {name: torch.zeros(size, dtype=torch.float32, device=device) for name, size in found.items()}
+
+
+def row_sums(out: Tensor, dout: Tensor) -> Tensor:
+    """The sums of out * dout over rows, float32: some heads at a time, so that little is held in float32."""
+    found = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
+    heads = max(1, _HELD // max(1, out[0, 0].numel()))
+    for x, y, sums in zip(out, dout, found, strict=True):
+        for low in range(0, out.shape[1], heads):
+            own = slice(low, low + heads)
+            sums[own] = (x[own].float() * y[own]).sum(2)
+    return found
+
+
 def _entry_gradient(plan: BackwardPlan, x: Tensor) -> Tensor:
     """Room for the gradient of keys or values x [B, Hkv, keys, D] as the kernel writes it."""
     if not heads_apart(plan):
@@ -252,8 +286,7 @@ def backward_parameters(
     types = {
         "dout": element, "d_lse": real, "dq": element, "dk": of_keys, "dv": of_keys, "delta": real, "row_lse": real,
     }  # fmt: skip
-    types |= {} if plan.shares is None else {"d_shares": real}
-    types |= {"member_lse": real} if plan.tiling.strip else {}
+    types |= dict.fromkeys(members_kept(plan, shape, torch.device("meta")), real)
     for n in range(len(plan.learned)):
         types |= {f"sum_{n}": real, f"at_{n}": "*i64"}
     if plan.cuts_lists:

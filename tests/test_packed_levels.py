@@ -131,7 +131,7 @@ def test_tiles_are_members() -> None:
         assert plan.tiles_of is not None and plan.tiling.block_k == 8 and not plan.runs.full and plan.runs.partial
     assert backward.key_runs.partial and not backward.key_runs.full
     (on_cpu,) = forward_plans(program, replace(make_spec("sm_90", "cpu", 4, 2, 64), backend=Backend.CPU))
-    assert on_cpu.tiles_of is None and not on_cpu.tiled_members
+    assert on_cpu.tiles_of is None and on_cpu.shares is not None and not on_cpu.shares.in_tiles(8)
 
 
 def test_members_are_whole_in_the_portions_of_long_rows() -> None:

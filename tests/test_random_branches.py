@@ -92,7 +92,7 @@ class Draft:
             parts = f"causal & sel_{name}, causal - sel_{name} over pool(mean, 4, counted)"
         elif shape == 1 and self.ranking and self.draw(st.booleans()):
             votes = self.one(*self.ranking)
-            parts = f"{self.pattern(RAW)} within blocks(16) with probs({votes})"
+            parts = f"{self.pattern(RAW)} within blocks({self.one('4', '16')}) with probs({votes})"
         elif shape == 1:
             parts = f"{self.pattern(RAW)}, {self.pattern(OVER)} over {self.view()}"
         else:

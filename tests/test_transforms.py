@@ -19,6 +19,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Tensor]]] = {
         "attention a { input runs : int[b, g, k]  attend causal over pool(max, segments(runs)), window(3) }", {},
         {"runs": (torch.arange(TOKENS) // 5).expand(3, 1, 2, TOKENS).contiguous()},
     ),
+    "votes": (
+        "attention a { x = attend causal over pool(mean, 4)\n y = attend causal within blocks(4) with probs(x)\n"
+        "output y }", {}, {},
+    ),
     "listed": (
         "attention a { input p : int[b, g, 3]  attend causal over pick(p) }", {},
         {"p": torch.tensor([0, 4, 9], dtype=torch.int32).expand(3, 1, 2, 3).contiguous()},
@@ -66,9 +70,9 @@ def test_there_is_no_forward_mode(text: str) -> None:
         torch.func.jvp(lambda k: attn(q, k, v), (k,), (k,))
 
 
-def test_two_levels_are_not_transformed() -> None:
+def test_shares_of_two_levels_are_not_transformed() -> None:
     attn = attndsl.compile(
-        "attention a { x = attend causal over pool(mean, 16)  y = attend causal within blocks(16) with probs(x)  "
+        "attention a { x = attend causal over pool(mean, 16)  y = attend causal within blocks(32) with probs(x)  "
         "output x + y }".replace("  ", "\n")
     )
     q, k, v = (x[0] for x in tensors())
