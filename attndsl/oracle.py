@@ -181,9 +181,8 @@ def entries(view: View | None, k_len: int) -> int:
 class Evaluator:
     """Scalars and sets of a program at given positions.
 
-    `variables` holds b, h, g, q, k as int64 arrays that broadcast to [batch, heads, rows, k_len] and
-    the sizes as 0-d arrays. Expressions are graphs, so values are kept per node (`memo`, by identity:
-    the program keeps its nodes alive, and a node has one value per evaluator).
+    `variables` holds b, h, g, q, k as int64 arrays that broadcast to [batch, heads, rows, k_len] and the sizes as 0-d
+    arrays. Expressions are graphs: `memo` keeps a value per node, and the nodes, which identities are of.
     """
 
     program: Program
@@ -191,7 +190,7 @@ class Evaluator:
     inputs: Mapping[str, Array]
     args: Mapping[str, int]
     variables: Mapping[str, Array]
-    memo: dict[int, Array] = field(default_factory=dict)
+    memo: dict[int, tuple[Scalar, Array]] = field(default_factory=dict)
 
     @classmethod
     def of_call(
@@ -226,9 +225,10 @@ class Evaluator:
 
     def scalar(self, e: Scalar) -> Array:
         """Value of an int or bool scalar."""
-        if id(e) not in self.memo:
-            self.memo[id(e)] = self._scalar(e)
-        return self.memo[id(e)]
+        found = self.memo.get(id(e))
+        if found is None:
+            found = self.memo[id(e)] = e, self._scalar(e)
+        return found[1]
 
     def _scalar(self, e: Scalar) -> Array:
         match e:

@@ -68,7 +68,8 @@ class Combiner:
     attended: Mapping[str, State]
     # Of a decode, int64 [batch, 1, 1, 1]: the length of each sequence, where the shape's is the most that one may have.
     lengths: Tensor | None = None
-    memo: dict[int, Tensor] = field(default_factory=dict)
+    # By identity, and with the nodes: one that goes would leave its identity to another.
+    memo: dict[int, tuple[Scalar, Tensor]] = field(default_factory=dict)
 
     def result(self) -> State:
         """What `state` is of the program's output."""
@@ -107,9 +108,10 @@ class Combiner:
         return self._value(e).to(self._high)
 
     def _value(self, e: Scalar) -> Tensor:
-        if id(e) not in self.memo:
-            self.memo[id(e)] = self._step(e)
-        return self.memo[id(e)]
+        found = self.memo.get(id(e))
+        if found is None:
+            found = self.memo[id(e)] = e, self._step(e)
+        return found[1]
 
     def _step(self, e: Scalar) -> Tensor:
         match e:

@@ -44,7 +44,8 @@ FLOAT_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
 class Pairs:
     """Scalars on the entries of `where`, bool [B, Hq, rows, Nk], as vectors over them in order.
 
-    `dtype` is that of floats, `s` the scaled dot product of each. Values are kept per node, by identity.
+    `dtype` is that of floats, `s` the scaled dot product of each. `memo` keeps a value per node, and the
+    nodes, which identities are of.
     """
 
     evaluator: oracle.Evaluator
@@ -52,13 +53,14 @@ class Pairs:
     where: Tensor
     dtype: torch.dtype
     s: Tensor | None = None
-    memo: dict[int, Tensor] = field(default_factory=dict)
+    memo: dict[int, tuple[Scalar, Tensor]] = field(default_factory=dict)
 
     def scalar(self, e: Scalar) -> Tensor:
         """Value of a scalar on each pair: of `dtype`, int64 or bool [pairs]."""
-        if id(e) not in self.memo:
-            self.memo[id(e)] = self._scalar(e)
-        return self.memo[id(e)]
+        found = self.memo.get(id(e))
+        if found is None:
+            found = self.memo[id(e)] = e, self._scalar(e)
+        return found[1]
 
     def _scalar(self, e: Scalar) -> Tensor:
         if not any(node.type is Type.FLOAT for node in walk(e)):

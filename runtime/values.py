@@ -67,7 +67,8 @@ class Values:
     args: Mapping[str, int]
     variables: Mapping[str, Any]
     lengths: Tensor | None = None
-    memo: dict[int, Any] = field(default_factory=dict)
+    # By identity, and with the nodes: one that goes would leave its identity to another.
+    memo: dict[int, tuple[Scalar, Any]] = field(default_factory=dict)
 
     def at(self, **variables: Any) -> Values:
         """The same with other values of some variables."""
@@ -85,9 +86,10 @@ class Values:
         return self._value(e)
 
     def _value(self, e: Scalar) -> Any:
-        if id(e) not in self.memo:
-            self.memo[id(e)] = self._step(e)
-        return self.memo[id(e)]
+        found = self.memo.get(id(e))
+        if found is None:
+            found = self.memo[id(e)] = e, self._step(e)
+        return found[1]
 
     def _step(self, e: Scalar) -> Any:
         match e:
