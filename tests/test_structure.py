@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,6 +52,8 @@ HOMES: dict[str, tuple[str, ...]] = {
 }
 ENVIRONMENT = {"ATTNDSL_DEBUG", "ATTNDSL_DUMP", "ATTNDSL_VERIFY", "ATTNDSL_CACHE_DIR"}
 MAX_LINES = 500
+# What a merge may leave its marks in.
+_TEXTS = {".py", ".md", ".lark", ".attn"}
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,15 @@ def test_no_file_is_two_things() -> None:
     ]
     lines = {path.relative_to(ROOT): path.read_text().count("\n") for path in paths}
     assert {path: count for path, count in lines.items() if count > MAX_LINES} == {}
+
+
+def test_no_mark_of_a_merge_is_left() -> None:
+    marks = re.compile(rb"^(<<<<<<<|>>>>>>>) ", re.MULTILINE)
+    folders = ("attndsl", *SPOKES, "docs", "tests", "examples", "benchmarks")
+    texts = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in _TEXTS]
+    assert ROOT / "docs" / "architecture.md" in texts
+    found = [path for path in (*texts, *ROOT.glob("*.md")) if marks.search(path.read_bytes())]
+    assert found == []
 
 
 def test_no_star_imports() -> None:
