@@ -6,9 +6,10 @@ reads one side alone, so a map of tiles takes one pass over each input and no lo
 from lists made of the map, and mask those in which the bounds do not say that every pair is allowed.
 
 A table of truths that is looked up by a number of the query and one of the key, as the map of what a plan chooses is,
-holds somewhere in a tile if it does for some number of its rows and some of its keys; one looked up by a number of
-both, as diagonals are, if it does between the least and the greatest of these. So are members of documents, which
-count from the first token of the row's, beside a number of the row.
+holds somewhere in a tile if it does for some number of its rows and some of its keys, which a product of the table and
+of the numbers that each tile's keys have counts; one looked up by a number of both, as diagonals are, if it does
+between the least and the greatest of these. So are members of documents, which count from the first token of the row's,
+beside a number of the row.
 """
 
 from __future__ import annotations

@@ -84,17 +84,25 @@ class _Tiles:
         return unknown, ~unknown
 
     def _by_both(self, e: Read) -> Bounds:
-        """Of a table that a number of the query and one of the key look up: over a tile's keys, then over its rows."""
+        """Of a table that a number of the query and one of the key look up: over a tile's keys, then over its rows.
+
+        A product counts what of a tile's keys holds, so that no class meets a key: its entries are 0 and 1, and its
+        sums at most the keys of a tile, which either type holds exactly.
+        """
         places, table = self._places(e), self.values.tensors[e.input]
         of_q, of_k = (next(n for n, i in enumerate(e.index) if reads(i, name)) for name in "qk")
-        of_row, tiles = places[of_q][..., 0], places[of_k].shape[3] // self.keys
+        of_row, of_key = places[of_q][..., 0], places[of_k].squeeze(2).unflatten(2, (-1, self.keys))
         lead = torch.broadcast_shapes(*(place.shape[:2] for place in places))
+        members, tiles, real = table.shape[of_k], of_key.shape[2], torch.float16 if table.is_cuda else torch.float32
+        has = torch.zeros(*of_key.shape[:3], members, dtype=real, device=table.device).scatter_(3, of_key, 1)
+        most = has.sum(3, dtype=real).unsqueeze(2)
+        places[of_k] = torch.arange(members, device=table.device).view(1, 1, 1, -1)
         found: list[Bounds] = []
-        step = max(1, STRIP // (lead.numel() * tiles * self.keys))
+        step = max(1, STRIP // (lead.numel() * (members + tiles)))
         for classes in torch.arange(table.shape[of_q], device=table.device).split(step):
             places[of_q] = classes.view(1, 1, -1, 1)
-            each = table[tuple(places)].unflatten(3, (tiles, self.keys))
-            found.append((each.any(-1), each.all(-1)))
+            count = table[tuple(places)].to(real) @ has.mT
+            found.append((count > 0, count == most))
         of_classes = [torch.cat(x, 2) for x in zip(*found, strict=True)]
         b, h = _leading(of_classes[0], 3)
         of_tiles: list[Bounds] = []
