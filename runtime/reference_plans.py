@@ -17,6 +17,7 @@ from attndsl.choice_values import real
 from attndsl.oracle import Evaluator, dim_size
 from attndsl.plans import own_program, plan_heads, plan_input
 from attndsl.program import Axis, CallShape, Program
+from attndsl.runtime.call import without_values
 from attndsl.runtime.reference import probabilities
 from attndsl.selection import Probs, Selection, Share
 
@@ -29,7 +30,7 @@ def oracle_plans(
 
     q: [B, Hq, rows, D], k: [B, Hkv, Nk, D]; given: plans by name, [B, H', R, C or M].
     """
-    shape = CallShape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], q.shape[3])
+    shape = without_values(program, q, k, [inputs.get(decl.name) for decl in program.inputs])
     if separate(program) and program.selections:
         return _apart(program, shape, q, k, inputs, args, scale, given)
     queries, keys = (x.detach().double().cpu().numpy() for x in (q, k))
@@ -50,7 +51,7 @@ def oracle_plans(
             masses: dict[str, list[Mass]] = {}
             if isinstance(selection.score, Probs):
                 branch = program.named(selection.score.branch)
-                each = probabilities(program, branch, q, k, {**inputs, **found}, args, scale)
+                each = probabilities(program, branch, q, k, {**inputs, **found}, args, scale, shape.v_dim)
                 masses[selection.score.branch] = masses_of(program, branch, each, shape, known, args)
             chosen = choose(seen, selection, shape, Data(queries, keys, known, args, factor, masses))
             share = {Share.NONE: 1, Share.GROUP: shape.heads // shape.kv_heads, Share.HEADS: shape.heads}

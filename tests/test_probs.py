@@ -92,9 +92,9 @@ def test_of_any_branch(coarse: str, selection: str) -> None:
     check_output(text, *tensors(3, 29))
 
 
-def check_output(text: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def check_output(text: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> None:
     attn = attndsl.compile(text)
-    torch.testing.assert_close(attn(q, k, v), attn.reference(q, k, v), atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(attn(q, k, v, **given), attn.reference(q, k, v, **given), atol=1e-10, rtol=1e-10)
 
 
 CHOOSING = (
@@ -122,6 +122,16 @@ def test_of_a_branch_that_chooses_itself(first: str, per: str, backend: str) -> 
         attn = attndsl.compile(text.replace("input runs : int[b, g, k]", ""))
     out, allowed = attn(q, k, v, backend=backend, **given), 1e-10 if backend == "cpu" else 2e-5
     torch.testing.assert_close(out.double(), attn.reference(q, k, v, **given), atol=allowed, rtol=allowed)
+
+
+def test_of_entries_whose_values_have_another_dimension() -> None:
+    """Only what is handed in tells it, where a selection is made without values."""
+    text = """attention a { input kc : float[b, g, k/4, D]  input vc : float[b, g, k/4, Dv]
+        x = attend causal & window(5), causal over given(kc, vc, 4)
+        y = attend causal & top(2, blocks(4), per = rows(4), by = probs(x))  output x + y }"""
+    q, k, _ = tensors(21, 21)
+    v, entries = torch.cat((k, k), -1), k[:, :, :6].sin()
+    check_output(text, q, k, v, kc=entries, vc=torch.cat((entries, entries), -1))
 
 
 def test_a_probe_that_only_ranks() -> None:
