@@ -40,6 +40,19 @@ class BranchMass:
         return self.view.entries(k_len) if self.view is not None and told else -(-k_len // self.stride)
 
     @property
+    def told(self) -> bool:
+        """Whether data tells what tokens its keys stand for, beside what documents tell."""
+        match self.view:
+            case None:
+                return False
+            case Pick():
+                return True
+            case Given(picked=picked) if picked is not None:
+                return True
+            case view:
+                return view.runs is not None
+
+    @property
     def of_blocks(self) -> bool:
         """Whether each key stands for a block of tokens in a row, all of which are some key's."""
         return self.size == self.stride and (self.view is None or not self.view.told)

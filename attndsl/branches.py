@@ -262,15 +262,6 @@ class Branch:
             return "which pairs it skips is not kept"
         return "it has two levels" if self.within is not None else ""
 
-    @property
-    def why_no_shares(self) -> str:
-        """Why its probabilities weigh no members of two levels, or of documents; empty where they do."""
-        if len(self.parts) > 1:
-            return "it has several parts"
-        if any(part.view is not None and part.view.told for part in self.parts):
-            return "data tells what its entries are of"
-        return self.why_no_mass
-
 
 # ------------------------------------------------------------------------------------------ output
 

@@ -57,6 +57,9 @@ def _fits(decl: InputDecl, word: str) -> bool:
     return decl.type is Type.INT and whole and axes in (_DIMS[word], _DIMS[word][1:])
 
 
+_WHY_TOLD = "data tells what its entries are of"
+
+
 @dataclass(frozen=True, slots=True)
 class _Barred:
     """What does not stand beside `packed`, why, and where it is written."""
@@ -82,6 +85,8 @@ def _told(part: Part) -> bool:
 
 def _barred(program: Program) -> Iterator[_Barred]:
     for branch in program.branches:
+        if branch.within is not None and any(map(_told, program.named(branch.within.branch).parts)):
+            yield _Barred("such two levels", f"of the branch that weighs their members, {_WHY_TOLD}", branch.span)
         if branch.skip is not None and any(map(_told, branch.parts)):
             yield _Barred("`skip below` over such a view", "which entries of a document a tile has is not counted")
     for chosen in program.selections:
@@ -100,4 +105,8 @@ def _barred(program: Program) -> Iterator[_Barred]:
 
 def _why_not_given(branch: Branch) -> str:
     """Why the probabilities of a branch, where it has any, are not given to members of documents."""
-    return "" if branch.why_no_mass else branch.why_no_shares
+    if branch.why_no_mass:
+        return ""
+    if len(branch.parts) > 1:
+        return "it has several parts"
+    return _WHY_TOLD if any(map(_told, branch.parts)) else ""

@@ -65,10 +65,10 @@ def check_two_levels(branches: Iterable[Branch | None], ctx: Context) -> None:
             what = f"two levels learn nothing that q and k read together, as `{both[0].input}`"
             _error(what, found.span, "with this score", ctx)
         by = named.get(found.within.branch)
-        if by is not None and (reason := by.why_no_shares):
+        if by is not None and (reason := by.why_no_mass):
             _error(f"the probabilities of `{by.name}` weigh nothing: {reason}", found.span, "weighed by them", ctx)
 
 
 def _error(message: str, span: Span, label: str, ctx: Context) -> None:
-    help = "weigh by a branch of one part and a softmax, and attend to anything else in a branch of its own"
+    help = "weigh by a branch of a plain softmax, and attend to anything else in a branch of its own"
     ctx.report.error("A077", message, span, label, help)

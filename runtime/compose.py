@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -136,10 +138,10 @@ class Composed:
         """What weighs the members of two levels."""
         key, part = self._part(within.branch)
         own = [self._input(decl) for decl in part.inputs]
-        (keys,), lse = self.state(within.branch)
-        return member_shares(
-            key, self.queries(within.branch), keys, lse, own, self.args, self.scale, within.keys, self.k.shape[2]
-        )
+        keys, lse = self.state(within.branch)
+        call = own, self.args, self.scale, within.keys, self.k.shape[2]
+        of_parts = (member_shares(key, self.queries(within.branch), x, lse, *call, i) for i, x in enumerate(keys))
+        return functools.reduce(operator.add, of_parts)
 
     def observed(self) -> dict[str, Tensor]:
         """What the program observes, by name."""
@@ -154,7 +156,7 @@ class Composed:
             found: Tensor | None = None
             for i, of_part in enumerate(part.branches[0].parts):
                 call = (self.queries(each.branch), self._keys(of_part.view), lse, own, self.args, self.scale)
-                made = observed_shares(key, *call, each.keys, self.k.shape[2], each.rows, i, each.largest)
+                made = observed_shares(key, *call, each.keys, self.k.shape[2], i, each.rows, each.largest)
                 found = made if found is None else torch.maximum(found, made) if each.largest else found + made
             assert found is not None
             return found

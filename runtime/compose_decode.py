@@ -6,6 +6,8 @@ date (`keep.py`), so choosing takes the time of reading these.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -93,19 +95,10 @@ class ComposedDecode:
         """What weighs the members of two levels."""
         call, (key, program) = self.call, self._programs[within.branch]
         own = [self._input(decl) for decl in program.inputs]
-        (keys,), lse = self.state(within.branch)
-        return ragged_shares(
-            key,
-            self.queries(within.branch),
-            keys,
-            lse,
-            own,
-            self.args,
-            self.scale,
-            within.keys,
-            call.capacity,
-            call.seq_lens,
-        )
+        keys, lse = self.state(within.branch)
+        of, last = (own, self.args, self.scale, within.keys, call.capacity), call.seq_lens
+        of_parts = (ragged_shares(key, self.queries(within.branch), x, lse, *of, i, last) for i, x in enumerate(keys))
+        return functools.reduce(operator.add, of_parts)
 
     def _levels(self, key: str, within: Within, q: Tensor, own: Sequence[Tensor]) -> Tensor:
         """The output of two levels of documents."""

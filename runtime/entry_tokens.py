@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attndsl.branches import Pick, Pool, View
+from attndsl.branches import Given, Pick, View
 from attndsl.program import CallShape, Program
 from attndsl.runtime.groups import Groups
 from attndsl.runtime.pick import listed_of_heads
@@ -36,11 +36,15 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class EntryTokens:
-    """The entries of a view: those that each token may be of, or (`listed`) the single token that each is."""
+    """The entries of a view: those that each token may be of, or (`listed`) the single token that each is.
+
+    spans: where data tells, the first token of each entry and the end of its own, [B, H, 1, entries].
+    """
 
     tokens: int
     extents: tuple[Extent, ...] = ()
     listed: Groups | None = None
+    spans: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(
@@ -51,19 +55,22 @@ class EntryTokens:
         not all are."""
         known = dict(zip((decl.name for decl in program.inputs), inputs, strict=False))
         group, tokens = shape.heads // shape.kv_heads, shape.k_len
+        view = view.picked if isinstance(view, Given) and view.picked is not None else view
         if isinstance(view, Pick):
             decl = program.input(view.input)
             at = listed_of_heads(known[view.input], decl, view, (shape.batch, shape.kv_heads, tokens))
             at = torch.where((at >= 0) & (at < tokens), at, tokens).repeat_interleave(group, 1)
-            return cls(tokens, listed=Groups.labelled(at, tokens))
-        if isinstance(view, Pool) and view.runs is not None:
+            own = at.unsqueeze(2)
+            return cls(tokens, listed=Groups.labelled(at, tokens), spans=(own, own + 1))
+        if view.runs is not None:
             decl = program.input(view.runs.input)
             count = None if present is None else present.view(-1)
             runs = of_heads(known[view.runs.input], decl, shape.batch, shape.kv_heads, count)
             number, first, end = (x.to(torch.int64).repeat_interleave(group, 1).unsqueeze(2) for x in runs)
-            first, end = (x.gather(-1, number) for x in (first, end))
+            spans = first, end
+            first, end = (x.gather(-1, number) for x in spans)
             k = torch.arange(tokens, device=number.device)
-            return cls(tokens, (Extent(number, first, end, k < end),))
+            return cls(tokens, (Extent(number, first, end, k < end),), spans=spans)
         k, extents = torch.arange(tokens, device=device).view(1, 1, 1, -1), []
         for i in range(min(-(-view.size // view.stride), tokens)):
             entry = k // view.stride - i

@@ -40,6 +40,7 @@ from attndsl.branches import (
 )
 from attndsl.dropout import kept
 from attndsl.members import Runs
+from attndsl.oracle_entries import tokens_of
 from attndsl.oracle_views import shares_of
 from attndsl.program import Axis, CallShape, Program, Scalar
 from attndsl.runtime.reference_scalars import Pairs
@@ -260,14 +261,22 @@ class _Call:
         """Output of a softmax inside each member, its share the probability that another branch gives it; the lse is
         that branch's."""
         by = self.program.named(within.branch)
-        (part,), (masses,) = by.parts, self.probabilities(by)
-        size, stride = (1, 1) if part.view is None else (part.view.size, part.view.stride)
+        given = [
+            (p, part.view, tokens_of(self.evaluator, part.view, p.shape[3]))
+            for part, p in zip(by.parts, self.probabilities(by), strict=True)
+        ]
         present, logits, values = self._scores(branch, branch.parts[0])
         out, left = self.q.new_zeros(*self.q.shape[:3], self.shape.v_dim), self._left(branch.parts)
         for low in range(0, self.shape.k_len, within.keys):
             own = slice(low, low + within.keys)
-            given = shares_of(low, within.keys, size, stride, self.shape.k_len)
-            share = masses @ torch.from_numpy(given).to(masses)
+            share = self.q.new_zeros(self.q.shape[:3])
+            for masses, view, tokens in given:
+                if tokens is None:
+                    size, stride = (1, 1) if view is None else (view.size, view.stride)
+                    part_of = shares_of(low, within.keys, size, stride, self.shape.k_len)
+                else:
+                    part_of = (tokens[..., own].sum(-1) / tokens.sum(-1).clip(min=1))[..., None]
+                share = share + (masses @ torch.from_numpy(part_of).to(masses)).view(share.shape)
             drops = None if left is None else left[..., own]
             inside = _softmax(logits[..., own][present[..., own]], present[..., own], values[:, :, own], None, drops)
             out = out + share[..., None] * inside[0]

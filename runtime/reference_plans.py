@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from attndsl.alone import Alone, separate, sequences, together
-from attndsl.branches import Branch, Pick, Pool
+from attndsl.branches import Branch
 from attndsl.choice import Data, Mass, choose
 from attndsl.choice_values import real
 from attndsl.oracle import Evaluator, dim_size
+from attndsl.oracle_entries import tokens_of
 from attndsl.plans import own_program, plan_heads, plan_input
 from attndsl.program import Axis, CallShape, Program
 from attndsl.runtime.call import without_values
@@ -69,23 +70,11 @@ def masses_of(
     """The probabilities of a branch's parts, with the tokens that their keys stand for."""
     at, found = Evaluator.of_call(program, shape, inputs, args), []
     for part, p in zip(branch.parts, probabilities, strict=True):
-        size = (shape.batch, shape.heads, p.shape[3], shape.k_len)
-        match part.view:
-            case None:
-                found.append(Mass(p.cpu().numpy()))
-            case Pick(input=name, lead=lead):
-                listed = np.broadcast_to(inputs[name], (*np.shape(inputs[name])[:-1], p.shape[3]))
-                index = [np.clip(at.scalar(e), 0, n - 1)[..., 0] for e, n in zip(lead, listed.shape, strict=False)]
-                token = np.broadcast_to(listed[tuple(index)], (*size[:2], 1, size[2]))[:, :, 0]
-                found.append(Mass(p.cpu().numpy(), tokens=token[..., None] == np.arange(size[3])))
-            case Pool(runs=runs) if runs is not None:
-                tokens = np.zeros(size, np.bool_)
-                for b, h in np.ndindex(*size[:2]):
-                    for j, (begin, end) in enumerate(at.extents(runs, b, h)):
-                        tokens[b, h, j, begin:end] = True
-                found.append(Mass(p.cpu().numpy(), tokens=tokens))
-            case view:
-                found.append(Mass(p.cpu().numpy(), view.size, view.stride))
+        tokens, masses = tokens_of(at, part.view, p.shape[3]), p.cpu().numpy()
+        if tokens is not None:
+            found.append(Mass(masses, tokens=tokens))
+        else:
+            found.append(Mass(masses) if part.view is None else Mass(masses, part.view.size, part.view.stride))
     return found
 
 

@@ -29,6 +29,8 @@ from attndsl.runtime.derive_ragged import RaggedDeriver
 from attndsl.runtime.document_blocks import BlockSums
 from attndsl.runtime.documents import Members, members_of
 from attndsl.runtime.engine import MAX_PREPARED
+from attndsl.runtime.entry_members import of_members
+from attndsl.runtime.entry_tokens import EntryTokens
 from attndsl.runtime.lasting import table_tensor
 from attndsl.runtime.masses import shares as given_to_members
 from attndsl.runtime.ops import traced
@@ -43,11 +45,11 @@ from attndsl.runtime.values import Values
 _LIBRARY = Library("attndsl", "FRAGMENT")
 _CALL = (
     "str program, Tensor q, Tensor keys, Tensor lse, Tensor[] inputs, SymInt[] args, float? scale, int member, "
-    "SymInt k_len"
+    "SymInt k_len, int part"
 )
 _LIBRARY.define(f"shares({_CALL}) -> Tensor")
 _LIBRARY.define(f"shares_ragged({_CALL}, Tensor seq_lens) -> Tensor")
-_LIBRARY.define(f"shares_observed({_CALL}, int rows, int part, bool largest) -> Tensor")
+_LIBRARY.define(f"shares_observed({_CALL}, int rows, bool largest) -> Tensor")
 _LIBRARY.define(f"shares_backward(Tensor gradient, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor[])")
 _KEPT: dict[Any, _Kind] = {}
 # Where kernels run.
@@ -58,43 +60,47 @@ _HALF_CELL, _CELL = 64, 16
 
 def member_shares(
     key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
-    scale: float | None, member: int, k_len: int,
+    scale: float | None, member: int, k_len: int, part: int,
 ) -> Tensor:  # fmt: skip
-    """The probabilities of a branch's keys as those of members of `member` tokens: [B, Hq, rows, members], float32
-    (float64 for float64 tensors).
+    """The probabilities of the keys of a branch's part as those of members of `member` tokens: [B, Hq, rows, members],
+    float32 (float64 for float64 tensors). A branch gives what its parts give, added up.
 
-    key: the registered program of the branch. keys: [B, Hkv, n, D], tokens or entries. lse: [B, Hq, rows], its own.
+    key: the registered program of the branch. keys: [B, Hkv, n, D], tokens or entries. lse: [B, Hq, rows], the
+    branch's own.
     """
     if transformed():
         raise error(
             "A921", "torch.func has no transforms of what weighs the members of two levels",
             engine_of(key).program.span, help="call backward() instead, or loop over what vmap would map",
         )  # fmt: skip
-    found: Tensor = torch.ops.attndsl.shares(key, q, keys, lse, [*inputs], [*args], scale, member, k_len)
+    found: Tensor = torch.ops.attndsl.shares(
+        key, q, keys, lse, [*inputs], [*args], scale, member, k_len, part
+    )  # fmt: skip
     return found
 
 
 def ragged_shares(
     key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
-    scale: float | None, member: int, capacity: int, seq_lens: Tensor,
+    scale: float | None, member: int, capacity: int, part: int, seq_lens: Tensor,
 ) -> Tensor:  # fmt: skip
     """As `member_shares`, of the last rows of sequences of these lengths, int32 [B], in caches with room for `capacity`
     tokens; 0 for members past a sequence's end."""
     make = torch.ops.attndsl.shares_ragged if traced((q, keys, *inputs)) else _shares_ragged
-    found: Tensor = make(key, q, keys, lse, [*inputs], [*args], scale, member, capacity, seq_lens)
+    found: Tensor = make(key, q, keys, lse, [*inputs], [*args], scale, member, capacity, part, seq_lens)
     return found
 
 
 def observed_shares(
     key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
-    scale: float | None, member: int, k_len: int, rows: int, part: int, largest: bool,
+    scale: float | None, member: int, k_len: int, part: int, rows: int, largest: bool,
 ) -> Tensor:  # fmt: skip
-    """As `member_shares` of a packed call, of one of the branch's parts, which has these keys, or the largest
-    probability of each member; without a gradient. rows: those of a class; more than 1: [B, Hq, tokens, members], a
-    class for each so many rows of each document, one document after the other."""
+    """As `member_shares` of a packed call, or the largest probability of each member; without a gradient.
+
+    rows: those of a class; more than 1: [B, Hq, tokens, members], a class for each so many rows of each document, one
+    document after the other."""
     q, keys, lse, *inputs = (x.detach() for x in (q, keys, lse, *inputs))
     make = torch.ops.attndsl.shares_observed if traced((q, keys, *inputs)) else _shares_observed
-    found: Tensor = make(key, q, keys, lse, inputs, [*args], scale, member, k_len, rows, part, largest)
+    found: Tensor = make(key, q, keys, lse, inputs, [*args], scale, member, k_len, part, rows, largest)
     return found
 
 
@@ -107,7 +113,7 @@ class _Kind:
     device: torch.device
     given: Sequence[Tensor]
     ragged: bool
-    part: int = 0
+    part: int
     mass: BranchMass = field(init=False)
     deriver: Deriver = field(init=False)
     tables: dict[str, Tensor] = field(init=False)
@@ -134,7 +140,7 @@ class _Call:
 
     lengths: int64 [B, 1, 1, 1], where sequences have their own; present: the same, where not all tokens of a call or a
     cache are.
-    documents: of a packed call.
+    documents: of a packed call. tokens: those of the entries of a view that data tells.
     """
 
     kind: _Kind
@@ -145,6 +151,7 @@ class _Call:
     lengths: Tensor | None = None
     present: Tensor | None = None
     documents: Members | None = None
+    tokens: EntryTokens | None = None
 
     @classmethod
     def of(
@@ -159,11 +166,15 @@ class _Call:
         present = present_lengths(kind.program, kind.shape, inputs, lengths)
         (part,) = kind.mass.branch.parts
         documents = members_of(kind.program, part.view, kind.shape, inputs, present)
-        return cls(kind, keys, values, factor, member, lengths, present, documents)
+        tokens: EntryTokens | None = None
+        if kind.mass.told and part.view is not None:
+            tokens = EntryTokens.of(part.view, kind.program, kind.shape, kind.device, inputs, present)
+        return cls(kind, keys, values, factor, member, lengths, present, documents, tokens)
 
     def strips(self) -> Iterator[slice]:
         shape = self.kind.shape
-        width = shape.batch * shape.heads * self.kind.mass.keys(shape.k_len)
+        keys = self.kind.mass.keys(shape.k_len)
+        width = shape.batch * shape.heads * (keys if self.tokens is None else max(keys, shape.k_len))
         step = max(1, STRIP[self.kind.device.type] // max(1, width))
         return (slice(low, min(low + step, shape.rows)) for low in range(0, shape.rows, step))
 
@@ -184,12 +195,14 @@ class _Call:
         if mass.logit is not None:
             logits = at.tensor(mass.logit).to(real).expand_as(dots)
         seen = at.tensor(mass.seen) & as_rows(position >= 0) & (logits > -torch.inf)
-        if self.lengths is not None:
+        if self.lengths is not None and self.tokens is None:
             # What lies past a sequence's end in its cache may be anything.
             seen = seen & (index * mass.stride < self.lengths)
         # What is not seen is taken out before it could make a gradient that is no number.
         below = torch.where(lse == -torch.inf, 0, lse).unsqueeze(-1).to(real)
         masses = torch.where(seen, torch.where(seen, logits, 0) - below, -torch.inf).exp()
+        if self.tokens is not None:
+            return of_members(masses, self.tokens, self.member)
         if self.documents is not None:
             return self.documents.of_rows(masses, position, self.member, largest)
         if mass.size == mass.stride and self.member % mass.size == 0:
@@ -202,7 +215,7 @@ class _Call:
 
 
 def _kind(
-    key: str, q: Tensor, keys: Tensor, inputs: Sequence[Tensor], k_len: int, ragged: bool = False, part: int = 0
+    key: str, q: Tensor, keys: Tensor, inputs: Sequence[Tensor], k_len: int, part: int, ragged: bool = False
 ) -> _Kind:
     given = tuple((x.shape, x.dtype) for x in inputs)
     kind = (key, q.shape, q.dtype, q.device, keys.shape, given, k_len, ragged, part)
@@ -222,15 +235,15 @@ def _real(q: Tensor) -> torch.dtype:
 
 def _shares(
     key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
-    scale: float | None, member: int, k_len: int,
+    scale: float | None, member: int, k_len: int, part: int,
 ) -> Tensor:  # fmt: skip
-    kind = _kind(key, q, keys, inputs, k_len)
+    kind = _kind(key, q, keys, inputs, k_len, part)
     if _by_kernel(kind, q, member):
         # Of what its view is of, only how much there is.
         of_view = kind.mass.view is not None
         k = keys.new_empty(*keys.shape[:2], k_len, keys.shape[3]) if of_view else keys
         return engine_of(key).observe(q, k, k, lse, inputs, args, scale, "auto", Cells(1, member, largest=False))
-    found = _fake(key, q, keys, lse, inputs, args, scale, member, k_len)
+    found = _fake(key, q, keys, lse, inputs, args, scale, member, k_len, part)
     call = _Call.of(kind, keys.to(_real(q)), inputs, args, scale, member)
     for rows in call.strips():
         found[:, :, rows] = call.shares(q[:, :, rows], lse[:, :, rows], rows)
@@ -239,14 +252,14 @@ def _shares(
 
 def _shares_observed(
     key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
-    scale: float | None, member: int, k_len: int, rows: int, part: int, largest: bool,
+    scale: float | None, member: int, k_len: int, part: int, rows: int, largest: bool,
 ) -> Tensor:  # fmt: skip
     with torch.no_grad():
-        kind = _kind(key, q, keys, inputs, k_len, part=part)
+        kind = _kind(key, q, keys, inputs, k_len, part)
         call = _Call.of(kind, keys.to(_real(q)), inputs, args, scale, member)
         strips = ((at, call.shares(q[:, :, at], lse[:, :, at], at, largest)) for at in call.strips())
         if rows == 1:
-            found = _fake(key, q, keys, lse, inputs, args, scale, member, k_len)
+            found = _fake(key, q, keys, lse, inputs, args, scale, member, k_len, part)
             for at, masses in strips:
                 found[:, :, at] = masses
             return found
@@ -256,7 +269,7 @@ def _shares_observed(
         for at, masses in strips:
             sums.add(masses, classes[:, at].expand(q.shape[0], -1))
         return sums.found if q.shape[2] else _observed_fake(
-            key, q, keys, lse, inputs, args, scale, member, k_len, rows, part, largest
+            key, q, keys, lse, inputs, args, scale, member, k_len, part, rows, largest
         ).zero_()  # fmt: skip
 
 
@@ -264,18 +277,18 @@ def _by_kernel(kind: _Kind, q: Tensor, member: int) -> bool:
     """Whether the kernel that observes a branch makes its shares: in cells that are members, each in one tile."""
     mass, on_gpu = kind.mass, kind.device.type in _DEVICES and q.dtype != torch.float64
     cell, rest = divmod(member, mass.size)
-    whole = mass.size == mass.stride and not rest and cell.bit_count() == 1
+    whole = mass.of_blocks and not rest and cell.bit_count() == 1 and len(kind.program.only.parts) == 1
     return on_gpu and whole and cell <= (_HALF_CELL if q.element_size() == 2 else _CELL)
 
 
 def _shares_ragged(
     key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
-    scale: float | None, member: int, capacity: int, seq_lens: Tensor,
+    scale: float | None, member: int, capacity: int, part: int, seq_lens: Tensor,
 ) -> Tensor:  # fmt: skip
-    found = _fake(key, q, keys, lse, inputs, args, scale, member, capacity)
+    found = _fake(key, q, keys, lse, inputs, args, scale, member, capacity, part)
     lengths = seq_lens.clamp(0, capacity).to(torch.int64).view(-1, 1, 1, 1)
     with torch.no_grad():
-        kind = _kind(key, q, keys, inputs, capacity, ragged=True)
+        kind = _kind(key, q, keys, inputs, capacity, part, ragged=True)
         call = _Call.of(kind, keys.to(_real(q)), inputs, args, scale, member, lengths)
         for rows in call.strips():
             found[:, :, rows] = call.shares(q[:, :, rows], lse[:, :, rows], rows)
@@ -294,14 +307,14 @@ def _recording() -> Iterator[None]:
 
 def _shares_backward(
     gradient: Tensor, key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
-    scale: float | None, member: int, k_len: int,
+    scale: float | None, member: int, k_len: int, part: int,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Strip by strip in one order, each strip's graph of its own."""
     dq, d_lse = empty_gradient(q).zero_(), torch.zeros_like(lse)
     with _recording():
         wide = keys.detach().to(_real(q)).requires_grad_()
         leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]
-        call = _Call.of(_kind(key, q, keys, inputs, k_len), wide, leaves, args, scale, member)
+        call = _Call.of(_kind(key, q, keys, inputs, k_len, part), wide, leaves, args, scale, member)
         summed = [wide, *(x for x in leaves if x.requires_grad)]
         totals = [torch.zeros_like(x) for x in summed]
         for rows in call.strips():
@@ -312,12 +325,12 @@ def _shares_backward(
             found = torch.autograd.grad(
                 made, wanted, gradient[:, :, rows].to(made.dtype), retain_graph=True, allow_unused=True
             )
-            for x, part in zip((dq, d_lse), found, strict=False):
-                if part is not None:
-                    x[:, :, rows] = part
-            for total, part in zip(totals, found[2:], strict=True):
-                if part is not None:
-                    total += part
+            for x, own_rows in zip((dq, d_lse), found, strict=False):
+                if own_rows is not None:
+                    x[:, :, rows] = own_rows
+            for total, more in zip(totals, found[2:], strict=True):
+                if more is not None:
+                    total += more
     of_inputs = iter(totals[1:])
     learned = [next(of_inputs) if x.is_floating_point() else x.new_zeros(()) for x in inputs]
     return dq, totals[0].detach().to(keys.dtype), d_lse, [x.detach() for x in learned]
@@ -325,29 +338,29 @@ def _shares_backward(
 
 def _fake(
     key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
-    scale: float | None, member: int, k_len: int,
+    scale: float | None, member: int, k_len: int, part: int,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(*q.shape[:3], -(-k_len // member), dtype=_real(q))
 
 
 def _ragged_fake(
     key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
-    scale: float | None, member: int, capacity: int, seq_lens: Tensor,
+    scale: float | None, member: int, capacity: int, part: int, seq_lens: Tensor,
 ) -> Tensor:  # fmt: skip
-    return _fake(key, q, keys, lse, inputs, args, scale, member, capacity)
+    return _fake(key, q, keys, lse, inputs, args, scale, member, capacity, part)
 
 
 def _observed_fake(
     key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
-    scale: float | None, member: int, k_len: int, rows: int, part: int, largest: bool,
+    scale: float | None, member: int, k_len: int, part: int, rows: int, largest: bool,
 ) -> Tensor:  # fmt: skip
-    found = _fake(key, q, keys, lse, inputs, args, scale, member, k_len)
+    found = _fake(key, q, keys, lse, inputs, args, scale, member, k_len, part)
     return found if rows == 1 else found.new_empty(*q.shape[:2], k_len, found.shape[3])
 
 
 def _backward_fake(
     gradient: Tensor, key: str, q: Tensor, keys: Tensor, lse: Tensor, inputs: Sequence[Tensor], args: Sequence[int],
-    scale: float | None, member: int, k_len: int,
+    scale: float | None, member: int, k_len: int, part: int,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     learned = [torch.empty_like(x) if x.is_floating_point() else x.new_empty(()) for x in inputs]
     return empty_gradient(q), torch.empty_like(keys), torch.empty_like(lse), learned
@@ -367,7 +380,7 @@ def _differentiate(ctx: Any, gradient: Tensor) -> Any:
     )  # fmt: skip
     of_inputs = [g if x.is_floating_point() else None for g, x in zip(learned, given, strict=True)]
     # One for each that the operator takes; to torch a list without entries is one of tensors.
-    return None, dq, d_keys, d_lse, of_inputs, None if args else [], None, None, None
+    return None, dq, d_keys, d_lse, of_inputs, None if args else [], None, None, None, None
 
 
 for _device in ("CPU", "CUDA"):

@@ -156,7 +156,14 @@ class Values:
         return torch.where(cond, then, other)
 
     def _call(self, function: str, xs: list[Any]) -> Any:
-        wide = [x if isinstance(x, Tensor) else torch.full((), x, device=self.device) for x in xs]
+        s = self.variables.get("s")
+        real = s.dtype if isinstance(s, Tensor) else torch.float32
+        wide = [
+            x
+            if isinstance(x, Tensor)
+            else torch.full((), x, dtype=real if isinstance(x, float) else None, device=self.device)
+            for x in xs
+        ]
         match function, wide:
             case "min", _:
                 return reduce(torch.minimum, wide)
@@ -176,8 +183,6 @@ class Values:
                 before = ordered(hash) < ordered(last_hash)
                 return before | ((hash == last_hash) & (member <= last))
             case _:
-                s = self.variables.get("s")
-                real = s.dtype if isinstance(s, Tensor) else torch.float32
                 return _FLOAT_CALLS[function](*(x if x.is_floating_point() else x.to(real) for x in wide))
 
 

@@ -44,6 +44,12 @@ def sequences(body: str, lengths: list[int], rows: int, *more: Any, **options: A
     of = Sequences(program(body), lengths, rows, *more, **options)
     if "sinks" in body:
         of.inputs["sinks"] = torch.linspace(-1, 1, of.q.shape[1], dtype=of.q.dtype)
+    lead, generator = of.k.shape[:2], torch.Generator().manual_seed(rows)
+    if "(runs)" in body:
+        of.inputs["runs"] = (torch.rand(*lead, of.capacity, generator=generator) < 0.2).cumsum(2).to(torch.int32)
+    if "(picked" in body:
+        # Some are no tokens, and some come twice.
+        of.inputs["picked"] = torch.randint(-1, of.capacity + 1, (*lead, 9), generator=generator).to(torch.int32)
     return of
 
 
@@ -64,6 +70,8 @@ def test_cpu(name: str, page: int | None) -> None:
 def test_triton(name: str) -> None:
     number = [*ALL].index(name)
     page, heads = (None, 8, 64)[number % 3], ((4, 2), (2, 2))[number % 2]
+    if "(runs)" in ALL[name]:
+        page = 8  # an input of tokens has as many as the pages
     of = sequences(ALL[name], [41, 2, 48], 1 + number % 3, torch.float32, heads, (16, 24))
     of.check_both(decoded(of, page, backend="triton"), 2e-5)
 

@@ -30,6 +30,8 @@ BODIES = {
     "y = attend band(20, 3) within blocks(16) with probs(x) { score softcap(s, 2.0) - sinks[h] * (q - k) }",
     "counted votes": "x = attend all over pool(max, 4, counted) { softmax with sink sinks[h] }\n"
     "y = attend { k < Nk - 2 } within blocks(4) with probs(x)",
+    "several parts": "x = attend causal & window(5), causal - window(5) over pool(mean, 3, counted)\n"
+    "y = attend causal within blocks(8) with probs(x)",
     "chosen by each": "x = attend causal over pool(mean, 8)\n y = attend causal & "
     "top(2, blocks(8), by = dot(Q, mean(K)), among = causal) within blocks(8) with probs(x)",
 }  # fmt: skip

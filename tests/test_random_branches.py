@@ -35,13 +35,15 @@ FACTORS = ("gates[0]", "sigmoid(gates[1])", "channels", "heads[g]", "(1 - gates[
 
 
 class Draft:
-    """A program while it is drawn: its lines, and which branches merge by their lse, or rank by their mass."""
+    """A program while it is drawn: its lines, and which branches merge by their lse, or rank or weigh by their
+    mass."""
 
     def __init__(self, draw: st.DrawFn) -> None:
         self.draw = draw
         self.lines: list[str] = []
         self.merging: list[str] = []
         self.ranking: list[str] = []
+        self.voting: list[str] = []
         self.branches: list[str] = []
 
     def one(self, *choices: str) -> str:
@@ -90,8 +92,8 @@ class Draft:
         if shape == 0:
             self.lines.append(f"plan sel_{name} = {self.selection()}")
             parts = f"causal & sel_{name}, causal - sel_{name} over pool(mean, 4, counted)"
-        elif shape == 1 and self.ranking and self.draw(st.booleans()):
-            votes = self.one(*self.ranking)
+        elif shape == 1 and self.voting and self.draw(st.booleans()):
+            votes = self.one(*self.voting)
             parts = f"{self.pattern(RAW)} within blocks({self.one('4', '16')}) with probs({votes})"
         elif shape == 1:
             parts = f"{self.pattern(RAW)}, {self.pattern(OVER)} over {self.view()}"
@@ -108,8 +110,10 @@ class Draft:
         if "sink sinks" not in clause and "weights" not in clause and (not votes or votes in self.merging):
             self.merging.append(name)
         told = any(word in parts for word in TOLD)
-        if shape > 1 and not told and "weights" not in clause and "top(" not in parts and "cover(" not in parts:
-            self.ranking.append(name)
+        if "weights" not in clause and not any(word in parts for word in ("within", "top(", "cover(", "sel_")):
+            self.voting.append(name)
+            if shape > 1 and not told:
+                self.ranking.append(name)
 
     def output(self, depth: int = 2) -> str:
         kind = self.draw(st.integers(0, 4)) if depth else 0

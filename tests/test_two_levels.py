@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,12 @@ BODIES = {
     "raw votes": "votes = attend causal & window(20)\noutput attend causal within blocks(64) with probs(votes)",
     "votes with a sink": f"{ENTRIES[:-1]} {{ softmax with sink sinks[h] }}\n"
     "output attend causal within blocks(128) with probs(votes)",
+    "votes of several parts": "votes = attend causal & window(9), causal - window(9) over pool(mean, 6, counted) "
+    "{ softmax with sink sinks[h] }\noutput attend causal within blocks(16) with probs(votes)",
+    "votes of segments": "votes = attend causal over pool(mean, segments(runs), counted)\n"
+    "output attend causal within blocks(16) with probs(votes) { score softcap(s, 2.0) }",
+    "votes of picked tokens": "votes = attend causal & window(5), causal over pick(picked, weight = 2)\n"
+    "output attend band(19, 7) within blocks(7) with probs(votes)",
     "members of fifty": "votes = attend causal over pool(mean, 10) { scale 0.5 }\n"
     "output attend band(70, 7) within blocks(50) with probs(votes)",
     "members of seven": f"{ENTRIES} output attend causal within blocks(7) with probs(votes) "
@@ -54,6 +61,7 @@ BODIES = {
     "votes = attend sel over pool(mean, 16)\n near = attend causal & same_block(16)\n"
     "output merge(near, attend sel within blocks(16) with probs(votes))",
 }
+INPUTS = {"sinks": "float[h] learnable", "runs": "int[b, g, k]", "picked": "int[b, g, 9]"}
 TWO = f"attention a {{ {ENTRIES} far = attend %s within blocks(16) with probs(votes)\n output %s }}"
 SHAPES = [(2, 4, 2, 75, 75, 16, 16), (1, 2, 1, 1, 1, 16, 24), (1, 3, 3, 5, 38, 80, 16)]
 
@@ -66,7 +74,7 @@ def program(body: str) -> attndsl.Attention:
         start = written.index("attend")
         end = written.rindex(")") if written.startswith("merge") else len(written)
         before, wrapped = f"{before}far = {written[start:end]}\n", f"{written[:start]}far{written[end:]}"
-    declared = "input sinks : float[h] learnable\n" if "sinks" in body else ""
+    declared = "".join(f"input {name} : {kind}\n" for name, kind in INPUTS.items() if re.search(rf"\b{name}\b", body))
     return attndsl.compile(f"attention a {{\n{declared}{before}output {wrapped}\n}}")
 
 

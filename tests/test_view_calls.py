@@ -81,6 +81,12 @@ def leaves(attn: attndsl.Attention, shape: tuple[int, ...], dtype: torch.dtype) 
         inputs["keep"] = inputs["keep"].detach() > 0
     if "doc" in inputs:
         inputs["doc"] = torch.arange(k_len)[None].repeat(batch, 1) // 5
+    declared = {decl.name for decl in attn.program.inputs}
+    if "runs" in declared:
+        inputs["runs"] = (torch.rand(batch, kv_heads, k_len, generator=generator) < 0.2).cumsum(2).to(torch.int32)
+    if "picked" in declared:
+        # Some are no tokens, and some come twice.
+        inputs["picked"] = torch.randint(-1, k_len + 1, (batch, kv_heads, 9), generator=generator).to(torch.int32)
     return qkv, inputs
 
 
