@@ -98,7 +98,7 @@ class _Tiles:
         most = has.sum(3, dtype=real).unsqueeze(2)
         places[of_k] = torch.arange(members, device=table.device).view(1, 1, 1, -1)
         found: list[Bounds] = []
-        step = max(1, STRIP // (lead.numel() * (members + tiles)))
+        step = max(1, STRIP // max(1, lead.numel() * (members + tiles)))
         for classes in torch.arange(table.shape[of_q], device=table.device).split(step):
             places[of_q] = classes.view(1, 1, -1, 1)
             count = table[tuple(places)].to(real) @ has.mT
@@ -106,7 +106,7 @@ class _Tiles:
         of_classes = [torch.cat(x, 2) for x in zip(*found, strict=True)]
         b, h = _leading(of_classes[0], 3)
         of_tiles: list[Bounds] = []
-        step = self.rows * max(1, STRIP // (lead.numel() * tiles * self.rows))
+        step = self.rows * max(1, STRIP // max(1, lead.numel() * tiles * self.rows))
         for rows in of_row.split(step, 2):
             some, every = (x[b, h, rows].unflatten(2, (-1, self.rows)) for x in of_classes)
             of_tiles.append((some.any(3), every.all(3)))
@@ -131,7 +131,7 @@ class _Tiles:
         last = table.shape[which] - 1
         places[which] = torch.arange(last + 1, device=table.device).view(1, 1, 1, -1)
         lead = torch.broadcast_shapes(*(place.shape[:2] for place in places))
-        step = self.rows * max(1, STRIP // (lead.numel() * self.rows * (last + 1)))
+        step = self.rows * max(1, STRIP // max(1, lead.numel() * self.rows * (last + 1)))
         found: list[Bounds] = []
         for rows in places[of_q].split(step, 2):
             places[of_q] = rows

@@ -250,7 +250,7 @@ def members_kept(plan: BackwardPlan, shape: CallShape, device: torch.device) -> 
 def row_sums(out: Tensor, dout: Tensor) -> Tensor:
     """The sums of out * dout over rows, float32: some heads at a time, so that little is held in float32."""
     found = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
-    heads = max(1, _HELD // max(1, out[0, 0].numel()))
+    heads = max(1, _HELD // max(1, out.shape[2] * out.shape[3]))
     for x, y, sums in zip(out, dout, found, strict=True):
         for low in range(0, out.shape[1], heads):
             own = slice(low, low + heads)

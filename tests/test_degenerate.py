@@ -19,6 +19,7 @@ PROGRAMS = {
     "maps": "attention a { input ids : int[b, k]  attend causal & coarsen(document(ids), 4, any) }",
     "drawn": "causal & random(2, blocks(4), rows(4), 3)",
     "packed": "attention a { input ids : int[b, k]  packed ids  attend causal & window(9) }",
+    "skipped": "attention a { input ids : int[b, k]  packed ids  attend causal skip below 0.01 }",
     "grid": "attention a { axes t, y[4], x[4]  attend neighborhood(3) on (y, x) & causal on t & causal }",
     "listed": "causal & top(2, blocks(4), by = bound(Q, min(K), max(K)), share = group, among = causal, "
     "always = same_block(4))",
