@@ -15,9 +15,9 @@ from attndsl.runtime.document_members import InBlocks, InGroups, Members, Rows
 from attndsl.runtime.document_vectors import BlockVectors, GroupVectors, MemberVectors, picked
 from attndsl.runtime.groups import Groups
 from attndsl.runtime.masses import leading, softmax
-from attndsl.runtime.ranking import listed
+from attndsl.runtime.ranking import listed, of_candidates
 from attndsl.runtime.runs import document_entries
-from attndsl.runtime.strips import LARGEST, STRIP
+from attndsl.runtime.strips import STRIP
 from attndsl.runtime.touched import Touched
 from attndsl.runtime.values import Values
 from attndsl.selection import Antidiagonal, Bound, Dot, Given, Probs, Share, Vectors
@@ -132,7 +132,7 @@ class OfKind:
         if self.of.always is not None:
             forced = self._forced(at).expand(shape) & candidates
         raw = self._scores(at).expand(shape)
-        raw = torch.where(candidates & ~raw.isnan(), raw, -torch.inf).clamp(max=LARGEST)
+        raw = of_candidates(raw, candidates)
         if self._by_number:
             number = self.members.numbers(self._first(at))
             assert number is not None

@@ -13,6 +13,7 @@ from attndsl.members import Runs
 from attndsl.runtime.choose import MOST, chosen_by_kernel
 from attndsl.runtime.competing import masses_around, normalised_together
 from attndsl.runtime.masses import floor_share, running_sums
+from attndsl.runtime.vote import voted_by_kernel
 from attndsl.selection import (
     Above,
     Antidiagonal,
@@ -31,6 +32,9 @@ from attndsl.selection import (
 # than 2**28 (`widths.py`).
 _INDEX_BITS, _FORCED, _NONE = 30, 1 << 62, -(1 << 63)
 
+# The largest number that a score may be: infinity would make a softmax of NaN.
+LARGEST = 3.0e38
+
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
@@ -42,13 +46,17 @@ class Ranking:
 
     def chosen(self, raw: Tensor, candidates: Tensor, forced: Tensor, heads: int, room: int | None) -> Tensor:
         """What is chosen, for so many heads of a plan: lists as `listed` has them, or where room is None bytes as
-        `decided` does."""
+        `decided` does. raw: scores, of whatever is no candidate too."""
         step = self.heads[0] // heads
         if self._by_kernel(raw):
-            score, competing = (x[:, ::step] for x in self._scores(raw, candidates, forced))
+            how, extra = self.selection.normalise, self.selection.forced is Forced.EXTRA
+            score, competing = voted_by_kernel(
+                raw, candidates, forced, how, extra=extra, masses=self._masses, size=self._sharing, step=step
+            )
             return chosen_by_kernel(
                 self.selection, score, competing, forced[:, ::step], self._limit(competing, step), room
             )
+        raw = of_candidates(raw, candidates)
         if room is not None and self.finds_best(raw.dtype):
             return self.best(raw, candidates, forced, room)[:, ::step]
         level = self.decided(raw, candidates, forced)[:, ::step]
@@ -149,16 +157,19 @@ class Ranking:
             self.selection.share
         ]
 
+    @property
+    def _masses(self) -> bool:
+        """Whether scores are masses: what one head has none of is not withdrawn from the others."""
+        return self.selection.normalise is not Normalise.NONE or isinstance(self.selection.score, Antidiagonal | Probs)
+
     def _summed(self, score: Tensor, competing: Tensor, withdrawn: Tensor) -> tuple[Tensor, Tensor]:
         """Scores, and which members are withdrawn, after the heads that share have added theirs up."""
-        selection = self.selection
         size = self._sharing
         if size == 1:
             return score, withdrawn
-        masses = selection.normalise is not Normalise.NONE or isinstance(selection.score, Antidiagonal | Probs)
         added = torch.where(competing, score, 0).unflatten(1, (-1, size)).sum(2)
         gone = withdrawn.unflatten(1, (-1, size)).any(2)
-        if masses:
+        if self._masses:
             gone = gone & ~competing.unflatten(1, (-1, size)).any(2)
         return added.repeat_interleave(size, 1), gone.repeat_interleave(size, 1)
 
@@ -200,6 +211,11 @@ class Ranking:
                 return level
             case _:
                 assert_never(rule)
+
+
+def of_candidates(raw: Tensor, candidates: Tensor) -> Tensor:
+    """Finite scores, or minus infinity: of what is no candidate, and where there is none (NaN)."""
+    return torch.where(candidates & ~raw.isnan(), raw, -torch.inf).clamp(max=LARGEST)
 
 
 def listed(level: Tensor, room: int) -> Tensor:

@@ -22,7 +22,7 @@ from attndsl.runtime.branch_masses import BranchMasses
 from attndsl.runtime.call import present_lengths
 from attndsl.runtime.groups import Groups, along_lags, class_rows, lag_sums, tile_of_rows, tiled_rows
 from attndsl.runtime.masses import leading, pooled, softmax
-from attndsl.runtime.ranking import Ranking
+from attndsl.runtime.ranking import Ranking, of_candidates
 from attndsl.runtime.touched import Touched, as_rows
 from attndsl.runtime.values import Values
 from attndsl.selection import (
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 State: TypeAlias = tuple[Sequence[Tensor], Tensor]
 # Scores of one strip.
 STRIP = {"cpu": 1 << 20, "cuda": 1 << 24}
-# The largest number that a score may be: infinity would make a softmax of NaN.
-LARGEST = 3.0e38
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,7 +417,7 @@ class Strips:
         shape = (self.shape.batch, self.shape.heads, high - low, self.of.members)
         if 0 in shape:
             return torch.zeros(shape, dtype=torch.uint8, device=self.device)
-        strips = [self._scored(at, min(at + step, high)) for at in range(low, high, step)]
+        strips = [self._finite(at, min(at + step, high)) for at in range(low, high, step)]
         whole = strips[0] if len(strips) == 1 else (torch.cat(x, 2) for x in zip(*strips, strict=True))
         return self.ranking.decided(*whole)
 
@@ -433,15 +431,19 @@ class Strips:
         found = self.ranking.chosen(*self._scored(low, high), 1 if self.alike else heads, room)
         return found.expand(-1, heads, -1, -1)
 
+    def _finite(self, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_scored`, of candidates alone."""
+        raw, candidates, forced = self._scored(low, high)
+        return of_candidates(raw, candidates), candidates, forced
+
     def _scored(self, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of these row classes the scores of candidates, which these are, and which are forced."""
+        """Of these row classes the scores, of whatever is no candidate too, which are candidates and which forced."""
         shape = (self.shape.batch, 1 if self.alike else self.shape.heads, high - low, self.of.members)
-        candidates = self._present(self.candidates, self.among, low, high, self.rows).expand(shape)
-        forced = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=self.device).expand(shape)
+        candidates = self._present(self.candidates, self.among, low, high, self.rows)
+        forced = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=self.device)
         if self.of.always is not None and self.always is not None:
-            forced = self._present(self.of.always, self.always, low, high, self.rows).expand(shape) & candidates
-        raw = self.scores(low, high).expand(shape)
-        return torch.where(candidates & ~raw.isnan(), raw, -torch.inf).clamp(max=LARGEST), candidates, forced
+            forced = self._present(self.of.always, self.always, low, high, self.rows) & candidates
+        return self.scores(low, high).expand(shape), candidates.expand(shape), forced.expand(shape)
 
 
 def _of_batch(x: Tensor) -> Tensor:

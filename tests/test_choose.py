@@ -11,8 +11,9 @@ from torch import Tensor
 
 from attndsl.grammar import load
 from attndsl.runtime.choose import chosen_by_kernel
-from attndsl.runtime.ranking import Ranking, listed
-from attndsl.selection import Forced, Normalise
+from attndsl.runtime.ranking import Ranking, listed, of_candidates
+from attndsl.runtime.vote import voted_by_kernel
+from attndsl.selection import Forced, Normalise, Share
 from tests.gpu import interprets
 
 pytestmark = [interprets, pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "ignore:overflow")]
@@ -83,3 +84,31 @@ def test_scores_at_the_ends() -> None:
     found = chosen_by_kernel(ranking.selection, score, competing, forced, 3, 4)
     assert found[0, 0, 0].tolist() == [0, 1, 3, -1]
     assert torch.equal(listed(ranking.decided(raw, candidates, forced), 4), found)
+
+
+VOTES = list(product([None, *Forced], Normalise, Share))
+
+
+@pytest.mark.parametrize("nth", range(len(VOTES)))
+def test_what_heads_that_share_add_up(nth: int) -> None:
+    """Scores that are NaN, infinite or of no candidate, and candidates that no head differs in."""
+    (how, normalise, share), members = VOTES[nth], (1, 7, 40, 130)[nth % 4]
+    ranking = ranking_of(RULES[0], how, normalise)
+    ranking = replace(ranking, selection=replace(ranking.selection, share=share))
+    raw, candidates, forced = scored(members, nth, how is not None)
+    raw = torch.where(candidates, raw, torch.nan if nth % 3 else 1e30)
+    if nth % 5 == 0:
+        raw[..., 0] = torch.inf
+    if nth % 2:
+        candidates = candidates[:, :1].expand(candidates.shape)
+        forced = (forced[:, :1] & candidates[:, :1]).expand(forced.shape)
+        raw = raw.transpose(2, 3).contiguous().transpose(2, 3)
+    wanted, competing = ranking._scores(of_candidates(raw, candidates), candidates, forced)
+    for step in {1, ranking._sharing}:
+        score, found = voted_by_kernel(
+            raw, candidates, forced, normalise, extra=ranking.selection.forced is Forced.EXTRA, masses=ranking._masses,
+            size=ranking._sharing, step=step,
+        )  # fmt: skip
+        assert torch.equal(found, competing[:, ::step])
+        # Sums of multiples of a power of two are exact; of a softmax each exponential and sum is rounded.
+        torch.testing.assert_close(score, wanted[:, ::step], rtol=0 if normalise is Normalise.NONE else 1e-5, atol=0)
