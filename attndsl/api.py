@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from attndsl.asking import arguments, asked, batch_of, check_names, check_plain, checked, known, of_lengths
+from attndsl.asking import arguments, asked, batch_of, check_names, check_plain, checked, known, of_lengths, tokens_of
 from attndsl.compose import check_lse, compose
 from attndsl.diagnostics import Diagnostic, PatternWarning, Source, error
 from attndsl.parts import part_of, parts_of
@@ -235,7 +235,7 @@ class Attention:
             from attndsl.runtime.compose_decode import decode_composed
 
             composed = (self.program, self._key, self._composition, self._parts)
-            call = in_order(q, *cache, layout, k_scale, v_scale)
+            call = in_order(q, *cache, layout, k_scale, v_scale, scale)
             out, lse = decode_composed(*composed, call, given, args, scale, backend, plans or {}, views)
         else:
             out, lse = decode(self._key, q, *cache, k_scale, v_scale, given, args, scale, layout, backend)
@@ -278,7 +278,7 @@ class Attention:
         import numpy as np
 
         needed, (arrays, _) = self.retention(page, **inputs), known(self.program, inputs)
-        pages = np.arange(max(seq_len, 0) // page)
+        pages = np.arange(tokens_of(seq_len) // page)
         return [int(i) for i in pages[needed.evictable(seq_len, pages, arrays)]]
 
     def retention(self, page: int = 1, told: Sequence[str] = (), /, **inputs: Any) -> Retention:

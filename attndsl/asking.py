@@ -13,6 +13,7 @@ from attndsl.program import Axis, CallShape, InputDecl, Program
 from attndsl.widths import check_argument
 
 _Answer = TypeVar("_Answer")
+_LENGTHS = "lengths are ints from 0 to 2**31 - 1"
 
 
 def as_array(x: Any) -> Any:
@@ -131,11 +132,29 @@ def asked(question: Callable[[], _Answer]) -> _Answer:
         raise error("A523", str(problem), help="pass inputs by name, each of its declared shape") from None
 
 
+def tokens_of(length: Any) -> int:
+    """A length as an int. Raises `PatternError` (A524) where no sequence has it."""
+    if not _possible(length):
+        raise error("A524", f"there is no sequence of {repr(length)[:40]} tokens", help=_LENGTHS)
+    return operator.index(length)
+
+
+def check_new(new: object) -> None:
+    """Raises `PatternError` (A524) where it is no number of new tokens."""
+    if not hasattr(new, "__index__"):
+        raise error("A524", f"`new` is a number of tokens, not {repr(new)[:40]}", help=_LENGTHS)
+
+
+def _possible(length: Any) -> bool:
+    if isinstance(length, bool) or not isinstance(length, Integral):
+        return False
+    return 0 <= int(length) < 1 << 31
+
+
 def checked(shape: CallShape) -> CallShape:
     """The shape. Raises `PatternError` (A524) where there is no such call."""
-    possible = all(isinstance(x, Integral) and 0 <= x < 1 << 31 for x in (shape.rows, shape.k_len))
+    possible = _possible(shape.rows) and _possible(shape.k_len)
     if not possible or min(shape.heads, shape.kv_heads) < 1 or shape.heads % shape.kv_heads:
         sizes = f"{shape.rows} rows, {shape.k_len} keys, {shape.heads} query heads, {shape.kv_heads} key heads"
-        help = "lengths are ints from 0 to 2**31 - 1, heads a multiple of key heads"
-        raise error("A524", f"there is no call with {sizes}", help=help)
+        raise error("A524", f"there is no call with {sizes}", help=f"{_LENGTHS}, heads a multiple of key heads")
     return shape

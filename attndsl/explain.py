@@ -53,6 +53,8 @@ from attndsl.understood import understood
 from attndsl.view_plans import part_relation
 
 Array = NDArray[Any]
+# Keys that a row is asked of one by one.
+_LISTED = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +174,7 @@ def _rows(question: Question) -> list[str]:
     program, shape = question.program, question.shape
     if missing := _missing(question):
         return [f"give {missing} to see the keys of sample rows"]
-    if dense := too_dense(program, shape):
+    if dense := too_dense(program, shape) or ("so many keys make" if shape.k_len > _LISTED else ""):
         return [f"{dense} single rows costly to list at this length: ask at a shorter one"]
     if shape.rows == 0 or shape.k_len == 0:
         return []

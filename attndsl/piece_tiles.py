@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from attndsl.run_values import run_counts
 from attndsl.runs import Run
 
 Array = NDArray[Any]
+# Boxes of a grid that are counted one by one: those of any call, but not of any size that an axis may be given.
+_COUNTED = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,8 @@ def _counted(plan: Plan, reader: Reader, variables: Mapping[str, Array], exists:
 def _box_tiles(plan: Plan, boxes: Boxes, shape: CallShape, reader: Reader, b: Array, h: Array) -> PieceTiles:
     """Counts boxes: arrays go over batch entries and heads, residues, then the tiles of each axis of the grid."""
     counts = boxes.tile_counts("q", shape, plan.program)
+    if prod(counts) * boxes.classes > _COUNTED:
+        raise ValueError(f"{prod(counts) * boxes.classes:,} boxes of the grid are not counted one by one here")
     ahead = (1,) * len(counts)
     variables = reader.variables(b.reshape(-1, 1, *ahead), h.reshape(-1, 1, *ahead))
     variables["residue"] = np.arange(boxes.classes).reshape(-1, *ahead)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attndsl import api, wiring
-from attndsl.asking import of_lengths
+from attndsl.asking import check_new, of_lengths
 from attndsl.diagnostics import error
 from attndsl.keeping import check_pool, kept_beside
 from attndsl.paging import page_choices
@@ -112,6 +112,7 @@ def update_bounds(k: Any, k_min: Any, k_max: Any, seq_lens: Any, page_table: Any
     new tokens included. page_table: int32 [B, P]; a page that does not exist is neither read nor written. One kernel on
     a GPU, the same to the bit each time; a CUDA graph of it serves all lengths.
     """
+    check_new(new)
     page_kernels().update(k, k_min, k_max, seq_lens, page_table, new)
 
 
@@ -136,6 +137,7 @@ def update_views(
     a view and one for its values on a GPU; a CUDA graph of them serves all lengths.
     """
     check_attention(attn)
+    check_new(new)
     update = decode_kept().update_views
     known = (attn.program, attn._key, attn._composition)
     count = of_lengths(attn.program, inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -22,6 +22,7 @@ _DTYPES = {
 _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 _PLANS = (torch.int32, torch.int64, torch.uint8)
 MAX_DIM = 256
+BACKENDS = ("auto", "gluon", "triton", "cpu")
 
 
 def call_shape(q: Tensor, k: Tensor, v: Tensor) -> CallShape:
@@ -86,6 +87,24 @@ def check_call(scale: object, **tensors: object) -> None:
             raise _wrong("A501", f"{name} is a dense tensor, not one {kind}", "pass x.to_dense()")
     if scale is not None and not isinstance(scale, Real | torch.SymInt | torch.SymFloat):
         raise _wrong("A518", f"`scale` is a number, not {repr(scale)[:40]}", "multiply q by a tensor")
+    if isinstance(scale, int) and scale.bit_length() > 63:
+        raise _wrong("A518", f"`scale` is a number of 64 bits, not {repr(scale)[:40]}")
+
+
+def check_backend(backend: object) -> None:
+    """Raises `PatternError` (A509) for what is no backend."""
+    if backend not in BACKENDS:
+        raise _wrong("A509", f"there is no backend {backend!r}", f"one of {', '.join(BACKENDS)}")
+
+
+def names_of(given: object) -> set[str] | None:
+    """The names that something is given by, None where it is given by none."""
+    return set(given) if isinstance(given, Mapping) else None
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for calls on a device; none is on the one that holds no numbers."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def without_values(program: Program, q: Tensor, k: Tensor, inputs: Sequence[Any]) -> CallShape:

@@ -19,7 +19,15 @@ from attndsl.observed import as_selection, by_members
 from attndsl.observing import Cells
 from attndsl.present_rows import of_present_rows
 from attndsl.program import Compare, Const, InputDecl, Program, Var
-from attndsl.runtime.call import call_shape, check_call, check_inputs, without_values
+from attndsl.runtime.call import (
+    autocasts,
+    call_shape,
+    check_backend,
+    check_call,
+    check_inputs,
+    names_of,
+    without_values,
+)
 from attndsl.runtime.combine import Combiner, State
 from attndsl.runtime.combine_op import by_kernel, combined_by_kernel
 from attndsl.runtime.cuts import document_ends
@@ -46,6 +54,7 @@ def make_views(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The entries of every pooled view, keys [B, Hkv, entries, D] and values [B, Hkv, entries, Dv], by its name.
     inputs: those whose segments or documents are pooled, or that list tokens."""
+    check_call(None, k=k, v=v)
     own = {name: composition.own.input(name) for x in composition.pools for name in x.told_by}
     if set(inputs) != set(own):
         names = ", ".join(f"`{name}`" for name in own) or "nothing"
@@ -101,7 +110,6 @@ class Composed:
     ) -> None:  # fmt: skip
         own = composition.own
         checked_values(key, given, args)
-        check_call(scale, q=q, k=k, v=v)
         check_inputs(own, call_shape(q, k, v), given, q.device)
         self._program, self._dropout, self._seed = program, dropout, seed
         self.q, self.k, self.v, self.args, self.scale, self.backend = q, k, v, list(args), scale, backend
@@ -240,8 +248,10 @@ def attend_composed(
 
     One seed for all branches: what is dropped depends on the pair, not on the branch that reaches it.
     """
+    check_call(scale, q=q, k=k, v=v)
+    check_backend(backend)
     drawn = seed_tensor(seed, q.device) if dropout else None
-    if torch.is_autocast_enabled(q.device.type):
+    if autocasts(q.device):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     call = Composed(program, key, composition, keys, q, k, v, given, args, scale, backend, plans, views, dropout, drawn)
@@ -283,6 +293,7 @@ def make_plans(
     given: Sequence[Tensor], args: Sequence[int], scale: float | None, plans: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:  # fmt: skip
     """The plan of each selection of a program, by its name. What `probs` reads of a branch needs no values."""
+    check_call(scale, q=q, k=k)
     with torch.no_grad():
         # Of the values only their dimension is asked for.
         v_dim = without_values(composition.own, q, k, given).v_dim
@@ -296,12 +307,13 @@ def with_plans(
     args: Sequence[int], scale: float | None, plans: Mapping[str, Tensor],
 ) -> list[Tensor]:  # fmt: skip
     """The inputs of a plain program: those of a call, then the plans that it attends to."""
+    check_call(scale, q=q, k=k)
     call = Composed(program, key, composition, (), q, k, k, given, args, scale, "auto", plans)
     return [*given, *(call.planner.input(decl.name, call) for decl in program.inputs[len(given) :])]
 
 
 def _check_views(composition: Composition, views: Views | None) -> None:
     """Raises `PatternError` (A565) where what is handed in is not the program's views."""
-    if views is not None and set(views) != set(composition.names):
+    if views is not None and names_of(views) != set(composition.names):
         names = ", ".join(f"`{name}`" for name in composition.names) or "none"
         raise error("A565", f"the views of this attention are {names}", help="pass what `attn.views(k, v)` returns")

@@ -19,7 +19,7 @@ from attndsl.compose import Composition, Pooling
 from attndsl.diagnostics import error
 from attndsl.keeping import Kept, kept, kept_by
 from attndsl.program import CallShape, InputDecl, Program
-from attndsl.runtime.call import check_call, check_inputs, present_in_cache
+from attndsl.runtime.call import check_call, check_inputs, names_of, present_in_cache
 from attndsl.runtime.combine import Combiner, State
 from attndsl.runtime.compose import made_entries, read_by_output
 from attndsl.runtime.cuts import document_ends
@@ -51,7 +51,6 @@ class ComposedDecode:
     ) -> None:  # fmt: skip
         own = composition.own
         checked_values(key, given, args)
-        check_call(scale)
         check_tensors(program, call)
         check_inputs(own, call.shape, given, call.q.device)
         self.program, self.key, self.composition, self.call = program, key, composition, call
@@ -199,11 +198,14 @@ class ComposedDecode:
         return self._entries[name]
 
     def _given_entries(self, views: Mapping[str, tuple[Tensor, ...]] | None) -> Entries:
-        for name, entries in (views or {}).items():
+        views = {} if views is None else views
+        if not isinstance(views, Mapping):
+            raise _unknown(tuple(self._kept.values()))
+        for name, entries in views.items():
             if name not in self._kept:
                 raise _unknown(tuple(self._kept.values()))
             check_entries(self._kept[name], entries, self.call)
-        return dict(views or {})
+        return dict(views)
 
 
 def _unknown(known: Sequence[Kept]) -> Exception:
@@ -240,7 +242,7 @@ def plan_decode(
     views: Mapping[str, tuple[Tensor, ...]] | None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The plan of each selection of a program in a decode, by its name."""
-    call = in_order(q, k_cache, v_cache, seq_lens, page_table, layout)
+    call = in_order(q, k_cache, v_cache, seq_lens, page_table, layout, scale=scale)
     with torch.no_grad():
         of = ComposedDecode(program, key, composition, keys, call, given, args, scale, "auto", plans or {}, views)
         return {selection.name: of.planner.plan(selection.name, of) for selection in program.selections}
@@ -253,6 +255,7 @@ def cache_views(
 ) -> Entries:  # fmt: skip
     """All that decode keeps of a cache beside its tokens, by name. dtype: that of the queries, where k is of 8 bits.
     count: what `lengths` reads."""
+    check_call(None, k_cache=k)
     q = k.new_empty(0, dtype=(dtype or torch.bfloat16) if k.dtype == FP8 else k.dtype)
     call = in_order(q, k, v, seq_lens, page_table, layout, k_scale, v_scale)
     return make_entries(key, kept(program, composition), _of_present(program, call, count))
@@ -265,8 +268,9 @@ def update_views(
 ) -> None:  # fmt: skip
     """Make what the last `new` tokens of each sequence change of it anew, in place. count: as in `cache_views`."""
     known = kept(program, composition)
-    if set(views) != {each.name for each in known}:
+    if names_of(views) != {each.name for each in known}:
         raise _unknown(known)
+    check_call(None, k_cache=k)
     # Entries that are attended have the queries' dtype.
     attended = [views[each.name][0] for each in known if not each.exact]
     q = k.new_empty(0, dtype=k.dtype if k.dtype != FP8 else attended[0].dtype if attended else torch.float32)

@@ -11,7 +11,7 @@ from torch.library import Library
 
 from attndsl.diagnostics import error
 from attndsl.program import CallShape
-from attndsl.runtime.call import check_call
+from attndsl.runtime.call import check_backend, check_call
 from attndsl.runtime.decode import DecodeTensors
 from attndsl.runtime.ops import checked_values, traced, wants_gradients
 from attndsl.runtime.outputs import empty_output
@@ -43,7 +43,8 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """Output and lse; past the dispatcher where nothing traces the call or asks for gradients."""
     checked_values(key, inputs, args)
-    check_call(scale, q=q, k_cache=k_cache, v_cache=v_cache, seq_lens=seq_lens)
+    _check(scale, q, k_cache, v_cache, seq_lens, page_table, k_scale, v_scale)
+    check_backend(backend)
     call = (
         key, q, k_cache, v_cache, seq_lens, page_table, k_scale, v_scale, inputs, args, scale, layout, backend
     )  # fmt: skip
@@ -56,9 +57,27 @@ def decode(
 
 def in_order(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, page_table: Tensor | None, layout: str,
-    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, scale: float | None = None,
 ) -> DecodeTensors:  # fmt: skip
-    """A call's tensors, heads before tokens. Raises `PatternError` where they do not lie as kernels need."""
+    """A call's tensors, heads before tokens. Raises `PatternError` for what is no dense tensor, a scale that is no
+    number, and where tensors do not lie as kernels need."""
+    _check(scale, q, k_cache, v_cache, seq_lens, page_table, k_scale, v_scale)
+    return _in_order(q, k_cache, v_cache, seq_lens, page_table, layout, k_scale, v_scale)
+
+
+def _check(
+    scale: object, q: object, k_cache: object, v_cache: object, seq_lens: object, page_table: object, k_scale: object,
+    v_scale: object,
+) -> None:  # fmt: skip
+    others = {"page_table": page_table, "k_scale": k_scale, "v_scale": v_scale}
+    given = {name: x for name, x in others.items() if x is not None}
+    check_call(scale, q=q, k_cache=k_cache, v_cache=v_cache, seq_lens=seq_lens, **given)
+
+
+def _in_order(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, page_table: Tensor | None, layout: str,
+    k_scale: Tensor | None, v_scale: Tensor | None,
+) -> DecodeTensors:  # fmt: skip
     if layout not in LAYOUTS:
         raise error("A552", f"there is no layout {layout!r}", help=f"one of {', '.join(LAYOUTS)}")
     # Caches are large: one whose elements are not dense is refused, and not copied at every step.
@@ -89,7 +108,7 @@ def _decode(
     layout: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    call = in_order(q, k_cache, v_cache, seq_lens, page_table, layout, k_scale, v_scale)
+    call = _in_order(q, k_cache, v_cache, seq_lens, page_table, layout, k_scale, v_scale)
     return decoder_of(key).decode(call, inputs, args, scale, backend)
 
 

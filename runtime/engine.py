@@ -23,7 +23,15 @@ from attndsl.pooling import PoolPlan
 from attndsl.program import Program
 from attndsl.properties import is_whole, takes_more_rows_than_keys
 from attndsl.runtime.again import Again, AgainBackward, again, again_backward
-from attndsl.runtime.call import call_shape, check_inputs, check_rows, check_tables, device_target, dtype_of
+from attndsl.runtime.call import (
+    call_shape,
+    check_backend,
+    check_inputs,
+    check_rows,
+    check_tables,
+    device_target,
+    dtype_of,
+)
 from attndsl.runtime.dropout import Dropout
 from attndsl.runtime.entries import all_entries, all_view_places, check_entries
 from attndsl.runtime.pieces import in_turn
@@ -41,7 +49,6 @@ if TYPE_CHECKING:
 Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor | None]]
 # Kinds of calls whose launches are kept.
 MAX_PREPARED = 4096
-BACKENDS = ("auto", "gluon", "triton", "cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,8 +433,7 @@ class Engine:
     def choose(self, backend: str, spec: Spec, tokens: int) -> str:
         """The backend of a call. Raises `PatternError` for one that does not exist, does not run on the device, or has
         too few bits for the integers of a call of so many tokens."""
-        if backend not in BACKENDS:
-            raise error("A509", f"there is no backend {backend!r}", help=f"one of {', '.join(BACKENDS)}")
+        check_backend(backend)
         target = spec.target
         if backend == "auto":
             backend = "cpu" if target == "cpu" else "triton"
@@ -484,4 +490,4 @@ def default_scale(dim: int) -> float:
     return 1.0 / math.sqrt(dim)
 
 
-__all__ = ["BACKENDS", "Engine", "Generators", "Gradients", "Loads", "default_scale"]
+__all__ = ["Engine", "Generators", "Gradients", "Loads", "default_scale"]

@@ -115,6 +115,9 @@ def check_cache(call: DecodeTensors) -> None:
 def check_entries(kept: Kept, entries: Sequence[Tensor], call: DecodeTensors) -> None:
     """Raises `PatternError` (A567) where entries do not fit a cache."""
     tokens = _tokens(kept, call)
+    if not _tensors(entries):
+        what = f"`{kept.name}` is {repr(entries)[:40]}, and no tuple of tensors"
+        raise error("A567", what, help="pass what `attn.views(k_cache, v_cache, seq_lens)` returns")
     sizes = [[len(call.seq_lens), call.k.shape[1], kept.entries(call.capacity), x.shape[3]] for x in tokens]
     fits = len(entries) == len(tokens) and all(
         list(y.shape) == size and y.dtype == _dtype(kept, x, call) and y.device == x.device and y.stride(3) == 1
@@ -129,6 +132,10 @@ def check_entries(kept: Kept, entries: Sequence[Tensor], call: DecodeTensors) ->
             "A567", f"`{kept.name}` is {have}, for a cache that needs {want}",
             help="entries have room for all tokens that the cache can hold: `attn.views(k_cache, v_cache, seq_lens)`",
         )  # fmt: skip
+
+
+def _tensors(entries: object) -> bool:
+    return isinstance(entries, tuple | list) and all(isinstance(x, Tensor) and x.dim() == 4 for x in entries)
 
 
 def _tokens(kept: Kept, call: DecodeTensors) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from torch.library import Library
 
 from attndsl.branches import Given
 from attndsl.left_tiles import TILE, tiles_of_documents
+from attndsl.runtime.call import autocasts
 from attndsl.runtime.ops import attend, in_dtype, traced
 from attndsl.runtime.registry import engine_of, left_key
 from attndsl.runtime.transforms import mapped
@@ -29,7 +30,7 @@ def attend_left(
     backend: str, dropout: float = 0, seed: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and lse of a program that skips, by a pass that finds the tiles and one that attends to them."""
-    if torch.is_autocast_enabled(q.device.type):
+    if autocasts(q.device):
         q, k, v = in_dtype(torch.get_autocast_dtype(q.device.type), q, k, v)
     given = [*inputs, *left_tiles(key, q, k, v, inputs, args, scale, backend)]
     out, lse = attend(left_key(key), q, k, v, given, list(args), scale, backend, dropout, seed)

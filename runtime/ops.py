@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from attndsl.asking import not_an_int
 from attndsl.diagnostics import PatternError, error
 from attndsl.program import CallShape, Program
-from attndsl.runtime.call import check_call
+from attndsl.runtime.call import autocasts, check_backend, check_call
 from attndsl.runtime.dropout import Dropout, check_rate, seed_tensor
 from attndsl.runtime.outputs import empty_gradient, empty_output, in_order_of
 from attndsl.runtime.registry import engine_of, found_first, left_key
@@ -58,6 +58,8 @@ def attend(
             if not wanted:
                 found: tuple[Tensor, Tensor] = again.launch(q, k, v, inputs, args, scale, None)
                 return found
+    check_call(scale, q=q, k=k, v=v)
+    check_backend(backend)
     if left_key(key) and (found_first(key) or wants_gradients((q, k, v, *inputs))):
         from attndsl.runtime.left_tiles import attend_left
 
@@ -65,12 +67,11 @@ def attend(
     rate, given = 0.0, None
     if dropout != 0:
         rate, given = check_rate(dropout), seed_tensor(seed, q.device)
-    check_call(scale, q=q, k=k, v=v)
     tensors = (q, k, v, *inputs)
     if traced(tensors):
         out: tuple[Tensor, Tensor]
         if transformed():
-            if torch.is_autocast_enabled(q.device.type):
+            if autocasts(q.device):
                 q, k, v = in_dtype(torch.get_autocast_dtype(q.device.type), q, k, v)
             out = _Attend.apply(key, scale, backend, args, rate, given, q, k, v, *inputs)
         else:

@@ -183,6 +183,8 @@ class RaggedPlanner:
 def check_named(program: Program, given: Mapping[str, Tensor]) -> None:
     """Raises `PatternError` where a given plan belongs to no selection of the program."""
     names = [selection.name for selection in program.selections]
+    if not isinstance(given, Mapping):
+        raise error("A572", f"plans are given by name, not {repr(given)[:40]}", help="pass what `attn.plan` returns")
     for name in given:
         if name not in names:
             known = f"it has {', '.join(names)}" if names else "it has none"

@@ -20,8 +20,7 @@ from attndsl.pairs import allowed, count_pairs, too_dense
 from attndsl.parts import parts_of
 from attndsl.plans import own_program
 from attndsl.program import Axis, CallShape, Dim, InputDecl, On, Permuted, Program, Type, nodes
-from attndsl.runtime.call import device_target, dim_size
-from attndsl.runtime.engine import BACKENDS
+from attndsl.runtime.call import check_backend, device_target, dim_size
 from attndsl.runtime.entries import all_view_places
 from attndsl.runtime.reference import reference
 from attndsl.runtime.select_op import as_input
@@ -103,8 +102,7 @@ def trial(attend: Attend, program: Program, options: Options) -> Trial:
     """Tries a compiled attention. Raises `PatternError` for options that do not go together."""
     device = torch.device("cuda" if torch.cuda.is_available() and options.backend != "cpu" else "cpu")
     dtype = _dtype(options, device)
-    if options.backend not in BACKENDS:
-        raise error("A509", f"there is no backend {options.backend!r}", help=f"one of {', '.join(BACKENDS)}")
+    check_backend(options.backend)
     heads = options.heads or (4 if device.type == "cpu" else 16)
     n = options.n or (4096 if device.type == "cpu" else 16384)
     shape = CallShape(options.batch, heads, options.kv_heads or heads, n, n, options.dim, options.dim)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import attndsl
+import attndsl.serving
 from attndsl.api import load_attention
 from attndsl.diagnostics import PatternError
 from tests.gpu import interprets
@@ -234,6 +235,37 @@ def test_what_is_no_dense_tensor() -> None:
     doc = torch.zeros(2, 20, dtype=torch.int32).to_sparse()
     refused("A517", "input `doc` is a dense tensor", lambda: DOCUMENTS(q, k, v, doc=doc))
     refused("A501", "seq_lens is a tensor, not [20, 20]", lambda: CAUSAL.decode(q, k, v, [20, 20]))  # type: ignore[arg-type]
+    refused("A501", "page_table is a tensor, not 7", lambda: CAUSAL.decode(q, k, v, doc.to_dense()[0], 7))  # type: ignore[arg-type]
+
+
+def test_what_programs_of_several_steps_are_handed() -> None:
+    """Calls that make entries and choices first ask the same of what they are given."""
+    text = (
+        "attention a { x = attend causal over pool(mean, 4)\n plan p = top(1, blocks(4), among = causal, by = probs(x))"
+    )
+    attn: Any = load_attention(text + "\n y = attend causal & p\n output x + y }")
+    q, k, v = qkv()
+    lengths = torch.tensor([20, 9], dtype=torch.int32)
+    views, served = attn.views(k, v, lengths), attndsl.serving.plan
+    runs: list[Callable[..., Any]] = [
+        lambda q, **options: attn(q, k, v, **options),
+        lambda q, **options: attn.plan(q, k, **options),
+        lambda q, **options: attn.decode(q, k, v, lengths, **options),
+        lambda q, **options: served(attn, q, k, v, lengths, **options),
+    ]
+    for run in runs:
+        refused("A501", "q is a tensor, not 'x'", partial(run, "x"))
+        refused("A518", "`scale` is a number of 64 bits", partial(run, q, scale=1 << 64))
+        refused("A572", "plans are given by name, not 3", partial(run, q, plans=3))
+    for run in (runs[0], runs[2]):
+        refused("A565", "the views of this attention", partial(run, q, views=7))
+        refused("A509", "there is no backend ['cpu']", partial(run, q, backend=["cpu"]))
+    refused("A567", "no tuple of tensors", partial(attn.decode, q, k, v, lengths, views=dict.fromkeys(views, 3)))
+    refused("A501", "k is a tensor, not 3", partial(attn.views, 3, v))
+    refused("A501", "k_cache is a tensor, not 3", partial(attn.views, 3, v, lengths))
+    update = partial(attndsl.serving.update_views, attn, views, k, v, lengths)
+    refused("A524", "`new` is a number of tokens, not None", partial(update, new=None))
+    refused("A503", "q is on meta and k on cpu", partial(attn, q.to("meta"), k, v))
 
 
 def test_questions_of_calls_that_are_none() -> None:
@@ -241,6 +273,12 @@ def test_questions_of_calls_that_are_none() -> None:
         refused("A524", "there is no call with", partial(CAUSAL.mask, *sizes))
         refused("A524", "there is no call with", partial(CAUSAL.blocks, *sizes))
     refused("A558", "pages of 0 tokens", lambda: CAUSAL.evictable(5, page=0))
+    lengths: list[Any] = [-1, True, "x", 2.0, 1 << 31]
+    for length in lengths:
+        refused("A524", "there is no sequence of", partial(CAUSAL.evictable, length))
+    refused("A524", "there is no call with True rows", partial(CAUSAL.explain, True))
+    wide = load_attention("attention a { axes y, x[2000000000]\n attend neighborhood(3) on (y, x) }")
+    assert "boxes of the grid are not counted one by one here" in str(wide.explain(5))
     layer = attndsl.nn.Attention("causal", 16, 2)
     refused("A501", "x must have 3 dimensions", partial(layer, torch.ones(4, 16)))
     refused("A501", "context must have 3 dimensions", partial(layer, torch.ones(1, 4, 16), torch.ones(4, 16)))

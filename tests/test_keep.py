@@ -203,7 +203,7 @@ def test_a_step_asks_nothing_of_the_device(page: int | None) -> None:
             lse, planner = draw(2, 4, 3), torch.ops.attndsl.select_ragged
             entries = views["pool(mean, 4)"][0]
             with mode():
-                planner(attn._key, "top", q, lengths, 2, CAPACITY, [], None, [], [], None, entries, lse)
+                planner(attn._key, "top", q, lengths, 2, CAPACITY, [], None, [], [], None, [entries], lse)
 
 
 def test_torch_compile() -> None:
