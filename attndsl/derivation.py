@@ -91,7 +91,8 @@ class Extents:
 class EntryMap:
     """bool [b?, h?, rows or classes, entries]: whether `operand` holds for every token of an entry's nominal extent
     [stride j, stride j + size), or unless `every` for one of it that is present; at a row of the call, or with
-    `rows` > 1 at each query of the nominal extent of a class q // rows. present: how many tokens are (None: all)."""
+    `rows` > 1 at each query of the nominal extent of a class q // rows. present: how many tokens are (None: all).
+    ends: of entries that data tells, the first and the last token of the entry k."""
 
     operand: Set
     size: int
@@ -99,6 +100,7 @@ class EntryMap:
     every: bool
     rows: int
     present: Scalar | None
+    ends: tuple[Scalar, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -435,3 +437,14 @@ def counted(derivation: Derivation | None) -> Set | None:
             return drawn.among
         case _:
             return None
+
+
+def read_beside(derivation: Derivation | None) -> tuple[Scalar, ...]:
+    """What a derived input of counted pairs follows from beside these."""
+    match derivation:
+        case EntryMap(ends=ends):
+            return ends
+        case Draw(drawn=drawn):
+            return (drawn.seed,)
+        case _:
+            return ()

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
-from attndsl.branches import Given, Part, Visible
+from attndsl.branches import Given, Part, View, Visible
 from attndsl.derivation import (
     LEAST_ROWS,
     Alike,
@@ -169,8 +169,8 @@ def read_by(derivation: Derivation | None) -> set[str]:
             return {first}
         case Alike(own=own, among=among):
             return {own, among}
-        case EntryMap(operand=operand, present=count):
-            pattern: Set = Inter((operand, *(() if count is None else (Where(count),))))
+        case EntryMap(operand=operand, present=count, ends=told):
+            pattern: Set = Inter((operand, *(Where(x) for x in (count, *told) if x is not None)))
         case BlockMap(operand=operand, document=d):
             ends = () if d is None else (Where(d.first), Where(d.end))
             pattern = Inter((operand, *ends))
@@ -252,20 +252,25 @@ class _Deriver:
         view, queries = part.view, self.program.only.queries
         if view is None or view.told:
             return part
-        every, rows = view.visible is Visible.EVERY, 1 if queries is None else queries.size
 
         def declare(decl: InputDecl, largest: bool) -> str:
             return self._extents(decl, view.size, view.stride, largest)
 
         def read(operand: Set) -> Read:
-            count = () if self.present is None else (Where(self.present),)
-            dims, lead = _lead(Inter((operand, *count)), self.ragged)
-            row = Dim(Axis.Q) if queries is None else self._absolute(rows)
-            made = EntryMap(operand, view.size, view.stride, every, rows, self.present)
-            decl = self.declare(made, "seen", Type.BOOL, (*dims, row, Dim(Axis.K, view.stride)))
-            return Read(decl.name, (*lead, _quotient(Var("q"), rows), Var("k")), Type.BOOL)
+            return self.entry_map(operand, view, Dim(Axis.K, view.stride))
 
         return decided(self.here, part, queries, declare if alike else None, read, self.present is not None)
+
+    def entry_map(self, operand: Set, view: View, entries: Dim, ends: tuple[Scalar, ...] = ()) -> Read:
+        """The map of a set, for a view of so many entries, read at a row and an entry k. ends: as in `EntryMap`."""
+        every, queries = view.visible is Visible.EVERY, self.program.only.queries
+        rows = 1 if queries is None else queries.size
+        beside = (Where(x) for x in (self.present, *ends) if x is not None)
+        dims, lead = _lead(Inter((operand, *beside)), self.ragged)
+        row = Dim(Axis.Q) if queries is None else self._absolute(rows)
+        made = EntryMap(operand, view.size, view.stride, every, rows, self.present, ends)
+        decl = self.declare(made, "seen", Type.BOOL, (*dims, row, entries))
+        return Read(decl.name, (*lead, _quotient(Var("q"), rows), Var("k")), Type.BOOL)
 
     def _extents(self, decl: InputDecl, size: int, stride: int, largest: bool) -> str:
         """The name of the least, or the largest, of what an input holds of extents."""
@@ -278,7 +283,7 @@ class _Deriver:
         if view is not None and view.packed is not None:
             return over_documents(self, part)
         if isinstance(view, Given) and view.picked is not None:
-            return over_listed(self.here, part, view, view.picked)
+            return over_listed(self, part, view, view.picked)
         if isinstance(view, Given) and view.runs is not None:
             return over_runs(self, part, view, view.runs)
         return part

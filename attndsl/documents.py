@@ -17,10 +17,12 @@ from attndsl.derivation import BlockMap, DocumentEntries, Draw, EntryPlace, Offs
 from attndsl.diagnostics import PatternError, error
 from attndsl.entry_ends import Ends, terms
 from attndsl.program import (
+    Axis,
     Binary,
     Call,
     Compare,
     Const,
+    Dim,
     Inter,
     Program,
     Read,
@@ -33,7 +35,7 @@ from attndsl.program import (
     scalars,
     walk,
 )  # fmt: skip
-from attndsl.told_entries import Deriving, among_listed, among_runs, ends_of_listed, ends_of_runs
+from attndsl.told_entries import Deriving, among_listed, among_runs, by_map, ends_of_listed, ends_of_runs
 from attndsl.unpack import document_of, in_documents, standing
 
 
@@ -164,10 +166,10 @@ def _by_ends(deriving: Deriving, part: Part, view: Given, count: Scalar) -> Part
     placed = [_placed(deriving, x, doc, count) for x in alone]
     classes, picked, runs = _classes(deriving), view.picked, view.runs
     if runs is not None:
-        ends = ends_of_runs(deriving, deriving.here, part, runs)
+        ends, entries = ends_of_runs(deriving, deriving.here, part, runs), Dim(Axis.K)
     else:
         assert picked is not None
-        ends = ends_of_listed(deriving.here, part, picked)
+        ends, entries = ends_of_listed(deriving.here, part, picked), picked.room
 
     def seen() -> Iterator[Set]:
         for x in inside:
@@ -179,9 +181,12 @@ def _by_ends(deriving: Deriving, part: Part, view: Given, count: Scalar) -> Part
                 yield ends.over(here)
             except PatternError:
                 found = _whole(deriving, own, doc, count, ends)
-                if found is None:
+                if found is not None:
+                    yield Where(found, part.span)
+                elif classes > 1:
                     raise
-                yield Where(found, part.span)
+                else:
+                    yield by_map(deriving, here, view, ends, entries)
 
     part = replace(part, pattern=Inter(tuple(seen()), part.span))
     if runs is not None:

@@ -376,8 +376,7 @@ class Evaluator:
                 return self.at(q_pos // size, k_pos // size, -(-q_len // size), -(-k_len // size))
             case Along(grid=grid, axis=axis):
                 q_new, k_new = (coordinates(grid, x)[axis] for x in (q_pos, k_pos))
-                lengths = (axis_size(grid, axis, int(n)) for n in (q_len, k_len))
-                return self.at(q_new, k_new, *map(np.asarray, lengths))
+                return self.at(q_new, k_new, *(np.asarray(axis_size(grid, axis, int(n))) for n in (q_len, k_len)))
             case Permuted(input=name, lead=lead):
                 values = self._input(name)
                 head = [np.clip(self.scalar(e), 0, n - 1) for e, n in zip(lead, values.shape[:-1], strict=True)]
@@ -388,7 +387,8 @@ class Evaluator:
             case Segment(input=name, lead=lead):
                 ids = self._input(name)
                 ids = np.broadcast_to(ids, (*ids.shape[:-1], int(k_len)))
-                distance = np.arange(int(k_len)) - run_starts(ids)
+                # Where there are no tokens, 0.
+                distance = np.pad(np.arange(int(k_len)) - run_starts(ids), [(0, 0)] * (ids.ndim - 1) + [(0, 1)])
                 head = [np.clip(self.scalar(e), 0, n - 1) for e, n in zip(lead, ids.shape[:-1], strict=True)]
                 q_new, k_new = (distance[(*head, np.clip(x, 0, int(k_len) - 1))] for x in (q_pos, k_pos))
                 return self.at(q_new, k_new, q_len, k_len)

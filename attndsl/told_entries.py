@@ -6,9 +6,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Protocol
 
-from attndsl.branches import Given, Part, Pick
+from attndsl.branches import Given, Part, Pick, View
 from attndsl.derivation import Derivation, DocumentEnds, PresentRuns, RunCount, RunEnds, RunExtents
-from attndsl.entry_ends import Ends, first_of, token_read
+from attndsl.diagnostics import PatternError
+from attndsl.entry_ends import Ends, first_of, terms, token_read
 from attndsl.members import Runs
 from attndsl.program import (
     Axis,
@@ -49,6 +50,8 @@ class Deriving(Protocol):
     def offsets(self, name: str) -> str: ...
 
     def derived(self, pattern: Set) -> Set: ...
+
+    def entry_map(self, operand: Set, view: View, entries: Dim, ends: tuple[Scalar, ...]) -> Read: ...
 
 
 def ends_of_runs(deriving: Deriving, program: Program, part: Part, runs: Runs) -> Ends:
@@ -103,7 +106,8 @@ def over_runs(deriving: Deriving, part: Part, view: Given, runs: Runs) -> Part:
         ids = deriving.declare(PresentRuns(ids.name, None), f"present_{ids.name}", Type.INT, dims)
         program, runs = replace(program, inputs=(*program.inputs, ids)), Runs(ids.name, lead)
     ends = ends_of_runs(deriving, program, part, runs)
-    return among_runs(deriving, replace(part, pattern=ends.over(part.pattern)), view, runs, ends)
+    seen = _seen(deriving, part, view, ends, Dim(Axis.K))
+    return among_runs(deriving, replace(part, pattern=seen), view, runs, ends)
 
 
 def among_runs(deriving: Deriving, part: Part, view: Given, runs: Runs, ends: Ends) -> Part:
@@ -121,10 +125,40 @@ def among_runs(deriving: Deriving, part: Part, view: Given, runs: Runs, ends: En
     return replace(part, pattern=Inter((Where(exists, part.span), part.pattern), part.span), view=view)
 
 
-def over_listed(program: Program, part: Part, view: Given, picked: Pick) -> Part:
+def _seen(deriving: Deriving, part: Part, view: Given, ends: Ends, entries: Dim) -> Set:
+    """The entries that rows see: what the ends of their tokens do not decide, or not in time, or of pooled queries not
+    alike for a class, a map does."""
+    # Relations are made of derived programs: only here does deriving ask for one.
+    from attndsl.entry_sets import undecided
+    from attndsl.view_plans import in_time
+
+    queries, found, hard = deriving.program.only.queries, list[Set](), list[Set]()
+    alone = terms(part.pattern)
+    for term in alone:
+        try:
+            told = ends.over(term)
+        except PatternError:
+            hard.append(term)
+            continue
+        apart = queries is not None and undecided(deriving.here, told, view, queries)
+        (hard if apart else found).append(term if apart else told)
+    if found and not in_time(deriving.here, replace(part, pattern=Inter(tuple(found))), queries):
+        found, hard = [], list(alone)
+    if hard:
+        found.append(by_map(deriving, Inter(tuple(hard), part.span), view, ends, entries))
+    return Inter(tuple(found), part.span)
+
+
+def by_map(deriving: Deriving, pattern: Set, view: Given, ends: Ends, entries: Dim) -> Set:
+    """The entries whose tokens, up to their ends, are all in a pattern, as a map has them."""
+    return Where(deriving.entry_map(pattern, view, entries, (ends.first, ends.last)), ends.span)
+
+
+def over_listed(deriving: Deriving, part: Part, view: Given, picked: Pick) -> Part:
     """A part over listed tokens."""
-    ends = ends_of_listed(program, part, picked)
-    return among_listed(replace(part, pattern=ends.over(part.pattern)), view, picked, ends.first)
+    ends = ends_of_listed(deriving.here, part, picked)
+    seen = _seen(deriving, part, view, ends, picked.room)
+    return among_listed(replace(part, pattern=seen), view, picked, ends.first)
 
 
 def ends_of_listed(program: Program, part: Part, picked: Pick) -> Ends:
@@ -148,4 +182,13 @@ def among_listed(part: Part, view: Given, picked: Pick, token: Scalar) -> Part:
     return replace(part, pattern=pattern, view=replace(view, picked=None, packed=None, mass=mass))
 
 
-__all__ = ["Deriving", "among_listed", "among_runs", "ends_of_listed", "ends_of_runs", "over_listed", "over_runs"]
+__all__ = [
+    "Deriving",
+    "among_listed",
+    "among_runs",
+    "by_map",
+    "ends_of_listed",
+    "ends_of_runs",
+    "over_listed",
+    "over_runs",
+]

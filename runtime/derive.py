@@ -49,6 +49,7 @@ from attndsl.derivation import (
     TileMap,
     counted,
     document_of,
+    read_beside,
 )
 from attndsl.derive import class_hash, coordinates_of, own_inputs
 from attndsl.diagnostics import error
@@ -142,9 +143,7 @@ class Deriver:
                 continue
             entries = self._check(decl, pattern)
             self._conditions[decl.name] = _condition(self.program, heads, decl.derivation)
-            written = [self._conditions[decl.name]]
-            if isinstance(decl.derivation, Draw):
-                written.append(decl.derivation.drawn.seed)
+            written = [self._conditions[decl.name], *read_beside(decl.derivation)]
             if (document := document_of(decl.derivation)) is not None:
                 written += [document.first, document.end, document.rows or document.end]
             nodes = walk(*written)

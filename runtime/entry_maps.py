@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attndsl.derivation import EntryMap
 from attndsl.program import Scalar
@@ -22,6 +23,9 @@ def entry_map(
     row, a number or int64 [B, 1, 1, 1]. sizes: how many rows or classes and entries there are. strip: how many pairs
     are looked at at once, at least those of one class and entry.
     """
+    if wanted.ends:
+        yield from _of_told(wanted, condition, values, first, sizes, strip)
+        return
     rows, entries = sizes
     size, stride, each = wanted.size, wanted.stride, wanted.rows
     k_len = values.variables["Nk"]
@@ -40,6 +44,29 @@ def entry_map(
             extents = inside.expand(whole).unfold(-1, size, stride)
             seen = extents.all(-1) if wanted.every else extents.any(-1)
             yield slice(low, high), slice(begin, end), seen if each == 1 else seen.unflatten(-2, (-1, each)).all(-2)
+
+
+def _of_told(
+    wanted: EntryMap, condition: Scalar, values: Values, first: Any, sizes: tuple[int, int], strip: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """The same of entries that data tells: a running count of the tokens outside is the same at both of an entry's ends
+    where all of its tokens are inside."""
+    (rows, entries), each, tokens = sizes, wanted.rows, values.shape.k_len
+    if not tokens:
+        return
+    lines = max(1, strip // ((tokens + entries) * each))
+    token, entry = (torch.arange(n, device=values.device) for n in (tokens, entries))
+    for low in range(0, rows, lines):
+        high = min(low + lines, rows)
+        q_pos = first + torch.arange(low * each, high * each, device=values.device).view(-1, 1)
+        inside = values.at(q=q_pos, k=token).tensor(condition)
+        ends = [values.at(q=q_pos, k=entry).tensor(x).clamp(0, tokens - 1) for x in wanted.ends]
+        own = (1, 1, (high - low) * each)
+        lead = torch.broadcast_shapes(own, *((*(1,) * (4 - x.dim()), *x.shape)[:3] for x in (inside, *ends)))
+        outside = pad((~inside.expand(*lead, tokens)).cumsum(-1, dtype=torch.int32), (1, 0))
+        begin, end = (x.expand(*lead, entries) for x in ends)
+        seen = outside.gather(-1, end + 1) == outside.gather(-1, begin)
+        yield slice(low, high), slice(0, entries), seen if each == 1 else seen.unflatten(-2, (-1, each)).all(-2)
 
 
 __all__ = ["entry_map"]

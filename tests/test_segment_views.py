@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "
 
 DECLARED = {
     "ids": "int[b, g, k]", "doc": "int[b, k] sorted", "own": "int[k]", "mark": "bool[b, k]",
-    "sinks": "float[h] learnable", "until": "int[b, k]", "left": "int[b]", "listed": "blocks(4)[b, g, q]",
+    "sinks": "float[h] learnable", "until": "int[b, k]", "left": "int[b]",
 }  # fmt: skip
 TOP = "top(2, segments(ids), per = rows(16), among = all, by = dot(mean(Q), mean(K)))"
 BODIES = [
@@ -238,22 +238,6 @@ def test_a_segment_that_may_go_on() -> None:
 
 
 def test_what_is_not_supported() -> None:
-    q, k, v = (torch.randn(1, 1, 12, 16) for _ in range(3))
-    ids, doc = torch.zeros(1, 1, 12, dtype=torch.int32), torch.zeros(1, 12, dtype=torch.int32)
-    for body in ("causal - document(doc)", "causal & (window(4) | document(doc))"):
-        with pytest.raises(attndsl.PatternError, match="A912"):
-            compiled(f"attend {body} over pool(mean, segments(ids))")(q, k, v, ids=ids, doc=doc)
-    # What is derived of blocks, alone and beside what the ends decide, of which it was once all that was left.
-    plan = torch.zeros(1, 1, 12, 1, dtype=torch.int32)
-    for chosen in ("listed", "top(1, blocks(4), among = causal, by = dot(Q, mean(K)))"):
-        for body in (chosen, f"causal & {chosen}", f"causal - {chosen.replace('top(1', 'top(2')}"):
-            attn = compiled(f"attend {body} over pool(mean, segments(ids))")
-            given: dict[str, Any] = {"ids": ids}
-            given |= {"listed": plan} if chosen == "listed" else {}
-            with pytest.raises(attndsl.PatternError, match="A912"):
-                attn(q, k, v, **given)
-    with pytest.raises(attndsl.PatternError, match="A912"):
-        compiled("far = attend causal over pool(mean, segments(ids)) from pool(mean, 4)\n output far")(q, k, v, ids=ids)
     votes = "packed doc\n votes = attend causal over pool(mean, segments(ids))\n"
     with pytest.raises(attndsl.PatternError, match=r"(?s)A907.*such two levels.*data tells"):
         compiled(f"{votes} x = attend causal within blocks(16) with probs(votes)\n output x")
