@@ -171,9 +171,12 @@ def _masked(runs: TileRuns) -> TileRuns:
 
 
 def declaring(plan: P, *programs: Program) -> P:
-    """The plan, its program declaring of what these declare what it needs."""
-    own = programs[0].with_branch(parts=plan.program.only.parts)
-    whole = replace(plan, program=_with_inputs(own, plan.program, *programs))
+    """The plan, its program declaring of what these declare what it needs. What it has as a list goes by the name of
+    the map in whose place it stands."""
+    own, planned = programs[0].with_branch(parts=plan.program.only.parts), plan.program
+    inputs = {decl.name: decl for each in (own, planned, *programs) for decl in each.inputs}
+    inputs |= {decl.name: decl for decl in planned.inputs}
+    whole = replace(plan, program=replace(own, inputs=tuple(inputs.values())))
     return replace(whole, program=with_needed(whole.program, whole.inputs))
 
 

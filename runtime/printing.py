@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from attndsl import box_tiles, boxes, branches, derivation, grid, inputs, listing, records, runs, shares
+from attndsl import box_tiles, boxes, branches, derivation, grid, inputs, listing, members, records, runs, shares
 from attndsl import layout as layouts
 from attndsl import plan as planned
 from attndsl import program as programs
@@ -224,8 +224,8 @@ def _chosen(files: Mapping[str, bytes], program: Program) -> tuple[Program, Any]
 @functools.cache
 def _recorded() -> Mapping[str, type]:
     """The classes that an entry may hold."""
-    modules = (programs, scalars, branches, inputs, derivation, listing, layouts, boxes, box_tiles, grid, runs, shares)
-    return records.classes_of((*modules, planned))
+    sets = (programs, scalars, branches, inputs, derivation, members, boxes, grid, runs)
+    return records.classes_of((*sets, listing, layouts, box_tiles, shares, planned))
 
 
 def _choice(program: Program, spec: Spec, backends: tuple[Backend, ...]) -> Backend:

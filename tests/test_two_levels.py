@@ -95,6 +95,29 @@ def test_small_calls_in_triton(name: str) -> None:
         judge(program(BODIES[name]), shape, torch.float32, "triton")
 
 
+@pytest.mark.parametrize("votes", ["causal over pool(mean, 16)", "causal & window(40)"])
+@pytest.mark.parametrize(
+    "chosen",
+    ["top(3, segments(c), per = rows(4), by = k * 5 % 7)", "top(3, tiles(2, 2), per = tiles(2, 3), by = k * 5 % 7)"],
+)
+def test_of_what_rows_choose_of_other_members(chosen: str, votes: str) -> None:
+    """Kernels have lists of segments where the program has maps of them."""
+    attn = attndsl.compile(f"""attention a {{
+        input c : int[b, g, k]
+        axes y, x[5]
+        votes = attend {votes}
+        far = attend causal & {chosen} within blocks(16) with probs(votes)
+        output far }}""")
+    c = (torch.arange(37) // 5).expand(1, 1, 37).contiguous()
+    for dtype, backend, allowed in ((torch.float64, "cpu", 1e-10), (torch.float32, "triton", 2e-5)):
+        q, k, v = (noise(1, heads, 37, 16, seed=i).requires_grad_() for i, heads in enumerate((2, 1, 1)))
+        out = attn(*(x.to(dtype) for x in (q, k, v)), backend=backend, c=c)
+        exact = attn.reference(q, k, v, c=c)
+        found, wanted = (torch.autograd.grad(x.double().sin().sum(), (q, k, v)) for x in (out, exact))
+        for x, y in zip((out, *found), (exact, *wanted), strict=True):
+            torch.testing.assert_close(x.double(), y, atol=allowed, rtol=allowed)
+
+
 # Members that no product takes whole.
 LARGE = {
     "score": f"{ENTRIES} output attend band(400, 7) within blocks(512) with probs(votes) "
