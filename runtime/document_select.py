@@ -136,8 +136,12 @@ class DocumentSelector:
 
     def columns(self, tokens: int) -> int:
         """How many members a document of so many tokens may have."""
+        return min(tokens, self.numbers(tokens))
+
+    def numbers(self, tokens: int) -> int:
+        """How many numbers these may have: where tokens run tile by tile, more than there are tokens."""
         size, each = self.selection.extent
-        return min(tokens, -(-tokens // size) * each)
+        return -(-tokens // size) * each
 
     def _of_classes(self, pattern: Set, keys: int) -> Touched | None:
         """What touches classes of rows that the call holds all of, where integer sets say it in closed form."""

@@ -108,7 +108,7 @@ class OfKind:
     @property
     def _width(self) -> int:
         """What is held of each row class."""
-        width = max(self.members.width, self.members.count)
+        width = max(self.members.width, self.members.count, self._most_numbers if self._by_number else 0)
         if isinstance(self.selection.score, Dot | Bound):
             width = max(width, self._low.width)
         of_rows = self.classes is None and isinstance(self.selection.score, Probs)
@@ -136,14 +136,20 @@ class OfKind:
         if self._by_number:
             number = self.members.numbers(self._first(at))
             assert number is not None
-            number = number.clamp(max=self.members.count).expand(shape)
-            raw, candidates, forced = (_placed(x, number) for x in (raw, candidates, forced))
+            most = self._most_numbers
+            number = number.clamp(max=most).expand(shape)
+            raw, candidates, forced = (_placed(x, number, most) for x in (raw, candidates, forced))
         return raw, candidates, forced
 
     @property
     def _by_number(self) -> bool:
         """Whether columns stand at their members' numbers: of heads that share, each has keys of other members."""
         return isinstance(self.members, InGroups) and self.members.apart and self.selection.share is not Share.NONE
+
+    @property
+    def _most_numbers(self) -> int:
+        """How many numbers the members of a document may have."""
+        return self.of.numbers(min(self.kind.most, self.tokens))
 
     def _inside(self, at: slice) -> Tensor:
         if self.classes is None:
@@ -377,11 +383,11 @@ class OfKind:
         return whole
 
 
-def _placed(x: Tensor, number: Tensor) -> Tensor:
-    """What columns have [B, H, n, columns] at these places, as many as columns for none; nothing elsewhere."""
+def _placed(x: Tensor, number: Tensor, most: int) -> Tensor:
+    """What columns have [B, H, n, columns] at these of so many places, `most` for none; nothing elsewhere."""
     empty = -torch.inf if x.is_floating_point() else 0
-    found = x.new_full((*x.shape[:3], x.shape[3] + 1), empty)
-    return found.scatter_(-1, number, x)[..., : x.shape[3]]
+    found = x.new_full((*x.shape[:3], most + 1), empty)
+    return found.scatter_(-1, number, x)[..., :most]
 
 
 __all__ = ["OfKind"]

@@ -206,3 +206,16 @@ def test_it_is_chosen_in_a_decode() -> None:
             cut = {key: x[..., :n] if x.dim() == 1 else x[own, ..., :n] for key, x in inputs.items()}
             wanted = attn.reference(q[own], k[own, :, :n], v[own, :, :n], doc=DOC[own, :n], **cut)
             torch.testing.assert_close(out[own], wanted, atol=1e-10, rtol=1e-10)
+
+
+def test_numbers_beyond_tokens() -> None:
+    """Where tokens run tile by tile, a short document's members have numbers that it has no tokens for."""
+    clauses = "axes y, x[8] from 0 in tiles(2, 2) input pi : int[b, h, k]\n"
+    chosen = "top(1, tiles(1, 2) on permuted(pi), by = dot(Q, mean(K)), share = heads, among = causal)"
+    attn = attndsl.compile(f"attention a {{ input doc : int[b, k]\n packed doc\n {clauses} attend causal & {chosen} }}")
+    for tokens in (3, 4, 7):
+        generator = torch.Generator().manual_seed(tokens)
+        q, k, v = (torch.randn(1, 2, tokens, 8, dtype=torch.float64, generator=generator) for _ in range(3))
+        pi = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(2)])[None]
+        values: dict[str, Any] = {"doc": torch.zeros(1, tokens, dtype=torch.int64), "pi": pi}
+        assert torch.allclose(attn(q, k, v, **values), attn.reference(q, k, v, **values), atol=1e-12)
