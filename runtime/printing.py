@@ -25,8 +25,6 @@ from attndsl.derivation import (
     CallMembers,
     Cut,
     Derivation,
-    DocumentEnds,
-    DocumentEntries,
     Draw,
     Gathering,
     Listed,
@@ -185,14 +183,11 @@ def _kept(
 def _choices(program: Program, made: Program, said: Any) -> dict[str, bytes]:
     """What an entry of a program holds beside texts. made: the derived one, that the plans have."""
     derived = [decl for decl in made.inputs if decl.derivation is not None]
-    # Lists of tiles follow from the plan, of several parts cuts do too, of tiles that are members of documents where
-    # these lie, and of votes for members and in another order of tokens everything.
+    # Lists of tiles follow from the plan, of several parts cuts do too, of two levels and in another order of
+    # tokens everything, each after what it is made of.
     permuted = any(isinstance(decl.derivation, Order) for decl in derived)
     cuts: tuple[type, ...] = () if program.plain else (Cut,)
-    whole = permuted
-    if (within := program.only.within) is not None:
-        cuts += (DocumentEntries, DocumentEnds)
-        whole = within.votes is not None
+    whole = permuted or program.only.within is not None
     lists = tuple(d for d in derived if whole or _is_list(d.derivation) or isinstance(d.derivation, cuts))
     names = [decl.name for decl in derived if decl not in lists]
     choices = {

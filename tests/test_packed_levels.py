@@ -86,6 +86,17 @@ def test_in_triton(name: str, clause: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize(
+    "drawn", ["causal & random(3, tokens, rows(4), 1)", "coarsen({ (q - k) % 5 == 0 and b == 0 }, 3, fraction(0.3))"]
+)
+def test_beside_what_looks_at_all_pairs(drawn: str, backend: str) -> None:
+    """Where documents lie is known before it is drawn in them."""
+    body = f"x = attend causal over pool(mean, 8)\n y = attend {drawn} within blocks(4) with probs(x)"
+    dtype = torch.float64 if backend == "cpu" else torch.float32
+    judge(compiled(body), SHAPES[1], dtype, backend)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_dropout(backend: str) -> None:
     dtype = torch.float64 if backend == "cpu" else torch.float32
     judge(compiled(BODIES["shared extents"]), (2, 1, 22, 16, 16), dtype, backend, DOC[:1, :25], dropout=0.4, seed=5)
