@@ -18,6 +18,7 @@ from attndsl.runtime.pick import summed
 from attndsl.runtime.row_classes import queries_of_documents
 from attndsl.runtime.runs import document_entries, entries_of_heads, pooled_runs
 from attndsl.targets import make_spec
+from tests.gpu import interprets
 from tests.gradients import TOLERANCE
 
 pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter", "ignore::attndsl.PatternWarning")
@@ -255,6 +256,7 @@ def test_a_decode_lists_tokens_of_its_document(body: str, backend: str) -> None:
         torch.testing.assert_close(found[b : b + 1].double(), expected, atol=tolerance, rtol=tolerance)
 
 
+@interprets
 def test_what_counts_for_a_token_is_summed_in_order() -> None:
     """By kernels as in torch, of as many dimensions as there are."""
     attn, generator = attndsl.compile("causal"), torch.Generator().manual_seed(1)
