@@ -37,6 +37,7 @@ def load_entry(kernel: KernelWriter, votes: Votes, like: str) -> None:
     lines, name, dim = kernel.lines, kernel.plan.program.input(votes.keys).parameter, kernel.plan.spec.dim
     kernel.printer.helpers.add("within")
     lines.add(
+        "# The entry of the tile's member, the first of the rows that a product takes; the others are 0.",
         f"voted = {kernel.tile_number()}",
         f"lead = tl.arange(0, {_ROWS}) == 0",
         f"ballot_at = within(voted, {name}_size_2 - 1).to(tl.int64) * {name}_stride_2",

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -187,7 +188,7 @@ WRONG: dict[str, Callable[[], object]] = {
         max_len=64,
         at_tokens=["until"],
     ).append(K[:1, :1, :1], V[:1, :1, :1]),
-    "A569": lambda: attndsl.serving.PagedCache("causal", 1, 1, 16, pages=4, max_len=64),  # type: ignore[arg-type]
+    "A569": lambda: attndsl.serving.PagedCache(cast("Any", "causal"), 1, 1, 16, pages=4, max_len=64),
     "A570": lambda: attndsl.compile(SELECTS.format("tokens", "K", "causal")).plan(torch.zeros(1, 2, 32, 8), K[..., :8]),
     "A571": lambda: attndsl.compile(SELECTS.format("blocks(4)", "mean(K)", "all")).plan(Q, K),
     "A572": call(f"causal & {MOBA}", Q, K, V, plans={"far": torch.zeros(1, 2, 8, 1, dtype=torch.int32)}),

@@ -235,7 +235,8 @@ def test_what_is_no_dense_tensor() -> None:
     doc = torch.zeros(2, 20, dtype=torch.int32).to_sparse()
     refused("A517", "input `doc` is a dense tensor", lambda: DOCUMENTS(q, k, v, doc=doc))
     refused("A501", "seq_lens is a tensor, not [20, 20]", lambda: CAUSAL.decode(q, k, v, [20, 20]))  # type: ignore[arg-type]
-    refused("A501", "page_table is a tensor, not 7", lambda: CAUSAL.decode(q, k, v, doc.to_dense()[0], 7))  # type: ignore[arg-type]
+    number: Any = 7
+    refused("A501", "page_table is a tensor, not 7", lambda: CAUSAL.decode(q, k, v, doc.to_dense()[0], number))
 
 
 def test_what_programs_of_several_steps_are_handed() -> None:

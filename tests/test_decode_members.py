@@ -3,8 +3,6 @@ sequence's rows are those of a call that holds them alone, by the oracle."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +13,6 @@ import attndsl.serving
 from attndsl.program import CallShape
 from tests import test_routed
 from tests.accuracy import examples
-from tests.decoding import paged
 from tests.test_compete import ALWAYS, RULES
 from tests.test_decode_views import Sequences
 from tests.test_members import data, selections
@@ -137,26 +134,15 @@ def test_in_triton(name: str) -> None:
 def test_hostile_lengths_and_pages(name: str) -> None:
     word = "y_" if "y_" in MASSES[name] else "y"
     of = sequences(f"attention a {{ {MASSES[name]}\n output {word} }}", [43, 56, 3], 3)
-    k, v, wild = of.k.nan_to_num(), of.v.nan_to_num(), torch.tensor([2**31 - 1, -5, -(2**31)], dtype=torch.int32)
-    outs = [of.attn.decode(of.q, k, v, x, **of.inputs) for x in (wild, wild.clamp(0, CAPACITY))]
-    assert torch.equal(*outs) and not outs[0][1:].any()
-    k, v, lengths, table = of.cache(8)
-    assert table is not None
-    table[0, ::2], table[1], table[2, 1:] = -1, 2**31 - 1, -(2**31)
-    out = of.attn.decode(of.q, k.nan_to_num(), v.nan_to_num(), lengths, table, **of.inputs)
-    assert out.isfinite().all()
+    of.check_wild()
 
 
 def test_eight_bits() -> None:
     """What is chosen of an 8-bit cache in pages is chosen of the numbers that it stands for."""
     chosen = "top(2, segments(c), among = causal, by = dot(Q, max(K)))"
     text = f"attention a {{ input c : int[b, k]\n attend causal & {chosen} }}"
-    of, fp8 = sequences(text, [43, 56], 2, dtype=torch.float32), torch.float8_e4m3fn
-    scales = torch.tensor([0.5, 2.0]), torch.tensor(0.25)
-    rounded = [x.nan_to_num().to(fp8) for x in (of.k, of.v)]
-    k, v = (x.float() * scale.view(-1, 1, 1) for x, scale in zip(rounded, scales, strict=True))
+    of = sequences(text, [43, 56], 2, dtype=torch.float32)
+    (k, v), cache, scales = of.of_eight_bits(8)
     wanted = of.attn.decode(of.q, k, v, of.seq_lens, **of.inputs)
-    keys, values, table = paged(rounded[0].view(torch.uint8), rounded[1].view(torch.uint8), 8)
-    given: Any = {"k_scale": scales[0], "v_scale": scales[1], **of.inputs}
-    out = of.attn.decode(of.q, keys.view(fp8), values.view(fp8), of.seq_lens, table, **given)
+    out = of.attn.decode(of.q, *cache, **(scales | of.inputs))
     torch.testing.assert_close(out, wanted, rtol=2e-5, atol=2e-5)

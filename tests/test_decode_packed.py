@@ -14,7 +14,6 @@ import attndsl
 import attndsl.serving
 from tests import test_packed_members, test_packed_selections, test_packed_views
 from tests.accuracy import examples
-from tests.decoding import paged
 from tests.test_decode_views import Sequences, with_lse
 from tests.test_packed_selections import TEXTS, branches
 from tests.test_routed import PATTERNS
@@ -105,24 +104,14 @@ def test_random_choices(branch: tuple[str, str], pattern: str, lengths: list[int
 @pytest.mark.parametrize("name", ["moba", "nsa"])
 def test_hostile_lengths_and_pages(name: str) -> None:
     of = sequences(test_packed_selections.compiled(name), [41, 48, 24], 3)
-    k, v, wild = of.k.nan_to_num(), of.v.nan_to_num(), torch.tensor([2**31 - 1, -5, -(2**31)], dtype=torch.int32)
-    outs = [of.attn.decode(of.q, k, v, x, **of.inputs) for x in (wild, wild.clamp(0, CAPACITY))]
-    assert torch.equal(*outs) and not outs[0][1:].any()
-    k, v, lengths, table = of.cache(8)
-    assert table is not None
-    table[0, ::2], table[1], table[2, 1:] = -1, 2**31 - 1, -(2**31)
-    assert of.attn.decode(of.q, k.nan_to_num(), v.nan_to_num(), lengths, table, **of.inputs).isfinite().all()
+    of.check_wild()
 
 
 def test_eight_bits_and_a_paged_cache() -> None:
-    of, fp8 = sequences(test_packed_selections.compiled("nsa"), [41, 24], 2, torch.float32), torch.float8_e4m3fn
-    scales = torch.tensor([0.5, 2.0]), torch.tensor(0.25)
-    rounded = [x.nan_to_num().to(fp8) for x in (of.k, of.v)]
-    k, v = (x.float() * scale.view(-1, 1, 1) for x, scale in zip(rounded, scales, strict=True))
+    of = sequences(test_packed_selections.compiled("nsa"), [41, 24], 2, torch.float32)
+    (k, v), pages, scales = of.of_eight_bits(8)
     wanted = of.attn.decode(of.q, k, v, of.seq_lens, **of.inputs)
-    keys, values, table = paged(rounded[0].view(torch.uint8), rounded[1].view(torch.uint8), 8)
-    given: Any = {"k_scale": scales[0], "v_scale": scales[1], **of.inputs}
-    out = of.attn.decode(of.q, keys.view(fp8), values.view(fp8), of.seq_lens, table, **given)
+    out = of.attn.decode(of.q, *pages, **(scales | of.inputs))
     torch.testing.assert_close(out, wanted, rtol=2e-5, atol=2e-5)
 
     assert of.attn.evictable(40, 4) == []

@@ -9,7 +9,6 @@ import torch
 
 import attndsl
 import attndsl.serving
-from tests.decoding import paged
 from tests.test_decode_views import Sequences, with_lse
 from tests.test_segment_views import BODIES, compiled, inputs_of
 
@@ -63,14 +62,10 @@ def test_a_page_that_does_not_exist_is_not_read() -> None:
 
 
 def test_eight_bits_and_a_paged_cache() -> None:
-    of, fp8 = sequences(BODIES[2], 2, torch.float32), torch.float8_e4m3fn
-    scales = torch.tensor([0.5, 2.0]), torch.tensor(0.25)
-    rounded = [x.nan_to_num().to(fp8) for x in (of.k, of.v)]
-    k, v = (x.float() * scale.view(-1, 1, 1) for x, scale in zip(rounded, scales, strict=True))
+    of = sequences(BODIES[2], 2, torch.float32)
+    (k, v), pages, scales = of.of_eight_bits(4)
     wanted = of.attn.decode(of.q, k, v, of.seq_lens, **of.inputs)
-    keys, values, table = paged(rounded[0].view(torch.uint8), rounded[1].view(torch.uint8), 4)
-    given: Any = {"k_scale": scales[0], "v_scale": scales[1], **of.inputs}
-    out = of.attn.decode(of.q, keys.view(fp8), values.view(fp8), of.seq_lens, table, **given)
+    out = of.attn.decode(of.q, *pages, **(scales | of.inputs))
     torch.testing.assert_close(out, wanted, rtol=2e-5, atol=2e-5)
 
     cache = attndsl.serving.PagedCache(of.attn, 4, 2, 16, v_dim=24, pages=44, max_len=CAPACITY, page=4)

@@ -128,14 +128,10 @@ def test_hostile_caches(name: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_eight_bits(backend: str) -> None:
     """Over an 8-bit cache with scales, what members weigh is of the numbers that it stands for."""
-    of, fp8 = sequences(ALL["all"], [41, 3, CAPACITY], 2, torch.float32), torch.float8_e4m3fn
-    scales = torch.tensor([0.5, 2.0]), torch.tensor(0.25)
-    rounded = [x.nan_to_num().to(fp8) for x in (of.k, of.v)]
-    k, v = (x.float() * scale.view(-1, 1, 1) for x, scale in zip(rounded, scales, strict=True))
-    wanted = of.attn.decode(of.q, k, v, of.seq_lens)
-    pools = paged(rounded[0].view(torch.uint8), rounded[1].view(torch.uint8), 4)
-    given: Any = {"k_scale": scales[0], "v_scale": scales[1], "backend": backend}
-    out = of.attn.decode(of.q, pools[0].view(fp8), pools[1].view(fp8), of.seq_lens, pools[2], **given)
+    of = sequences(ALL["all"], [41, 3, CAPACITY], 2, torch.float32)
+    stands_for, cache, scales = of.of_eight_bits(4)
+    wanted = of.attn.decode(of.q, *stands_for, of.seq_lens)
+    out = of.attn.decode(of.q, *cache, backend=backend, **scales)
     torch.testing.assert_close(out, wanted, rtol=2e-5, atol=2e-5)
 
 

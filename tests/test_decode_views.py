@@ -32,6 +32,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::attndsl.PatternWarning"),
 ]
 PATTERNS = Path(__file__).parent.parent / "examples" / "patterns"
+FP8 = torch.float8_e4m3fn
 CAPACITY = 48
 NAN = float("nan")
 BODIES = [body for body in PARTS + OUTPUTS if "align start" not in body]
@@ -67,6 +68,27 @@ class Sequences:
     def cache(self, page: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         k, v, table = (self.k, self.v, None) if page is None else paged(self.k, self.v, page)
         return k, v, self.seq_lens, table
+
+    def of_eight_bits(self, page: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor], Any]:
+        """The cache in float8, in pages: the numbers that it stands for, the call's tensors, and the heads' scales."""
+        scales = torch.tensor([0.5, 2.0]), torch.tensor(0.25)
+        rounded = [x.nan_to_num().to(FP8) for x in (self.k, self.v)]
+        k, v = (x.float() * scale.view(-1, 1, 1) for x, scale in zip(rounded, scales, strict=True))
+        keys, values, table = paged(rounded[0].view(torch.uint8), rounded[1].view(torch.uint8), page)
+        cache = keys.view(FP8), values.view(FP8), self.seq_lens, table
+        return (k, v), cache, {"k_scale": scales[0], "v_scale": scales[1]}
+
+    def check_wild(self) -> None:
+        """Of three sequences: any length is a length within the cache, and no entry of a page table is trusted."""
+        k, v = self.k.nan_to_num(), self.v.nan_to_num()
+        wild = torch.tensor([2**31 - 1, -5, -(2**31)], dtype=torch.int32)
+        outs = [self.attn.decode(self.q, k, v, x, **self.inputs) for x in (wild, wild.clamp(0, self.capacity))]
+        assert torch.equal(*outs) and not outs[0][1:].any()
+        k, v, lengths, table = self.cache(8)
+        assert table is not None
+        table[0, ::2], table[1], table[2, 1:] = -1, 2**31 - 1, -(2**31)
+        out = self.attn.decode(self.q, k.nan_to_num(), v.nan_to_num(), lengths, table, **self.inputs)
+        assert out.isfinite().all()
 
     def check_both(self, found: Any, tolerance: float = 1e-11) -> None:
         """Of an output, or of one with its lse."""
@@ -247,14 +269,9 @@ def test_the_last_rows_of_a_prefill() -> None:
 def test_eight_bits(name: str, backend: str) -> None:
     """Over an 8-bit cache in pages, with scales of heads, what is kept and chosen is that of the numbers it stands for:
     made at once, and kept up to date."""
-    of, fp8 = system(name, 2, torch.float32), torch.float8_e4m3fn
-    scales = torch.tensor([0.5, 2.0]), torch.tensor(0.25)
-    rounded = [x.nan_to_num().to(fp8) for x in (of.k, of.v)]
-    k, v = (x.float() * scale.view(-1, 1, 1) for x, scale in zip(rounded, scales, strict=True))
-    wanted = of.attn.decode(of.q, k, v, of.seq_lens, **of.inputs)
-    keys, values, table = paged(rounded[0].view(torch.uint8), rounded[1].view(torch.uint8), 4)
-    given: Any = {"k_scale": scales[0], "v_scale": scales[1]}
-    keys, values = keys.view(fp8), values.view(fp8)
+    of = system(name, 2, torch.float32)
+    stands_for, (keys, values, _, table), given = of.of_eight_bits(4)
+    wanted = of.attn.decode(of.q, *stands_for, of.seq_lens, **of.inputs)
     views = of.attn.views(keys, values, of.seq_lens - 3, table, dtype=torch.float32, **given)
     attndsl.serving.update_views(of.attn, views, keys, values, of.seq_lens, table, new=3, **given)
     for handed in (views, None):

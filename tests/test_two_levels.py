@@ -209,11 +209,11 @@ def test_a_bias_of_pairs() -> None:
     torch.testing.assert_close(attn(q, k, v, bias=bias), attn.reference(q, k, v, bias=bias))
 
 
-class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it no types
     """Keeps the size of the largest tensor that an operator of the library returns."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
         self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -326,7 +326,7 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps what an operator was called with."""
 
     def __init__(self, name: str) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
         self.name, self.found = name, list[tuple[Any, ...]]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
